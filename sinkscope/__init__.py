@@ -1,0 +1,1 @@
+"""sinkscope: measure, explain and control attention sinks."""
