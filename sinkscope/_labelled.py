@@ -1,0 +1,185 @@
+"""Dataclasses of named tensors whose annotations are their schema.
+
+A field annotated ``Float[Tensor, "prompt layer head"] | None`` is a variable with the dimensions
+prompt, layer and head. Its type checker in the tests, its xarray dimensions, its data-frame columns
+and its layout in a file all come from that one annotation; unit and meaning sit in the field's
+metadata. A 1-D field that bears the name of its own dimension is that dimension's coordinate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from jaxtyping import AbstractArray
+from torch import Tensor
+
+from sinkscope.errors import ReportError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+
+@dataclass(frozen=True)
+class Variable:
+    """What one tensor field is: its dimensions, unit and meaning."""
+
+    name: str
+    dims: tuple[str, ...]
+    unit: str | None
+    about: str
+    weight: str | None  # name of the counts that weight this mean over prompts when merging
+
+    @property
+    def label(self) -> str:
+        """Column or axis title with the unit, for example "sink_attention [probability]"."""
+        return f"{self.name} [{self.unit}]" if self.unit else self.name
+
+
+def measured(about: str, unit: str | None = None, *, weight: str | None = None) -> Any:
+    """A field that is None until it has been measured.
+
+    Args:
+        about: what the figure means, in one clause.
+        unit: its unit; "1" for a pure number, None for things like token ids.
+        weight: for a mean over prompts that has no prompt dimension, the field that says over how
+            many prompts it was taken.
+    """
+    return dataclasses.field(
+        default=None, metadata={"about": about, "unit": unit, "weight": weight}
+    )
+
+
+def given(about: str, unit: str | None = None) -> Any:
+    """A field that is always there."""
+    return dataclasses.field(metadata={"about": about, "unit": unit})
+
+
+def _annotated(cls: type) -> dict[str, Any]:
+    """Each field's type, with ``| None`` taken off."""
+    hints = typing.get_type_hints(cls)
+    types = {}
+    for field in dataclasses.fields(cls):
+        options = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
+        optional = type(None) in typing.get_args(hints[field.name])
+        types[field.name] = options[0] if optional and len(options) == 1 else hints[field.name]
+    return types
+
+
+def _is(kind: Any, base: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, base)
+
+
+class Labelled:
+    """Base of the dataclasses of named tensors; see the module's docstring."""
+
+    @classmethod
+    @functools.cache
+    def variables(cls) -> dict[str, Variable]:
+        """The tensor fields of this class by name."""
+        metadata = {field.name: field.metadata for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        return {
+            name: Variable(
+                name,
+                tuple(kind.dim_str.split()),
+                metadata[name].get("unit"),
+                metadata[name].get("about", ""),
+                metadata[name].get("weight"),
+            )
+            for name, kind in _annotated(cls).items()
+            if _is(kind, AbstractArray)
+        }
+
+    @classmethod
+    @functools.cache
+    def parts(cls) -> dict[str, type[Labelled]]:
+        """The fields that are themselves labelled dataclasses, by name."""
+        return {name: kind for name, kind in _annotated(cls).items() if _is(kind, Labelled)}
+
+    def measured(self, *dims: str) -> tuple[str, ...]:
+        """Names of the tensors that were measured; with dims, of those that have exactly these."""
+        return tuple(
+            name
+            for name, variable in self.variables().items()
+            if getattr(self, name) is not None and dims in ((), variable.dims)
+        )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of every dimension.
+
+        Raises:
+            ReportError: where two tensors disagree, or one has another number of dimensions.
+        """
+        sizes: dict[str, int] = {}
+        owner: dict[str, str] = {}
+        for name in self.measured():
+            dims, shape = self.variables()[name].dims, tuple(getattr(self, name).shape)
+            if len(dims) != len(shape):
+                raise ReportError(
+                    f"{name} should have the dimensions {' '.join(dims)}, but has shape {shape}."
+                )
+            for dim, size in zip(dims, shape, strict=True):
+                if sizes.setdefault(dim, size) != size:
+                    raise ReportError(
+                        f"{name} has {size} along {dim}, but {owner[dim]} has {sizes[dim]}."
+                    )
+                owner.setdefault(dim, name)
+        return sizes
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name.
+
+        Raises:
+            ReportError: where there is no such field, or it was not measured.
+        """
+        return getattr(self, self._require(name).name)
+
+    def to(self, device: str | torch.device) -> Self:
+        """The same report with every tensor on `device`."""
+        moved: dict[str, Any] = {name: self[name].to(device) for name in self.measured()}
+        for name in self.parts():
+            part = getattr(self, name)
+            moved[name] = None if part is None else part.to(device)
+        return dataclasses.replace(self, **moved)  # type: ignore[type-var]
+
+    def to_frame(self, *names: str) -> pd.DataFrame:
+        """A tidy frame, one row an observation; see `sinkscope._tidy.frame`."""
+        from sinkscope._tidy import frame
+
+        return frame(self, *names)
+
+    def to_xarray(self) -> xr.Dataset:
+        """Everything that was measured as an xarray Dataset; see `sinkscope._tidy.dataset`."""
+        from sinkscope._tidy import dataset
+
+        return dataset(self)
+
+    def equals(self, other: Labelled) -> bool:
+        """Whether both hold the same figures, bit for bit (nan equals nan) and dtype for dtype."""
+        from sinkscope._tidy import same
+
+        return same(self, other)
+
+    def _require(self, name: str) -> Variable:
+        variable = self.variables().get(name)
+        if variable is None:
+            raise ReportError(self._unknown(name))
+        if getattr(self, name) is None:
+            raise ReportError(self._not_measured(name))
+        return variable
+
+    def _unknown(self, name: str) -> str:
+        import difflib
+
+        close = difflib.get_close_matches(name, self.variables(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see .measured() for the names."
+        return f"There is no {name!r} in a {type(self).__name__}; {hint}"
+
+    def _not_measured(self, name: str) -> str:
+        return f"{name} was not measured."

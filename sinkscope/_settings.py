@@ -1,0 +1,125 @@
+"""What a report was measured with: enough to repeat it, and to know which reports may be merged."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+from sinkscope.errors import ReportError
+
+_LIBRARIES = ("sinkscope", "torch", "transformers", "transformer-lens")
+
+# Settings that leave a trace in the report but do not change what its figures mean: two reports
+# that differ only here may be merged. Everything else has to agree.
+_PROVENANCE = ("device", "path", "seed", "length", "versions")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that shape the figures, read without importing them.
+
+    Returns:
+        Library name (``transformer_lens`` with an underscore) to version; "" where not installed.
+    """
+    versions = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            version = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            version = ""
+        versions[library.replace("-", "_")] = version
+    return versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Provenance of a report. Every field can be written as JSON.
+
+    Attributes:
+        model: name, hub id or path as the user gave it.
+        revision: hub revision or hash of the weights' file; "" where there is none.
+        architecture: name of the model's class or family, for example "LlamaForCausalLM".
+        dtype: the weights' dtype, for example "float32".
+        device: where the model ran.
+        source: where the tokens came from, for example "prose".
+        bos: BOS policy and what it came to, for example "auto (none)".
+        length: number of positions of the longest prompt, BOS included (T).
+        epsilon: threshold of `SinkReport.sink_rate`.
+        sinks: the sink positions asked for: "0", "0,255" or "auto".
+        path: how attention was read: "stock" or "streaming". Both are exact.
+        causal: whether a query sees only the keys up to itself.
+        windows: each layer's sliding window in positions, None for a layer that sees everything.
+        metrics: what was asked of the scan.
+        seed: of the texts and of anything random in the scan; None where merged reports differ.
+        versions: see `library_versions`.
+    """
+
+    model: str
+    architecture: str
+    dtype: str
+    device: str
+    source: str
+    bos: str
+    length: int
+    epsilon: float
+    sinks: str
+    path: str
+    causal: bool
+    windows: tuple[int | None, ...]
+    metrics: tuple[str, ...]
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    revision: str = ""
+    seed: int | None = 0
+    versions: dict[str, str] = field(default_factory=library_versions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, ready for JSON."""
+        plain = dataclasses.asdict(self)
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in plain.items()
+        }
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Settings:
+        """Undo `to_dict`."""
+        tuples = {name: tuple(plain[name]) for name in ("windows", "metrics")}
+        return cls(**{**plain, **tuples})
+
+    def merge(self, other: Settings) -> Settings:
+        """The settings of two reports put together.
+
+        Raises:
+            ReportError: where a setting that changes the meaning of the figures differs; the
+                sentence names the first such setting.
+        """
+        for name, mine in self.to_dict().items():
+            theirs = other.to_dict()[name]
+            if name not in _PROVENANCE and mine != theirs:
+                raise ReportError(
+                    f"These reports cannot be merged because their {name} differs: {mine!r} and "
+                    f"{theirs!r}; merge only reports that were scanned with the same settings."
+                )
+        if self.versions["sinkscope"] != other.versions["sinkscope"]:
+            raise ReportError(
+                "These reports cannot be merged because sinkscope "
+                f"{self.versions['sinkscope']} made one and {other.versions['sinkscope']} the "
+                "other; scan again with one version."
+            )
+        return dataclasses.replace(
+            self,
+            device=_either(self.device, other.device),
+            path=_either(self.path, other.path),
+            seed=self.seed if self.seed == other.seed else None,
+            length=max(self.length, other.length),
+            versions={k: _either(v, other.versions[k]) for k, v in self.versions.items()},
+        )
+
+
+def _either(mine: str, theirs: str) -> str:
+    """Both values, each once, in order."""
+    return ", ".join(dict.fromkeys([*mine.split(", "), *theirs.split(", ")]))
