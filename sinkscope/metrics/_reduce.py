@@ -1,0 +1,83 @@
+"""Reductions that the definitions share: precision, sliding sums, medians, chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def at_least_fp32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The same numbers in fp32, or in float64 if they came in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def vector_norm(x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape"]:
+    """Euclidean norm over the last dim, accumulated in fp32 without a widened copy of ``x``."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+
+
+def masked_median(
+    x: Float[Tensor, "*batch position"], where: Bool[Tensor, "*#batch position"]
+) -> Float[Tensor, "*batch"]:
+    """Median of the entries where ``where`` holds, as numpy takes it; nan if there are none.
+
+    An even count gives the mean of the middle two (``torch.median`` gives the lower one).
+    """
+    x = at_least_fp32(x)
+    ordered = torch.where(where, x, torch.inf).sort(dim=-1).values
+    count = where.expand_as(x).sum(dim=-1, keepdim=True)
+    lower = ordered.gather(-1, ((count - 1) // 2).clamp(min=0))
+    upper = ordered.gather(-1, (count // 2).clamp(max=x.shape[-1] - 1))
+    return torch.where(count > 0, (lower + upper) / 2, torch.nan).squeeze(-1)
+
+
+def sliding_sum(
+    x: Float[Tensor, "prompt position *rest"], before: int | None, after: int | None
+) -> Float[Tensor, "prompt position *rest"]:
+    """y_i = Σ_{j = i-before}^{i+after} x_j along ``position``, in O(position); None = unbounded.
+
+    A running total minus its delayed self would lose digits to cancellation on long inputs.
+    Instead the axis is cut into blocks of one window's width: every window is then the tail of
+    one block plus the head of the next, and only its own terms are ever added.
+    """
+    last = x.shape[1] - 1
+    before = last if before is None else min(before, last)
+    after = last if after is None else min(after, last)
+    if before == last and after == last:
+        return x.sum(dim=1, keepdim=True).expand_as(x)
+    if before == last and after == 0:
+        return x.cumsum(dim=1)
+    if before == 0 and after == last:
+        return x.flip(1).cumsum(dim=1).flip(1)
+    return _blocked_sliding_sum(x, before, after)
+
+
+def _blocked_sliding_sum(
+    x: Float[Tensor, "prompt position *rest"], before: int, after: int
+) -> Float[Tensor, "prompt position *rest"]:
+    length, width = x.shape[1], before + after + 1
+    blocks = -(-(length + before + after) // width)
+    padded = x.new_zeros(x.shape[0], blocks * width, *x.shape[2:])
+    padded[:, before : before + length] = x
+    blocked = rearrange(padded, "prompt (block inner) ... -> prompt block inner ...", inner=width)
+    heads, tails = blocked.cumsum(dim=2), blocked.flip(2).cumsum(dim=2).flip(2)
+    heads = rearrange(heads, "prompt block inner ... -> prompt (block inner) ...")
+    tails = rearrange(tails, "prompt block inner ... -> prompt (block inner) ...")
+    # The window of position i is padded[i : i + width]; where i starts a block it is that block.
+    tails[:, ::width] = 0
+    return tails[:, :length] + heads[:, width - 1 : width - 1 + length]
+
+
+def position_chunks(
+    x: Float[Tensor, "prompt position *rest"], elements: int = 2**24
+) -> Iterator[slice]:
+    """Slices of the position axis of about ``elements`` numbers each, to bound temporaries."""
+    per_position = max(1, x.numel() // max(1, x.shape[1]))
+    step = max(1, elements // per_position)
+    for start in range(0, x.shape[1], step):
+        yield slice(start, start + step)

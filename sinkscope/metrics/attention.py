@@ -1,0 +1,221 @@
+"""Attention statistics from the pattern and the scores, and the finishers both paths share.
+
+Functions that take a ``pattern`` or ``scores`` are the quadratic definitions. Functions that take
+rows (``[prompt head query]``) or column sums (``[prompt head key]``) finish what either path
+reduced: a stored pattern, or streaming attention that never had one.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sinkscope.metrics._reduce import at_least_fp32
+from sinkscope.metrics.positions import (
+    masked_mean,
+    queries_after,
+    uniform_received,
+    visible,
+    visible_queries,
+)
+from sinkscope.metrics.values import per_query_head
+
+EPSILONS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+"""Thresholds of the sink-rate curve [probability]."""
+
+
+def attention_to(
+    pattern: Float[Tensor, "prompt head query key"], keys: Bool[Tensor, "prompt key"]
+) -> Float[Tensor, "prompt head query"]:
+    """Attention that each query pays to a set of keys, Σ_{j∈keys} A_ij [probability]."""
+    return torch.where(keys[:, None, None, :], at_least_fp32(pattern), 0).sum(dim=-1)
+
+
+def sink_attention(
+    to_sinks: Float[Tensor, "prompt head query"],
+    sinks: Bool[Tensor, "prompt query"],
+    mask: Bool[Tensor, "prompt query"],
+    causal: bool,
+) -> Float[Tensor, "prompt head"]:
+    """Mean attention paid to the sinks by the queries after them [probability].
+
+    mean_i Σ_{s∈sinks} A_is over :func:`~sinkscope.metrics.positions.queries_after`. Queries whose
+    window has left the sink behind pay it nothing and count as 0; divide by the queries that do
+    see it and you have :func:`importance`.
+    """
+    return masked_mean(to_sinks, queries_after(sinks, mask, causal)[:, None, :], dim=-1)
+
+
+def first_token_attention(
+    to_first: Float[Tensor, "prompt head query"], mask: Bool[Tensor, "prompt query"]
+) -> Float[Tensor, "prompt head"]:
+    """AWFT: mean over all real queries, the first included, of A_i0 [probability].
+
+    Sandoval-Segura et al. 2504.03889; the "F-Attn" of gated attention, 2505.06708.
+    """
+    return masked_mean(to_first, mask[:, None, :], dim=-1)
+
+
+def received_mass(
+    pattern: Float[Tensor, "prompt head query key"], mask: Bool[Tensor, "prompt query"]
+) -> Float[Tensor, "prompt head key"]:
+    """Attention that each key receives in all, Σ_i A_ik over the real queries i [queries]."""
+    return torch.where(mask[:, None, :, None], at_least_fp32(pattern), 0).sum(dim=2)
+
+
+def importance(
+    mass: Float[Tensor, "prompt head key"],
+    mask: Bool[Tensor, "prompt key"],
+    causal: bool,
+    window: int | None = None,
+) -> Float[Tensor, "prompt head key"]:
+    """Gu's importance score α_k: mean of A_ik over the real queries i that can see key k.
+
+    α_k = 1/(T-k+1) Σ_{i=k..T} A_ik, k from 1 (Gu et al. 2410.10781, §3.1), with the divisor
+    generalised to windows, padding and bidirectional attention [probability]. nan for padding.
+    """
+    seen_by = visible_queries(mask, causal, window)
+    score = at_least_fp32(mass) / seen_by[:, None, :]
+    return torch.where(mask[:, None, :], score, torch.nan)
+
+
+def uniform_ratio(
+    importance: Float[Tensor, "prompt head key"],
+    mask: Bool[Tensor, "prompt key"],
+    causal: bool,
+    window: int | None = None,
+) -> Float[Tensor, "prompt head key"]:
+    """Importance over what uniform attention would give the same key: 1 = unremarkable."""
+    return importance / uniform_received(mask, causal, window)[:, None, :]
+
+
+def count_above(
+    importance: Float[Tensor, "*heads key"], epsilons: Float[Tensor, "epsilon"]
+) -> Float[Tensor, "epsilon key"]:
+    """At each key, how many of the leading entries (prompt, head, …) exceed each ε.
+
+    Sums over prompts and layers, so a sink rate can be accumulated a layer at a time: divide the
+    total by (prompts that reach the key) × layers × heads. Padding is nan and exceeds nothing.
+    """
+    flat = importance.flatten(end_dim=-2)
+    return torch.stack([(flat > epsilon).sum(dim=0) for epsilon in epsilons]).float()
+
+
+def sink_rate(
+    importance: Float[Tensor, "prompt layer head key"],
+    mask: Bool[Tensor, "prompt key"],
+    epsilon: float = 0.3,
+) -> Float[Tensor, "key"]:
+    """Gu's Sink_k^ε: share of (prompt, layer, head) whose importance at key k exceeds ε [share].
+
+    1/L Σ_l 1/H Σ_h 1[α_k > ε], thresholded in each prompt and only then averaged, as the authors'
+    code does (Gu et al. 2410.10781, ε = 0.3, T = 64). Positions that no prompt reaches are nan.
+    """
+    return masked_mean((importance > epsilon).float(), mask[:, None, None, :], dim=(0, 1, 2))
+
+
+def row_entropy(
+    pattern: Float[Tensor, "prompt head query key"],
+) -> Float[Tensor, "prompt head query"]:
+    """Entropy of each query's attention, -Σ_j A_ij ln A_ij [nat], with 0 ln 0 = 0.
+
+    Rows are taken as they are: with a learned sink they sum to less than 1 and the hidden column
+    is left out. (From a log-sum-exp that includes it: lse_i Σ_j A_ij - Σ_j A_ij s_ij.)
+    """
+    return torch.special.entr(at_least_fp32(pattern)).sum(dim=-1)
+
+
+def attention_entropy(
+    rows: Float[Tensor, "prompt head query"], mask: Bool[Tensor, "prompt query"]
+) -> Float[Tensor, "prompt head"]:
+    """AEQD: row entropy averaged over all real queries, the first included [nat]."""
+    return masked_mean(rows, mask[:, None, :], dim=-1)
+
+
+def logit_gap_rows(
+    scores: Float[Tensor, "prompt head query key"],
+    sinks: Bool[Tensor, "prompt key"],
+    mask: Bool[Tensor, "prompt key"],
+    causal: bool,
+    window: int | None = None,
+) -> tuple[Float[Tensor, "prompt head query"], Bool[Tensor, "prompt query"]]:
+    """How far each query's sink logit stands above its other logits [logit], and where that holds.
+
+    Δ_i = mean_{s∈S_i} s_is - mean_{j∈O_i} s_ij, where S_i are the sinks that query i sees and O_i
+    the other keys it sees, itself left out. With the one sink 0 under a causal mask this is
+    s_i0 - mean_{1≤j<i} s_ij (Guo et al. 2410.13835). Valid for queries after the sink with
+    neither set empty; nan elsewhere. Masked scores may hold anything.
+    """
+    seen = visible(mask, causal, window)
+    itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    to_sinks = seen & sinks[:, None, :]
+    to_others = seen & ~sinks[:, None, :] & ~itself
+    valid = queries_after(sinks, mask, causal) & to_sinks.any(dim=-1) & to_others.any(dim=-1)
+    gap = masked_mean(scores, to_sinks[:, None], dim=-1)
+    gap = gap - masked_mean(scores, to_others[:, None], dim=-1)
+    return torch.where(valid[:, None, :], gap, torch.nan), valid
+
+
+def sink_logit_gap(
+    gap: Float[Tensor, "prompt head query"], valid: Bool[Tensor, "prompt query"]
+) -> Float[Tensor, "prompt head"]:
+    """Δlogit: the gap of :func:`logit_gap_rows` averaged over the queries that have one [logit]."""
+    return masked_mean(gap, valid[:, None, :], dim=-1)
+
+
+def learned_sink_mass(
+    pattern: Float[Tensor, "prompt head query key"], mask: Bool[Tensor, "prompt query"]
+) -> Float[Tensor, "prompt head"]:
+    """Attention that went to a learned sink logit: mean over real queries of 1 - Σ_j A_ij.
+
+    gpt-oss appends a logit per head to each row before the softmax and drops it afterwards, so
+    the visible row sums to less than 1 [probability]. Rounding below 0 is cut off.
+    """
+    missing = (1 - at_least_fp32(pattern).sum(dim=-1)).clamp(min=0)
+    return masked_mean(missing, mask[:, None, :], dim=-1)
+
+
+def share_paid_to_sinks(
+    part: Float[Tensor, "prompt head query"],
+    whole: Float[Tensor, "prompt head query"],
+    sinks: Bool[Tensor, "prompt query"],
+    mask: Bool[Tensor, "prompt query"],
+    causal: bool,
+) -> Float[Tensor, "prompt head"]:
+    """Mean over the queries after the sinks of part / whole [share]; an empty whole is left out."""
+    queries = queries_after(sinks, mask, causal)[:, None, :] & (whole > 0)
+    return masked_mean(at_least_fp32(part) / whole, queries, dim=-1)
+
+
+def value_weighted_share(
+    pattern: Float[Tensor, "prompt head query key"],
+    value_norm: Float[Tensor, "prompt kv_head key"],
+    sinks: Bool[Tensor, "prompt key"],
+    mask: Bool[Tensor, "prompt key"],
+    causal: bool,
+) -> Float[Tensor, "prompt head"]:
+    """What the sinks contribute once attention is weighted by the size of the values [share].
+
+    mean_i Σ_{j∈sinks} A_ij ‖v_j‖ / Σ_j A_ij ‖v_j‖ over the queries after the sinks: a head that
+    pays the sink 0.9 of its attention may take almost nothing from it.
+    """
+    sizes = per_query_head(torch.where(mask[:, None, :], value_norm, 0), pattern.shape[1])
+    weighted = at_least_fp32(pattern) * sizes[:, :, None, :]
+    part = attention_to(weighted, sinks)
+    return share_paid_to_sinks(part, weighted.sum(dim=-1), sinks, mask, causal)
+
+
+def renormalised_similarity(
+    similarity: Float[Tensor, "prompt head query key"],
+    seen: Bool[Tensor, "prompt query key"],
+) -> Float[Tensor, "prompt head query key"]:
+    """A stand-in for A where rows need not be a distribution: |sim_ij| / Σ_j |sim_ij|.
+
+    For sigmoid, ReLU, linear and other softmax-free attention (Gu et al. 2410.10781, the starred
+    rows of their Table on attention operations). ``seen`` is
+    :func:`~sinkscope.metrics.positions.visible`. A row that is zero throughout stays zero.
+    """
+    size = torch.where(seen[:, None], at_least_fp32(similarity).abs(), 0)
+    total = size.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, size / total, 0)

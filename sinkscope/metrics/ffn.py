@@ -1,0 +1,66 @@
+"""Non-mixture dimensions: FFN-output dims in which a position that mixes nothing stands out.
+
+Under a causal mask position 0 attends to itself alone, so its attention output is a function of
+one value vector; every later position averages several. Yan et al. (2407.01601) show that the
+second layer's FFN turns this into a few huge channels. Their exact rule is not public. The one
+here is operational, ours, with its thresholds as arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sinkscope.metrics._reduce import at_least_fp32, masked_median, position_chunks
+from sinkscope.metrics.positions import first_true
+
+
+def ffn_profile(
+    x: Float[Tensor, "prompt position dim"],
+    nonmixed: Bool[Tensor, "prompt position"],
+    mask: Bool[Tensor, "prompt position"],
+) -> tuple[Float[Tensor, "prompt dim"], Float[Tensor, "prompt dim"], Float[Tensor, "prompt"]]:
+    """What :func:`nonmixture_dims` needs of one layer's FFN output, without keeping it.
+
+    Args:
+        x: FFN output before it is added to the residual stream [activation].
+        nonmixed: positions that attend to themselves alone; usually the sinks.
+        mask: real positions.
+
+    Returns:
+        x at the first non-mixed position (nan if there is none); max |x| over the mixed real
+        positions (nan if there are none); median over dims of |x| at that first position. The
+        median is numpy's: the mean of the middle two.
+    """
+    nonmixed = nonmixed & mask
+    first = first_true(nonmixed)
+    rows = torch.arange(len(first), device=first.device)
+    at_first = at_least_fp32(x[rows, first.clamp(max=x.shape[1] - 1)])
+    at_first = torch.where(nonmixed.any(dim=1, keepdim=True), at_first, torch.nan)
+
+    mixed = mask & ~nonmixed
+    largest = x.new_zeros(x.shape[0], x.shape[2])
+    for chunk in position_chunks(x):
+        size = x[:, chunk].abs().masked_fill_(~mixed[:, chunk, None], 0)
+        largest = torch.maximum(largest, size.amax(dim=1))
+    largest = torch.where(mixed.any(dim=1, keepdim=True), at_least_fp32(largest), torch.nan)
+
+    size = at_first.abs()
+    return at_first, largest, masked_median(size, torch.ones_like(size, dtype=torch.bool))
+
+
+def nonmixture_dims(
+    x_sink: Float[Tensor, "*batch dim"],
+    mixed_max: Float[Tensor, "*batch dim"],
+    sink_median: Float[Tensor, "*batch"],
+    over_median: float = 100.0,
+    over_mixed: float = 10.0,
+) -> Bool[Tensor, "*batch dim"]:
+    """Dims d with |x_d| > over_median · median_d |x_d| and |x_d| > over_mixed · max_mixed |x_d|.
+
+    The three inputs are those of :func:`ffn_profile`. Operational, ours (see the module). A prompt
+    without a mixed position has no such dims.
+    """
+    size = x_sink.abs()
+    return (size > over_median * sink_median[..., None]) & (size > over_mixed * mixed_max)

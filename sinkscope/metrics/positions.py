@@ -1,0 +1,153 @@
+"""Which positions see which, where the sinks are, and what uniform attention would give.
+
+Everything but :func:`visible` is O(position): nothing here builds a query × key table.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sinkscope.metrics._reduce import at_least_fp32, sliding_sum, vector_norm
+
+
+def masked_mean(
+    x: Float[Tensor, "*shape"], where: Bool[Tensor, "*#shape"], dim: int | tuple[int, ...]
+) -> Float[Tensor, "..."]:
+    """Mean of ``x`` over ``dim``, counting only the entries where ``where`` holds.
+
+    Entries left out may hold anything, nan included. Accumulated in fp32 at least; a mean over
+    no entry at all is nan.
+    """
+    kept = torch.where(where, at_least_fp32(x), 0)
+    return kept.sum(dim=dim) / where.expand_as(x).sum(dim=dim)
+
+
+def reach(causal: bool, window: int | None) -> tuple[int | None, int | None]:
+    """How many positions before and after itself a query sees; None = all of them.
+
+    Causal: keys ``i - window < j <= i``. Bidirectional: keys ``|i - j| < window``. Both are what
+    Hugging Face's masks let through for the ``sliding_window`` its attention functions receive
+    (for ModernBERT that number is ``config.sliding_window + 1``).
+    """
+    before = None if window is None else window - 1
+    return before, 0 if causal else before
+
+
+def visible(
+    mask: Bool[Tensor, "prompt position"], causal: bool, window: int | None = None
+) -> Bool[Tensor, "prompt position position"]:
+    """Whether query i (first position dim) sees key j (second): both real, j within i's reach.
+
+    Quadratic in length: for definitions and oracles only.
+    """
+    index = torch.arange(mask.shape[1], device=mask.device)
+    distance = index[:, None] - index[None, :]
+    seen = mask[:, :, None] & mask[:, None, :]
+    if causal:
+        seen = seen & (distance >= 0)
+    if window is not None:
+        seen = seen & (distance.abs() < window)
+    return seen
+
+
+def visible_keys(
+    mask: Bool[Tensor, "prompt query"], causal: bool, window: int | None = None
+) -> Float[Tensor, "prompt query"]:
+    """Number of real keys that each query sees, itself included; 0 for a query that is padding."""
+    before, after = reach(causal, window)
+    real = mask.float()
+    return real * sliding_sum(real, before, after)
+
+
+def visible_queries(
+    mask: Bool[Tensor, "prompt key"], causal: bool, window: int | None = None
+) -> Float[Tensor, "prompt key"]:
+    """Number of real queries that see each key, itself included; 0 for a key that is padding."""
+    before, after = reach(causal, window)
+    real = mask.float()
+    return real * sliding_sum(real, after, before)
+
+
+def uniform_received(
+    mask: Bool[Tensor, "prompt key"], causal: bool, window: int | None = None
+) -> Float[Tensor, "prompt key"]:
+    """Received attention of each key if every query spread itself evenly over what it sees.
+
+    u_k = mean over the queries i that see k of 1 / (number of keys i sees) [probability]. Without
+    a window or padding, causal attention gives u_k = (H_T - H_k) / (T - k), H the harmonic
+    numbers, k from 0; bidirectional attention gives 1 / T. nan for padding.
+    """
+    before, after = reach(causal, window)
+    share = torch.where(mask, 1 / visible_keys(mask, causal, window), 0)
+    seen_by = visible_queries(mask, causal, window)
+    return torch.where(mask, sliding_sum(share, after, before) / seen_by, torch.nan)
+
+
+def first_true(sinks: Bool[Tensor, "prompt position"]) -> Int[Tensor, "prompt"]:
+    """Index of the first True of each prompt; the length T where there is none."""
+    length = sinks.shape[1]
+    index = torch.arange(length, device=sinks.device)
+    return torch.where(sinks, index, length).amin(dim=1)
+
+
+def queries_after(
+    sinks: Bool[Tensor, "prompt position"], mask: Bool[Tensor, "prompt position"], causal: bool
+) -> Bool[Tensor, "prompt position"]:
+    """The queries whose attention to the sinks is asked for: real, and not sinks themselves.
+
+    Under a causal mask they must also come after the first sink, since earlier queries cannot
+    see it and would only dilute the mean. A bidirectional query sees the sinks from either side,
+    so there every real non-sink query counts. A prompt without sinks has no such query.
+    """
+    queries = mask & ~sinks & sinks.any(dim=1, keepdim=True)
+    if causal:
+        index = torch.arange(sinks.shape[1], device=sinks.device)
+        queries = queries & (index > first_true(sinks)[:, None])
+    return queries
+
+
+def find_sinks(
+    received: Float[Tensor, "prompt layer head position"],
+    mask: Bool[Tensor, "prompt position"],
+    epsilon: float = 0.3,
+    share: float = 0.1,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    over_uniform: float = 2.0,
+    min_queries: int = 16,
+) -> Bool[Tensor, "prompt position"]:
+    """Sink positions anywhere in the prompt, from Gu's importance score of every head.
+
+    Operational, ours: a position is a sink if, in at least ``share`` of all (layer, head), its
+    received attention [probability] exceeds both ``epsilon`` (Gu et al.'s threshold) and
+    ``over_uniform`` times what uniform attention would give it. The second bound matters on short
+    prompts only: at T = 9 uniform causal attention already hands position 0 more than 0.3.
+
+    Under a causal mask the last keys are seen by few queries. A head that looks at itself or at
+    its neighbour gives every key about one unit of attention, which divided by n queries is
+    1 / n: near the end that exceeds any ε without being a sink. So a key counts only if at least
+    ``min_queries`` queries see it, or half of the prompt's real positions if that is fewer.
+
+    Args:
+        received: importance α_k, from :func:`sinkscope.metrics.attention.importance`.
+        mask: real positions.
+        epsilon: what α_k must exceed [probability].
+        share: in how much of all (layer, head) it must do so, in (0, 1].
+        causal: whether queries see earlier keys only.
+        window: the widest window among the layers (None if any layer sees everything).
+        over_uniform: what α_k over uniform attention's must exceed [ratio].
+        min_queries: how many queries must see a key for it to count.
+    """
+    length = mask.sum(dim=1, keepdim=True)
+    enough = visible_queries(mask, causal, window) >= (length / 2).ceil().clamp(max=min_queries)
+    uniform = uniform_received(mask, causal, window)[:, None, None, :]
+    strong = (received > epsilon) & (received > over_uniform * uniform)
+    return mask & enough & (strong.float().mean(dim=(1, 2)) >= share)
+
+
+def position_embedding_norm(weight: Float[Tensor, "context dim"]) -> Float[Tensor, "context"]:
+    """‖p_t‖ of every learned position embedding [activation] (Yan et al. 2407.01601, Fig. 2)."""
+    return vector_norm(weight)

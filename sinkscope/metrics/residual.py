@@ -1,0 +1,115 @@
+"""The residual stream at the sinks: norms, peaks, massive activations, secondary sinks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sinkscope.metrics._magnitude_median import magnitude_median
+from sinkscope.metrics._reduce import at_least_fp32, masked_median, position_chunks, vector_norm
+from sinkscope.metrics.positions import first_true, masked_mean
+
+
+def residual_norms(
+    hidden: Float[Tensor, "prompt position dim"],
+) -> Float[Tensor, "prompt position"]:
+    """‖h_j‖ of the residual stream at every position [activation]."""
+    return vector_norm(hidden)
+
+
+def mean_at_sinks(
+    norms: Float[Tensor, "prompt position"],
+    sinks: Bool[Tensor, "prompt position"],
+    mask: Bool[Tensor, "prompt position"],
+) -> Float[Tensor, "prompt"]:
+    """‖h_sink‖, averaged over the sinks where there are several [activation]."""
+    return masked_mean(norms, sinks & mask, dim=1)
+
+
+def median_of_others(
+    norms: Float[Tensor, "prompt position"],
+    sinks: Bool[Tensor, "prompt position"],
+    mask: Bool[Tensor, "prompt position"],
+) -> Float[Tensor, "prompt"]:
+    """Median of ‖h_j‖ over the real positions that are not sinks [activation]."""
+    return masked_median(norms, mask & ~sinks)
+
+
+def residual_peak(
+    norms: Float[Tensor, "prompt position"],
+    sinks: Bool[Tensor, "prompt position"],
+    mask: Bool[Tensor, "prompt position"],
+) -> Float[Tensor, "prompt"]:
+    """‖h_sink‖ over the median of the others [ratio].
+
+    The median, since the others may hold peaks of their own (a first full stop, secondary sinks).
+    """
+    return mean_at_sinks(norms, sinks, mask) / median_of_others(norms, sinks, mask)
+
+
+def excess_norm(
+    norms: Float[Tensor, "prompt position"],
+    sinks: Bool[Tensor, "prompt position"],
+    mask: Bool[Tensor, "prompt position"],
+) -> Float[Tensor, "prompt"]:
+    """‖h_sink‖ minus the mean of the others [activation] (Guo et al. 2410.13835, their code)."""
+    return mean_at_sinks(norms, sinks, mask) - masked_mean(norms, mask & ~sinks, dim=1)
+
+
+def cosine_to_sink(
+    hidden: Float[Tensor, "prompt position dim"], sinks: Bool[Tensor, "prompt position"]
+) -> Float[Tensor, "prompt position"]:
+    """cos(h_j, h_s) with s the first sink; nan in a prompt without one.
+
+    Near ±1 away from s marks a secondary sink (2512.22213 asks for |cos| > 0.9).
+    """
+    first = first_true(sinks)
+    rows = torch.arange(len(first), device=first.device)
+    sink = at_least_fp32(hidden[rows, first.clamp(max=hidden.shape[1] - 1)])
+    sink = sink / vector_norm(sink)[:, None]
+    along = torch.cat(
+        [(hidden[:, chunk] * sink[:, None]).sum(dim=2) for chunk in position_chunks(hidden)], dim=1
+    )
+    return torch.where(sinks.any(dim=1, keepdim=True), along / vector_norm(hidden), torch.nan)
+
+
+class MassiveEntries(NamedTuple):
+    """Massive activations of one hidden state, one entry each."""
+
+    prompt: Int[Tensor, "entry"]
+    position: Int[Tensor, "entry"]
+    dim: Int[Tensor, "entry"]
+    value: Float[Tensor, "entry"]
+    """Signed [activation]."""
+    ratio: Float[Tensor, "entry"]
+    """|value| over the median of its prompt."""
+
+
+def massive_activations(
+    hidden: Float[Tensor, "prompt position dim"],
+    mask: Bool[Tensor, "prompt position"],
+    minimum: float = 100.0,
+    ratio: float = 1000.0,
+) -> MassiveEntries:
+    """Entries a with |a| > minimum and |a| > ratio × the median |a| of that prompt's hidden state.
+
+    The rule of Sun et al. (2402.17762) with their figures as defaults. The median runs over all
+    real positions and all dims of the prompt, exactly, an even count giving the mean of the middle
+    two; it is computed only if some activation passes ``minimum``.
+    """
+    peak = torch.maximum(hidden.amax(dim=2), -hidden.amin(dim=2))
+    candidates = (peak > minimum) & mask
+    if not candidates.any():
+        none = torch.zeros(0, dtype=torch.long, device=hidden.device)
+        return MassiveEntries(none, none, none, none.float(), none.float())
+    median = magnitude_median(hidden, mask)
+    candidates &= at_least_fp32(peak) > ratio * median[:, None]
+    prompt, position = candidates.nonzero(as_tuple=True)
+    rows = at_least_fp32(hidden[prompt, position])
+    bound = (ratio * median).clamp(min=minimum)[prompt]
+    entry, dim = (rows.abs() > bound[:, None]).nonzero(as_tuple=True)
+    value, prompt = rows[entry, dim], prompt[entry]
+    return MassiveEntries(prompt, position[entry], dim, value, value.abs() / median[prompt])

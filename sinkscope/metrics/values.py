@@ -1,0 +1,73 @@
+"""Sizes of values and head outputs, raw and through the output projection."""
+
+from __future__ import annotations
+
+import torch
+from einops import repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sinkscope.metrics._reduce import at_least_fp32, vector_norm
+from sinkscope.metrics.positions import masked_mean
+
+
+def norms(x: Float[Tensor, "prompt position head d_head"]) -> Float[Tensor, "prompt head position"]:
+    """‖x‖ of every head's vector at every position [activation]: values v_j or outputs z_i."""
+    return vector_norm(x).transpose(1, 2)
+
+
+def gram(w_o: Float[Tensor, "head d_head d_model"]) -> Float[Tensor, "head d_head d_head"]:
+    """G^h = W_O^h W_O^hᵀ, which turns ‖x W_O^h‖² into xᵀ G^h x, d_model / d_head times cheaper.
+
+    Accumulated in float64 and returned in fp32 at least: the rounding of G is all that separates
+    :func:`norms_through` from the norm of the projected vector.
+    """
+    wide = w_o.double()
+    return (wide @ wide.mT).to(torch.promote_types(w_o.dtype, torch.float32))
+
+
+def norms_through(
+    x: Float[Tensor, "prompt position head d_head"], gram: Float[Tensor, "head d_head d_head"]
+) -> Float[Tensor, "prompt head position"]:
+    """‖x W_O^h‖ of every head's vector [activation], as sqrt(xᵀ G^h x) with G from :func:`gram`."""
+    x = at_least_fp32(x)
+    through = torch.einsum("pthd,hde->pthe", x, gram.to(x.dtype))
+    return (through * x).sum(dim=-1).clamp(min=0).sqrt().transpose(1, 2)
+
+
+def drain(
+    norms: Float[Tensor, "prompt head position"],
+    sinks: Bool[Tensor, "prompt position"],
+    mask: Bool[Tensor, "prompt position"],
+) -> Float[Tensor, "prompt head"]:
+    """Value-state drain: mean ‖v_sink‖ over mean ‖v_j‖ of the other real positions [ratio].
+
+    Small = drained (Guo et al. 2410.13835); below 0.2 a no-op sink, near 1 a broadcasting one
+    (Fesser et al. 2606.08105).
+    """
+    at_sinks = masked_mean(norms, (sinks & mask)[:, None, :], dim=-1)
+    return at_sinks / masked_mean(norms, (mask & ~sinks)[:, None, :], dim=-1)
+
+
+def mean_norm(
+    norms: Float[Tensor, "prompt head position"], mask: Bool[Tensor, "prompt position"]
+) -> Float[Tensor, "prompt head"]:
+    """Mean of ‖x‖ over all real positions [activation]: AVVN of values, AHON of head outputs."""
+    return masked_mean(norms, mask[:, None, :], dim=-1)
+
+
+def norm_at(
+    norms: Float[Tensor, "prompt head position"], index: Int[Tensor, "prompt"]
+) -> Float[Tensor, "prompt head"]:
+    """‖x‖ at one position of each prompt: the first for FTVVN, the last real one for LTHON."""
+    return at_least_fp32(norms[torch.arange(len(index), device=index.device), :, index])
+
+
+def per_query_head(
+    kv: Float[Tensor, "prompt kv_head *rest"], n_heads: int
+) -> Float[Tensor, "prompt head *rest"]:
+    """Each KV head's figure at every query head that reads it (grouped-query attention).
+
+    Query heads h of one group are neighbours: h reads KV head h // (n_heads / n_kv_heads).
+    """
+    return repeat(kv, "prompt kv ... -> prompt (kv group) ...", group=n_heads // kv.shape[1])
