@@ -1,0 +1,258 @@
+"""Tiny random models, one for each architecture family that sinkscope claims to measure.
+
+Every model is seeded, built from a config of its own (transformers shares config objects between
+models, so switching attention in one would switch the others), runs transformers' eager attention,
+and has weights large enough that attention patterns are far from uniform: at the default
+initialisation almost any error would hide below the tolerance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+D_MODEL = 32
+D_MLP = 48
+N_HEADS = 4
+N_KV_HEADS = 2
+N_LAYERS = 3
+VOCAB = 97
+WINDOW = 8
+SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+COMMON = dict(
+    vocab_size=VOCAB,
+    hidden_size=D_MODEL,
+    num_hidden_layers=N_LAYERS,
+    num_attention_heads=N_HEADS,
+    intermediate_size=D_MLP,
+    max_position_embeddings=64,
+)
+GROUPED = dict(COMMON, num_key_value_heads=N_KV_HEADS, **SPECIAL)
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where a block keeps the modules that the reference reads (paths inside a block).
+
+    Attributes:
+        blocks: Path of the block list inside the model.
+        attention: The module whose output, after any post-norm, is added to the residual.
+        ffn: Likewise for the feed-forward half.
+        down: The projection that reads the FFN's hidden units; ``None`` for mixtures of experts.
+    """
+
+    blocks: str = "model.layers"
+    attention: str = "self_attn"
+    ffn: str = "mlp"
+    down: str | None = "mlp.down_proj"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: how to build its tiny model, and what is true of it by construction.
+
+    Attributes:
+        name: Short name, the id of its test cases.
+        model_class: The transformers class.
+        settings: Arguments of its config class.
+        parts: Where a block keeps what the reference reads.
+        positions: Position scheme, in the words of ``Capabilities.positions``.
+        causal: Whether a position sees earlier positions only.
+        n_kv_heads: Key/value heads.
+        d_head: Width of a head.
+        windows: Sliding window of each layer (``None``: full attention).
+        softcap: Cap on attention scores.
+        moe: Whether the FFN is a mixture of experts.
+        learned_sinks: Whether heads have a learned sink logit.
+        parallel_blocks: Whether attention and FFN read the same residual.
+        stock_scores: Whether the stock bridge's ``hook_attn_scores`` holds true scores.
+        stock_rotated: Whether the stock bridge shows queries and keys as attention uses them.
+        length: Suggested number of positions, longer than any window.
+    """
+
+    name: str
+    model_class: str
+    settings: dict
+    parts: Parts = Parts()
+    positions: str = "rotary"
+    causal: bool = True
+    n_kv_heads: int = N_KV_HEADS
+    d_head: int = D_MODEL // N_HEADS
+    windows: tuple[int | None, ...] = (None,) * N_LAYERS
+    softcap: float | None = None
+    moe: bool = False
+    learned_sinks: bool = False
+    parallel_blocks: bool = False
+    stock_scores: bool = True
+    stock_rotated: bool = True
+    length: int = 24
+
+    def build(self, seed: int = 0) -> PreTrainedModel:
+        """Make the tiny model: eager attention, eval mode, float32, on the CPU."""
+        model_class = getattr(transformers, self.model_class)
+        config = model_class.config_class(**self.settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = model_class._from_config(config, attn_implementation="eager").eval()
+            _spread_weights(model)
+        return model
+
+    def tokens(self, prompts: int = 3, length: int | None = None, seed: int = 0) -> torch.Tensor:
+        """Random token ids [prompt position] that avoid the special ones."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(4, VOCAB, (prompts, length or self.length), generator=generator)
+
+
+@torch.no_grad()
+def _spread_weights(model: PreTrainedModel) -> None:
+    """Redraw every weight, biases and learned sinks too: nothing stays at zero or one."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.2)
+        elif name.endswith("sinks"):
+            parameter.normal_(std=1.0)
+        else:
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.get_input_embeddings().weight.normal_(std=1.0)
+
+
+LLAMA_LIKE = Parts()
+POST_NORMED = Parts(attention="post_attention_layernorm", ffn="post_feedforward_layernorm")
+EXPERTS = Parts(down=None)
+
+FAMILIES: tuple[Family, ...] = (
+    Family("llama", "LlamaForCausalLM", GROUPED),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        dict(GROUPED, sliding_window=WINDOW),
+        windows=(WINDOW,) * N_LAYERS,
+    ),
+    Family("qwen2", "Qwen2ForCausalLM", GROUPED),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        dict(GROUPED, head_dim=16),
+        d_head=16,
+    ),
+    Family("olmo2", "Olmo2ForCausalLM", GROUPED, parts=POST_NORMED),
+    Family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        dict(
+            GROUPED,
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            attn_logit_softcapping=5.0,
+            sliding_window=WINDOW,
+            layer_types=[SLIDING, FULL, SLIDING],
+        ),
+        parts=POST_NORMED,
+        d_head=16,
+        windows=(WINDOW, None, WINDOW),
+        softcap=5.0,
+    ),
+    Family(
+        "gemma3",
+        "Gemma3ForCausalLM",
+        dict(
+            GROUPED,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=WINDOW,
+            layer_types=[SLIDING, SLIDING, FULL],
+        ),
+        parts=POST_NORMED,
+        d_head=16,
+        windows=(WINDOW, WINDOW, None),
+    ),
+    Family(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        dict(
+            GROUPED,
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=WINDOW,
+            layer_types=[SLIDING, FULL, SLIDING],
+            rope_parameters=dict(
+                rope_type="yarn",
+                rope_theta=150000.0,
+                factor=4.0,
+                original_max_position_embeddings=16,
+            ),
+        ),
+        parts=EXPERTS,
+        d_head=16,
+        windows=(WINDOW, None, WINDOW),
+        moe=True,
+        learned_sinks=True,
+    ),
+    Family(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        dict(COMMON, **SPECIAL),
+        parts=Parts("gpt_neox.layers", "attention", "mlp", "mlp.dense_4h_to_h"),
+        n_kv_heads=N_HEADS,
+        parallel_blocks=True,
+        stock_rotated=False,
+    ),
+    Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        dict(
+            vocab_size=VOCAB,
+            n_embd=D_MODEL,
+            n_layer=N_LAYERS,
+            n_head=N_HEADS,
+            n_inner=D_MLP,
+            n_positions=64,
+            **SPECIAL,
+        ),
+        parts=Parts("transformer.h", "attn", "mlp", "mlp.c_proj"),
+        positions="learned",
+        n_kv_heads=N_HEADS,
+    ),
+    Family(
+        "opt",
+        "OPTForCausalLM",
+        dict(
+            vocab_size=VOCAB,
+            hidden_size=D_MODEL,
+            word_embed_proj_dim=D_MODEL,
+            num_hidden_layers=N_LAYERS,
+            num_attention_heads=N_HEADS,
+            ffn_dim=D_MLP,
+            max_position_embeddings=64,
+            **SPECIAL,
+        ),
+        parts=Parts("model.decoder.layers", "self_attn", "fc2", "fc2"),
+        positions="learned",
+        n_kv_heads=N_HEADS,
+        stock_scores=False,
+    ),
+    Family("phi3", "Phi3ForCausalLM", GROUPED, stock_rotated=False),
+    Family(
+        "bert",
+        "BertForMaskedLM",
+        dict(COMMON, pad_token_id=0),
+        parts=Parts("bert.encoder.layer", "attention.output.dense", "output.dense", "output.dense"),
+        positions="learned",
+        causal=False,
+        n_kv_heads=N_HEADS,
+        stock_scores=False,
+    ),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        dict(GROUPED, num_local_experts=4, num_experts_per_tok=2),
+        parts=EXPERTS,
+        moe=True,
+    ),
+)
+BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}

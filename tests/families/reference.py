@@ -1,0 +1,149 @@
+"""What transformers itself computes in one eager forward: the oracle of the family tests.
+
+Nothing of TransformerLens or sinkscope is used. Take the reference *before* the model is bridged:
+a bridge replaces the model's submodules in place.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from .architectures import LLAMA_LIKE, Parts
+
+Record = dict[str, list[Tensor]]
+
+
+def reference(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor | None = None, parts: Parts = LLAMA_LIKE
+) -> dict[str, Tensor]:
+    """Run ``model`` once with eager attention and keep what it computes, layer by layer.
+
+    Args:
+        model: A transformers model with eager attention that has not been bridged.
+        tokens: Token ids [prompt position], right-padded.
+        mask: True at real tokens [prompt position]; all real if ``None``.
+        parts: Where the architecture keeps its modules.
+
+    Returns:
+        ``logits`` [prompt position vocab] and, stacked over layers,
+
+        - ``attentions`` [layer prompt head query key]: probabilities; a learned sink's column is
+          dropped, so that rows may sum to less than one;
+        - ``scores``, same shape: scaled, softcapped logits before softmax; -inf where not visible;
+        - ``visible`` [layer prompt query key]: True where the query may read the key;
+        - ``queries``, ``keys``, ``values`` [layer prompt position (kv_)head d_head]: as the attention
+          function gets them (rotated, normed; OPT has scaled its queries beforehand);
+        - ``z`` [layer prompt position head d_head]: what each head passes to W_O;
+        - ``attn_out``, ``mlp_out`` [layer prompt position dim]: what is added to the residual;
+        - ``resid_pre``, ``resid_post`` [layer prompt position dim]: block inputs and outputs, before
+          any final norm; ``hidden_states`` [layer+1 prompt position dim] is both in one;
+        - ``neurons`` [layer prompt position neuron]: absent for mixtures of experts.
+    """
+    attention_mask = None if mask is None else mask.long()
+    record: Record = {}
+    with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(_recorded_attention(model, record))
+        for block in model.get_submodule(parts.blocks):
+            for handle in _record_block(block, parts, record, tuple(tokens.shape)):
+                stack.callback(handle.remove)
+        output = model(
+            input_ids=tokens,
+            attention_mask=attention_mask,
+            output_attentions=True,
+            use_cache=False,
+        )
+    for ours, theirs in zip(record["attentions"], output.attentions, strict=True):
+        assert torch.equal(ours, theirs), "the recorded patterns are not transformers' own"
+    result = {name: torch.stack(layers) for name, layers in record.items()}
+    result["logits"] = output.logits
+    result["hidden_states"] = torch.cat([result["resid_pre"][:1], result["resid_post"]])
+    return result
+
+
+@contextmanager
+def _recorded_attention(model: PreTrainedModel, record: Record) -> Iterator[None]:
+    """Record the arguments and the results of the model's own eager attention function."""
+    home = sys.modules[type(model).__module__]
+    eager: Callable = home.eager_attention_forward
+
+    def recording(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        output, pattern = eager(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = _scores(query, key, scale, _softcap(eager, kwargs))
+        visible = _visible(attention_mask, scores)
+        _keep(record, "attentions", pattern)
+        _keep(record, "scores", scores.masked_fill(~visible, -torch.inf))
+        _keep(record, "visible", visible[:, 0].expand(len(query), -1, -1))
+        for name, tensor in (("queries", query), ("keys", key), ("values", value)):
+            _keep(record, name, rearrange(tensor, "b h t d -> b t h d"))
+        _keep(record, "z", output)
+        return output, pattern
+
+    with mock.patch.object(home, "eager_attention_forward", recording):
+        yield
+
+
+def _softcap(eager: Callable, kwargs: dict) -> float | None:
+    takes_softcap = "softcap" in inspect.signature(eager).parameters
+    return kwargs.get("softcap") if takes_softcap else None
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Tensor:
+    key = repeat(key, "b k t d -> b (k g) t d", g=query.shape[1] // key.shape[1])
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scale
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _visible(attention_mask: Tensor | None, scores: Tensor) -> Tensor:
+    """True where a query may read a key [prompt 1 query key]; no mask at all means every key."""
+    if attention_mask is None:
+        return torch.ones_like(scores[:, :1], dtype=torch.bool)
+    if attention_mask.dtype == torch.bool:
+        return attention_mask
+    return attention_mask > torch.finfo(attention_mask.dtype).min / 2
+
+
+def _record_block(
+    block: nn.Module, parts: Parts, record: Record, shape: tuple[int, int]
+) -> Iterator[RemovableHandle]:
+    """Forward hooks on one block; the handles that remove them."""
+
+    def keep(name: str, output: Tensor | tuple[Tensor, ...]) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        # OPT's feed-forward layers see prompts and positions flattened into one axis.
+        _keep(record, name, tensor.reshape(*shape, tensor.shape[-1]))
+
+    yield block.register_forward_pre_hook(
+        lambda _, args, kwargs: keep("resid_pre", _first(args, kwargs)), with_kwargs=True
+    )
+    yield block.register_forward_hook(lambda _, __, out: keep("resid_post", out))
+    yield block.get_submodule(parts.attention).register_forward_hook(
+        lambda _, __, out: keep("attn_out", out)
+    )
+    yield block.get_submodule(parts.ffn).register_forward_hook(
+        lambda _, __, out: keep("mlp_out", out)
+    )
+    if parts.down is not None:
+        yield block.get_submodule(parts.down).register_forward_pre_hook(
+            lambda _, args: keep("neurons", args[0])
+        )
+
+
+def _first(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _keep(record: Record, name: str, tensor: Tensor) -> None:
+    record.setdefault(name, []).append(tensor.detach().clone())
