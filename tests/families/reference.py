@@ -41,12 +41,12 @@ def reference(
           dropped, so that rows may sum to less than one;
         - ``scores``, same shape: scaled, softcapped logits before softmax; -inf where not visible;
         - ``visible`` [layer prompt query key]: True where the query may read the key;
-        - ``queries``, ``keys``, ``values`` [layer prompt position (kv_)head d_head]: as the attention
-          function gets them (rotated, normed; OPT has scaled its queries beforehand);
+        - ``queries``, ``keys``, ``values`` [layer prompt position (kv_)head d_head]: as given
+          to the attention function (rotated, normed; OPT has scaled its queries beforehand);
         - ``z`` [layer prompt position head d_head]: what each head passes to W_O;
         - ``attn_out``, ``mlp_out`` [layer prompt position dim]: what is added to the residual;
-        - ``resid_pre``, ``resid_post`` [layer prompt position dim]: block inputs and outputs, before
-          any final norm; ``hidden_states`` [layer+1 prompt position dim] is both in one;
+        - ``resid_pre``, ``resid_post`` [layer prompt position dim]: block inputs and outputs,
+          before any final norm; ``hidden_states`` [layer+1 prompt position dim] is both in one;
         - ``neurons`` [layer prompt position neuron]: absent for mixtures of experts.
     """
     attention_mask = None if mask is None else mask.long()
