@@ -8,7 +8,7 @@ reduced: a stored pattern, or streaming attention that never had one.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkscope.metrics._reduce import at_least_fp32
@@ -55,6 +55,33 @@ def first_token_attention(
     Sandoval-Segura et al. 2504.03889; the "F-Attn" of gated attention, 2505.06708.
     """
     return masked_mean(to_first, mask[:, None, :], dim=-1)
+
+
+def bucket_edges(length: int) -> list[int]:
+    """Lower edges of the query-position buckets 1, 2-3, 4-7, … that a length of T reaches."""
+    return [2**power for power in range(max(length - 1, 0).bit_length())]
+
+
+def by_bucket(
+    to_sinks: Float[Tensor, "prompt head query"],
+    sinks: Bool[Tensor, "prompt query"],
+    mask: Bool[Tensor, "prompt query"],
+    edges: list[int],
+    causal: bool = True,
+) -> tuple[Float[Tensor, "prompt head bucket"], Int[Tensor, "prompt bucket"]]:
+    """Sink attention of near and of far queries: its mean in each bucket, and the queries in it.
+
+    A bucket runs from its edge up to the next; the last one to the end. Only the queries after
+    the sinks count; a bucket without any is nan. Query 0 lies in no bucket.
+    """
+    queries = queries_after(sinks, mask, causal)
+    index = torch.arange(mask.shape[1], device=mask.device)
+    means, counts = [], []
+    for low, high in zip(edges, [*edges[1:], mask.shape[1]], strict=True):
+        inside = queries & (index >= low) & (index < high)
+        means.append(masked_mean(to_sinks, inside[:, None, :], dim=-1))
+        counts.append(inside.sum(dim=-1))
+    return torch.stack(means, dim=-1), torch.stack(counts, dim=-1)
 
 
 def received_mass(

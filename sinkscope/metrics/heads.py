@@ -1,9 +1,36 @@
-"""Verdicts on heads: HONOR and the other inactivity scores, dormancy."""
+"""Verdicts on heads: HONOR and the other inactivity scores, dormancy.
+
+The thirteen scores are those of Sandoval-Segura et al. (2504.03889). Every one is per head and per
+prompt: whether a head is inactive is asked anew of each input. "LN" divides by the mean over the
+heads of the layer, "HN" by the head's own mean over positions.
+"""
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+Direction = Literal["above", "below"]
+
+INACTIVE_IF: dict[str, Direction] = {
+    "AWFT": "above",
+    "AWFT-LN": "above",
+    "AEQD": "below",
+    "AEQD-LN": "below",
+    "FTVVN": "below",
+    "FTVVN-LN": "below",
+    "AVVN": "below",
+    "AVVN-LN": "below",
+    "LTHON": "below",
+    "LTHON-LN": "below",
+    "LTHON-HN": "below",
+    "AHON": "below",
+    "AHON-LN": "below",
+}
+"""Each score's name, and on which side of its threshold a head counts as inactive."""
 
 
 def over_layer_mean(score: Float[Tensor, "*batch head"]) -> Float[Tensor, "*batch head"]:
@@ -14,7 +41,90 @@ def over_layer_mean(score: Float[Tensor, "*batch head"]) -> Float[Tensor, "*batc
 def honor(norms: Float[Tensor, "*batch head"]) -> Float[Tensor, "*batch head"]:
     """HONOR: a head's mean output norm over its layer's mean of the same [ratio].
 
-    mean_i ‖o_i^h‖ / mean_{h'} mean_i ‖o_i^{h'}‖ per prompt and layer (AHON-LN of Sandoval-Segura
-    et al. 2504.03889), o the head output before W_O, or after it in their appendix.
+    mean_i ‖o_i^h‖ / mean_{h'} mean_i ‖o_i^{h'}‖ per prompt and layer (AHON-LN), where o is the
+    head's output before W_O, or after it in the paper's appendix.
     """
     return over_layer_mean(norms)
+
+
+def inactivity_scores(
+    first_token_attention: Float[Tensor, "prompt layer head"],
+    attention_entropy: Float[Tensor, "prompt layer head"],
+    first_value_norm: Float[Tensor, "prompt layer head"],
+    mean_value_norm: Float[Tensor, "prompt layer head"],
+    last_output_norm: Float[Tensor, "prompt layer head"],
+    head_output_norm: Float[Tensor, "prompt layer head"],
+) -> dict[str, Float[Tensor, "prompt layer head"]]:
+    """All thirteen scores by name; :data:`INACTIVE_IF` says which side of each means inactive.
+
+    Args:
+        first_token_attention: AWFT, mean_i A_i0 [probability].
+        attention_entropy: AEQD, mean_i -Σ_j A_ij ln A_ij [nat].
+        first_value_norm: FTVVN, ‖v_0‖, repeated for the query heads of a group [activation].
+        mean_value_norm: AVVN, mean_j ‖v_j‖, repeated likewise [activation].
+        last_output_norm: LTHON, ‖o_last‖ at the last real position [activation].
+        head_output_norm: AHON, mean_i ‖o_i‖ [activation].
+    """
+    measured = {
+        "AWFT": first_token_attention,
+        "AEQD": attention_entropy,
+        "FTVVN": first_value_norm,
+        "AVVN": mean_value_norm,
+        "LTHON": last_output_norm,
+        "AHON": head_output_norm,
+    }
+    scores = measured | {f"{name}-LN": over_layer_mean(score) for name, score in measured.items()}
+    scores["LTHON-HN"] = last_output_norm / head_output_norm
+    return {name: scores[name] for name in INACTIVE_IF}
+
+
+def inactivity_threshold(
+    score: Float[Tensor, "*shape"], quantile: float, inactive_if: Direction
+) -> float:
+    """The threshold that makes a share ``quantile`` of all these heads inactive.
+
+    Taken from the score's distribution over every prompt, layer and head, as the paper does on one
+    data set; a threshold found on one text may then be used on another.
+    """
+    at = quantile if inactive_if == "below" else 1 - quantile
+    return float(torch.nanquantile(score.float(), at))
+
+
+def flag_inactive(
+    score: Float[Tensor, "*shape"], quantile: float, inactive_if: Direction
+) -> Bool[Tensor, "*shape"]:
+    """The heads strictly beyond the threshold of :func:`inactivity_threshold`; nan is not."""
+    threshold = inactivity_threshold(score, quantile, inactive_if)
+    return score < threshold if inactive_if == "below" else score > threshold
+
+
+def is_dormant(
+    sink_attention: Float[Tensor, "*shape"], parked: float = 0.5
+) -> Bool[Tensor, "*shape"]:
+    """Whether a head parks here: pays the sinks more than ``parked`` of its attention.
+
+    Guo et al. (2410.13835) read Llama-2-7B L16H25 as dormant at 0.5 to 1.0. Attention alone is a
+    hint: whether the head then does nothing is decided by ablating it.
+    """
+    return sink_attention > parked
+
+
+def is_active_dormant(
+    here: Float[Tensor, "prompt layer head"],
+    there: Float[Tensor, "other_prompt layer head"],
+    parked: float = 0.5,
+    drop: float = 0.25,
+) -> Bool[Tensor, "layer head"]:
+    """Heads that park on the sinks on one kind of text and work on another.
+
+    Operational, ours: mean sink attention above ``parked`` on the first kind, and lower by at least
+    ``drop`` on the second (Guo et al.'s L16H25: 0.5 to 1.0 on Wikipedia, 0.08 to 0.5 on GitHub).
+
+    Args:
+        here: sink attention on the text where the head should park.
+        there: sink attention on the text where it should work.
+        parked: above this it parks [probability].
+        drop: how much less attention counts as working [probability].
+    """
+    here, there = here.nanmean(dim=0), there.nanmean(dim=0)
+    return (here > parked) & (here - there >= drop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -113,3 +114,41 @@ def massive_activations(
     entry, dim = (rows.abs() > bound[:, None]).nonzero(as_tuple=True)
     value, prompt = rows[entry, dim], prompt[entry]
     return MassiveEntries(prompt, position[entry], dim, value, value.abs() / median[prompt])
+
+
+def topk_tokens(
+    hidden: Float[Tensor, "prompt position dim"], mask: Bool[Tensor, "prompt position"], k: int = 20
+) -> Bool[Tensor, "prompt position"]:
+    """Positions that hold any of the k largest |h| entries of their prompt (RotateKV, 2501.16383).
+
+    Those "pivot tokens" are the ones its quantiser spares; k = 20 entries per layer there.
+    """
+    peak = torch.maximum(hidden.amax(dim=2), -hidden.amin(dim=2)).masked_fill(~mask, -torch.inf)
+    # The k largest entries lie in at most k rows: those with the k largest peaks.
+    rows = peak.topk(min(k, peak.shape[1]), dim=1).indices
+    picked = torch.arange(len(rows), device=rows.device)[:, None], rows
+    size = hidden[picked].abs().masked_fill(~mask[picked][:, :, None], -torch.inf)
+    entries = rearrange(size, "prompt row dim -> prompt (row dim)")
+    bound = entries.topk(min(k, entries.shape[1]), dim=1).values[:, -1:]
+    return mask & (peak >= bound)
+
+
+def sink_lifetime(
+    cosine: Float[Tensor, "prompt layer position"], threshold: float = 0.9
+) -> Int[Tensor, "prompt position"]:
+    """In how many layers a position looks like the sink: |cos(h_j, h_s)| > threshold [layers].
+
+    From :func:`cosine_to_sink` of every layer. The secondary-sink study (2512.22213) calls a
+    lifetime of at least L - 15 layers primary-like, and one between 4 and that secondary.
+    """
+    return (cosine.abs() > threshold).sum(dim=1)
+
+
+def perturbation_spread(
+    hidden: Float[Tensor, "prompt position dim"], changed: Float[Tensor, "prompt position dim"]
+) -> Float[Tensor, "prompt position"]:
+    """How far a changed input moved each position: ‖h_i(x) - h_i(x')‖ [activation].
+
+    Barbero et al. (2504.02732, Fig. 2): one token is changed, with and without the sink.
+    """
+    return vector_norm(at_least_fp32(hidden) - at_least_fp32(changed))

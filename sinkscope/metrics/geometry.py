@@ -1,0 +1,165 @@
+"""Logits and angles between queries and keys, without a score matrix.
+
+Where a score is scale · q_i·k_j and nothing else, its mean over a set of keys is the product of
+q_i with the mean of those keys, and the mean over all keys that a query sees is a sliding sum:
+O(T · d_head) where the definition in :mod:`sinkscope.metrics.attention` is O(T²). A softcap, ALiBi
+or any other position bias breaks that; there the logits of this module are not the model's.
+
+Queries and keys are those that enter the dot product: after rotary embedding and QK norm.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sinkscope.metrics._reduce import at_least_fp32, position_chunks, sliding_sum
+from sinkscope.metrics.positions import masked_mean, queries_after, reach
+from sinkscope.metrics.values import norms, per_query_head
+
+
+class SinkLogit(NamedTuple):
+    """What a sink logit ‖q‖ ‖k‖ cos(q, k) is made of."""
+
+    query_norm: Float[Tensor, "prompt head"]
+    """Mean ‖q_i‖ over the queries after the sinks [activation]."""
+    key_norm: Float[Tensor, "prompt head"]
+    """Mean ‖k_s‖ over the sinks, for the KV head that each query head reads [activation]."""
+    cosine: Float[Tensor, "prompt head"]
+    """Mean over those queries of cos(q_i, k_s), itself a mean over the sinks that i sees."""
+    other_cosine: Float[Tensor, "prompt head"]
+    """The same over the other keys that i sees, itself left out."""
+
+
+def sink_logit_decomposition(
+    q: Float[Tensor, "prompt position head d_head"],
+    k: Float[Tensor, "prompt position kv_head d_head"],
+    sinks: Bool[Tensor, "prompt position"],
+    mask: Bool[Tensor, "prompt position"],
+    causal: bool,
+    window: int | None = None,
+) -> SinkLogit:
+    """Norms and cosines behind the sink logit (Gu et al. 2410.10781, Fig. 2).
+
+    In LLaMA3-8B the angle makes the sink, not the norms: the first key is several times shorter
+    than the others. Each cosine is averaged over those of the queries after the sinks that see
+    such a key. mean_j cos(q_i, k_j) = q̂_i · mean_j k̂_j, so no pair is ever formed.
+    """
+    queries = queries_after(sinks, mask, causal)
+    sees_sink, sees_other = _sees(sinks, mask, causal, window)
+    query_norm, unit = norms(q), normalize(at_least_fp32(k), dim=-1)
+    to_sinks = products(q, mean_key(unit, sinks & mask, causal, window)) / query_norm
+    others = mean_key(unit, mask & ~sinks, causal, window, itself=False)
+    to_others = products(q, others) / query_norm
+    key_norm = masked_mean(norms(k), (sinks & mask)[:, None, :], dim=-1)
+    return SinkLogit(
+        query_norm=masked_mean(query_norm, queries[:, None, :], dim=-1),
+        key_norm=per_query_head(key_norm, q.shape[2]),
+        cosine=masked_mean(to_sinks, (queries & sees_sink)[:, None, :], dim=-1),
+        other_cosine=masked_mean(to_others, (queries & sees_other)[:, None, :], dim=-1),
+    )
+
+
+def other_logit_mean(
+    q: Float[Tensor, "prompt position head d_head"],
+    k: Float[Tensor, "prompt position kv_head d_head"],
+    scale: float,
+    sinks: Bool[Tensor, "prompt position"],
+    mask: Bool[Tensor, "prompt position"],
+    causal: bool,
+    window: int | None = None,
+) -> Float[Tensor, "prompt head position"]:
+    """Mean of scale · q_i·k_j over the keys j that i sees, sinks and itself left out [logit].
+
+    nan where there is no such key. See the module for the models whose logits these are.
+    """
+    return scale * products(q, mean_key(k, mask & ~sinks, causal, window, itself=False))
+
+
+def logit_gap_rows(
+    q: Float[Tensor, "prompt position head d_head"],
+    k: Float[Tensor, "prompt position kv_head d_head"],
+    scale: float,
+    sinks: Bool[Tensor, "prompt position"],
+    mask: Bool[Tensor, "prompt position"],
+    causal: bool,
+    window: int | None = None,
+) -> tuple[Float[Tensor, "prompt head position"], Bool[Tensor, "prompt position"]]:
+    """The gap of :func:`sinkscope.metrics.attention.logit_gap_rows`, linear in length [logit].
+
+    Δ_i = scale · q_i · (mean sink key - mean other key). See the module for where that holds.
+    """
+    sees_sink, sees_other = _sees(sinks, mask, causal, window)
+    valid = queries_after(sinks, mask, causal) & sees_sink & sees_other
+    difference = mean_key(k, sinks & mask, causal, window)
+    difference = difference - mean_key(k, mask & ~sinks, causal, window, itself=False)
+    return torch.where(valid[:, None, :], scale * products(q, difference), torch.nan), valid
+
+
+def mean_key(
+    k: Float[Tensor, "prompt position kv_head d_head"],
+    keys: Bool[Tensor, "prompt position"],
+    causal: bool,
+    window: int | None = None,
+    *,
+    itself: bool = True,
+) -> Float[Tensor, "prompt position kv_head d_head"]:
+    """Per query position, the mean of those of ``keys`` that it sees; nan where it sees none.
+
+    Args:
+        k: key vectors.
+        keys: which keys count.
+        causal: whether queries see earlier keys only.
+        window: the layer's window.
+        itself: whether a position's own key may count.
+    """
+    before, after = reach(causal, window)
+    chosen = torch.where(keys[:, :, None, None], at_least_fp32(k), 0)
+    total = sliding_sum(chosen, before, after)
+    if not itself:
+        total = total - chosen
+    return total / _count(keys, causal, window, itself)[:, :, None, None]
+
+
+def products(
+    q: Float[Tensor, "prompt position head d_head"],
+    k: Float[Tensor, "prompt position kv_head d_head"],
+) -> Float[Tensor, "prompt head position"]:
+    """q_i · k_i position by position, every query head with its KV head's vector.
+
+    Multiplied and summed in fp32 proper, a chunk at a time: a matrix product might run in TF32.
+    """
+    grouped = rearrange(
+        q, "prompt position (kv group) d -> prompt position kv group d", kv=k.shape[2]
+    )
+    parts = [
+        (at_least_fp32(grouped[:, chunk]) * k[:, chunk, :, None]).sum(dim=-1)
+        for chunk in position_chunks(grouped)
+    ]
+    return rearrange(
+        torch.cat(parts, dim=1), "prompt position kv group -> prompt (kv group) position"
+    )
+
+
+def _count(
+    keys: Bool[Tensor, "prompt position"], causal: bool, window: int | None, itself: bool
+) -> Float[Tensor, "prompt position"]:
+    before, after = reach(causal, window)
+    count = sliding_sum(keys.float(), before, after)
+    return count if itself else count - keys.float()
+
+
+def _sees(
+    sinks: Bool[Tensor, "prompt position"],
+    mask: Bool[Tensor, "prompt position"],
+    causal: bool,
+    window: int | None,
+) -> tuple[Bool[Tensor, "prompt position"], Bool[Tensor, "prompt position"]]:
+    """Whether each query sees a sink at all, and any other key than itself."""
+    sees_sink = _count(sinks & mask, causal, window, itself=True) > 0
+    return sees_sink, _count(mask & ~sinks, causal, window, itself=False) > 0

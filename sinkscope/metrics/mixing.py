@@ -1,0 +1,45 @@
+"""How much a layer's representations have collapsed into each other.
+
+Sinks are read as a brake on over-mixing (Barbero et al. 2504.02732) and as a compression of the
+hidden state into one direction (Queipo-de-Llano et al. 2510.06477). A single peak dominates both
+figures here, so ask for them with the sinks and without: ``where = mask`` or ``mask & ~sinks``.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sinkscope.metrics._reduce import at_least_fp32
+from sinkscope.metrics.positions import masked_mean
+
+
+def rank_collapse(
+    hidden: Float[Tensor, "prompt position dim"], where: Bool[Tensor, "prompt position"]
+) -> Float[Tensor, "prompt"]:
+    """μ(V) = ‖V - (1/n) 1 1ᵀ V‖_F: how far the positions are from being one vector [activation].
+
+    0 is total collapse (Barbero et al. 2504.02732). nan without any position.
+    """
+    centre = masked_mean(hidden, where[:, :, None], dim=1)
+    offset = torch.where(where[:, :, None], at_least_fp32(hidden) - centre[:, None], 0)
+    size = torch.linalg.vector_norm(offset, dim=(1, 2))
+    return torch.where(where.any(dim=1), size, torch.nan)
+
+
+def matrix_entropy(
+    hidden: Float[Tensor, "prompt position dim"], where: Bool[Tensor, "prompt position"]
+) -> Float[Tensor, "prompt"]:
+    """Von Neumann entropy of the hidden state's Gram matrix, -Σ_r p_r ln p_r [nat].
+
+    p_r = σ_r² / Σ σ², σ the singular values of the positions × dims matrix, not centred. 0 = one
+    direction holds everything; the largest possible is ln(min(positions, dims)). Computed in
+    float64 from the smaller Gram matrix.
+    """
+    rows = torch.where(where[:, :, None], hidden, 0).double()
+    wide = rows.shape[1] <= rows.shape[2]
+    gram = rows @ rows.mT if wide else rows.mT @ rows
+    energy = torch.linalg.eigvalsh(gram).clamp(min=0)
+    share = energy / energy.sum(dim=-1, keepdim=True)
+    return torch.special.entr(share).sum(dim=-1).to(at_least_fp32(hidden[:0]).dtype)
