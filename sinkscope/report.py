@@ -1,5 +1,7 @@
 """The result of a scan: named tensors with dimensions, units and provenance."""
 
+# ruff: noqa: RUF009 (given() and measured() are dataclasses.field() with the metadata filled in)
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,0 +1,232 @@
+"""Token tensors with their mask: what a scan takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sinkscope.errors import TextError
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Prompts as token ids, padded to one length.
+
+    Attributes:
+        tokens: token ids [prompt position]; 0 where padded.
+        mask: whether a position holds a real token [prompt position]. The real tokens of a prompt
+            stand together, at its left end or at its right end.
+        bos: the BOS policy and what it came to, for example "auto (none)".
+        source: a name for people, for example "prose".
+        strings: the text of each real token, prompt by prompt; None without a tokenizer.
+        seed: what the prompts were drawn with; None where nothing was drawn.
+
+    Raises:
+        TextError: shapes that differ, an empty prompt, ids that are not integers, a gap in a mask.
+    """
+
+    tokens: Int[Tensor, "prompt position"]
+    mask: Bool[Tensor, "prompt position"]
+    bos: str
+    source: str
+    strings: list[list[str]] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_tensors(self.tokens, self.mask)
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return self.tokens.shape[0]
+
+    def __repr__(self) -> str:
+        low, high = int(self.lengths.min()), int(self.lengths.max())
+        length = f"{high} tokens each" if low == high else f"{low} to {high} tokens"
+        prompts = "1 prompt" if len(self) == 1 else f"{len(self)} prompts"
+        return f"Texts({self.source!r}: {prompts}, {length}, BOS {self.bos})"
+
+    @property
+    def lengths(self) -> Int[Tensor, "prompt"]:
+        """Number of real tokens of each prompt [prompt]."""
+        return self.mask.sum(1)
+
+    def right_padded(self) -> Texts:
+        """The same prompts with their real tokens moved to the left end."""
+        positions = torch.arange(self.tokens.shape[1], device=self.mask.device)
+        mask = positions < self.lengths[:, None]
+        tokens = torch.zeros_like(self.tokens)
+        tokens[mask] = self.tokens[self.mask]  # both masks visit prompt by prompt, left to right
+        return dataclasses.replace(self, tokens=tokens, mask=mask)
+
+    def left_padded(self) -> Texts:
+        """The same prompts with their real tokens moved to the right end."""
+        mask = self.right_padded().mask.flip(1)
+        tokens = torch.zeros_like(self.tokens)
+        tokens[mask] = self.tokens[self.mask]
+        return dataclasses.replace(self, tokens=tokens, mask=mask)
+
+    def tokenize(self, model: Any) -> Texts:
+        """These prompts, found fit for `model`, with the text of their tokens.
+
+        Args:
+            model: anything with ``.cfg`` and, for the strings, ``.tokenizer``.
+
+        Raises:
+            TextError: ids outside the model's vocabulary, or more positions than its context.
+        """
+        d_vocab, n_ctx = vocabulary_size(model), context_size(model)
+        bad = (self.tokens < 0) if d_vocab is None else (self.tokens < 0) | (self.tokens >= d_vocab)
+        if bad.any():
+            prompt, position = (int(index) for index in bad.nonzero()[0])
+            raise TextError(
+                f"Token id {int(self.tokens[prompt, position])} at prompt {prompt}, position "
+                f"{position} is out of range: this model's ids run from 0 to "
+                f"{'its vocabulary' if d_vocab is None else d_vocab - 1}."
+            )
+        check_length(int(self.lengths.max()), n_ctx)
+        strings = self.strings
+        if strings is None and getattr(model, "tokenizer", None) is not None:
+            strings = token_strings(model.tokenizer, self.tokens, self.mask)
+        return dataclasses.replace(self, strings=strings)
+
+
+def token_ids(
+    ids: Sequence[Sequence[int]] | Tensor,
+    mask: Sequence[Sequence[bool]] | Tensor | None = None,
+    *,
+    source: str = "token ids",
+) -> Texts:
+    """Exact token ids; nothing is added to them.
+
+    Args:
+        ids: one list of ids a prompt (lengths may differ), or a tensor [prompt position].
+        mask: whether a position is real [prompt position], for ids that are padded already.
+        source: what to call them in the report.
+
+    Returns:
+        The prompts; ragged lists are padded on the right.
+
+    Raises:
+        TextError: no ids, ids that are not integers, or a mask of another shape.
+    """
+    if not isinstance(ids, Tensor):
+        rows = _rows(ids)
+        tokens, real = pack(rows)
+    else:
+        tokens, real = ids, torch.ones(tuple(ids.shape), dtype=torch.bool, device=ids.device)
+    if mask is not None:
+        real = torch.as_tensor(mask, device=tokens.device)
+        if not isinstance(ids, Tensor) and len({len(row) for row in rows}) > 1:
+            raise TextError("A mask needs ids of equal length; leave it out for ragged lists.")
+        if real.shape == tokens.shape and real.dtype != torch.bool:
+            if not ((real == 0) | (real == 1)).all():
+                raise TextError("A mask holds True for a real token and False for padding.")
+            real = real.bool()
+    return Texts(tokens, real, bos="as given", source=source)
+
+
+def read_token_ids(path: str | Path) -> Texts:
+    """Exact token ids from a JSON file that holds a list of lists of integers.
+
+    Raises:
+        TextError: a file that cannot be read, or that holds something else.
+    """
+    try:
+        ids = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TextError(f"{path} cannot be read as JSON: {error}.") from error
+    try:
+        return token_ids(ids, source=Path(path).name)
+    except TextError as error:
+        raise TextError(f"{path}: {error}") from error
+
+
+def pack(
+    rows: Sequence[Sequence[int]],
+) -> tuple[Int[Tensor, "prompt position"], Bool[Tensor, "prompt position"]]:
+    """Rows of ids as one right-padded tensor, and which of its positions are real."""
+    longest = max((len(row) for row in rows), default=0)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[index, : len(row)] = True
+    return tokens, mask
+
+
+def token_strings(tokenizer: Any, tokens: Tensor, mask: Tensor) -> list[list[str]]:
+    """The text of every real token, spaces kept, prompt by prompt."""
+    rows = [row[real].tolist() for row, real in zip(tokens.cpu(), mask.cpu(), strict=True)]
+    ids = sorted({id for row in rows for id in row})
+    text = {
+        id: _token_text(tokenizer, id, piece)
+        for id, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)
+    }
+    return [[text[id] for id in row] for row in rows]
+
+
+def context_size(model: Any) -> int | None:
+    """Positions the model can take, None where it says nothing."""
+    return getattr(model.cfg, "n_ctx", None) or None
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """Rows of the model's embedding, None where it says nothing."""
+    size = getattr(model.cfg, "d_vocab", None)
+    return size if size and size > 0 else None
+
+
+def check_length(length: int, n_ctx: int | None) -> None:
+    """Refuse more positions than the model's context has."""
+    if n_ctx is not None and length > n_ctx:
+        raise TextError(
+            f"{length} tokens are more than the {n_ctx} positions of this model's context; ask "
+            f"for a length of {n_ctx} or less."
+        )
+
+
+def _token_text(tokenizer: Any, id: int, piece: str | None) -> str:
+    if piece is None:  # a row of the embedding that the tokenizer does not use
+        return f"<{id}>"
+    if piece.startswith("▁"):  # SentencePiece drops the space when it decodes a lone token
+        return piece.replace("▁", " ")
+    return tokenizer.decode([id], clean_up_tokenization_spaces=False)
+
+
+def _rows(ids: Any) -> list[list[int]]:
+    """`ids` as rows of plain integers."""
+    rows = ids if isinstance(ids, list | tuple) else None
+    if rows is None or not all(isinstance(row, list | tuple) for row in rows):
+        raise TextError("Token ids should be a list of lists of integers, one list a prompt.")
+    if not all(type(id) is int for row in rows for id in row):
+        raise TextError("Token ids should be integers; for text pass a list of strings to texts().")
+    return [list(row) for row in rows]
+
+
+def _check_tensors(tokens: Tensor, mask: Tensor) -> None:
+    if tokens.ndim != 2 or tokens.shape != mask.shape:
+        raise TextError(
+            f"Tokens and mask should both be [prompt position], but have the shapes "
+            f"{tuple(tokens.shape)} and {tuple(mask.shape)}."
+        )
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise TextError(f"Token ids should be integers, not {tokens.dtype}.")
+    if tokens.shape[0] == 0 or not mask.any(1).all():
+        empty = "there are none" if tokens.shape[0] == 0 else "one has no token"
+        raise TextError(f"Prompts should have at least one token each, but {empty}.")
+    # One stretch of real tokens that touches an end changes at most once between the sides.
+    changes = (mask[:, 1:] != mask[:, :-1]).sum(1)
+    if (changes > 1).any():
+        prompt = int((changes > 1).nonzero()[0])
+        raise TextError(
+            f"The mask of prompt {prompt} has padding between or on both sides of its tokens; pad "
+            "on one side."
+        )

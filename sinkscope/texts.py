@@ -1,0 +1,199 @@
+"""Where prompts come from.
+
+`texts`, `random_tokens` and `repeated_tokens` give recipes (`TextSource`): what they come to is
+known once a model brings its tokenizer. `token_ids` gives exact `Texts` at once. A scan takes
+either and calls ``.tokenize(model)``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sinkscope._documents import DOMAINS, data_set, json_lines, text_file
+from sinkscope._recipes import OwnLength, RandomTokens, RepeatedTokens, TextSource, Windows
+from sinkscope._tokens import Texts, read_token_ids, token_ids
+from sinkscope.errors import TextError
+
+__all__ = [
+    "TextSource",
+    "Texts",
+    "as_texts",
+    "random_tokens",
+    "read_token_ids",
+    "repeated_tokens",
+    "texts",
+    "token_ids",
+]
+
+_PROMPTS, _LENGTH = 16, 256
+
+
+def texts(
+    source: str | Path | Sequence[str],
+    prompts: int | None = None,
+    length: int | None = None,
+    *,
+    bos: str = "auto",
+    padding: str = "right",
+    seed: int = 0,
+    windows: bool | None = None,
+    key: str = "text",
+) -> TextSource | Texts:
+    """A recipe for prompts from text.
+
+    Args:
+        source: "prose" (the Python manual's topics) or "code" (the standard library), which every
+            Python installation carries; a text file; a ``.jsonl`` file of objects; a ``.json`` file
+            of exact token ids; a Hugging Face data set as "hf:owner/name:split" or
+            "hf:owner/name:config:split"; or a list of strings, one prompt each.
+        prompts: how many prompts. Default: 16; of a list of strings, all.
+        length: tokens of each prompt, special tokens included. Default: 256; for a list of strings,
+            each one's own.
+        bos: what stands in front. "auto": what the model's own tokenizer does by itself;
+            "always": the BOS token (for BERT, [CLS]) even where the tokenizer leaves it out;
+            "never": nothing; "random": an ordinary token, drawn anew for each prompt, wherever
+            "always" puts a special one. The first two keep the tokenizer's own closing tokens
+            (BERT's [SEP]).
+        padding: side on which shorter prompts are padded, "right" or "left".
+        seed: what the places in the text are drawn with.
+        windows: True cuts windows of equal length, without overlap, from distinct places of the
+            documents laid end to end. False takes one prompt a document from its beginning, cut
+            at `length` where it is longer. Default: True, but a list of strings is one prompt each.
+        key: name of the text in the objects of a ``.jsonl`` file or the rows of a data set.
+
+    Returns:
+        A recipe with ``.tokenize(model)``; for exact token ids, the `Texts` themselves.
+
+    Raises:
+        TextError: an unknown source, a file that cannot be read, an empty text.
+
+    Example:
+        >>> texts("prose", prompts=4, length=128, bos="never").name
+        'prose'
+    """
+    if isinstance(source, str | Path):
+        if Path(source).suffix == ".json":
+            return _exact(source, prompts, length)
+        documents, name = _documents(source, key, seed)
+        windows, exact = windows is None or windows, False
+    else:
+        documents, name = _strings(source)
+        windows, exact = bool(windows), windows is None and length is not None
+    if windows or isinstance(source, str | Path):
+        prompts = _PROMPTS if prompts is None else prompts
+        length = _LENGTH if length is None else length
+    common: dict[str, Any] = dict(
+        name=name, prompts=prompts, length=length, bos=bos, padding=padding, seed=seed
+    )
+    if windows:
+        return Windows(documents=documents, **common)
+    return OwnLength(documents=documents, exact=exact, **common)
+
+
+def random_tokens(
+    prompts: int = _PROMPTS, length: int = _LENGTH, *, bos: str = "never", seed: int = 0
+) -> TextSource:
+    """Prompts of ordinary tokens drawn evenly from the vocabulary.
+
+    No BOS by default: the question these answer (Gu et al. 2024, section 3) is whether a sink needs
+    text, or a special token, at all.
+    """
+    return RandomTokens(name="random tokens", prompts=prompts, length=length, bos=bos, seed=seed)
+
+
+def repeated_tokens(
+    token: int | str | None = None,
+    prompts: int = _PROMPTS,
+    length: int = _LENGTH,
+    *,
+    bos: str = "never",
+    seed: int = 0,
+) -> TextSource:
+    """Prompts of one token over and over.
+
+    Under rotary, relative or no positions all hidden states of such a prompt are equal, so that no
+    position can become a sink (Gu et al. 2024, proposition 1); a BOS token would break that, so
+    none is put in front by default.
+
+    Args:
+        token: id, or text that is one token; None draws another token for each prompt.
+        prompts: how many prompts.
+        length: tokens of each prompt.
+        bos: see `texts`.
+        seed: what tokens are drawn with.
+    """
+    return RepeatedTokens(
+        name="repeated token", prompts=prompts, length=length, bos=bos, seed=seed, token=token
+    )
+
+
+def as_texts(value: Any) -> TextSource | Texts:
+    """Whatever a user may pass to a scan, as something with ``.tokenize(model)``.
+
+    Args:
+        value: a recipe, `Texts`, the first argument of `texts`, or exact ids as for `token_ids`.
+    """
+    if isinstance(value, TextSource | Texts):
+        return value
+    if isinstance(value, str | Path):
+        return texts(value)
+    if isinstance(value, Tensor):
+        return token_ids(value)
+    if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple):
+        return token_ids(value)
+    return texts(value)
+
+
+def _documents(source: str | Path, key: str, seed: int) -> tuple[Callable[[], Iterator[str]], str]:
+    """How to read the documents of a named source, and what to call it."""
+    if isinstance(source, str) and source in DOMAINS:
+        return functools.partial(DOMAINS[source], seed), source
+    if isinstance(source, str) and source.startswith("hf:"):
+        return functools.partial(data_set, source.removeprefix("hf:"), key, seed), source
+    path = Path(source)
+    if not path.is_file():
+        raise TextError(_unknown(source))
+    if path.suffix == ".jsonl":
+        return functools.partial(json_lines, path, key), path.name
+    return functools.partial(text_file, path), path.name
+
+
+def _strings(source: Any) -> tuple[Callable[[], Iterator[str]], str]:
+    if not isinstance(source, list | tuple) or not all(isinstance(text, str) for text in source):
+        raise TextError(
+            "texts() takes the name of a source, a path or a list of strings, not "
+            f"{type(source).__name__}; for token ids use token_ids(...)."
+        )
+    strings = tuple(source)
+    empty = [index for index, text in enumerate(strings) if not text.strip()]
+    if not strings or empty:
+        which = f"text {empty[0]} of {len(strings)} is empty" if empty else "the list is empty"
+        raise TextError(f"There is no text to measure: {which}.")
+    return lambda: iter(strings), "strings"
+
+
+def _exact(path: str | Path, prompts: int | None, length: int | None) -> Texts:
+    if prompts is not None or length is not None:
+        raise TextError(
+            f"{path} holds exact token ids, which are used as they are; leave out prompts and "
+            "length."
+        )
+    return read_token_ids(path)
+
+
+def _unknown(source: str | Path) -> str:
+    if isinstance(source, Path) or "/" in source or Path(source).suffix:
+        return f"There is no text file {str(source)!r}."
+    close = difflib.get_close_matches(source, DOMAINS, n=1)
+    packaged = f"the packaged ones are {' and '.join(DOMAINS)}."
+    hint = f"did you mean {close[0]!r}?" if close else packaged
+    return (
+        f"There is no text source or file named {source!r}; {hint} To measure that text itself, "
+        "pass it in a list."
+    )
