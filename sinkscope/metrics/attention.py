@@ -7,6 +7,8 @@ reduced: a stored pattern, or streaming attention that never had one.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -58,8 +60,8 @@ def first_token_attention(
 
 
 def bucket_edges(length: int) -> list[int]:
-    """Lower edges of the query-position buckets 1, 2-3, 4-7, … that a length of T reaches."""
-    return [2**power for power in range(max(length - 1, 0).bit_length())]
+    """Lower edges of the query-position buckets 1, 2-3, 4-7, … that queries of a length reach."""
+    return [2**power for power in range(max(length - 1, 1).bit_length())]
 
 
 def by_bucket(
@@ -77,7 +79,7 @@ def by_bucket(
     queries = queries_after(sinks, mask, causal)
     index = torch.arange(mask.shape[1], device=mask.device)
     means, counts = [], []
-    for low, high in zip(edges, [*edges[1:], mask.shape[1]], strict=True):
+    for low, high in pairwise([*edges, mask.shape[1]]):
         inside = queries & (index >= low) & (index < high)
         means.append(masked_mean(to_sinks, inside[:, None, :], dim=-1))
         counts.append(inside.sum(dim=-1))

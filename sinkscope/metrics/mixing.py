@@ -29,17 +29,23 @@ def rank_collapse(
 
 
 def matrix_entropy(
-    hidden: Float[Tensor, "prompt position dim"], where: Bool[Tensor, "prompt position"]
+    hidden: Float[Tensor, "prompt position dim"],
+    where: Bool[Tensor, "prompt position"],
+    normalised: bool = False,
 ) -> Float[Tensor, "prompt"]:
     """Von Neumann entropy of the hidden state's Gram matrix, -Σ_r p_r ln p_r [nat].
 
-    p_r = σ_r² / Σ σ², σ the singular values of the positions × dims matrix, not centred. 0 = one
-    direction holds everything; the largest possible is ln(min(positions, dims)). Computed in
-    float64 from the smaller Gram matrix.
+    p_r = σ_r² / Σ σ², σ the singular values of the positions × dims matrix, not centred
+    (Queipo-de-Llano et al. 2510.06477). 0 = one direction holds everything. ``normalised`` divides
+    by the largest value possible, ln(min(positions, dims)) [share]. Computed in float64 from the
+    smaller Gram matrix.
     """
     rows = torch.where(where[:, :, None], hidden, 0).double()
     wide = rows.shape[1] <= rows.shape[2]
     gram = rows @ rows.mT if wide else rows.mT @ rows
     energy = torch.linalg.eigvalsh(gram).clamp(min=0)
     share = energy / energy.sum(dim=-1, keepdim=True)
-    return torch.special.entr(share).sum(dim=-1).to(at_least_fp32(hidden[:0]).dtype)
+    entropy = torch.special.entr(share).sum(dim=-1)
+    if normalised:
+        entropy = entropy / where.sum(dim=1).clamp(max=hidden.shape[2]).log()
+    return entropy.to(torch.promote_types(hidden.dtype, torch.float32))
