@@ -1,0 +1,204 @@
+"""A batch of prompts as every observer sees it: right-padded, with its mask and its sinks.
+
+Right padding makes a position's index its token index, and under a causal mask no real query can
+see a pad key, so causal models need no attention mask at all and keep their fastest kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sinkscope.metrics import positions
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some prompts of a text, on one device.
+
+    Attributes:
+        rows: Which prompts of the text these are, on the CPU.
+        tokens: Token ids; pads are 0 and lie right of the real tokens.
+        mask: True at real tokens.
+        sinks: True at sink positions.
+        causal: Whether a query sees only keys that are not after it.
+        ragged: Whether any prompt is shorter than the batch, so that there are pads.
+        one_sink_each: Whether every prompt has exactly one sink.
+        sink_is_first_token: Whether that one sink is position 0 in every prompt.
+    """
+
+    rows: Int[Tensor, "prompt"]
+    tokens: Int[Tensor, "prompt position"]
+    mask: Bool[Tensor, "prompt position"]
+    sinks: Bool[Tensor, "prompt position"]
+    causal: bool
+    ragged: bool
+    one_sink_each: bool
+    sink_is_first_token: bool
+    _elsewhere: dict[torch.device, Batch] = field(default_factory=dict, repr=False, compare=False)
+    _derived: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> Batch:
+        """This batch on `device`; the layers of one model may sit on several."""
+        if device == self.tokens.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = replace(
+                self,
+                tokens=self.tokens.to(device),
+                mask=self.mask.to(device),
+                sinks=self.sinks.to(device),
+                _elsewhere={},
+                _derived={},
+            )
+        return self._elsewhere[device]
+
+    def _once(self, key: object, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute a tensor that every layer shares only the first time it is asked for."""
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]
+
+    @property
+    def length(self) -> int:
+        """Columns of the batch, pads included."""
+        return self.tokens.shape[1]
+
+    @property
+    def first_sink(self) -> Int[Tensor, "prompt"]:
+        """The first sink position of each prompt."""
+        return self._once("first sink", lambda: positions.first_true(self.sinks))
+
+    @property
+    def first_sink_mask(self) -> Bool[Tensor, "prompt position"]:
+        """True at the first sink position of each prompt only."""
+        index = torch.arange(self.length, device=self.mask.device)
+        return self._once("first sink mask", lambda: index == self.first_sink[:, None])
+
+    @property
+    def others(self) -> Bool[Tensor, "prompt position"]:
+        """Real positions that are not sinks."""
+        return self._once("others", lambda: self.mask & ~self.sinks)
+
+    @property
+    def queries(self) -> Bool[Tensor, "prompt query"]:
+        """Queries whose attention to the sinks counts (see `metrics.positions.queries_after`)."""
+        return self._once(
+            "queries", lambda: positions.queries_after(self.sinks, self.mask, self.causal)
+        )
+
+    @property
+    def first_token(self) -> Bool[Tensor, "prompt position"]:
+        """True at position 0 of each prompt only."""
+        index = torch.arange(self.length, device=self.mask.device)
+        return self._once("first token", lambda: self.mask & (index == 0))
+
+    @property
+    def last_token(self) -> Bool[Tensor, "prompt position"]:
+        """True at the last real position of each prompt only."""
+        index = torch.arange(self.length, device=self.mask.device)
+        return self._once(
+            "last token", lambda: index == self.mask.sum(dim=1, keepdim=True) - 1
+        )
+
+    def averages(self, *sets: str) -> Float[Tensor, "prompt position set"]:
+        """Weights that average over named sets of positions, so that one product does them all.
+
+        Args:
+            sets: Names of boolean [prompt position] properties: "mask", "sinks", "others", ...
+
+        Returns:
+            One column a set, see `mean_weights`.
+        """
+        return self._once(
+            sets, lambda: mean_weights(torch.stack([getattr(self, name) for name in sets], dim=-1))
+        )
+
+    def sink_averages(
+        self, window: int | None, edges: tuple[int, ...]
+    ) -> Float[Tensor, "prompt query set"]:
+        """Weights for a column of attention to a sink.
+
+        Args:
+            window: Sliding window of the layer.
+            edges: Lower edges of the buckets of query positions.
+
+        Returns:
+            Columns in this order: queries after the sink; all real queries; queries that see the
+            first sink (Gu's importance counts the sink itself); then one column a bucket of the
+            queries after the sink.
+        """
+
+        def compute() -> Tensor:
+            index = torch.arange(self.length, device=self.mask.device)
+            distance = index - self.first_sink[:, None]
+            before, after = positions.reach(self.causal, window)
+            seeing = self.mask & (distance >= (-self.length if after is None else -after))
+            if before is not None:
+                seeing = seeing & (distance <= before)
+            columns = [self.queries, self.mask, seeing, *self.buckets(edges).unbind(-1)]
+            return mean_weights(torch.stack(columns, dim=-1))
+
+        return self._once(("sink", window, edges), compute)
+
+    def buckets(self, edges: tuple[int, ...]) -> Bool[Tensor, "prompt query bucket"]:
+        """Which bucket of query positions each query after the sink falls into."""
+
+        def compute() -> Tensor:
+            index = torch.arange(self.length, device=self.mask.device)
+            bounds = torch.tensor([*edges, self.length], device=self.mask.device)
+            inside = (index[:, None] >= bounds[:-1]) & (index[:, None] < bounds[1:])
+            return self.queries[:, :, None] & inside
+
+        return self._once(("buckets", edges), compute)
+
+
+def mean_weights(sets: Bool[Tensor, "prompt position set"]) -> Float[Tensor, "prompt position set"]:
+    """1 / n at the n members of each set; nan throughout a set that is empty in a prompt.
+
+    A mean over nothing is not zero.
+    """
+    return sets.float() / sets.sum(dim=1, keepdim=True)
+
+
+def average(
+    values: Float[Tensor, "prompt *kind position"], weights: Float[Tensor, "prompt position set"]
+) -> Float[Tensor, "prompt *kind set"]:
+    """Averages over positions with the weights of a batch, in fp32."""
+    return torch.einsum("p...t,ptw->p...w", values.float(), weights)
+
+
+def cut(
+    tokens: Int[Tensor, "prompt position"],
+    mask: Bool[Tensor, "prompt position"],
+    sinks: Bool[Tensor, "prompt position"],
+    rows: Int[Tensor, "prompt"],
+    *,
+    causal: bool,
+    device: torch.device,
+) -> Batch:
+    """Cut the batch of prompts `rows` out of a text, no longer than its longest prompt."""
+    length = int(mask[rows].sum(dim=1).max())
+    mask, sinks = mask[rows, :length], sinks[rows, :length]
+    return Batch(
+        rows=rows,
+        tokens=tokens[rows, :length].to(device),
+        mask=mask.to(device),
+        sinks=sinks.to(device),
+        causal=causal,
+        ragged=not bool(mask.all()),
+        one_sink_each=bool((sinks.sum(dim=1) == 1).all()),
+        sink_is_first_token=bool(sinks[:, 0].all() and (sinks.sum(dim=1) == 1).all()),
+    )
+
+
+def by_length(mask: Bool[Tensor, "prompt position"]) -> Int[Tensor, "prompt"]:
+    """Prompts from long to short: little padding, and the largest batch comes first.
+
+    The first batch then meets the most memory, so a batch size that is too large shows at once.
+    """
+    return torch.argsort(mask.sum(dim=1), descending=True, stable=True).cpu()

@@ -1,0 +1,169 @@
+"""Observers of attention; each asks a reader, which knows how the path got its numbers."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sinkscope.capture.attention import AttentionReader
+from sinkscope.capture.batches import Batch, average
+from sinkscope.capture.folds import Fold, OverLayers, OverPrompts, Summed
+from sinkscope.capture.observers.base import Folded, Observer
+from sinkscope.metrics import attention
+
+
+class SinkAttention(Observer):
+    """Attention paid to the sinks: its mean, AWFT, Gu's importance, and by query position."""
+
+    signal = "attention"
+    fields = (
+        "sink_attention",
+        "first_token_attention",
+        "sink_importance",
+        "received_by_distance",
+    )
+
+    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+        """One column of the pattern in the usual case, averaged over every set of queries at once.
+
+        With several sinks, or one that is not the first token, up to three columns.
+        """
+        weights = batch.sink_averages(x.window, self.scope.bucket_edges)
+        to_sinks = average(x.on_keys(batch.sinks), weights)
+        to_first_sink = to_first_token = to_sinks
+        if not batch.one_sink_each:
+            to_first_sink = average(x.on_keys(batch.first_sink_mask), weights)
+        if not batch.sink_is_first_token:
+            to_first_token = average(x.on_keys(batch.first_token), weights)
+        self.keep(
+            layer, to_sinks=to_sinks, to_first_sink=to_first_sink, to_first_token=to_first_token
+        )
+
+    def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Take the columns of `Batch.sink_averages` apart."""
+        return {
+            "sink_attention": layers["to_sinks"][..., 0],
+            "first_token_attention": layers["to_first_token"][..., 1],
+            "sink_importance": layers["to_first_sink"][..., 2],
+            "received_by_distance": layers["to_sinks"][..., 3:],
+        }
+
+    def where(self, name: str, batch: Batch) -> Bool[Tensor, "prompt position"]:
+        """A prompt counts in the buckets where it has a query after the sink."""
+        if name == "received_by_distance":
+            return batch.buckets(self.scope.bucket_edges).any(dim=1)
+        return super().where(name, batch)
+
+    def results(self, order: Int[Tensor, "prompt"]) -> Folded:
+        """The fields, and the buckets that `received_by_distance` is over."""
+        fold = self._folds["received_by_distance"]
+        assert isinstance(fold, OverPrompts)
+        edges = torch.tensor(self.scope.bucket_edges)
+        return super().results(order) | {"bucket": edges, "prompts_in_bucket": fold.count}
+
+
+class Received(Observer):
+    """Attention that every key receives from every head, and how many heads make it a sink."""
+
+    signal = "attention"
+    fields = (
+        "received_attention",
+        "uniform_ratio",
+        "received_peak",
+        "sink_rate",
+        "sink_rate_curve",
+    )
+
+    def fold(self, name: str) -> Fold:
+        """All but the token strip are summed over the batch's prompts in the hook already."""
+        if name == "received_peak":
+            return OverLayers(lambda layers: layers.mean(dim=0))
+        return Summed()
+
+    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+        """Gu's importance of every key; only sums over prompts or heads are kept."""
+        alpha = attention.importance(x.received(), batch.mask, batch.causal, x.window)
+        ratio = attention.uniform_ratio(alpha, batch.mask, batch.causal, x.window)
+        thresholds = torch.tensor([self.scope.epsilon, *attention.EPSILONS], device=alpha.device)
+        self.keep(
+            layer,
+            received_attention=alpha.nan_to_num().sum(dim=0),
+            uniform_ratio=ratio.nan_to_num().sum(dim=0),
+            received_peak=alpha.mean(dim=1),
+            above=attention.count_above(alpha, thresholds) / self.scope.n_heads,
+        )
+
+    def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Split the counts above the thresholds into the asked-for ε and the curve."""
+        above = layers.pop("above").mean(dim=0, keepdim=True)
+        return layers | {"sink_rate": above[:, 0], "sink_rate_curve": above[:, 1:]}
+
+    def results(self, order: Int[Tensor, "prompt"]) -> Folded:
+        """The fields, the rates without the layer axis that their fold carries."""
+        found = super().results(order)
+        for name in ("sink_rate", "sink_rate_curve"):
+            found[name] = found[name][0]
+        return found | {"epsilon": torch.tensor(attention.EPSILONS)}
+
+
+class Entropy(Observer):
+    """Entropy of the attention rows."""
+
+    signal = "attention"
+    fields = ("attention_entropy",)
+
+    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+        """Mean over all real queries."""
+        self.keep(layer, attention_entropy=attention.attention_entropy(x.entropy(), batch.mask))
+
+
+class LogitGap(Observer):
+    """How far the sink's logit stands above the others'."""
+
+    signal = "attention"
+    fields = ("sink_logit_gap",)
+
+    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+        """Mean over the queries that see the sink and some other key."""
+        self.keep(layer, sink_logit_gap=x.logit_gap())
+
+
+class SinkLogitGeometry(Observer):
+    """The sink logit as norms and cosines."""
+
+    signal = "attention"
+    fields = ("sink_query_norm", "sink_key_norm", "sink_cosine", "other_cosine")
+
+    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+        """All four at once."""
+        logit = x.sink_logit()
+        self.keep(
+            layer,
+            sink_query_norm=logit.query_norm,
+            sink_key_norm=logit.key_norm,
+            sink_cosine=logit.cosine,
+            other_cosine=logit.other_cosine,
+        )
+
+
+class LearnedSink(Observer):
+    """Attention that a learned sink logit takes."""
+
+    signal = "attention"
+    fields = ("learned_sink_mass",)
+
+    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+        """Mean over all real queries."""
+        self.keep(layer, learned_sink_mass=x.learned_sink_mass())
+
+
+class ValueShare(Observer):
+    """The sink's share once attention is weighted by the size of the values."""
+
+    signal = "attention"
+    fields = ("value_weighted_sink_share",)
+
+    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+        """Mean over the queries after the sink."""
+        self.keep(layer, value_weighted_sink_share=x.value_weighted_share())

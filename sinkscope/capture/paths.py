@@ -1,0 +1,184 @@
+"""The two ways attention is read: the stock bridge's patterns, or the streaming path.
+
+A path knows which hook points to listen to and turns what fires there into signals: plain
+activations under their name, and one "attention" signal a layer with an `AttentionReader`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sinkscope.capabilities import Capabilities
+from sinkscope.capture.attention import PatternReader, StreamReader
+from sinkscope.capture.batches import Batch
+from sinkscope.capture.streaming import Stream, streaming
+from sinkscope.errors import UnsupportedError
+
+Dispatch = Callable[[str, int, Any], None]
+Hooks = list[tuple[str, Callable[..., None]]]
+
+
+class Path(Protocol):
+    """One way of reading attention."""
+
+    name: str
+
+    def opened(self) -> AbstractContextManager[Any]:
+        """Whatever must hold while the model runs."""
+        ...
+
+    def hooks(self, signals: set[str], batch: Callable[[], Batch], emit: Dispatch) -> Hooks:
+        """Hooks that emit every wanted signal of every layer; `batch` is the one that runs."""
+        ...
+
+
+class _LayerInputs:
+    """Tensors of one layer that its reader will need, until the last of them has fired."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, dict[str, Tensor]] = {}
+
+    def hold(self, layer: int, name: str, x: Tensor) -> None:
+        self._held.setdefault(layer, {})[name] = x
+
+    def take(self, layer: int) -> dict[str, Tensor]:
+        return self._held.pop(layer, {})
+
+
+class StockPath:
+    """The bridge as TransformerLens made it: every layer materialises its pattern."""
+
+    name = "stock"
+
+    def __init__(self, capabilities: Capabilities) -> None:
+        self._capabilities = capabilities
+
+    def opened(self) -> AbstractContextManager[Any]:
+        """Nothing to prepare."""
+        return nullcontext()
+
+    def hooks(self, signals: set[str], batch: Callable[[], Batch], emit: Dispatch) -> Hooks:
+        """A reader is ready when a layer's pattern fires: all else it reads fired before."""
+        inputs = _LayerInputs()
+        can = self._capabilities
+        held = {name for name in ("scores", "query", "key", "value") if name in can.signals}
+        held = held if "attention" in signals else set()
+
+        def heard(layer: int, signal: str) -> Callable[..., None]:
+            def hook_fn(x: Tensor, hook: object) -> None:
+                if signal in held:
+                    inputs.hold(layer, signal, x)
+                if signal in signals:
+                    emit(signal, layer, x)
+
+            return hook_fn
+
+        def pattern(layer: int) -> Callable[..., None]:
+            def hook_fn(x: Tensor, hook: object) -> None:
+                reader = PatternReader(
+                    batch=batch().on(x.device),
+                    pattern=x,
+                    window=can.windows[layer],
+                    **inputs.take(layer),
+                )
+                emit("attention", layer, reader)
+
+            return hook_fn
+
+        found: Hooks = []
+        for layer in range(can.n_layers):
+            for signal in sorted((signals | held) - {"attention"}):
+                found.append((can.signals[signal].format(layer=layer), heard(layer, signal)))
+            if "attention" in signals:
+                found.append((can.signals["pattern"].format(layer=layer), pattern(layer)))
+        return found
+
+
+class StreamingPath:
+    """The model's own fast attention; queries, keys, values and log-sum-exps are read."""
+
+    name = "streaming"
+
+    def __init__(self, model: Any, capabilities: Capabilities) -> None:
+        self._model = model
+        self._capabilities = capabilities
+        self._stream: Stream | None = None
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Attention streams inside; the bridge is as it was outside."""
+        with streaming(self._model) as stream:
+            self._stream = stream
+            try:
+                yield
+            finally:
+                self._stream = None
+
+    def hooks(self, signals: set[str], batch: Callable[[], Batch], emit: Dispatch) -> Hooks:
+        """A reader is ready when a layer's log-sum-exp fires, the last of its four tensors."""
+        inputs = _LayerInputs()
+        names = {"query": "hook_rot_q", "key": "hook_rot_k", "value": "hook_rot_v"}
+
+        def holding(layer: int, signal: str) -> Callable[..., None]:
+            def hook_fn(x: Tensor, hook: object) -> None:
+                if "attention" in signals:
+                    inputs.hold(layer, signal, x)
+                if signal in signals:
+                    emit(signal, layer, x)
+
+            return hook_fn
+
+        def ready(layer: int) -> Callable[..., None]:
+            def hook_fn(x: Tensor, hook: object) -> None:
+                assert self._stream is not None
+                reader = StreamReader(
+                    batch=batch().on(x.device),
+                    lse=x,
+                    call=self._stream.calls[layer],
+                    **inputs.take(layer),
+                )
+                emit("attention", layer, reader)
+
+            return hook_fn
+
+        def passing(layer: int, signal: str) -> Callable[..., None]:
+            return lambda x, hook: emit(signal, layer, x)
+
+        found: Hooks = []
+        for layer in range(self._capabilities.n_layers):
+            block = f"blocks.{layer}.attn"
+            for signal, hook in names.items():
+                if "attention" in signals or signal in signals:
+                    found.append((f"{block}.{hook}", holding(layer, signal)))
+            if "attention" in signals:
+                found.append((f"{block}.hook_lse", ready(layer)))
+            for signal in sorted(signals - {"attention", *names}):
+                template = self._capabilities.signals[signal]
+                found.append((template.format(layer=layer), passing(layer, signal)))
+        return found
+
+
+def choose(model: Any, capabilities: Capabilities, path: str) -> Path:
+    """The path asked for; "auto" takes the streaming one wherever it is exact.
+
+    Raises:
+        UnsupportedError: If `path` is unknown, or "streaming" cannot be exact for this model.
+    """
+    if path == "stock":
+        return StockPath(capabilities)
+    if path not in ("auto", "streaming"):
+        raise UnsupportedError(
+            f'There is no path {path!r}; choose "auto", "streaming" or "stock".'
+        )
+    try:
+        with streaming(model):
+            pass
+    except UnsupportedError:
+        if path == "streaming":
+            raise
+        return StockPath(capabilities)
+    return StreamingPath(model, capabilities)

@@ -1,0 +1,181 @@
+"""Feeds a text to a model, batch by batch, under observers that reduce inside the hooks.
+
+One forward pass a batch measures everything. The model comes out as it went in: hooks, training
+flags and attention, also after an error or Ctrl-C.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sinkscope.capture import batches
+from sinkscope.capture.batches import Batch
+from sinkscope.capture.observers.base import Observer
+from sinkscope.capture.paths import Path
+from sinkscope.errors import ModelError
+from sinkscope.texts import Texts
+
+_TOKENS_A_BATCH = {"cuda": 2**16, "cpu": 2**12}
+_PATTERN_BYTES = 2**30
+"""Where "auto" starts: tokens that fill a device, and (stock path) room for one layer's pattern."""
+
+
+def run(
+    model: Any,
+    texts: Texts,
+    sinks: Bool[Tensor, "prompt position"],
+    observers: Sequence[Observer],
+    path: Path,
+    *,
+    causal: bool,
+    batch: int | str = "auto",
+    progress: bool = True,
+) -> Int[Tensor, "prompt"]:
+    """Run every prompt once and let the observers fold what they see.
+
+    Args:
+        model: A bridge.
+        texts: Right-padded prompts.
+        sinks: Sink positions of each prompt.
+        observers: What to measure.
+        path: How attention is read.
+        causal: Whether attention is.
+        batch: Prompts a forward pass, or "auto".
+        progress: Whether to draw a progress bar.
+
+    Returns:
+        The order in which prompts were folded, for `Observer.results`.
+
+    Raises:
+        ModelError: If not even one prompt at a time fits in memory.
+    """
+    device = input_device(model)
+    order = batches.by_length(texts.mask)
+    size = batch if isinstance(batch, int) else _first_size(model, texts, path)
+    listener = _Listener(observers)
+    done = 0
+    with (
+        torch.inference_mode(),
+        evaluating(model),
+        path.opened(),
+        model.hooks(fwd_hooks=path.hooks(listener.signals, listener.current, listener.emit)),
+        tqdm(total=len(order), unit="prompt", disable=not progress, leave=False) as bar,
+    ):
+        while done < len(order):
+            rows = order[done : done + size]
+            listener.batch = batches.cut(
+                texts.tokens, texts.mask, sinks, rows, causal=causal, device=device
+            )
+            try:
+                forward(model, listener.batch)
+                listener.commit()
+            except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
+                listener.drop()
+                size = _smaller(len(rows), listener.batch, error)
+                continue
+            except BaseException:
+                listener.drop()
+                raise
+            done += len(rows)
+            bar.update(len(rows))
+    return order
+
+
+class _Listener:
+    """Hands what a hook heard to the observers of that signal."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.batch: Batch | None = None
+        self._observers = observers
+        self._by_signal: dict[str, list[Observer]] = defaultdict(list)
+        for observer in observers:
+            self._by_signal[observer.signal].append(observer)
+
+    @property
+    def signals(self) -> set[str]:
+        return set(self._by_signal)
+
+    def current(self) -> Batch:
+        assert self.batch is not None, "a hook fired outside a batch"
+        return self.batch
+
+    def emit(self, signal: str, layer: int, x: Any) -> None:
+        device = x.device if isinstance(x, Tensor) else x.batch.tokens.device
+        for observer in self._by_signal[signal]:
+            observer.observe(layer, x, self.current().on(device))
+
+    def commit(self) -> None:
+        """All observers or none: what can still run out of memory happens before the folding."""
+        finished = [observer.close(self.current()) for observer in self._observers]
+        for observer, found in zip(self._observers, finished, strict=True):
+            observer.add(found, self.current())
+
+    def drop(self) -> None:
+        for observer in self._observers:
+            observer.drop()
+
+
+def forward(model: Any, batch: Batch) -> None:
+    """One pass through the blocks; without the unembedding where the model can do without.
+
+    Logits over a vocabulary are the largest tensor of a long forward pass and no metric reads
+    them. A causal model needs no mask for right padding, and so keeps its fastest kernel.
+    """
+    mask = batch.mask.long() if batch.ragged and not batch.causal else None
+    backbone = getattr(model.original_model, "base_model", None)
+    if backbone is None:
+        model(batch.tokens, return_type=None)
+    else:
+        backbone(input_ids=batch.tokens, attention_mask=mask, use_cache=False)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the embedding lies; the later layers may lie elsewhere."""
+    return next(model.original_model.parameters()).device
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode inside; every module's own training flag outside."""
+    training = [module for module in model.original_model.modules() if module.training]
+    model.original_model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _first_size(model: Any, texts: Texts, path: Path) -> int:
+    """Prompts of the first batch: about what fills the device."""
+    length = texts.mask.shape[1]
+    size = _TOKENS_A_BATCH.get(input_device(model).type, 2**12) // length
+    if path.name == "stock":
+        # Scores, pattern and its fp32 copy live at once in one layer.
+        size = min(size, _PATTERN_BYTES // (12 * model.cfg.n_heads * length**2))
+    return max(1, size)
+
+
+def _smaller(size: int, batch: Batch, error: RuntimeError) -> int:
+    """Half the batch after running out of memory; any other error goes on up."""
+    text = str(error).lower()
+    short = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text
+    if not short:
+        raise error
+    if size == 1:
+        raise ModelError(
+            f"One prompt of {batch.length} positions does not fit in the memory of "
+            f'{batch.tokens.device}; use shorter texts, path="streaming", metrics="core", or a '
+            "device with more memory."
+        ) from error
+    if batch.tokens.is_cuda:
+        torch.cuda.empty_cache()
+    return size // 2

@@ -1,0 +1,48 @@
+"""The `sinkscope` command: each subcommand only calls what Python users call.
+
+Nothing heavy is imported before a command runs, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from sinkscope.cli import models, scan
+
+app = typer.Typer(
+    name="sinkscope",
+    help="Measure, explain and control attention sinks in transformer models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("scan")(scan.scan)
+app.add_typer(models.app, name="models")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and stop."),
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("sinkscope"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command; what sinkscope refuses ends in one sentence and exit code 2."""
+    from sinkscope.errors import SinkscopeError
+
+    try:
+        app()
+    except SinkscopeError as error:
+        typer.secho(f"sinkscope: {error}", fg="red", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.secho("sinkscope: interrupted; nothing was written.", err=True)
+        sys.exit(130)

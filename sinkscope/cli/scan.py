@@ -1,0 +1,99 @@
+"""`sinkscope scan`: measure a model and show where its sinks are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sinkscope.cli import _common as common
+from sinkscope.errors import TextError
+
+if TYPE_CHECKING:
+    from sinkscope.report import SinkReport
+
+PER_HEAD = ("prompt", "layer", "head")
+
+
+def scan(
+    model: common.Model,
+    texts: common.Texts = "prose",
+    prompts: common.Prompts = 16,
+    length: common.Length = 256,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(help="JSON file, a list of lists of token ids; nothing is added to them."),
+    ] = None,
+    bos: common.Bos = "auto",
+    metrics: Annotated[
+        str, typer.Option(help="all, core, or names with commas between them.")
+    ] = "all",
+    sinks: Annotated[str, typer.Option(help="Positions with commas between them, or auto.")] = "0",
+    epsilon: Annotated[float, typer.Option(help="Threshold of the sink rate.")] = 0.3,
+    path: Annotated[str, typer.Option(help="auto, streaming, or stock.")] = "auto",
+    batch: Annotated[int | None, typer.Option(min=1, help="Prompts a pass; default: auto.")] = None,
+    seed: common.Seed = 0,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    out: common.Out = None,
+    json: common.Json = False,
+) -> None:
+    """Measure every head of a model in one pass and show where its sinks are.
+
+    With --out, writes report.nc (everything, labelled), heads.csv (one row a prompt, layer and
+    head) and report.html (interactive, one file).
+    """
+    folder = common.writable_folder(out)
+    where = sink_positions(sinks)
+    with common.quiet_stdout():
+        import sinkscope as ss
+
+        source: Any = (
+            ss.read_token_ids(tokens)
+            if tokens is not None
+            else ss.texts(texts, prompts=prompts, length=length, bos=bos, seed=seed)
+        )
+        report = ss.scan(
+            ss.load_model(model, device=device, dtype=dtype),
+            source,
+            metrics=metrics if metrics in ("all", "core") else metrics.split(","),
+            sinks=where,
+            epsilon=epsilon,
+            path=path,  # type: ignore[arg-type]
+            batch=batch or "auto",
+            progress=common.progress_wanted(),
+        )
+        written = write(report, folder) if folder is not None else []
+    if json:
+        common.print_json(report.to_dict())
+        return
+    typer.echo(repr(report))
+    for file in written:
+        typer.echo(f"wrote {file}")
+
+
+def sink_positions(text: str) -> Any:
+    """The --sinks option: "auto", or positions with commas between them.
+
+    Raises:
+        TextError: If it is neither.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        return tuple(int(position) for position in text.split(","))
+    except ValueError:
+        raise TextError(
+            f"--sinks {text} is neither auto nor positions with commas between them, such as 0,255."
+        ) from None
+
+
+def write(report: SinkReport, folder: Path) -> list[Path]:
+    """Write what a scan leaves in its folder."""
+    files = [folder / "report.nc", folder / "heads.csv", folder / "report.html"]
+    report.save(files[0])
+    heads = report.to_frame(*report.measured(*PER_HEAD))
+    common.write_text(files[1], heads.to_csv(index=False))
+    common.write_text(files[2], report.to_html())
+    return files

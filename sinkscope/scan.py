@@ -1,0 +1,215 @@
+"""One call that measures everything: `scan(model, texts)` gives a `SinkReport`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sinkscope.capabilities import Capabilities, capabilities
+from sinkscope.capture import paths, runner
+from sinkscope.capture.observers import CORE, OBSERVERS, Observer, Scope
+from sinkscope.capture.observers.discovery import FindSinks
+from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
+from sinkscope.metrics import positions, values
+from sinkscope.metrics.attention import bucket_edges
+from sinkscope.models import load_model, model_source
+from sinkscope.report import Settings, SinkReport
+from sinkscope.texts import Texts, as_texts
+
+Metrics = str | Iterable[str]
+Sinks = Sequence[int] | Literal["auto"]
+
+
+def scan(
+    model: Any,
+    texts: Any,
+    *,
+    metrics: Metrics = "all",
+    sinks: Sinks = (0,),
+    epsilon: float = 0.3,
+    batch: int | Literal["auto"] = "auto",
+    path: Literal["auto", "streaming", "stock"] = "auto",
+    progress: bool = True,
+) -> SinkReport:
+    """Measure the sinks of a model on some texts, in one forward pass a batch.
+
+    Args:
+        model: A bridge, or anything that `load_model` takes.
+        texts: What `texts()` gives, exact `token_ids`, or a list of strings.
+        metrics: "all", "core" (what costs next to nothing at any length), or names from
+            `sinkscope.capture.observers.OBSERVERS`. With "all", what this model cannot have
+            measured exactly is left out; asked for by name, it is refused.
+        sinks: Positions counted from a prompt's first token, or "auto": a first pass finds the
+            sink positions of each prompt (`metrics.positions.find_sinks`).
+        epsilon: Threshold of the sink rate [probability].
+        batch: Prompts a forward pass; "auto" fills the device and backs off when memory runs out.
+        path: How attention is read. Both ways are exact; "auto" streams wherever it can.
+        progress: Whether to draw a progress bar.
+
+    Returns:
+        The report; fields that were not measured are None.
+
+    Raises:
+        ModelError: If the model cannot be loaded, holds nan, or no prompt fits in memory.
+        TextError: If the texts do not fit the model, or a sink position lies beyond a prompt.
+        UnsupportedError: If a metric or the path asked for cannot be exact for this model.
+    """
+    model = load_model(model)
+    can = capabilities(model)
+    prompts = as_texts(texts).tokenize(model).right_padded()
+    chosen = choose_metrics(metrics, can, path)
+    how = paths.choose(model, can, path)
+    _check_epsilon(epsilon)
+
+    scope = Scope(
+        epsilon=epsilon,
+        n_heads=can.n_heads,
+        bucket_edges=tuple(bucket_edges(prompts.tokens.shape[1])),
+        gram=_Grams(model),
+    )
+
+    def measure(observers: Sequence[Observer], at: Bool[Tensor, "prompt position"]) -> dict:
+        order = runner.run(
+            model,
+            prompts,
+            at,
+            observers,
+            how,
+            causal=can.causal,
+            batch=batch,
+            progress=progress,
+        )
+        found: dict[str, Any] = {}
+        for observer in observers:
+            found |= observer.results(order)
+        return found
+
+    at = _sink_mask(sinks, prompts)
+    if sinks == "auto":
+        at = measure([FindSinks(scope, can.windows)], at)["sinks"].cpu()
+    observers = [kind(scope) for name in chosen for kind in OBSERVERS[name]]
+    found = measure(observers, at)
+    return SinkReport(
+        settings=_settings(model, can, prompts, chosen, sinks, epsilon, how.name),
+        tokens=prompts.tokens,
+        mask=prompts.mask,
+        sink_mask=at,
+        token_text=prompts.strings,
+        prompts_at=prompts.mask.sum(dim=0),
+        position_embedding_norm=_position_embedding_norm(model, can),
+        **found,
+    )
+
+
+def choose_metrics(metrics: Metrics, can: Capabilities, path: str) -> tuple[str, ...]:
+    """The metrics to measure, in the order of `OBSERVERS`.
+
+    Raises:
+        UnsupportedError: If one is unknown, or asked for by name and unavailable on this model.
+    """
+    missing = dict(can.unavailable)
+    if metrics == "all":
+        return tuple(name for name in OBSERVERS if name not in missing)
+    wanted = CORE if metrics == "core" else metrics
+    wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    for name in wanted:
+        if name not in OBSERVERS:
+            raise UnsupportedError(
+                f"There is no metric {name!r}; choose \"all\", \"core\", or some of "
+                f"{', '.join(OBSERVERS)}."
+            )
+        if name in missing:
+            raise UnsupportedError(
+                f"{name} cannot be measured on this {can.architecture}: {missing[name]}"
+            )
+    return tuple(name for name in OBSERVERS if name in wanted)
+
+
+class _Grams:
+    """W_O^h W_O^hᵀ of each layer, made once a scan."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._made: dict[int, Tensor] = {}
+
+    def __call__(self, layer: int) -> Float[Tensor, "head d_head d_head"]:
+        if layer not in self._made:
+            self._made[layer] = values.gram(output_weight(self._model, layer))
+        return self._made[layer]
+
+
+def output_weight(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    """W_O of every head of a layer, as it multiplies z from the right."""
+    weight = model.blocks[layer].attn.W_O
+    if weight.ndim == 3:
+        return weight
+    heads = model.cfg.n_heads
+    return rearrange(weight, "(head d_head) d_model -> head d_head d_model", head=heads)
+
+
+def _sink_mask(sinks: Sinks, texts: Texts) -> Bool[Tensor, "prompt position"]:
+    """True at the sink positions asked for; position 0 stands in until "auto" has found them."""
+    wanted = [0] if sinks == "auto" else list(sinks)
+    mask = torch.zeros_like(texts.mask)
+    if not wanted or any(not isinstance(position, int) for position in wanted):
+        raise TextError(f'sinks is {sinks!r}; expected positions such as [0], or "auto".')
+    for position in wanted:
+        shortest = int(texts.lengths.min())
+        if not 0 <= position < shortest:
+            raise TextError(
+                f"Sink position {position} lies outside the shortest prompt, whose positions run "
+                f"from 0 to {shortest - 1}."
+            )
+        mask[:, position] = True
+    return mask
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not 0 < epsilon < 1:
+        raise SinkscopeError(f"epsilon is {epsilon}; expected a probability between 0 and 1.")
+
+
+def _position_embedding_norm(
+    model: Any, can: Capabilities
+) -> Float[Tensor, "context"] | None:
+    if can.positions != "learned":
+        return None
+    return positions.position_embedding_norm(model.W_pos.detach())
+
+
+def _settings(
+    model: Any,
+    can: Capabilities,
+    texts: Texts,
+    metrics: tuple[str, ...],
+    sinks: Sinks,
+    epsilon: float,
+    path: str,
+) -> Settings:
+    source = model_source(model)
+    weight = next(model.original_model.parameters())
+    return Settings(
+        model=source.name,
+        revision=source.revision,
+        architecture=can.architecture,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        device=str(weight.device),
+        source=texts.source,
+        bos=texts.bos,
+        length=texts.tokens.shape[1],
+        epsilon=epsilon,
+        sinks="auto" if sinks == "auto" else ",".join(map(str, sinks)),
+        path=path,
+        causal=can.causal,
+        windows=can.windows,
+        metrics=metrics,
+        n_layers=can.n_layers,
+        n_heads=can.n_heads,
+        n_kv_heads=can.n_kv_heads,
+        seed=texts.seed,
+    )
