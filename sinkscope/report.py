@@ -1,199 +1,307 @@
-"""The result of a scan: named tensors with dimensions, units and provenance."""
-
-# ruff: noqa: RUF009 (given() and measured() are dataclasses.field() with the metadata filled in)
+"""The result of a scan, and what one asks of it."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Bool, Float, Int
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinkscope._labelled import Labelled, given, measured
+from sinkscope._bootstrap import Interval, bootstrap, mean_over_prompts
+from sinkscope._fields import MassiveActivations, SinkFields
 from sinkscope._settings import Settings, library_versions
+from sinkscope.errors import ReportError
 
-__all__ = ["MassiveActivations", "Settings", "SinkReport", "library_versions"]
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
 
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class MassiveActivations(Labelled):
-    """The largest residual activations that pass the massive-activation rule (Sun et al. 2024).
-
-    One entry each: ``|value| > 100`` and more than 1000 times the median ``|activation|`` of that
-    prompt's hidden state after that layer. `count` also counts those beyond the entries kept.
-    """
-
-    prompt: Int[Tensor, "entry"] = given("prompt of the entry")
-    layer: Int[Tensor, "entry"] = given("layer whose output holds it")
-    position: Int[Tensor, "entry"] = given("token position")
-    dim: Int[Tensor, "entry"] = given("residual channel")
-    value: Float[Tensor, "entry"] = given("the activation itself", "activation")
-    ratio: Float[Tensor, "entry"] = given("|value| over that hidden state's median", "ratio")
-    count: Int[Tensor, "prompt layer"] = given("entries that pass the rule", "count")
+__all__ = [
+    "Interval",
+    "MassiveActivations",
+    "Settings",
+    "SinkReport",
+    "library_versions",
+    "load_report",
+]
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class SinkReport(Labelled):
-    """Everything one scan measured. A field that is None was not measured.
+class SinkReport(SinkFields):
+    """Everything one scan measured: named tensors, with units and provenance.
 
-    Figures that are cheap to keep for every prompt have a prompt dimension, so that `interval` can
-    say how sure their mean is; the others are means over prompts, and `prompts_at` (for positions)
-    and `prompts_in_bucket` say over how many. A figure that a prompt does not define (a mean over
-    queries after the sink, where there is none) is nan.
+    Attributes are tensors on the scan's device, or None where the scan did not measure them; the
+    list is in `sinkscope._fields`. Figures that are cheap to keep for every prompt have a prompt
+    dimension, so that `interval` can say how sure their mean is; the others are means over prompts,
+    and `prompts_at` (for positions) and `prompts_in_bucket` say over how many. A figure that a
+    prompt does not define (a mean over the queries after the sink, where there is none) is nan.
+
+    Example:
+        >>> report = scan(model, texts("prose"))                        # doctest: +SKIP
+        >>> report.sink_attention                                       # [prompt layer head]
+        >>> report.interval("sink_attention").low                       # [layer head]
+        >>> report.to_frame("sink_attention", "honor")
+        >>> report.save("prose.nc")
     """
 
-    settings: Settings
-    tokens: Int[Tensor, "prompt position"] = given("token ids, right-padded")
-    mask: Bool[Tensor, "prompt position"] = given("whether a position holds a real token")
-    sink_mask: Bool[Tensor, "prompt position"] = given("the sink positions asked for or found")
-    token_text: list[list[str]] | None = None
+    # -- as tables and files ---------------------------------------------------------------------
 
-    # Attention
-    sink_attention: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean over queries after the sink of the attention they pay to the sink(s)", "probability"
-    )
-    first_token_attention: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean over all queries of the attention to the first token (AWFT)", "probability"
-    )
-    sink_importance: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean attention to the first sink over the queries that see it (Gu's importance)",
-        "probability",
-    )
-    received_attention: Float[Tensor, "layer head position"] | None = measured(
-        "mean attention a key receives from the queries that see it, mean over prompts",
-        "probability",
-        weight="prompts_at",
-    )
-    uniform_ratio: Float[Tensor, "layer head position"] | None = measured(
-        "received attention over what uniform attention would give, mean over prompts",
-        "ratio",
-        weight="prompts_at",
-    )
-    received_peak: Float[Tensor, "prompt position"] | None = measured(
-        "received attention of a key, mean over layers and heads", "probability"
-    )
-    sink_rate: Float[Tensor, "position"] | None = measured(
-        "share of (prompt, layer, head) whose received attention exceeds settings.epsilon",
-        "share",
-        weight="prompts_at",
-    )
-    epsilon: Float[Tensor, "epsilon"] | None = measured("thresholds of sink_rate_curve", "1")
-    sink_rate_curve: Float[Tensor, "epsilon position"] | None = measured(
-        "share of (prompt, layer, head) whose received attention exceeds epsilon",
-        "share",
-        weight="prompts_at",
-    )
-    prompts_at: Int[Tensor, "position"] | None = measured(
-        "prompts that reach this position", "count"
-    )
-    bucket: Int[Tensor, "bucket"] | None = measured(
-        "lower edge of each bucket of query positions", "position"
-    )
-    received_by_distance: Float[Tensor, "layer head bucket"] | None = measured(
-        "attention to the sink(s) from the queries of a bucket, mean over prompts that have any",
-        "probability",
-        weight="prompts_in_bucket",
-    )
-    prompts_in_bucket: Int[Tensor, "bucket"] | None = measured(
-        "prompts with at least one query after the sink in this bucket", "count"
-    )
-    attention_entropy: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean over queries of the entropy of their attention", "nat"
-    )
-    sink_logit_gap: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean over queries of the sink's logit less the mean of the other visible keys'", "logit"
-    )
-    sink_query_norm: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean norm of the queries after the sink", "activation"
-    )
-    sink_key_norm: Float[Tensor, "prompt layer head"] | None = measured(
-        "norm of the sink's key", "activation"
-    )
-    sink_cosine: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean cosine between the queries after the sink and the sink's key", "1"
-    )
-    other_cosine: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean cosine between the queries after the sink and the other visible keys", "1"
-    )
-    learned_sink_mass: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean attention that a learned sink logit takes: one less the sum over keys", "probability"
-    )
-    value_weighted_sink_share: Float[Tensor, "prompt layer head"] | None = measured(
-        "the sink's share of attention times value norm", "share"
-    )
+    def to_frame(self, *names: str) -> pd.DataFrame:
+        """A tidy frame: one row an observation, one column a dimension, then one a field.
 
-    # Values and heads' outputs
-    value_norm: Float[Tensor, "layer kv_head position"] | None = measured(
-        "norm of the value vector, mean over prompts", "activation", weight="prompts_at"
-    )
-    value_drain: Float[Tensor, "prompt layer kv_head"] | None = measured(
-        "norm of the sink's value over the mean of the others (small: drained)", "ratio"
-    )
-    value_norm_out: Float[Tensor, "layer head position"] | None = measured(
-        "norm of the value vector through W_O, mean over prompts",
-        "activation",
-        weight="prompts_at",
-    )
-    value_drain_out: Float[Tensor, "prompt layer head"] | None = measured(
-        "value_drain with the values taken through W_O", "ratio"
-    )
-    first_value_norm: Float[Tensor, "prompt layer head"] | None = measured(
-        "norm of the first token's value (FTVVN)", "activation"
-    )
-    mean_value_norm: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean norm of the values (AVVN)", "activation"
-    )
-    head_output_norm: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean norm of the head's output before W_O (AHON)", "activation"
-    )
-    head_output_norm_out: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean norm of the head's output after W_O", "activation"
-    )
-    last_output_norm: Float[Tensor, "prompt layer head"] | None = measured(
-        "norm of the head's output at the last token (LTHON)", "activation"
-    )
-    honor: Float[Tensor, "prompt layer head"] | None = measured(
-        "head_output_norm over the mean of its layer (HONOR)", "ratio"
-    )
-    honor_out: Float[Tensor, "prompt layer head"] | None = measured(
-        "head_output_norm_out over the mean of its layer", "ratio"
-    )
+        Args:
+            names: fields of equal dimensions, or "massive" for the massive activations.
 
-    # Residual stream
-    residual_norm: Float[Tensor, "layer position"] | None = measured(
-        "norm of the residual state after each block, mean over prompts",
-        "activation",
-        weight="prompts_at",
-    )
-    residual_peak: Float[Tensor, "prompt layer"] | None = measured(
-        "norm of the sink's residual state over the median of the others", "ratio"
-    )
-    sink_residual_norm: Float[Tensor, "prompt layer"] | None = measured(
-        "norm of the sink's residual state", "activation"
-    )
-    median_residual_norm: Float[Tensor, "prompt layer"] | None = measured(
-        "median norm of the other positions' residual states", "activation"
-    )
-    residual_outlier: Float[Tensor, "prompt position"] | None = measured(
-        "largest over layers of the norm of a residual state over its layer's median norm", "ratio"
-    )
-    cosine_to_sink: Float[Tensor, "layer position"] | None = measured(
-        "cosine of a residual state to the sink's, mean over prompts", "1", weight="prompts_at"
-    )
-    massive: MassiveActivations | None = None
+        Returns:
+            Columns named by dimension and by field with unit, such as "sink_attention
+            [probability]". Rows of single tokens also have the token's text, and none is padding.
 
-    # FFN output
-    ffn_sink: Float[Tensor, "prompt layer dim"] | None = measured(
-        "FFN output at the first sink", "activation"
-    )
-    ffn_mixed_max: Float[Tensor, "prompt layer dim"] | None = measured(
-        "largest |FFN output| over the positions that mix", "activation"
-    )
-    ffn_sink_median: Float[Tensor, "prompt layer"] | None = measured(
-        "median over dims of |FFN output| at the first sink", "activation"
-    )
+        Raises:
+            ReportError: a field that is unknown or was not measured, or dimensions that differ.
+        """
+        frame = super().to_frame(*names)
+        if not {"prompt", "position"} <= set(frame):
+            return frame
+        real = self.mask.cpu().numpy()[frame["prompt"], frame["position"]]
+        frame = frame[real].reset_index(drop=True)
+        if self.token_text is not None:
+            places = zip(frame["prompt"], frame["position"], strict=True)
+            column = list(frame).index("position") + 1
+            frame.insert(column, "token", [self.token_text[p][i] for p, i in places])
+        return frame
 
-    # Position embedding
-    position_embedding_norm: Float[Tensor, "context"] | None = measured(
-        "norm of each learned position embedding", "activation"
-    )
+    def to_xarray(self) -> xr.Dataset:
+        """Every measured field as an xarray Dataset.
+
+        Variables have their dimensions, ``units`` and ``about``; the tokens' text is a coordinate
+        [prompt position], "" where padded; the settings are attributes.
+        """
+        dataset = super().to_xarray()
+        settings = self.settings.to_dict()
+        versions = settings.pop("versions")
+        dataset.attrs = {
+            name: value if type(value) in (str, int, float) else json.dumps(value)
+            for name, value in settings.items()
+        } | {f"version_{library}": version for library, version in versions.items()}
+        if self.token_text is None:
+            return dataset
+        positions = self.mask.shape[1]
+        padded = [[*row, *[""] * (positions - len(row))] for row in self.token_text]
+        return dataset.assign_coords(token=(("prompt", "position"), padded))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report to a ``.nc`` (netCDF 4) file, all of it or nothing; see `load_report`.
+
+        Raises:
+            ReportError: another suffix, or a path that cannot be written.
+        """
+        from sinkscope._netcdf import save
+
+        return save(self, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as plain values, ready for JSON; see `sinkscope._plain.plain_report`."""
+        from sinkscope._plain import plain_report
+
+        return plain_report(self)
+
+    def to_json(self) -> str:
+        """One JSON object of all figures; nan and inf are null."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    def merge(self, other: SinkReport) -> SinkReport:
+        """The report of both reports' prompts, as if they had been scanned together.
+
+        Prompts are laid end to end; means over prompts are weighted by `prompts_at` and
+        `prompts_in_bucket`. Prompts of the two may differ in length.
+
+        Raises:
+            ReportError: where a setting that changes the meaning of the figures differs (the
+                sentence names the first), or only one report has a field.
+        """
+        from sinkscope._merge import merged_fields
+
+        settings = self.settings.merge(other.settings)
+        if (self.massive is None) != (other.massive is None):
+            raise ReportError(
+                "These reports cannot be merged because only one of them has massive; scan both "
+                "with the same metrics."
+            )
+        massive, text = self.massive, None
+        if self.massive is not None and other.massive is not None:
+            massive = self.massive.followed_by(other.massive, prompts=self.sizes["prompt"])
+        if self.token_text is not None and other.token_text is not None:
+            text = [*self.token_text, *other.token_text]
+        return SinkReport(
+            settings=settings, token_text=text, massive=massive, **merged_fields(self, other)
+        )
+
+    # -- over prompts ----------------------------------------------------------------------------
+
+    def mean(self, name: str) -> Tensor:
+        """Mean of a field over the prompts that define it; what has no prompts is given as it is.
+
+        Raises:
+            ReportError: a field that is unknown or was not measured.
+        """
+        figures = self[name]
+        if "prompt" not in self.variables()[name].dims:
+            return figures
+        return mean_over_prompts(figures if figures.is_floating_point() else figures.float())
+
+    def interval(
+        self, name: str, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    ) -> Interval:
+        """Mean over prompts with its bootstrap interval.
+
+        Args:
+            name: a field with a prompt dimension.
+            level: probability between the ends.
+            resamples: how many times the prompts are drawn anew.
+            seed: of the draws.
+
+        Returns:
+            (mean, low, high), each with the field's dimensions but the prompt.
+
+        Raises:
+            ReportError: a field that was not measured or is a mean over prompts already.
+        """
+        figures = self[name]
+        if "prompt" not in self.variables()[name].dims:
+            raise ReportError(
+                f"{name} is kept as a mean over prompts, so there is no interval to give; fields "
+                "with a prompt dimension have one, such as sink_attention."
+            )
+        figures = figures if figures.is_floating_point() else figures.float()
+        return bootstrap(figures, level, resamples, seed)
+
+    # -- heads, dims, tokens ---------------------------------------------------------------------
+
+    def top_heads(self, n: int = 10, by: str = "sink_attention") -> list[dict[str, Any]]:
+        """The heads with the largest mean of a field, strongest first.
+
+        Args:
+            n: how many.
+            by: a field with the dimensions prompt, layer and head.
+
+        Returns:
+            Records of layer, head, the field's mean with the low and high ends of its 95 %
+            interval, and what else was measured of: honor, attention_entropy, sink_logit_gap,
+            value_drain (of the head's kv_head).
+        """
+        from sinkscope._records import top_heads
+
+        return top_heads(self, n, by)
+
+    def massive_activations(self) -> list[dict[str, Any]]:
+        """The massive activations as records of prompt, layer, position, dim, value and ratio."""
+        from sinkscope._records import massive_activations
+
+        return massive_activations(self)
+
+    def nonmixture_dims(
+        self, over_median: float = 100.0, over_mixed: float = 10.0, share: float = 0.5
+    ) -> list[dict[str, Any]]:
+        """FFN-output dims in which the sink stands out from dims and from positions.
+
+        Operational, ours: the seed paper's rule (Yan et al. 2024) is not public. The rule for one
+        prompt is `sinkscope.metrics.ffn.nonmixture_dims`.
+
+        Args:
+            over_median: |x| at the sink over the median |x| over dims has to exceed this.
+            over_mixed: |x| at the sink over the largest |x| of any mixed position, likewise.
+            share: in at least this share of prompts.
+
+        Returns:
+            Records of layer, dim, value (mean over prompts), over_median, over_mixed (means) and
+            share, largest |value| first.
+        """
+        from sinkscope._records import nonmixture_dims
+
+        return nonmixture_dims(self, over_median, over_mixed, share)
+
+    def inactivity_scores(self) -> dict[str, Float[Tensor, "prompt layer head"]]:
+        """The thirteen scores of Sandoval-Segura et al. 2025 by name, among them HONOR (AHON-LN).
+
+        `sinkscope.metrics.heads.INACTIVE_IF` says which side of a threshold is inactive.
+        """
+        from sinkscope.metrics.heads import inactivity_scores
+
+        return inactivity_scores(
+            first_token_attention=self["first_token_attention"],
+            attention_entropy=self["attention_entropy"],
+            first_value_norm=self["first_value_norm"],
+            mean_value_norm=self["mean_value_norm"],
+            last_output_norm=self["last_output_norm"],
+            head_output_norm=self["head_output_norm"],
+        )
+
+    def sink_rate_at(self, epsilon: float) -> float:
+        """Gu's sink rate of the first sink at any ε: share of (prompt, layer, head) above it.
+
+        Exact for every ε, because `sink_importance` keeps prompts, layers and heads [share].
+        """
+        importance = self["sink_importance"]
+        defined = ~importance.isnan()
+        return float(((importance > epsilon) & defined).sum() / defined.sum())
+
+    def token_mask(
+        self, residual_ratio: float = 10.0, attention: float = 0.3
+    ) -> Bool[Tensor, "prompt position"]:
+        """Sink and outlier tokens, to leave out when training SAEs or probes, or to quantise apart.
+
+        A token is marked if it is a sink, that is, its received attention averaged over all layers
+        and heads exceeds `attention`; or an outlier, that is, after some layer the norm of its
+        residual state exceeds `residual_ratio` times that layer's median. What was not measured
+        does not mark. Position 0 is not marked for being first, and padding never is.
+
+        Args:
+            residual_ratio: threshold of `residual_outlier`.
+            attention: threshold of `received_peak`.
+
+        Raises:
+            ReportError: where neither was measured.
+        """
+        if self.received_peak is None and self.residual_outlier is None:
+            self._require("received_peak")
+        marked = torch.zeros_like(self.mask)
+        if self.received_peak is not None:
+            marked |= self.received_peak > attention
+        if self.residual_outlier is not None:
+            marked |= self.residual_outlier > residual_ratio
+        return marked & self.mask
+
+    # -- for people ------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        from sinkscope._summary import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from sinkscope._summary import as_html
+
+        return as_html(self)
+
+    def _not_measured(self, name: str) -> str:
+        asked = ", ".join(self.settings.metrics) or "nothing"
+        return (
+            f"{name} was not measured: the scan was asked for {asked}; scan again with a metric "
+            f"that gives {name} (all of them by default), on a model that has it."
+        )
+
+
+def load_report(path: str | Path) -> SinkReport:
+    """Read a report that `SinkReport.save` wrote; its tensors are on the CPU.
+
+    Raises:
+        ReportError: a file that is missing, damaged, of another kind, or from a newer sinkscope.
+    """
+    from sinkscope._netcdf import load
+
+    return load(SinkReport, path)
