@@ -1,0 +1,1 @@
+"""Attention with log-sum-exp on CUDA: the choice of kernel."""

@@ -1,0 +1,116 @@
+"""Attention masks as a few numbers instead of a T×T tensor.
+
+transformers asks a registered function for a mask before the first layer. Ours answers with a
+`MaskSpec`, which travels through the model's own code to our attention function. A mask that is
+more than "causal, window, padding" (packed sequences, prefix-LM, chunks) is built densely, as
+transformers' own sdpa path would build it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import masking_utils
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Who sees whom, as in `AttentionCall`.
+
+    Attributes:
+        causal: Whether a query sees no later key.
+        window: Sliding window [tokens], or None.
+        padding: Real keys [prompt key], or None if every key is real.
+        offset: Key index of the first query.
+    """
+
+    causal: bool
+    window: int | None = None
+    padding: Bool[Tensor, "prompt key"] | None = None
+    offset: int = 0
+
+
+def streaming_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: Bool[Tensor, "prompt key"] | None = None,
+    **kwargs: Any,
+) -> MaskSpec | Bool[Tensor, "prompt 1 query key"] | None:
+    """The mask function that `AttentionMaskInterface` calls; see the module docstring."""
+    shape = _shape_of(mask_function)
+    if shape is None:
+        # A skipped mask means "causal" or "bidirectional" by a convention of transformers' sdpa
+        # function; ours must be told, so it never skips.
+        kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        return masking_utils.sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+    causal, window = shape
+    padding = _padding(attention_mask, kv_length, kv_offset)
+    return MaskSpec(causal, window, padding, int(q_offset) - kv_offset)
+
+
+def _padding(
+    mask: Bool[Tensor, "prompt seen"] | None, kv_length: int, kv_offset: int
+) -> Bool[Tensor, "prompt key"] | None:
+    if mask is None:
+        return None
+    mask = masking_utils.prepare_padding_mask(mask, kv_length, kv_offset)
+    mask = mask[:, kv_offset : kv_offset + kv_length].bool()
+    # One wait for the device per forward pass (transformers' own path has it too) buys kernels
+    # without a mask in every layer.
+    return None if bool(mask.all()) else mask
+
+
+def _shape_of(mask_function: Callable) -> tuple[bool, int | None] | None:
+    """(causal, window) of a transformers mask function, or None if it is anything else.
+
+    transformers composes masks from closures, so this compares their code and reads the window
+    out of the closure. What it does not recognise is still right, only slower.
+    """
+    base = _BASES.get(mask_function)
+    if base is not None:
+        return base, None
+    composed = masking_utils.sliding_window_causal_mask_function(1)
+    if _code(mask_function) is not _code(composed):
+        return None
+    overlay, *rest = _closure(mask_function).get("mask_functions", (None,))
+    causal = _BASES.get(rest[0]) if len(rest) == 1 else None
+    if causal is True and _code(overlay) is _code(masking_utils.sliding_window_overlay(1)):
+        return True, _closure(overlay)["sliding_window"]
+    both_ways = masking_utils.sliding_window_bidirectional_overlay(1)
+    if causal is False and _code(overlay) is _code(both_ways):
+        # This one includes the distance that it is named after.
+        return False, _closure(overlay)["sliding_window"] + 1
+    return None
+
+
+_BASES = {
+    masking_utils.causal_mask_function: True,
+    masking_utils.bidirectional_mask_function: False,
+}
+
+
+def _code(function: Callable | None) -> CodeType | None:
+    return getattr(function, "__code__", None)
+
+
+def _closure(function: Callable) -> dict[str, Any]:
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    return dict(zip(function.__code__.co_freevars, cells, strict=True))
