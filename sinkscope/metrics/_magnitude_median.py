@@ -33,7 +33,8 @@ def magnitude_median(
     between = _count_upto(x, mask, lower) <= count // 2
     if between.any():
         upper = torch.where(between, _smallest_above(x, mask, lower), lower)
-    median = (at_least_fp32(lower) + at_least_fp32(upper)) / 2
+    lower, upper = at_least_fp32(lower), at_least_fp32(upper)
+    median = lower + (upper - lower) / 2  # their sum might overflow
     return torch.where(count > 0, median, torch.nan)
 
 

@@ -47,5 +47,5 @@ def matrix_entropy(
     share = energy / energy.sum(dim=-1, keepdim=True)
     entropy = torch.special.entr(share).sum(dim=-1)
     if normalised:
-        entropy = entropy / where.sum(dim=1).clamp(max=hidden.shape[2]).log()
+        entropy = entropy / where.sum(dim=1).clamp(max=hidden.shape[2]).double().log()
     return entropy.to(torch.promote_types(hidden.dtype, torch.float32))
