@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import typing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import AbstractArray
@@ -23,6 +23,8 @@ from sinkscope.errors import ReportError
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
+
+L = TypeVar("L", bound="Labelled")  # not Self: beartype checks it on functions only
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Labelled:
         """
         return getattr(self, self._require(name).name)
 
-    def to(self, device: str | torch.device) -> Self:
+    def to(self: L, device: str | torch.device) -> L:
         """The same report with every tensor on `device`."""
         moved: dict[str, Any] = {name: self[name].to(device) for name in self.measured()}
         for name in self.parts():

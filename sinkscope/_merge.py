@@ -87,11 +87,11 @@ def _equally_long(variable: Variable, one: Tensor, other: Tensor) -> tuple[Tenso
 
 
 def _weighted(means: tuple[Tensor, Tensor], counts: tuple[Tensor, Tensor]) -> Tensor:
-    sums = [
+    first, second = (
         torch.where(count > 0, mean.double() * count, 0)
         for mean, count in zip(means, counts, strict=True)
-    ]
-    return (sum(sums) / sum(counts)).to(means[0].dtype)
+    )
+    return ((first + second) / (counts[0] + counts[1])).to(means[0].dtype)
 
 
 def _agreed(name: str, one: Tensor, other: Tensor) -> Tensor:

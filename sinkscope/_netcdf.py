@@ -103,7 +103,7 @@ def _write_rest(labelled: Labelled, file: Any, prefix: str) -> None:
         if isinstance(value, Labelled):
             _write_rest(value, file, f"{prefix}{name}_")
         else:
-            plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            plain = value.to_dict() if hasattr(value, "to_dict") else value
             text = np.array(json.dumps(plain), dtype=h5py.string_dtype())
             file.create_variable(f"{prefix}{name}", (), text.dtype, data=text)
 

@@ -26,7 +26,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def coordinate(labelled: Labelled, dim: str) -> np.ndarray:
-    """The values along a dimension: the field of that name, else 0, 1, 2, …"""
+    """The values along a dimension: the field of that name, else 0, 1, 2 and so on."""
     variable = labelled.variables().get(dim)
     if variable is not None and variable.dims == (dim,) and getattr(labelled, dim) is not None:
         return to_numpy(labelled[dim])
@@ -91,8 +91,10 @@ def dataset(labelled: Labelled) -> xr.Dataset:
     fields = variables_of(labelled)
     dims = dict.fromkeys(dim for names, _, _ in fields.values() for dim in names)
     sizes = {
-        dim: size for names, data, _ in fields.values() for dim, size in zip(names, data.shape)
-    }  # fmt: skip
+        dim: size
+        for names, data, _ in fields.values()
+        for dim, size in zip(names, data.shape, strict=True)
+    }
     coords: dict[str, Any] = {dim: (dim, np.arange(sizes[dim])) for dim in dims}
     coords |= {dim: fields.pop(dim) for dim in dims if dim in fields}
     return xr.Dataset(fields, coords)

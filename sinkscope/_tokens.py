@@ -59,17 +59,17 @@ class Texts:
         return self.mask.sum(1)
 
     def right_padded(self) -> Texts:
-        """The same prompts with their real tokens moved to the left end."""
-        positions = torch.arange(self.tokens.shape[1], device=self.mask.device)
+        """The same prompts with their real tokens at the left end, no wider than the longest."""
+        positions = torch.arange(int(self.lengths.max()), device=self.mask.device)
         mask = positions < self.lengths[:, None]
-        tokens = torch.zeros_like(self.tokens)
+        tokens = self.tokens.new_zeros(mask.shape)
         tokens[mask] = self.tokens[self.mask]  # both masks visit prompt by prompt, left to right
         return dataclasses.replace(self, tokens=tokens, mask=mask)
 
     def left_padded(self) -> Texts:
-        """The same prompts with their real tokens moved to the right end."""
+        """The same prompts with their real tokens at the right end, no wider than the longest."""
         mask = self.right_padded().mask.flip(1)
-        tokens = torch.zeros_like(self.tokens)
+        tokens = self.tokens.new_zeros(mask.shape)
         tokens[mask] = self.tokens[self.mask]
         return dataclasses.replace(self, tokens=tokens, mask=mask)
 

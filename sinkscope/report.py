@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,7 @@ class SinkReport(SinkFields):
         if not {"prompt", "position"} <= set(frame):
             return frame
         real = self.mask.cpu().numpy()[frame["prompt"], frame["position"]]
-        frame = frame[real].reset_index(drop=True)
+        frame = frame.loc[real].reset_index(drop=True)
         if self.token_text is not None:
             places = zip(frame["prompt"], frame["position"], strict=True)
             column = list(frame).index("position") + 1
@@ -289,10 +288,18 @@ class SinkReport(SinkFields):
         return as_html(self)
 
     def _not_measured(self, name: str) -> str:
-        asked = ", ".join(self.settings.metrics) or "nothing"
+        from sinkscope.capture.observers import OBSERVERS
+
+        metrics = [
+            metric
+            for metric, observers in OBSERVERS.items()
+            if metric == name or any(name in observer.fields for observer in observers)
+        ]
+        if not metrics or metrics[0] in self.settings.metrics:
+            return f"{name} was not measured: it does not exist for this model."
         return (
-            f"{name} was not measured: the scan was asked for {asked}; scan again with a metric "
-            f"that gives {name} (all of them by default), on a model that has it."
+            f"{name} was not measured: scan again with the metric {metrics[0]!r} among metrics= "
+            f"(this scan had {', '.join(self.settings.metrics) or 'none'})."
         )
 
 
