@@ -1,0 +1,103 @@
+"""What a terminal shows of a model's capabilities."""
+
+from __future__ import annotations
+
+from io import StringIO
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from sinkscope.capabilities import Capabilities
+
+
+def describe(capabilities: Capabilities) -> RenderableType:
+    """Tables for a terminal or a notebook: what the model is, what can be measured, and where."""
+    return Group(_structure(capabilities), _metrics(capabilities), _signals(capabilities))
+
+
+def as_text(renderable: RenderableType, width: int = 100) -> str:
+    """The same without colours."""
+    console = Console(file=StringIO(), width=width, color_system=None)
+    console.print(renderable)
+    return console.file.getvalue().rstrip()
+
+
+def _structure(can: Capabilities) -> Table:
+    table = Table(title=can.architecture, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    rows = {
+        "layers": str(can.n_layers),
+        "heads": _heads(can),
+        "widths": f"d_model {can.d_model}, d_head {can.d_head}, d_mlp {can.d_mlp or '-'}",
+        "context": f"{can.n_ctx or '-'} positions, {can.positions} position scheme",
+        "attention": _attention(can),
+        "windows": _runs(can.windows),
+        "blocks": ("parallel" if can.parallel_blocks else "sequential")
+        + (", mixture of experts" if can.moe else ""),
+        "output head": "trained" if can.lm_head else "not trained: losses mean nothing",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _heads(can: Capabilities) -> str:
+    if can.n_heads == can.n_kv_heads:
+        return str(can.n_heads)
+    return f"{can.n_heads} query, {can.n_kv_heads} key/value"
+
+
+def _attention(can: Capabilities) -> str:
+    words = ["causal" if can.causal else "bidirectional"]
+    words.append("softmax" if can.softmax else "not a softmax")
+    if can.learned_sinks:
+        words.append("learned sinks")
+    if can.softcap is not None:
+        words.append(f"scores capped at {can.softcap:g}")
+    words.append(f"scale {_runs(tuple(round(scale, 6) for scale in can.scales))}")
+    return ", ".join(words)
+
+
+def _runs(values: tuple[float | None, ...]) -> str:
+    """For example "512 in layers 0-4 · full in layer 5"; one word where all layers agree."""
+
+    def word(value: float | None) -> str:
+        return "full" if value is None else f"{value:g}"
+
+    if len(set(values)) == 1:
+        return word(values[0])
+    parts = []
+    for value, group in groupby(range(len(values)), key=values.__getitem__):
+        layers = list(group)
+        span = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+        parts.append(f"{word(value)} in {span}")
+    return " · ".join(parts)
+
+
+def _metrics(can: Capabilities) -> Table:
+    table = Table(title="Metrics on the stock path", title_justify="left")
+    table.add_column("metric", no_wrap=True)
+    table.add_column("")
+    for metric in can.available:
+        table.add_row(metric, Text("yes", style="green"))
+    for metric, reason in can.unavailable.items():
+        table.add_row(metric, Text(f"no: {reason}", style="yellow"))
+    return table
+
+
+def _signals(can: Capabilities) -> Table:
+    table = Table(
+        title="Checked hook points",
+        caption=f"{len(can.hooks)} hook points fire in all",
+        title_justify="left",
+    )
+    table.add_column("signal", no_wrap=True)
+    table.add_column("hook point")
+    for signal, hook in can.signals.items():
+        table.add_row(signal, Text(hook))
+    return table

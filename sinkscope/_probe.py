@@ -1,0 +1,121 @@
+"""One tiny forward pass that shows which hook points of a bridge fire, and with what.
+
+Names promise too much: some hook points never fire, some hold something else than they say
+(a "score" that is already a probability, an "attention output" after the next norm). So sinkscope
+looks at what really fires before it believes a name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+PROBE_LENGTH = 12
+"""Positions of the probe: enough for patterns to differ, and longer than a tiny model's window."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What fired when the probe's tokens ran through a bridge.
+
+    Attributes:
+        tokens: Two prompts that differ in their last token only.
+        fired: How often each hook point fired; every alias of a hook point is listed.
+        kept: The tensors of the hook points that were asked for, float32 on the CPU.
+    """
+
+    tokens: Int[Tensor, "prompt position"]
+    fired: Counter[str]
+    kept: dict[str, Tensor]
+
+    def layers(self, template: str, n_layers: int) -> list[Tensor] | None:
+        """The tensor that ``template`` shows in each layer.
+
+        Args:
+            template: Hook name with ``{layer}`` in place of the block's index.
+            n_layers: Number of blocks.
+
+        Returns:
+            One tensor a layer, or ``None`` unless the hook fired exactly once in every layer.
+        """
+        names = [template.format(layer=layer) for layer in range(n_layers)]
+        if any(self.fired[name] != 1 or name not in self.kept for name in names):
+            return None
+        return [self.kept[name] for name in names]
+
+
+def probe(bridge: Any, wanted: Callable[[str], bool]) -> Probe:
+    """Run the bridge once on a few tokens and record what fires.
+
+    Hooks that the caller has on the bridge are put aside meanwhile (permanent ones are part of the
+    model and stay), and the bridge is left as it was.
+
+    Args:
+        bridge: A TransformerBridge.
+        wanted: Whether the tensor at the hook point of this name is to be kept.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    for name, point in bridge.hook_dict.items():
+        names.setdefault(point, []).append(name)
+    tokens = probe_tokens(bridge)
+    result = Probe(tokens, Counter(), {})
+
+    def record(activation: Any, hook: Any) -> None:
+        for name in names[hook]:
+            result.fired[name] += 1
+            if isinstance(activation, Tensor) and name not in result.kept and wanted(name):
+                result.kept[name] = activation.detach().float().cpu().clone()
+
+    # no_grad rather than inference_mode: buffers that the model caches on its first call would
+    # otherwise be inference tensors, useless for a training step that comes later.
+    with only_hooks(names, names, record), evaluating(bridge), torch.no_grad():
+        bridge(tokens.to(bridge.cfg.device), return_type="logits")
+    return result
+
+
+def probe_tokens(bridge: Any) -> Int[Tensor, "prompt position"]:
+    """Two prompts of unlike, ordinary ids; the second differs in its last token only."""
+    vocabulary = bridge.cfg.d_vocab
+    # Special ids sit at either end of a vocabulary: take the middle half.
+    ids = torch.linspace(vocabulary // 4, 3 * vocabulary // 4, PROBE_LENGTH + 1).long()
+    return torch.stack([ids[:-1], torch.cat([ids[:-2], ids[-1:]])])
+
+
+@contextmanager
+def only_hooks(
+    points: Iterable[Any], hooked: Iterable[Any], hook: Callable[[Any, Any], Any]
+) -> Iterator[None]:
+    """Put the caller's hooks on ``points`` aside, and ``hook`` on those to be hooked, inside."""
+    aside = [(point, point.fwd_hooks, point._forward_hooks) for point in points]
+    try:
+        for point, handles, functions in aside:
+            point.fwd_hooks = [handle for handle in handles if handle.is_permanent]
+            permanent = {handle.hook.id for handle in point.fwd_hooks}
+            point._forward_hooks = OrderedDict(
+                (key, function) for key, function in functions.items() if key in permanent
+            )
+        for point in hooked:
+            point.add_hook(hook)
+        yield
+    finally:
+        for point, handles, functions in aside:
+            point.fwd_hooks, point._forward_hooks = handles, functions
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,254 @@
+"""Which hook point of a stock bridge holds which quantity: every claim is checked by arithmetic.
+
+A hook's name is a candidate, not a proof. A pattern must be zero where nothing is visible, queries
+and keys must multiply into what attention is made of, scores must turn into the pattern under
+softmax, the pattern must mix the values into ``z``, and the residual stream must add up. What
+fails is not offered, with a sentence that says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from sinkscope._algebra import close, masked_softmax, mixed_values, scaled_products
+from sinkscope._anatomy import Anatomy
+from sinkscope._probe import Probe
+from sinkscope.metrics.positions import visible
+
+B = "blocks.{layer}."
+PATTERN = B + "attn.hook_pattern"
+SCORES = B + "attn.hook_attn_scores"
+QUERY_KEY = (
+    (B + "attn.hook_rot_q", B + "attn.hook_rot_k"),
+    (B + "attn.hook_q", B + "attn.hook_k"),
+)
+VALUE, Z = B + "attn.hook_v", B + "attn.hook_z"
+RESID_PRE, RESID_POST = B + "hook_resid_pre", B + "hook_resid_post"
+# On BERT hook_attn_out is the state after the next norm; what attention adds is attn.o's output.
+ATTN_OUT = (B + "hook_attn_out", B + "attn.o.hook_out")
+MLP_OUT = (B + "hook_mlp_out", B + "mlp.out.hook_out")
+LN1_IN, LN1_OUT, LN2_IN = B + "ln1.hook_in", B + "ln1.hook_out", B + "ln2.hook_in"
+NEURONS, DOWN_IN = B + "mlp.hook_post", B + "mlp.out.hook_in"
+
+CANDIDATES = (
+    *(PATTERN, SCORES, *QUERY_KEY[0], *QUERY_KEY[1], VALUE, Z),
+    *(RESID_PRE, RESID_POST, *ATTN_OUT, *MLP_OUT, LN1_IN, LN1_OUT, LN2_IN, NEURONS, DOWN_IN),
+)
+"""Templates of all hook points that may carry a signal or serve to check one."""
+
+Layers = list[Tensor]
+
+
+@dataclass
+class Findings:
+    """What the checks found.
+
+    Attributes:
+        scales: The factor on q·k in each layer.
+        signals: Signal name to hook template, for the signals that passed.
+        reasons: Signal name to why it is not offered.
+        softmax: Whether the pattern is a softmax of the scores (with or without a learned sink).
+    """
+
+    scales: tuple[float, ...]
+    signals: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    softmax: bool = True
+
+    def accept(self, **hooks: str) -> None:
+        """Offer signals under these hooks."""
+        self.signals |= hooks
+
+    def reject(self, reason: str, *signals: str) -> None:
+        """Say why signals are not offered."""
+        self.reasons |= dict.fromkeys(signals, reason)
+
+
+def is_causal(probe: Probe, n_layers: int) -> bool:
+    """Whether earlier positions ignore a change of the last token."""
+    final = probe.layers(RESID_POST, n_layers)
+    if final is None:
+        return True
+    first, second = final[-1][:, :-1]
+    # Attention over even one more key moves the other positions by far more than this.
+    return close(first, second, 1e-4)
+
+
+def find_signals(probe: Probe, anatomy: Anatomy, causal: bool, tolerance: float) -> Findings:
+    """Check every candidate.
+
+    Args:
+        probe: What fired in one tiny forward pass.
+        anatomy: The model's structure.
+        causal: Whether a position sees only itself and earlier ones.
+        tolerance: Relative error that the model's dtype explains.
+    """
+    checks = _Checks(probe, anatomy, causal, tolerance)
+    checks.pattern()
+    checks.query_key()
+    checks.scores()
+    checks.values()
+    checks.residual()
+    checks.neurons()
+    return checks.findings
+
+
+class _Checks:
+    """The checks, in an order in which each may rely on those before it."""
+
+    def __init__(self, probe: Probe, anatomy: Anatomy, causal: bool, tolerance: float) -> None:
+        self.probe, self.anatomy, self.tolerance = probe, anatomy, tolerance
+        real = torch.ones(1, probe.tokens.shape[1], dtype=torch.bool)
+        self.visible = [visible(real, causal, window)[0] for window in anatomy.windows]
+        self.findings = Findings(scales=tuple(scales[0] for scales in anatomy.scales))
+
+    def layers(self, template: str) -> Layers | None:
+        return self.probe.layers(template, self.anatomy.n_layers)
+
+    def close(self, left: Tensor, right: Tensor) -> bool:
+        return close(left, right, self.tolerance)
+
+    def same(self, left: Layers, right: Layers) -> bool:
+        return all(map(self.close, left, right))
+
+    def pattern(self) -> None:
+        """A pattern is nought where causality and the window hide the key, and nowhere else."""
+        pattern = self.layers(PATTERN)
+        if pattern is None:
+            self.findings.reject(
+                "hook_pattern does not fire in every block, because this attention implementation "
+                'keeps no pattern (bridge.original_model.set_attn_implementation("eager") does)',
+                "pattern",
+            )
+        elif all(
+            p.ndim == 4 and torch.equal(p.sum((0, 1)) > 0, seen)  # some head reads each visible key
+            for p, seen in zip(pattern, self.visible, strict=True)
+        ):
+            self.findings.accept(pattern=PATTERN)
+        else:
+            self.findings.reject(
+                "hook_pattern does not read the keys that the config's mask leaves visible",
+                "pattern",
+            )
+
+    def query_key(self) -> None:
+        """Queries and keys are those whose scaled products explain the pattern or the scores."""
+        for query_hook, key_hook in QUERY_KEY:
+            query, key = self.layers(query_hook), self.layers(key_hook)
+            if query is None or key is None:
+                continue
+            scales = [self.scale(i, query[i], key[i]) for i in range(len(query))]
+            fitting = tuple(scale for scale in scales if scale is not None)
+            if len(fitting) == len(scales):
+                self.findings.scales = fitting
+                self.findings.accept(query=query_hook, key=key_hook)
+                return
+        reason = "the stock bridge shows no queries and keys as attention multiplies them"
+        if self.anatomy.positions == "rotary":
+            reason += " (hook_rot_q and hook_rot_k do not fire here)"
+        elif self.anatomy.positions == "alibi":
+            reason += " (a position bias is added to their products)"
+        self.findings.reject(reason, "query", "key")
+
+    def scale(self, layer: int, query: Tensor, key: Tensor) -> float | None:
+        """The first scale that fits this layer."""
+        for scale in self.anatomy.scales[layer]:
+            scores = scaled_products(query, key, scale, self.anatomy.softcap)
+            if self.explains_pattern(layer, scores) or self.are_scores(layer, scores):
+                return scale
+        return None
+
+    def explains_pattern(self, layer: int, scores: Tensor) -> bool:
+        """Whether a masked softmax of these scores is the layer's pattern."""
+        pattern = self.layers(PATTERN)
+        if pattern is None or scores.shape != pattern[layer].shape:
+            return False
+        expected = masked_softmax(scores, self.visible[layer], self.anatomy.sinks[layer])
+        return self.close(expected, pattern[layer])
+
+    def are_scores(self, layer: int, products: Tensor) -> bool:
+        """Whether these products are what ``hook_attn_scores`` shows where keys are visible."""
+        scores = self.layers(SCORES)
+        if scores is None or products.shape != scores[layer].shape:
+            return False
+        seen = self.visible[layer]
+        return self.close(products[..., seen], scores[layer][..., seen])
+
+    def scores(self) -> None:
+        """Scores are what softmax turns into the pattern, or the scaled products themselves."""
+        found, scores, pattern = self.findings, self.layers(SCORES), self.layers(PATTERN)
+        if scores is None:
+            found.reject("hook_attn_scores does not fire in every block", "scores")
+        elif pattern is not None and self.same(scores, pattern):
+            found.reject("the stock bridge's hook_attn_scores is the pattern itself", "scores")
+        else:
+            found.softmax = all(self.explains_pattern(i, s) for i, s in enumerate(scores))
+            if found.softmax or "query" in found.signals:
+                found.accept(scores=SCORES)
+            else:
+                found.reject("hook_pattern is not the softmax of hook_attn_scores", "scores")
+
+    def values(self) -> None:
+        """Values are what the pattern mixes into ``z``."""
+        value, z = self.layers(VALUE), self.layers(Z)
+        if value is None or z is None or any(x.ndim != 4 for x in (*value, *z)):
+            self.findings.reject("hook_v and hook_z do not show one vector a head", "value", "z")
+        elif "pattern" not in self.findings.signals:
+            # Nothing to mix with; these two are plain inputs and outputs of projections.
+            self.findings.accept(value=VALUE, z=Z)
+        elif self.same(list(map(mixed_values, self.layers(PATTERN) or [], value)), z):
+            self.findings.accept(value=VALUE, z=Z)
+        else:
+            self.findings.reject("the pattern does not mix hook_v into hook_z", "value", "z")
+
+    def residual(self) -> None:
+        """Block outputs are the next block's inputs, and the two sub-layers' outputs add up."""
+        found, before, after = self.findings, self.layers(RESID_PRE), self.layers(RESID_POST)
+        shape = (*self.probe.tokens.shape, self.anatomy.d_model)
+        names = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+        if before is None or after is None or any(x.shape != shape for x in (*before, *after)):
+            found.reject("a block does not pass on one residual vector a position", *names)
+            return
+        if not self.same(after[:-1], before[1:]):
+            found.reject("a block's output is not the next block's input", *names)
+            return
+        found.accept(resid_pre=RESID_PRE, resid_post=RESID_POST)
+        for attn_hook, mlp_hook in product(ATTN_OUT, MLP_OUT):
+            attn, mlp = self.layers(attn_hook), self.layers(mlp_hook)
+            if attn and mlp and self.add_up(before, attn, mlp, after):
+                found.accept(attn_out=attn_hook, mlp_out=mlp_hook)
+                return
+        found.reject("no hook points show what each half of a block adds", "attn_out", "mlp_out")
+
+    def add_up(self, before: Layers, attn: Layers, mlp: Layers, after: Layers) -> bool:
+        """Pre-norm blocks end with the sum; in post-norm blocks a norm reads each sum."""
+        if any(
+            a.shape != x.shape or m.shape != x.shape
+            for x, a, m in zip(before, attn, mlp, strict=True)
+        ):
+            return False
+        if self.same([x + a + m for x, a, m in zip(before, attn, mlp, strict=True)], after):
+            return True
+        ln1_in, ln1_out, ln2_in = (self.layers(hook) for hook in (LN1_IN, LN1_OUT, LN2_IN))
+        if not (ln1_in and ln1_out and ln2_in):
+            return False
+        first = [x + a for x, a in zip(before, attn, strict=True)]
+        second = [x + m for x, m in zip(ln1_out, mlp, strict=True)]
+        return self.same(first, ln1_in) and self.same(second, ln2_in)
+
+    def neurons(self) -> None:
+        """Neurons are what the FFN's down-projection reads."""
+        hidden, down = self.layers(NEURONS), self.layers(DOWN_IN)
+        if self.anatomy.moe:
+            self.findings.reject(
+                "a mixture of experts has no one set of neurons (its hook_post is its output)",
+                "neurons",
+            )
+        elif hidden and down and hidden[0].ndim == 3 and self.same(hidden, down):
+            self.findings.accept(neurons=NEURONS)
+        else:
+            self.findings.reject("no hook point shows what the down-projection reads", "neurons")

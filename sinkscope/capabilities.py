@@ -1,0 +1,289 @@
+"""What a model is and what can be measured on it, found by looking rather than by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from sinkscope._algebra import close
+from sinkscope._anatomy import Anatomy, read_anatomy
+from sinkscope._probe import Probe, evaluating, only_hooks, probe
+from sinkscope._signals import CANDIDATES, B, Findings, find_signals, is_causal
+from sinkscope._source import model_source
+from sinkscope.errors import UnsupportedError
+
+METRIC_SIGNALS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "sink_attention": ("pattern",),
+        "received_attention": ("pattern",),
+        "sink_rate": ("pattern",),
+        "uniform_ratio": ("pattern",),
+        "attention_entropy": ("pattern",),
+        "learned_sink_mass": ("pattern",),
+        "sink_logit_gap": ("scores",),
+        "sink_logit_parts": ("query", "key"),
+        "value_norm": ("value",),
+        "value_drain": ("value",),
+        "value_weighted_sink_share": ("pattern", "value"),
+        "head_output_norm": ("z",),
+        "honor": ("z",),
+        "residual_norm": ("resid_post",),
+        "residual_peak": ("resid_post",),
+        "cosine_to_sink": ("resid_post",),
+        "massive_activations": ("resid_post",),
+        "nonmixture_dims": ("mlp_out",),
+        "neurons": ("neurons",),
+        "position_embedding_norm": (),
+        "loss": (),
+    }
+)
+"""The signals that each metric reads on the stock path."""
+
+STREAMED = frozenset({"pattern", "scores", "query", "key", "value"})
+"""Signals that the streaming path gets out of the model's own attention function."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a model is, which hook points carry what, and which metrics follow.
+
+    Attributes:
+        architecture: The model's class, for example "LlamaForCausalLM".
+        n_layers: Blocks.
+        n_heads: Query heads of a block.
+        n_kv_heads: Key/value heads of a block.
+        d_model: Residual channels.
+        d_head: Channels of a head.
+        d_mlp: FFN hidden units; ``None`` where no hook point shows them.
+        n_ctx: Longest context in positions, as the config states it.
+        d_vocab: Token ids.
+        causal: Whether a position sees itself and earlier positions only.
+        moe: Whether the FFNs are mixtures of experts.
+        learned_sinks: Whether heads have a learned sink logit, so that attention sums to less
+            than one.
+        softmax: Whether attention is a softmax of the scores (a learned sink may take a share).
+        windows: Sliding window of each layer in positions, the query's own counted; ``None`` is
+            full attention.
+        softcap: Bound on the scores, or ``None``.
+        scales: Factor on q·k in each layer.
+        parallel_blocks: Whether the FFN ignores what attention writes in the same block.
+        positions: "rotary", "learned", "alibi", "none" or another word of TransformerLens.
+        lm_head: Whether the output head is trained, so that its logits mean something.
+        signals: Signal name to hook name with ``{layer}``, for the stock bridge.
+        unavailable: Metric name to the reason why the stock path cannot measure it.
+        hooks: All hook points that fire; those in every block once, with ``{layer}``.
+    """
+
+    architecture: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int | None
+    n_ctx: int | None
+    d_vocab: int
+    causal: bool
+    moe: bool
+    learned_sinks: bool
+    softmax: bool
+    windows: tuple[int | None, ...]
+    softcap: float | None
+    scales: tuple[float, ...]
+    parallel_blocks: bool
+    positions: str
+    lm_head: bool
+    signals: Mapping[str, str]
+    unavailable: Mapping[str, str]
+    hooks: tuple[str, ...]
+
+    @property
+    def available(self) -> tuple[str, ...]:
+        """Metrics that the stock path can measure."""
+        return tuple(metric for metric in METRIC_SIGNALS if metric not in self.unavailable)
+
+    def hook(self, signal: str, layer: int) -> str:
+        """Name of the hook point that carries ``signal`` in ``layer``.
+
+        Raises:
+            UnsupportedError: If no hook point of this architecture carries it.
+        """
+        if signal not in self.signals:
+            raise UnsupportedError(
+                f"{self.architecture} has no hook point for {signal!r}; it has "
+                f"{', '.join(sorted(self.signals))}."
+            )
+        return self.signals[signal].format(layer=layer)
+
+    def __str__(self) -> str:
+        from sinkscope._describe import as_text, describe
+
+        return as_text(describe(self))
+
+
+_known: WeakKeyDictionary[Any, tuple[Any, Capabilities]] = WeakKeyDictionary()
+
+
+def capabilities(model: Any) -> Capabilities:
+    """Find out what a bridge can show, by two forward passes over a dozen tokens.
+
+    The result is kept for the bridge's lifetime. Hooks that are on the bridge are put aside while
+    looking, and its state is left as it was.
+
+    Args:
+        model: A TransformerBridge.
+
+    Raises:
+        UnsupportedError: If the architecture cannot be measured exactly.
+    """
+    if not hasattr(model, "hook_dict"):
+        raise UnsupportedError(
+            f"capabilities() needs a TransformerBridge and got {type(model).__name__}; "
+            "sinkscope.load_model makes one."
+        )
+    state = _attention_state(model)
+    kept = _known.get(model)
+    if kept is None or kept[0] != state:
+        _known[model] = kept = (state, _look(model))
+    return kept[1]
+
+
+def _attention_state(model: Any) -> tuple[Any, ...]:
+    """What decides which attention hooks fire: the blocks' attention and its implementation."""
+    config = getattr(model.original_model, "config", None)
+    attention = (id(getattr(block, "attn", None)) for block in getattr(model, "blocks", ()))
+    return (getattr(config, "_attn_implementation", None), *attention)
+
+
+def _look(model: Any) -> Capabilities:
+    """Probe a bridge and put together what was found."""
+    anatomy = read_anatomy(model)
+    wanted = {hook.format(layer=i) for hook in CANDIDATES for i in range(anatomy.n_layers)}
+    try:
+        seen = probe(model, wanted.__contains__)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a foreign forward pass may raise
+        raise UnsupportedError(
+            f"{anatomy.architecture} does not run on plain token ids, so sinkscope cannot measure "
+            f"it: {str(error).partition(chr(10))[0] or type(error).__name__}"
+        ) from error
+    causal = is_causal(seen, anatomy.n_layers)
+    half = model.cfg.dtype in (torch.float16, torch.bfloat16)
+    # The tighter bound still leaves room for TF32 products on a GPU.
+    found = find_signals(seen, anatomy, causal, tolerance=3e-2 if half else 2e-3)
+    _refuse_unmeasurable(anatomy, found, seen)
+    return _assemble(model, anatomy, seen, found, causal)
+
+
+def _refuse_unmeasurable(anatomy: Anatomy, found: Findings, seen: Probe) -> None:
+    """Refuse a model whose blocks, attention or residual stream are not what they seem."""
+    runs = {seen.fired[f"blocks.{layer}.hook_in"] for layer in range(anatomy.n_layers)}
+    if runs != {1}:
+        reason = "does not run each of its blocks exactly once"
+    elif "pattern" in found.reasons and "value" in found.reasons:
+        reason = f"does not show its attention ({found.reasons['value']})"
+    elif "resid_post" in found.reasons:
+        reason = f"has no plain residual stream ({found.reasons['resid_post']})"
+    else:
+        return
+    raise UnsupportedError(
+        f"{anatomy.architecture} {reason}, so sinkscope cannot measure it exactly."
+    )
+
+
+def _assemble(
+    model: Any, anatomy: Anatomy, seen: Probe, found: Findings, causal: bool
+) -> Capabilities:
+    cfg = model.cfg
+
+    def width(signal: str, dim: int, otherwise: Any) -> Any:
+        """Size of a verified signal: configs name sizes that the model does not have."""
+        hook = found.signals.get(signal)
+        return otherwise if hook is None else seen.kept[hook.format(layer=0)].shape[dim]
+
+    return Capabilities(
+        architecture=anatomy.architecture,
+        n_layers=anatomy.n_layers,
+        n_heads=width("z", 2, cfg.n_heads),
+        n_kv_heads=width("value", 2, cfg.n_key_value_heads or cfg.n_heads),
+        d_model=anatomy.d_model,
+        d_head=width("value", 3, cfg.d_head),
+        d_mlp=width("neurons", 2, None),
+        n_ctx=anatomy.n_ctx,
+        d_vocab=cfg.d_vocab,
+        causal=causal,
+        moe=anatomy.moe,
+        learned_sinks=any(sink is not None for sink in anatomy.sinks),
+        softmax=found.softmax,
+        windows=anatomy.windows,
+        softcap=anatomy.softcap,
+        scales=found.scales,
+        parallel_blocks=_is_parallel(model, found, seen),
+        positions=anatomy.positions,
+        lm_head=model_source(model).trained_head,
+        signals=MappingProxyType(dict(found.signals)),
+        unavailable=MappingProxyType(_unavailable(model, anatomy, found, causal)),
+        hooks=_fired(seen, anatomy.n_layers),
+    )
+
+
+def _is_parallel(model: Any, found: Findings, seen: Probe) -> bool:
+    """Whether the first block's FFN output stays the same when its attention output is removed."""
+    if "mlp_out" not in found.signals:
+        return bool(getattr(model.cfg, "parallel_attn_mlp", False))
+    attn_hook, mlp_hook = (found.signals[s].format(layer=0) for s in ("attn_out", "mlp_out"))
+    attn_point, mlp_point = model.hook_dict[attn_hook], model.hook_dict[mlp_hook]
+    without: list[torch.Tensor] = []
+
+    def remove_attention(activation: torch.Tensor, hook: Any) -> torch.Tensor | None:
+        if hook is attn_point:
+            return torch.zeros_like(activation)
+        without.append(activation.float().cpu())
+        return None
+
+    points = {*model.hook_dict.values()}
+    with only_hooks(points, {attn_point, mlp_point}, remove_attention), evaluating(model):
+        with torch.no_grad():
+            model(seen.tokens.to(model.cfg.device), return_type=None, stop_at_layer=1)
+    return close(without[0], seen.kept[mlp_hook], 1e-4)
+
+
+def _unavailable(model: Any, anatomy: Anatomy, found: Findings, causal: bool) -> dict[str, str]:
+    """Why each metric that cannot be measured on the stock path cannot."""
+    reasons: dict[str, str] = {}
+    # The streaming path has q·k and no other term of the scores.
+    streamed = STREAMED if anatomy.positions != "alibi" else frozenset()
+    for metric, signals in METRIC_SIGNALS.items():
+        for signal in signals:
+            if signal in found.reasons:
+                hint = '; path="streaming" measures it' if signal in streamed else ""
+                reasons[metric] = found.reasons[signal] + hint
+    if not any(sink is not None for sink in anatomy.sinks):
+        reasons["learned_sink_mass"] = "the model has no learned sink"
+    if anatomy.positions != "learned":
+        reasons["position_embedding_norm"] = f"positions are {anatomy.positions}, not learned"
+    if not model_source(model).trained_head:
+        reasons["loss"] = "the checkpoint has no output head, and an untrained one stands in for it"
+    elif not causal:
+        reasons["loss"] = "a bidirectional model predicts no next token"
+    return reasons
+
+
+def _fired(seen: Probe, n_layers: int) -> tuple[str, ...]:
+    """Hook points that fire, those of the blocks as one template where every block agrees."""
+    templates: dict[str, None] = {}
+    for name in seen.fired:
+        stack, _, rest = name.partition(".")
+        layer, _, point = rest.partition(".")
+        template = B + point
+        shared = stack == "blocks" and all(
+            seen.fired[template.format(layer=i)] for i in range(n_layers)
+        )
+        templates[template if shared and layer.isdigit() else name] = None
+    return tuple(templates)
