@@ -62,8 +62,8 @@ def scan(
     model = load_model(model)
     can = capabilities(model)
     prompts = as_texts(texts).tokenize(model).right_padded()
-    chosen = choose_metrics(metrics, can, path)
     how = paths.choose(model, can, path)
+    chosen = choose_metrics(metrics, can, how)
     _check_epsilon(epsilon)
 
     scope = Scope(
@@ -106,13 +106,13 @@ def scan(
     )
 
 
-def choose_metrics(metrics: Metrics, can: Capabilities, path: str) -> tuple[str, ...]:
+def choose_metrics(metrics: Metrics, can: Capabilities, path: paths.Path) -> tuple[str, ...]:
     """The metrics to measure, in the order of `OBSERVERS`.
 
     Raises:
         UnsupportedError: If one is unknown, or asked for by name and unavailable on this model.
     """
-    missing = dict(can.unavailable)
+    missing = {name: reason for name in OBSERVERS if (reason := _missing(name, can, path))}
     if metrics == "all":
         return tuple(name for name in OBSERVERS if name not in missing)
     wanted = CORE if metrics == "core" else metrics
@@ -120,14 +120,26 @@ def choose_metrics(metrics: Metrics, can: Capabilities, path: str) -> tuple[str,
     for name in wanted:
         if name not in OBSERVERS:
             raise UnsupportedError(
-                f"There is no metric {name!r}; choose \"all\", \"core\", or some of "
+                f'There is no metric {name!r}; choose "all", "core", or some of '
                 f"{', '.join(OBSERVERS)}."
             )
         if name in missing:
-            raise UnsupportedError(
-                f"{name} cannot be measured on this {can.architecture}: {missing[name]}"
-            )
+            raise UnsupportedError(f"{name} cannot be measured exactly: {missing[name]}")
     return tuple(name for name in OBSERVERS if name in wanted)
+
+
+def _missing(metric: str, can: Capabilities, path: paths.Path) -> str | None:
+    """Why a metric cannot be measured exactly on this model and path, or None."""
+    if metric == "learned_sink" and not can.learned_sinks:
+        return f"{can.architecture} has no learned sink."
+    for observer in OBSERVERS[metric]:
+        for signal in sorted(observer.reads()):
+            if not path.shows(signal):
+                other = "" if path.name == "streaming" else ' path="streaming" may show it.'
+                return (
+                    f"the {path.name} path shows no true {signal!r} on {can.architecture}.{other}"
+                )
+    return None
 
 
 class _Grams:

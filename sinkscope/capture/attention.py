@@ -10,17 +10,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinkscope.capture import _columns
+from sinkscope.capture._calls import AttentionCall
+from sinkscope.capture._gap import logit_gap_in_tiles
 from sinkscope.capture.batches import Batch
 from sinkscope.errors import UnsupportedError
-from sinkscope.metrics import attention, geometry, values
+from sinkscope.metrics import attention, geometry, positions, values
 from sinkscope.metrics.geometry import SinkLogit
 
 
+@runtime_checkable
 class AttentionReader(Protocol):
     """One layer's attention over one batch."""
 
@@ -134,3 +139,94 @@ class PatternReader:
         """See `metrics.attention.value_weighted_share`."""
         b, norm = self.batch, values.norms(self.value)
         return attention.value_weighted_share(self._pattern, norm, b.sinks, b.mask, b.causal)
+
+
+@dataclass(frozen=True)
+class StreamReader:
+    """The same numbers from q, k and the log-sum-exp: A_ij = exp(s_ij − lse_i), nothing T×T.
+
+    Attributes:
+        batch: The batch, on the layer's device.
+        query: Queries as they enter the dot product.
+        key: Keys as they enter the dot product.
+        value: Values, as the attention weights mix them.
+        lse: Log of each softmax's denominator, a learned sink included.
+        call: Scale, softcap, window and mask of this call.
+        statistics: Which of "received" and "entropy" will be asked for; both share one pass.
+    """
+
+    batch: Batch
+    query: Float[Tensor, "prompt position head d_head"]
+    key: Float[Tensor, "prompt position kv_head d_head"]
+    value: Float[Tensor, "prompt position kv_head d_head"]
+    lse: Float[Tensor, "prompt head query"]
+    call: AttentionCall
+    statistics: frozenset[str] = frozenset()
+
+    @property
+    def window(self) -> int | None:
+        """Sliding window of this layer in tokens, or None."""
+        return self.call.window
+
+    @property
+    def _attended(self) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
+        return self.query, self.key, self.lse, self.call
+
+    @property
+    def _real_queries(self) -> Bool[Tensor, "prompt query"] | None:
+        return self.batch.mask if self.batch.ragged else None
+
+    @cached_property
+    def _both(self) -> _columns.ReceivedAndEntropy:
+        return _columns.received_and_entropy(*self._attended, self._real_queries)
+
+    def on_keys(self, keys: Bool[Tensor, "prompt key"]) -> Float[Tensor, "prompt head query"]:
+        """Σ_{j∈keys} exp(s_ij − lse_i), O(T) a key."""
+        return _columns.attention_to_keys(*self._attended, keys)
+
+    def received(self) -> Float[Tensor, "prompt head key"]:
+        """Σ_i exp(s_ij − lse_i)."""
+        if {"received", "entropy"} <= self.statistics:
+            return self._both.received
+        return _columns.received_mass(*self._attended, self._real_queries)
+
+    def entropy(self) -> Float[Tensor, "prompt head query"]:
+        """−Σ_j A_ij (s_ij − lse_i)."""
+        if {"received", "entropy"} <= self.statistics:
+            return self._both.entropy
+        return _columns.row_entropy(*self._attended)
+
+    def logit_gap(self) -> Float[Tensor, "prompt head"]:
+        """By prefix sums of keys where scores are linear in them; a softcap needs every score."""
+        b = self.batch
+        if self.call.softcap is None:
+            gap, valid = geometry.logit_gap_rows(
+                self.query, self.key, self.call.scale, b.sinks, b.mask, b.causal, self.window
+            )
+        else:
+            gap, valid = logit_gap_in_tiles(*self._attended, b.sinks, b.mask)
+        return attention.sink_logit_gap(gap, valid)
+
+    def learned_sink_mass(self) -> Float[Tensor, "prompt head"]:
+        """exp(sink − lse_i), mean over real queries."""
+        share = _columns.learned_sink_share(self.lse, self.call)
+        return positions.masked_mean(share, self.batch.mask[:, None, :], dim=-1)
+
+    def sink_logit(self) -> SinkLogit:
+        """See `metrics.geometry.sink_logit_decomposition`."""
+        b = self.batch
+        return geometry.sink_logit_decomposition(
+            self.query, self.key, b.sinks, b.mask, b.causal, self.window
+        )
+
+    def value_weighted_share(self) -> Float[Tensor, "prompt head"]:
+        """Both sums are attention calls whose values are the norms."""
+        b, norm = self.batch, values.norms(self.value)
+        sizes = torch.where(b.mask[:, None, :], norm, 0.0).mT
+        whole = _columns.weighted_mass(*self._attended, sizes)
+        if b.one_sink_each:  # then one column will do
+            size = values.per_query_head(values.norm_at(norm, b.first_sink), whole.shape[1])
+            part = self.on_keys(b.sinks) * size[..., None]
+        else:
+            part = _columns.weighted_mass(*self._attended, sizes * b.sinks[..., None])
+        return attention.share_paid_to_sinks(part, whole, b.sinks, b.mask, b.causal)

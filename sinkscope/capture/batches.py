@@ -176,7 +176,7 @@ def cut(
     tokens: Int[Tensor, "prompt position"],
     mask: Bool[Tensor, "prompt position"],
     sinks: Bool[Tensor, "prompt position"],
-    rows: Int[Tensor, "prompt"],
+    rows: Int[Tensor, "row"],
     *,
     causal: bool,
     device: torch.device,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,10 +19,24 @@ from sinkscope.capture.batches import Batch
 from sinkscope.capture.streaming import Stream, streaming
 from sinkscope.errors import UnsupportedError
 
-Dispatch = Callable[[str, int, Any], None]
+Emit = Callable[[str, int, Any], None]
 Hooks = list[tuple[str, Callable[..., None]]]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What the observers of a scan read.
+
+    Attributes:
+        signals: "attention", and names of activations.
+        statistics: What they will ask of an attention reader that other statistics could share.
+    """
+
+    signals: frozenset[str]
+    statistics: frozenset[str]
+
+
+@runtime_checkable
 class Path(Protocol):
     """One way of reading attention."""
 
@@ -31,8 +46,12 @@ class Path(Protocol):
         """Whatever must hold while the model runs."""
         ...
 
-    def hooks(self, signals: set[str], batch: Callable[[], Batch], emit: Dispatch) -> Hooks:
+    def hooks(self, wanted: Wanted, batch: Callable[[], Batch], emit: Emit) -> Hooks:
         """Hooks that emit every wanted signal of every layer; `batch` is the one that runs."""
+        ...
+
+    def shows(self, signal: str) -> bool:
+        """Whether this path can emit a signal, or give a reader a tensor, on this model."""
         ...
 
 
@@ -49,6 +68,9 @@ class _LayerInputs:
         return self._held.pop(layer, {})
 
 
+_STREAMED = {"pattern", "scores", "query", "key", "value"}
+
+
 class StockPath:
     """The bridge as TransformerLens made it: every layer materialises its pattern."""
 
@@ -61,10 +83,14 @@ class StockPath:
         """Nothing to prepare."""
         return nullcontext()
 
-    def hooks(self, signals: set[str], batch: Callable[[], Batch], emit: Dispatch) -> Hooks:
+    def shows(self, signal: str) -> bool:
+        """What the probe of this very model saw fire."""
+        return signal in self._capabilities.signals
+
+    def hooks(self, wanted: Wanted, batch: Callable[[], Batch], emit: Emit) -> Hooks:
         """A reader is ready when a layer's pattern fires: all else it reads fired before."""
         inputs = _LayerInputs()
-        can = self._capabilities
+        can, signals = self._capabilities, wanted.signals
         held = {name for name in ("scores", "query", "key", "value") if name in can.signals}
         held = held if "attention" in signals else set()
 
@@ -108,6 +134,10 @@ class StreamingPath:
         self._capabilities = capabilities
         self._stream: Stream | None = None
 
+    def shows(self, signal: str) -> bool:
+        """Attention streams on every model that gets here; the rest is up to the bridge."""
+        return signal in _STREAMED or signal in self._capabilities.signals
+
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Attention streams inside; the bridge is as it was outside."""
@@ -118,9 +148,10 @@ class StreamingPath:
             finally:
                 self._stream = None
 
-    def hooks(self, signals: set[str], batch: Callable[[], Batch], emit: Dispatch) -> Hooks:
+    def hooks(self, wanted: Wanted, batch: Callable[[], Batch], emit: Emit) -> Hooks:
         """A reader is ready when a layer's log-sum-exp fires, the last of its four tensors."""
         inputs = _LayerInputs()
+        signals = wanted.signals
         names = {"query": "hook_rot_q", "key": "hook_rot_k", "value": "hook_rot_v"}
 
         def holding(layer: int, signal: str) -> Callable[..., None]:
@@ -139,6 +170,7 @@ class StreamingPath:
                     batch=batch().on(x.device),
                     lse=x,
                     call=self._stream.calls[layer],
+                    statistics=wanted.statistics,
                     **inputs.take(layer),
                 )
                 emit("attention", layer, reader)

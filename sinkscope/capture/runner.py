@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from sinkscope.capture import batches
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers.base import Observer
-from sinkscope.capture.paths import Path
+from sinkscope.capture.paths import Path, Wanted
 from sinkscope.errors import ModelError
 from sinkscope.texts import Texts
 
@@ -66,7 +66,7 @@ def run(
         torch.inference_mode(),
         evaluating(model),
         path.opened(),
-        model.hooks(fwd_hooks=path.hooks(listener.signals, listener.current, listener.emit)),
+        model.hooks(fwd_hooks=path.hooks(listener.wanted, listener.current, listener.emit)),
         tqdm(total=len(order), unit="prompt", disable=not progress, leave=False) as bar,
     ):
         while done < len(order):
@@ -100,8 +100,9 @@ class _Listener:
             self._by_signal[observer.signal].append(observer)
 
     @property
-    def signals(self) -> set[str]:
-        return set(self._by_signal)
+    def wanted(self) -> Wanted:
+        statistics = frozenset().union(*(observer.statistics for observer in self._observers))
+        return Wanted(frozenset(self._by_signal), statistics)
 
     def current(self) -> Batch:
         assert self.batch is not None, "a hook fired outside a batch"

@@ -67,6 +67,7 @@ class Received(Observer):
     """Attention that every key receives from every head, and how many heads make it a sink."""
 
     signal = "attention"
+    statistics = frozenset({"received"})
     fields = (
         "received_attention",
         "uniform_ratio",
@@ -111,6 +112,7 @@ class Entropy(Observer):
     """Entropy of the attention rows."""
 
     signal = "attention"
+    statistics = frozenset({"entropy"})
     fields = ("attention_entropy",)
 
     def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
@@ -122,6 +124,7 @@ class LogitGap(Observer):
     """How far the sink's logit stands above the others'."""
 
     signal = "attention"
+    needs = frozenset({"scores"})
     fields = ("sink_logit_gap",)
 
     def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
@@ -133,6 +136,7 @@ class SinkLogitGeometry(Observer):
     """The sink logit as norms and cosines."""
 
     signal = "attention"
+    needs = frozenset({"query", "key"})
     fields = ("sink_query_norm", "sink_key_norm", "sink_cosine", "other_cosine")
 
     def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
@@ -162,6 +166,7 @@ class ValueShare(Observer):
     """The sink's share once attention is weighted by the size of the values."""
 
     signal = "attention"
+    needs = frozenset({"pattern", "value"})
     fields = ("value_weighted_sink_share",)
 
     def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:

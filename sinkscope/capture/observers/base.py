@@ -45,11 +45,20 @@ class Observer:
 
     Attributes:
         signal: What it reads: "attention", or the name of an activation (see `Capabilities`).
+        needs: The tensors that must be seen on a model to have that signal.
+        statistics: What it asks of an attention reader that may be shared with others.
         fields: The report fields that its folds end in.
     """
 
     signal: ClassVar[str]
     fields: ClassVar[tuple[str, ...]]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    statistics: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def reads(cls) -> frozenset[str]:
+        """Every tensor of a layer without which this cannot be measured."""
+        return cls.needs or frozenset({"pattern" if cls.signal == "attention" else cls.signal})
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope

@@ -1,0 +1,118 @@
+"""What a scan must say, worked out in numpy float64 from transformers' own tensors.
+
+Nothing of sinkscope is used: each formula is written out here once more, prompt by prompt and
+query by query, from the vocabulary of the documentation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+
+def expected(ref: dict[str, Tensor], mask: np.ndarray, causal: bool, sink: int = 0) -> dict:
+    """Every field of a report for prompts of one sink each, as float64 arrays.
+
+    Args:
+        ref: What `reference` gives for these prompts.
+        mask: True at real tokens [prompt position]; right-padded.
+        causal: Whether attention is.
+        sink: The sink position.
+    """
+    a = {name: tensor.double().numpy() for name, tensor in ref.items()}
+    lengths = mask.sum(axis=1)
+    prompts = [_prompt(a, p, int(n), causal, sink) for p, n in enumerate(lengths)]
+    found = {
+        name: np.stack([one[name] for one in prompts])
+        for name in prompts[0]
+        if not name.startswith("at each position ")
+    }
+    for name in prompts[0]:
+        if name.startswith("at each position "):
+            found[name.removeprefix("at each position ")] = _mean_of_ragged(
+                [one[name] for one in prompts]
+            )
+    return found
+
+
+def _mean_of_ragged(rows: list[np.ndarray]) -> np.ndarray:
+    """Mean over prompts, position by position, of those prompts that reach it."""
+    longest = max(row.shape[-1] for row in rows)
+    padded = np.full((len(rows), *rows[0].shape[:-1], longest), np.nan)
+    for index, row in enumerate(rows):
+        padded[index, ..., : row.shape[-1]] = row
+    return np.nanmean(padded, axis=0)
+
+
+def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
+    """The fields of one prompt of `n` real tokens."""
+    pattern = a["attentions"][:, p, :, :n, :n]
+    scores = a["scores"][:, p, :, :n, :n]
+    visible = a["visible"][:, p, :n, :n].astype(bool)
+    value = np.linalg.norm(a["values"][:, p, :n], axis=-1)  # [layer position kv_head]
+    z = np.linalg.norm(a["z"][:, p, :n], axis=-1)
+    resid = a["resid_post"][:, p, :n]
+    ffn = a["mlp_out"][:, p, :n]
+    n_layers, n_heads = pattern.shape[:2]
+    group = n_heads // value.shape[-1]
+    queries = [i for i in range(n) if i != sink and (i > sink or not causal)]
+    others = [j for j in range(n) if j != sink]
+
+    received = np.zeros((n_layers, n_heads, n))
+    uniform = np.zeros((n_layers, n))
+    for layer in range(n_layers):
+        for k in range(n):
+            seeing = [i for i in range(n) if visible[layer, i, k]]
+            received[layer, :, k] = pattern[layer][:, seeing, k].mean(axis=-1)
+            uniform[layer, k] = np.mean([1 / visible[layer, i].sum() for i in seeing])
+
+    gap = np.zeros((n_layers, n_heads))
+    entropy = np.zeros((n_layers, n_heads))
+    share = np.zeros((n_layers, n_heads))
+    for layer in range(n_layers):
+        for head in range(n_heads):
+            gaps, shares, entropies = [], [], []
+            for i in range(n):
+                row = pattern[layer, head, i]
+                entropies.append(-sum(x * np.log(x) for x in row if x > 0))
+                seen = [j for j in range(n) if visible[layer, i, j] and j not in (sink, i)]
+                if i in queries and visible[layer, i, sink] and seen:
+                    s = scores[layer, head, i]
+                    gaps.append(s[sink] - np.mean(s[seen]))
+                if i in queries:
+                    weighted = row * value[layer, :, head // group]
+                    shares.append(weighted[sink] / weighted.sum())
+            gap[layer, head] = np.mean(gaps)
+            entropy[layer, head] = np.mean(entropies)
+            share[layer, head] = np.mean(shares)
+
+    norm = np.linalg.norm(resid, axis=-1)
+    at_sink, median = norm[:, sink], np.median(norm[:, others], axis=1)
+    cosine = np.einsum("ltd,ld->lt", resid, resid[:, sink]) / (norm * at_sink[:, None])
+    return {
+        "sink_attention": pattern[:, :, queries, sink].mean(axis=-1),
+        "first_token_attention": pattern[:, :, :, 0].mean(axis=-1),
+        "sink_importance": received[:, :, sink],
+        "attention_entropy": entropy,
+        "sink_logit_gap": gap,
+        "value_weighted_sink_share": share,
+        "learned_sink_mass": (1 - pattern.sum(axis=-1)).mean(axis=-1),
+        "value_drain": value[:, sink] / value[:, others].mean(axis=1),
+        "first_value_norm": np.repeat(value[:, 0], group, axis=-1),
+        "mean_value_norm": np.repeat(value.mean(axis=1), group, axis=-1),
+        "head_output_norm": z.mean(axis=1),
+        "last_output_norm": z[:, -1],
+        "honor": z.mean(axis=1) / z.mean(axis=(1, 2))[:, None],
+        "sink_residual_norm": at_sink,
+        "median_residual_norm": median,
+        "residual_peak": at_sink / median,
+        "ffn_sink": ffn[:, sink],
+        "ffn_mixed_max": np.abs(ffn[:, others]).max(axis=1),
+        "ffn_sink_median": np.median(np.abs(ffn[:, sink]), axis=-1),
+        "at each position received_attention": received,
+        "at each position uniform_ratio": received / uniform[:, None],
+        "at each position sink_rate": (received > 0.3).mean(axis=(0, 1)),
+        "at each position value_norm": value.transpose(0, 2, 1),
+        "at each position residual_norm": norm,
+        "at each position cosine_to_sink": cosine,
+    }

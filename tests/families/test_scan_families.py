@@ -1,0 +1,97 @@
+"""A scan equals what follows from transformers' own tensors, on every family and both paths."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import sinkscope as ss
+
+from .architectures import BY_NAME, Family
+from .oracle import expected
+from .reference import reference
+
+PATHS = ("stock", "streaming")
+# float32 models against a float64 oracle of float32 tensors; norms are compared relatively.
+PROBABILITY = dict(atol=1e-5, rtol=0)
+MAGNITUDE = dict(atol=1e-5, rtol=1e-4)
+PROBABILITIES = {
+    "sink_attention",
+    "first_token_attention",
+    "sink_importance",
+    "received_attention",
+    "learned_sink_mass",
+    "value_weighted_sink_share",
+    "cosine_to_sink",
+}
+
+
+def compare(report: ss.SinkReport, oracle: dict, names: set[str] | None = None) -> set[str]:
+    """Compare every field that both have; say which."""
+    compared = set()
+    for name, want in oracle.items():
+        got = getattr(report, name)
+        if got is None or (names is not None and name not in names):
+            continue
+        tolerance = PROBABILITY if name in PROBABILITIES else MAGNITUDE
+        np.testing.assert_allclose(got.double().numpy(), want, err_msg=name, **tolerance)
+        compared.add(name)
+    return compared
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_every_field_agrees(family: Family, family_reference: dict, path: str) -> None:
+    tokens = family.tokens()
+    oracle = expected(family_reference, np.ones(tokens.shape, dtype=bool), family.causal)
+    report = ss.scan(family.build(), ss.token_ids(tokens), path=path, progress=False)
+    compared = compare(report, oracle)
+    assert report.settings.path == path
+    missing = set(oracle) - compared
+    if path == "stock" and not family.stock_scores:
+        missing -= {"sink_logit_gap"}
+    if not family.learned_sinks:
+        missing -= {"learned_sink_mass"}
+    assert not missing, f"not measured: {missing}"
+
+
+def test_another_sink_and_ragged_prompts(family: Family, path: str) -> None:
+    """Sinks other than position 0; prompts of unequal length in batches of two."""
+    tokens = family.tokens(prompts=5)
+    lengths = np.array([24, 11, 24, 17, 9])
+    mask = np.arange(tokens.shape[1]) < lengths[:, None]
+    ref = reference(
+        family.build(), tokens * torch.tensor(mask), torch.tensor(mask), parts=family.parts
+    )
+    oracle = expected(ref, mask, family.causal, sink=3)
+    rows = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
+    report = ss.scan(
+        family.build(), ss.token_ids(rows), sinks=[3], batch=2, path=path, progress=False
+    )
+    assert len(compare(report, oracle)) > 20
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "bert"])
+def test_padding_batching_and_order_move_nothing(name: str, path: str) -> None:
+    """The figures of a prompt depend on that prompt alone (1e-5)."""
+    family = BY_NAME[name]
+    tokens = family.tokens(prompts=4, length=12)
+    model = ss.load_model(family.build())
+    alone = ss.scan(model, ss.token_ids(tokens), batch=1, path=path, progress=False)
+    order = [2, 0, 3, 1]
+    padded = torch.zeros(4, 20, dtype=torch.long)
+    padded[:, 8:] = tokens[order]
+    mask = torch.zeros(4, 20, dtype=torch.bool)
+    mask[:, 8:] = True
+    shuffled = ss.scan(model, ss.token_ids(padded, mask), batch=3, path=path, progress=False)
+    for field in alone.measured():
+        dims = alone.variables()[field].dims
+        if dims[:2] != ("prompt", "layer"):
+            continue
+        torch.testing.assert_close(
+            shuffled[field], alone[field][order], atol=1e-5, rtol=1e-5, equal_nan=True
+        )
