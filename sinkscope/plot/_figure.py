@@ -1,0 +1,88 @@
+"""What every figure ends with, and how it reads a report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+
+from sinkscope._tidy import to_numpy
+from sinkscope.errors import ReportError
+from sinkscope.plot import _labels as labels
+from sinkscope.plot.theme import Theme, template
+
+if TYPE_CHECKING:
+    from sinkscope.report import SinkReport
+
+
+class Interval(NamedTuple):
+    """A mean over prompts with the ends of its 95 % interval; the ends are nan for one prompt."""
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def finish(
+    figure: go.Figure,
+    title: str,
+    about: labels.About,
+    theme: Theme = None,
+    *,
+    height: int = 440,
+) -> go.Figure:
+    """Give a figure its title, the line that says what it was measured on, and its theme.
+
+    Args:
+        figure: with traces and axis titles.
+        title: what it shows; Plotly text, so whatever comes from outside has to be escaped.
+        about: settings of the report, or a line of one's own.
+        theme: "light", "dark" or the default.
+        height: in pixels; the width follows the page.
+    """
+    return figure.update_layout(
+        template=template(theme),
+        title=dict(
+            text=title,
+            subtitle=dict(text=labels.about_line(about), font=dict(size=12)),
+        ),
+        height=height,
+    )
+
+
+def mean(report: SinkReport, name: str) -> np.ndarray:
+    """A field's mean over prompts, without the prompt dimension."""
+    return to_numpy(report.mean(name))
+
+
+def interval(report: SinkReport, name: str) -> Interval:
+    """A field's mean over prompts and its interval; nan ends where the field keeps no prompts."""
+    if "prompt" in report.variables()[name].dims:
+        return Interval(*(to_numpy(end) for end in report.interval(name)))
+    middle = mean(report, name)
+    return Interval(middle, np.full_like(middle, np.nan), np.full_like(middle, np.nan))
+
+
+def sink_positions(report: SinkReport) -> list[int]:
+    """Positions that are a sink in any prompt."""
+    return np.flatnonzero(to_numpy(report.sink_mask).any(axis=0)).tolist()
+
+
+def choose(report: SinkReport, dim: str, index: int | None) -> int | None:
+    """An index along a dimension, checked.
+
+    Raises:
+        ReportError: If the report has no such layer, head or prompt.
+    """
+    size = report.sizes[dim]
+    if index is not None and not 0 <= index < size:
+        raise ReportError(
+            f"There is no {dim} {index} in this report; its {dim}s run from 0 to {size - 1}."
+        )
+    return index
+
+
+def tick(size: int) -> int:
+    """Spacing of the ticks of an axis of indices, so that about twenty are drawn."""
+    return next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if size <= 20 * step)

@@ -1,0 +1,98 @@
+"""Words on figures: titles, axis labels, and tokens shown as text."""
+
+from __future__ import annotations
+
+import html
+import math
+import unicodedata
+
+from sinkscope._labelled import Variable
+from sinkscope._settings import Settings
+
+About = Settings | str
+"""What a figure was measured on: the settings of a report, or a line of one's own."""
+
+_SHOWN = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
+_LONGEST = 32  # characters of a token that are shown
+
+
+def about_line(about: About) -> str:
+    """Second line of a title: model, T, BOS, ε and the text, as Plotly text."""
+    if isinstance(about, str):
+        return escape(about)
+    parts = (
+        about.model,
+        f"T = {about.length:,}",
+        f"BOS: {about.bos}",
+        f"ε = {about.epsilon:g}",
+        f"sink: {about.sinks}",
+        about.source,
+    )
+    return escape(" · ".join(parts))
+
+
+def words(name: str) -> str:
+    """A field's name as words: "sink_attention" is "sink attention"."""
+    special = {"ffn": "FFN", "honor": "HONOR"}
+    return " ".join(special.get(word, word) for word in name.split("_"))
+
+
+def heading(name: str) -> str:
+    """A field's name as the start of a title: "Sink attention"."""
+    text = words(name)
+    return text[:1].upper() + text[1:]
+
+
+def axis_label(variable: Variable) -> str:
+    """A field's words with its unit: "sink attention [probability]"."""
+    return with_unit(words(variable.name), variable.unit)
+
+
+def with_unit(text: str, unit: str | None) -> str:
+    """Text and unit; a pure number ("1") has none."""
+    return f"{text} [{unit}]" if unit not in (None, "", "1") else text
+
+
+def escape(text: str) -> str:
+    """Text as Plotly text, which reads a few HTML tags: none of them is meant."""
+    return html.escape(readable(text), quote=False)
+
+
+def readable(text: str) -> str:
+    """Text with its control and direction characters made visible, on one line."""
+    return "".join(_visible(character) for character in text)
+
+
+def shown_token(token: str) -> str:
+    """A token as a reader should see it: spaces and controls visible, long ones cut; plain text."""
+    text = token if len(token) <= _LONGEST else token[: _LONGEST - 1] + "…"
+    if not text:
+        return "∅"
+    stripped = text.lstrip(" ")
+    text = "␣" * (len(text) - len(stripped)) + stripped
+    trailing = len(text) - len(text.rstrip(" "))
+    return readable(text.rstrip(" ")) + "␣" * trailing
+
+
+def plotly_token(token: str) -> str:
+    """A token for a hover or an axis: escaped, its direction kept to itself."""
+    return f"\u2068{html.escape(shown_token(token), quote=False)}\u2069"
+
+
+def number(value: float) -> str:
+    """A figure in a sentence or a table, to about three digits."""
+    if math.isnan(value):
+        return "–"
+    if value == 0 or 0.001 <= abs(value) < 10_000:
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:.2e}"
+
+
+def _visible(character: str) -> str:
+    if character in _SHOWN:
+        return _SHOWN[character]
+    if ord(character) < 0x20:
+        return chr(0x2400 + ord(character))
+    category = unicodedata.category(character)
+    invisible = category in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") and character != "\u200d"
+    return f"⟨U+{ord(character):04X}⟩" if invisible else character

@@ -1,0 +1,193 @@
+"""Panels of an intervention's conditions, side by side (Yan et al. 2407.01601, Figs. 3 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sinkscope.plot import _frames as frames
+from sinkscope.plot import _labels as labels
+from sinkscope.plot._figure import finish
+from sinkscope.plot._series import band, thin
+from sinkscope.plot.theme import Palette, Theme, palette
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ("condition", "prompt", "layer", "position", "metric", "value")
+LOG_METRICS = ("residual_norm", "residual_peak", "sink_residual_norm")
+
+
+def before_after(
+    frame: pd.DataFrame,
+    metric: str,
+    *,
+    about: labels.About,
+    by: Literal["position", "layer", "condition"] = "position",
+    positions: Sequence[int] | None = None,
+    log: bool | None = None,
+    columns: int = 2,
+    theme: Theme = None,
+) -> go.Figure:
+    """One panel a condition: what an intervention did to every sequence.
+
+    The frame is tidy, one row an observation, and may hold several metrics:
+
+    ========== ======= ===========================================================================
+    column     type    meaning
+    ========== ======= ===========================================================================
+    condition  str     title of the panel, for example "special start · 255 designated"; panels
+                       stand in the order in which conditions first appear
+    prompt     int     sequence; one colour each
+    layer      int     block; -1 where the metric has none (a loss)
+    position   int     position it was read at; -1 where the metric has none (a loss)
+    metric     str     a field of the report ("received_attention", "value_norm", "residual_norm",
+                       …), or "loss"; it carries the unit
+    value      float   the figure; heads already averaged
+    ========== ======= ===========================================================================
+
+    Args:
+        frame: As above.
+        metric: Which metric's rows to draw.
+        about: Settings of one of the reports, or a line that says model, T, BOS and ε.
+        by: What runs along x. "position": a dot a sequence and position, mean over the layers in
+            the frame, as in the paper's scatter panels. "layer": mean over sequences with its 95 %
+            interval, one line a position. "condition": one panel, one line a sequence through all
+            conditions, and the mean with its interval; for metrics without layer and position.
+        positions: The positions that stand out in the story, such as (0, 255): labelled with
+            by="position", the lines to draw with by="layer". By default those whose mean is largest
+            in any condition.
+        log: Whether y is logarithmic; by default for residual norms and peaks.
+        columns: Panels in a row.
+        theme: "light", "dark", or the default.
+
+    Raises:
+        ReportError: If a column, the metric, or all rows are missing.
+    """
+    frames.need(frame, "before_after", *COLUMNS)
+    rows = frames.pick(frame, "metric", metric)
+    colours = palette(theme)
+    marked = list(positions) if positions is not None else _prominent(rows)
+    if by == "condition":
+        figure = _conditions(rows, metric, colours)
+        height = 440
+    else:
+        conditions = list(dict.fromkeys(rows["condition"]))
+        columns = min(columns, len(conditions))
+        lines = -(-len(conditions) // columns)
+        figure = make_subplots(
+            lines, columns, shared_xaxes=True, shared_yaxes=True,
+            subplot_titles=[labels.escape(str(c)) for c in conditions],
+            horizontal_spacing=0.04, vertical_spacing=min(0.14, 0.5 / lines),
+        )  # fmt: skip
+        draw = _positions if by == "position" else _layers
+        for index, condition in enumerate(conditions):
+            place = dict(row=index // columns + 1, col=index % columns + 1)
+            draw(figure, rows[rows["condition"] == condition], metric, marked, place, colours)
+        figure.update_xaxes(title_text=by, row=lines)
+        figure.update_yaxes(title_text=frames.label_of(metric), col=1)
+        figure.update_annotations(font_size=13)
+        height = 170 + 250 * lines
+    if log if log is not None else metric in LOG_METRICS:
+        figure.update_yaxes(type="log", dtick=1)
+    return finish(figure, f"{labels.heading(metric)} by condition", about, theme, height=height)
+
+
+def _positions(
+    figure: go.Figure,
+    rows: pd.DataFrame,
+    metric: str,
+    marked: list[int],
+    place: dict[str, int],
+    colours: Palette,
+) -> None:
+    """Dots: every sequence at every position, the prominent ones in the sink's colour."""
+    table = rows.groupby(["prompt", "position"], as_index=False)["value"].mean()
+    for index, (prompt, own) in enumerate(table.groupby("prompt")):
+        shown = thin(own["position"].to_numpy(), own["value"].to_numpy(), keep=marked)
+        name = f"sequence {prompt}"
+        figure.add_scatter(
+            x=shown.x,
+            y=shown.y,
+            mode="markers",
+            name=name,
+            legendgroup=name,
+            showlegend=place == dict(row=1, col=1),
+            marker=dict(size=5, opacity=0.75, color=colours.series[index % len(colours.series)]),
+            hovertemplate=f"{name}, position %{{x}}<br>{frames.label_of(metric)}: %{{y:.4~g}}"
+            "<extra></extra>",
+            **place,
+        )
+    for position in marked:
+        at = table[table["position"] == position]["value"]
+        if len(at):
+            figure.add_annotation(
+                x=position, y=at.max(), text=f"<b>{position}</b>", showarrow=False, yshift=12,
+                font_color=colours.sink, **place,
+            )  # fmt: skip
+
+
+def _layers(
+    figure: go.Figure,
+    rows: pd.DataFrame,
+    metric: str,
+    marked: list[int],
+    place: dict[str, int],
+    colours: Palette,
+) -> None:
+    """Lines: the mean over sequences at each prominent position, layer by layer."""
+    for index, position in enumerate(marked):
+        own = rows[rows["position"] == position]
+        if own.empty:
+            continue
+        curve = frames.over_prompts(own, "layer")
+        band(
+            figure,
+            curve["layer"],
+            (curve["mean"], curve["low"], curve["high"]),
+            name=f"position {position}",
+            colour=colours.series[index % len(colours.series)],
+            label=frames.label_of(metric),
+            along="layer",
+            showlegend=place == dict(row=1, col=1),
+            **place,
+        )
+
+
+def _conditions(rows: pd.DataFrame, metric: str, colours: Palette) -> go.Figure:
+    """One line a sequence through the conditions, and their mean."""
+    order = list(dict.fromkeys(rows["condition"]))
+    table = rows.pivot_table(index="prompt", columns="condition", values="value")[order]
+    names = [labels.escape(str(c)) for c in order]
+    hover = f"%{{x}}<br>{frames.label_of(metric)}: %{{y:.4~g}}<extra></extra>"
+    figure = go.Figure()
+    for prompt, values in table.iterrows():
+        figure.add_scatter(
+            x=names, y=values, mode="lines+markers", line=dict(width=1, color=colours.other),
+            opacity=0.35, showlegend=False, hovertemplate=f"sequence {prompt}, {hover}",
+        )  # fmt: skip
+    mean = frames.over_prompts(rows, "condition").set_index("condition").loc[order]
+    figure.add_scatter(
+        x=names, y=mean["mean"], mode="markers", name="mean and 95 % interval", hovertemplate=hover,
+        marker=dict(size=11, symbol="diamond", color=colours.sink),
+        error_y=dict(
+            symmetric=False, array=mean["high"] - mean["mean"],
+            arrayminus=mean["mean"] - mean["low"],
+        ),
+    )  # fmt: skip
+    figure.update_yaxes(title_text=frames.label_of(metric))
+    return figure
+
+
+def _prominent(rows: pd.DataFrame, at_most: int = 2) -> list[int]:
+    """The positions whose mean is the largest in some condition, as many as two."""
+    with_position = rows[rows["position"] >= 0]
+    if with_position.empty:
+        return []
+    means = (
+        with_position.groupby(["condition", "position"])["value"].mean().groupby("position").max()
+    )
+    return sorted(means.nlargest(at_most).index.tolist())

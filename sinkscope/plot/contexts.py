@@ -1,0 +1,86 @@
+"""Long contexts: what keeping a few sink positions is worth (StreamingLLM, 2309.17453)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+
+from sinkscope.plot import _frames as frames
+from sinkscope.plot import _labels as labels
+from sinkscope.plot._figure import finish
+from sinkscope.plot.theme import Theme, palette
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def perplexity_by_window(
+    frame: pd.DataFrame, *, about: labels.About, theme: Theme = None
+) -> go.Figure:
+    """Perplexity of a long text against the window, one line a set of kept positions.
+
+    The frame is tidy, one row a setting:
+
+    ================================= ===== ======================================================
+    column                            type  meaning
+    ================================= ===== ======================================================
+    kept                              str   what stays visible beside the window, such as "0
+                                            sinks", "4 sinks", "designated 255"; one line each,
+                                            in the order of their first appearance
+    window                            int   recent positions that a query sees; -1 for a model
+                                            that sees everything, drawn as a dashed level
+    perplexity                        float of the text
+    perplexity_low, perplexity_high   float ends of its 95 % interval (optional)
+    tokens_per_second, kv_megabytes   float shown in the hover (optional)
+    ================================= ===== ======================================================
+
+    Args:
+        frame: As above.
+        about: A line that says model, number of tokens and how positions were counted.
+        theme: "light", "dark", or the default.
+
+    Raises:
+        ReportError: If a column is missing.
+    """
+    frames.need(frame, "perplexity_by_window", "kept", "window", "perplexity")
+    colours = palette(theme)
+    figure = go.Figure()
+    extras = [name for name in ("tokens_per_second", "kv_megabytes") if name in frame]
+    lines = [f"<br>{labels.words(n)}: %{{customdata[{i}]:,.4~g}}" for i, n in enumerate(extras)]
+    windowed = frame[frame["window"] > 0]
+    for index, (kept, rows) in enumerate(windowed.groupby("kept", sort=False)):
+        name = labels.escape(str(kept))
+        rows = rows.sort_values("window")
+        figure.add_scatter(
+            x=rows["window"], y=rows["perplexity"], mode="lines+markers", name=name,
+            line_color=colours.series[index % len(colours.series)],
+            customdata=rows[extras].to_numpy() if extras else None,
+            error_y=_ends(rows),
+            hovertemplate=f"{name}, window %{{x:,}}<br>perplexity: %{{y:,.4~g}}{''.join(lines)}"
+            "<extra></extra>",
+        )  # fmt: skip
+    for _, row in frame[frame["window"] < 0].iterrows():
+        figure.add_hline(
+            row["perplexity"], line=dict(color=colours.faint, dash="dash", width=1.5),
+            annotation_text=f"{labels.escape(str(row['kept']))}: {row['perplexity']:,.3g}",
+            annotation_position="bottom right",
+        )  # fmt: skip
+    windows = sorted(windowed["window"].unique().tolist())
+    figure.update_xaxes(
+        title_text="window [positions]", type="log", tickvals=windows,
+        ticktext=[f"{window:,}" for window in windows],
+    )  # fmt: skip
+    figure.update_yaxes(title_text="perplexity", type="log")
+    return finish(figure, "Perplexity of a long text through a window", about, theme, height=480)
+
+
+def _ends(rows: pd.DataFrame) -> dict[str, object] | None:
+    if "perplexity_low" not in rows or "perplexity_high" not in rows:
+        return None
+    return dict(
+        symmetric=False,
+        array=rows["perplexity_high"] - rows["perplexity"],
+        arrayminus=rows["perplexity"] - rows["perplexity_low"],
+        thickness=1,
+    )

@@ -1,0 +1,242 @@
+"""Heads that sleep on one kind of text and work on another, and what removing them costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+
+from sinkscope.errors import ReportError
+from sinkscope.plot import _frames as frames
+from sinkscope.plot import _labels as labels
+from sinkscope.plot._figure import finish
+from sinkscope.plot._series import band
+from sinkscope.plot.theme import SEQUENTIAL, Theme, palette
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RANDOM = "random"
+
+
+def domain_scatter(
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    metric: str = "sink_attention",
+    *,
+    about: labels.About,
+    theme: Theme = None,
+) -> go.Figure:
+    """A dot a head: its sink attention on one kind of text against another.
+
+    The frame is tidy, one row a head and domain:
+
+    ====================== ===== =================================================================
+    column                 type  meaning
+    ====================== ===== =================================================================
+    layer, head            int   the head
+    domain                 str   kind of text, for example "prose" or "code"
+    {metric}               float mean over prompts of that figure on that domain
+    {metric}_low, …_high   float ends of its 95 % interval (optional, for error bars)
+    differs                bool  whether the head is dormant on one domain and active on another,
+                                 after the correction for many heads (optional, the same in all
+                                 rows of a head): drawn as a ring with its name
+    ====================== ===== =================================================================
+
+    Args:
+        frame: As above.
+        x: Domain along x.
+        y: Domain along y.
+        metric: Which column to draw.
+        about: Settings of one of the reports, or a line that says model, T, BOS and ε.
+        theme: "light", "dark", or the default.
+
+    Raises:
+        ReportError: If a column or a domain is missing.
+    """
+    frames.need(frame, "domain_scatter", "layer", "head", "domain", metric)
+    one, other = (
+        frames.pick(frame, "domain", domain).set_index(["layer", "head"]) for domain in (x, y)
+    )
+    other = other.reindex(one.index)
+    colours = palette(theme)
+    unit = frames.unit_of(metric)
+    differs = one.get("differs", False) & np.ones(len(one), dtype=bool)
+    names = [
+        f"L{layer} H{head}" if d else ""
+        for (layer, head), d in zip(one.index, differs, strict=True)
+    ]
+    figure = go.Figure(
+        go.Scatter(
+            x=one[metric],
+            y=other[metric],
+            mode="markers+text",
+            text=names,
+            textposition="top center",
+            customdata=np.array(one.index.to_list()),
+            error_x=_ends(one, metric, colours.faint),
+            error_y=_ends(other, metric, colours.faint),
+            marker=dict(
+                size=8,
+                color=one.index.get_level_values("layer"),
+                colorscale=SEQUENTIAL,
+                showscale=True,
+                colorbar=dict(title=dict(text="layer", side="right")),
+                line=dict(width=np.where(differs, 2.5, 0.5), color=colours.sink),
+            ),
+            hovertemplate="layer %{customdata[0]}, head %{customdata[1]}<br>"
+            f"{labels.escape(x)}: %{{x:.3~g}}<br>{labels.escape(y)}: %{{y:.3~g}}<extra></extra>",
+            showlegend=False,
+        )
+    )
+    _diagonal(figure, np.concatenate([one[metric], other[metric]]), unit, colours.faint)
+    label = labels.words(metric)
+    figure.update_xaxes(title_text=labels.with_unit(f"{label} on {labels.escape(x)}", unit))
+    figure.update_yaxes(title_text=labels.with_unit(f"{label} on {labels.escape(y)}", unit))
+    title = f"{labels.heading(metric)} of {len(one)} heads: {labels.escape(x)} against " + (
+        labels.escape(y)
+    )
+    if "differs" in one:
+        title += f", {int(differs.sum())} differ"
+    return finish(figure, title, about, theme, height=560)
+
+
+def removal_cost(
+    frame: pd.DataFrame,
+    metric: str = "sink_attention",
+    *,
+    about: labels.About,
+    theme: Theme = None,
+) -> go.Figure:
+    """A dot a head: what removing it costs against how much it attends to the sink.
+
+    The frame is tidy, one row a head and domain:
+
+    ======================================= ===== ================================================
+    column                                  type  meaning
+    ======================================= ===== ================================================
+    layer, head                             int   the head
+    domain                                  str   kind of text; one colour each
+    {metric}                                float what runs along x, such as sink_attention
+    loss_change                             float loss without the head less the loss with it [nat]
+    loss_change_low, loss_change_high       float ends of its 95 % interval (optional)
+    ======================================= ===== ================================================
+
+    The title gives Spearman's rank correlation for each domain. A button makes the cost's axis
+    logarithmic, which leaves out the heads whose removal helps.
+
+    Args:
+        frame: As above; one mode of removal (zero, mean or resample), named in `about`.
+        metric: Column along x.
+        about: Settings of the report, or a line that says model, T, BOS and ε.
+        theme: "light", "dark", or the default.
+
+    Raises:
+        ReportError: If a column is missing.
+    """
+    frames.need(frame, "removal_cost", "layer", "head", "domain", metric, "loss_change")
+    colours = palette(theme)
+    figure = go.Figure()
+    correlations = []
+    for index, (domain, rows) in enumerate(frame.groupby("domain", sort=False)):
+        name = labels.escape(str(domain))
+        rank = rows[metric].rank().corr(rows["loss_change"].rank())
+        correlations.append(f"{name} ρ = {rank:.2f}")
+        figure.add_scatter(
+            x=rows[metric], y=rows["loss_change"], mode="markers", name=name,
+            customdata=rows[["layer", "head"]].to_numpy(),
+            error_y=_ends(rows, "loss_change", colours.faint),
+            marker=dict(size=7, opacity=0.8, color=colours.series[index % len(colours.series)]),
+            hovertemplate=f"layer %{{customdata[0]}}, head %{{customdata[1]}} on {name}<br>"
+            f"{frames.label_of(metric)}: %{{x:.3~g}}<br>loss change [nat]: %{{y:.3~g}}"
+            "<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(title_text=frames.label_of(metric))
+    figure.update_yaxes(title_text="loss change without the head [nat]")
+    buttons = [
+        dict(label=kind, method="relayout", args=[{"yaxis.type": kind}])
+        for kind in ("linear", "log")
+    ]
+    figure.update_layout(
+        updatemenus=[dict(type="buttons", direction="right", x=1, xanchor="right", y=-0.16,
+                          yanchor="top", buttons=buttons, showactive=True)]
+    )  # fmt: skip
+    title = f"What removing a head costs ({', '.join(correlations)})"
+    return finish(figure, title, about, theme, height=520)
+
+
+def sleeping_heads(
+    frame: pd.DataFrame, *, about: labels.About, tolerance: float = 0.01, theme: Theme = None
+) -> go.Figure:
+    """Loss against the share of heads that a score puts to sleep; random heads as the baseline.
+
+    The frame is tidy, one row an observation:
+
+    ============== ===== =========================================================================
+    column         type  meaning
+    ============== ===== =========================================================================
+    score          str   inactivity score that chose the heads, such as "AHON-LN"; "random" for
+                         the baseline; "none" is not needed (share_removed 0 says it)
+    share_removed  float share of heads whose output was zeroed, per input, 0 to 1
+    loss           float mean loss [nat]
+    prompt         int   prompt (optional: then lines get intervals)
+    ============== ===== =========================================================================
+
+    Args:
+        frame: As above.
+        about: Settings of the report, or a line that says model, T, BOS and ε.
+        tolerance: Share of the untouched loss that may be lost; drawn as a line.
+        theme: "light", "dark", or the default.
+
+    Raises:
+        ReportError: If a column is missing.
+    """
+    frames.need(frame, "sleeping_heads", "score", "share_removed", "loss")
+    if "prompt" not in frame:
+        frame = frame.assign(prompt=0)
+    colours = palette(theme)
+    figure = go.Figure()
+    scores = sorted(frame["score"].unique(), key=lambda score: score == RANDOM)
+    for index, score in enumerate(scores):
+        curve = frames.over_prompts(frames.pick(frame, "score", score), "share_removed", "loss")
+        random = score == RANDOM
+        band(
+            figure, curve["share_removed"], (curve["mean"], curve["low"], curve["high"]),
+            name=labels.escape(str(score)), label="loss [nat]", along="share removed",
+            colour=colours.faint if random else colours.series[index % len(colours.series)],
+            dash="dot" if random else None,
+        )  # fmt: skip
+    untouched = frame[frame["share_removed"] == 0]["loss"].mean()
+    if np.isfinite(untouched):
+        figure.add_hline(
+            untouched * (1 + tolerance), line=dict(color=colours.faint, dash="dash", width=1),
+            annotation_text=f"untouched + {tolerance:.0%}", annotation_position="top left",
+        )  # fmt: skip
+    figure.update_xaxes(title_text="share of heads put to sleep", tickformat=".0%")
+    figure.update_yaxes(title_text="loss [nat]")
+    return finish(figure, "How many heads can sleep", about, theme, height=500)
+
+
+def _ends(rows: pd.DataFrame, column: str, colour: str) -> dict[str, object] | None:
+    """Error bars from the interval's columns, where the frame has them."""
+    low, high = f"{column}_low", f"{column}_high"
+    if low not in rows or high not in rows:
+        return None
+    return dict(
+        symmetric=False, array=rows[high] - rows[column], arrayminus=rows[column] - rows[low],
+        color=colour, thickness=1, width=0,
+    )  # fmt: skip
+
+
+def _diagonal(figure: go.Figure, values: np.ndarray, unit: str | None, colour: str) -> None:
+    """The line on which both domains agree; and equal ranges on both axes."""
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        raise ReportError("domain_scatter was given no figure that is a number.")
+    low, high = (0.0, 1.0) if unit in ("probability", "share") else (finite.min(), finite.max())
+    figure.add_shape(
+        type="line", x0=low, y0=low, x1=high, y1=high, layer="below",
+        line=dict(color=colour, dash="dot", width=1),
+    )  # fmt: skip

@@ -1,0 +1,212 @@
+"""The heads of a model at a glance: one cell a head, layer by layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.colors
+import plotly.graph_objects as go
+
+from sinkscope._labelled import Variable
+from sinkscope.errors import ReportError
+from sinkscope.plot import _labels as labels
+from sinkscope.plot._figure import Interval, finish, interval, tick
+from sinkscope.plot.theme import SEQUENTIAL, Palette, Theme, palette
+
+if TYPE_CHECKING:
+    from sinkscope.report import SinkReport
+
+Scale = list[list[Any]]
+"""A Plotly colour scale: pairs of a share of the range and a colour."""
+
+_STEPS = 20
+_GREY = ("#6f757d", "#b4b9c0")  # below the threshold: seen on white and on black
+
+
+def head_map(
+    report: SinkReport,
+    metric: str = "sink_attention",
+    *,
+    threshold: float | None = None,
+    theme: Theme = None,
+) -> go.Figure:
+    """Layer × head map of any figure that each head has, with a threshold to slide.
+
+    Heads at or below the threshold turn grey and the title counts those above it; the slider works
+    wherever the figure is shown, with no kernel behind it.
+
+    Args:
+        report: What a scan gave.
+        metric: A field with the dimensions layer and head (or kv_head); with or without prompts.
+        threshold: Where the slider starts; by default ε for probabilities, and below the smallest
+            value, so that nothing is grey, for everything else.
+        theme: "light", "dark", or the default.
+
+    Returns:
+        One heatmap: rows are layers, columns heads; the hover has the mean over prompts with its
+        95 % interval.
+
+    Raises:
+        ReportError: If the metric is unknown, was not measured, or is not one figure a head.
+    """
+    variable = report._require(metric)
+    if variable.dims not in HEAD_DIMS:
+        raise ReportError(
+            f"{metric} has the dimensions {' '.join(variable.dims)}; a head map needs one figure a "
+            f"layer and head, such as {', '.join(head_metrics(report)[:3])}."
+        )
+    figures = interval(report, metric)
+    if threshold is None and variable.unit == "probability":
+        threshold = report.settings.epsilon
+    colours = palette(theme)
+    steps, start = _thresholds(figures.mean, threshold, variable.unit)
+    heatmap = _heatmap(figures, variable, colours)
+    figure = go.Figure(heatmap)
+    kind = labels.words(variable.dims[-1])
+    figure.update_xaxes(title_text=kind, dtick=tick(figures.mean.shape[1]), showgrid=False)
+    figure.update_yaxes(
+        title_text="layer",
+        autorange="reversed",
+        dtick=tick(figures.mean.shape[0]),
+        showgrid=False,
+    )
+    changes = [_step(heatmap, figures.mean, variable, step, colours) for step in steps]
+    figure.update_layout(sliders=[_slider(changes, steps, start, variable)])
+    figure.update_traces(colorscale=changes[start][0]["colorscale"][0])
+    rows = figures.mean.shape[0]
+    finish(
+        figure,
+        changes[start][1]["title.text"],
+        report.settings,
+        theme,
+        height=max(380, min(900, 230 + 18 * rows)),
+    )
+    return figure
+
+
+HEAD_DIMS = (
+    ("prompt", "layer", "head"),
+    ("layer", "head"),
+    ("prompt", "layer", "kv_head"),
+    ("layer", "kv_head"),
+)
+
+
+def head_metrics(report: SinkReport) -> list[str]:
+    """The fields of a report that `head_map` can draw."""
+    return [name for name in report.measured() if report.variables()[name].dims in HEAD_DIMS]
+
+
+def _heatmap(figures: Interval, variable: Variable, colours: Palette) -> go.Heatmap:
+    unit = f" {variable.unit}" if variable.unit not in (None, "1") else ""
+    hover = (
+        f"layer %{{y}}, {labels.words(variable.dims[-1])} %{{x}}<br>"
+        f"{labels.words(variable.name)}: %{{z:.4~g}}{unit}"
+    )
+    shown: dict[str, Any] = dict(hovertemplate=f"{hover}<extra></extra>")
+    if not np.isnan(figures.low).all():
+        shown["customdata"] = np.stack([figures.low, figures.high], axis=-1)
+        interval_text = "<br>95 % interval: %{customdata[0]:.4~g} to %{customdata[1]:.4~g}"
+        shown["hovertemplate"] = f"{hover}{interval_text}<extra></extra>"
+    low, high = value_range(figures.mean, variable.unit)
+    return go.Heatmap(
+        z=figures.mean,
+        zmin=low,
+        zmax=high,
+        xgap=1,
+        ygap=1,
+        colorbar=dict(title=dict(text=labels.axis_label(variable), side="right")),
+        **shown,
+    )
+
+
+def value_range(figures: np.ndarray, unit: str | None) -> tuple[float, float]:
+    """Ends of a colour scale: 0 to 1 for shares, about zero for signed figures, else the data's."""
+    finite = figures[np.isfinite(figures)]
+    if finite.size == 0:
+        return 0.0, 1.0
+    low, high = float(finite.min()), float(finite.max())
+    if unit in ("probability", "share"):
+        return 0.0, 1.0
+    if low < 0:
+        reach = max(-low, high)
+        return -reach, reach
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def colour_scale(low: float, colours: Palette) -> Scale:
+    """Diverging where the range goes below zero, otherwise sequential; as Plotly's pairs."""
+    if low < 0:
+        return [list(stop) for stop in colours.diverging]
+    return plotly.colors.get_colorscale(SEQUENTIAL)
+
+
+def _thresholds(
+    figures: np.ndarray, threshold: float | None, unit: str | None
+) -> tuple[list[float | None], int]:
+    """The slider's stops, the first of which greys nothing, and where it starts."""
+    finite = figures[np.isfinite(figures)]
+    low, high = value_range(figures, unit)
+    if unit not in ("probability", "share") and finite.size:
+        low, high = float(finite.min()), float(finite.max())
+    stops = [float(f"{x:.3g}") for x in np.linspace(low, high, _STEPS + 1)[:-1]]
+    if threshold is not None:
+        stops = sorted({*stops, float(threshold)})
+    start = 0 if threshold is None else 1 + stops.index(float(threshold))
+    return [None, *stops], start
+
+
+def _step(
+    heatmap: go.Heatmap,
+    figures: np.ndarray,
+    variable: Variable,
+    threshold: float | None,
+    colours: Palette,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What one stop of the slider changes: the colours, and the title with its count."""
+    scale = colour_scale(heatmap.zmin, colours)
+    name = labels.heading(variable.name)
+    kind = "KV heads" if variable.dims[-1] == "kv_head" else "heads"
+    if threshold is None:
+        return {"colorscale": [scale]}, {"title.text": f"{name} of every {kind[:-1]}"}
+    defined = np.isfinite(figures)
+    share = (figures > threshold)[defined].mean() if defined.any() else 0.0
+    title = f"{name}: {share:.0%} of {int(defined.sum())} {kind} above {threshold:g}"
+    cut = (threshold - heatmap.zmin) / (heatmap.zmax - heatmap.zmin)
+    return {"colorscale": [greyed(scale, cut)]}, {"title.text": title}
+
+
+def greyed(scale: Scale, cut: float) -> Scale:
+    """A colour scale that is grey up to a share of its range."""
+    if cut <= 0:
+        return scale
+    cut = min(cut, 1.0)
+    grey = [[0.0, _GREY[0]], [cut, _GREY[1]]]
+    if cut == 1:
+        return grey
+    points = np.linspace(cut, 1, 16).tolist()
+    above = plotly.colors.sample_colorscale(scale, points)
+    return grey + [list(stop) for stop in zip(points, above, strict=True)]
+
+
+def _slider(
+    changes: list[tuple[dict[str, Any], dict[str, Any]]],
+    stops: list[float | None],
+    start: int,
+    variable: Variable,
+) -> dict[str, Any]:
+    unit = "" if variable.unit in (None, "1") else f" [{variable.unit}]"
+    return dict(
+        active=start,
+        pad=dict(t=44),
+        currentvalue=dict(prefix=f"threshold{unit}: ", font=dict(size=13)),
+        steps=[
+            dict(
+                method="update",
+                args=list(change),
+                label="none" if stop is None else f"{stop:g}",
+            )
+            for change, stop in zip(changes, stops, strict=True)
+        ],
+    )

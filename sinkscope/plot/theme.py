@@ -1,0 +1,156 @@
+"""How figures look: a light and a dark template, and colours that colour-blind eyes tell apart.
+
+A figure takes everything from its template: background, text, grid, and the order of its colours.
+Sequential scales are cividis (Nuñez et al. 2018); signed figures get blue against orange, both of
+which leave the background evenly in lightness. Lines use the colours of Okabe and Ito, lightened
+for the dark theme. Plotly's upload button is taken away: a prompt is not one click from somebody
+else's server.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import plotly.graph_objects as go
+
+from sinkscope.errors import SinkscopeError
+
+Theme = Literal["light", "dark"] | None
+"""A figure's theme; None is the one that `set_theme` set."""
+
+FONT = (
+    'ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", '
+    "sans-serif"
+)
+SEQUENTIAL = "Cividis"
+HIDDEN_BUTTONS = ("sendChartToCloud", "sendDataToCloud", "lasso2d", "select2d", "autoScale2d")
+
+
+@dataclass(frozen=True)
+class Palette:
+    """The colours of one theme.
+
+    Attributes:
+        paper: behind everything.
+        ink: text.
+        faint: secondary text and axes.
+        grid: grid lines.
+        sink: the sink, in every figure.
+        other: the positions that are not the sink, in every figure.
+        series: further lines, in order; the sink and the others come first.
+        diverging: scale of signed figures, zero in the middle.
+    """
+
+    paper: str
+    ink: str
+    faint: str
+    grid: str
+    sink: str
+    other: str
+    series: tuple[str, ...]
+    diverging: tuple[tuple[float, str], ...]
+
+
+LIGHT = Palette(
+    paper="#ffffff",
+    ink="#1b1f24",
+    faint="#57606a",
+    grid="#e4e7eb",
+    sink="#d55e00",
+    other="#0072b2",
+    series=("#d55e00", "#0072b2", "#009e73", "#b5508a", "#7a6a00", "#3d8fc4", "#8a4b08", "#4b4f56"),
+    diverging=(
+        (0.0, "#0a3d78"), (0.25, "#5a97c9"), (0.5, "#f4f3ef"), (0.75, "#dd8f45"), (1.0, "#7a3200"),
+    ),
+)  # fmt: skip
+DARK = Palette(
+    paper="#14171c",
+    ink="#e6e9ed",
+    faint="#9aa4af",
+    grid="#2b313a",
+    sink="#ff9d4d",
+    other="#5cb3ec",
+    series=("#ff9d4d", "#5cb3ec", "#3fc79a", "#e796c2", "#e8d95a", "#9fd0f2", "#d6a06a", "#b8bec6"),
+    diverging=(
+        (0.0, "#8cc4f5"), (0.25, "#3b76ad"), (0.5, "#23272e"), (0.75, "#b0682a"), (1.0, "#ffbd80"),
+    ),
+)  # fmt: skip
+
+_default: list[Literal["light", "dark"]] = ["light"]
+
+
+def set_theme(theme: Literal["light", "dark"]) -> None:
+    """Set the theme of every figure that is made without one of its own.
+
+    Raises:
+        SinkscopeError: If it is neither "light" nor "dark".
+    """
+    palette(theme)
+    _default[0] = theme
+
+
+def palette(theme: Theme = None) -> Palette:
+    """The colours of a theme.
+
+    Raises:
+        SinkscopeError: If it is neither "light", "dark" nor None.
+    """
+    palettes = {"light": LIGHT, "dark": DARK}
+    name = theme or _default[0]
+    if name not in palettes:
+        raise SinkscopeError(f'theme is {theme!r}; expected "light", "dark", or None.')
+    return palettes[name]
+
+
+def template(theme: Theme = None) -> go.layout.Template:
+    """The Plotly template of a theme; ``figure.update_layout(template=template("dark"))``."""
+    return _template(palette(theme))
+
+
+@functools.cache
+def _template(colours: Palette) -> go.layout.Template:
+    axis = dict(
+        gridcolor=colours.grid,
+        linecolor=colours.faint,
+        zerolinecolor=colours.grid,
+        tickcolor=colours.faint,
+        ticks="outside",
+        ticklen=4,
+        automargin=True,
+        title=dict(standoff=8, font=dict(size=13)),
+    )
+    colorbar = dict(outlinewidth=0, thickness=12, ticklen=3, ticks="outside", title_side="right")
+    return go.layout.Template(
+        layout=dict(
+            paper_bgcolor=colours.paper,
+            plot_bgcolor=colours.paper,
+            font=dict(family=FONT, size=13, color=colours.ink),
+            title=dict(x=0, xref="paper", xanchor="left", font=dict(size=17)),
+            colorway=list(colours.series),
+            colorscale=dict(
+                sequential=SEQUENTIAL, sequentialminus=SEQUENTIAL, diverging=colours.diverging
+            ),
+            coloraxis=dict(colorbar=colorbar),
+            xaxis=axis,
+            yaxis=axis,
+            hoverlabel=dict(
+                align="left", font=dict(family=FONT, size=13, color=colours.ink),
+                bgcolor=colours.paper, bordercolor=colours.faint,
+            ),
+            legend=dict(orientation="h", yanchor="bottom", y=1.02, xanchor="right", x=1),
+            modebar=dict(
+                remove=list(HIDDEN_BUTTONS), bgcolor="rgba(0,0,0,0)",
+                color=colours.faint, activecolor=colours.ink,
+            ),
+            margin=dict(l=64, r=24, t=84, b=56),
+        ),
+        data=dict(heatmap=[dict(colorbar=colorbar)], bar=[dict(marker_line_width=0)]),
+    )  # fmt: skip
+
+
+def faded(colour: str, opacity: float) -> str:
+    """A colour "#rrggbb" of the palette, let through, as Plotly writes it."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"

@@ -1,0 +1,103 @@
+"""Where a residual peak is made: what is left of it when a block's part is removed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sinkscope.plot import _frames as frames
+from sinkscope.plot import _labels as labels
+from sinkscope.plot._figure import finish, tick
+from sinkscope.plot.theme import Theme
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ("removed", "part", "mode", "layer", "metric", "value")
+
+
+def peak_trace(
+    frame: pd.DataFrame,
+    metric: str = "sink_residual_norm",
+    *,
+    about: labels.About,
+    mode: str = "zero",
+    relative: bool = True,
+    theme: Theme = None,
+) -> go.Figure:
+    """Matrix [removed block × part × read layer]: which blocks write the peak.
+
+    The frame is tidy, one row an observation:
+
+    ======== ===== ===============================================================================
+    column   type  meaning
+    ======== ===== ===============================================================================
+    removed  int   block whose part was removed at the sink; -1 for the untouched model
+    part     str   "attention", "ffn" or "both"; "none" for the untouched model
+    mode     str   what took its place: "zero" or "mean"; "none" for the untouched model
+    layer    int   block after which the figure was read
+    metric   str   "sink_residual_norm", "residual_peak", "sink_attention", …
+    value    float the figure; several rows of one cell (prompts) are averaged
+    ======== ===== ===============================================================================
+
+    Args:
+        frame: As above; the rows of the untouched model are needed where `relative`.
+        metric: Which metric's rows to draw.
+        about: Settings of the report, or a line that says model, T, BOS and ε.
+        mode: Which replacement's rows to draw.
+        relative: Whether to show each figure as a share of the untouched model's at that layer;
+            1 is "nothing lost". Otherwise the figures themselves.
+        theme: "light", "dark", or the default.
+
+    Returns:
+        One panel a part; rows are removed blocks, columns read layers.
+
+    Raises:
+        ReportError: If a column or the rows asked for are missing.
+    """
+    frames.need(frame, "peak_trace", *COLUMNS)
+    rows = frames.pick(frame, "metric", metric)
+    removed = frames.pick(rows, "mode", mode)
+    parts = [part for part in ("attention", "ffn", "both") if part in set(removed["part"])]
+    baseline = rows[rows["removed"] == -1].groupby("layer")["value"].mean()
+    if relative:
+        frames.need(baseline.reset_index(), "peak_trace(relative=True)", "layer", "value")
+    tables = {part: _matrix(removed[removed["part"] == part]) for part in parts}
+    if relative:
+        tables = {part: table / baseline[table.columns] for part, table in tables.items()}
+
+    label = "share that is left" if relative else frames.label_of(metric)
+    figure = make_subplots(
+        1, len(parts), shared_yaxes=True, horizontal_spacing=0.03,
+        subplot_titles=[{"ffn": "FFN"}.get(part, part) for part in parts],
+    )  # fmt: skip
+    for column, (part, table) in enumerate(tables.items(), start=1):
+        untouched = np.broadcast_to(baseline.reindex(table.columns).to_numpy(), table.shape)
+        figure.add_heatmap(
+            x=table.columns, y=table.index, z=table.to_numpy(), customdata=untouched,
+            coloraxis="coloraxis", row=1, col=column,
+            hovertemplate=f"without the {part} of block %{{y}}, read after block %{{x}}<br>"
+            f"{label}: %{{z:.3~g}}<br>"
+            "untouched: %{customdata:.4~g}<extra></extra>",
+        )  # fmt: skip
+    rows_drawn = max(len(table) for table in tables.values())
+    figure.update_xaxes(title_text="read after block", showgrid=False)
+    figure.update_yaxes(autorange="reversed", dtick=tick(rows_drawn), showgrid=False)
+    figure.update_yaxes(title_text="removed block", col=1)
+    ends = dict(cmin=0, cmax=1) if relative else {}
+    figure.update_layout(coloraxis=dict(colorbar_title=dict(text=label, side="right"), **ends))
+    title = f"{labels.heading(metric)} without one block's part, set to {_set_to(mode)}"
+    height = max(380, min(900, 210 + 16 * rows_drawn))
+    return finish(figure, title, about, theme, height=height)
+
+
+def _matrix(rows: pd.DataFrame) -> pd.DataFrame:
+    """[removed block, read layer], averaged over what else the rows differ in."""
+    return rows.pivot_table(index="removed", columns="layer", values="value", aggfunc="mean")
+
+
+def _set_to(mode: str) -> str:
+    return {"mean": "its mean"}.get(mode, mode)

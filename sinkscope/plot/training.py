@@ -1,0 +1,153 @@
+"""Curves over training: how sinks, drains and peaks grow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sinkscope.plot import _frames as frames
+from sinkscope.plot import _labels as labels
+from sinkscope.plot._figure import finish
+from sinkscope.plot._series import band
+from sinkscope.plot.theme import Palette, Theme, faded, palette
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LOG_METRICS = ("backcopy_risk", "bigram_excess", "backcopy_excess")
+
+
+def training_curves(
+    frame: pd.DataFrame,
+    metrics: Sequence[str] | None = None,
+    *,
+    about: labels.About,
+    laws: pd.DataFrame | None = None,
+    log_steps: bool = True,
+    columns: int = 3,
+    theme: Theme = None,
+) -> go.Figure:
+    """One panel a metric against the training step; runs by colour, fitted laws dashed.
+
+    The frame is tidy, one row an observation; it is what `sinkscope.bb` logs:
+
+    ============ ====== ==========================================================================
+    column       type   meaning
+    ============ ====== ==========================================================================
+    step         int    optimiser step
+    metric       str    what was measured, such as "sink_attention", "logit_gap", "value_norm"
+    layer, head  int    -1 where the metric has none; each pair is a line of its own
+    value        float  the figure
+    run          str    name of a run (optional); one colour each
+    seed         int    seed of a run (optional): the seeds of one run are averaged, with the 95 %
+                        interval of the mean over seeds, and each seed faint behind it
+    ============ ====== ==========================================================================
+
+    Args:
+        frame: As above.
+        metrics: Which panels, in this order; by default all in the frame.
+        about: What was trained; for checkpoints of a pretrained model its settings.
+        laws: Fitted laws: a frame with the columns metric, step, value, law (for example "a + b ln
+            t"), and run where the curves have it. Drawn dashed.
+        log_steps: Whether the steps' axis is logarithmic; step 0 is then left out.
+        columns: Panels in a row.
+        theme: "light", "dark", or the default.
+
+    Raises:
+        ReportError: If a column or a metric is missing.
+    """
+    frames.need(frame, "training_curves", "step", "metric", "value")
+    frame = _complete(frame)
+    wanted = list(metrics) if metrics is not None else list(dict.fromkeys(frame["metric"]))
+    colours = palette(theme)
+    columns = min(columns, len(wanted))
+    lines = -(-len(wanted) // columns)
+    figure = make_subplots(
+        lines, columns, shared_xaxes=True, horizontal_spacing=0.08,
+        vertical_spacing=min(0.12, 0.4 / lines),
+        subplot_titles=[frames.label_of(metric) for metric in wanted],
+    )  # fmt: skip
+    for index, metric in enumerate(wanted):
+        place = dict(row=index // columns + 1, col=index % columns + 1)
+        rows = frames.pick(frame, "metric", metric)
+        _curves(figure, rows[rows["step"] > 0] if log_steps else rows, metric, place, colours)
+        if laws is not None:
+            fitted = _complete(frames.need(laws, "training_curves(laws=…)", "metric", "law"))
+            _fits(figure, fitted[fitted["metric"] == metric], metric, place, colours)
+        if metric in LOG_METRICS:
+            figure.update_yaxes(type="log", **place)
+    figure.update_annotations(font_size=13)
+    figure.update_xaxes(type="log" if log_steps else "linear")
+    figure.update_xaxes(title_text="training step", row=lines)
+    figure.update_layout(legend=dict(y=-0.12, yanchor="top", x=0, xanchor="left"))
+    return finish(figure, "Over training", about, theme, height=180 + 240 * lines)
+
+
+def _complete(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with the optional columns filled in."""
+    defaults = {"run": "", "seed": 0, "layer": -1, "head": -1}
+    return frame.assign(**{name: value for name, value in defaults.items() if name not in frame})
+
+
+def _curves(
+    figure: go.Figure,
+    rows: pd.DataFrame,
+    metric: str,
+    place: dict[str, int],
+    colours: Palette,
+) -> None:
+    lines = rows.groupby(["run", "layer", "head"], sort=False)
+    for index, ((run, layer, head), line) in enumerate(lines):
+        colour = colours.series[index % len(colours.series)]
+        name = _name(run, layer, head) or labels.words(metric)
+        label = frames.label_of(metric)
+        seeds = line["seed"].nunique()
+        if seeds > 1:
+            for seed, one in line.groupby("seed"):
+                figure.add_scatter(
+                    x=one["step"], y=one["value"], mode="lines", showlegend=False, legendgroup=name,
+                    line=dict(width=1, color=faded(colour, 0.4)),
+                    hovertemplate=f"{name}, seed {seed}, step %{{x}}<br>{label}: %{{y:.4~g}}"
+                    "<extra></extra>",
+                    **place,
+                )  # fmt: skip
+        curve = frames.over_prompts(line.assign(prompt=line["seed"]), "step")
+        shown = _name(run, layer, head) != "" and not _drawn(figure, name)
+        band(
+            figure, curve["step"], (curve["mean"], curve["low"], curve["high"]), name=name,
+            colour=colour, label=label, along="step", showlegend=shown, **place,
+        )  # fmt: skip
+
+
+def _fits(
+    figure: go.Figure,
+    laws: pd.DataFrame,
+    metric: str,
+    place: dict[str, int],
+    colours: Palette,
+) -> None:
+    for (run, law), fitted in laws.groupby(["run", "law"], sort=False):
+        name = labels.escape(" ".join(filter(None, (str(run), str(law)))))
+        figure.add_scatter(
+            x=fitted["step"], y=fitted["value"], mode="lines", name=name,
+            showlegend=not _drawn(figure, name), legendgroup=name,
+            line=dict(color=colours.ink, dash="dash", width=1.5),
+            hovertemplate=f"{name}, step %{{x}}<br>{frames.label_of(metric)}: %{{y:.4~g}}"
+            "<extra></extra>",
+            **place,
+        )  # fmt: skip
+
+
+def _name(run: str, layer: int, head: int) -> str:
+    """A line's name from whatever tells it apart."""
+    parts = [str(run)] if run else []
+    parts += [f"layer {layer}"] if layer >= 0 else []
+    parts += [f"head {head}"] if head >= 0 else []
+    return labels.escape(" ".join(parts))
+
+
+def _drawn(figure: go.Figure, name: str) -> bool:
+    return any(trace.name == name and trace.showlegend for trace in figure.data)
