@@ -21,6 +21,11 @@ def vector_norm(x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape"]:
     return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
 
 
+def largest_magnitude(x: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "..."]:
+    """The largest |x| over a dim, in one pass and without the copy that ``x.abs()`` makes."""
+    return at_least_fp32(torch.linalg.vector_norm(x, ord=torch.inf, dim=dim))
+
+
 def masked_median(
     x: Float[Tensor, "*batch position"], where: Bool[Tensor, "*#batch position"]
 ) -> Float[Tensor, "*batch"]:
@@ -51,26 +56,45 @@ def sliding_sum(
     if before == last and after == last:
         return x.sum(dim=1, keepdim=True).expand_as(x)
     if before == last and after == 0:
-        return x.cumsum(dim=1)
+        return _running_sum(x)
     if before == 0 and after == last:
-        return x.flip(1).cumsum(dim=1).flip(1)
-    return _blocked_sliding_sum(x, before, after)
+        return _running_sum(x.flip(1)).flip(1)
+    return _windowed_sum(x, before, after)
 
 
-def _blocked_sliding_sum(
+def _running_sum(
+    x: Float[Tensor, "prompt position *rest"], width: int = 256
+) -> Float[Tensor, "prompt position *rest"]:
+    """A cumulative sum along ``position``, in blocks: GPUs scan a long outer axis one by one."""
+    length = x.shape[1]
+    if length <= width:
+        return x.cumsum(dim=1)
+    blocked = _in_blocks(x, width, -(-length // width)).cumsum(dim=2)
+    blocked[:, 1:] += blocked[:, :-1, -1:].cumsum(dim=1)
+    return rearrange(blocked, "prompt block inner ... -> prompt (block inner) ...")[:, :length]
+
+
+def _windowed_sum(
     x: Float[Tensor, "prompt position *rest"], before: int, after: int
 ) -> Float[Tensor, "prompt position *rest"]:
     length, width = x.shape[1], before + after + 1
-    blocks = -(-(length + before + after) // width)
-    padded = x.new_zeros(x.shape[0], blocks * width, *x.shape[2:])
-    padded[:, before : before + length] = x
-    blocked = rearrange(padded, "prompt (block inner) ... -> prompt block inner ...", inner=width)
+    blocked = _in_blocks(x, width, -(-(length + before + after) // width), before)
     heads, tails = blocked.cumsum(dim=2), blocked.flip(2).cumsum(dim=2).flip(2)
+    # The window of position i is [i, i + width) of the padded axis. Where i starts a block, it is
+    # that block, and the head alone holds all of it.
+    tails[:, :, 0] = 0
     heads = rearrange(heads, "prompt block inner ... -> prompt (block inner) ...")
     tails = rearrange(tails, "prompt block inner ... -> prompt (block inner) ...")
-    # The window of position i is padded[i : i + width]; where i starts a block it is that block.
-    tails[:, ::width] = 0
     return tails[:, :length] + heads[:, width - 1 : width - 1 + length]
+
+
+def _in_blocks(
+    x: Float[Tensor, "prompt position *rest"], width: int, blocks: int, before: int = 0
+) -> Float[Tensor, "prompt block inner *rest"]:
+    """``x`` behind ``before`` zeros, cut into blocks, the last one filled up with zeros."""
+    padded = x.new_zeros(x.shape[0], blocks * width, *x.shape[2:])
+    padded[:, before : before + x.shape[1]] = x
+    return rearrange(padded, "prompt (block inner) ... -> prompt block inner ...", inner=width)
 
 
 def position_chunks(

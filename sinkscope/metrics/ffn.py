@@ -12,7 +12,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinkscope.metrics._reduce import at_least_fp32, masked_median, position_chunks
+from sinkscope.metrics._reduce import (
+    at_least_fp32,
+    largest_magnitude,
+    masked_median,
+    position_chunks,
+)
 from sinkscope.metrics.positions import first_true
 
 
@@ -40,11 +45,11 @@ def ffn_profile(
     at_first = torch.where(nonmixed.any(dim=1, keepdim=True), at_first, torch.nan)
 
     mixed = mask & ~nonmixed
-    largest = x.new_zeros(x.shape[0], x.shape[2])
+    largest = torch.zeros_like(at_first)
     for chunk in position_chunks(x):
-        size = x[:, chunk].abs().masked_fill_(~mixed[:, chunk, None], 0)
-        largest = torch.maximum(largest, size.amax(dim=1))
-    largest = torch.where(mixed.any(dim=1, keepdim=True), at_least_fp32(largest), torch.nan)
+        kept = torch.where(mixed[:, chunk, None], x[:, chunk], 0)
+        largest = torch.maximum(largest, largest_magnitude(kept, dim=1))
+    largest = torch.where(mixed.any(dim=1, keepdim=True), largest, torch.nan)
 
     size = at_first.abs()
     return at_first, largest, masked_median(size, torch.ones_like(size, dtype=torch.bool))

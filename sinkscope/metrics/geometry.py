@@ -134,13 +134,9 @@ def products(
 
     Multiplied and summed in fp32 proper, a chunk at a time: a matrix product might run in TF32.
     """
-    grouped = rearrange(
-        q, "prompt position (kv group) d -> prompt position kv group d", kv=k.shape[2]
-    )
-    parts = [
-        (at_least_fp32(grouped[:, chunk]) * k[:, chunk, :, None]).sum(dim=-1)
-        for chunk in position_chunks(grouped)
-    ]
+    k = at_least_fp32(k)
+    q = rearrange(q, "prompt position (kv group) d -> prompt position kv group d", kv=k.shape[2])
+    parts = [(q[:, at] * k[:, at, :, None]).sum(dim=-1) for at in position_chunks(q)]
     return rearrange(
         torch.cat(parts, dim=1), "prompt position kv group -> prompt (kv group) position"
     )

@@ -10,7 +10,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkscope.metrics._magnitude_median import magnitude_median
-from sinkscope.metrics._reduce import at_least_fp32, masked_median, position_chunks, vector_norm
+from sinkscope.metrics._reduce import (
+    at_least_fp32,
+    largest_magnitude,
+    masked_median,
+    position_chunks,
+    vector_norm,
+)
 from sinkscope.metrics.positions import first_true, masked_mean
 
 
@@ -101,13 +107,13 @@ def massive_activations(
     real positions and all dims of the prompt, exactly, an even count giving the mean of the middle
     two; it is computed only if some activation passes ``minimum``.
     """
-    peak = torch.maximum(hidden.amax(dim=2), -hidden.amin(dim=2))
+    peak = largest_magnitude(hidden, dim=2)
     candidates = (peak > minimum) & mask
     if not candidates.any():
         none = torch.zeros(0, dtype=torch.long, device=hidden.device)
         return MassiveEntries(none, none, none, none.float(), none.float())
     median = magnitude_median(hidden, mask)
-    candidates &= at_least_fp32(peak) > ratio * median[:, None]
+    candidates &= peak > ratio * median[:, None]
     prompt, position = candidates.nonzero(as_tuple=True)
     rows = at_least_fp32(hidden[prompt, position])
     bound = (ratio * median).clamp(min=minimum)[prompt]
@@ -123,7 +129,7 @@ def topk_tokens(
 
     Those "pivot tokens" are the ones its quantiser spares; k = 20 entries per layer there.
     """
-    peak = torch.maximum(hidden.amax(dim=2), -hidden.amin(dim=2)).masked_fill(~mask, -torch.inf)
+    peak = largest_magnitude(hidden, dim=2).masked_fill(~mask, -torch.inf)
     # The k largest entries lie in at most k rows: those with the k largest peaks.
     rows = peak.topk(min(k, peak.shape[1]), dim=1).indices
     picked = torch.arange(len(rows), device=rows.device)[:, None], rows

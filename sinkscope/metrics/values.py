@@ -7,7 +7,7 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.metrics._reduce import at_least_fp32, vector_norm
+from sinkscope.metrics._reduce import at_least_fp32, position_chunks, vector_norm
 from sinkscope.metrics.positions import masked_mean
 
 
@@ -30,9 +30,12 @@ def norms_through(
     x: Float[Tensor, "prompt position head d_head"], gram: Float[Tensor, "head d_head d_head"]
 ) -> Float[Tensor, "prompt head position"]:
     """‖x W_O^h‖ of every head's vector [activation], as sqrt(xᵀ G^h x) with G from :func:`gram`."""
-    x = at_least_fp32(x)
-    through = torch.einsum("pthd,hde->pthe", x, gram.to(x.dtype))
-    return (through * x).sum(dim=-1).clamp(min=0).sqrt().transpose(1, 2)
+    sizes = []
+    for chunk in position_chunks(x):
+        part = at_least_fp32(x[:, chunk])
+        through = torch.einsum("pthd,hde->pthe", part, gram.to(part.dtype))
+        sizes.append((through * part).sum(dim=-1).clamp(min=0).sqrt())
+    return torch.cat(sizes, dim=1).transpose(1, 2)
 
 
 def drain(

@@ -106,6 +106,15 @@ def test_sliding_sum(length: int, before: int | None, after: int | None, rest: t
     same(sliding_sum(tensor(x), before, after), expected)
 
 
+@pytest.mark.parametrize("length", [256, 257, 512, 700])
+def test_long_running_sums(length: int) -> None:
+    """Longer than the blocks in which they are taken."""
+    x = np.random.default_rng(0).normal(size=(2, length, 3))
+    same(sliding_sum(tensor(x), None, 0), np.cumsum(x, axis=1))
+    same(sliding_sum(tensor(x), 0, None), np.cumsum(x[:, ::-1], axis=1)[:, ::-1])
+    assert np.allclose(x, np.random.default_rng(0).normal(size=(2, length, 3)))  # untouched
+
+
 def test_sliding_sum_never_adds_what_lies_outside() -> None:
     x = torch.ones(1, 50)
     x[0, :20] = 1e9
