@@ -65,12 +65,23 @@ def bootstrap(
     figures = rearrange(x.double(), "prompt ... -> prompt (...)")
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device=x.device)
     low_high = [
-        torch.nanquantile(_resampled_means(times, chunk), ends, dim=0)
+        _quantiles(_resampled_means(times, chunk), ends)
         for chunk in figures.split(max(1, _CHUNK // resamples), dim=1)
     ]
     few = (~figures.isnan()).sum(0) < 2
     low, high = torch.cat(low_high, dim=1).masked_fill(few, torch.nan).to(x.dtype)
     return Interval(mean_over_prompts(x), low.reshape(x.shape[1:]), high.reshape(x.shape[1:]))
+
+
+def _quantiles(
+    means: Float[Tensor, "resample figure"], ends: Float[Tensor, "end"]
+) -> Float[Tensor, "end figure"]:
+    linear = torch.nanquantile(means, ends, dim=0)
+    if not means.isinf().any():
+        return linear
+    # Between two infinite means torch interpolates to nan.
+    lower = torch.nanquantile(means, ends, dim=0, interpolation="lower")
+    return torch.where(lower.isinf(), lower, linear)
 
 
 def _resampled_means(

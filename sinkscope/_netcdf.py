@@ -6,6 +6,7 @@ tensors are JSON text; so are token strings, which may hold what a netCDF string
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -40,12 +41,14 @@ def save(labelled: Labelled, path: str | Path) -> Path:
         raise ReportError(f"A report is saved as netCDF, so {path.name!r} should end in .nc.")
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        unfinished.open("xb").close()  # Python says plainly why a path cannot be written
         _write(labelled, unfinished)
         os.replace(unfinished, path)
     except OSError as error:
         raise ReportError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed, or never made
+            unfinished.unlink()
     return path
 
 

@@ -16,6 +16,8 @@ from sinkscope.report import SinkReport
 if TYPE_CHECKING:
     import pandas as pd
 
+_UNCHANGED = "No figure changed."
+
 
 def compare(before: SinkReport, after: SinkReport) -> Comparison:
     """Set two reports of the same tokens side by side.
@@ -122,14 +124,17 @@ class Comparison:
     def __repr__(self) -> str:
         from sinkscope._summary import table_as_text
 
-        return f"{self._title()}\n{table_as_text(*self._table())}"
+        columns, rows = self._table()
+        return f"{self._title()}\n{table_as_text(columns, rows) if rows else _UNCHANGED}"
 
     def _repr_html_(self) -> str:
         import html
 
         from sinkscope._summary import table_as_html
 
-        return f"<strong>{html.escape(self._title())}</strong>{table_as_html(*self._table())}"
+        columns, rows = self._table()
+        table = table_as_html(columns, rows) if rows else f"<div>{_UNCHANGED}</div>"
+        return f"<strong>{html.escape(self._title())}</strong>{table}"
 
     def _title(self) -> str:
         model = plain(self.before.settings.model)
