@@ -39,7 +39,7 @@ def attend(
     call: AttentionCall,
 ) -> Attended:
     """Attention of one layer; the pattern is never held beyond a bounded piece."""
-    if call.learned_sink is not None and _needs_gradient(query, key, value, call.learned_sink):
+    if call.learned_sink is not None and needs_gradient(query, key, value, call.learned_sink):
         # No fused kernel differentiates the log-sum-exp, on which the sink's share depends.
         z, lse = attend_in_tiles(query, key, value, call)
     elif query.is_cuda:
@@ -88,7 +88,8 @@ def attend_in_tiles(
     return z, torch.cat([lse for _, lse in pieces], dim=2)
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether anything computed from these will be differentiated."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 

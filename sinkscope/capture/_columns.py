@@ -41,22 +41,27 @@ class ReceivedAndEntropy(NamedTuple):
 
 @dataclass(frozen=True)
 class KeySet:
-    """Some keys of each prompt. Make it once: counting them waits for the device.
+    """Some keys of each prompt. Worth making once a batch: counting them waits for the device.
 
     Attributes:
-        index: Their indices; prompts with fewer keys than others repeat some.
-        counts: False for the repeats.
+        index: Their indices; after the last one of a prompt come others that do not count.
+        number: How many count.
     """
 
-    index: Int[Tensor, "prompt chosen"]
-    counts: Bool[Tensor, "prompt chosen"]
+    index: Int[Tensor, "prompt slot"]
+    number: Int[Tensor, "prompt"]
 
     @classmethod
     def of(cls, keys: Bool[Tensor, "prompt key"]) -> KeySet:
         """The keys that are True."""
-        most = int(keys.sum(dim=1).max())
-        index = keys.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-        return cls(index, keys.gather(1, index))
+        loose = cls.without_waiting(keys)
+        return cls(loose.index[:, : int(loose.number.max())], loose.number)
+
+    @classmethod
+    def without_waiting(cls, keys: Bool[Tensor, "prompt key"]) -> KeySet:
+        """The same with a slot for every key, so that the host need not know how many there are."""
+        index = keys.int().argsort(dim=1, descending=True, stable=True)
+        return cls(index, keys.sum(dim=1))
 
 
 def attention_to_keys(
@@ -70,19 +75,22 @@ def attention_to_keys(
 
     Costs O(position · d_head) a key: only the chosen keys are read.
     """
-    chosen = keys if isinstance(keys, KeySet) else KeySet.of(keys)
-    if chosen.index.shape[1] == 0:
-        return torch.zeros_like(lse)
     kernels = kernels_for(query, call)
     if kernels is not None:
-        return kernels.attention_to_keys(query, key, lse, call, chosen.index, chosen.counts)
-    row = torch.arange(len(key), device=key.device)[:, None]
+        chosen = keys if isinstance(keys, KeySet) else KeySet.without_waiting(keys)
+        return kernels.attention_to_keys(query, key, lse, call, chosen.index, chosen.number)
+    chosen = keys if isinstance(keys, KeySet) else KeySet.of(keys)
+    prompts, slots = chosen.index.shape
+    if slots == 0:
+        return torch.zeros_like(lse)
+    row = torch.arange(prompts, device=key.device)[:, None]
     picked = key[row, chosen.index].transpose(1, 2)
+    counts = torch.arange(slots, device=key.device) < chosen.number[:, None]
     query, base, seen_from = query.transpose(1, 2), _finite(lse), call.at_keys(chosen.index)
     paid = torch.zeros_like(lse)
-    for rows in query_ranges(query, chosen.index.shape[1]):
+    for rows in query_ranges(query, slots):
         logits = scores_at(query, picked, seen_from, rows) - base[:, :, rows, None]
-        pattern = logits.exp().masked_fill(~chosen.counts[:, None, None, :], 0.0)
+        pattern = logits.exp().masked_fill(~counts[:, None, None, :], 0.0)
         paid[:, :, rows] = pattern.sum(-1)
     return paid
 
@@ -107,7 +115,7 @@ def received_mass(
     if kernels is not None:
         return kernels.received_mass(query, key, lse, call, queries)
     mass = lse.new_zeros(len(key), query.shape[2], key.shape[1])
-    for rows, columns, log_pattern in _log_pattern(query, key, lse, call, queries):
+    for _, columns, log_pattern in _log_pattern(query, key, lse, call, queries):
         mass[:, :, columns] += log_pattern.exp_().sum(2)
     return mass
 
@@ -158,17 +166,18 @@ def received_and_entropy(
     call: AttentionCall,
     queries: Bool[Tensor, "prompt query"] | None = None,
 ) -> ReceivedAndEntropy:
-    """`received_mass` and `row_entropy` for the price of little more than one of them."""
+    """`received_mass` and `row_entropy` for the price of little more than one of them.
+
+    The entropy of queries that do not count is 0.
+    """
     kernels = kernels_for(query, call)
     if kernels is not None:
         return ReceivedAndEntropy(*kernels.received_and_entropy(query, key, lse, call, queries))
     mass = lse.new_zeros(len(key), query.shape[2], key.shape[1])
     entropy = torch.zeros_like(lse)
-    for rows, columns, log_pattern in _log_pattern(query, key, lse, call):
+    for rows, columns, log_pattern in _log_pattern(query, key, lse, call, queries):
         pattern = log_pattern.exp()
         entropy[:, :, rows] = _entropy(log_pattern, pattern)
-        if queries is not None:
-            pattern = pattern * queries[:, None, rows, None]
         mass[:, :, columns] += pattern.sum(2)
     return ReceivedAndEntropy(mass, entropy)
 

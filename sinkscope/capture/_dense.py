@@ -25,8 +25,8 @@ def attend_densely(
     """Attention that goes through ``hook_attn_scores`` and ``hook_pattern``; edits take effect.
 
     As in the stock bridge, masked scores are the dtype's minimum, a learned sink joins after
-    ``hook_attn_scores`` and its column is dropped before ``hook_pattern``, and dropout comes before
-    ``hook_pattern``. The log-sum-exp is that of the scores as hooks left them; z follows the pattern.
+    ``hook_attn_scores``, and its column is dropped before ``hook_pattern``, as is dropout applied.
+    The log-sum-exp is that of the scores as hooks left them; z follows the pattern.
     """
     everything = slice(0, query.shape[2]), slice(0, key.shape[2])
     logits = scores(query, key, call, *everything).to(query.dtype)
