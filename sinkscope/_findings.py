@@ -144,12 +144,12 @@ def marked_tokens(report: SinkReport) -> str | None:
         return None
     marked = report.token_mask()
     found = Counter(marked.nonzero()[:, 1].tolist())
-    real = int(report.mask.sum())
+    real = f"{int(report.mask.sum()):,}".replace(",", " ")
     if not found:
-        return f"token_mask() marks none of {number(real)} tokens as sink or outlier"
+        return f"token_mask() marks none of {real} tokens as sink or outlier"
     shown = [f"{position} (×{count})" for position, count in found.most_common(_SHOWN)]
     return (
-        f"token_mask() marks {found.total()} of {number(real)} tokens as sink or outlier, at "
+        f"token_mask() marks {found.total()} of {real} tokens as sink or outlier, at "
         f"positions {_and_more(shown, len(found))}"
     )
 

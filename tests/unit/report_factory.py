@@ -80,7 +80,8 @@ def synthetic_report(
     seen = torch.where(mask, 0.1 * rand(prompts, positions) + 0.5 * sink_mask, torch.nan)
     by_bucket = torch.tensor([1, 2, 4, 8])
     ffn_sink = rand(prompts, layers, dims)
-    ffn_sink[:, 1, 3] = 400
+    written = min(1, layers - 1)  # the layer that writes the peak
+    ffn_sink[:, written, min(3, dims - 1)] = 400
     ffn_mixed = 0.5 * rand(prompts, layers, dims)
     norms = 1 + rand(*per_head)
     values: dict[str, Any] = dict(
@@ -130,12 +131,12 @@ def synthetic_report(
         cosine_to_sink=2 * rand(layers, positions) - 1,
         massive=MassiveActivations(
             prompt=torch.arange(prompts).repeat_interleave(2),
-            layer=torch.ones(2 * prompts, dtype=torch.int64),
+            layer=torch.full((2 * prompts,), written),
             position=torch.zeros(2 * prompts, dtype=torch.int64),
             dim=torch.tensor([3, 7]).repeat(prompts),
             value=torch.tensor([400.0, -150.0]).repeat(prompts) + rand(2 * prompts),
             ratio=torch.tensor([4000.0, 1500.0]).repeat(prompts),
-            count=torch.tensor([0, 2, 0, 0] * layers)[:layers].expand(prompts, layers).clone(),
+            count=2 * (torch.arange(layers) == written).expand(prompts, layers),
         ),
         ffn_sink=ffn_sink,
         ffn_mixed_max=ffn_mixed,

@@ -1,0 +1,259 @@
+"""The summary on the terminal and in a notebook, and the comparison of two reports."""
+
+from __future__ import annotations
+
+import dataclasses
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from sinkscope._findings import number, uniform
+from sinkscope.compare import compare
+from sinkscope.errors import ReportError
+from sinkscope.report import MassiveActivations
+from tests.unit.report_factory import only, synthetic_report
+
+HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m[bold]&\ud800\0"
+
+
+class Page(HTMLParser):
+    """The tags and the text of a piece of HTML; complains about tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.open.append(tag)
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+
+def line(text: str, label: str) -> str:
+    """One fact of the summary, its wrapped lines joined."""
+    lines = text.splitlines()
+    start = next(i for i, entry in enumerate(lines) if entry.startswith(label))
+    joined = lines[start].removeprefix(label).strip()
+    for entry in lines[start + 1 :]:
+        if not entry.startswith("   "):
+            break
+        joined += " " + entry.strip()
+    return joined
+
+
+def test_the_summary_says_what_stands_out():
+    report = synthetic_report(
+        sink_importance=torch.tensor([0.2, 0.4]).repeat(12).reshape(1, 4, 6).expand(3, 4, 6)
+    )
+    text = repr(report)
+    assert text.splitlines()[0] == "Attention sinks of synthetic"
+    assert line(text, "Model") == "LlamaForCausalLM, 4 layers × 6 heads (2 KV heads), float32"
+    assert line(text, "Text") == "prose, 3 prompts of 16 tokens, BOS auto (<s>)"
+    mean = report.sink_attention.mean().item()
+    assert f"mean attention {mean:.3f} [" in line(text, "Sinks")
+    assert line(text, "Sink heads") == (
+        "12 of 24 have mean importance above ε = 0.3; sink rate 50.0 %"
+    )
+    peak = report.residual_peak.mean(0)
+    assert line(text, "Residual peak") == (
+        f"{number(peak.max().item())} × the median of the others after layer {peak.argmax()}; "
+        "first above 10 × after layer 1"
+    )
+    assert line(text, "Massive dims") == "3 (401, layer 1), 7 (-149, layer 1)"
+    assert line(text, "Non-mixture dims") == "layer 1: 3"
+    assert "marks 3 of 48 tokens as sink or outlier, at positions 0 (×3)" in text
+    assert line(text, "Made with").startswith("stock path on cpu, revision 0123abcd, seed 0; ")
+    strongest = report.top_heads(1)[0]
+    row = next(row for row in text.splitlines() if f"{strongest['sink_attention']:.3f}" in row)
+    assert row.split()[:2] == [str(strongest["layer"]), str(strongest["head"])]
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_layers_of_massive_dims_are_runs():
+    entries = dict(prompt=[0] * 4, layer=[1, 2, 3, 7], position=[0] * 4, dim=[9] * 4)
+    massive = MassiveActivations(
+        **{name: torch.tensor(values) for name, values in entries.items()},
+        value=torch.tensor([200.0, -22513.0, 300, 400]),
+        ratio=torch.full((4,), 2e3),
+        count=torch.zeros(3, 4, dtype=torch.int64),
+    )
+    assert line(repr(synthetic_report(massive=massive)), "Massive dims") == (
+        "9 (-22 500, layers 1-3, 7)"
+    )
+
+
+def test_nothing_measured_nothing_said():
+    text = repr(only(synthetic_report()))
+    assert "Massive" not in text and "Strongest" not in text and "Made with" in text
+    Page(only(synthetic_report())._repr_html_())
+
+
+def test_no_peak_no_dims_no_marks_is_said():
+    report = synthetic_report(
+        residual_peak=torch.ones(3, 4),
+        ffn_sink=torch.ones(3, 4, 12),
+        received_peak=torch.zeros(3, 16),
+        residual_outlier=torch.ones(3, 16),
+    )
+    text = repr(report)
+    assert line(text, "Residual peak").startswith("none above 10 ×; largest 1 ×")
+    assert line(text, "Non-mixture dims") == "none"
+    assert "marks none of 48 tokens" in text
+
+
+def test_sinks_found_automatically_are_listed():
+    sinks = torch.zeros(3, 16, dtype=torch.bool)
+    sinks[:, 0] = sinks[1, 5] = True
+    report = synthetic_report(settings={"sinks": "auto"}, sink_mask=sinks)
+    assert line(repr(report), "Sinks").startswith("positions found: 0 (×3), 5 (×1)")
+
+
+def test_the_uniform_baseline_is_that_of_uniform_attention():
+    """Causal, lengths 3 and 1: α_0 = (1 + 1/2 + 1/3)/3 and 1; bidirectional: 1/3 and 1."""
+    report = synthetic_report(2, positions=3, lengths=[3, 1])
+    assert uniform(report) == pytest.approx(((1 + 1 / 2 + 1 / 3) / 3 + 1) / 2)
+    both_ways = synthetic_report(2, positions=3, lengths=[3, 1], settings={"causal": False})
+    assert uniform(both_ways) == pytest.approx((1 / 3 + 1) / 2)
+
+
+def test_hostile_tokens_stay_text():
+    report = synthetic_report(
+        1,
+        positions=2,
+        token_text=[[HOSTILE, "x"]],
+        settings={"model": HOSTILE, "source": HOSTILE, "bos": HOSTILE},
+    )
+    text = repr(report)
+    assert all(character.isprintable() or character == "\n" for character in text)
+    assert "[bold]" in text  # not swallowed as markup
+    text.encode("utf-8")
+    page = Page(report._repr_html_())
+    assert page.tags == {"div", "strong", "table", "thead", "tbody", "tr", "th", "td"}
+    assert "<img src=x onerror=alert(1)>" in page.text
+
+
+def test_html_says_what_the_terminal_says_and_keeps_the_notebooks_colours():
+    report = synthetic_report()
+    html = report._repr_html_()
+    page, text = Page(html), repr(report)
+    for label in ("Sinks", "Residual peak", "Massive dims", "Non-mixture dims", "Made with"):
+        assert line(text, label) in page.text, label
+    assert "background:transparent" in html and "color:inherit" in html
+    assert "http" not in html
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.00123, "0.00123"),
+        (999.7, "1 000"),
+        (22513.0, "22 500"),
+        (-1234567.0, "-1 230 000"),
+        (12.0, "12"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_numbers_have_three_digits(value: float, text: str):
+    assert number(value) == text
+
+
+# -- comparison
+
+
+@pytest.fixture
+def pair():
+    before = synthetic_report(8)
+    shift = torch.rand(8, 4, 6, generator=torch.Generator().manual_seed(5)) - 2
+    after = dataclasses.replace(
+        before,
+        sink_attention=before.sink_attention + shift,
+        residual_norm=before.residual_norm * 0.5,
+        honor=None,
+        settings=dataclasses.replace(before.settings, path="streaming"),
+    )
+    return before, after, shift
+
+
+def test_differences_are_paired(pair):
+    """The interval is that of the shift alone, however much prompts differ among themselves."""
+    before, after, shift = pair
+    mean, low, high = compare(before, after).difference("sink_attention")
+    np.testing.assert_allclose(mean, shift.mean(0), atol=1e-6)
+    rng = np.random.default_rng(0)
+    draws = [shift.numpy()[rng.integers(8, size=8)].mean(0) for _ in range(4000)]
+    expected_low, expected_high = np.quantile(draws, [0.025, 0.975], axis=0)
+    width = expected_high - expected_low
+    assert (np.abs(low.numpy() - expected_low) < 0.15 * width).all()
+    assert (np.abs(high.numpy() - expected_high) < 0.15 * width).all()
+
+
+def test_means_over_prompts_have_a_difference_and_no_interval(pair):
+    before, after, _ = pair
+    mean, low, high = compare(before, after).difference("residual_norm")
+    torch.testing.assert_close(mean, -0.5 * before.residual_norm)
+    assert low.isnan().all() and high.isnan().all()
+
+
+def test_comparison_as_a_frame(pair):
+    before, after, _ = pair
+    frame = compare(before, after).to_frame("sink_attention")
+    unit = "[probability]"
+    assert list(frame) == [
+        "layer", "head", *(f"{t} {unit}" for t in ("before", "after", "difference", "low", "high")),
+    ]  # fmt: skip
+    row = frame[(frame["layer"] == 3) & (frame["head"] == 2)]
+    assert row[f"before {unit}"].item() == pytest.approx(
+        before.sink_attention[:, 3, 2].mean().item(), rel=1e-6
+    )
+    assert row[f"after {unit}"].item() == pytest.approx(
+        after.sink_attention[:, 3, 2].mean().item(), rel=1e-6
+    )
+    assert len(frame) == 24
+
+
+def test_comparison_names_what_changed(pair):
+    before, after, _ = pair
+    comparison = compare(before, after)
+    assert "honor" not in comparison.names and "sink_attention" in comparison.names
+    assert comparison.changed_settings == {"path": ("stock", "streaming")}
+    text = repr(comparison)
+    assert "path: stock → streaming" in text
+    assert "sink_attention [probability]" in text and "residual_norm [activation]" in text
+    assert "attention_entropy" not in text
+    place = before.residual_norm.argmax().item()
+    assert f"at layer {place // 16}, position {place % 16}" in text
+    Page(comparison._repr_html_())
+    assert "No figure changed." in repr(compare(before, before))
+
+
+def test_other_tokens_cannot_be_compared(pair):
+    before, _, _ = pair
+    other = before.tokens.clone()
+    other[0, 3] += 1
+    with pytest.raises(ReportError, match="because their tokens differ"):
+        compare(before, dataclasses.replace(before, tokens=other))
+    with pytest.raises(ReportError, match="because their tokens differ"):
+        compare(before, synthetic_report(7))
+
+
+def test_models_of_other_sizes_are_compared_where_they_agree(pair):
+    before, _, _ = pair
+    smaller = synthetic_report(8, layers=3)
+    smaller = dataclasses.replace(smaller, tokens=before.tokens)
+    comparison = compare(before, smaller)
+    assert "sink_rate" in comparison.names and "sink_attention" not in comparison.names
+    with pytest.raises(ReportError, match="cannot be compared: it has the shape"):
+        comparison.difference("sink_attention")
