@@ -64,6 +64,14 @@ def interval(report: SinkReport, name: str) -> Interval:
     return Interval(middle, np.full_like(middle, np.nan), np.full_like(middle, np.nan))
 
 
+def nanmean(figures: np.ndarray, axis: int) -> np.ndarray:
+    """Mean over the figures that are numbers; nan, without a warning, where there are none."""
+    known = ~np.isnan(figures)
+    counts = known.sum(axis=axis)
+    sums = np.where(known, figures, 0).sum(axis=axis)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
 def sink_positions(report: SinkReport) -> list[int]:
     """Positions that are a sink in any prompt."""
     return np.flatnonzero(to_numpy(report.sink_mask).any(axis=0)).tolist()

@@ -76,7 +76,12 @@ def shown_token(token: str) -> str:
 
 def plotly_token(token: str) -> str:
     """A token for a hover or an axis: escaped, its direction kept to itself."""
-    return f"\u2068{html.escape(shown_token(token), quote=False)}\u2069"
+    return isolated(html.escape(shown_token(token), quote=False))
+
+
+def isolated(text: str) -> str:
+    """Text between marks that keep its writing direction to itself."""
+    return f"\u2068{text}\u2069"
 
 
 def number(value: float) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import plotly.colors
 import plotly.graph_objects as go
 
-from sinkscope.plot.theme import faded
+from sinkscope.plot.theme import SEQUENTIAL, faded
 
 LONGEST = 1024
 """Points of a line or bars of a figure; beyond that, only the maximum of each bin is drawn."""
@@ -132,3 +133,9 @@ def band(
         legendgroup=name, showlegend=showlegend, marker_size=5,
         line=dict(color=colour, width=2, dash=dash), **shown, **place,
     )  # fmt: skip
+
+
+def graded(size: int) -> list[str]:
+    """Colours of as many lines in an order, first to last: cividis without its darkest end."""
+    points = np.linspace(0.15, 1, max(size, 2)).tolist()
+    return plotly.colors.sample_colorscale(plotly.colors.get_colorscale(SEQUENTIAL), points)[:size]

@@ -5,23 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import plotly.colors
 import plotly.graph_objects as go
 
 from sinkscope._labelled import Variable
 from sinkscope.errors import ReportError
 from sinkscope.plot import _labels as labels
 from sinkscope.plot._figure import Interval, finish, interval, tick
-from sinkscope.plot.theme import SEQUENTIAL, Palette, Theme, palette
+from sinkscope.plot._scales import colour_scale, greyed, value_range
+from sinkscope.plot.theme import Palette, Theme, palette
 
 if TYPE_CHECKING:
     from sinkscope.report import SinkReport
 
-Scale = list[list[Any]]
-"""A Plotly colour scale: pairs of a share of the range and a colour."""
-
 _STEPS = 20
-_GREY = ("#6f757d", "#b4b9c0")  # below the threshold: seen on white and on black
 
 
 def head_map(
@@ -121,27 +117,6 @@ def _heatmap(figures: Interval, variable: Variable, colours: Palette) -> go.Heat
     )
 
 
-def value_range(figures: np.ndarray, unit: str | None) -> tuple[float, float]:
-    """Ends of a colour scale: 0 to 1 for shares, about zero for signed figures, else the data's."""
-    finite = figures[np.isfinite(figures)]
-    if finite.size == 0:
-        return 0.0, 1.0
-    low, high = float(finite.min()), float(finite.max())
-    if unit in ("probability", "share"):
-        return 0.0, 1.0
-    if low < 0:
-        reach = max(-low, high)
-        return -reach, reach
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
-def colour_scale(low: float, colours: Palette) -> Scale:
-    """Diverging where the range goes below zero, otherwise sequential; as Plotly's pairs."""
-    if low < 0:
-        return [list(stop) for stop in colours.diverging]
-    return plotly.colors.get_colorscale(SEQUENTIAL)
-
-
 def _thresholds(
     figures: np.ndarray, threshold: float | None, unit: str | None
 ) -> tuple[list[float | None], int]:
@@ -175,19 +150,6 @@ def _step(
     title = f"{name}: {share:.0%} of {int(defined.sum())} {kind} above {threshold:g}"
     cut = (threshold - heatmap.zmin) / (heatmap.zmax - heatmap.zmin)
     return {"colorscale": [greyed(scale, cut)]}, {"title.text": title}
-
-
-def greyed(scale: Scale, cut: float) -> Scale:
-    """A colour scale that is grey up to a share of its range."""
-    if cut <= 0:
-        return scale
-    cut = min(cut, 1.0)
-    grey = [[0.0, _GREY[0]], [cut, _GREY[1]]]
-    if cut == 1:
-        return grey
-    points = np.linspace(cut, 1, 16).tolist()
-    above = plotly.colors.sample_colorscale(scale, points)
-    return grey + [list(stop) for stop in zip(points, above, strict=True)]
 
 
 def _slider(

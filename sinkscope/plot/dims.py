@@ -1,0 +1,159 @@
+"""Channels that carry the sink: non-mixture dimensions and massive activations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sinkscope._bootstrap import bootstrap
+from sinkscope._tidy import to_numpy
+from sinkscope.errors import ReportError
+from sinkscope.plot import _figure, _labels
+from sinkscope.plot._series import bin_argmax, bin_starts
+from sinkscope.plot.theme import Palette, Theme, palette
+
+if TYPE_CHECKING:
+    from sinkscope.report import SinkReport
+
+_BARS = 1024  # over dims; more are binned
+
+
+def nonmixture_dims(
+    report: SinkReport, layer: int | None = None, *, top: int = 10, theme: Theme = None
+) -> go.Figure:
+    """FFN output of a layer at the sink against all mixed positions (Yan et al., Fig. 1).
+
+    On the left every dim: the sink's value, and how far any mixed position reaches either way. On
+    the right the largest dims in size, with 95 % intervals over prompts. Dims that pass the rule of
+    `SinkReport.nonmixture_dims` (operational, ours) bear their number in bold.
+
+    Args:
+        report: What a scan gave.
+        layer: Which layer; by default the one with the largest dim that passes the rule, or else
+            where the sink stands out most from the mixed positions.
+        top: Dims on the right.
+        theme: "light", "dark", or the default.
+
+    Raises:
+        ReportError: If FFN outputs were not measured, or there is no such layer.
+    """
+    layer = _figure.choose(report, "layer", layer)
+    layer = standout_layer(report) if layer is None else layer
+    passing = {r["dim"] for r in report.nonmixture_dims() if r["layer"] == layer}
+    sink = report["ffn_sink"][:, layer].float()
+    mixed = report["ffn_mixed_max"][:, layer].float()
+    value = to_numpy(sink.nanmean(dim=0))
+    reach = to_numpy(mixed.nanmean(dim=0))
+    largest = np.argsort(-np.nan_to_num(np.abs(value)))[:top]
+    colours = palette(theme)
+    figure = make_subplots(
+        1, 2, column_widths=[0.62, 0.38], horizontal_spacing=0.1,
+        subplot_titles=["every dim", f"the {len(largest)} largest, in size"],
+    )  # fmt: skip
+    _every_dim(figure, value, reach, colours)
+    for dim in largest[:3]:
+        text = f"<b>{dim}</b>" if dim in passing else str(dim)
+        figure.add_annotation(
+            x=dim, y=value[dim], text=text, showarrow=False, yshift=10 if value[dim] > 0 else -10,
+            row=1, col=1,
+        )  # fmt: skip
+    names = [f"<b>{dim}</b>" if dim in passing else str(dim) for dim in largest]
+    for figures, name, colour in (
+        (sink[:, largest].abs(), "sink", colours.sink),
+        (mixed[:, largest], "largest of the mixed positions", colours.other),
+    ):
+        mean, low, high = (to_numpy(end) for end in bootstrap(figures))
+        figure.add_bar(
+            x=names, y=mean, name=name, showlegend=False, marker_color=colour, row=1, col=2,
+            error_y=dict(symmetric=False, array=high - mean, arrayminus=mean - low, thickness=1),
+            hovertemplate=f"{name}, dim %{{x}}<br>|FFN output| [activation]: %{{y:.4~g}}"
+            "<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(title_text="dim", col=1)
+    figure.update_xaxes(title_text="dim", type="category", col=2)
+    figure.update_yaxes(title_text="FFN output [activation]", col=1)
+    figure.update_yaxes(title_text="|FFN output| [activation]", type="log", dtick=1, col=2)
+    figure.update_annotations(font_size=13)
+    figure.update_layout(legend=dict(y=-0.18, yanchor="top", x=0, xanchor="left"))
+    found = ", ".join(map(str, sorted(passing))) or "none"
+    title = f"Non-mixture dims of layer {layer}: {found}"
+    return _figure.finish(figure, title, report.settings, theme, height=480)
+
+
+def standout_layer(report: SinkReport) -> int:
+    """The layer whose FFN output stands out most at the sink."""
+    found = report.nonmixture_dims()
+    if found:
+        return found[0]["layer"]
+    sink = to_numpy(report["ffn_sink"].float().abs().amax(dim=2).nanmean(dim=0))
+    mixed = to_numpy(report["ffn_mixed_max"].float().amax(dim=2).nanmean(dim=0))
+    return int(np.nanargmax(sink / mixed))
+
+
+def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = None) -> go.Figure:
+    """Map of the massive activations over layers and dims (rule of Sun et al. 2402.17762).
+
+    Args:
+        report: What a scan gave.
+        top: Dims to draw, those with the largest activations.
+        theme: "light", "dark", or the default.
+
+    Raises:
+        ReportError: If massive activations were not measured.
+    """
+    if report.massive is None:
+        raise ReportError(report._not_measured("massive"))
+    frame = report.to_frame("massive")
+    value, ratio = "value [activation]", "ratio [ratio]"
+    frame["size"] = frame[value].abs()
+    dims = frame.groupby("dim")["size"].max().nlargest(top).index.tolist()
+    cells = frame[frame["dim"].isin(dims)].groupby(["dim", "layer"])
+    prompts = report.sizes["prompt"]
+    grid = np.full((len(dims), report.sizes["layer"]), np.nan)
+    hover = np.full(grid.shape, "", dtype=object)
+    for (dim, layer), rows in cells:
+        place = dims.index(dim), int(layer)
+        grid[place] = np.log10(rows["size"].max())
+        at = ", ".join(str(p) for p in sorted(rows["position"].unique())[:6])
+        hover[place] = (
+            f"largest value: {_labels.number(rows.loc[rows['size'].idxmax(), value])}<br>"
+            f"{rows['prompt'].nunique()} of {prompts} prompts, position {at}<br>"
+            f"up to {_labels.number(rows[ratio].max())} × the median"
+        )
+    figure = go.Figure(
+        go.Heatmap(
+            y=[str(dim) for dim in dims], z=grid, text=hover, xgap=1, ygap=1, hoverongaps=False,
+            colorbar=dict(title=dict(text="largest |activation|", side="right"),
+                          tickprefix="10<sup>", ticksuffix="</sup>", dtick=1),
+            hovertemplate="layer %{x}, dim %{y}<br>%{text}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_xaxes(title_text="layer", range=[-0.5, grid.shape[1] - 0.5], showgrid=False)
+    figure.update_yaxes(title_text="dim", type="category", autorange="reversed", showgrid=False)
+    title = (
+        f"Massive activations: {len(frame)} in {frame['dim'].nunique()} dims"
+        if len(frame)
+        else "Massive activations: none passes the rule"
+    )
+    height = 250 + 20 * max(len(dims), 6)
+    return _figure.finish(figure, title, report.settings, theme, height=height)
+
+
+def _every_dim(figure: go.Figure, value: np.ndarray, reach: np.ndarray, colours: Palette) -> None:
+    """The sink's FFN output over all dims, and the reach of the mixed positions behind it."""
+    starts = bin_starts(len(value), _BARS)
+    dims = bin_argmax(np.abs(value), starts)
+    for sign, name in ((1, "largest of the mixed positions, either way"), (-1, "")):
+        figure.add_scatter(
+            x=dims, y=sign * reach[dims], mode="lines", name=name, showlegend=sign > 0,
+            line=dict(color=colours.other, width=1), hoverinfo="skip", row=1, col=1,
+        )  # fmt: skip
+    figure.add_bar(
+        x=dims, y=value[dims], name="sink, mean over prompts", marker_color=colours.sink,
+        width=max(1.0, len(value) / 300), row=1, col=1, customdata=reach[dims],
+        hovertemplate="dim %{x}<br>FFN output at the sink [activation]: %{y:.4~g}<br>"
+        "largest of the mixed positions: %{customdata:.4~g}<extra></extra>",
+    )  # fmt: skip

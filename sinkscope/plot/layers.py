@@ -1,0 +1,183 @@
+"""What changes from layer to layer, and how sure it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+
+from sinkscope.errors import ReportError
+from sinkscope.plot import _figure, _labels, _series
+from sinkscope.plot.positions import log_switch
+from sinkscope.plot.theme import Theme, palette
+
+if TYPE_CHECKING:
+    from sinkscope.report import SinkReport
+
+
+def by_layer(
+    report: SinkReport,
+    *metrics: str,
+    log: bool = False,
+    title: str | None = None,
+    theme: Theme = None,
+) -> go.Figure:
+    """Lines over the layers: mean over prompts (and a layer's heads) with its 95 % interval.
+
+    Args:
+        report: What a scan gave.
+        metrics: Fields of one unit that have a prompt and a layer, such as "sink_cosine" and
+            "other_cosine".
+        log: Whether y starts logarithmic; a button changes it.
+        title: Instead of the metrics' names.
+        theme: "light", "dark", or the default.
+
+    Raises:
+        ReportError: If a metric was not measured or has no prompt or layer, or units differ.
+    """
+    if not metrics:
+        raise ReportError('by_layer needs the name of a field, such as "sink_attention".')
+    variables = [report._require(name) for name in metrics]
+    for variable in variables:
+        if variable.dims[:2] != ("prompt", "layer") or "dim" in variable.dims:
+            raise ReportError(
+                f"{variable.name} has the dimensions {' '.join(variable.dims)}; expected prompt "
+                "and layer, and perhaps head."
+            )
+        if variable.unit != variables[0].unit:
+            raise ReportError(
+                f"{variables[0].name} [{variables[0].unit}] and {variable.name} [{variable.unit}] "
+                "cannot share an axis; draw them one by one."
+            )
+    colours = palette(theme)
+    figure = go.Figure()
+    for index, variable in enumerate(variables):
+        _series.band(
+            figure,
+            np.arange(report.sizes["layer"]),
+            _over_heads(report, variable.name),
+            name=_labels.words(variable.name),
+            colour=colours.series[index % len(colours.series)],
+            label=_labels.axis_label(variable),
+            along="layer",
+        )
+    one = len(variables) == 1
+    unit = _labels.with_unit(_labels.words(metrics[0]) if one else "", variables[0].unit).strip()
+    figure.update_xaxes(title_text="layer")
+    figure.update_yaxes(title_text=unit, type="log" if log else "linear")
+    figure.update_layout(updatemenus=[log_switch(log)], hovermode="closest")
+    names = " and ".join(_labels.words(name) for name in metrics)
+    return _figure.finish(
+        figure, title or f"{_labels.heading(names)} by layer", report.settings, theme
+    )
+
+
+def residual_norms(report: SinkReport, *, theme: Theme = None) -> go.Figure:
+    """Norm of the residual state after each block: the sink's and the median of the others.
+
+    Raises:
+        ReportError: If residual norms were not measured.
+    """
+    peak = _figure.mean(report, "residual_peak")
+    highest = int(np.nanargmax(peak)) if np.isfinite(peak).any() else 0
+    title = (
+        f"Residual norm: the sink stands {_labels.number(float(peak[highest]))} × above the others "
+        f"after layer {highest}"
+    )
+    return by_layer(
+        report, "sink_residual_norm", "median_residual_norm", log=True, title=title, theme=theme
+    )
+
+
+def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) -> go.Figure:
+    """Norm of the sink's value over the mean of the others: a dot a head, the layer's mean.
+
+    Args:
+        report: What a scan gave.
+        out: Take the values through W_O (`value_drain_out`, per head) rather than as they are
+            (`value_drain`, per KV head).
+        theme: "light", "dark", or the default.
+
+    Raises:
+        ReportError: If drains were not measured.
+    """
+    metric = "value_drain_out" if out else "value_drain"
+    kind = _labels.words(report._require(metric).dims[-1])
+    heads = _figure.interval(report, metric)
+    colours = palette(theme)
+    layers, per_layer = heads.mean.shape
+    figure = go.Figure()
+    figure.add_scatter(
+        x=np.repeat(np.arange(layers), per_layer), y=heads.mean.ravel(), mode="markers",
+        name=f"each {kind}", marker=dict(size=5, color=colours.other, opacity=0.6),
+        customdata=np.stack(
+            [np.tile(np.arange(per_layer), layers), heads.low.ravel(), heads.high.ravel()], axis=-1
+        ),
+        hovertemplate=f"layer %{{x}}, {kind} %{{customdata[0]}}<br>value drain [ratio]: %{{y:.3~g}}"
+        "<br>95 % interval: %{customdata[1]:.3~g} to %{customdata[2]:.3~g}<extra></extra>",
+    )  # fmt: skip
+    _series.band(
+        figure, np.arange(layers), _over_heads(report, metric), name="mean of the layer",
+        colour=colours.sink, label="value drain [ratio]", along="layer",
+    )  # fmt: skip
+    figure.add_hline(
+        1, line=dict(color=colours.faint, dash="dot", width=1.5), annotation_text="like the others"
+    )
+    figure.update_xaxes(title_text="layer")
+    figure.update_yaxes(title_text="value drain [ratio]", type="log")
+    figure.update_layout(updatemenus=[log_switch(True)])
+    drained = float((heads.mean < 0.5)[np.isfinite(heads.mean)].mean())
+    where = " through W<sub>O</sub>" if out else ""
+    title = f"Value drains{where}: {drained:.0%} of {kind}s give the sink less than half a norm"
+    return _figure.finish(figure, title, report.settings, theme)
+
+
+def attention_by_query(
+    report: SinkReport, layer: int | None = None, head: int | None = None, *, theme: Theme = None
+) -> go.Figure:
+    """Attention to the sink by how far into the text the query is.
+
+    Args:
+        report: What a scan gave.
+        layer: Which layer; None draws every layer's mean over heads.
+        head: Which head of that layer; None draws all of its heads.
+        theme: "light", "dark", or the default.
+
+    Raises:
+        ReportError: If it was not measured, or there is no such layer or head.
+    """
+    figures = _figure.mean(report, "received_by_distance")
+    buckets = _figure.mean(report, "bucket").astype(int)
+    heads = _figure.choose(report, "head", head)
+    if _figure.choose(report, "layer", layer) is None:
+        lines = {f"layer {i}": _figure.nanmean(row, 0) for i, row in enumerate(figures)}
+        where = "mean over each layer's heads"
+    else:
+        chosen = range(figures.shape[1]) if heads is None else [heads]
+        lines = {f"layer {layer}, head {h}": figures[layer, h] for h in chosen}
+        where = f"layer {layer}" + ("" if heads is None else f", head {heads}")
+    scale = _series.graded(len(lines))
+    figure = go.Figure()
+    for (name, line), colour in zip(lines.items(), scale, strict=True):
+        figure.add_scatter(
+            x=buckets, y=line, mode="lines+markers", name=name, line=dict(color=colour),
+            showlegend=len(lines) <= 8,
+            hovertemplate=f"{name}, queries from %{{x}}<br>attention to the sink [probability]: "
+            "%{y:.3~g}<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(title_text="query position, lower edge of the bucket", type="log")
+    figure.update_yaxes(title_text="attention to the sink [probability]", rangemode="tozero")
+    title = f"Attention to the sink by query position: {where}"
+    return _figure.finish(figure, title, report.settings, theme)
+
+
+def _over_heads(report: SinkReport, metric: str) -> _figure.Interval:
+    """Interval over prompts of the mean over a layer's heads."""
+    from sinkscope._bootstrap import bootstrap
+    from sinkscope._tidy import to_numpy
+
+    figures = report[metric].float()
+    if figures.ndim == 3:
+        figures = figures.nanmean(dim=2)
+    return _figure.Interval(*(to_numpy(end) for end in bootstrap(figures)))

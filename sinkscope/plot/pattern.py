@@ -1,0 +1,104 @@
+"""The attention pattern of one head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from sinkscope._tidy import to_numpy
+from sinkscope.errors import ReportError
+from sinkscope.plot import _figure, _labels
+from sinkscope.plot._scales import colour_scale, value_range
+from sinkscope.plot._series import bin_max, bin_starts
+from sinkscope.plot.theme import Theme, palette
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+LARGEST = 512
+"""Rows and columns that are drawn; larger patterns are cut into bins, the maximum of each shown."""
+_LABELLED = 48  # positions whose tokens still fit on an axis
+
+
+def attention_pattern(
+    pattern: Float[Tensor, "query key"],
+    tokens: Sequence[str] | None = None,
+    *,
+    about: _labels.About,
+    title: str = "Attention pattern",
+    theme: Theme = None,
+) -> go.Figure:
+    """Which key each query attends to, in one head.
+
+    Above 512 queries or keys, cells are cut into bins of neighbours whose maximum is drawn, so that
+    a sink stays as strong as it is; the title says so.
+
+    Args:
+        pattern: One head's attention [query key] [probability]; keys that a query does not see
+            are 0 or nan.
+        tokens: Text of each position, for axes and hover.
+        about: Settings of a report, or a line that says model, T, BOS and ε.
+        title: Such as "Layer 11, head 4"; plain text.
+        theme: "light", "dark", or the default.
+
+    Raises:
+        ReportError: If the pattern is not [query key], or tokens do not fit it.
+    """
+    figures = to_numpy(pattern)
+    if figures.ndim != 2:
+        raise ReportError(
+            f"attention_pattern was given the shape {tuple(figures.shape)}; expected one head's "
+            "[query key], for example pattern[prompt, head]."
+        )
+    if tokens is not None and len(tokens) < max(figures.shape):
+        raise ReportError(
+            f"attention_pattern was given {len(tokens)} tokens for a pattern of shape "
+            f"{tuple(figures.shape)}."
+        )
+    queries, keys = (bin_starts(size, LARGEST) for size in figures.shape)
+    drawn = bin_max(bin_max(figures, queries, axis=0), keys, axis=1)
+    binned = drawn.shape != figures.shape
+    low, high = value_range(drawn, "probability" if np.nanmin(drawn) >= 0 else None)
+    # Cells nobody may see stay empty: the triangle is the mask's, not a row of zeros.
+    unseen = (keys[None, :] > queries[:, None]) & (np.nan_to_num(drawn) == 0)
+    names = [_names(starts, size, tokens) for starts, size in
+             ((queries, figures.shape[0]), (keys, figures.shape[1]))]  # fmt: skip
+    figure = go.Figure(
+        go.Heatmap(
+            x=keys,
+            y=queries,
+            z=np.where(unseen, np.nan, drawn),
+            zmin=low,
+            zmax=high,
+            colorscale=colour_scale(low, palette(theme)),
+            hoverongaps=False,
+            colorbar=dict(title=dict(text="attention [probability]", side="right")),
+            hovertemplate="query %{y}, key %{x}<br>attention [probability]: %{z:.3~g}"
+            "<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title_text="key", showgrid=False, **_axis(names[1], keys))
+    figure.update_yaxes(
+        title_text="query", autorange="reversed", showgrid=False, **_axis(names[0], queries)
+    )
+    if binned:
+        title += f" (maxima of bins; {figures.shape[0]:,} × {figures.shape[1]:,} cells)"
+    return _figure.finish(figure, _labels.escape(title), about, theme, height=620)
+
+
+def _names(starts: np.ndarray, size: int, tokens: Sequence[str] | None) -> list[str]:
+    ends = np.append(starts[1:], size) - 1
+    if tokens is None or (starts != ends).any():
+        return [f"{a}" if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True)]
+    return [f"{at} {_labels.plotly_token(tokens[at])}" for at in starts]
+
+
+def _axis(names: list[str], starts: np.ndarray) -> dict[str, Any]:
+    """Token names as ticks where they fit."""
+    if len(names) > _LABELLED:
+        return {}
+    return dict(tickvals=starts, ticktext=names)

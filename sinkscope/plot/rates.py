@@ -1,0 +1,148 @@
+"""The sink rate: the share of heads that park on a position, at any threshold and length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+
+from sinkscope._bootstrap import bootstrap
+from sinkscope._tidy import to_numpy
+from sinkscope.errors import ReportError
+from sinkscope.plot import _figure, _labels, _series
+from sinkscope.plot.theme import Theme, palette
+
+if TYPE_CHECKING:
+    from sinkscope.report import SinkReport
+
+_OTHERS = 3  # further positions that get a line
+
+
+def sink_rate(reports: SinkReport | Mapping[str, SinkReport], *, theme: Theme = None) -> go.Figure:
+    """Sink rate against ε, exact at every ε, with its interval over prompts.
+
+    Of one report: the first sink, and thin lines for the other positions with the highest rates.
+    Of several: one line a report, of its first sink.
+
+    Args:
+        reports: A report, or reports by name.
+        theme: "light", "dark", or the default.
+
+    Raises:
+        ReportError: If `sink_importance` was not measured.
+    """
+    named = reports if isinstance(reports, Mapping) else {"first sink": reports}
+    first = next(iter(named.values()), None)
+    if first is None:
+        raise ReportError("sink_rate was given no report.")
+    colours = palette(theme)
+    epsilons = np.linspace(0, 1, 101)
+    figure = go.Figure()
+    for index, (name, report) in enumerate(named.items()):
+        _series.band(
+            figure, epsilons, _rate_at(report, epsilons), name=_labels.escape(name),
+            colour=colours.series[index % len(colours.series)], label="sink rate [share]",
+            along="ε =",
+        )  # fmt: skip
+    if not isinstance(reports, Mapping):
+        _other_positions(figure, reports, colours.faint)
+    epsilon = first.settings.epsilon
+    figure.add_vline(
+        epsilon, line=dict(color=colours.faint, dash="dot"), annotation_text=f"ε = {epsilon:g}"
+    )
+    figure.update_xaxes(title_text="threshold ε [probability]", range=[0, 1])
+    figure.update_yaxes(title_text="sink rate [share of heads]", range=[0, 1.02], tickformat=".0%")
+    at = ", ".join(
+        f"{_labels.escape(name)} {report.sink_rate_at(epsilon):.1%}"
+        for name, report in named.items()
+    )
+    title = f"Sink rate against ε (at {epsilon:g}: {at})"
+    about = first.settings if len(named) == 1 else _differences(list(named.values()))
+    return _figure.finish(figure, title, about, theme)
+
+
+def sink_rate_by_length(
+    reports: Sequence[SinkReport], *, epsilon: float | None = None, theme: Theme = None
+) -> go.Figure:
+    """Sink rate of the first sink against T, one report a point, one line a model.
+
+    The same text looks less of a sink the longer it is, uniform attention falling as ln T / T; the
+    dotted line is what uniform attention gives the first token.
+
+    Args:
+        reports: Scans at several lengths; of several models if you like.
+        epsilon: Threshold; by default the first report's.
+        theme: "light", "dark", or the default.
+
+    Raises:
+        ReportError: If there is no report, or `sink_importance` was not measured.
+    """
+    if not reports:
+        raise ReportError("sink_rate_by_length was given no report.")
+    epsilon = reports[0].settings.epsilon if epsilon is None else epsilon
+    colours = palette(theme)
+    figure = go.Figure()
+    for index, model in enumerate(dict.fromkeys(report.settings.model for report in reports)):
+        own = sorted((r for r in reports if r.settings.model == model), key=_length)
+        points = [_rate_at(report, np.array([epsilon])) for report in own]
+        _series.band(
+            figure, [_length(report) for report in own],
+            tuple(np.concatenate(end) for end in zip(*points, strict=True)),
+            name=_labels.escape(model), colour=colours.series[index % len(colours.series)],
+            label="sink rate [share]", along="T =",
+        )  # fmt: skip
+    lengths = sorted({_length(report) for report in reports})
+    uniform = [float(np.mean(1 / np.arange(1, length + 1))) for length in lengths]
+    figure.add_scatter(
+        x=lengths, y=uniform, mode="lines", name="attention of the first token, were it uniform",
+        line=dict(color=colours.faint, dash="dot"),
+        hovertemplate="T = %{x}: %{y:.3~g}<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(title_text="T [positions]", type="log", tickvals=lengths, ticktext=lengths)
+    figure.update_yaxes(title_text="sink rate [share of heads]", range=[0, 1.02], tickformat=".0%")
+    title = f"Sink rate against the length of the text, ε = {epsilon:g}"
+    return _figure.finish(figure, title, _differences(list(reports)), theme)
+
+
+def _rate_at(report: SinkReport, epsilons: np.ndarray) -> _figure.Interval:
+    """Interval over prompts of each prompt's share of heads above ε."""
+    importance = report["sink_importance"].float()[..., None]
+    above = (importance > torch.as_tensor(epsilons, device=importance.device)).float()
+    above = torch.where(importance.isnan(), torch.nan, above)
+    return _figure.Interval(*(to_numpy(end) for end in bootstrap(above.nanmean(dim=(1, 2)))))
+
+
+def _other_positions(figure: go.Figure, report: SinkReport, colour: str) -> None:
+    """Thin lines of the positions that come next after the sinks."""
+    if report.sink_rate_curve is None:
+        return
+    curve, epsilons = _figure.mean(report, "sink_rate_curve"), _figure.mean(report, "epsilon")
+    area = np.nan_to_num(curve.sum(axis=0))
+    area[_figure.sink_positions(report)] = -1
+    for rank, position in enumerate(np.argsort(-area)[:_OTHERS].tolist()):
+        if area[position] <= 0:
+            break
+        figure.add_scatter(
+            x=epsilons, y=curve[:, position], mode="lines", name=f"position {position}",
+            line=dict(color=colour, width=1, dash=("solid", "dash", "dot")[rank]),
+            hovertemplate=f"position {position}, ε = %{{x:.2f}}<br>sink rate [share]: %{{y:.3~g}}"
+            "<extra></extra>",
+        )  # fmt: skip
+
+
+def _differences(reports: list[SinkReport]) -> str:
+    """The line under a title for several reports: what they share, and how many values else."""
+    parts = []
+    for name, prefix in (
+        ("model", ""), ("length", "T = "), ("bos", "BOS: "), ("epsilon", "ε = "), ("source", ""),
+    ):  # fmt: skip
+        values = list(dict.fromkeys(str(getattr(report.settings, name)) for report in reports))
+        parts.append(prefix + (", ".join(values) if len(values) < 4 else f"{len(values)} values"))
+    return " · ".join(parts)
+
+
+def _length(report: SinkReport) -> int:
+    return report.settings.length

@@ -1,0 +1,125 @@
+"""A prompt's own tokens, each coloured by what it receives or holds."""
+
+from __future__ import annotations
+
+import html
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from sinkscope.errors import ReportError
+from sinkscope.plot import _figure, _labels, _tokens
+from sinkscope.plot._scales import value_range
+from sinkscope.plot.theme import Theme
+
+if TYPE_CHECKING:
+    from sinkscope.report import SinkReport
+
+_CELL = 9  # characters that fit a cell
+LOG_METRICS = ("residual_outlier",)
+
+
+def token_strip(
+    report: SinkReport,
+    prompt: int = 0,
+    metric: str = "received_peak",
+    *,
+    start: int = 0,
+    tokens: int = 256,
+    columns: int = 12,
+    log: bool | None = None,
+    theme: Theme = None,
+) -> go.Figure:
+    """The tokens of a prompt in reading order, coloured by one figure a token.
+
+    Args:
+        report: What a scan gave.
+        prompt: Which prompt.
+        metric: A field with the dimensions prompt and position: "received_peak" (attention
+            received, mean over layers and heads) or "residual_outlier".
+        start: First position to show.
+        tokens: How many to show; the title says where the prompt goes on.
+        columns: Tokens a line.
+        log: Whether colours are logarithmic; by default for residual outliers.
+        theme: "light", "dark", or the default.
+
+    Returns:
+        A heatmap of token cells; the hover has the whole token, its position and figure.
+
+    Raises:
+        ReportError: If the metric was not measured or is not one figure a token, or there is no
+            such prompt or position.
+    """
+    variable = report._require(metric)
+    if variable.dims != ("prompt", "position"):
+        raise ReportError(
+            f"{metric} has the dimensions {' '.join(variable.dims)}; a token strip needs one "
+            "figure a token, such as received_peak or residual_outlier."
+        )
+    _figure.choose(report, "prompt", prompt)
+    length = int(report.mask[prompt].sum())
+    if not 0 <= start < length:
+        raise ReportError(
+            f"Prompt {prompt} has no position {start}; its positions run from 0 to {length - 1}."
+        )
+    logarithmic = log if log is not None else metric in LOG_METRICS
+    stop = min(start + tokens, length)
+    values = report[metric][prompt, start:stop].float().cpu().numpy()
+    words = [_tokens.text_at(report, prompt, position) for position in range(start, stop)]
+    z, low, high = _colours(values, logarithmic, variable.unit)
+    rows = -(-len(values) // columns)
+    label = _labels.axis_label(variable)
+    colorbar: dict[str, Any] = dict(title=dict(text=label, side="right"))
+    if logarithmic:
+        colorbar |= dict(tickprefix="10<sup>", ticksuffix="</sup>", dtick=1)
+    hovers = [
+        f"position {start + i}: {_labels.plotly_token(word)}<br>{label}: {_labels.number(value)}"
+        for i, (word, value) in enumerate(zip(words, values.tolist(), strict=True))
+    ]
+    figure = go.Figure(
+        go.Heatmap(
+            y=[str(start + row * columns) for row in range(rows)],
+            z=_grid(z.tolist(), rows, columns, np.nan).astype(float),
+            zmin=low, zmax=high, xgap=2, ygap=2, hoverongaps=False,
+            text=_grid([_short(word) for word in words], rows, columns, ""),
+            texttemplate="%{text}",
+            customdata=_grid(hovers, rows, columns, ""),
+            hovertemplate="%{customdata}<extra></extra>",
+            colorbar=colorbar,
+        )
+    )  # fmt: skip
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(
+        title_text="position", type="category", autorange="reversed", showgrid=False
+    )
+    part = "" if stop - start == length else f", positions {start} to {stop - 1} of {length:,}"
+    title = f"{_labels.heading(metric)}: tokens of prompt {prompt}{part}"
+    height = 190 + 30 * rows
+    return _figure.finish(figure, title, report.settings, theme, height=height)
+
+
+def _colours(
+    values: np.ndarray, logarithmic: bool, unit: str | None
+) -> tuple[np.ndarray, float, float]:
+    """What is coloured, and the ends of the scale: from 0 to the data's largest where linear."""
+    if logarithmic:
+        z = np.log10(np.maximum(values, np.finfo(np.float32).tiny))
+        return z, *value_range(z, None)
+    finite = values[np.isfinite(values)]
+    low, high = value_range(values, None)
+    if unit in ("probability", "share"):
+        low, high = 0.0, float(finite.max()) if finite.size else 1.0
+    return values, low, high
+
+
+def _grid(items: list[Any], rows: int, columns: int, empty: Any) -> np.ndarray:
+    """Items in reading order [row column]; empty cells at the end."""
+    filled = [*items, *[empty] * (rows * columns - len(items))]
+    return np.array(filled, dtype=object).reshape(rows, columns)
+
+
+def _short(token: str) -> str:
+    shown = _labels.shown_token(token)
+    cut = shown if len(shown) <= _CELL else shown[: _CELL - 1] + "…"
+    return _labels.isolated(html.escape(cut, quote=False))
