@@ -30,7 +30,7 @@ class Anatomy:
         sinks: Each layer's learned sink logits [head], or ``None``.
         scales: For each layer, the factors that q·k may be scaled by, the likeliest first.
         moe: Whether any block's FFN is a mixture of experts.
-        positions: "rotary", "learned", "sinusoidal", "alibi", "none" or what TransformerLens calls it.
+        positions: "rotary", "learned", "sinusoidal", "alibi", "none", or TransformerLens' word.
     """
 
     architecture: str
@@ -118,8 +118,8 @@ def _windows(config: Any, n_layers: int, name: str) -> tuple[int | None, ...]:
     if local := getattr(config, "attention_layers", None):  # GPT-Neo has words of its own
         window, kinds = config.window_size, local
     if kinds is None:
-        used = window is not None and getattr(config, "use_sliding_window", True) is not False
-        return (int(window) if used else None,) * n_layers
+        unused = getattr(config, "use_sliding_window", True) is False
+        return (None if unused or window is None else int(window),) * n_layers
     sizes = {"full_attention": None, "global": None, "sliding_attention": window, "local": window}
     unknown = sorted(set(kinds) - set(sizes))
     if unknown:

@@ -21,9 +21,9 @@ def describe(capabilities: Capabilities) -> RenderableType:
 
 def as_text(renderable: RenderableType, width: int = 100) -> str:
     """The same without colours."""
-    console = Console(file=StringIO(), width=width, color_system=None)
-    console.print(renderable)
-    return console.file.getvalue().rstrip()
+    page = StringIO()
+    Console(file=page, width=width, color_system=None).print(renderable)
+    return "\n".join(line.rstrip() for line in page.getvalue().rstrip().splitlines())
 
 
 def _structure(can: Capabilities) -> Table:

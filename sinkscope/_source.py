@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
+
+from sinkscope._cache import sha256
 
 _KEY = "sinkscope_source"
 
@@ -15,15 +20,31 @@ class ModelSource:
     Attributes:
         name: The name, hub id or path as the user gave it; the class for a model in memory.
         kind: "packaged", "hub", "folder", "gguf", "memory" or "bridge".
-        revision: Commit of a hub model or "sha256:…" of the weights' file; "" where unknown.
+        known_revision: Commit of a hub model, or the known hash of a packaged one.
         trained_head: Whether the output head was in the checkpoint, so that logits and losses mean
             something.
+        weights: The files that `revision` hashes if no revision is known.
     """
 
     name: str
     kind: str
-    revision: str = ""
+    known_revision: str = ""
     trained_head: bool = True
+    weights: tuple[Path, ...] = ()
+
+    @cached_property
+    def revision(self) -> str:
+        """Commit, or "sha256:…" of the weights; "" where there is neither.
+
+        The files are hashed when this is first asked for. Of several files it is the hash of their
+        names and hashes.
+        """
+        if self.known_revision or not self.weights:
+            return self.known_revision
+        if len(self.weights) == 1:
+            return f"sha256:{sha256(self.weights[0])}"
+        lines = "".join(f"{sha256(path)}  {path.name}\n" for path in self.weights)
+        return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
 
 def attach_source(bridge: Any, source: ModelSource) -> None:

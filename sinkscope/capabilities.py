@@ -9,13 +9,17 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from rich.console import RenderableType
 
 from sinkscope._algebra import close
 from sinkscope._anatomy import Anatomy, read_anatomy
+from sinkscope._describe import as_text, describe
 from sinkscope._probe import Probe, evaluating, only_hooks, probe
 from sinkscope._signals import CANDIDATES, B, Findings, find_signals, is_causal
 from sinkscope._source import model_source
 from sinkscope.errors import UnsupportedError
+
+__all__ = ["METRIC_SIGNALS", "Capabilities", "capabilities", "describe"]
 
 METRIC_SIGNALS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -121,9 +125,10 @@ class Capabilities:
         return self.signals[signal].format(layer=layer)
 
     def __str__(self) -> str:
-        from sinkscope._describe import as_text, describe
-
         return as_text(describe(self))
+
+    def __rich__(self) -> RenderableType:
+        return describe(self)
 
 
 _known: WeakKeyDictionary[Any, tuple[Any, Capabilities]] = WeakKeyDictionary()

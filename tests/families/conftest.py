@@ -7,6 +7,8 @@ from functools import cache
 import pytest
 from torch import Tensor
 
+from sinkscope.models import load_model
+
 from .architectures import BY_NAME, FAMILIES, Family
 from .reference import reference
 
@@ -27,3 +29,14 @@ def _reference_of(name: str) -> dict[str, Tensor]:
 def family_reference(family: Family) -> dict[str, Tensor]:
     """What transformers' eager forward computes on ``family.tokens()``; treat as read-only."""
     return _reference_of(family.name)
+
+
+@cache
+def _bridge_of(name: str):
+    return load_model(BY_NAME[name].build(), device="cpu")
+
+
+@pytest.fixture
+def family_bridge(family: Family):
+    """The family's tiny model as a bridge, shared by all tests: leave it as it was."""
+    return _bridge_of(family.name)

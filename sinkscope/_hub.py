@@ -1,0 +1,87 @@
+"""Looking a model up on the Hugging Face Hub before anything is downloaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from sinkscope.errors import ModelError
+
+_TIMEOUT = 10.0
+_TOKEN_HINT = "accept its terms on its page and log in with `hf auth login` (or set HF_TOKEN)"
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model on the hub, or of the hub in the local cache.
+
+    Attributes:
+        revision: Commit that is to be read.
+        files: Names of its files, as far as they are known here.
+    """
+
+    revision: str
+    files: tuple[str, ...]
+
+
+def find_on_hub(name: str, revision: str | None, otherwise: str) -> HubModel:
+    """Resolve a hub id to a commit.
+
+    Args:
+        name: Hub id, for example "openai-community/gpt2".
+        revision: Branch, tag or commit; the default branch if ``None``.
+        otherwise: What to say at the end of an error: the kinds of name that would have worked.
+
+    Raises:
+        ModelError: If it does not exist, is gated, or the hub cannot be reached and the model is
+            not in the local cache.
+    """
+    cached = _in_cache(name, revision, otherwise)
+    if constants.is_offline_mode():
+        if cached is None:
+            raise ModelError(
+                f"{name!r} is not in the local hub cache, and HF_HUB_OFFLINE forbids asking the "
+                f"Hugging Face Hub for it; {otherwise}"
+            )
+        return cached
+    try:
+        info = HfApi().model_info(name, revision=revision, timeout=_TIMEOUT)
+    except GatedRepoError as error:
+        raise ModelError(f"{name} is a gated model: {_TOKEN_HINT}.") from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{name} has no revision {revision!r} on the Hugging Face Hub.") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"There is no model {name!r} on the Hugging Face Hub (a private one needs "
+            f"`hf auth login`); {otherwise}"
+        ) from error
+    except Exception as error:  # whatever the HTTP client raises without a network
+        if cached is None:
+            raise ModelError(
+                f"{name!r} was looked for on the Hugging Face Hub, which could not be reached "
+                f"({type(error).__name__}); {otherwise}"
+            ) from error
+        return cached
+    files = tuple(sibling.rfilename for sibling in info.siblings or ())
+    return HubModel(info.sha or revision or "main", files)
+
+
+def _in_cache(name: str, revision: str | None, otherwise: str) -> HubModel | None:
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError as error:
+        raise ModelError(f"{name!r} cannot be the name of a model; {otherwise}") from error
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    # Snapshot folders are named by their commit.
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    return HubModel(folder.name, tuple(files))

