@@ -241,10 +241,11 @@ class RepeatedTokens(TextSource):
     ) -> list[list[int]]:
         prompts = self.prompts or 1
         if self.token is None:
-            drawn = rng.sample(vocabulary.ordinary(), prompts)
+            ids = vocabulary.ordinary()
+            drawn = [*rng.sample(ids, min(prompts, len(ids))), *rng.choices(ids, k=prompts)]
         else:
             drawn = [self._id(vocabulary)] * prompts
-        return [[id] * (room or 1) for id in drawn]
+        return [[id] * (room or 1) for id in drawn[:prompts]]
 
     def _id(self, vocabulary: Vocabulary) -> int:
         if isinstance(self.token, str):

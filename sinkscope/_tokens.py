@@ -29,8 +29,7 @@ class Texts:
         strings: the text of each real token, prompt by prompt; None without a tokenizer.
         seed: what the prompts were drawn with; None where nothing was drawn.
 
-    Raises:
-        TextError: shapes that differ, an empty prompt, ids that are not integers, a gap in a mask.
+    Made by `token_ids` or by a recipe's ``tokenize``, which see to all that.
     """
 
     tokens: Int[Tensor, "prompt position"]
@@ -39,9 +38,6 @@ class Texts:
     source: str
     strings: list[list[str]] | None = None
     seed: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_tensors(self.tokens, self.mask)
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -100,36 +96,39 @@ class Texts:
 
 def token_ids(
     ids: Sequence[Sequence[int]] | Tensor,
-    mask: Sequence[Sequence[bool]] | Tensor | None = None,
-    *,
-    source: str = "token ids",
+    mask: Sequence[Sequence[bool | int]] | Tensor | None = None,
 ) -> Texts:
     """Exact token ids; nothing is added to them.
 
     Args:
         ids: one list of ids a prompt (lengths may differ), or a tensor [prompt position].
         mask: whether a position is real [prompt position], for ids that are padded already.
-        source: what to call them in the report.
 
     Returns:
         The prompts; ragged lists are padded on the right.
 
     Raises:
-        TextError: no ids, ids that are not integers, or a mask of another shape.
+        TextError: no ids, ids that are not integers, a prompt without a token, or a mask of another
+            shape or with padding among the tokens.
     """
-    if not isinstance(ids, Tensor):
-        rows = _rows(ids)
-        tokens, real = pack(rows)
+    return exact(ids, mask, "token ids")
+
+
+def exact(ids: Any, mask: Any, source: str) -> Texts:
+    """`token_ids` of anything: whatever is no ids, or no mask of theirs, is refused."""
+    if isinstance(ids, Tensor):
+        tokens, real = ids, torch.ones_like(ids, dtype=torch.bool)
     else:
-        tokens, real = ids, torch.ones(tuple(ids.shape), dtype=torch.bool, device=ids.device)
+        rows = _rows(ids)
+        if mask is not None and len({len(row) for row in rows}) > 1:
+            raise TextError("A mask needs ids of equal length; leave it out for ragged lists.")
+        tokens, real = pack(rows)
     if mask is not None:
         real = torch.as_tensor(mask, device=tokens.device)
-        if not isinstance(ids, Tensor) and len({len(row) for row in rows}) > 1:
-            raise TextError("A mask needs ids of equal length; leave it out for ragged lists.")
-        if real.shape == tokens.shape and real.dtype != torch.bool:
-            if not ((real == 0) | (real == 1)).all():
-                raise TextError("A mask holds True for a real token and False for padding.")
-            real = real.bool()
+        if not ((real == 0) | (real == 1)).all():
+            raise TextError("A mask holds True for a real token and False for padding.")
+        real = real.bool()
+    _check_tensors(tokens, real)
     return Texts(tokens, real, bos="as given", source=source)
 
 
@@ -144,7 +143,7 @@ def read_token_ids(path: str | Path) -> Texts:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise TextError(f"{path} cannot be read as JSON: {error}.") from error
     try:
-        return token_ids(ids, source=Path(path).name)
+        return exact(ids, None, Path(path).name)
     except TextError as error:
         raise TextError(f"{path}: {error}") from error
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sinkscope._documents import DOMAINS, data_set, json_lines, text_file
 from sinkscope._recipes import OwnLength, RandomTokens, RepeatedTokens, TextSource, Windows
-from sinkscope._tokens import Texts, read_token_ids, token_ids
+from sinkscope._tokens import Texts, exact, read_token_ids, token_ids
 from sinkscope.errors import TextError
 
 __all__ = [
@@ -146,8 +146,8 @@ def as_texts(value: Any) -> TextSource | Texts:
     if isinstance(value, Tensor):
         return token_ids(value)
     if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple):
-        return token_ids(value)
-    return texts(value)
+        return exact(value, None, "token ids")
+    return texts(_checked(value))
 
 
 def _documents(source: str | Path, key: str, seed: int) -> tuple[Callable[[], Iterator[str]], str]:
@@ -164,13 +164,18 @@ def _documents(source: str | Path, key: str, seed: int) -> tuple[Callable[[], It
     return functools.partial(text_file, path), path.name
 
 
-def _strings(source: Any) -> tuple[Callable[[], Iterator[str]], str]:
+def _checked(source: Any) -> Sequence[str]:
+    """The source, if it is a list of strings."""
     if not isinstance(source, list | tuple) or not all(isinstance(text, str) for text in source):
         raise TextError(
-            "texts() takes the name of a source, a path or a list of strings, not "
+            "Texts are given as the name of a source, a path or a list of strings, not "
             f"{type(source).__name__}; for token ids use token_ids(...)."
         )
-    strings = tuple(source)
+    return source
+
+
+def _strings(source: Sequence[str]) -> tuple[Callable[[], Iterator[str]], str]:
+    strings = tuple(_checked(source))
     empty = [index for index, text in enumerate(strings) if not text.strip()]
     if not strings or empty:
         which = f"text {empty[0]} of {len(strings)} is empty" if empty else "the list is empty"
