@@ -113,6 +113,12 @@ class SinkReport(SinkFields):
         """One JSON object of all figures; nan and inf are null."""
         return json.dumps(self.to_dict(), allow_nan=False)
 
+    def to_html(self) -> str:
+        """One interactive page with everything inside: no kernel, no request, no other file."""
+        from sinkscope.plot.page import to_html
+
+        return to_html(self)
+
     def merge(self, other: SinkReport) -> SinkReport:
         """The report of both reports' prompts, as if they had been scanned together.
 

@@ -33,7 +33,7 @@ def scan(
     sinks: Sinks = (0,),
     epsilon: float = 0.3,
     batch: int | Literal["auto"] = "auto",
-    path: Literal["auto", "streaming", "stock"] = "auto",
+    path: str = "auto",
     progress: bool = True,
 ) -> SinkReport:
     """Measure the sinks of a model on some texts, in one forward pass a batch.

@@ -60,7 +60,7 @@ def scan(
             metrics=metrics if metrics in ("all", "core") else metrics.split(","),
             sinks=where,
             epsilon=epsilon,
-            path=path,  # type: ignore[arg-type]
+            path=path,
             batch=batch or "auto",
             progress=common.progress_wanted(),
         )

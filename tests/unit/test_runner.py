@@ -1,0 +1,162 @@
+"""The runner leaves a model as it found it, and keeps all of a batch or nothing of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.capture import runner
+from sinkscope.errors import ModelError, SinkscopeError, TextError, UnsupportedError
+from tests.families.architectures import BY_NAME
+
+
+@pytest.fixture
+def model():
+    return ss.load_model(BY_NAME["llama"].build())
+
+
+@pytest.fixture
+def tokens():
+    return ss.token_ids(BY_NAME["llama"].tokens(prompts=6, length=16))
+
+
+def state(model) -> dict:
+    """Everything about a bridge that a scan could leave changed."""
+    return {
+        "weights": {name: p.clone() for name, p in model.original_model.state_dict().items()},
+        "hooks": {
+            name: (len(point.fwd_hooks), len(point._forward_hooks))
+            for name, point in model.hook_dict.items()
+        },
+        "training": [module.training for module in model.original_model.modules()],
+        "attention": model.original_model.config._attn_implementation,
+        # TransformerLens notes on its modules that they ran; all else must be as it was.
+        "attributes": {
+            name: set(vars(module)) - {"_fired_hook_out", "_stop_at_layer_idx"}
+            for name, module in model.original_model.named_modules()
+        },
+    }
+
+
+def assert_same(before: dict, after: dict) -> None:
+    for name, weight in before.pop("weights").items():
+        assert torch.equal(weight, after["weights"][name]), name
+    after.pop("weights")
+    assert before == after
+
+
+@pytest.mark.parametrize("path", ["stock", "streaming"])
+def test_the_model_comes_out_as_it_went_in(model, tokens, path) -> None:
+    seen = []
+    model.add_hook("blocks.1.hook_resid_post", lambda x, hook: seen.append(x.shape))
+    model.original_model.model.layers[1].train()  # flags need not be uniform
+    before = state(model)
+    logits = model(tokens.tokens)
+    ss.scan(model, tokens, path=path, progress=False)
+    assert_same(before, state(model))
+    assert torch.equal(model(tokens.tokens), logits)
+    assert len(seen) >= 3, "the caller's own hook must survive and fire"
+
+
+@pytest.mark.parametrize("path", ["stock", "streaming"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interruption_leaves_nothing_behind(model, tokens, path, error, monkeypatch) -> None:
+    before = state(model)
+    real, calls = runner.forward, []
+
+    def failing(model, batch):
+        calls.append(batch)
+        real(model, batch)
+        if len(calls) == 2:
+            raise error
+
+    monkeypatch.setattr(runner, "forward", failing)
+    with pytest.raises(error):
+        ss.scan(model, tokens, path=path, batch=2, progress=False)
+    assert len(calls) == 2
+    assert_same(before, state(model))
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_figure(model, tokens, monkeypatch) -> None:
+    whole = ss.scan(model, tokens, progress=False)
+    real, sizes = runner.forward, []
+
+    def short_of_memory(model, batch):
+        real(model, batch)  # the hooks have fired: what they kept must be dropped
+        sizes.append(len(batch.rows))
+        if len(batch.rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+    monkeypatch.setattr(runner, "forward", short_of_memory)
+    backed_off = ss.scan(model, tokens, batch=6, progress=False)
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+    for name in whole.measured():
+        torch.testing.assert_close(
+            backed_off[name], whole[name], atol=1e-5, rtol=1e-5, equal_nan=True
+        )
+
+
+def test_one_prompt_that_does_not_fit_is_an_error(model, tokens, monkeypatch) -> None:
+    def never_fits(model, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+    monkeypatch.setattr(runner, "forward", never_fits)
+    with pytest.raises(ModelError, match="16 positions does not fit"):
+        ss.scan(model, tokens, progress=False)
+
+
+def test_other_runtime_errors_are_not_taken_for_memory(model, tokens, monkeypatch) -> None:
+    def broken(model, batch):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(runner, "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        ss.scan(model, tokens, progress=False)
+
+
+def test_nan_in_the_residual_stream_is_an_error(model, tokens) -> None:
+    hook = ("blocks.1.hook_resid_post", lambda x, hook: x * torch.nan)
+    with model.hooks(fwd_hooks=[hook]), pytest.raises(ModelError, match="after layer 1 holds nan"):
+        ss.scan(model, tokens, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (dict(metrics="entropie"), UnsupportedError, "There is no metric 'entropie'"),
+        (dict(metrics=["learned_sink"]), UnsupportedError, "has no learned sink"),
+        (dict(path="fast"), UnsupportedError, "There is no path 'fast'"),
+        (dict(sinks=[16]), TextError, "run from 0 to 15"),
+        (dict(sinks=[]), TextError, "expected positions"),
+        (dict(epsilon=1.5), SinkscopeError, "epsilon is 1.5"),
+    ],
+)
+def test_bad_arguments_end_in_one_sentence(model, tokens, arguments, kind, message) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        ss.scan(model, tokens, progress=False, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_core_measures_what_it_says_and_no_more(model, tokens) -> None:
+    report = ss.scan(model, tokens, metrics="core", progress=False)
+    assert report.sink_attention is not None and report.massive is not None
+    assert report.received_attention is None and report.attention_entropy is None
+
+
+def test_several_sinks_and_found_sinks() -> None:
+    """Two sinks: attention adds up; found sinks are those that `find_sinks` names."""
+    family = BY_NAME["llama"]
+    tokens = ss.token_ids(family.tokens(prompts=2, length=24))
+    model = ss.load_model(family.build())
+    one, other, both = (
+        ss.scan(model, tokens, sinks=sinks, metrics=["sink_attention", "residual"], progress=False)
+        for sinks in ([2], [5], [2, 5])
+    )
+    # Queries after position 5 see both; queries 3 and 4 see only the first sink.
+    _, cache = model.run_with_cache(tokens.tokens, names_filter="blocks.0.attn.hook_pattern")
+    pattern = cache["blocks.0.attn.hook_pattern"]
+    queries = [3, 4, *range(6, 24)]
+    want = (pattern[:, :, queries, 2] + pattern[:, :, queries, 5]).mean(-1)
+    torch.testing.assert_close(both.sink_attention[:, 0], want, atol=1e-5, rtol=0)
+    assert torch.equal(both.sink_mask, one.sink_mask | other.sink_mask)
