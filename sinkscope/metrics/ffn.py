@@ -12,12 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinkscope.metrics._reduce import (
-    at_least_fp32,
-    largest_magnitude,
-    masked_median,
-    position_chunks,
-)
+from sinkscope.metrics._reduce import at_least_fp32, largest_magnitude, position_chunks
 from sinkscope.metrics.positions import first_true
 
 
@@ -51,8 +46,9 @@ def ffn_profile(
         largest = torch.maximum(largest, largest_magnitude(kept, dim=1))
     largest = torch.where(mixed.any(dim=1, keepdim=True), largest, torch.nan)
 
-    size = at_first.abs()
-    return at_first, largest, masked_median(size, torch.ones_like(size, dtype=torch.bool))
+    ordered, dims = at_first.abs().sort(dim=1).values, x.shape[2]
+    median = ordered[:, (dims - 1) // 2 : dims // 2 + 1].mean(dim=1)  # of the middle one or two
+    return at_first, largest, median
 
 
 def nonmixture_dims(
@@ -65,7 +61,10 @@ def nonmixture_dims(
     """Dims d with |x_d| > over_median · median_d |x_d| and |x_d| > over_mixed · max_mixed |x_d|.
 
     The three inputs are those of :func:`ffn_profile`. Operational, ours (see the module). A prompt
-    without a mixed position has no such dims.
+    without a mixed position has no such dims. On why the first default is not the 1000 of massive
+    activations: a median over few dims is less extreme. In SmolLM2-135M (576 dims) the channel
+    that writes the peak stands at 500 times the median and 1000 times any mixed position, while
+    ordinary channels stay below 40 and 3 times.
     """
     size = x_sink.abs()
     return (size > over_median * sink_median[..., None]) & (size > over_mixed * mixed_max)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -74,3 +74,30 @@ def per_query_head(
     Query heads h of one group are neighbours: h reads KV head h // (n_heads / n_kv_heads).
     """
     return repeat(kv, "prompt kv ... -> prompt (kv group) ...", group=n_heads // kv.shape[1])
+
+
+def output_from(
+    pattern: Float[Tensor, "prompt head query key"],
+    v: Float[Tensor, "prompt key kv_head d_head"],
+    keys: Bool[Tensor, "prompt key"],
+) -> Float[Tensor, "prompt query head d_head"]:
+    """The part of each head's output that some keys supply, Σ_{j∈keys} A_ij v_j [activation].
+
+    With the massive tokens as ``keys`` this is the implicit bias of Sun et al. (2402.17762); the
+    output less this is what the head read elsewhere.
+    """
+    chosen = torch.where(keys[:, :, None, None], at_least_fp32(v), 0)
+    paid = torch.where(keys[:, None, None, :], at_least_fp32(pattern), 0)
+    grouped = rearrange(paid, "p (kv group) query key -> p kv group query key", kv=v.shape[2])
+    parts = torch.einsum("pkgij,pjkd->pikgd", grouped, chosen)
+    return rearrange(parts, "p query kv group d -> p query (kv group) d")
+
+
+def variance_over_queries(
+    output: Float[Tensor, "prompt query head d_head"], queries: Bool[Tensor, "prompt query"]
+) -> Float[Tensor, "prompt head"]:
+    """How little of it is a bias: mean_i ‖b_i - mean_i b_i‖² over ``queries`` [activation²]."""
+    where = queries[:, :, None, None]
+    centre = masked_mean(output, where, dim=1)
+    squares = (at_least_fp32(output) - centre[:, None]).square().sum(dim=-1)
+    return masked_mean(squares, queries[:, :, None], dim=1)

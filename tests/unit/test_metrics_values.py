@@ -42,7 +42,6 @@ def test_norms_through_a_projection_that_kills_the_vector() -> None:
     torch.manual_seed(0)
     w = torch.randn(1, 8, 64)
     x = torch.randn(1, 50, 1, 8)
-    w = w - torch.einsum("ptd,dm->tpdm", torch.zeros(1, 1, 8), w[0])[0]
     projector = torch.eye(8) - torch.outer(x[0, 0, 0], x[0, 0, 0]) / x[0, 0, 0].square().sum()
     got = values.norms_through(x, values.gram((projector @ w[0])[None]))
     assert got.isfinite().all()
@@ -90,3 +89,33 @@ def test_per_query_head_repeats_neighbours() -> None:
     same(values.per_query_head(kv, 4), [[[1, 2], [1, 2], [3, 4], [3, 4]]])
     same(values.per_query_head(kv[..., 0], 6), [[1, 1, 1, 3, 3, 3]])
     same(values.per_query_head(kv, 2), kv)
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 4), (False, None)])
+def test_output_from_the_sinks_and_its_variance(causal: bool, window: int | None) -> None:
+    case = random_case(causal, window)
+    v = case.v.copy()
+    v[~case.mask] = np.nan
+    expected = np.full((3, 11, 4, 5), np.nan)
+    for p in case:
+        for i in np.flatnonzero(case.mask[p]):
+            for h in case.heads:
+                parts = [
+                    case.pattern[p, h, i, j] * v[p, j, case.kv(h)]
+                    for j in range(11)
+                    if case.sinks[p, j]
+                ]
+                expected[p, i, h] = np.sum(parts, axis=0)
+    got = values.output_from(tensor(case.pattern), tensor(v), tensor(case.sinks))
+    same(got, expected)
+    spread = values.variance_over_queries(got, tensor(case.mask))
+    for p in case:
+        rows = expected[p, case.mask[p]]
+        same(spread[p], rows.var(axis=0).sum(axis=-1))
+
+
+def test_a_constant_output_has_no_variance() -> None:
+    output = torch.ones(1, 4, 2, 3)
+    output[0, 3] = torch.nan
+    queries = tensor([[True, True, True, False]])
+    same(values.variance_over_queries(output, queries), [[0, 0]])
