@@ -1,0 +1,176 @@
+"""Set, scale or remove what the residual stream and the two halves of a block hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sinkscope.errors import UnsupportedError
+from sinkscope.interventions._base import (
+    HookedIntervention,
+    Hooks,
+    check_indices,
+    check_layers,
+    check_mode,
+    check_positions,
+)
+from sinkscope.interventions._calibration import mean_at, needs_calibration
+
+PLACES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+"""Where an activation can be edited: a block's input, what its halves add, and its output."""
+
+
+class _AtPositions(HookedIntervention):
+    """Base: edits one activation of a layer at some positions."""
+
+    def __init__(self, model: Any, layer: int, positions: int | Iterable[int], at: str) -> None:
+        super().__init__(model)
+        check_mode(at, PLACES)
+        (self.layer,) = check_layers(layer, self.can.n_layers)
+        self.positions = tuple(sorted(check_positions(positions)))
+        self.hook = self.can.hook(at, self.layer)
+
+    def _hooks(self) -> Hooks:
+        return [(self.hook, self._edit)]
+
+    def _edit(self, x: Float[Tensor, "prompt position dim"], hook: Any) -> Tensor | None:
+        rows = self.cursor.rows(self.positions)
+        if not rows:
+            return None
+        x = x.clone()
+        x[:, rows] = self.new(x[:, rows], len(self.positions) - len(rows))
+        return x
+
+    def new(self, old: Float[Tensor, "prompt row dim"], first: int) -> Tensor:
+        """What takes the place of the activation at positions ``first`` and after."""
+        raise NotImplementedError
+
+
+class SetActivation(_AtPositions):
+    """Sets some dims of an activation at some positions.
+
+    Setting massive activations to zero breaks a model, setting them to their mean changes nothing
+    (Sun et al. 2402.17762, Table 3): always look at both.
+
+    Args:
+        model: A bridge.
+        layer: The block.
+        dims: Which residual channels; None for all of them.
+        positions: Where.
+        mode: "zero"; "mean", the mean over the calibration prompts at that same position and dim;
+            a number; or a tensor that broadcasts to [position dim].
+        at: "resid_pre", "attn_out", "mlp_out" (what a half adds to the stream) or "resid_post".
+        calibration: Texts for "mean"; measured now, on the model as it is now.
+
+    Raises:
+        UnsupportedError: If the layer or a dim does not exist, or this architecture shows no such
+            activation.
+        TextError: If a prompt does not reach a position (when it runs), or no calibration prompt.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layer: int,
+        dims: int | Iterable[int] | None,
+        positions: int | Iterable[int],
+        mode: str | float | Float[Tensor, "..."] = "zero",
+        *,
+        at: str = "resid_post",
+        calibration: Any = None,
+    ) -> None:
+        super().__init__(model, layer, positions, at)
+        self.dims = check_indices(dims, self.can.d_model, "dim")
+        self._chosen = slice(None) if self.dims is None else list(self.dims)
+        self.value = self._value(mode, calibration)
+
+    def _value(self, mode: Any, calibration: Any) -> Float[Tensor, "position dim"]:
+        n_dims = self.can.d_model if self.dims is None else len(self.dims)
+        shape = len(self.positions), n_dims
+        if isinstance(mode, str):
+            check_mode(mode, ("zero", "mean"))
+        if mode == "mean":
+            texts = needs_calibration(mode, calibration)
+            return mean_at(self.model, texts, self.hook, self.positions)[:, self._chosen]
+        value = 0.0 if isinstance(mode, str) else mode
+        try:
+            return torch.as_tensor(value, dtype=torch.float32).expand(shape)
+        except RuntimeError:
+            raise UnsupportedError(
+                f"The value has the shape {tuple(value.shape)}, which does not broadcast to "
+                f"[position dim] = {list(shape)}."
+            ) from None
+
+    def new(self, old: Float[Tensor, "prompt row dim"], first: int) -> Tensor:
+        """The value in the chosen dims, the old activation in the others."""
+        old = old.clone()
+        old[:, :, self._chosen] = self.value[first:].to(old)
+        return old
+
+
+class RemoveOutput(SetActivation):
+    """Takes away what one half of a block adds at some positions, or puts its mean there.
+
+    Args:
+        model: A bridge.
+        layer: The block.
+        part: "attn" or "mlp".
+        positions: Where; the other positions keep theirs.
+        mode: "zero" or "mean"; see `SetActivation`.
+        calibration: Texts for "mean".
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layer: int,
+        part: str,
+        positions: int | Iterable[int],
+        mode: str = "zero",
+        *,
+        calibration: Any = None,
+    ) -> None:
+        check_mode(part, ("attn", "mlp"))
+        super().__init__(
+            model, layer, None, positions, mode, at=f"{part}_out", calibration=calibration
+        )
+        self.part = part
+
+
+class ScaleActivation(_AtPositions):
+    """Scales an activation at some positions: its norm changes, its direction does not.
+
+    Args:
+        model: A bridge.
+        layer: The block.
+        positions: Where.
+        factor: What to multiply by; or give `norm`.
+        norm: The norm to give it [activation].
+        at: See `SetActivation`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layer: int,
+        positions: int | Iterable[int],
+        factor: float | None = None,
+        *,
+        norm: float | None = None,
+        at: str = "resid_post",
+    ) -> None:
+        super().__init__(model, layer, positions, at)
+        if (factor is None) == (norm is None):
+            raise UnsupportedError("ScaleActivation takes either a factor or a norm.")
+        self.factor, self.norm = factor, norm
+
+    def new(self, old: Float[Tensor, "prompt row dim"], first: int) -> Tensor:
+        """The same direction with another length."""
+        if self.factor is not None:
+            return old * self.factor
+        size = torch.linalg.vector_norm(old, dim=-1, keepdim=True, dtype=torch.float32)
+        return (old.float() / size * self.norm).to(old.dtype)

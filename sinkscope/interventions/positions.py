@@ -1,0 +1,144 @@
+"""Interventions on what a model is told about where a token stands."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sinkscope._probe import probe
+from sinkscope.errors import TextError, UnsupportedError
+from sinkscope.interventions._base import Intervention, check_mode
+
+_MODES = ("replace", "swap")
+
+
+class PositionEmbeddingEdit(Intervention):
+    """Gives a position the learned vector of another one (Yan et al. 2407.01601, Fig. 4).
+
+    The embedding table itself is edited, and copied back bit for bit: the edit then holds on every
+    path, with padding and through a KV cache.
+
+    Args:
+        model: A bridge with learned position embeddings.
+        source: Position whose vector to take; negative ones count from the last.
+        target: Position that is to have it.
+        mode: "replace" leaves `source` its vector; "swap" gives it the target's.
+
+    Raises:
+        UnsupportedError: If the model has no learned position embeddings.
+        TextError: If a position lies outside the table.
+    """
+
+    def __init__(self, model: Any, source: int, target: int, mode: str = "replace") -> None:
+        super().__init__(model)
+        if self.can.positions != "learned":
+            raise UnsupportedError(
+                f"{self.can.architecture} has no learned position embeddings (its positions are "
+                f"{self.can.positions}); for rotary ones use PositionIdEdit."
+            )
+        self.mode = check_mode(mode, _MODES)
+        self._table, first = position_table(model)
+        size = len(self._table) - first
+        self._source, self._target = (
+            first + _in_table(position, size) for position in (source, target)
+        )
+
+    def _begin(self, undo: ExitStack) -> None:
+        rows = [self._source, self._target]
+        saved = self._table.detach()[rows].clone()
+        undo.callback(self._write, rows, saved)
+        new = saved[[1, 0]] if self.mode == "swap" else saved[[0, 0]]
+        self._write(rows, new)
+
+    @torch.no_grad()
+    def _write(self, rows: list[int], vectors: Float[Tensor, "2 dim"]) -> None:
+        self._table[rows] = vectors
+
+
+class PositionIdEdit(Intervention):
+    """Rotates a token as if it stood somewhere else: the rotary counterpart of the above.
+
+    Queries and keys of `target` are rotated by the angles of `source` in every layer. Who sees
+    whom stays as it is.
+
+    Args:
+        model: A bridge with rotary positions.
+        source: The position id to give.
+        target: The position that is to have it.
+        mode: "replace", or "swap" to rotate `source` as `target` as well.
+
+    Raises:
+        UnsupportedError: If the model is not rotary, or computes its angles where no one can see.
+        TextError: If a position is not a whole number from 0.
+    """
+
+    def __init__(self, model: Any, source: int, target: int, mode: str = "replace") -> None:
+        from transformer_lens.model_bridge.generalized_components.rotary_embedding import (
+            RotaryEmbeddingBridge,
+        )
+
+        super().__init__(model)
+        self.mode = check_mode(mode, _MODES)
+        for position in (source, target):
+            if type(position) is not int or position < 0:
+                raise TextError(f"Position {position!r} is not a whole number from 0.")
+        self.source, self.target = source, target
+        self._rotaries = [m for m in model.modules() if isinstance(m, RotaryEmbeddingBridge)]
+        if self.can.positions != "rotary" or not self._rotaries:
+            raise UnsupportedError(
+                f"{self.can.architecture} has no rotary position ids to edit (its positions are "
+                f"{self.can.positions}); for learned ones use PositionEmbeddingEdit."
+            )
+
+    def _begin(self, undo: ExitStack) -> None:
+        for rotary in self._rotaries:
+            handle = rotary.register_forward_pre_hook(self._before, with_kwargs=True)
+            undo.callback(handle.remove)
+
+    def _before(
+        self, rotary: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        if "position_ids" in kwargs:
+            return args, {**kwargs, "position_ids": self._edit(kwargs["position_ids"])}
+        return (args[0], self._edit(args[1]), *args[2:]), kwargs
+
+    def _edit(self, ids: Int[Tensor, "_ position"]) -> Int[Tensor, "_ position"]:
+        edited = ids.masked_fill(ids == self.target, self.source)
+        if self.mode == "swap":
+            edited = edited.masked_fill(ids == self.source, self.target)
+        return edited
+
+
+def position_table(model: Any) -> tuple[Float[Tensor, "row dim"], int]:
+    """The table of learned position vectors, and its row for position 0.
+
+    Some models (OPT, RoBERTa) keep rows in front that no position uses, so what really comes out
+    for positions 0, 1, 2, … is looked up in the table.
+
+    Raises:
+        UnsupportedError: If what comes out is not in the table.
+    """
+    table = model.W_pos
+    shown = probe(model, lambda name: name == "pos_embed.hook_out").kept.get("pos_embed.hook_out")
+    if shown is not None and not table.is_meta:
+        length = shown.shape[1]
+        rows = table.detach().float().cpu()
+        for first in range(min(8, len(rows) - length + 1)):
+            if torch.equal(rows[first : first + length], shown[0]):
+                return table, first
+    raise UnsupportedError(
+        f"The position vectors of {type(model.original_model).__name__} are not rows of one table "
+        "that is added as it is, so they cannot be edited exactly."
+    )
+
+
+def _in_table(position: int, size: int) -> int:
+    if type(position) is not int or not -size <= position < size:
+        raise TextError(
+            f"Position {position!r} lies outside the {size} learned positions of this model."
+        )
+    return position % size
