@@ -159,7 +159,7 @@ def provenance(report: SinkReport) -> str:
     s = report.settings
     versions = [f"{name} {version}" for name, version in s.versions.items() if version]
     seed = "" if s.seed is None else f", seed {s.seed}"
-    revision = f", revision {plain(s.revision)[:12]}" if s.revision else ""
+    revision = f", revision {plain(s.revision.removeprefix('sha256:'))[:12]}" if s.revision else ""
     return f"{s.path} path on {s.device}{revision}{seed}; {', '.join(versions)}"
 
 
@@ -168,9 +168,9 @@ def uniform(report: SinkReport) -> float:
     from sinkscope.metrics.positions import uniform_received
 
     windows = Counter(report.settings.windows or (None,))
+    at_sinks = report.sink_mask.to(report.mask.device)
     total = sum(
-        layers
-        * float(uniform_received(report.mask, report.settings.causal, w)[report.sink_mask].mean())
+        layers * float(uniform_received(report.mask, report.settings.causal, w)[at_sinks].mean())
         for w, layers in windows.items()
     )
     return total / windows.total()

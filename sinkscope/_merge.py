@@ -87,11 +87,10 @@ def _equally_long(variable: Variable, one: Tensor, other: Tensor) -> tuple[Tenso
 
 
 def _weighted(means: tuple[Tensor, Tensor], counts: tuple[Tensor, Tensor]) -> Tensor:
-    first, second = (
-        torch.where(count > 0, mean.double() * count, 0)
-        for mean, count in zip(means, counts, strict=True)
-    )
-    return ((first + second) / (counts[0] + counts[1])).to(means[0].dtype)
+    one, other = (count.to(means[0].device) for count in counts)
+    first = torch.where(one > 0, means[0].double() * one, 0)
+    second = torch.where(other > 0, means[1].double() * other, 0)
+    return ((first + second) / (one + other)).to(means[0].dtype)
 
 
 def _agreed(name: str, one: Tensor, other: Tensor) -> Tensor:

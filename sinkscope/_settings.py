@@ -104,22 +104,27 @@ class Settings:
                     f"These reports cannot be merged because their {name} differs: {mine!r} and "
                     f"{theirs!r}; merge only reports that were scanned with the same settings."
                 )
-        if self.versions["sinkscope"] != other.versions["sinkscope"]:
+        made = [settings.versions.get("sinkscope", "") for settings in (self, other)]
+        if made[0] != made[1]:
             raise ReportError(
-                "These reports cannot be merged because sinkscope "
-                f"{self.versions['sinkscope']} made one and {other.versions['sinkscope']} the "
-                "other; scan again with one version."
+                f"These reports cannot be merged because sinkscope {made[0]} made one and "
+                f"{made[1]} the other; scan again with one version."
             )
+        libraries = dict.fromkeys([*self.versions, *other.versions])
         return dataclasses.replace(
             self,
             device=_either(self.device, other.device),
             path=_either(self.path, other.path),
             seed=self.seed if self.seed == other.seed else None,
             length=max(self.length, other.length),
-            versions={k: _either(v, other.versions[k]) for k, v in self.versions.items()},
+            versions={
+                library: _either(self.versions.get(library, ""), other.versions.get(library, ""))
+                for library in libraries
+            },
         )
 
 
 def _either(mine: str, theirs: str) -> str:
-    """Both values, each once, in order."""
-    return ", ".join(dict.fromkeys([*mine.split(", "), *theirs.split(", ")]))
+    """Both values, each once, in order; what is unknown is left out."""
+    both = [*mine.split(", "), *theirs.split(", ")]
+    return ", ".join(value for value in dict.fromkeys(both) if value)

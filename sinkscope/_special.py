@@ -94,7 +94,9 @@ def own_tokenizer(tokenizer: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            tokenizer.name_or_path, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError):
         return tokenizer
 

@@ -149,7 +149,7 @@ class Comparison:
         rows = []
         for name in self.names:
             before, after = self._pair(name)
-            change = self.after.mean(name) - self.before.mean(name)
+            change = self.after.mean(name).to(before.device) - self.before.mean(name)
             defined = change.isfinite()
             if not (change[defined] != 0).any():
                 continue

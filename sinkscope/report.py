@@ -276,9 +276,9 @@ class SinkReport(SinkFields):
             self._require("received_peak")
         marked = torch.zeros_like(self.mask)
         if self.received_peak is not None:
-            marked |= self.received_peak > attention
+            marked |= (self.received_peak > attention).to(marked.device)
         if self.residual_outlier is not None:
-            marked |= self.residual_outlier > residual_ratio
+            marked |= (self.residual_outlier > residual_ratio).to(marked.device)
         return marked & self.mask
 
     # -- for people ------------------------------------------------------------------------------
