@@ -36,7 +36,7 @@ from sinkscope.capture._dense import attend_densely
 from sinkscope.capture._masks import MaskSpec
 from sinkscope.capture._norms import show_as_stock
 from sinkscope.capture._overrides import Overrides
-from sinkscope.capture._support import core_module, kind_of, refuse_forked_inputs
+from sinkscope.capture._support import core_module, is_heard, kind_of, refuse_forked_inputs
 from sinkscope.errors import UnsupportedError
 
 
@@ -89,12 +89,12 @@ class StreamingLayer:
     ) -> Float[Tensor, "prompt query head d_value"]:
         attn = self.attn
         self._calls[self._index] = call
-        if dropout or attn.hook_attn_scores.has_hooks() or attn.hook_pattern.has_hooks():
+        if dropout or is_heard(attn.hook_attn_scores) or is_heard(attn.hook_pattern):
             hooks = attn.hook_attn_scores, attn.hook_pattern
             z, lse = attend_densely(query, key, value, call, *hooks, dropout)
         else:
             z, lse = attend(query, key, value, call)
-        if attn.hook_lse.has_hooks() and attn.hook_lse(lse) is not lse:
+        if is_heard(attn.hook_lse) and attn.hook_lse(lse) is not lse:
             warnings.warn(
                 f"A hook on blocks.{self._index}.attn.hook_lse returned a tensor; hook_lse is "
                 "read-only, so it was ignored. Edit hook_attn_scores or hook_pattern instead.",
@@ -123,7 +123,7 @@ class StreamingLayer:
 
         The attention function sees the cached ones too, and an edit there would miss the cache.
         """
-        hooked = self.attn.hook_rot_k.has_hooks() or self.attn.hook_rot_v.has_hooks()
+        hooked = is_heard(self.attn.hook_rot_k) or is_heard(self.attn.hook_rot_v)
         if cache is None or not hooked:
             yield
             return

@@ -11,6 +11,7 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
 from sinkscope.capture._overrides import Overrides
+from sinkscope.capture._support import is_heard
 
 
 def skip_unread_statistics(bridge: nn.Module, overrides: Overrides) -> None:
@@ -41,9 +42,15 @@ class _Native:
 
     def __call__(self, x: Tensor) -> Tensor:
         norm = self._norm
-        if norm.hook_scale.has_hooks() or norm.hook_normalized.has_hooks():
+        if is_heard(norm.hook_scale) or is_heard(norm.hook_normalized):
             return self._stock(norm, x)
         return norm.original_component(x).to(x.dtype)
+
+
+def runs_natively(norm: NormalizationBridge) -> bool:
+    """Whether a norm with nothing hooked inside is what the wrapped module computes."""
+    folded = getattr(norm.config, "layer_norm_folding", False)
+    return norm.use_native_layernorm_autograd or folded or _same_as_native(norm)
 
 
 def _same_as_native(norm: NormalizationBridge) -> bool:
@@ -76,6 +83,7 @@ class _Positioned:
     """
 
     def __init__(self, attn: AttentionBridge, norm: nn.Module, hook: HookPoint) -> None:
+        self.points = [hook, norm.hook_in, norm.hook_out]
         self._norm = norm
         self._hook = hook
         self._flat = attn._qk_norm_phase == "pre_reshape"

@@ -30,6 +30,7 @@ from sinkscope.capture._layer import StreamingLayer
 from sinkscope.capture._masks import MaskSpec, streaming_mask
 from sinkscope.capture._norms import skip_unread_statistics
 from sinkscope.capture._overrides import Overrides
+from sinkscope.capture._shortcuts import take_shortcuts
 from sinkscope.capture._support import attention_of
 from sinkscope.errors import UnsupportedError
 
@@ -117,6 +118,7 @@ class Stream:
             layer.override(self._overrides)
             _layers[layer.core] = layer
         skip_unread_statistics(self.bridge, self._overrides)
+        take_shortcuts(self.bridge, self._overrides)
         self._switch_implementation()
         AttentionInterface.register(IMPLEMENTATION, streaming_attention)
         AttentionMaskInterface.register(IMPLEMENTATION, streaming_mask)

@@ -2,8 +2,7 @@
 
 A program holds a block of keys of one head and walks over the queries that see it. Once the
 log-sum-exp is known, a column sum is one matrix product, one exp2 and one addition an entry: no
-running maximum, no values. `flex_attention` with swapped roles does the same with both, and is
-what `tests/gpu` compares it with.
+running maximum, no values.
 """
 
 from __future__ import annotations
@@ -11,14 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sinkscope.capture._kernels.tiles import log2_pattern
+from sinkscope.capture._kernels.tiles import LN_2, load_log2_sums, log2_pattern
 
 
 @triton.jit
 def received_kernel(
     query,
     key,
-    log2_sum,
+    lse,
+    chosen,
     received,
     entropy,
     query_b,
@@ -41,28 +41,28 @@ def received_kernel(
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
+    CHOSEN: tl.constexpr,
     ENTROPY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Σ_i A_ij for one block of keys; with ENTROPY also −Σ_j A_ij log2 A_ij, added up atomically.
+    """Σ_i A_ij for one block of keys; with ENTROPY also −Σ_j A_ij ln A_ij, added up atomically.
 
-    ``log2_sum`` is the log-sum-exp in units of log 2; +inf takes a query out of all sums.
+    With CHOSEN, only queries whose ``chosen`` is not 0 enter either sum.
     """
     first_key = tl.program_id(0) * N
     head = tl.program_id(1)
     prompt = tl.program_id(2).to(tl.int64)
-    rows = prompt * tl.num_programs(1) + head
+    row = prompt * tl.num_programs(1) + head
     keys = first_key + tl.arange(0, N)
     dims = tl.arange(0, D_BLOCK)
-
-    key += prompt * key_b + (head // GROUP) * key_h
     at = keys.to(tl.int64)[:, None] * key_t + dims[None, :]
     inside = (keys < n_keys)[:, None] & (dims < D)[None, :]
-    k = tl.load(key + at, mask=inside, other=0.0)
+    k = tl.load(key + prompt * key_b + (head // GROUP) * key_h + at, mask=inside, other=0.0)
 
     query += prompt * query_b + head * query_h
-    log2_sum += rows * n_queries
-    entropy += rows * n_queries
+    lse += row * n_queries
+    chosen += prompt * n_queries
+    entropy += row * n_queries
 
     low = 0
     high = n_queries
@@ -79,16 +79,23 @@ def received_kernel(
         clear = tl.where(first_key + N > n_keys, high, clear)
     clear = tl.maximum(low, tl.minimum(clear, tl.cdiv(high, M) * M))
 
-    total = tl.zeros([M, N], dtype=tl.float32)
+    if ENTROPY:
+        total = tl.zeros([M, N], dtype=tl.float32)
+    else:
+        total = tl.zeros([N], dtype=tl.float32)
     total = _walk(
-        total, query, query_t, k, keys, log2_sum, entropy, low, clear, n_queries, n_keys, offset, window,
-        scale, cap, D, D_BLOCK, M, CAUSAL, WINDOWED, CAPPED, True, ENTROPY, PRECISION,
+        total, query, query_t, k, keys, lse, chosen, entropy, low, clear, n_queries, n_keys,
+        offset, window, scale, cap,
+        D, D_BLOCK, M, CAUSAL, WINDOWED, CAPPED, True, CHOSEN, ENTROPY, PRECISION,
     )  # fmt: skip
     total = _walk(
-        total, query, query_t, k, keys, log2_sum, entropy, clear, high, n_queries, n_keys, offset, window,
-        scale, cap, D, D_BLOCK, M, CAUSAL, WINDOWED, CAPPED, False, ENTROPY, PRECISION,
+        total, query, query_t, k, keys, lse, chosen, entropy, clear, high, n_queries, n_keys,
+        offset, window, scale, cap,
+        D, D_BLOCK, M, CAUSAL, WINDOWED, CAPPED, False, CHOSEN, ENTROPY, PRECISION,
     )  # fmt: skip
-    tl.store(received + rows * n_keys + keys, tl.sum(total, 0), mask=keys < n_keys)
+    if ENTROPY:
+        total = tl.sum(total, 0)
+    tl.store(received + row * n_keys + keys, total, mask=keys < n_keys)
 
 
 @triton.jit
@@ -98,7 +105,8 @@ def _walk(
     query_t,
     k,
     keys,
-    log2_sum,
+    lse,
+    chosen,
     entropy,
     low,
     high,
@@ -115,28 +123,45 @@ def _walk(
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     MASKED: tl.constexpr,
+    CHOSEN: tl.constexpr,
     ENTROPY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add the queries from low up to high to the total of each key."""
+    """Add the queries from low up to high to the total of each key.
+
+    Whichever sum is taken in every step lies along the tile's second axis, within a thread's
+    registers; the other one is kept as a tile and taken once at the end.
+    """
     dims = tl.arange(0, D_BLOCK)
     for first in tl.range(low, high, M):
         queries = first + tl.arange(0, M)
         real = queries < n_queries
         at = queries.to(tl.int64)[:, None] * query_t + dims[None, :]
         q = tl.load(query + at, mask=real[:, None] & (dims < D)[None, :], other=0.0)
-        sums = tl.load(log2_sum + queries, mask=real, other=float("inf"))
-        logs = log2_pattern(
-            q, k, sums, queries + offset, keys, window, scale, cap,
-            CAUSAL, WINDOWED, CAPPED, MASKED, PRECISION,
-        )  # fmt: skip
+        sums = load_log2_sums(lse, queries, n_queries)
+        if CHOSEN:
+            counts = tl.load(chosen + queries, mask=real, other=0) != 0
+            sums = tl.where(counts, sums, float("inf"))
+        stands = queries + offset
         if ENTROPY:
+            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            logs = log2_pattern(
+                products, sums[:, None], stands[:, None], keys[None, :], window, scale, cap,
+                CAUSAL, WINDOWED, CAPPED, MASKED,
+            )  # fmt: skip
             if MASKED:
                 logs = tl.where(keys[None, :] < n_keys, logs, float("-inf"))
             # exp2(-200) is 0 in float32, and 0 · (-200) is 0 where 0 · (-inf) would be nan.
             logs = tl.maximum(logs, -200.0)
-        pattern = tl.exp2(logs)
-        total += pattern
-        if ENTROPY:
-            tl.atomic_add(entropy + queries, -tl.sum(pattern * logs, 1), mask=real, sem="relaxed")
+            pattern = tl.exp2(logs)
+            total += pattern
+            rows = tl.sum(pattern * logs, 1) * -LN_2
+            tl.atomic_add(entropy + queries, rows, mask=real, sem="relaxed")
+        else:
+            products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            logs = log2_pattern(
+                products, sums[None, :], stands[None, :], keys[:, None], window, scale, cap,
+                CAUSAL, WINDOWED, CAPPED, MASKED,
+            )  # fmt: skip
+            total += tl.sum(tl.exp2(logs), 1)
     return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sinkscope.capture._kernels.tiles import log2_pattern
+from sinkscope.capture._kernels.tiles import LN_2, log2_pattern
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def forward_kernel(
     value,
     key_bias,
     result,
-    log2_sum,
+    lse,
     query_b,
     query_t,
     query_h,
@@ -45,7 +45,7 @@ def forward_kernel(
     BIASED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Mixed values [query head d_value] and log2 Σ_j 2^logit of one block of queries.
+    """Mixed values [query head d_value] and log-sum-exp of one block of queries.
 
     A query that sees nothing gets zeros and -inf.
     """
@@ -86,8 +86,8 @@ def forward_kernel(
             other=0.0,
         )
         logits = log2_pattern(
-            q, k, zero, queries + offset, keys, window, scale, cap,
-            CAUSAL, WINDOWED, CAPPED, True, PRECISION,
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0, (queries + offset)[:, None],
+            keys[None, :], window, scale, cap, CAUSAL, WINDOWED, CAPPED, True,
         )  # fmt: skip
         logits = tl.where(there[None, :], logits, float("-inf"))
         if BIASED:
@@ -115,5 +115,5 @@ def forward_kernel(
         mixed.to(result.dtype.element_ty),
         mask=real[:, None] & (values < V)[None, :],
     )
-    sums = largest + tl.log2(total)
-    tl.store(log2_sum + (prompt * n_heads + head) * n_queries + queries, sums, mask=real)
+    sums = (largest + tl.log2(total)) * LN_2
+    tl.store(lse + (prompt * n_heads + head) * n_queries + queries, sums, mask=real)

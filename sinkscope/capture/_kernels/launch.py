@@ -16,7 +16,6 @@ from sinkscope.capture._kernels.forward import forward_kernel
 from sinkscope.capture._kernels.rows import chosen_kernel, row_kernel
 
 LOG2_E = math.log2(math.e)
-LN_2 = math.log(2.0)
 
 Query = Float[Tensor, "prompt query head d_head"]
 Key = Float[Tensor, "prompt key kv_head d_head"]
@@ -47,12 +46,12 @@ def attention_to_keys(
     number: Int[Tensor, "prompt"],
 ) -> Float[Tensor, "prompt head query"]:
     """Σ_j A_ij over the first ``number`` keys that ``index`` lists for each prompt."""
-    query, key, sums = _rows(query), _rows(key), _log2_sum(lse)
-    paid = torch.empty_like(sums)
-    bias = sums if call.mask is None else _mask_bias(call.mask, query)
+    query, key, lse = _rows(query), _rows(key), lse.contiguous()
+    paid = torch.empty_like(lse)
+    bias = lse if call.mask is None else _mask_bias(call.mask, query)
     rows = 64
     chosen_kernel[_grid(query, rows)](
-        query, key, sums, bias, index, number, paid, *_strides(query), *_strides(key),
+        query, key, lse, bias, index, number, paid, *_strides(query), *_strides(key),
         bias.stride(0), index.stride(0), query.shape[1], **_numbers(call),
         **_shape(query, key, call), M=rows, BIASED=call.mask is not None, num_warps=4,
     )  # fmt: skip
@@ -67,7 +66,7 @@ def received_mass(
     queries: Bool[Tensor, "prompt query"] | None,
 ) -> Float[Tensor, "prompt head key"]:
     """Σ_i A_ij over the chosen queries."""
-    return _received(query, key, _log2_sum(lse, queries), call)
+    return _received(query, key, lse, call, queries)
 
 
 def received_mass_by(
@@ -77,16 +76,13 @@ def received_mass_by(
     call: AttentionCall,
     weights: Float[Tensor, "prompt query bucket"],
 ) -> Float[Tensor, "prompt bucket head key"]:
-    """Σ_i w_ib A_ij: w · 2^(log2 A) = 2^(log2 A + log2 w), so a weight only shifts the sum."""
-    sums = _log2_sum(lse)
-    shifts = weights.float().log2()
-    return torch.stack(
-        [
-            _received(query, key, sums - shifts[:, None, :, bucket], call)
-            for bucket in range(weights.shape[-1])
-        ],
-        dim=1,
-    )
+    """Σ_i w_ib A_ij for weights ≥ 0: w exp(s − lse) = exp(s − (lse − ln w)), bucket by bucket.
+
+    A weight of 0 makes the log-sum-exp infinite, which takes the query out.
+    """
+    shifts = weights.float().log().mT[:, :, None]
+    shifted = (lse[:, None] - shifts).masked_fill(shifts == -torch.inf, torch.inf)
+    return torch.stack([_received(query, key, x, call) for x in shifted.unbind(1)], dim=1)
 
 
 def received_and_entropy(
@@ -102,8 +98,7 @@ def received_and_entropy(
         entropy = row_entropy(query, key, lse, call)
         return received, entropy if queries is None else entropy * queries[:, None, :]
     entropy = torch.zeros_like(lse, dtype=torch.float32)
-    received = _received(query, key, _log2_sum(lse, queries), call, entropy)
-    return received, entropy.mul_(LN_2)
+    return _received(query, key, lse, call, queries, entropy), entropy
 
 
 def row_entropy(
@@ -111,7 +106,7 @@ def row_entropy(
 ) -> Float[Tensor, "prompt head query"]:
     """−Σ_j A_ij ln A_ij."""
     bias = None if call.mask is None else _mask_bias(call.mask, query)
-    return _along_rows(query, key, lse, call, bias, entropy=True).mul_(LN_2)
+    return _along_rows(query, key, lse, call, bias, entropy=True)
 
 
 def weighted_mass(
@@ -137,37 +132,42 @@ def forward(
     """Attention and its log-sum-exp, learned sink left out; layout as in `_attend`."""
     q, k, v = (_rows(x.transpose(1, 2)) for x in (query, key, value))
     z = torch.empty(*q.shape[:3], v.shape[-1], dtype=v.dtype, device=v.device)
-    sums = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
-    bias = sums if call.mask is None else _mask_bias(call.mask, q)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+    bias = lse if call.mask is None else _mask_bias(call.mask, q)
     shape = _shape(q, k, call)
     wide = max(shape["D_BLOCK"], triton.next_power_of_2(v.shape[-1]))
     rows, columns, warps, stages = _tile("forward", q, wide)
     forward_kernel[_grid(q, rows)](
-        q, k, v, bias, z, sums, *_strides(q), *_strides(k), *_strides(v), bias.stride(0),
+        q, k, v, bias, z, lse, *_strides(q), *_strides(k), *_strides(v), bias.stride(0),
         q.shape[1], k.shape[1], **_numbers(call), **shape, V=v.shape[-1],
         V_BLOCK=triton.next_power_of_2(v.shape[-1]), M=rows, N=columns,
         BIASED=call.mask is not None, PRECISION=_precision(q), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return z, sums.mul_(LN_2)
+    return z, lse
 
 
 def _received(
-    query: Query, key: Key, sums: LogSumExp, call: AttentionCall, entropy: LogSumExp | None = None
+    query: Query,
+    key: Key,
+    lse: LogSumExp,
+    call: AttentionCall,
+    queries: Bool[Tensor, "prompt query"] | None = None,
+    entropy: LogSumExp | None = None,
 ) -> Float[Tensor, "prompt head key"]:
-    query, key, sums = _rows(query), _rows(key), sums.contiguous()
-    received = sums.new_empty(len(key), query.shape[2], key.shape[1])
+    query, key, lse = _rows(query), _rows(key), lse.contiguous()
+    received = lse.new_empty(len(key), query.shape[2], key.shape[1])
     shape = _shape(query, key, call)
-    rows, columns, warps, stages = _tile(
-        "received" if entropy is None else "both", query, shape["D_BLOCK"]
-    )
+    kernel = "received" if entropy is None else "both"
+    rows, columns, warps, stages = _tile(kernel, query, shape["D_BLOCK"])
     received_kernel[_grid(query, columns, key.shape[1])](
-        query, key, sums, received, sums if entropy is None else entropy,
-        *_strides(query), *_strides(key), query.shape[1], key.shape[1], **_numbers(call), **shape,
-        M=rows, N=columns, ENTROPY=entropy is not None, PRECISION=_precision(query),
-        num_warps=warps, num_stages=stages,
+        query, key, lse, lse if queries is None else queries.contiguous(), received,
+        lse if entropy is None else entropy, *_strides(query), *_strides(key), query.shape[1],
+        key.shape[1], **_numbers(call), **shape, M=rows, N=columns, CHOSEN=queries is not None,
+        ENTROPY=entropy is not None, PRECISION=_precision(query), num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
     if call.mask is not None:
-        received = received.masked_fill_(~call.mask[:, None, :].to(received.device), 0.0)
+        received.masked_fill_(~call.mask[:, None, :].to(received.device), 0.0)
     return received
 
 
@@ -179,27 +179,18 @@ def _along_rows(
     bias: Float[Tensor, "prompt _ key"] | None,
     entropy: bool,
 ) -> LogSumExp:
-    query, key, sums = _rows(query), _rows(key), _log2_sum(lse)
-    result = torch.empty_like(sums)
+    query, key, lse = _rows(query), _rows(key), lse.contiguous()
+    result = torch.empty_like(lse)
     shape = _shape(query, key, call)
     rows, columns, warps, stages = _tile("rows", query, shape["D_BLOCK"])
     per_head = 0 if bias is None or bias.shape[1] == 1 else bias.stride(1)
     row_kernel[_grid(query, rows)](
-        query, key, sums, sums if bias is None else bias, result, *_strides(query), *_strides(key),
+        query, key, lse, lse if bias is None else bias, result, *_strides(query), *_strides(key),
         0 if bias is None else bias.stride(0), per_head, query.shape[1], key.shape[1],
         **_numbers(call), **shape, M=rows, N=columns, BIASED=bias is not None, ENTROPY=entropy,
         PRECISION=_precision(query), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return result
-
-
-def _log2_sum(lse: LogSumExp, queries: Bool[Tensor, "prompt query"] | None = None) -> LogSumExp:
-    """Log-sum-exp in units of log 2, +inf for queries that see nothing or do not count."""
-    sums = lse.float() * LOG2_E
-    out = sums == -torch.inf
-    if queries is not None:
-        out = out | ~queries[:, None, :]
-    return sums.masked_fill_(out, torch.inf)
 
 
 def _mask_bias(mask: Bool[Tensor, "prompt key"], like: Tensor) -> Float[Tensor, "prompt 1 key"]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sinkscope.capture._kernels.tiles import log2_pattern, sees
+from sinkscope.capture._kernels.tiles import LN_2, load_log2_sums, log2_pattern
 
 
 @triton.jit
 def row_kernel(
     query,
     key,
-    log2_sum,
+    lse,
     key_bias,
     result,
     query_b,
@@ -41,7 +41,7 @@ def row_kernel(
     ENTROPY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """For one block of queries Σ_j A_ij 2^bias_j, or with ENTROPY −Σ_j A_ij log2 A_ij."""
+    """For one block of queries Σ_j A_ij 2^bias_j, or with ENTROPY −Σ_j A_ij ln A_ij."""
     first_query = tl.program_id(0) * M
     head = tl.program_id(1)
     prompt = tl.program_id(2).to(tl.int64)
@@ -53,7 +53,7 @@ def row_kernel(
     query += prompt * query_b + head * query_h
     at = queries.to(tl.int64)[:, None] * query_t + dims[None, :]
     q = tl.load(query + at, mask=real[:, None] & (dims < D)[None, :], other=0.0)
-    sums = tl.load(log2_sum + rows * n_queries + queries, mask=real, other=float("inf"))
+    sums = load_log2_sums(lse + rows * n_queries, queries, n_queries)
     key += prompt * key_b + (head // GROUP) * key_h
     key_bias += prompt * bias_b + (head // GROUP) * bias_h
 
@@ -116,8 +116,8 @@ def _along(
         at = keys.to(tl.int64)[:, None] * key_t + dims[None, :]
         k = tl.load(key + at, mask=real[:, None] & (dims < D)[None, :], other=0.0)
         logs = log2_pattern(
-            q, k, sums, stands, keys, window, scale, cap,
-            CAUSAL, WINDOWED, CAPPED, MASKED, PRECISION,
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), sums[:, None], stands[:, None],
+            keys[None, :], window, scale, cap, CAUSAL, WINDOWED, CAPPED, MASKED,
         )  # fmt: skip
         if MASKED:
             logs = tl.where(real[None, :], logs, float("-inf"))
@@ -125,7 +125,7 @@ def _along(
             logs += tl.load(key_bias + keys, mask=real, other=float("-inf"))[None, :]
         if ENTROPY:
             logs = tl.maximum(logs, -200.0)  # see columns.py
-            total -= tl.sum(tl.exp2(logs) * logs, 1)
+            total -= tl.sum(tl.exp2(logs) * logs, 1) * LN_2
         else:
             total += tl.sum(tl.exp2(logs), 1)
     return total
@@ -135,7 +135,7 @@ def _along(
 def chosen_kernel(
     query,
     key,
-    log2_sum,
+    lse,
     key_bias,
     index,
     number,
@@ -172,20 +172,18 @@ def chosen_kernel(
     at = queries.to(tl.int64)[:, None] * query_t + dims[None, :]
     query += prompt * query_b + head * query_h
     q = tl.load(query + at, mask=real[:, None] & (dims < D)[None, :], other=0.0).to(tl.float32)
-    sums = tl.load(log2_sum + rows * n_queries + queries, mask=real, other=float("inf"))
+    sums = load_log2_sums(lse + rows * n_queries, queries, n_queries)
     key += prompt * key_b + (head // GROUP) * key_h
 
     total = tl.zeros([M], dtype=tl.float32)
     for place in range(0, tl.load(number + prompt)):
         chosen = tl.load(index + prompt * index_b + place)
         k = tl.load(key + chosen * key_t + dims, mask=dims < D, other=0.0).to(tl.float32)
-        logits = tl.sum(q * k[None, :], 1)
-        if CAPPED:
-            logits = cap * (1.0 - 2.0 / (tl.exp2(logits * scale) + 1.0))
-        else:
-            logits = logits * scale
+        logs = log2_pattern(
+            tl.sum(q * k[None, :], 1), sums, queries + offset, chosen, window, scale, cap,
+            CAUSAL, WINDOWED, CAPPED, True,
+        )  # fmt: skip
         if BIASED:
-            logits += tl.load(key_bias + prompt * bias_b + chosen)
-        seen = sees(queries + offset, chosen, window, CAUSAL, WINDOWED)
-        total += tl.where(seen, tl.exp2(logits - sums), 0.0)
+            logs += tl.load(key_bias + prompt * bias_b + chosen)
+        total += tl.exp2(logs)
     tl.store(result + rows * n_queries + queries, total, mask=real)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def log2_pattern(
-    q,
-    k,
-    log2_sum,
+    products,
+    log2_sums,
     stands,
     keys,
     window,
@@ -20,23 +22,27 @@ def log2_pattern(
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """log2 A_ij [query key] for a block of queries and a block of keys; -inf where not visible.
+    """log2 A_ij from the products q·k of some queries and keys; -inf where not visible.
 
-    ``scale`` takes dot products to logits in units of log 2. With CAPPED, ``cap`` is the softcap
-    in the same units and ``scale`` takes dot products to 2/ln 2 times what goes into the tanh.
+    All but the scalars broadcast against each other, so that a kernel may put queries first or
+    keys. ``scale`` takes products to logits in units of log 2. With CAPPED, ``cap`` is the softcap
+    in the same units and ``scale`` takes products to 2/ln 2 times what goes into the tanh.
     """
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if CAPPED:
-        logits = cap * (1.0 - 2.0 / (tl.exp2(logits * scale) + 1.0)) - log2_sum[:, None]
+        logs = cap * (1.0 - 2.0 / (tl.exp2(products * scale) + 1.0)) - log2_sums
     else:
-        logits = logits * scale - log2_sum[:, None]
+        logs = products * scale - log2_sums
     if MASKED:
-        logits = tl.where(
-            sees(stands[:, None], keys[None, :], window, CAUSAL, WINDOWED), logits, float("-inf")
-        )
-    return logits
+        logs = tl.where(sees(stands, keys, window, CAUSAL, WINDOWED), logs, float("-inf"))
+    return logs
+
+
+@triton.jit
+def load_log2_sums(lse, queries, n_queries):
+    """Log-sum-exps in units of log 2; +inf, which makes A_ij 0, for a query that sees nothing."""
+    sums = tl.load(lse + queries, mask=queries < n_queries, other=float("inf")) * LOG2_E
+    return tl.where(sums == float("-inf"), float("inf"), sums)
 
 
 @triton.jit

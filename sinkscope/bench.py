@@ -1,0 +1,311 @@
+"""What measuring costs, against a bare forward pass of transformers, side by side on this machine.
+
+Random weights of real shapes: time depends on shapes, not on what the weights say. A row is a way
+of running the same batch: the bare model with transformers' sdpa attention and without
+TransformerLens; observers on the stock bridge; observers on the streaming path.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from sinkscope.capabilities import capabilities
+from sinkscope.capture import paths, runner
+from sinkscope.capture.observers import CORE, OBSERVERS, Observer, Scope
+from sinkscope.errors import ModelError, SinkscopeError
+from sinkscope.metrics import values
+from sinkscope.metrics.attention import bucket_edges
+from sinkscope.models import load_model
+from sinkscope.scan import choose_metrics, output_weight
+from sinkscope.texts import token_ids
+
+LLAMA = dict(vocab_size=128256, max_position_embeddings=2**18, num_key_value_heads=8)
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-1b": dict(
+        LLAMA,
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        intermediate_size=8192,
+    ),
+    "llama-8b": dict(
+        LLAMA,
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=14336,
+    ),
+}
+"""Shapes by name, as arguments of `LlamaConfig`."""
+
+SIZES = ((100, 64), (8, 1024), (1, 8192), (1, 32768))
+"""Batches (prompts, length) that are measured by default."""
+
+BARE = "transformers"
+WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "stock core": ("stock", CORE),
+    "core": ("streaming", CORE),
+    "core + received": ("streaming", (*CORE, "received")),
+    "core + received + entropy": ("streaming", (*CORE, "received", "entropy")),
+    "all": ("streaming", ("all",)),
+}
+"""What is compared with the bare model: a path, and the metrics measured on it."""
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One way of running one batch.
+
+    Attributes:
+        shape: Name of the shape or model.
+        prompts: Prompts in the batch.
+        length: Positions of a prompt.
+        way: What was run, see `WAYS`; "transformers" is the bare model.
+        milliseconds: Median time of a batch.
+        ratio: That over the bare model's.
+        memory: Most memory in use at once beyond the loaded model [GiB]; None on a CPU.
+        tokens_per_second: Tokens a second.
+        first_milliseconds: Time of the first batch, with what only it pays (kernels compiled).
+        note: Why there is no time, or None.
+    """
+
+    shape: str
+    prompts: int
+    length: int
+    way: str
+    milliseconds: float | None = None
+    ratio: float | None = None
+    memory: float | None = None
+    tokens_per_second: float | None = None
+    first_milliseconds: float | None = None
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def run_bench(
+    shape: Any = "llama-1b",
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    *,
+    ways: Sequence[str] = tuple(WAYS),
+    repeats: int = 5,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Iterator[BenchRow]:
+    """Measure each way at each size, one row as soon as it is known.
+
+    Args:
+        shape: A name from `SHAPES`, or whatever `load_model` takes: then a model with that one's
+            config and dtype stands beside it as the bare one.
+        sizes: Batches as (prompts, length).
+        ways: Names from `WAYS`.
+        repeats: Batches timed after the first, of which the median counts.
+        device: Where; a GPU if there is one.
+        dtype: Of the weights, for a shape by name.
+
+    Yields:
+        The bare model's row of every size, then size by size the others.
+
+    Raises:
+        SinkscopeError: If a way or the device does not exist.
+        ModelError: If the model cannot be loaded.
+    """
+    unknown = [way for way in ways if way not in WAYS]
+    if unknown:
+        raise SinkscopeError(f"There is no way {unknown[0]!r}; choose from {', '.join(WAYS)}.")
+    name, bare, load = _models(shape, _device(device), dtype)
+    times: dict[tuple[int, int], float | None] = {}
+    for size in sizes:
+        row = _bare_row(name, bare, size, repeats)
+        times[size] = row.milliseconds
+        yield row
+    bridge = load(bare)
+    del bare
+    for size in sizes:
+        for way in ways:
+            yield _bridge_row(name, bridge, size, way, repeats, times[size])
+
+
+def random_model(config: Any, kind: type[PreTrainedModel], device: torch.device) -> PreTrainedModel:
+    """A model with random weights made where they will lie, with sdpa attention if it has that."""
+    with torch.device(device):
+        try:
+            model = kind._from_config(config, attn_implementation="sdpa", dtype=config.dtype)
+        except ValueError:  # softcaps and learned sinks have no sdpa attention in transformers
+            model = kind._from_config(config, attn_implementation="eager", dtype=config.dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _models(
+    shape: Any, device: torch.device, dtype: torch.dtype
+) -> tuple[str, PreTrainedModel, Callable[[PreTrainedModel], Any]]:
+    """Name, bare model, and how to get a bridge when the bare model has been measured."""
+    if isinstance(shape, str) and shape in SHAPES:
+        config = LlamaConfig(**SHAPES[shape], dtype=dtype)
+        return shape, random_model(config, LlamaForCausalLM, device), load_model
+    bridge = load_model(shape) if not isinstance(shape, str) else load_model(shape, device=device)
+    original = bridge.original_model
+    weight = next(original.parameters())
+    config = copy.deepcopy(original.config)
+    config.dtype = weight.dtype
+    name = shape if isinstance(shape, str) else type(original).__name__
+    return name, random_model(config, type(original), weight.device), lambda _: bridge
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SinkscopeError("There is no GPU for device='cuda'; leave it out, or say 'cpu'.")
+    return device
+
+
+def _bare_row(name: str, model: PreTrainedModel, size: tuple[int, int], repeats: int) -> BenchRow:
+    tokens = _tokens(size, model.config.get_text_config().vocab_size)
+    tokens = tokens.to(next(model.parameters()).device)
+    laps = _Laps(tokens.device)
+    try:
+        with torch.inference_mode(), laps:
+            for _ in range(repeats + 1):
+                model.base_model(input_ids=tokens, use_cache=False)
+                laps.lap()
+    except torch.OutOfMemoryError:
+        return BenchRow(name, *size, BARE, note="out of memory")
+    return laps.row(name, size, BARE)
+
+
+def _bridge_row(
+    name: str, bridge: Any, size: tuple[int, int], way: str, repeats: int, bare: float | None
+) -> BenchRow:
+    prompts, length = size
+    where, metrics = WAYS[way]
+    can = capabilities(bridge)
+    path = paths.choose(bridge, can, where)
+    names = choose_metrics("all" if metrics == ("all",) else metrics, can, path)
+    scope = Scope(0.3, can.n_heads, tuple(bucket_edges(length)), _gram_of(bridge))
+    laps = _Laps(runner.input_device(bridge))
+    observers = [kind(scope) for metric in names for kind in OBSERVERS[metric]]
+    tokens = _tokens(size, bridge.cfg.d_vocab).repeat(repeats + 1, 1)
+    texts = token_ids(tokens).tokenize(bridge).right_padded()
+    sinks = torch.zeros_like(texts.mask)
+    sinks[:, 0] = True
+    try:
+        with laps:
+            runner.run(
+                bridge,
+                texts,
+                sinks,
+                [*observers, _Clock(scope, laps)],
+                path,
+                causal=can.causal,
+                batch=prompts,
+                progress=False,
+            )
+    except (ModelError, torch.OutOfMemoryError):
+        return BenchRow(name, *size, way, note="out of memory")
+    if laps.count != repeats + 1:
+        return BenchRow(name, *size, way, note="out of memory; fits in smaller batches")
+    return laps.row(name, size, way, bare)
+
+
+def _tokens(size: tuple[int, int], vocabulary: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(min(1000, vocabulary // 2), vocabulary, size, generator=generator)
+
+
+def _gram_of(bridge: Any) -> Callable[[int], Tensor]:
+    made: dict[int, Tensor] = {}
+
+    def gram(layer: int) -> Tensor:
+        if layer not in made:
+            made[layer] = values.gram(output_weight(bridge, layer))
+        return made[layer]
+
+    return gram
+
+
+class _Laps:
+    """Times between one batch's end and the next one's, and the memory in use meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Any] = []
+        self._memory = 0.0
+
+    @property
+    def count(self) -> int:
+        return len(self._marks) - 1
+
+    def __enter__(self) -> _Laps:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._memory = torch.cuda.memory_allocated(self._device)
+        self.lap()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            peak = torch.cuda.max_memory_allocated(self._device)
+            self._memory = (peak - self._memory) / 2**30
+
+    def lap(self) -> None:
+        if self._device.type != "cuda":
+            self._marks.append(time.perf_counter())
+            return
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record(torch.cuda.current_stream(self._device))
+        self._marks.append(mark)
+
+    def row(
+        self, name: str, size: tuple[int, int], way: str, bare: float | None = None
+    ) -> BenchRow:
+        first, *others = (
+            self._between(*pair) for pair in zip(self._marks, self._marks[1:], strict=False)
+        )
+        median = sorted(others)[len(others) // 2]
+        bare = median if way == BARE else bare
+        return BenchRow(
+            shape=name,
+            prompts=size[0],
+            length=size[1],
+            way=way,
+            milliseconds=median,
+            ratio=None if bare is None else median / bare,
+            memory=self._memory if self._device.type == "cuda" else None,
+            tokens_per_second=size[0] * size[1] / median * 1e3,
+            first_milliseconds=first,
+        )
+
+    def _between(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) if self._device.type == "cuda" else 1e3 * (end - start)
+
+
+class _Clock(Observer):
+    """An observer that only looks at the time when a batch is complete."""
+
+    signal = "resid_post"
+    fields = ()
+
+    def __init__(self, scope: Scope, laps: _Laps) -> None:
+        super().__init__(scope)
+        self._laps = laps
+
+    def observe(self, layer: int, x: Tensor, batch: Any) -> None:
+        pass
+
+    def close(self, batch: Any) -> dict[str, Tensor]:
+        self._laps.lap()
+        return {}
