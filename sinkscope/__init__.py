@@ -46,7 +46,6 @@ _MODULES = ("bb", "experiments", "interventions", "metrics", "plot")
 __all__ = [*_WHERE, *_MODULES]
 
 
-
 class _Package(ModuleType):
     """Keeps `sinkscope.scan` the function although the module `sinkscope/scan.py` exists too.
 

@@ -186,9 +186,7 @@ def _check_epsilon(epsilon: float) -> None:
         raise SinkscopeError(f"epsilon is {epsilon}; expected a probability between 0 and 1.")
 
 
-def _position_embedding_norm(
-    model: Any, can: Capabilities
-) -> Float[Tensor, "context"] | None:
+def _position_embedding_norm(model: Any, can: Capabilities) -> Float[Tensor, "context"] | None:
     if can.positions != "learned":
         return None
     return positions.position_embedding_norm(model.W_pos.detach())

@@ -101,9 +101,7 @@ class Batch:
     def last_token(self) -> Bool[Tensor, "prompt position"]:
         """True at the last real position of each prompt only."""
         index = torch.arange(self.length, device=self.mask.device)
-        return self._once(
-            "last token", lambda: index == self.mask.sum(dim=1, keepdim=True) - 1
-        )
+        return self._once("last token", lambda: index == self.mask.sum(dim=1, keepdim=True) - 1)
 
     def averages(self, *sets: str) -> Float[Tensor, "prompt position set"]:
         """Weights that average over named sets of positions, so that one product does them all.

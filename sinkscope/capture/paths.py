@@ -203,9 +203,7 @@ def choose(model: Any, capabilities: Capabilities, path: str) -> Path:
     if path == "stock":
         return StockPath(capabilities)
     if path not in ("auto", "streaming"):
-        raise UnsupportedError(
-            f'There is no path {path!r}; choose "auto", "streaming" or "stock".'
-        )
+        raise UnsupportedError(f'There is no path {path!r}; choose "auto", "streaming" or "stock".')
     try:
         with streaming(model):
             pass

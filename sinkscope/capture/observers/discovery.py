@@ -65,5 +65,3 @@ class FindSinks(Observer):
                 "or lower epsilon."
             )
         return {"sinks": sinks}
-
-
