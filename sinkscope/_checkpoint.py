@@ -50,14 +50,22 @@ class CheckpointReader:
         """Read a model as the Auto class of its architecture does.
 
         Raises:
-            ModelError: If weights are missing anywhere but in the output head.
+            ModelError: If weights have other shapes than the config says, or are missing anywhere
+                but in the output head.
         """
         architecture = determine_architecture_from_hf_config(kwargs["config"])
         auto_class: Any = get_hf_model_class_for_architecture(architecture)
         if not self.allow_pickle:
             kwargs["use_safetensors"] = True
+        # transformers would say only "see the report above"; the shapes are told below.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with quiet(), seeded_weights():
-            model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+            model, info = auto_class.from_pretrained(name, **kwargs)
+        for key, found, expected in info["mismatched_keys"]:
+            raise ModelError(
+                f"The weights of {name} do not fit its config: {key} has the shape "
+                f"{list(found)} where {list(expected)} was expected."
+            )
         self.trained_head = has_trained_head(model, info["missing_keys"], name)
         return model
 
@@ -155,6 +163,8 @@ def one_sentence(name: str) -> Iterator[None]:
 
 def _in_one_sentence(name: str, error: Exception) -> SinkscopeError:
     said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, AttributeError | KeyError | TypeError):  # means nothing without its name
+        said = f"{type(error).__name__}: {said}"
     if "trust_remote_code" in said:
         return ModelError(
             f"{name} comes with its own Python code, which is not run unless you pass "
@@ -165,7 +175,9 @@ def _in_one_sentence(name: str, error: Exception) -> SinkscopeError:
             f"{name} is of an architecture that TransformerLens cannot bridge "
             f"({_model_type(said)}), so sinkscope cannot measure it."
         )
-    return ModelError(f"{name} cannot be read: {_shortened(said)}")
+    return ModelError(
+        f"{name} cannot be read by transformers and TransformerLens: {_shortened(said)}."
+    )
 
 
 def _model_type(said: str) -> str:
@@ -176,4 +188,5 @@ def _model_type(said: str) -> str:
 
 
 def _shortened(said: str, limit: int = 240) -> str:
+    said = said.rstrip(".!")
     return said if len(said) <= limit else said[: limit - 1].rstrip() + "…"

@@ -63,10 +63,10 @@ def _attention(can: Capabilities) -> str:
     return ", ".join(words)
 
 
-def _runs(values: tuple[float | None, ...]) -> str:
+def _runs(values: tuple[int | float | None, ...]) -> str:
     """For example "512 in layers 0-4 · full in layer 5"; one word where all layers agree."""
 
-    def word(value: float | None) -> str:
+    def word(value: int | float | None) -> str:
         return "full" if value is None else f"{value:g}"
 
     if len(set(values)) == 1:

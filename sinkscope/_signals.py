@@ -105,6 +105,7 @@ class _Checks:
         real = torch.ones(1, probe.tokens.shape[1], dtype=torch.bool)
         self.visible = [visible(real, causal, window)[0] for window in anatomy.windows]
         self.findings = Findings(scales=tuple(scales[0] for scales in anatomy.scales))
+        self.products: Layers | None = None  # scaled q·k of the accepted queries and keys
 
     def layers(self, template: str) -> Layers | None:
         return self.probe.layers(template, self.anatomy.n_layers)
@@ -146,6 +147,7 @@ class _Checks:
             if len(fitting) == len(scales):
                 self.findings.scales = fitting
                 self.findings.accept(query=query_hook, key=key_hook)
+                self.products = list(map(self.scaled, query, key, fitting))
                 return
         reason = "the stock bridge shows no queries and keys as attention multiplies them"
         if self.anatomy.positions == "rotary":
@@ -157,10 +159,13 @@ class _Checks:
     def scale(self, layer: int, query: Tensor, key: Tensor) -> float | None:
         """The first scale that fits this layer."""
         for scale in self.anatomy.scales[layer]:
-            scores = scaled_products(query, key, scale, self.anatomy.softcap)
+            scores = self.scaled(query, key, scale)
             if self.explains_pattern(layer, scores) or self.are_scores(layer, scores):
                 return scale
         return None
+
+    def scaled(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        return scaled_products(query, key, scale, self.anatomy.softcap)
 
     def explains_pattern(self, layer: int, scores: Tensor) -> bool:
         """Whether a masked softmax of these scores is the layer's pattern."""
@@ -187,7 +192,10 @@ class _Checks:
             found.reject("the stock bridge's hook_attn_scores is the pattern itself", "scores")
         else:
             found.softmax = all(self.explains_pattern(i, s) for i, s in enumerate(scores))
-            if found.softmax or "query" in found.signals:
+            products = self.products or ()
+            if found.softmax or (
+                products and all(self.are_scores(i, s) for i, s in enumerate(products))
+            ):
                 found.accept(scores=SCORES)
             else:
                 found.reject("hook_pattern is not the softmax of hook_attn_scores", "scores")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, PreTrainedModel
 
@@ -56,7 +57,7 @@ class _Request:
 
 
 def load_model(
-    spec: str | os.PathLike[str] | PreTrainedModel | TransformerBridge,
+    spec: str | os.PathLike[str] | nn.Module,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     *,
@@ -109,10 +110,9 @@ def load_model(
     if device is not None and device_map is not None:
         raise ModelError("Pass either device or device_map, not both.")
     in_memory = isinstance(spec, PreTrainedModel)
-    if not in_memory and not isinstance(spec, str | os.PathLike):
+    if not in_memory and isinstance(spec, nn.Module):
         raise ModelError(
-            f"load_model takes a name, a path, a transformers model or a TransformerBridge, not "
-            f"{type(spec).__name__}."
+            f"{type(spec).__name__} is neither a transformers model nor a TransformerBridge."
         )
     request = _Request(
         device=None if device_map or (in_memory and device is None) else _device(device),

@@ -104,7 +104,7 @@ def packaged_models() -> list[PackagedModel]:
         PackagedModel(
             name=package.name,
             description=package.description,
-            installed=_weights_file(package) is not None,
+            installed=weights_file(package) is not None,
             cached=is_whole(cache_dir() / package.name, package.recipe, deep=False),
         )
         for package in PACKAGES.values()
@@ -145,7 +145,7 @@ def install_packaged(name: str) -> Path:
     package = PACKAGES[name]
     if is_whole(cache_dir() / name, package.recipe):
         return cache_dir() / name
-    found = _weights_file(package)
+    found = weights_file(package)
     if found is None or sha256(found) != package.sha256:
         _install(package)
     return packaged_folder(name)
@@ -169,7 +169,7 @@ def _installer() -> list[str]:
     raise ModelError("There is neither pip nor uv here to install a packaged model with.")
 
 
-def _weights_file(package: Package) -> Path | None:
+def weights_file(package: Package) -> Path | None:
     try:
         path = Path(str(metadata.distribution(package.distribution).locate_file(package.weights)))
     except metadata.PackageNotFoundError:
@@ -178,7 +178,7 @@ def _weights_file(package: Package) -> Path | None:
 
 
 def _convert(package: Package, folder: Path) -> None:
-    weights = _weights_file(package)
+    weights = weights_file(package)
     remedy = f"run `sinkscope models install {package.name}`"
     if weights is None:
         raise ModelError(f"The packaged model {package.name!r} is not installed; {remedy}.")

@@ -1,0 +1,234 @@
+"""Capabilities are found without leaving a trace, and lies are found out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+import torch
+from rich.console import Console
+from transformer_lens import TransformerBridge, TransformerBridgeConfig
+
+from sinkscope._anatomy import read_anatomy
+from sinkscope._probe import probe
+from sinkscope._signals import CANDIDATES, find_signals
+from sinkscope.capabilities import capabilities
+from sinkscope.errors import UnsupportedError
+from sinkscope.models import load_model
+from tests.families.architectures import BY_NAME
+
+from .model_files import TOKENS, tiny_llama
+
+
+@pytest.fixture
+def bridge() -> TransformerBridge:
+    return load_model(tiny_llama())
+
+
+def forwards(bridge: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts forward passes."""
+    calls: list[int] = []
+    handle = bridge.original_model.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(bridge, "_test_handle", handle, raising=False)
+    return calls
+
+
+def test_found_once(bridge: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = forwards(bridge, monkeypatch)
+    first = capabilities(bridge)
+    assert 0 < len(calls) <= 2
+    assert capabilities(bridge) is first
+    assert len(calls) <= 2
+
+
+def test_found_again_when_attention_changes() -> None:
+    bridge = load_model(BY_NAME["bert"].build())
+    eager = capabilities(bridge)
+    bridge.original_model.set_attn_implementation("sdpa")
+    sdpa = capabilities(bridge)
+    assert "pattern" in eager.signals and "pattern" not in sdpa.signals
+    assert 'set_attn_implementation("eager")' in sdpa.unavailable["sink_attention"]
+    assert {"value", "z", "resid_post"} <= set(sdpa.signals)
+    bridge.original_model.set_attn_implementation("eager")
+    assert capabilities(bridge) == eager
+
+
+def test_state_is_left_alone(bridge: TransformerBridge) -> None:
+    bridge.train()
+    bridge.blocks[1].eval()
+    modes = [module.training for module in bridge.modules()]
+    seen: list[str] = []
+    bridge.add_hook("blocks.0.hook_resid_pre", lambda tensor, hook: seen.append("mine"))
+    counts = {name: len(point.fwd_hooks) for name, point in bridge.hook_dict.items()}
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    capabilities(bridge)
+    assert torch.equal(torch.rand(3), expected)
+    assert [module.training for module in bridge.modules()] == modes
+    assert {n: len(point.fwd_hooks) for n, point in bridge.hook_dict.items()} == counts
+    assert not seen, "the caller's hook ran during the probe"
+    bridge(TOKENS)
+    assert seen == ["mine"]
+    bridge.reset_hooks()
+    bridge(TOKENS)
+    assert seen == ["mine"]
+
+
+def test_state_is_left_alone_after_an_error(bridge: TransformerBridge) -> None:
+    seen: list[str] = []
+    bridge.add_hook("blocks.0.hook_resid_pre", lambda tensor, hook: seen.append("mine"))
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("only images, please\nand more")
+
+    handle = bridge.original_model.register_forward_pre_hook(fail)
+    with pytest.raises(UnsupportedError, match="does not run on plain token ids.*only images"):
+        capabilities(bridge)
+    handle.remove()
+    bridge(TOKENS)
+    assert seen == ["mine"]
+    assert capabilities(bridge).causal
+
+
+def test_training_works_afterwards(bridge: TransformerBridge) -> None:
+    """Nothing that the model caches on its first call may be an inference tensor."""
+    capabilities(bridge)
+    bridge(TOKENS, return_type="loss").backward()
+    assert any(parameter.grad is not None for parameter in bridge.parameters())
+
+
+def test_an_active_intervention_does_not_mislead(bridge: TransformerBridge) -> None:
+    clean = capabilities(load_model(tiny_llama()))
+    uniform = lambda p, hook: torch.full_like(p, 1 / p.shape[-1])  # noqa: E731
+    bridge.add_hook("blocks.1.attn.hook_pattern", uniform)
+    assert capabilities(bridge) == clean
+
+
+def sigmoid_attention(bridge: TransformerBridge) -> None:
+    """Attention without softmax, as a permanent part of the model."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def scores(s: torch.Tensor, hook) -> None:
+        kept[hook.name.replace("hook_attn_scores", "hook_pattern")] = s
+
+    def pattern(p: torch.Tensor, hook) -> torch.Tensor:
+        s = kept.pop(hook.name)
+        hidden = s <= torch.finfo(s.dtype).min / 2
+        return torch.sigmoid(s - math.log(s.shape[-1])).masked_fill(hidden, 0.0)
+
+    for layer in range(bridge.cfg.n_layers):
+        attn = f"blocks.{layer}.attn"
+        bridge.add_hook(f"{attn}.hook_attn_scores", scores, is_permanent=True)
+        bridge.add_hook(f"{attn}.hook_pattern", pattern, is_permanent=True)
+
+
+def test_attention_without_softmax_is_recognised(bridge: TransformerBridge) -> None:
+    sigmoid_attention(bridge)
+    can = capabilities(bridge)
+    assert not can.softmax
+    assert {"pattern", "scores", "query", "key", "value", "z"} <= set(can.signals)
+
+
+LIES = {
+    "attn.hook_attn_scores": ({"scores"}, lambda x: 2 * x),
+    "attn.hook_rot_q": ({"query", "key"}, lambda x: x.flip(1)),
+    "attn.hook_v": ({"value", "z"}, lambda x: x.flip(1)),
+    "attn.hook_z": ({"value", "z"}, lambda x: 1.1 * x),
+    "attn.hook_pattern": ({"pattern"}, lambda x: x + 0.01),
+    "hook_resid_post": ({"resid_pre", "resid_post", "attn_out", "mlp_out"}, lambda x: x + 1),
+    "hook_attn_out": ({"attn_out", "mlp_out"}, lambda x: 1.1 * x),
+    "hook_mlp_out": ({"attn_out", "mlp_out"}, lambda x: 1.1 * x),
+    "mlp.hook_post": ({"neurons"}, lambda x: x + 1),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_hook_that_shows_something_else_is_not_offered(
+    bridge: TransformerBridge, lie: str
+) -> None:
+    """In one layer the probe is shown something else than what the model computed."""
+    expected, change = LIES[lie]
+    names = {template.format(layer=layer) for template in CANDIDATES for layer in range(3)}
+    seen = probe(bridge, names.__contains__)
+    kept = seen.kept | {f"blocks.1.{lie}": change(seen.kept[f"blocks.1.{lie}"])}
+    found = find_signals(
+        replace(seen, kept=kept), read_anatomy(bridge), causal=True, tolerance=2e-3
+    )
+    believed = {signal for signal, hook in found.signals.items() if hook.endswith("." + lie)}
+    assert expected <= set(found.reasons) | (set(found.signals) - believed)
+    assert not believed
+
+
+def test_a_spare_hook_that_tells_the_truth_is_taken(bridge: TransformerBridge) -> None:
+    names = {template.format(layer=layer) for template in CANDIDATES for layer in range(3)}
+    seen = probe(bridge, names.__contains__)
+    kept = seen.kept | {"blocks.1.hook_attn_out": seen.kept["blocks.1.hook_resid_pre"]}
+    found = find_signals(
+        replace(seen, kept=kept), read_anatomy(bridge), causal=True, tolerance=2e-3
+    )
+    assert found.signals["attn_out"] == "blocks.{layer}.attn.o.hook_out"
+
+
+def test_half_precision_is_recognised_too() -> None:
+    for name in ("llama", "gemma2", "gpt_oss", "bert"):
+        family = BY_NAME[name]
+        exact = capabilities(load_model(family.build()))
+        rough = capabilities(load_model(family.build(), dtype="bfloat16"))
+        assert rough == exact, name
+
+
+def test_native_models_have_no_true_scores() -> None:
+    config = TransformerBridgeConfig(
+        d_model=32,
+        d_head=8,
+        n_heads=4,
+        n_layers=2,
+        n_ctx=32,
+        d_vocab=97,
+        act_fn="gelu",
+        normalization_type="LN",
+        seed=0,
+    )
+    can = capabilities(TransformerBridge.boot_native(config))
+    assert can.causal and can.positions == "learned"
+    assert "scores" not in can.signals and "pattern" in can.signals
+    assert "is the pattern itself" in can.unavailable["sink_logit_gap"]
+
+
+def test_only_bridges(bridge: TransformerBridge) -> None:
+    with pytest.raises(UnsupportedError, match="needs a TransformerBridge and got Linear"):
+        capabilities(torch.nn.Linear(2, 2))
+    with pytest.raises(UnsupportedError, match="no hook point for 'nonsense'; it has attn_out"):
+        capabilities(bridge).hook("nonsense", 0)
+
+
+def test_hooks_that_fire(bridge: TransformerBridge) -> None:
+    hooks = capabilities(bridge).hooks
+    assert "blocks.{layer}.attn.hook_pattern" in hooks and "ln_final.hook_scale" in hooks
+    assert "blocks.{layer}.attn.hook_result" not in hooks
+    neox = capabilities(load_model(BY_NAME["gpt_neox"].build())).hooks
+    assert "blocks.{layer}.attn.hook_rot_q" not in neox
+
+
+def test_description_says_it_all() -> None:
+    can = capabilities(load_model(BY_NAME["gemma3"].build()))
+    text = str(can)
+    assert "Gemma3ForCausalLM" in text and "4 query, 2 key/value" in text
+    assert "8 in layers 0-1 · full in layer 2" in text
+    for metric in (*can.available, *can.unavailable):
+        assert metric in text
+    for hook in can.signals.values():
+        assert hook in text
+    page = StringIO()
+    Console(width=100, file=page).print(can)
+    assert "Metrics on the stock path" in page.getvalue()
+
+
+def test_description_of_special_attention() -> None:
+    assert "learned sinks" in str(capabilities(load_model(BY_NAME["gpt_oss"].build())))
+    assert "scores capped at 5" in str(capabilities(load_model(BY_NAME["gemma2"].build())))
+    assert "bidirectional" in str(capabilities(load_model(BY_NAME["bert"].build())))
+    assert "parallel" in str(capabilities(load_model(BY_NAME["gpt_neox"].build())))
