@@ -68,14 +68,17 @@ class Findings:
         self.reasons |= dict.fromkeys(signals, reason)
 
 
-def is_causal(probe: Probe, n_layers: int) -> bool:
-    """Whether earlier positions ignore a change of the last token."""
-    final = probe.layers(RESID_POST, n_layers)
+def is_causal(probe: Probe, n_layers: int, tolerance: float) -> bool:
+    """Whether no query reads a later key; without a pattern, whether earlier states ignore it."""
+    pattern, final = probe.layers(PATTERN, n_layers), probe.layers(RESID_POST, n_layers)
+    if pattern is not None:
+        length = probe.tokens.shape[1]
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        return not any(p[..., future].any() for p in pattern)
     if final is None:
         return True
-    first, second = final[-1][:, :-1]
-    # Attention over even one more key moves the other positions by far more than this.
-    return close(first, second, 1e-4)
+    first, second = final[-1][:, :-1]  # the two prompts differ in their last token
+    return close(first, second, tolerance)
 
 
 def find_signals(probe: Probe, anatomy: Anatomy, causal: bool, tolerance: float) -> Findings:

@@ -178,10 +178,10 @@ def _look(model: Any) -> Capabilities:
             f"{anatomy.architecture} does not run on plain token ids, so sinkscope cannot measure "
             f"it: {str(error).partition(chr(10))[0] or type(error).__name__}"
         ) from error
-    causal = is_causal(seen, anatomy.n_layers)
     half = model.cfg.dtype in (torch.float16, torch.bfloat16)
-    # The tighter bound still leaves room for TF32 products on a GPU.
-    found = find_signals(seen, anatomy, causal, tolerance=3e-2 if half else 2e-3)
+    tolerance = 3e-2 if half else 2e-3  # the tighter one still leaves room for TF32 on a GPU
+    causal = is_causal(seen, anatomy.n_layers, tolerance)
+    found = find_signals(seen, anatomy, causal, tolerance)
     _refuse_unmeasurable(anatomy, found, seen)
     return _assemble(model, anatomy, seen, found, causal)
 

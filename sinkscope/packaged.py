@@ -170,6 +170,7 @@ def _installer() -> list[str]:
 
 
 def weights_file(package: Package) -> Path | None:
+    """The installed weights of a packaged model, found without importing its package."""
     try:
         path = Path(str(metadata.distribution(package.distribution).locate_file(package.weights)))
     except metadata.PackageNotFoundError:

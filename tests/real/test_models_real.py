@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sinkscope._cache import sha256
 from sinkscope.capabilities import capabilities
 from sinkscope.models import load_model, model_source
-from sinkscope.packaged import PACKAGES, weights_file, packaged_folder
+from sinkscope.packaged import PACKAGES, packaged_folder, weights_file
 
 pytestmark = pytest.mark.real
 

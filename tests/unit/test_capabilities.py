@@ -13,7 +13,7 @@ from transformer_lens import TransformerBridge, TransformerBridgeConfig
 
 from sinkscope._anatomy import read_anatomy
 from sinkscope._probe import probe
-from sinkscope._signals import CANDIDATES, find_signals
+from sinkscope._signals import CANDIDATES, find_signals, is_causal
 from sinkscope.capabilities import capabilities
 from sinkscope.errors import UnsupportedError
 from sinkscope.models import load_model
@@ -51,6 +51,7 @@ def test_found_again_when_attention_changes() -> None:
     assert "pattern" in eager.signals and "pattern" not in sdpa.signals
     assert 'set_attn_implementation("eager")' in sdpa.unavailable["sink_attention"]
     assert {"value", "z", "resid_post"} <= set(sdpa.signals)
+    assert not eager.causal and not sdpa.causal
     bridge.original_model.set_attn_implementation("eager")
     assert capabilities(bridge) == eager
 
@@ -98,6 +99,13 @@ def test_training_works_afterwards(bridge: TransformerBridge) -> None:
     capabilities(bridge)
     bridge(TOKENS, return_type="loss").backward()
     assert any(parameter.grad is not None for parameter in bridge.parameters())
+
+
+def test_causality_shows_without_a_pattern() -> None:
+    """Where no pattern fires, a change of the last token must not reach earlier positions."""
+    for name in ("llama", "mistral", "gpt_oss", "opt", "bert"):
+        seen = probe(load_model(BY_NAME[name].build()), lambda hook: hook.endswith("resid_post"))
+        assert is_causal(seen, 3, 2e-3) == BY_NAME[name].causal
 
 
 def test_an_active_intervention_does_not_mislead(bridge: TransformerBridge) -> None:
