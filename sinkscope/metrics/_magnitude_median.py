@@ -11,6 +11,8 @@ so a sample that misleads costs time and never exactness.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -19,7 +21,7 @@ from torch import Tensor
 from sinkscope.metrics._reduce import at_least_fp32, position_chunks
 
 _SHORT = 2**18  # entries of a prompt; up to here selecting within a row is faster
-_SAMPLED = 512  # at most so many positions and so many dims
+_SAMPLED = 2**18  # entries of the samples of all prompts together, at most
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -57,7 +59,8 @@ def _by_bisection(
     count = mask.sum(dim=1) * x.shape[2]
     rank = (count + 1) // 2
     low, high, reached = _bracket(x, mask, rank)
-    while (low < high).any():
+    # So many steps close the widest bracket: one wait for the device, and not one a step.
+    for _ in range(int((high - low).max()).bit_length()):
         middle = low + (high - low) // 2
         upto = _count_upto(x, mask, _magnitude(middle, x.dtype))
         enough = upto >= rank
@@ -86,12 +89,11 @@ def _bracket(
 
     From quantiles of a sample four standard errors to either side; 0 or infinity where they fail.
     """
-    every = [max(1, size // _SAMPLED) for size in x.shape[1:]]
-    sample = x[:, :: every[0], :: every[1]].abs()
-    sample = torch.where(mask[:, :: every[0], None], sample, torch.inf)
+    every = math.ceil(math.sqrt(x.numel() / _SAMPLED))  # in positions, and in dims
+    sample = torch.where(mask[:, ::every, None], x[:, ::every, ::every].abs(), torch.inf)
     ordered = rearrange(sample, "prompt position dim -> prompt (position dim)").sort(dim=1).values
 
-    sampled = mask[:, :: every[0]].sum(dim=1) * sample.shape[2]
+    sampled = mask[:, ::every].sum(dim=1) * sample.shape[2]
     middle = rank * sampled // (mask.sum(dim=1) * x.shape[2]).clamp(min=1)
     margin = 2 * sampled.sqrt().ceil().long() + 1  # a median's standard error is √n / 2 ranks
     low = ordered.gather(1, (middle - margin).clamp(min=0)[:, None]).squeeze(1)
@@ -115,7 +117,7 @@ def _count_upto(
         size = x[:, chunk].abs()
         # As ones and zeros of x's own dtype these sum several times faster than as booleans.
         at_most = torch.le(size, bound[:, None, None], out=size).sum(dim=2, dtype=torch.float32)
-        count += (at_most.long() * mask[:, chunk]).sum(dim=1)
+        count += (at_most * mask[:, chunk]).sum(dim=1, dtype=torch.long)
     return count
 
 
