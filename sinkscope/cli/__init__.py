@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from sinkscope.cli import models, scan
+from sinkscope.cli import bench, models, scan
 
 app = typer.Typer(
     name="sinkscope",
@@ -20,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("scan")(scan.scan)
+app.command("bench")(bench.bench)
 app.add_typer(models.app, name="models")
 
 

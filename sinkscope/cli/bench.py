@@ -1,0 +1,104 @@
+"""`sinkscope bench`: what measuring costs on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sinkscope.cli import _common as common
+from sinkscope.errors import SinkscopeError
+
+
+def bench(
+    shape: Annotated[
+        str, typer.Option(help="llama-1b, llama-8b (random weights), or a model to load.")
+    ] = "llama-1b",
+    sizes: Annotated[
+        str | None, typer.Option(help="Batches as PROMPTSxLENGTH with commas, such as 8x1024.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Lengths with commas: one prompt of each, instead of sizes.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed batches; the median counts.")] = 5,
+    device: common.Device = None,
+    dtype: Annotated[str, typer.Option(help="Of the random weights.")] = "bfloat16",
+    out: common.Out = None,
+    json: common.Json = False,
+) -> None:
+    """Time a bare transformers forward, stock hooks and streaming, side by side in one run."""
+    folder = common.writable_folder(out)
+    with common.quiet_stdout():
+        import torch
+
+        from sinkscope.bench import SIZES, run_bench
+
+        chosen = _sizes(sizes, lengths) or SIZES
+        kind = getattr(torch, dtype, None)
+        if not isinstance(kind, torch.dtype):
+            raise SinkscopeError(f"--dtype {dtype} is not a dtype of torch, such as bfloat16.")
+        rows = []
+        for row in run_bench(shape, chosen, repeats=repeats, device=device, dtype=kind):
+            rows.append(row)
+            if not json:
+                typer.echo(f"  measured {row.way} at {row.prompts}×{row.length}", err=True)
+    plain = {"machine": _machine(rows), "rows": [row.to_dict() for row in rows]}
+    if folder is not None:
+        import json as json_module
+
+        common.write_text(Path(folder) / "bench.json", json_module.dumps(plain, indent=1))
+    if json:
+        common.print_json(plain)
+        return
+    from rich.console import Console
+
+    Console().print(_table(rows, plain["machine"]))
+
+
+def _sizes(sizes: str | None, lengths: str | None) -> tuple[tuple[int, int], ...] | None:
+    try:
+        if sizes is not None:
+            pairs = [size.lower().replace("×", "x").split("x") for size in sizes.split(",")]
+            return tuple((int(prompts), int(length)) for prompts, length in pairs)
+        if lengths is not None:
+            return tuple((1, int(length)) for length in lengths.split(","))
+    except ValueError:
+        raise SinkscopeError(
+            f"{sizes or lengths} is not a list of sizes; write 8x1024,1x8192 or 1024,8192."
+        ) from None
+    return None
+
+
+def _machine(rows: list[Any]) -> str:
+    import torch
+
+    name = torch.cuda.get_device_name() if rows and rows[0].memory is not None else "CPU"
+    return f"{name}, torch {torch.__version__}"
+
+
+def _table(rows: list[Any], machine: str) -> Any:
+    from rich.table import Table
+
+    table = Table("batch", "way", "ms", "ratio", "extra GiB", "tokens/s", "first ms", title=machine)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    size = None
+    for row in sorted(rows, key=lambda row: (row.prompts * -1, row.length)):
+        if size not in (None, (row.prompts, row.length)):
+            table.add_section()
+        size = (row.prompts, row.length)
+        table.add_row(
+            f"{row.prompts}×{row.length}",
+            row.way if row.note is None else f"{row.way}: {row.note}",
+            _number(row.milliseconds, ".1f"),
+            _number(row.ratio, ".2f"),
+            _number(row.memory, ".2f"),
+            _number(row.tokens_per_second, ",.0f"),
+            _number(row.first_milliseconds, ".0f"),
+        )
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
