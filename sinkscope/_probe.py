@@ -113,7 +113,8 @@ def only_hooks(
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every module's own mode again afterwards."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if training:
+        model.eval()
     try:
         yield
     finally:

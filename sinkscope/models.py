@@ -84,7 +84,8 @@ def load_model(
         device_map: Spread a large model over devices, as transformers does; instead of ``device``.
         trust_remote_code: Run Python code that comes with the checkpoint.
         allow_pickle: Read weights from pickle files, which can run code, if there are no others.
-        tokenizer: A tokenizer to use instead of the checkpoint's.
+        tokenizer: A tokenizer to use instead of the checkpoint's. Give it here: one that is set on
+            the bridge later never prepends BOS.
         name: What reports call the model; ``spec`` by default.
 
     Returns:

@@ -30,6 +30,15 @@ def test_same_model(gguf_file: Path) -> None:
     assert (source.kind, source.revision) == ("gguf", f"sha256:{digest}")
 
 
+def test_no_network(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert load_model(gguf_file, device="cpu").cfg.n_layers == 3
+
+
 def test_dtype(gguf_file: Path) -> None:
     bridge = load_model(str(gguf_file), device="cpu", dtype="bfloat16")
     assert {parameter.dtype for parameter in bridge.parameters()} == {torch.bfloat16}
