@@ -1,18 +1,19 @@
 """The exact median of |x| over a hidden state, however large.
 
-A short prompt is left to ``torch.nanmedian``, which selects within one row at a time. A long one
-(32k positions × 4k dims are 134 million entries) would keep a single GPU block busy for half a
-second, so there the median is found by bisection over bit patterns: read as an integer, the
-pattern of a non-negative float grows with its value. Each step counts the entries at or below a
-trial value, a chunk of positions at a time. A sorted sample supplies the first bracket, which
-leaves two or three steps in bf16 and about sixteen in fp32. The bracket is verified by counting,
-so a sample that misleads costs time and never exactness.
+On a CPU numpy selects within a prompt. On a GPU a short prompt is left to ``torch.nanmedian``,
+which selects within one row at a time. A long one (32k positions × 4k dims are 134 million entries)
+would keep a single GPU block busy for half a second, so there the median is found by bisection over
+bit patterns: read as an integer, the pattern of a non-negative float grows with its value. Each
+step counts the entries at or below a trial value, a chunk of positions at a time. A sorted sample
+supplies the first bracket, which leaves two or three steps in bf16 and about sixteen in fp32. The
+bracket is verified by counting, so a sample that misleads costs time and never exactness.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -32,12 +33,33 @@ def magnitude_median(
 
     Exact, and as numpy takes it: an even count gives the mean of the middle two.
     """
+    if x.device.type == "cpu":
+        return _by_partition(x, mask)
     entries = x.shape[1] * x.shape[2]
     if entries > _SHORT:
         return _by_bisection(x, mask)
     together = max(1, 2**24 // max(1, entries))
     parts = zip(x.split(together), mask.split(together), strict=True)
     return torch.cat([_by_selection(*part) for part in parts])
+
+
+def _by_partition(
+    x: Float[Tensor, "prompt position dim"], mask: Bool[Tensor, "prompt position"]
+) -> Float[Tensor, "prompt"]:
+    """On a CPU numpy's vectorised quickselect beats everything torch has by an order."""
+    medians = []
+    for prompt, real in zip(x, mask, strict=True):
+        size = at_least_fp32(prompt[real]).abs().flatten().numpy()
+        if size.size == 0:
+            medians.append(torch.nan)
+            continue
+        middle = size.size // 2
+        ordered = np.partition(size, middle)  # one pivot: asked for two, numpy is not vectorised
+        upper = float(ordered[middle])
+        lower = upper if size.size % 2 else float(ordered[:middle].max())
+        medians.append(lower + (upper - lower) / 2)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.tensor(medians, dtype=dtype)
 
 
 def _by_selection(

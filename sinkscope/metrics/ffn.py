@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinkscope.metrics._reduce import at_least_fp32, largest_magnitude, position_chunks
+from sinkscope.metrics._reduce import at_least_fp32, largest_magnitude_at, position_chunks
 from sinkscope.metrics.positions import first_true
 
 
@@ -42,8 +42,7 @@ def ffn_profile(
     mixed = mask & ~nonmixed
     largest = torch.zeros_like(at_first)
     for chunk in position_chunks(x):
-        kept = torch.where(mixed[:, chunk, None], x[:, chunk], 0)
-        largest = torch.maximum(largest, largest_magnitude(kept, dim=1))
+        largest = torch.maximum(largest, largest_magnitude_at(x[:, chunk], mixed[:, chunk]))
     largest = torch.where(mixed.any(dim=1, keepdim=True), largest, torch.nan)
 
     ordered, dims = at_first.abs().sort(dim=1).values, x.shape[2]
