@@ -238,6 +238,13 @@ def test_value_weighted_share_of_equal_values_is_sink_attention() -> None:
     same(share, at.sink_attention(at.attention_to(pattern, sinks), sinks, mask, True))
 
 
+def test_a_query_that_moves_nothing_has_no_share() -> None:
+    """All it attends to has value zero: 0 / 0 is left out of the mean."""
+    part, whole = tensor([[[0.0, 0.0, 0.5]]]), tensor([[[0.0, 0.0, 2.0]]])
+    sinks, mask = tensor([[True, False, False]]), torch.ones(1, 3, dtype=torch.bool)
+    same(at.share_paid_to_sinks(part, whole, sinks, mask, True), [[0.25]])
+
+
 def test_a_drained_sink_contributes_nothing() -> None:
     pattern = tensor([[[[1.0, 0, 0], [0.9, 0.1, 0], [0.8, 0.1, 0.1]]]])
     size = tensor([[[0.0, 2.0, 3.0]]])

@@ -47,6 +47,15 @@ def test_profile_of_bf16_is_exact_fp32() -> None:
     same(median[0], np.median(np.abs(exact[0])))
 
 
+def test_a_pad_is_no_nonmixed_position() -> None:
+    x = tensor([[[7.0, 8.0], [1.0, -2.0], [3.0, 0.5]]])
+    nonmixed, mask = tensor([[True, True, False]]), tensor([[False, True, True]])
+    first, largest, median = ffn.ffn_profile(x, nonmixed, mask)
+    same(first, [[1, -2]])
+    same(largest, [[3, 0.5]])
+    same(median, [1.5])
+
+
 def test_a_text_of_one_token_has_nothing_mixed() -> None:
     one = torch.ones(1, 1, dtype=torch.bool)
     profile = ffn.ffn_profile(torch.ones(1, 1, 3), one, one)

@@ -218,6 +218,23 @@ def test_massive_rule_is_strict_and_needs_both_halves() -> None:
     assert [found(0.05, 100.0), found(0.05, -101.0), found(0.2, 101.0)] == [0, 1, 0]
 
 
+def test_massive_rule_is_strict_next_to_a_larger_entry() -> None:
+    hidden = torch.full((1, 50, 4), 0.05, dtype=torch.float64)
+    hidden[0, 0, :3] = tensor([100.0, 200.0, -100.0])
+    got = residual.massive_activations(hidden, torch.ones(1, 50, dtype=torch.bool))
+    assert got.dim.tolist() == [1]
+
+
+def test_every_prompt_has_its_own_median() -> None:
+    """The same entry is massive in a quiet prompt and not in a loud one, in either order."""
+    for quiet in (0, 1):
+        hidden = torch.ones(2, 30, 5, dtype=torch.float64)
+        hidden[quiet] *= 0.01
+        hidden[:, 3, 2] = 150
+        got = residual.massive_activations(hidden, torch.ones(2, 30, dtype=torch.bool))
+        assert got.prompt.tolist() == [quiet]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_massive_activations_in_every_dtype(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
