@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from sinkscope.report import SinkReport
 
 
+_ROOM = 76  # pixels above the plot for the title and the line under it
+
+
 class Interval(NamedTuple):
     """A mean over prompts with the ends of its 95 % interval; the ends are nan for one prompt."""
 
@@ -41,14 +44,24 @@ def finish(
         theme: "light", "dark" or the default.
         height: in pixels; the width follows the page.
     """
-    return figure.update_layout(
+    figure.update_layout(
         template=template(theme),
-        title=dict(
-            text=title,
-            subtitle=dict(text=labels.about_line(about), font=dict(size=12)),
-        ),
+        title=dict(text=title, subtitle=dict(text=labels.about_line(about))),
         height=height,
     )
+    return figure.update_layout(
+        margin_t=_ROOM + 24 * _has_legend(figure) + 16 * _has_panels(figure)
+    )
+
+
+def _has_legend(figure: go.Figure) -> bool:
+    """Whether Plotly draws a legend, which stands between the title and the plot."""
+    return sum(trace.showlegend is not False for trace in figure.data) > 1
+
+
+def _has_panels(figure: go.Figure) -> bool:
+    """Whether the figure is divided into panels, which have titles of their own."""
+    return "xaxis2" in figure.layout
 
 
 def mean(report: SinkReport, name: str) -> np.ndarray:

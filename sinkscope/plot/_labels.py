@@ -33,7 +33,7 @@ def about_line(about: About) -> str:
 
 def words(name: str) -> str:
     """A field's name as words: "sink_attention" is "sink attention"."""
-    special = {"ffn": "FFN", "honor": "HONOR"}
+    special = {"ffn": "FFN", "honor": "HONOR", "kv": "KV"}
     return " ".join(special.get(word, word) for word in name.split("_"))
 
 

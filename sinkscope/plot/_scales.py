@@ -12,7 +12,7 @@ from sinkscope.plot.theme import SEQUENTIAL, Palette
 Scale = list[list[Any]]
 """A Plotly colour scale: pairs of a share of the range and a colour."""
 
-_GREY = ("#6f757d", "#b4b9c0")  # below a threshold: seen on white and on black
+_GREY = ("#8c9299", "#c3c7cc")  # below a threshold: seen on white and on black
 
 
 def value_range(figures: np.ndarray, unit: str | None) -> tuple[float, float]:
@@ -25,6 +25,26 @@ def value_range(figures: np.ndarray, unit: str | None) -> tuple[float, float]:
         reach = max(-low, high)
         return -reach, reach
     return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+LOG_BAR = dict(tickprefix="10<sup>", ticksuffix="</sup>", dtick=1)
+"""Colour bar of logarithms, labelled with what they are logarithms of."""
+
+_DECADES = 5  # that a logarithmic scale spans at most
+
+
+def log_colours(figures: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """log10 of figures that are not negative, and the ends of a scale for it.
+
+    The scale goes down at most five decades from the largest figure; what is smaller, zero
+    included, has the colour of its lower end.
+    """
+    positive = figures[np.isfinite(figures) & (figures > 0)]
+    if positive.size == 0:
+        return np.full_like(figures, np.nan), -1.0, 0.0
+    low, high = float(np.log10(positive.min())), float(np.log10(positive.max()))
+    z = np.log10(np.maximum(figures, positive.min()))
+    return z, max(low, high - _DECADES), high if high > low else low + 1
 
 
 def colour_scale(low: float, colours: Palette) -> Scale:

@@ -136,6 +136,6 @@ def band(
 
 
 def graded(size: int) -> list[str]:
-    """Colours of as many lines in an order, first to last: cividis without its darkest end."""
-    points = np.linspace(0.15, 1, max(size, 2)).tolist()
+    """Colours of as many lines in an order, first to last."""
+    points = np.linspace(0, 0.9, max(size, 2)).tolist()
     return plotly.colors.sample_colorscale(plotly.colors.get_colorscale(SEQUENTIAL), points)[:size]

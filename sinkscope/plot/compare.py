@@ -126,12 +126,15 @@ def head_change(
         marker=dict(size=4, color=colours.ink),
     )  # fmt: skip
     kind = _labels.words(variable.dims[-1])
-    figure.update_xaxes(title_text=kind, showgrid=False, dtick=_figure.tick(change.shape[1]))
+    layers, heads = change.shape
+    plain = dict(showgrid=False, zeroline=False)
+    figure.update_xaxes(
+        title_text=kind, range=[-0.5, heads - 0.5], dtick=_figure.tick(heads), **plain
+    )
     figure.update_yaxes(
-        title_text="layer", autorange="reversed", showgrid=False,
-        dtick=_figure.tick(change.shape[0]),
-    )  # fmt: skip
-    sure = f", {len(rows)} {kind}s for certain" if paired else ""
+        title_text="layer", range=[layers - 0.5, -0.5], dtick=_figure.tick(layers), **plain
+    )
+    sure = f"; {len(rows)} of {change.size} intervals leave out 0" if paired else ""
     title = f"{_labels.heading(metric)}: after less before{sure}"
     height = max(380, min(900, 200 + 18 * change.shape[0]))
     return _figure.finish(figure, title, after.settings, theme, height=height)

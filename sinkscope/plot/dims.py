@@ -12,6 +12,7 @@ from sinkscope._bootstrap import bootstrap
 from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels
+from sinkscope.plot._scales import LOG_BAR
 from sinkscope.plot._series import bin_argmax, bin_starts
 from sinkscope.plot.theme import Palette, Theme, palette
 
@@ -77,7 +78,7 @@ def nonmixture_dims(
     figure.update_yaxes(title_text="FFN output [activation]", col=1)
     figure.update_yaxes(title_text="|FFN output| [activation]", type="log", dtick=1, col=2)
     figure.update_annotations(font_size=13)
-    figure.update_layout(legend=dict(y=-0.18, yanchor="top", x=0, xanchor="left"))
+    figure.update_layout(legend=dict(y=1.07))
     found = ", ".join(map(str, sorted(passing))) or "none"
     title = f"Non-mixture dims of layer {layer}: {found}"
     return _figure.finish(figure, title, report.settings, theme, height=480)
@@ -126,19 +127,18 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
     figure = go.Figure(
         go.Heatmap(
             y=[str(dim) for dim in dims], z=grid, text=hover, xgap=1, ygap=1, hoverongaps=False,
-            colorbar=dict(title=dict(text="largest |activation|", side="right"),
-                          tickprefix="10<sup>", ticksuffix="</sup>", dtick=1),
+            colorbar=dict(title=dict(text="largest |value| [activation]", side="right"), **LOG_BAR),
             hovertemplate="layer %{x}, dim %{y}<br>%{text}<extra></extra>",
         )
     )  # fmt: skip
     figure.update_xaxes(title_text="layer", range=[-0.5, grid.shape[1] - 0.5], showgrid=False)
     figure.update_yaxes(title_text="dim", type="category", autorange="reversed", showgrid=False)
     title = (
-        f"Massive activations: {len(frame)} in {frame['dim'].nunique()} dims"
+        f"Massive activations: {int(report.massive.count.sum()):,} in {len(dims)} dims"
         if len(frame)
         else "Massive activations: none passes the rule"
     )
-    height = 250 + 20 * max(len(dims), 6)
+    height = 190 + 24 * max(len(dims), 4)
     return _figure.finish(figure, title, report.settings, theme, height=height)
 
 

@@ -21,6 +21,7 @@ def by_layer(
     *metrics: str,
     log: bool = False,
     title: str | None = None,
+    axis: str | None = None,
     theme: Theme = None,
 ) -> go.Figure:
     """Lines over the layers: mean over prompts (and a layer's heads) with its 95 % interval.
@@ -31,6 +32,7 @@ def by_layer(
             "other_cosine".
         log: Whether y starts logarithmic; a button changes it.
         title: Instead of the metrics' names.
+        axis: Title of y, without the unit; by default the metric's name, if there is only one.
         theme: "light", "dark", or the default.
 
     Raises:
@@ -62,10 +64,12 @@ def by_layer(
             label=_labels.axis_label(variable),
             along="layer",
         )
-    one = len(variables) == 1
-    unit = _labels.with_unit(_labels.words(metrics[0]) if one else "", variables[0].unit).strip()
+    axis = axis or (_labels.words(metrics[0]) if len(metrics) == 1 else "")
     figure.update_xaxes(title_text="layer")
-    figure.update_yaxes(title_text=unit, type="log" if log else "linear")
+    figure.update_yaxes(
+        title_text=_labels.with_unit(axis, variables[0].unit).strip(),
+        type="log" if log else "linear",
+    )
     figure.update_layout(updatemenus=[log_switch(log)], hovermode="closest")
     names = " and ".join(_labels.words(name) for name in metrics)
     return _figure.finish(
@@ -86,8 +90,9 @@ def residual_norms(report: SinkReport, *, theme: Theme = None) -> go.Figure:
         f"after layer {highest}"
     )
     return by_layer(
-        report, "sink_residual_norm", "median_residual_norm", log=True, title=title, theme=theme
-    )
+        report, "sink_residual_norm", "median_residual_norm", log=True, title=title,
+        axis="residual norm", theme=theme,
+    )  # fmt: skip
 
 
 def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) -> go.Figure:
@@ -121,15 +126,13 @@ def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) 
         figure, np.arange(layers), _over_heads(report, metric), name="mean of the layer",
         colour=colours.sink, label="value drain [ratio]", along="layer",
     )  # fmt: skip
-    figure.add_hline(
-        1, line=dict(color=colours.faint, dash="dot", width=1.5), annotation_text="like the others"
-    )
+    figure.add_hline(1, line=dict(color=colours.faint, dash="dot", width=1.5))
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(title_text="value drain [ratio]", type="log")
     figure.update_layout(updatemenus=[log_switch(True)])
     drained = float((heads.mean < 0.5)[np.isfinite(heads.mean)].mean())
     where = " through W<sub>O</sub>" if out else ""
-    title = f"Value drains{where}: {drained:.0%} of {kind}s give the sink less than half a norm"
+    title = f"Value drains{where}: in {drained:.0%} of {kind}s the sink's value is under half"
     return _figure.finish(figure, title, report.settings, theme)
 
 
@@ -166,10 +169,25 @@ def attention_by_query(
             hovertemplate=f"{name}, queries from %{{x}}<br>attention to the sink [probability]: "
             "%{y:.3~g}<extra></extra>",
         )  # fmt: skip
-    figure.update_xaxes(title_text="query position, lower edge of the bucket", type="log")
+    if len(lines) > 8:
+        _key(figure, "layer" if layer is None else "head", len(lines))
+    figure.update_xaxes(
+        title_text="query position, lower edge of the bucket", type="log", tickvals=buckets
+    )
     figure.update_yaxes(title_text="attention to the sink [probability]", rangemode="tozero")
     title = f"Attention to the sink by query position: {where}"
     return _figure.finish(figure, title, report.settings, theme)
+
+
+def _key(figure: go.Figure, what: str, size: int) -> None:
+    """A colour bar in place of a legend of many lines."""
+    figure.add_scatter(
+        x=[None], y=[None], mode="markers", showlegend=False, hoverinfo="skip",
+        marker=dict(
+            color=[0], cmin=0, cmax=size - 1, colorscale=_series.graded(32),
+            colorbar=dict(title=dict(text=what, side="right")), showscale=True,
+        ),
+    )  # fmt: skip
 
 
 def _over_heads(report: SinkReport, metric: str) -> _figure.Interval:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LARGEST = 512
 """Rows and columns that are drawn; larger patterns are cut into bins, the maximum of each shown."""
-_LABELLED = 48  # positions whose tokens still fit on an axis
+_LABELLED = 32  # positions whose tokens still fit on an axis
 
 
 def attention_pattern(
@@ -81,10 +81,11 @@ def attention_pattern(
             "<extra></extra>",
         )
     )
-    figure.update_xaxes(title_text="key", showgrid=False, **_axis(names[1], keys))
+    figure.update_xaxes(title_text="key", showgrid=False, zeroline=False, **_axis(names[1], keys))
     figure.update_yaxes(
-        title_text="query", autorange="reversed", showgrid=False, **_axis(names[0], queries)
-    )
+        title_text="query", autorange="reversed", showgrid=False, zeroline=False,
+        **_axis(names[0], queries),
+    )  # fmt: skip
     if binned:
         title += f" (maxima of bins; {figures.shape[0]:,} × {figures.shape[1]:,} cells)"
     return _figure.finish(figure, _labels.escape(title), about, theme, height=620)
@@ -101,4 +102,4 @@ def _axis(names: list[str], starts: np.ndarray) -> dict[str, Any]:
     """Token names as ticks where they fit."""
     if len(names) > _LABELLED:
         return {}
-    return dict(tickvals=starts, ticktext=names)
+    return dict(tickvals=starts, ticktext=names, tickfont_size=11)

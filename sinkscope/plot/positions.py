@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels, _tokens
 from sinkscope.plot import _series as series
-from sinkscope.plot._scales import colour_scale, value_range
+from sinkscope.plot._scales import LOG_BAR, colour_scale, log_colours, value_range
 from sinkscope.plot.theme import Palette, Theme, palette
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ POSITION_DIMS = (
     ("layer", "kv_head", "position"),
     ("layer", "position"),
 )
-LOG_METRICS = ("residual_norm",)
+LOG_METRICS = ("residual_norm",)  # as bars
+_LINEAR_MAPS = ("cosine_to_sink",)
 _COLUMNS = 512  # of a map; more are binned
 
 
@@ -70,13 +71,18 @@ def by_position(
     figure = go.Figure([_bars(report, variable, shown, sinks, sink, colours) for sink in (1, 0)])
     if metric in ("received_attention", "uniform_ratio"):
         level = (
-            uniform_attention(report) if metric == "received_attention" else np.ones(len(figures))
+            uniform_attention(report, layer)
+            if metric == "received_attention"
+            else np.ones(len(figures))
         )
         figure.add_scatter(
             x=shown.x, y=level[shown.x], mode="lines", name="uniform attention",
             line=dict(color=colours.faint, dash="dot", width=1.5), hoverinfo="skip",
         )  # fmt: skip
-    figure.update_xaxes(title_text="position of the key" if "attention" in metric else "position")
+    figure.update_xaxes(
+        title_text="position of the key" if "attention" in metric else "position",
+        range=[-0.5 - 0.012 * len(figures), len(figures) - 0.5],
+    )
     logarithmic = log if log is not None else metric in LOG_METRICS
     figure.update_yaxes(
         title_text=_labels.axis_label(variable), type="log" if logarithmic else "linear"
@@ -109,13 +115,12 @@ def position_map(
         figures = _figure.nanmean(figures, 1)
     starts = series.bin_starts(figures.shape[-1], _COLUMNS, _figure.sink_positions(report))
     binned = series.bin_max(figures, starts)
-    logarithmic = metric in LOG_METRICS
-    z = np.log10(np.maximum(binned, np.finfo(np.float32).tiny)) if logarithmic else binned
-    low, high = value_range(z, None if logarithmic else variable.unit)
+    logarithmic = metric not in _LINEAR_MAPS
+    z, low, high = log_colours(binned) if logarithmic else (binned, *value_range(binned, None))
     label = _labels.axis_label(variable)
     colorbar: dict[str, Any] = dict(title=dict(text=label, side="right"))
     if logarithmic:
-        colorbar |= dict(tickprefix="10<sup>", ticksuffix="</sup>", dtick=1)
+        colorbar |= LOG_BAR
     figure = go.Figure(
         go.Heatmap(
             x=starts,
@@ -130,10 +135,11 @@ def position_map(
             f"{label}: %{{customdata:.4~g}}<extra></extra>",
         )
     )
-    figure.update_xaxes(title_text="position", showgrid=False)
+    figure.update_xaxes(title_text="position", showgrid=False, zeroline=False)
     figure.update_yaxes(
-        title_text="layer", autorange="reversed", showgrid=False, dtick=_figure.tick(len(z))
-    )
+        title_text="layer", autorange="reversed", showgrid=False, zeroline=False,
+        dtick=_figure.tick(len(z)),
+    )  # fmt: skip
     heads = "" if len(variable.dims) == 2 else f", mean over {_labels.words(variable.dims[1])}s"
     note = f", maxima of {len(starts)} bins" if len(starts) < figures.shape[-1] else ""
     title = f"{_labels.heading(metric)} by layer and position{heads}{note}"
@@ -172,7 +178,7 @@ def position_embedding_norms(report: SinkReport, *, theme: Theme = None) -> go.F
         median, line=dict(color=colours.faint, dash="dot", width=1.5),
         annotation_text=f"median of the others: {_labels.number(median)}",
     )  # fmt: skip
-    figure.update_xaxes(title_text="position")
+    figure.update_xaxes(title_text="position", range=[-0.012 * len(norms), len(norms) - 0.5])
     figure.update_yaxes(title_text="norm of its embedding [activation]")
     figure.update_layout(bargap=0, barmode="overlay")
     title = f"Position embeddings: the first is {_labels.number(norms[0] / median)} × the median"
@@ -246,7 +252,11 @@ def _bars(
         offset=-0.5,
         y=shown.y[chosen],
         name="sink" if sink else "other positions",
-        marker=dict(color=colours.sink if sink else colours.other),
+        # The sink's outline keeps its bar visible where a bar is thinner than a pixel.
+        marker=dict(
+            color=colours.sink if sink else colours.other,
+            line=dict(width=2 if sink else 0, color=colours.sink),
+        ),
         text=spans,
         textposition="none",
         hovertemplate=f"%{{text}}<br>{_labels.axis_label(variable)}: %{{y:.4~g}}<extra></extra>",

@@ -10,14 +10,13 @@ import plotly.graph_objects as go
 
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels, _tokens
-from sinkscope.plot._scales import value_range
+from sinkscope.plot._scales import LOG_BAR, log_colours, value_range
 from sinkscope.plot.theme import Theme
 
 if TYPE_CHECKING:
     from sinkscope.report import SinkReport
 
 _CELL = 9  # characters that fit a cell
-LOG_METRICS = ("residual_outlier",)
 
 
 def token_strip(
@@ -27,8 +26,8 @@ def token_strip(
     *,
     start: int = 0,
     tokens: int = 256,
-    columns: int = 12,
-    log: bool | None = None,
+    columns: int = 10,
+    log: bool = True,
     theme: Theme = None,
 ) -> go.Figure:
     """The tokens of a prompt in reading order, coloured by one figure a token.
@@ -41,7 +40,7 @@ def token_strip(
         start: First position to show.
         tokens: How many to show; the title says where the prompt goes on.
         columns: Tokens a line.
-        log: Whether colours are logarithmic; by default for residual outliers.
+        log: Whether colours are logarithmic.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -63,16 +62,15 @@ def token_strip(
         raise ReportError(
             f"Prompt {prompt} has no position {start}; its positions run from 0 to {length - 1}."
         )
-    logarithmic = log if log is not None else metric in LOG_METRICS
     stop = min(start + tokens, length)
     values = report[metric][prompt, start:stop].float().cpu().numpy()
     words = [_tokens.text_at(report, prompt, position) for position in range(start, stop)]
-    z, low, high = _colours(values, logarithmic, variable.unit)
+    z, low, high = _colours(values, log, variable.unit)
     rows = -(-len(values) // columns)
     label = _labels.axis_label(variable)
     colorbar: dict[str, Any] = dict(title=dict(text=label, side="right"))
-    if logarithmic:
-        colorbar |= dict(tickprefix="10<sup>", ticksuffix="</sup>", dtick=1)
+    if log:
+        colorbar |= LOG_BAR
     hovers = [
         f"position {start + i}: {_labels.plotly_token(word)}<br>{label}: {_labels.number(value)}"
         for i, (word, value) in enumerate(zip(words, values.tolist(), strict=True))
@@ -84,6 +82,7 @@ def token_strip(
             zmin=low, zmax=high, xgap=2, ygap=2, hoverongaps=False,
             text=_grid([_short(word) for word in words], rows, columns, ""),
             texttemplate="%{text}",
+            textfont=dict(size=11),
             customdata=_grid(hovers, rows, columns, ""),
             hovertemplate="%{customdata}<extra></extra>",
             colorbar=colorbar,
@@ -104,8 +103,7 @@ def _colours(
 ) -> tuple[np.ndarray, float, float]:
     """What is coloured, and the ends of the scale: from 0 to the data's largest where linear."""
     if logarithmic:
-        z = np.log10(np.maximum(values, np.finfo(np.float32).tiny))
-        return z, *value_range(z, None)
+        return log_colours(values)
     finite = values[np.isfinite(values)]
     low, high = value_range(values, None)
     if unit in ("probability", "share"):

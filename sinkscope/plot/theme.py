@@ -1,10 +1,10 @@
 """How figures look: a light and a dark template, and colours that colour-blind eyes tell apart.
 
 A figure takes everything from its template: background, text, grid, and the order of its colours.
-Sequential scales are cividis (Nuñez et al. 2018); signed figures get blue against orange, both of
-which leave the background evenly in lightness. Lines use the colours of Okabe and Ito, lightened
-for the dark theme. Plotly's upload button is taken away: a prompt is not one click from somebody
-else's server.
+Sequential scales are viridis (van der Walt and Smith 2015), beside which grey is clearly no value;
+signed figures get blue against orange, both of which leave the background evenly in lightness.
+Lines use the colours of Okabe and Ito, lightened for the dark theme. Plotly's upload button is
+taken away: a prompt is not one click from somebody else's server.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FONT = (
     'ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", '
     "sans-serif"
 )
-SEQUENTIAL = "Cividis"
+SEQUENTIAL = "Viridis"
 HIDDEN_BUTTONS = ("sendChartToCloud", "sendDataToCloud", "lasso2d", "select2d", "autoScale2d")
 
 
@@ -121,13 +121,22 @@ def _template(colours: Palette) -> go.layout.Template:
         automargin=True,
         title=dict(standoff=8, font=dict(size=13)),
     )
-    colorbar = dict(outlinewidth=0, thickness=12, ticklen=3, ticks="outside", title_side="right")
+    colorbar = dict(
+        outlinewidth=0,
+        thickness=12,
+        ticklen=3,
+        ticks="outside",
+        title=dict(side="right", font=dict(size=13)),
+    )
     return go.layout.Template(
         layout=dict(
             paper_bgcolor=colours.paper,
             plot_bgcolor=colours.paper,
             font=dict(family=FONT, size=13, color=colours.ink),
-            title=dict(x=0, xref="paper", xanchor="left", font=dict(size=17)),
+            title=dict(
+                x=0, xref="paper", xanchor="left", y=1, yref="container", yanchor="top",
+                pad=dict(t=18), font=dict(size=17), subtitle=dict(font=dict(size=12)),
+            ),
             colorway=list(colours.series),
             colorscale=dict(
                 sequential=SEQUENTIAL, sequentialminus=SEQUENTIAL, diverging=colours.diverging
@@ -139,14 +148,21 @@ def _template(colours: Palette) -> go.layout.Template:
                 align="left", font=dict(family=FONT, size=13, color=colours.ink),
                 bgcolor=colours.paper, bordercolor=colours.faint,
             ),
-            legend=dict(orientation="h", yanchor="bottom", y=1.02, xanchor="right", x=1),
+            legend=dict(
+                orientation="h", yanchor="bottom", y=1.01, xanchor="left", x=0,
+                bgcolor="rgba(0,0,0,0)",
+            ),
             modebar=dict(
                 remove=list(HIDDEN_BUTTONS), bgcolor="rgba(0,0,0,0)",
                 color=colours.faint, activecolor=colours.ink,
             ),
-            margin=dict(l=64, r=24, t=84, b=56),
+            margin=dict(l=64, r=24, t=76, b=56),
         ),
-        data=dict(heatmap=[dict(colorbar=colorbar)], bar=[dict(marker_line_width=0)]),
+        data=dict(
+            heatmap=[dict(colorbar=colorbar, colorscale=SEQUENTIAL)],
+            bar=[dict(marker_line_width=0)],
+            scatter=[dict(marker=dict(colorbar=colorbar, colorscale=SEQUENTIAL))],
+        ),
     )  # fmt: skip
 
 
