@@ -1,0 +1,31 @@
+"""The attention component of laboratory bridges: real scores, and edits that count.
+
+In a file of its own because it subclasses a TransformerLens class and training must run without
+TransformerLens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+
+class BackcopyAttentionBridge(AttentionBridge):
+    """Runs `sinkscope.bb.model.Attention` with its tap tied to the bridge's hook points.
+
+    `q`, `k`, `v`, `o` inside it are bridge components already, so `hook_q`, `hook_k`, `hook_v` and
+    `hook_z` fire by themselves; scores and pattern pass through here.
+    """
+
+    supports_split_qkv_fork = False
+
+    def forward(self, hidden_states: Tensor, visible: Tensor, *_: Any, **__: Any) -> Tensor:
+        hidden_states = self.hook_in(hidden_states)
+        points = {"hook_attn_scores": self.hook_attn_scores, "hook_pattern": self.hook_pattern}
+
+        def tap(name: str, value: Tensor) -> Tensor:
+            return points[name](value) if name in points else value
+
+        return self.hook_out(self.original_component(hidden_states, visible, tap))

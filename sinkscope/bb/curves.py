@@ -1,0 +1,107 @@
+"""Curves over training, and what drives them.
+
+`dynamics` gathers the reference's curves from one or several runs. `reinforcement` trains with one
+half of the loop held still (see `holds`) and shows what the other half then does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sinkscope.bb.checkpoint import load_checkpoint
+from sinkscope.bb.config import TrainConfig
+from sinkscope.bb.holds import HOLDS
+from sinkscope.bb.log import Log
+from sinkscope.bb.training import CHECKPOINT, LOG, Run, train
+from sinkscope.errors import ModelError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# The reference's six curves (Guo et al. 2024), by the names this log gives them.
+CURVES = (
+    *("sink_attention", "logit_gap", "value_norm", "residual_norm"),
+    *("backcopy_risk", "bigram_risk"),
+)
+
+
+def dynamics(
+    runs: Run | str | Path | Sequence[Run | str | Path], metrics: Sequence[str] | None = CURVES
+) -> pd.DataFrame:
+    """The curves of runs that are in memory or on disk, in one tidy frame.
+
+    Args:
+        runs: runs, or folders that `train` wrote.
+        metrics: which curves; None for everything measured.
+
+    Returns:
+        run, seed, step, metric, layer, head, value: what `plot.training_curves` draws.
+
+    Raises:
+        ModelError: when a folder holds no run.
+    """
+    import pandas as pd
+
+    several = [runs] if isinstance(runs, Run | str | Path) else list(runs)
+    frames = []
+    for one in several:
+        config, frame = _read(one)
+        frames.append(frame.assign(run=run_name(config), seed=config.seed))
+    frame = pd.concat(frames, ignore_index=True)
+    if metrics is not None:
+        frame = frame[frame["metric"].isin(metrics)]
+    return frame[["run", "seed", "step", "metric", "layer", "head", "value"]].reset_index(drop=True)
+
+
+def run_name(config: TrainConfig) -> str:
+    """What tells a run from its neighbours, its seed left out: "1L softmax adamw, hold values"."""
+    model = config.model
+    held = f", hold {'+'.join(config.hold)}" if config.hold else ""
+    return f"{model.layers}L {model.attention} {config.optimizer}{held}"
+
+
+def reinforcement(
+    config: TrainConfig | None = None,
+    holds: Sequence[str] = HOLDS,
+    seeds: Iterable[int] = (42, 43, 44),
+    *,
+    folder: str | Path | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train freely, and with each hold, from the same weights on the same data.
+
+    Args:
+        config: the run; the classroom's when left out.
+        holds: see `sinkscope.bb.holds`.
+        seeds: repetitions.
+        folder: where runs are kept, one sub-folder each; None keeps nothing.
+        device: as in `train`.
+        progress: as in `train`.
+
+    Returns:
+        all curves, as `dynamics` gives them; the run's name says what was held.
+    """
+    config = config if config is not None else TrainConfig.classroom()
+    runs = []
+    for hold in ((), *((name,) for name in holds)):
+        for seed in seeds:
+            one = config.replace(hold=hold, seed=seed)
+            place = Path(folder) / f"hold-{'-'.join(hold) or 'none'}-{seed}" if folder else None
+            runs.append(train(one, place, device=device, progress=progress))
+    return dynamics(runs, metrics=None)
+
+
+def _read(run: Run | str | Path) -> tuple[TrainConfig, pd.DataFrame]:
+    if isinstance(run, Run):
+        return run.config, run.frame()
+    folder = Path(run)
+    if not (folder / CHECKPOINT).exists():
+        raise ModelError(f"{folder} holds no training run (no {CHECKPOINT}): train one there first")
+    metadata = load_checkpoint(folder / CHECKPOINT).metadata
+    log = Log.read(folder / LOG, until=metadata["step"])
+    return TrainConfig.from_dict(metadata["config"]), log.frame()

@@ -1,0 +1,66 @@
+"""Holding one side of the loop while the other trains: tests of mutual reinforcement.
+
+Guo et al. explain the sink by two processes that feed each other: attention to BOS makes its value
+worth shrinking, and a small value makes BOS a better place for attention. Hold one process at its
+starting point and see whether the other still runs.
+
+`values`: the value vector of BOS stays that of the starting model, in every layer. It cannot drain:
+    does the logit gap still grow?
+`logits`: all attention scores stay those that the starting model computes. No sink can form: does
+    the value still shrink?
+`sink`: non-trigger queries attend wholly to BOS. Does the value shrink at once?
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sinkscope.bb.model import BackcopyTransformer, Tap, recorder
+from sinkscope.bb.task import BigramBackcopy
+from sinkscope.errors import ModelError
+
+HOLDS = ("values", "logits", "sink")
+
+
+class Holds:
+    """Builds, for each batch, the tap that holds what is to be held.
+
+    Args:
+        names: which of `HOLDS`.
+        start: the model whose values and logits are held; it is copied.
+        task: says which queries are triggers.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], start: BackcopyTransformer, task: BigramBackcopy
+    ) -> None:
+        if unknown := set(names) - set(HOLDS):
+            raise ModelError(f"cannot hold {sorted(unknown)}, choose among {HOLDS}")
+        self.names = names
+        self.task = task
+        self.start = copy.deepcopy(start).requires_grad_(False)
+
+    def tap(self, tokens: Int[Tensor, "prompt position"]) -> Tap:
+        """The tap for one batch of inputs."""
+        with torch.no_grad():
+            kept, record = recorder("hook_attn_scores", "hook_v")
+            if "values" in self.names or "logits" in self.names:
+                self.start(tokens, tap=record)
+        idle = ~self.task.is_trigger.to(tokens.device)[tokens][:, None, :, None]
+
+        def hold(name: str, value: Tensor) -> Tensor:
+            if name.endswith("hook_v") and "values" in self.names:
+                return torch.cat([kept[name][:, :1].to(value.dtype), value[:, 1:]], dim=1)
+            if name.endswith("hook_attn_scores") and "logits" in self.names:
+                return kept[name]
+            if name.endswith("hook_pattern") and "sink" in self.names:
+                on_sink = torch.zeros_like(value)
+                on_sink[..., 0] = 1.0
+                return torch.where(idle, on_sink, value)
+            return value
+
+        return hold

@@ -1,0 +1,233 @@
+"""Train a laboratory model and watch the three phenomena while it trains.
+
+A run is a function of its configuration alone: weights come from the seed, batch t from (seed, t).
+A run that was killed and resumed on the same machine ends on the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from sinkscope.bb.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from sinkscope.bb.config import TrainConfig
+from sinkscope.bb.holds import Holds
+from sinkscope.bb.log import Log
+from sinkscope.bb.measurement import Phenomena, measure
+from sinkscope.bb.model import BackcopyTransformer, Tap, no_tap
+from sinkscope.bb.optimizers import make_optimizers
+from sinkscope.bb.source import BigramSource
+from sinkscope.bb.task import Batches, BigramBackcopy, mixed_seed
+from sinkscope.errors import ModelError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CHECKPOINT, LOG = "checkpoint.safetensors", "log.csv"
+MAY_CHANGE = ("steps", "measure_every", "save_every", "snapshots")  # between a run and its resume
+EVALUATION = 2**31  # a seed stream that training never draws from
+
+
+@dataclass
+class Run:
+    """A finished (or resumed and finished) training run."""
+
+    config: TrainConfig
+    task: BigramBackcopy
+    model: BackcopyTransformer
+    log: Log
+
+    def frame(self) -> pd.DataFrame:
+        """The log, tidy: step, metric, layer, head, value."""
+        return self.log.frame()
+
+
+def train(
+    config: TrainConfig | None = None,
+    folder: str | Path | None = None,
+    *,
+    source: BigramSource | None = None,
+    start: BackcopyTransformer | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Run:
+    """Train one model, or go on with the run that `folder` holds.
+
+    Args:
+        config: the run; the paper's one-layer one when left out.
+        folder: where checkpoints and the log go; None keeps nothing on disk.
+        source: the bigram source; the shipped English counts when left out.
+        start: begin from these weights instead of the seed's (and hold *its* values or logits).
+        device: the GPU if there is one, when left out.
+        progress: show a bar with the loss and the three phenomena.
+
+    Returns:
+        the run: its model (in eval mode, fp32), task and log.
+
+    Raises:
+        ModelError: when `folder` holds a run of another configuration or source.
+    """
+    config = config if config is not None else TrainConfig()
+    chosen = device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    trainer = Trainer(config, BigramBackcopy(source, config.triggers, config.bos), start, chosen)
+    if folder is not None:
+        trainer.attach(Path(folder))
+    trainer.run(progress)
+    return Run(trainer.config, trainer.task, trainer.model.eval(), trainer.log)
+
+
+class Trainer:
+    """The moving parts of one run, and the loop."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        task: BigramBackcopy,
+        start: BackcopyTransformer | None,
+        device: str | torch.device,
+    ) -> None:
+        self.config, self.task, self.device = config, task, torch.device(device)
+        if task.vocab != config.model.vocab:
+            config = self.config = config.replace(vocab=task.vocab)
+        self.model = BackcopyTransformer(config.model, seed=config.seed)
+        if start is not None:
+            self.model.load_state_dict(start.state_dict())
+        self.model.to(self.device)
+        self.holds = Holds(config.hold, self.model, task) if config.hold else None
+        self.optimizers = make_optimizers(self.model, config)
+        self.batches = Batches(task, config.batch, config.length + 1, config.seed, self.device)
+        self.evaluation = task.sample(
+            config.measure_prompts, config.length, mixed_seed(EVALUATION, config.seed), "cpu"
+        ).to(self.device)
+        self.log = Log()
+        self.step = 0
+        self.folder: Path | None = None
+        on_gpu = self.device.type == "cuda"
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
+        # A hold's tap is a new closure every batch, which a compiled graph would have to re-trace.
+        wanted = on_gpu if config.compile is None else config.compile
+        compiled = wanted and self.holds is None
+        self.loss = torch.compile(next_token_loss) if compiled else next_token_loss
+
+    def attach(self, folder: Path) -> None:
+        """Use this folder, and go on from the checkpoint in it if there is one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        if not (folder / CHECKPOINT).exists():
+            return
+        saved = load_checkpoint(folder / CHECKPOINT)
+        self._refuse_another_run(saved)
+        self.model.load_state_dict(saved.weights)
+        self.optimizers.load(saved.optimizer)
+        self.step = saved.metadata["step"]
+        self.log = Log.read(folder / LOG, until=self.step)
+
+    def _refuse_another_run(self, saved: Checkpoint) -> None:
+        kept = asdict(TrainConfig.from_dict(saved.metadata["config"]))
+        ours = asdict(self.config)
+        differing = [k for k in ours if k not in MAY_CHANGE and ours[k] != kept[k]]
+        if not torch.equal(saved.source.transition, self.task.source.transition):
+            differing.append("source")
+        if differing:
+            raise ModelError(
+                f"{self.folder} holds a run that differs in {', '.join(differing)}: "
+                f"give another folder, or the same configuration to go on with it"
+            )
+
+    def run(self, progress: bool) -> None:
+        """Measure, save and step until the last step is done."""
+        config = self.config
+        bar = tqdm(
+            total=config.steps, initial=self.step, disable=not progress, unit="step", leave=False
+        )
+        loss: Tensor | None = None
+        with bar:
+            while True:
+                if config.measures_at(self.step) and self.step not in self.log:
+                    bar.set_postfix_str(self._measure(loss))
+                last = self.step >= config.steps
+                if last or self.step % config.save_every == 0 or self.step in config.snapshots:
+                    self._save()
+                if last:
+                    break
+                loss = self._train_step(self.batches[self.step])
+                self.step += 1
+                bar.update()
+
+    def _train_step(self, tokens: Int[Tensor, "prompt position"]) -> Float[Tensor, ""]:
+        self.optimizers.zero_grad()
+        cast = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        with cast:
+            tap = self.holds.tap(tokens[:, :-1]) if self.holds is not None else no_tap
+            loss = self.loss(self.model, tokens, tap)
+        loss.backward()
+        self.optimizers.step()
+        return loss.detach()
+
+    def _measure(self, loss: Tensor | None) -> str:
+        tap = self.holds.tap(self.evaluation) if self.holds is not None else no_tap
+        found = measure(self.model, self.task, self.evaluation, tap)
+        if loss is not None:
+            if not torch.isfinite(loss):
+                raise ModelError(
+                    f"the loss became {loss.item()} at step {self.step}: lower the learning rate"
+                )
+            self.log.add(self.step, "loss", loss.item())
+        self.log.extend(self.step, found)
+        return summary(found, loss)
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        self.log.write(self.folder / LOG)
+        state = Checkpoint(
+            self.model.state_dict(),
+            self.optimizers.tensors(),
+            self.task.source,
+            {"step": self.step, "config": asdict(self.config)},
+        )
+        if self.step in self.config.snapshots:
+            weights_only = dataclasses.replace(state, optimizer={})
+            save_checkpoint(self.folder / f"step-{self.step:06d}.safetensors", weights_only)
+        save_checkpoint(self.folder / CHECKPOINT, state)
+
+
+def next_token_loss(
+    model: BackcopyTransformer, tokens: Int[Tensor, "prompt position"], tap: Tap = no_tap
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of every next token, the one after BOS included [nat]."""
+    logits = model(tokens[:, :-1], tap=tap)
+    return F.cross_entropy(
+        rearrange(logits.float(), "b t v -> (b t) v"), rearrange(tokens[:, 1:], "b t -> (b t)")
+    )
+
+
+def summary(found: Phenomena, loss: Tensor | None) -> str:
+    """One line for the progress bar: loss, sink, drain and peak (the strongest head and layer)."""
+    parts = [
+        f"loss {loss.item():.3f}" if loss is not None else "",
+        f"sink {found.sink_attention.nan_to_num(-1).max():.2f}",
+        f"gap {found.logit_gap.nan_to_num(-99).max():+.1f}",
+        f"drain {found.value_drain.nan_to_num(99).min():.2f}",
+        f"peak {found.residual_peak.max():.1f}",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def load_model(path: str | Path) -> tuple[BackcopyTransformer, BigramBackcopy]:
+    """The model and task of a checkpoint or snapshot file, in fp32 on the CPU."""
+    saved = load_checkpoint(Path(path))
+    config = TrainConfig.from_dict(saved.metadata["config"])
+    model = BackcopyTransformer(config.model)
+    model.load_state_dict({name: value.float() for name, value in saved.weights.items()})
+    return model.eval(), BigramBackcopy(saved.source, config.triggers, config.bos)

@@ -1,0 +1,149 @@
+"""Growth laws, intervals, comparisons and curves: the tables that runs end in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sinkscope.bb import (
+    ModelConfig,
+    TrainConfig,
+    compare,
+    dynamics,
+    fit_growth,
+    growth_laws,
+    reinforcement,
+    summarise,
+    train,
+)
+from sinkscope.bb.intervals import mean_interval, student_quantile
+from sinkscope.errors import ModelError
+
+TINY = TrainConfig(
+    model=ModelConfig(width=8, context=12), batch=4, length=12, steps=6, measure_every=3,
+    measure_prompts=8, save_every=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("freedom", "tabled"), [(1, 12.706), (2, 4.303), (4, 2.776), (30, 2.042)])
+def test_student_quantiles_are_the_tabled_ones(freedom, tabled):
+    assert student_quantile(0.975, freedom) == pytest.approx(tabled, abs=2e-3)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    random = np.random.default_rng(0)
+    samples = random.normal(3.0, 2.0, (2000, 3))
+    covered = [low <= 3.0 <= high for _, low, high in map(mean_interval, samples)]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+    assert np.isnan(mean_interval(np.array([1.0]))[1])
+
+
+@pytest.mark.parametrize(
+    ("law", "curve"), [("log", np.log), ("linear", lambda t: t / 100), ("sqrt", np.sqrt)]
+)
+def test_the_right_law_is_found_with_its_slope(law, curve):
+    steps = np.arange(200, 10_000, 100)
+    noise = np.random.default_rng(1).normal(0, 0.2, len(steps))
+    log = pd.DataFrame(
+        {
+            "step": steps,
+            "metric": "logit_gap",
+            "layer": 0,
+            "head": 0,
+            "value": 2 + 3 * curve(steps) + noise,
+        }
+    )
+    fits, drawn = growth_laws(log)
+    assert fits.iloc[0].law == law
+    true = 3 / 100 if law == "linear" else 3
+    assert fits.iloc[0].slope == pytest.approx(true, rel=0.05)
+    assert fits.iloc[0].slope_low < true < fits.iloc[0].slope_high
+    assert fits.iloc[0].r_squared > 0.98 > fits.iloc[1].r_squared
+    assert set(drawn.columns) == {"metric", "layer", "head", "step", "value", "law"}
+    assert np.abs(drawn.value - (2 + 3 * curve(steps))).max() < 0.3
+
+
+def test_growth_intervals_widen_with_slow_noise():
+    steps = np.arange(200, 10_000, 100)
+    random = np.random.default_rng(2)
+    white = random.normal(0, 1, len(steps))
+    slow = np.repeat(random.normal(0, 1, 10), 10)[: len(steps)]
+    widths = []
+    for noise in (white, slow):
+        fit = fit_growth(steps, np.log(steps) + noise, "log")
+        widths.append(fit.slope_high - fit.slope_low)
+    assert widths[1] > 1.5 * widths[0]
+
+
+def test_compare_trains_each_combination_and_resumes(tmp_path):
+    arguments = dict(
+        attentions=("softmax", "relu"), optimizers=("adamw", "sgd"), seeds=(1, 2), config=TINY,
+        rates={"sgd": 0.1}, folder=tmp_path, device="cpu", progress=False,
+    )  # fmt: skip
+    runs = compare(**arguments)
+    assert len(runs) == 8 and len(list(tmp_path.iterdir())) == 8
+    single = train(
+        TINY.replace(attention="relu", optimizer="sgd", learning_rate=0.1, seed=2),
+        device="cpu",
+        progress=False,
+    ).frame()
+    end = single[single.step == 6].set_index("metric").value
+    row = runs[(runs.attention == "relu") & (runs.optimizer == "sgd") & (runs.seed == 2)].iloc[0]
+    assert row.sink == pytest.approx(end["sink_attention"])
+    assert row.drain == pytest.approx(end["value_drain"])
+    assert row.peak == pytest.approx(end["residual_peak"])
+    halfway = single[(single.step == 3) & (single.metric == "residual_norm")].value.item()
+    assert row.growth == pytest.approx(end["residual_norm"] / halfway)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/log.csv")}
+    pd.testing.assert_frame_equal(compare(**arguments), runs)
+    assert len(kept) == 8
+
+
+def test_summary_decides_only_when_the_interval_does():
+    runs = pd.DataFrame(
+        {
+            "attention": ["softmax"] * 3 + ["relu"] * 3 + ["gated"],
+            "optimizer": "adamw",
+            "sink": [0.9, 0.91, 0.92, 0.1, 0.3, 0.6, 0.8],
+            "drain": [0.1, 0.11, 0.12, 1.0, 1.1, 1.2, 0.2],
+        }
+    )
+    table = summarise(runs, {"sink": (">", 0.3), "drain": ("<", 0.5)})
+    found = table.set_index(["attention", "phenomenon"]).present
+    assert found["softmax", "sink"] == "yes" and found["softmax", "drain"] == "yes"
+    assert found["relu", "sink"] == "unclear" and found["relu", "drain"] == "no"
+    assert found["gated", "sink"] == "yes?"
+    assert table.iloc[0]["mean"] == pytest.approx(0.91)
+    assert table.iloc[0]["low"] == pytest.approx(0.91 - 4.303 * 0.01 / 3**0.5, abs=1e-4)
+
+
+def test_dynamics_reads_runs_from_memory_and_disk_alike(tmp_path):
+    run = train(TINY, tmp_path, device="cpu", progress=False)
+    memory, disk = dynamics(run), dynamics(tmp_path)
+    pd.testing.assert_frame_equal(memory, disk)
+    assert set(memory.metric) == {
+        *("sink_attention", "logit_gap", "value_norm", "residual_norm"),
+        *("backcopy_risk", "bigram_risk"),
+    }
+    assert list(memory.columns) == ["run", "seed", "step", "metric", "layer", "head", "value"]
+    assert sorted(memory.step.unique()) == [0, 1, 2, 3, 5, 6]
+    with pytest.raises(ModelError, match="holds no training run"):
+        dynamics(tmp_path / "absent")
+
+
+def test_reinforcement_names_what_was_held():
+    curves = reinforcement(TINY, holds=("sink",), seeds=(1,), device="cpu", progress=False)
+    assert set(curves.run) == {"1L softmax adamw", "1L softmax adamw, hold sink"}
+    held = curves[(curves.run.str.contains("hold")) & (curves.metric == "sink_attention")]
+    assert (held.value > 0.999).all()
+
+
+def test_curves_can_be_drawn():
+    from sinkscope.plot.training import training_curves
+
+    run = train(TINY, device="cpu", progress=False)
+    figure = training_curves(dynamics(run), about="a tiny run")
+    assert len(figure.data) >= 6
+    assert torch.is_tensor(run.model.head.weight)
