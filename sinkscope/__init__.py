@@ -16,7 +16,21 @@ if TYPE_CHECKING:
     from sinkscope.capture.streaming import streaming as streaming
     from sinkscope.compare import compare as compare
     from sinkscope.errors import SinkscopeError as SinkscopeError
+    from sinkscope.interventions import AblateHeads as AblateHeads
+    from sinkscope.interventions import PositionEmbeddingEdit as PositionEmbeddingEdit
+    from sinkscope.interventions import PositionIdEdit as PositionIdEdit
+    from sinkscope.interventions import RemoveOutput as RemoveOutput
+    from sinkscope.interventions import ReplaceEnd as ReplaceEnd
+    from sinkscope.interventions import ReplaceSoftmax as ReplaceSoftmax
+    from sinkscope.interventions import ReplaceStart as ReplaceStart
+    from sinkscope.interventions import ScaleActivation as ScaleActivation
+    from sinkscope.interventions import ScaleValue as ScaleValue
+    from sinkscope.interventions import SelfOnlyMask as SelfOnlyMask
+    from sinkscope.interventions import SetActivation as SetActivation
+    from sinkscope.interventions import ShiftSinkLogit as ShiftSinkLogit
+    from sinkscope.interventions import ZeroValue as ZeroValue
     from sinkscope.models import load_model as load_model
+    from sinkscope.plot.explorer import explore as explore
     from sinkscope.report import SinkReport as SinkReport
     from sinkscope.report import load_report as load_report
     from sinkscope.scan import scan as scan
@@ -29,7 +43,21 @@ if TYPE_CHECKING:
 _WHERE = {
     "capabilities": "capabilities",
     "compare": "compare",
+    "explore": "plot.explorer",
     "load_model": "models",
+    "AblateHeads": "interventions",
+    "PositionEmbeddingEdit": "interventions",
+    "PositionIdEdit": "interventions",
+    "RemoveOutput": "interventions",
+    "ReplaceEnd": "interventions",
+    "ReplaceSoftmax": "interventions",
+    "ReplaceStart": "interventions",
+    "ScaleActivation": "interventions",
+    "ScaleValue": "interventions",
+    "SelfOnlyMask": "interventions",
+    "SetActivation": "interventions",
+    "ShiftSinkLogit": "interventions",
+    "ZeroValue": "interventions",
     "load_report": "report",
     "random_tokens": "texts",
     "read_token_ids": "texts",

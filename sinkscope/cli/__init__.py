@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from sinkscope.cli import bench, models, scan
+from sinkscope.cli import bb, bench, models, scan
 
 app = typer.Typer(
     name="sinkscope",
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("scan")(scan.scan)
 app.command("bench")(bench.bench)
+app.add_typer(bb.app, name="bb")
 app.add_typer(models.app, name="models")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -80,6 +81,17 @@ def _umask() -> int:
 def print_json(value: Any) -> None:
     """One JSON object on stdout; nan and infinity must be gone by now."""
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The same value with nan and infinity, which JSON has not, as None."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.item() if hasattr(value, "item") else value
 
 
 @contextlib.contextmanager

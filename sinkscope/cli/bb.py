@@ -1,0 +1,171 @@
+"""`sinkscope bb`: the Bigram-Backcopy laboratory, where sinks grow from nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sinkscope.cli import _common as common
+from sinkscope.errors import SinkscopeError
+
+LAWS_FROM = 200
+"""First step that growth laws are fitted to."""
+
+app = typer.Typer(help="Grow an attention sink: train, compare cures, draw the curves.")
+
+Attention = Annotated[str, typer.Option(help="softmax, relu, sigmoid, …: see --help of compare.")]
+Optimizer = Annotated[str, typer.Option(help="adamw, sgd, or muon.")]
+Layers = Annotated[int | None, typer.Option(min=1, help="Blocks.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")]
+Paper = Annotated[
+    bool, typer.Option("--paper", help="The paper's settings (a GPU's work), not the classroom's.")
+]
+
+
+@app.command()
+def train(
+    attention: Attention = "softmax",
+    optimizer: Optimizer = "adamw",
+    layers: Layers = None,
+    steps: Steps = None,
+    seed: common.Seed = 42,
+    paper: Paper = False,
+    device: common.Device = None,
+    out: common.Out = None,
+    json: common.Json = False,
+) -> None:
+    """Train one model and say which of sink, drain and peak it grew.
+
+    With --out the run is kept there; started again with the same settings it goes on where it was.
+    """
+    folder = common.writable_folder(out)
+    with common.quiet_stdout():
+        from sinkscope import bb
+        from sinkscope.bb.comparison import headline
+
+        config = _config(paper, layers, steps).replace(
+            attention=attention, optimizer=optimizer, learning_rate=_rate(paper, optimizer),
+            seed=seed,
+        )  # fmt: skip
+        run = bb.train(config, folder, device=device, progress=common.progress_wanted())
+        found = headline(run.frame())
+    if json:
+        common.print_json(common.finite(found))
+        return
+    _print_rows(
+        [{"figure": name, "value": value} for name, value in found.items()],
+        "what the run ended with",
+    )
+
+
+@app.command()
+def compare(
+    attention: Annotated[
+        str, typer.Option(help="Names with commas between them, or all.")
+    ] = "softmax,relu",
+    optimizer: Annotated[str, typer.Option(help="Names with commas between them.")] = "adamw",
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of each.")] = 3,
+    layers: Layers = 3,
+    steps: Steps = None,
+    paper: Paper = False,
+    device: common.Device = None,
+    out: common.Out = None,
+    json: common.Json = False,
+) -> None:
+    """Which cures remove which phenomenon, over seeds, with intervals."""
+    folder = common.writable_folder(out)
+    with common.quiet_stdout():
+        from sinkscope import bb
+
+        names = list(bb.ATTENTIONS) if attention == "all" else attention.split(",")
+        optimizers = optimizer.split(",")
+        runs = bb.compare(
+            names,
+            optimizers,
+            range(42, 42 + seeds),
+            config=_config(paper, layers, steps),
+            rates={name: _rate(paper, name) for name in optimizers},
+            folder=folder,
+            device=device,
+            progress=common.progress_wanted(),
+        )
+        table = bb.summarise(runs)
+        if folder is not None:
+            common.write_text(folder / "runs.csv", runs.to_csv(index=False))
+            common.write_text(folder / "summary.csv", table.to_csv(index=False))
+    rows = table.to_dict("records")
+    if json:
+        common.print_json(common.finite({"runs": runs.to_dict("records"), "summary": rows}))
+        return
+    _print_rows(rows, f"means over {seeds} seeds, 95 % intervals")
+
+
+@app.command()
+def dynamics(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that `bb train --out` wrote.")],
+    out: common.Out = None,
+    json: common.Json = False,
+) -> None:
+    """The curves of training runs, with the growth laws fitted to them."""
+    folder = common.writable_folder(out)
+    with common.quiet_stdout():
+        import pandas as pd
+
+        from sinkscope import bb, plot
+
+        curves = bb.dynamics(runs)
+        every = bb.dynamics(runs, metrics=None)
+        fits, laws = [], []
+        for (run, seed), log in every.groupby(["run", "seed"], sort=False):
+            if log["step"].max() < 2 * LAWS_FROM:
+                raise SinkscopeError(
+                    f"Run {run} of seed {seed} ends at step {log['step'].max()}; growth laws are "
+                    f"asymptotic and need at least {2 * LAWS_FROM} steps."
+                )
+            fitted, law = bb.growth_laws(log, start=LAWS_FROM)
+            fits.append(fitted.assign(run=run, seed=seed))
+            laws.append(law.assign(run=run))
+        fit = pd.concat(fits, ignore_index=True)
+        if folder is not None:
+            figure = plot.training_curves(
+                curves, about="Bigram-Backcopy", laws=pd.concat(laws, ignore_index=True)
+            )
+            plot.save(figure, folder / "dynamics.html")
+            common.write_text(folder / "curves.csv", curves.to_csv(index=False))
+            common.write_text(folder / "laws.csv", fit.to_csv(index=False))
+    rows = fit.to_dict("records")
+    if json:
+        common.print_json({"laws": common.finite(rows)})
+        return
+    _print_rows(rows, f"laws fitted from step {LAWS_FROM} on, best first")
+
+
+def _config(paper: bool, layers: int | None, steps: int | None) -> Any:
+    from sinkscope.bb import TrainConfig
+
+    config = TrainConfig() if paper else TrainConfig.classroom()
+    changes = {"layers": layers, "steps": steps}
+    return config.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def _rate(paper: bool, optimizer: str) -> float | None:
+    """The learning rate that suits the model's size; None is the optimiser's usual one."""
+    from sinkscope.bb.comparison import classroom_rates
+
+    rates = classroom_rates()
+    if optimizer not in rates:
+        raise SinkscopeError(f"--optimizer {optimizer} is not one of {', '.join(rates)}.")
+    return None if paper else rates[optimizer]
+
+
+def _print_rows(rows: list[dict[str, Any]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*(str(name) for name in rows[0]), title=title)
+    for row in rows:
+        cells = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+        table.add_row(*cells)
+    Console().print(table)
