@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sinkscope.plot.dormancy import sleeping_heads as sleeping_heads
     from sinkscope.plot.export import save as save
     from sinkscope.plot.heads import head_map as head_map
+    from sinkscope.plot.laboratory import cures as cures
+    from sinkscope.plot.laboratory import knockout_risks as knockout_risks
     from sinkscope.plot.layers import attention_by_query as attention_by_query
     from sinkscope.plot.layers import by_layer as by_layer
     from sinkscope.plot.layers import residual_norms as residual_norms
@@ -43,12 +45,14 @@ _WHERE = {
     "attention_pattern": "pattern",
     "before_after": "conditions",
     "bench_ratios": "timing",
+    "cures": "laboratory",
     "by_layer": "layers",
     "by_position": "positions",
     "domain_scatter": "dormancy",
     "head_change": "compare",
     "head_map": "heads",
     "head_scatter": "compare",
+    "knockout_risks": "laboratory",
     "massive_activations": "dims",
     "nonmixture_dims": "dims",
     "peak_trace": "trace",

@@ -80,7 +80,7 @@ def head_change(
 ) -> go.Figure:
     """Layer × head map of what an intervention changed: after less before.
 
-    Where both reports hold the same prompts, the hover has the 95 % interval of the paired
+    Where both reports hold the same tokens, the hover has the 95 % interval of the paired
     difference; a dot marks the heads whose interval leaves out zero.
 
     Args:
@@ -99,7 +99,7 @@ def head_change(
             f"{metric} cannot be compared head by head: {tuple(one.shape)} and "
             f"{tuple(other.shape)} with the dimensions {' '.join(variable.dims)}."
         )
-    paired = one.ndim == 3 and one.shape == other.shape
+    paired = one.ndim == 3 and _same_tokens(before, after)
     if paired:
         change, low, high = (to_numpy(end) for end in bootstrap(other - one))
     else:
@@ -138,6 +138,17 @@ def head_change(
     title = f"{_labels.heading(metric)}: after less before{sure}"
     height = max(380, min(900, 200 + 18 * change.shape[0]))
     return _figure.finish(figure, title, after.settings, theme, height=height)
+
+
+def _same_tokens(one: SinkReport, other: SinkReport) -> bool:
+    """Whether prompts can be paired."""
+    from sinkscope.compare import compare
+
+    try:
+        compare(one, other)
+    except ReportError:
+        return False
+    return True
 
 
 def _per_head(report: SinkReport, metric: str) -> np.ndarray:

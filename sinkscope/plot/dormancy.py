@@ -12,6 +12,7 @@ from sinkscope.plot import _frames as frames
 from sinkscope.plot import _labels as labels
 from sinkscope.plot._figure import finish
 from sinkscope.plot._series import band
+from sinkscope.plot.positions import log_switch
 from sinkscope.plot.theme import SEQUENTIAL, Theme, palette
 
 if TYPE_CHECKING:
@@ -155,14 +156,7 @@ def removal_cost(
         )  # fmt: skip
     figure.update_xaxes(title_text=frames.label_of(metric))
     figure.update_yaxes(title_text="loss change without the head [nat]")
-    buttons = [
-        dict(label=kind, method="relayout", args=[{"yaxis.type": kind}])
-        for kind in ("linear", "log")
-    ]
-    figure.update_layout(
-        updatemenus=[dict(type="buttons", direction="right", x=1, xanchor="right", y=-0.16,
-                          yanchor="top", buttons=buttons, showactive=True)]
-    )  # fmt: skip
+    figure.update_layout(updatemenus=[log_switch(False)])
     title = f"What removing a head costs ({', '.join(correlations)})"
     return finish(figure, title, about, theme, height=520)
 

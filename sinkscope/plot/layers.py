@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels, _series
-from sinkscope.plot.positions import log_switch
+from sinkscope.plot.positions import log_switch, y_scale
 from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def by_layer(
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(
         title_text=_labels.with_unit(axis, variables[0].unit).strip(),
-        type="log" if log else "linear",
+        **y_scale(log),
     )
     figure.update_layout(updatemenus=[log_switch(log)], hovermode="closest")
     names = " and ".join(_labels.words(name) for name in metrics)
@@ -128,7 +128,7 @@ def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) 
     )  # fmt: skip
     figure.add_hline(1, line=dict(color=colours.faint, dash="dot", width=1.5))
     figure.update_xaxes(title_text="layer")
-    figure.update_yaxes(title_text="value drain [ratio]", type="log")
+    figure.update_yaxes(title_text="value drain [ratio]", **y_scale(True))
     figure.update_layout(updatemenus=[log_switch(True)])
     drained = float((heads.mean < 0.5)[np.isfinite(heads.mean)].mean())
     where = " through W<sub>O</sub>" if out else ""

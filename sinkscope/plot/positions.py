@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import plotly.graph_objects as go
 
+from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
+from sinkscope.metrics.positions import uniform_received
 from sinkscope.plot import _figure, _labels, _tokens
 from sinkscope.plot import _series as series
 from sinkscope.plot._scales import LOG_BAR, colour_scale, log_colours, value_range
@@ -84,9 +86,7 @@ def by_position(
         range=[-0.5 - 0.012 * len(figures), len(figures) - 0.5],
     )
     logarithmic = log if log is not None else metric in LOG_METRICS
-    figure.update_yaxes(
-        title_text=_labels.axis_label(variable), type="log" if logarithmic else "linear"
-    )
+    figure.update_yaxes(title_text=_labels.axis_label(variable), **y_scale(logarithmic))
     figure.update_layout(bargap=0, barmode="overlay", updatemenus=[log_switch(logarithmic)])
     note = f" (maxima of {len(shown.x):,} bins)" if shown.thinned else ""
     title = f"{_labels.heading(metric)}: {where}{note}"
@@ -186,21 +186,15 @@ def position_embedding_norms(report: SinkReport, *, theme: Theme = None) -> go.F
 
 
 def uniform_attention(report: SinkReport, layer: int) -> np.ndarray:
-    """What a position of the longest prompt would receive were attention uniform [position].
-
-    Mean over the queries that see key k of one over the number of keys each of them sees.
-    """
-    length, settings = report.sizes["position"], report.settings
-    if not settings.causal:
-        return np.full(length, 1 / length)
-    reach = min(settings.windows[layer] or length, length)
-    sums = np.concatenate([[0], np.cumsum(1 / np.minimum(np.arange(1, length + 1), reach))])
-    last = np.minimum(np.arange(length) + reach, length)
-    return (sums[last] - sums[:length]) / (last - np.arange(length))
+    """What each position would receive were attention uniform, mean over prompts [position]."""
+    settings = report.settings
+    window = settings.windows[layer] if settings.windows else None
+    return _figure.nanmean(to_numpy(uniform_received(report.mask, settings.causal, window)), 0)
 
 
-def log_switch(logarithmic: bool, axis: str = "yaxis") -> dict[str, Any]:
-    """Two buttons that make an axis linear or logarithmic."""
+def log_switch(logarithmic: bool) -> dict[str, Any]:
+    """Two buttons that make y linear or logarithmic."""
+    ticks = {"linear": None, "log": "D2"}  # D2: 1, 2, 5 of each decade
     return dict(
         type="buttons",
         direction="right",
@@ -211,10 +205,15 @@ def log_switch(logarithmic: bool, axis: str = "yaxis") -> dict[str, Any]:
         yanchor="top",
         pad=dict(t=10),
         buttons=[
-            dict(label=kind, method="relayout", args=[{f"{axis}.type": kind}])
-            for kind in ("linear", "log")
+            dict(label=kind, method="relayout", args=[{"yaxis.type": kind, "yaxis.dtick": tick}])
+            for kind, tick in ticks.items()
         ],
     )
+
+
+def y_scale(logarithmic: bool) -> dict[str, str]:
+    """Type and ticks of a y axis that `log_switch` changes."""
+    return dict(type="log", dtick="D2") if logarithmic else dict(type="linear")
 
 
 def _positional(report: SinkReport, metric: str) -> Variable:

@@ -1,4 +1,4 @@
-"""What a measurement costs beside a plain forward pass."""
+"""What a measurement costs beside a bare forward pass."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ if TYPE_CHECKING:
 
 
 def bench_ratios(frame: pd.DataFrame, *, about: labels.About, theme: Theme = None) -> go.Figure:
-    """Bars: time of each way to measure over the plain forward pass of the same batch.
+    """Bars: time of each way to measure over the bare forward pass of the same batch.
 
-    The frame is tidy, one row a run:
+    The frame holds `sinkscope.bench`'s rows:
 
     ============= ===== ==========================================================================
     column        type  meaning
     ============= ===== ==========================================================================
     shape         str   model shape, such as "llama-1b"
-    batch, length int   prompts and positions of the batch
-    way           str   what ran, such as "plain forward", "stock hooks", "streaming, everything"
-    milliseconds  float median time; nan where it ran out of memory
-    ratio         float milliseconds over the plain forward's; nan likewise
-    peak_gib      float peak memory [GiB] (optional)
+    prompts       int   prompts of the batch
+    length        int   positions of a prompt
+    way           str   what ran; "transformers" is the bare model
+    milliseconds  float median time; nan where it did not run
+    ratio         float milliseconds over the bare model's; nan likewise
+    memory        float most memory at once beyond the loaded model [GiB] (optional)
+    note          str   why it did not run (optional)
     ============= ===== ==========================================================================
 
     Args:
@@ -39,13 +41,13 @@ def bench_ratios(frame: pd.DataFrame, *, about: labels.About, theme: Theme = Non
     Raises:
         ReportError: If a column is missing.
     """
-    columns = ("shape", "batch", "length", "way", "milliseconds", "ratio")
+    columns = ("shape", "prompts", "length", "way", "milliseconds", "ratio")
     frames.need(frame, "bench_ratios", *columns)
     colours = palette(theme)
-    memory = "peak_gib" in frame
-    hover = "%{x}<br>%{customdata[0]:,.4~g} ms, %{y:.3~g} × the plain forward pass"
+    memory = "memory" in frame and frame["memory"].notna().any()
+    hover = "%{x}<br>%{customdata[0]:,.4~g} ms, %{y:.3~g} × the bare forward pass"
     hover += "<br>peak memory %{customdata[1]:.3~g} GiB" if memory else ""
-    places = zip(frame["shape"], frame["batch"], frame["length"], strict=True)
+    places = zip(frame["shape"], frame["prompts"], frame["length"], strict=True)
     frame = frame.assign(
         place=[f"{labels.escape(str(shape))}<br>{b} × {length:,}" for shape, b, length in places]
     )
@@ -55,13 +57,13 @@ def bench_ratios(frame: pd.DataFrame, *, about: labels.About, theme: Theme = Non
         figure.add_bar(
             x=rows["place"], y=rows["ratio"], name=name,
             marker_color=colours.series[index % len(colours.series)],
-            text=["out of memory" if r != r else f"{r:.2f}" for r in rows["ratio"]],
+            text=["no time" if r != r else f"{r:.2f}" for r in rows["ratio"]],
             textposition="outside", cliponaxis=False,
-            customdata=rows[["milliseconds", *(["peak_gib"] if memory else [])]].to_numpy(),
+            customdata=rows[["milliseconds", *(["memory"] if memory else [])]].to_numpy(),
             hovertemplate=f"{name}<br>{hover}<extra></extra>",
         )  # fmt: skip
     figure.add_hline(1, line=dict(color=colours.faint, dash="dash", width=1))
-    figure.update_xaxes(title_text="shape, batch × length")
-    figure.update_yaxes(title_text="time over a plain forward pass [ratio]", rangemode="tozero")
+    figure.update_xaxes(title_text="shape, prompts × length")
+    figure.update_yaxes(title_text="time over the bare model's [ratio]", rangemode="tozero")
     figure.update_layout(barmode="group", bargap=0.25)
     return finish(figure, "What measuring costs", about, theme, height=480)

@@ -37,7 +37,7 @@ def peak_trace(
     ======== ===== ===============================================================================
     removed  int   block whose part was removed at the sink; -1 for the untouched model
     part     str   "attention", "ffn" or "both"; "none" for the untouched model
-    mode     str   what took its place: "zero" or "mean"; "none" for the untouched model
+    mode     str   what took its place, such as "zero"; "none" for the untouched model
     layer    int   block after which the figure was read
     metric   str   "sink_residual_norm", "residual_peak", "sink_attention", …
     value    float the figure; several rows of one cell (prompts) are averaged
@@ -100,4 +100,5 @@ def _matrix(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _set_to(mode: str) -> str:
-    return {"mean": "its mean"}.get(mode, mode)
+    names = {"mean": "its mean at the sink", "typical": "its mean at other positions"}
+    return names.get(mode, mode)
