@@ -139,7 +139,20 @@ def dynamics(
     if json:
         common.print_json({"laws": common.finite(rows)})
         return
-    _print_rows(rows, f"laws fitted from step {LAWS_FROM} on, best first")
+    _print_rows(
+        [
+            {
+                "curve": f"{row['metric']}, layer {row['layer']}",
+                "law": row["law"],
+                "slope": row["slope"],
+                "95 %": f"{row['slope_low']:.3g} to {row['slope_high']:.3g}",
+                "R²": row["r_squared"],
+                "run": f"{row['run']}, seed {row['seed']}",
+            }
+            for row in rows
+        ],
+        f"laws fitted from step {LAWS_FROM} on, best first",
+    )
 
 
 def _config(paper: bool, layers: int | None, steps: int | None) -> Any:
