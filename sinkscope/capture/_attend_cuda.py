@@ -30,7 +30,7 @@ FLASH_WIDTH = 256
 def attend_cuda(
     query: Tensor, key: Tensor, value: Tensor, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    """z [prompt query head d_value] and log-sum-exp [prompt head query], without learned sink."""
+    """Return z [prompt query head d_value] and log-sum-exp [prompt head query], no learned sink."""
     n_queries, n_keys = query.shape[2], key.shape[2]
     causal = is_plainly_causal(call, n_queries, n_keys)
     if fused_kernels_take(query, value, call):

@@ -43,11 +43,13 @@ def received_kernel(
     CAPPED: tl.constexpr,
     CHOSEN: tl.constexpr,
     ENTROPY: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Σ_i A_ij for one block of keys; with ENTROPY also −Σ_j A_ij ln A_ij, added up atomically.
 
-    With CHOSEN, only queries whose ``chosen`` is not 0 enter either sum.
+    With CHOSEN, only queries whose ``chosen`` is not 0 enter either sum. KEYS_FIRST, which ENTROPY
+    excludes, lays tiles out as [key query] instead of [query key], see `_walk`.
     """
     first_key = tl.program_id(0) * N
     head = tl.program_id(1)
@@ -79,21 +81,23 @@ def received_kernel(
         clear = tl.where(first_key + N > n_keys, high, clear)
     clear = tl.maximum(low, tl.minimum(clear, tl.cdiv(high, M) * M))
 
-    if ENTROPY:
-        total = tl.zeros([M, N], dtype=tl.float32)
-    else:
+    if KEYS_FIRST:
         total = tl.zeros([N], dtype=tl.float32)
+    else:
+        total = tl.zeros([M, N], dtype=tl.float32)
     total = _walk(
         total, query, query_t, k, keys, lse, chosen, entropy, low, clear, n_queries, n_keys,
         offset, window, scale, cap,
-        D, D_BLOCK, M, CAUSAL, WINDOWED, CAPPED, True, CHOSEN, ENTROPY, PRECISION,
+        D, D_BLOCK, M, CAUSAL, WINDOWED, CAPPED, True, CHOSEN, ENTROPY,
+        KEYS_FIRST, PRECISION,
     )  # fmt: skip
     total = _walk(
         total, query, query_t, k, keys, lse, chosen, entropy, clear, high, n_queries, n_keys,
         offset, window, scale, cap,
-        D, D_BLOCK, M, CAUSAL, WINDOWED, CAPPED, False, CHOSEN, ENTROPY, PRECISION,
+        D, D_BLOCK, M, CAUSAL, WINDOWED, CAPPED, False, CHOSEN, ENTROPY,
+        KEYS_FIRST, PRECISION,
     )  # fmt: skip
-    if ENTROPY:
+    if not KEYS_FIRST:
         total = tl.sum(total, 0)
     tl.store(received + row * n_keys + keys, total, mask=keys < n_keys)
 
@@ -125,12 +129,14 @@ def _walk(
     MASKED: tl.constexpr,
     CHOSEN: tl.constexpr,
     ENTROPY: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add the queries from low up to high to the total of each key.
 
-    Whichever sum is taken in every step lies along the tile's second axis, within a thread's
-    registers; the other one is kept as a tile and taken once at the end.
+    A sum that is taken in every step must lie along a tile's second axis, within the registers of
+    a few threads. The rows' sums of ENTROPY are such; the columns' then stay a tile until the end.
+    With KEYS_FIRST the columns' are, which saves the registers of that tile.
     """
     dims = tl.arange(0, D_BLOCK)
     for first in tl.range(low, high, M):
@@ -143,25 +149,27 @@ def _walk(
             counts = tl.load(chosen + queries, mask=real, other=0) != 0
             sums = tl.where(counts, sums, float("inf"))
         stands = queries + offset
-        if ENTROPY:
-            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            logs = log2_pattern(
-                products, sums[:, None], stands[:, None], keys[None, :], window, scale, cap,
-                CAUSAL, WINDOWED, CAPPED, MASKED,
-            )  # fmt: skip
-            if MASKED:
-                logs = tl.where(keys[None, :] < n_keys, logs, float("-inf"))
-            # exp2(-200) is 0 in float32, and 0 · (-200) is 0 where 0 · (-inf) would be nan.
-            logs = tl.maximum(logs, -200.0)
-            pattern = tl.exp2(logs)
-            total += pattern
-            rows = tl.sum(pattern * logs, 1) * -LN_2
-            tl.atomic_add(entropy + queries, rows, mask=real, sem="relaxed")
-        else:
+        if KEYS_FIRST:
             products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             logs = log2_pattern(
                 products, sums[None, :], stands[None, :], keys[:, None], window, scale, cap,
                 CAUSAL, WINDOWED, CAPPED, MASKED,
             )  # fmt: skip
             total += tl.sum(tl.exp2(logs), 1)
+        else:
+            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            logs = log2_pattern(
+                products, sums[:, None], stands[:, None], keys[None, :], window, scale, cap,
+                CAUSAL, WINDOWED, CAPPED, MASKED,
+            )  # fmt: skip
+            if ENTROPY:
+                if MASKED:
+                    logs = tl.where(keys[None, :] < n_keys, logs, float("-inf"))
+                # exp2(-200) is 0 in float32, and 0 · (-200) is 0 where 0 · (-inf) would be nan.
+                logs = tl.maximum(logs, -200.0)
+            pattern = tl.exp2(logs)
+            total += pattern
+            if ENTROPY:
+                rows = tl.sum(pattern * logs, 1) * -LN_2
+                tl.atomic_add(entropy + queries, rows, mask=real, sem="relaxed")
     return total
