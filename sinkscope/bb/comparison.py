@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from sinkscope.bb.config import TrainConfig
@@ -78,7 +79,9 @@ def classroom_rates() -> dict[str, float]:
 
 
 def headline(log: pd.DataFrame) -> dict[str, int | float]:
-    """A run's end in a few numbers.
+    """A run's end in a few numbers: medians over its last three measurements.
+
+    A single measurement may fall into one of the loss spikes that AdamW has now and then.
 
     Returns:
         sink, sink_layer: the largest `sink_attention` of any head, and where it is; sink_share,
@@ -88,11 +91,12 @@ def headline(log: pd.DataFrame) -> dict[str, int | float]:
         halfway (Adam's peaks keep growing, which tells them from a constant offset);
         backcopy_excess, bigram_excess [nat]; step.
     """
-    steps = log["step"].unique()
-    end = int(steps.max())
-    halfway = int(steps[abs(steps - end / 2).argmin()])
-    values = log.set_index(["step", "metric", "layer", "head"])["value"]
-    now = values.loc[end]
+    steps = np.sort(log["step"].unique())
+    end = int(steps[-1])
+    halfway = steps[np.abs(steps - end / 2).argmin()]
+    place = ["metric", "layer", "head"]
+    now = log[log["step"].isin(steps[-3:])].groupby(place)["value"].median()
+    before = log[log["step"] == halfway].set_index(place)["value"]
     sink = now["sink_attention"].idxmax()
     drain, peak = now["value_drain"].idxmin(), now["residual_peak"].idxmax()
     return {
@@ -106,7 +110,7 @@ def headline(log: pd.DataFrame) -> dict[str, int | float]:
         "drain_layer": int(drain[0]),
         "peak": float(now["residual_peak"][peak]),
         "peak_layer": int(peak[0]),
-        "growth": float(now["residual_norm"][peak] / values.loc[halfway]["residual_norm"][peak]),
+        "growth": float(now["residual_norm"][peak] / before["residual_norm"][peak]),
         "backcopy_excess": float(now["backcopy_excess"].iloc[0]),
         "bigram_excess": float(now["bigram_excess"].iloc[0]),
     }

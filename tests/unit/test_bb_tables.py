@@ -89,7 +89,10 @@ def test_compare_trains_each_combination_and_resumes(tmp_path):
         device="cpu",
         progress=False,
     ).frame()
-    end = single[single.step == 6].set_index("metric").value
+    last = single[single.step.isin((3, 5, 6))]
+    end = {
+        metric: sorted(rows.value)[1] for metric, rows in last.groupby("metric") if len(rows) == 3
+    }
     row = runs[(runs.attention == "relu") & (runs.optimizer == "sgd") & (runs.seed == 2)].iloc[0]
     assert row.sink == pytest.approx(end["sink_attention"])
     assert row.drain == pytest.approx(end["value_drain"])

@@ -60,8 +60,7 @@ def reached(folder: Path) -> int:
 def test_killed_and_resumed_ends_on_the_same_bits(tmp_path, optimizer):
     config = TINY.replace(optimizer=optimizer, steps=400, learning_rate=3e-3)
     straight = train(config, device="cpu", progress=False)
-    kills = 0
-    for goal in (20, 150, 270):
+    for goal in (20, 200):
         process = start_training(config, tmp_path)
         deadline = time.monotonic() + 120
         while reached(tmp_path) < goal and process.poll() is None and time.monotonic() < deadline:
@@ -69,15 +68,10 @@ def test_killed_and_resumed_ends_on_the_same_bits(tmp_path, optimizer):
         assert process.poll() is None, "the run ended before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kills += 1
         assert goal <= reached(tmp_path) < 400
     resumed = train(config, tmp_path, device="cpu", progress=False)
-    assert kills == 3
     assert torch.equal(weights(resumed.model), weights(straight.model))
-    assert resumed.log.rows == [
-        row if isinstance(row["value"], int) else {**row, "value": float(row["value"])}
-        for row in straight.log.rows
-    ]
+    assert resumed.log.rows == straight.log.rows
 
 
 def test_a_run_is_a_function_of_its_configuration(tmp_path):
