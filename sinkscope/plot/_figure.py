@@ -49,14 +49,16 @@ def finish(
         title=dict(text=title, subtitle=dict(text=labels.about_line(about))),
         height=height,
     )
-    return figure.update_layout(
-        margin_t=_ROOM + 24 * _has_legend(figure) + 16 * _has_panels(figure)
-    )
+    legend, panels = _has_legend(figure), _has_panels(figure)
+    if legend and panels:  # panels have titles where the legend would be
+        figure.update_layout(legend=dict(yref="container", y=0.01), margin_b=96)
+    return figure.update_layout(margin_t=_ROOM + (22 if panels else 24 if legend else 0))
 
 
 def _has_legend(figure: go.Figure) -> bool:
-    """Whether Plotly draws a legend, which stands between the title and the plot."""
-    return sum(trace.showlegend is not False for trace in figure.data) > 1
+    """Whether Plotly draws a legend."""
+    lines = [trace for trace in figure.data if trace.type in ("scatter", "bar")]
+    return len(lines) > 1 and any(trace.showlegend is not False for trace in lines)
 
 
 def _has_panels(figure: go.Figure) -> bool:

@@ -12,8 +12,6 @@ from sinkscope.plot.theme import SEQUENTIAL, Palette
 Scale = list[list[Any]]
 """A Plotly colour scale: pairs of a share of the range and a colour."""
 
-_GREY = ("#8c9299", "#c3c7cc")  # below a threshold: seen on white and on black
-
 
 def value_range(figures: np.ndarray, unit: str | None) -> tuple[float, float]:
     """Ends of a colour scale: 0 to 1 for shares, about zero for signed figures, else the data's."""
@@ -54,12 +52,12 @@ def colour_scale(low: float, colours: Palette) -> Scale:
     return plotly.colors.get_colorscale(SEQUENTIAL)
 
 
-def greyed(scale: Scale, cut: float) -> Scale:
+def greyed(scale: Scale, cut: float, colours: Palette) -> Scale:
     """A colour scale that is grey up to a share of its range."""
     if cut <= 0:
         return scale
     cut = min(cut, 1.0)
-    grey = [[0.0, _GREY[0]], [cut, _GREY[1]]]
+    grey = [[0.0, colours.muted[0]], [cut, colours.muted[1]]]
     if cut == 1:
         return grey
     points = np.linspace(cut, 1, 16).tolist()

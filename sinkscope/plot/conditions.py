@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -10,8 +11,9 @@ from plotly.subplots import make_subplots
 
 from sinkscope.plot import _frames as frames
 from sinkscope.plot import _labels as labels
-from sinkscope.plot._figure import finish
+from sinkscope.plot._figure import finish, tick
 from sinkscope.plot._series import band, thin
+from sinkscope.plot.positions import y_scale
 from sinkscope.plot.theme import Palette, Theme, palette
 
 if TYPE_CHECKING:
@@ -88,11 +90,13 @@ def before_after(
             place = dict(row=index // columns + 1, col=index % columns + 1)
             draw(figure, rows[rows["condition"] == condition], metric, marked, place, colours)
         figure.update_xaxes(title_text=by, row=lines)
+        if by == "layer":
+            figure.update_xaxes(dtick=tick(rows["layer"].nunique()))
         figure.update_yaxes(title_text=frames.label_of(metric), col=1)
         figure.update_annotations(font_size=13)
         height = 170 + 250 * lines
     if log if log is not None else metric in LOG_METRICS:
-        figure.update_yaxes(type="log", dtick=1)
+        figure.update_yaxes(**y_scale(True))
     return finish(figure, f"{labels.heading(metric)} by condition", about, theme, height=height)
 
 
@@ -124,9 +128,10 @@ def _positions(
     for position in marked:
         at = table[table["position"] == position]["value"]
         if len(at):
-            figure.add_annotation(
-                x=position, y=at.max(), text=f"<b>{position}</b>", showarrow=False, yshift=12,
-                font_color=colours.sink, **place,
+            figure.add_scatter(
+                x=[position], y=[at.max()], mode="text", text=f"<b>{position}</b>",
+                textposition="top center", textfont_color=colours.sink, showlegend=False,
+                hoverinfo="skip", **place,
             )  # fmt: skip
 
 
@@ -161,7 +166,7 @@ def _conditions(rows: pd.DataFrame, metric: str, colours: Palette) -> go.Figure:
     """One line a sequence through the conditions, and their mean."""
     order = list(dict.fromkeys(rows["condition"]))
     table = rows.pivot_table(index="prompt", columns="condition", values="value")[order]
-    names = [labels.escape(str(c)) for c in order]
+    names = ["<br>".join(textwrap.wrap(labels.escape(str(c)), 20)) for c in order]
     hover = f"%{{x}}<br>{frames.label_of(metric)}: %{{y:.4~g}}<extra></extra>"
     figure = go.Figure()
     for prompt, values in table.iterrows():

@@ -49,6 +49,7 @@ def perplexity_by_window(
     extras = [name for name in ("tokens_per_second", "kv_megabytes") if name in frame]
     lines = [f"<br>{labels.words(n)}: %{{customdata[{i}]:,.4~g}}" for i, n in enumerate(extras)]
     windowed = frame[frame["window"] > 0]
+    windows = sorted(windowed["window"].unique().tolist())
     for index, (kept, rows) in enumerate(windowed.groupby("kept", sort=False)):
         name = labels.escape(str(kept))
         rows = rows.sort_values("window")
@@ -61,17 +62,17 @@ def perplexity_by_window(
             "<extra></extra>",
         )  # fmt: skip
     for _, row in frame[frame["window"] < 0].iterrows():
-        figure.add_hline(
-            row["perplexity"], line=dict(color=colours.faint, dash="dash", width=1.5),
-            annotation_text=f"{labels.escape(str(row['kept']))}: {row['perplexity']:,.3g}",
-            annotation_position="bottom right",
+        name = labels.escape(str(row["kept"]))
+        figure.add_scatter(
+            x=windows, y=[row["perplexity"]] * len(windows), mode="lines", name=name,
+            line=dict(color=colours.faint, dash="dash"),
+            hovertemplate=f"{name}<br>perplexity: %{{y:,.4~g}}<extra></extra>",
         )  # fmt: skip
-    windows = sorted(windowed["window"].unique().tolist())
     figure.update_xaxes(
         title_text="window [positions]", type="log", tickvals=windows,
         ticktext=[f"{window:,}" for window in windows],
     )  # fmt: skip
-    figure.update_yaxes(title_text="perplexity", type="log")
+    figure.update_yaxes(title_text="perplexity", type="log", dtick="D2")
     return finish(figure, "Perplexity of a long text through a window", about, theme, height=480)
 
 

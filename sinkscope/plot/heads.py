@@ -149,7 +149,7 @@ def _step(
     share = (figures > threshold)[defined].mean() if defined.any() else 0.0
     title = f"{name}: {share:.0%} of {int(defined.sum())} {kind} above {threshold:g}"
     cut = (threshold - heatmap.zmin) / (heatmap.zmax - heatmap.zmin)
-    return {"colorscale": [greyed(scale, cut)]}, {"title.text": title}
+    return {"colorscale": [greyed(scale, cut, colours)]}, {"title.text": title}
 
 
 def _slider(

@@ -65,7 +65,7 @@ def by_layer(
             along="layer",
         )
     axis = axis or (_labels.words(metrics[0]) if len(metrics) == 1 else "")
-    figure.update_xaxes(title_text="layer")
+    figure.update_xaxes(title_text="layer", dtick=_figure.tick(report.sizes["layer"]))
     figure.update_yaxes(
         title_text=_labels.with_unit(axis, variables[0].unit).strip(),
         **y_scale(log),
@@ -127,7 +127,7 @@ def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) 
         colour=colours.sink, label="value drain [ratio]", along="layer",
     )  # fmt: skip
     figure.add_hline(1, line=dict(color=colours.faint, dash="dot", width=1.5))
-    figure.update_xaxes(title_text="layer")
+    figure.update_xaxes(title_text="layer", dtick=_figure.tick(report.sizes["layer"]))
     figure.update_yaxes(title_text="value drain [ratio]", **y_scale(True))
     figure.update_layout(updatemenus=[log_switch(True)])
     drained = float((heads.mean < 0.5)[np.isfinite(heads.mean)].mean())
@@ -160,7 +160,7 @@ def attention_by_query(
         chosen = range(figures.shape[1]) if heads is None else [heads]
         lines = {f"layer {layer}, head {h}": figures[layer, h] for h in chosen}
         where = f"layer {layer}" + ("" if heads is None else f", head {heads}")
-    scale = _series.graded(len(lines))
+    scale = _series.graded(len(lines), palette(theme))
     figure = go.Figure()
     for (name, line), colour in zip(lines.items(), scale, strict=True):
         figure.add_scatter(
@@ -170,7 +170,7 @@ def attention_by_query(
             "%{y:.3~g}<extra></extra>",
         )  # fmt: skip
     if len(lines) > 8:
-        _key(figure, "layer" if layer is None else "head", len(lines))
+        _key(figure, "layer" if layer is None else "head", scale)
     figure.update_xaxes(
         title_text="query position, lower edge of the bucket", type="log", tickvals=buckets
     )
@@ -179,12 +179,12 @@ def attention_by_query(
     return _figure.finish(figure, title, report.settings, theme)
 
 
-def _key(figure: go.Figure, what: str, size: int) -> None:
+def _key(figure: go.Figure, what: str, scale: list[str]) -> None:
     """A colour bar in place of a legend of many lines."""
     figure.add_scatter(
         x=[None], y=[None], mode="markers", showlegend=False, hoverinfo="skip",
         marker=dict(
-            color=[0], cmin=0, cmax=size - 1, colorscale=_series.graded(32),
+            color=[0], cmin=0, cmax=len(scale) - 1, colorscale=scale,
             colorbar=dict(title=dict(text=what, side="right")), showscale=True,
         ),
     )  # fmt: skip

@@ -37,6 +37,8 @@ class Palette:
         ink: text.
         faint: secondary text and axes.
         grid: grid lines.
+        button: text of buttons.
+        muted: what lies below a threshold, from lowest to highest.
         sink: the sink, in every figure.
         other: the positions that are not the sink, in every figure.
         series: further lines, in order; the sink and the others come first.
@@ -47,6 +49,8 @@ class Palette:
     ink: str
     faint: str
     grid: str
+    button: str
+    muted: tuple[str, str]
     sink: str
     other: str
     series: tuple[str, ...]
@@ -58,6 +62,8 @@ LIGHT = Palette(
     ink="#1b1f24",
     faint="#57606a",
     grid="#e4e7eb",
+    button="#1b1f24",
+    muted=("#b3b8be", "#d5d8dc"),
     sink="#d55e00",
     other="#0072b2",
     series=("#d55e00", "#0072b2", "#009e73", "#b5508a", "#7a6a00", "#3d8fc4", "#8a4b08", "#4b4f56"),
@@ -70,6 +76,8 @@ DARK = Palette(
     ink="#e6e9ed",
     faint="#9aa4af",
     grid="#2b313a",
+    button="#77828e",
+    muted=("#262b32", "#49515c"),
     sink="#ff9d4d",
     other="#5cb3ec",
     series=("#ff9d4d", "#5cb3ec", "#3fc79a", "#e796c2", "#e8d95a", "#9fd0f2", "#d6a06a", "#b8bec6"),
@@ -155,6 +163,14 @@ def _template(colours: Palette) -> go.layout.Template:
             modebar=dict(
                 remove=list(HIDDEN_BUTTONS), bgcolor="rgba(0,0,0,0)",
                 color=colours.faint, activecolor=colours.ink,
+            ),
+            # Plotly paints the pressed button nearly white: its text has to be seen on that too.
+            updatemenudefaults=dict(
+                bgcolor=colours.paper, bordercolor=colours.grid, font=dict(color=colours.button)
+            ),
+            sliderdefaults=dict(
+                bgcolor=colours.faint, bordercolor=colours.grid, activebgcolor=colours.ink,
+                tickcolor=colours.faint, ticklen=4, minorticklen=0, font=dict(size=12),
             ),
             margin=dict(l=64, r=24, t=76, b=56),
         ),

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+BARE = "transformers"
+
+
 def bench_ratios(frame: pd.DataFrame, *, about: labels.About, theme: Theme = None) -> go.Figure:
     """Bars: time of each way to measure over the bare forward pass of the same batch.
 
@@ -55,9 +58,9 @@ def bench_ratios(frame: pd.DataFrame, *, about: labels.About, theme: Theme = Non
     for index, (way, rows) in enumerate(frame.groupby("way", sort=False)):
         name = labels.escape(str(way))
         figure.add_bar(
-            x=rows["place"], y=rows["ratio"], name=name,
-            marker_color=colours.series[index % len(colours.series)],
-            text=["no time" if r != r else f"{r:.2f}" for r in rows["ratio"]],
+            x=rows["place"], y=rows["ratio"].fillna(0), name=name,
+            marker_color=colours.faint if way == BARE else colours.series[index % 8],
+            text=["did not run" if r != r else f"{r:.2f}" for r in rows["ratio"]],
             textposition="outside", cliponaxis=False,
             customdata=rows[["milliseconds", *(["memory"] if memory else [])]].to_numpy(),
             hovertemplate=f"{name}<br>{hover}<extra></extra>",

@@ -11,7 +11,8 @@ from plotly.subplots import make_subplots
 from sinkscope.plot import _frames as frames
 from sinkscope.plot import _labels as labels
 from sinkscope.plot._figure import finish, tick
-from sinkscope.plot.theme import Theme
+from sinkscope.plot._scales import colour_scale
+from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,8 +88,11 @@ def peak_trace(
     figure.update_xaxes(title_text="read after block", showgrid=False)
     figure.update_yaxes(autorange="reversed", dtick=tick(rows_drawn), showgrid=False)
     figure.update_yaxes(title_text="removed block", col=1)
-    ends = dict(cmin=0, cmax=1) if relative else {}
-    figure.update_layout(coloraxis=dict(colorbar_title=dict(text=label, side="right"), **ends))
+    # 1 is "nothing lost", the colour of the page; what is lost is blue, what grows is orange.
+    scale = dict(cmin=0, cmid=1, cmax=2, colorscale=colour_scale(-1, palette(theme)))
+    figure.update_layout(
+        coloraxis=dict(colorbar_title=dict(text=label, side="right"), **(scale if relative else {}))
+    )
     title = f"{labels.heading(metric)} without one block's part, set to {_set_to(mode)}"
     height = max(380, min(900, 210 + 16 * rows_drawn))
     return finish(figure, title, about, theme, height=height)

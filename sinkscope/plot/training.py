@@ -17,6 +17,7 @@ from sinkscope.plot.theme import Palette, Theme, faded, palette
 if TYPE_CHECKING:
     import pandas as pd
 
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 LOG_METRICS = ("backcopy_risk", "bigram_excess", "backcopy_excess")
 
 
@@ -80,9 +81,8 @@ def training_curves(
         if metric in LOG_METRICS:
             figure.update_yaxes(type="log", **place)
     figure.update_annotations(font_size=13)
-    figure.update_xaxes(type="log" if log_steps else "linear")
+    figure.update_xaxes(**(dict(type="log", dtick=1) if log_steps else dict(type="linear")))
     figure.update_xaxes(title_text="training step", row=lines)
-    figure.update_layout(legend=dict(y=-0.12, yanchor="top", x=0, xanchor="left"))
     return finish(figure, "Over training", about, theme, height=180 + 240 * lines)
 
 
@@ -99,26 +99,42 @@ def _curves(
     place: dict[str, int],
     colours: Palette,
 ) -> None:
-    lines = rows.groupby(["run", "layer", "head"], sort=False)
-    for index, ((run, layer, head), line) in enumerate(lines):
-        colour = colours.series[index % len(colours.series)]
+    """One colour a run; of a single run, one colour a head, and of several, one dash a head."""
+    runs = list(dict.fromkeys(rows["run"]))
+    heads = list(dict.fromkeys(zip(rows["layer"], rows["head"], strict=True)))
+    for (run, layer, head), line in rows.groupby(["run", "layer", "head"], sort=False):
+        one = heads.index((layer, head))
+        several = len(runs) > 1
+        colour = colours.series[(runs.index(run) if several else one) % len(colours.series)]
         name = _name(run, layer, head) or labels.words(metric)
+        entry = _name(run, -1, -1) if several else _name(run, layer, head)
         label = frames.label_of(metric)
-        seeds = line["seed"].nunique()
-        if seeds > 1:
-            for seed, one in line.groupby("seed"):
-                figure.add_scatter(
-                    x=one["step"], y=one["value"], mode="lines", showlegend=False, legendgroup=name,
-                    line=dict(width=1, color=faded(colour, 0.4)),
-                    hovertemplate=f"{name}, seed {seed}, step %{{x}}<br>{label}: %{{y:.4~g}}"
-                    "<extra></extra>",
-                    **place,
-                )  # fmt: skip
+        if line["seed"].nunique() > 1:
+            _seeds(figure, line, f"{name}, seed", label, faded(colour, 0.4), place)
         curve = frames.over_prompts(line.assign(prompt=line["seed"]), "step")
-        shown = _name(run, layer, head) != "" and not _drawn(figure, name)
         band(
             figure, curve["step"], (curve["mean"], curve["low"], curve["high"]), name=name,
-            colour=colour, label=label, along="step", showlegend=shown, **place,
+            entry=entry, colour=colour, label=label, along="step",
+            dash=_DASHES[one % len(_DASHES)] if several else None,
+            showlegend=entry != "" and not _drawn(figure, entry), **place,
+        )  # fmt: skip
+
+
+def _seeds(
+    figure: go.Figure,
+    line: pd.DataFrame,
+    name: str,
+    label: str,
+    colour: str,
+    place: dict[str, int],
+) -> None:
+    """Each seed faint behind the mean."""
+    for seed, own in line.groupby("seed"):
+        figure.add_scatter(
+            x=own["step"], y=own["value"], mode="lines", showlegend=False,
+            line=dict(width=1, color=colour),
+            hovertemplate=f"{name} {seed}, step %{{x}}<br>{label}: %{{y:.4~g}}<extra></extra>",
+            **place,
         )  # fmt: skip
 
 

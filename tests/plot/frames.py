@@ -1,0 +1,146 @@
+"""Tidy frames of the shape that the experiments hand to figures; plausible, not measured."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+
+ABOUT = "synthetic · T = 300 · BOS: auto (<s>) · ε = 0.3"
+
+
+def conditions(prompts: int = 4, layers: int = 3, positions: int = 12) -> pd.DataFrame:
+    """Position 0 is the sink; position 7 is another one in the conditions that say so."""
+    rng = np.random.default_rng(0)
+    rows = []
+    names = ("special start, 7 unchanged", "special start, 7 designated", "random start <x>")
+    for name, p, layer, position in itertools.product(
+        names, range(prompts), range(layers), range(positions)
+    ):
+        value = 0.6 if position == 0 else 0.5 if position == 7 and "designated" in name else 0.02
+        value += 0.01 * rng.random()
+        rows.append((name, p, layer, position, "received_attention", value))
+        rows.append((name, p, layer, position, "residual_norm", 100 * value + layer))
+    for name, p in itertools.product(names, range(prompts)):
+        rows.append((name, p, -1, -1, "loss", 2 + 0.1 * p + 0.05 * names.index(name)))
+    return pd.DataFrame(
+        rows, columns=["condition", "prompt", "layer", "position", "metric", "value"]
+    )
+
+
+def trace(blocks: int = 4, prompts: int = 2) -> pd.DataFrame:
+    """Only the FFN of block 1 writes the peak: without it a tenth is left from layer 1 on."""
+    rows = [
+        (-1, "none", "none", p, layer, "sink_residual_norm", 100.0 + p)
+        for p, layer in itertools.product(range(prompts), range(blocks))
+    ]
+    for removed, part, mode, p, layer in itertools.product(
+        range(blocks), ("attention", "ffn"), ("zero", "mean"), range(prompts), range(blocks)
+    ):
+        gone = (removed, part, mode) == (1, "ffn", "zero") and layer >= 1
+        value = (100.0 + p) * (0.1 if gone else 1.0)
+        rows.append((removed, part, mode, p, layer, "sink_residual_norm", value))
+    columns = ["removed", "part", "mode", "prompt", "layer", "metric", "value"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def domains(layers: int = 3, heads: int = 4) -> pd.DataFrame:
+    """Head 1.2 sleeps on prose and works on code."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for layer, head in itertools.product(range(layers), range(heads)):
+        usual = rng.random()
+        for domain in ("prose", "code"):
+            special = (layer, head) == (1, 2)
+            value = (0.9 if domain == "prose" else 0.1) if special else usual
+            cost = 0.3 * (1 - value) + 0.01
+            rows.append(
+                (layer, head, domain, value, value - 0.02, value + 0.02, special)
+                + (cost, cost - 0.01, cost + 0.01)
+            )
+    columns = ["layer", "head", "domain", "sink_attention", "sink_attention_low"]
+    columns += ["sink_attention_high", "differs", "loss_change", "loss_change_low"]
+    return pd.DataFrame(rows, columns=[*columns, "loss_change_high"])
+
+
+def sleep() -> pd.DataFrame:
+    """Loss rises with the share removed: slowly with a score, fast at random."""
+    rows = [
+        (score, share, 2.0 + slope * share**2 + 0.01 * p, p)
+        for score, slope in (("AHON-LN", 1.0), ("random", 20.0))
+        for share in (0.0, 0.05, 0.1, 0.2)
+        for p in range(3)
+    ]
+    return pd.DataFrame(rows, columns=["score", "share_removed", "loss", "prompt"])
+
+
+def training() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Two runs of two seeds, and a law fitted to one of them."""
+    steps = [0, 10, 100, 1000]
+    rows = [
+        (run, seed, step, metric, layer, head, factor * np.log1p(step) * scale + 0.01 * seed)
+        for run, scale in (("softmax", 1.0), ("relu", 0.1))
+        for seed in (42, 43)
+        for step in steps
+        for metric, layer, head, factor in (
+            ("sink_attention", 0, 0, 0.1),
+            ("logit_gap", 0, 0, 2.0),
+            ("backcopy_risk", -1, -1, 0.5),
+        )
+    ]
+    columns = ["run", "seed", "step", "metric", "layer", "head", "value"]
+    law = pd.DataFrame(
+        {"metric": "logit_gap", "step": steps, "value": [0.0, 4.6, 9.2, 13.8], "law": "a + b ln t"}
+    )
+    return pd.DataFrame(rows, columns=columns), law
+
+
+def windows() -> pd.DataFrame:
+    """No sinks: far worse; the model that sees everything as a level."""
+    rows = [
+        (f"{n} sinks", window, 900.0 if n == 0 else 10.0 + 100 / window, 50.0 * window)
+        for n in (0, 4)
+        for window in (256, 512, 1024)
+    ]
+    rows.append(("everything", -1, 9.5, 1e6))
+    return pd.DataFrame(rows, columns=["kept", "window", "perplexity", "kv_megabytes"])
+
+
+def timings() -> pd.DataFrame:
+    """The stock hooks ran out of memory on the long batch."""
+    rows = [
+        ("llama-1b", 100, 64, "transformers", 50.0, 1.0),
+        ("llama-1b", 100, 64, "stock core", 150.0, 3.0),
+        ("llama-1b", 100, 64, "core", 60.0, 1.2),
+        ("llama-1b", 1, 8192, "transformers", 100.0, 1.0),
+        ("llama-1b", 1, 8192, "stock core", np.nan, np.nan),
+        ("llama-1b", 1, 8192, "core", 105.0, 1.05),
+    ]
+    columns = ["shape", "prompts", "length", "way", "milliseconds", "ratio"]
+    return pd.DataFrame(rows, columns=columns).assign(memory=1.5)
+
+
+def cured() -> pd.DataFrame:
+    """ReLU cures the sink; the peak is unclear with SGD."""
+    rows = [
+        ("softmax", "adamw", "sink", 0.81, 0.78, 0.84, "yes"),
+        ("softmax", "adamw", "peak", 5.0, 3.0, 7.0, "yes"),
+        ("softmax", "sgd", "sink", 0.7, 0.6, 0.8, "yes"),
+        ("softmax", "sgd", "peak", 1.5, 0.9, 2.1, "unclear"),
+        ("relu", "adamw", "sink", 0.01, 0.0, 0.02, "no"),
+        ("relu", "adamw", "peak", 1.1, np.nan, np.nan, "no?"),
+    ]
+    columns = ["attention", "optimizer", "phenomenon", "mean", "low", "high", "present"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def knocked_out() -> pd.DataFrame:
+    """The head carries the backcopy, the feed-forward network the bigram."""
+    rows = [
+        ("none", -1, -1, 0.0, 0.0),
+        ("zero attention", 0, 0, 7.7, 0.0),
+        ("zero feed-forward", 0, -1, 3.2, 2.0),
+    ]
+    columns = ["intervention", "layer", "head", "backcopy_excess", "bigram_excess"]
+    return pd.DataFrame(rows, columns=columns)
