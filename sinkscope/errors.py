@@ -11,7 +11,7 @@ class SinkscopeError(Exception):
 
 
 class ModelError(SinkscopeError):
-    """A model that cannot be found, read, or trusted (missing package, truncated file, NaN weights)."""
+    """A model that cannot be found, read, or trusted: no package, a truncated file, NaN weights."""
 
 
 class UnsupportedError(SinkscopeError):
