@@ -116,7 +116,7 @@ def shortcut_for(bridge: Any, component: nn.Module | None) -> Shortcut | None:
         return None
     kind = type(component)
     if kind in _PROJECTIONS:
-        return Shortcut(component, [], lambda: component._suppress_next_hook_in)
+        return _projection(bridge, component)
     if kind in _NORMS and runs_natively(component):
         return _norm(bridge, component)
     if kind in _MLPS:
@@ -132,6 +132,12 @@ _PROJECTIONS = (components.LinearBridge, components.Conv1DBridge)
 _NORMS = (components.NormalizationBridge, components.RMSNormalizationBridge)
 _MLPS = (components.MLPBridge, components.GatedMLPBridge)
 _BLOCKS = (block.BlockBridge, block.ParallelBlockBridge, block.DelegatedAttentionBlockBridge)
+
+
+def _projection(bridge: Any, projection: GeneralizedComponent) -> Shortcut:
+    if "forward" in projection.__dict__:  # W_O, see `StreamingLayer.override`
+        return Shortcut(projection, [], lambda: bridge.cfg.use_attn_result)
+    return Shortcut(projection, [], lambda: projection._suppress_next_hook_in)
 
 
 def _norm(bridge: Any, norm: components.NormalizationBridge) -> Shortcut:

@@ -1,4 +1,8 @@
-"""Triton kernels for CUDA, imported only when there is something for them to do."""
+"""Triton kernels for CUDA, imported only when there is something for them to do.
+
+Triton compiles a function's source, so nothing may wrap it: ``no_type_check`` keeps the tests' type
+checker away.
+"""
 
 from __future__ import annotations
 

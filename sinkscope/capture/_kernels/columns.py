@@ -7,6 +7,8 @@ running maximum, no values.
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -14,6 +16,7 @@ from sinkscope.capture._kernels.tiles import LN_2, load_log2_sums, log2_pattern
 
 
 @triton.jit
+@no_type_check
 def received_kernel(
     query,
     key,
@@ -103,6 +106,7 @@ def received_kernel(
 
 
 @triton.jit
+@no_type_check
 def _walk(
     total,
     query,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -9,6 +11,7 @@ from sinkscope.capture._kernels.tiles import LN_2, log2_pattern
 
 
 @triton.jit
+@no_type_check
 def forward_kernel(
     query,
     key,
@@ -107,7 +110,8 @@ def forward_kernel(
         mixed = tl.dot(pattern.to(v.dtype), v, mixed, input_precision=PRECISION)
         largest = new_largest
 
-    mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
+    total = tl.where(total == 0.0, 1.0, total)
+    mixed = mixed / total[:, None]
     n_heads = tl.num_programs(1)
     row = (prompt * n_queries + queries) * n_heads + head
     tl.store(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -9,6 +11,7 @@ from sinkscope.capture._kernels.tiles import LN_2, load_log2_sums, log2_pattern
 
 
 @triton.jit
+@no_type_check
 def row_kernel(
     query,
     key,
@@ -83,6 +86,7 @@ def row_kernel(
 
 
 @triton.jit
+@no_type_check
 def _along(
     total,
     q,
@@ -132,6 +136,7 @@ def _along(
 
 
 @triton.jit
+@no_type_check
 def chosen_kernel(
     query,
     key,

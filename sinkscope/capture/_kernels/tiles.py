@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -10,6 +12,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+@no_type_check
 def log2_pattern(
     products,
     log2_sums,
@@ -39,6 +42,7 @@ def log2_pattern(
 
 
 @triton.jit
+@no_type_check
 def load_log2_sums(lse, queries, n_queries):
     """Log-sum-exps in units of log 2; +inf, which makes A_ij 0, for a query that sees nothing."""
     sums = tl.load(lse + queries, mask=queries < n_queries, other=float("inf")) * LOG2_E
@@ -46,6 +50,7 @@ def load_log2_sums(lse, queries, n_queries):
 
 
 @triton.jit
+@no_type_check
 def sees(stands, keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
     """Whether the query that stands at a key index has the key within its reach."""
     ahead = keys - stands
