@@ -1,0 +1,109 @@
+"""Long runs that survive an interruption: a result grows in a file and is taken up from there."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from sinkscope import _netcdf
+from sinkscope._labelled import Labelled
+from sinkscope._settings import library_versions
+from sinkscope.errors import ReportError
+from sinkscope.models import model_source
+from sinkscope.texts import Texts
+
+R = TypeVar("R", bound=Labelled)
+
+_EVERY = 5.0
+"""Seconds between two writes."""
+
+
+def asked_of(model: Any, texts: Texts, **asked: Any) -> dict[str, Any]:
+    """What a result was made of: only a result that was asked for alike may be continued.
+
+    Args:
+        model: A bridge.
+        texts: The prompts.
+        asked: Everything else that decides the figures, as JSON knows it.
+    """
+    source = model_source(model)
+    weight = next(model.original_model.parameters())
+    return {
+        "model": source.name,
+        "revision": source.revision,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "texts": texts.source,
+        "bos": texts.bos,
+        "tokens": digest(texts),
+        **asked,
+        "sinkscope": library_versions()["sinkscope"],
+    }
+
+
+def digest(texts: Texts) -> str:
+    """A hash of exact token ids and mask."""
+    content = hashlib.sha256(repr(tuple(texts.tokens.shape)).encode())
+    for tensor in (texts.tokens.long(), texts.mask.long()):
+        content.update(tensor.cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a whole file or none: an interrupted run leaves no half of one."""
+    unfinished = file.with_name(f".{file.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
+
+
+class Growing(Generic[R]):
+    """A result whose tensors fill up, with nan where nothing was measured yet.
+
+    Args:
+        empty: The result before anything was measured; it has a field `asked`.
+        file: Where it grows, a ``.nc`` file; None keeps it in memory.
+
+    Attributes:
+        result: What there is so far; its tensors are written to in place.
+
+    Raises:
+        ReportError: If the file holds something that was asked for otherwise.
+    """
+
+    def __init__(self, empty: R, file: Path | None) -> None:
+        self.result: R = empty
+        self._file = file
+        self._written = time.monotonic()
+        if file is not None and file.exists():
+            self.result = _netcdf.load(type(empty), file)
+            _check_same(self.result, empty, file)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Write what there is when the block ends, by an exception or Ctrl-C too."""
+        try:
+            yield
+        finally:
+            self._write()
+
+    def grown(self) -> None:
+        """Say that there is more; it is written down every few seconds."""
+        if time.monotonic() - self._written > _EVERY:
+            self._write()
+
+    def _write(self) -> None:
+        if self._file is not None:
+            _netcdf.save(self.result, self._file)
+        self._written = time.monotonic()
+
+
+def _check_same(found: Any, wanted: Any, file: Path) -> None:
+    for name, value in wanted.asked.items():
+        if found.asked.get(name) != value:
+            raise ReportError(
+                f"{file} was begun with another {name} ({found.asked.get(name)!r}, now {value!r}); "
+                "name another folder, or delete that file."
+            )

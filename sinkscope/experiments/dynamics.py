@@ -1,0 +1,221 @@
+"""Sinks, drains, peaks and dormancy over training: one scan a checkpoint, one table for all.
+
+Guo et al. (2410.13835) follow OLMo-7B over 31 revisions. Here a checkpoint is whatever can become a
+model: a training step that TransformerLens knows, a Hub revision, a folder such as
+``checkpoint-500``, a model, or a function that makes one. Each is loaded, scanned and let go before
+the next; its report is kept, so that an interrupted run continues and later checkpoints can be
+added.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from sinkscope.errors import ModelError, ReportError
+from sinkscope.experiments import _measure, _partial
+from sinkscope.experiments._dynamics import Dynamics
+from sinkscope.models import load_model
+from sinkscope.report import SinkReport, load_report
+from sinkscope.scan import scan
+from sinkscope.texts import Texts, as_texts
+from sinkscope.texts import texts as make_texts
+
+__all__ = ["Dynamics", "dynamics"]
+
+METRICS = ("sink_attention", "values", "head_outputs", "residual", "entropy", "received")
+
+
+def dynamics(
+    model: str | Path | None,
+    checkpoints: Mapping[int, Any] | Iterable[Any],
+    texts: Any = None,
+    *,
+    parked: float = 0.5,
+    sinks: Any = (0,),
+    out: str | Path | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Dynamics:
+    """Scan every checkpoint of a model on the same texts.
+
+    Args:
+        model: The Hub model that steps and revisions are of; None if each checkpoint says itself
+            what it is.
+        checkpoints: Each a training step that TransformerLens knows for this model (an int); a Hub
+            revision whose last number is the step, such as "step1000"; a folder likewise, such as
+            "runs/checkpoint-500"; or, in a mapping from step, any of these, anything that
+            `load_model` takes, or a function without arguments that gives such a thing.
+        texts: Prompts; by default 16 of prose, 256 tokens each. They are tokenised by the first
+            checkpoint, and all get the same tokens.
+        parked: Mean sink attention above which a head counts as dormant [probability].
+        sinks: See `scan`.
+        out: A folder that keeps each checkpoint's report, and where an interrupted run continues.
+        progress: Whether to draw a progress bar.
+        **options: Passed on to `load_model`: device, dtype, ….
+
+    Raises:
+        ModelError: If a checkpoint's step cannot be told, two have the same, or one cannot be
+            loaded.
+        ReportError: If the folder holds reports of other texts or models.
+    """
+    named = _by_step(checkpoints)
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    run = _Checkpoints(model, texts, sinks, folder, options)
+    bar = tqdm(named.items(), unit="checkpoint", disable=not progress, leave=False)
+    for step, checkpoint in bar:
+        run.measure(step, checkpoint)
+    return Dynamics(about=run.about(), reports=run.reports, loss=run.loss, parked=parked)
+
+
+def _by_step(checkpoints: Mapping[int, Any] | Iterable[Any]) -> dict[int, Any]:
+    """Checkpoints by training step, rising."""
+    if isinstance(checkpoints, Mapping):
+        found = list(checkpoints.items())
+    else:
+        found = [(_step_of(checkpoint), checkpoint) for checkpoint in checkpoints]
+    steps = [step for step, _ in found]
+    if not steps or len(set(steps)) < len(steps):
+        raise ModelError(
+            f"Checkpoints have the steps {steps}; name at least one, and no step twice."
+        )
+    return dict(sorted(found))
+
+
+def _step_of(checkpoint: Any) -> int:
+    if isinstance(checkpoint, int):
+        return checkpoint
+    name = Path(checkpoint).name if isinstance(checkpoint, str | Path) else ""
+    numbers = re.findall(r"\d+", name)
+    if not numbers:
+        raise ModelError(
+            f"The training step of checkpoint {checkpoint!r} cannot be told from its name; pass a "
+            "mapping such as {500: checkpoint}."
+        )
+    return int(numbers[-1])
+
+
+class _Checkpoints:
+    """Loads one checkpoint after the other, scans it, and keeps what was found."""
+
+    def __init__(
+        self,
+        model: str | Path | None,
+        texts: Any,
+        sinks: Any,
+        folder: Path | None,
+        options: dict[str, Any],
+    ) -> None:
+        self._model, self._sinks, self._folder, self._options = model, sinks, folder, options
+        self._source = as_texts(make_texts("prose") if texts is None else texts)
+        self._texts: Texts | None = None
+        self.reports: dict[int, SinkReport] = {}
+        self.loss: dict[int, float] = {}
+
+    def measure(self, step: int, checkpoint: Any) -> None:
+        """Scan a checkpoint, unless its report is there."""
+        report = self._kept(step)
+        if report is None:
+            report = self._scanned(step, checkpoint)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        self.reports[step] = report
+
+    def _scanned(self, step: int, checkpoint: Any) -> SinkReport:
+        model = self._load(checkpoint)
+        prompts = self._prompts(model)
+        loss = _loss(model, prompts)
+        report = scan(model, prompts, metrics=METRICS, sinks=self._sinks, progress=False).to("cpu")
+        if self._folder is not None:
+            # The report comes last: where it is, the loss is too.
+            _partial.write_whole(self._folder / f"step-{step}.json", json.dumps({"loss": loss}))
+            report.save(self._folder / f"step-{step}.nc")
+        if loss is not None:
+            self.loss[step] = loss
+        return report
+
+    def _load(self, checkpoint: Any) -> Any:
+        if callable(checkpoint) and not isinstance(checkpoint, nn.Module):
+            checkpoint = checkpoint()
+        if isinstance(checkpoint, nn.Module):
+            return load_model(checkpoint)
+        if isinstance(checkpoint, int):
+            return load_model(self._named(checkpoint), checkpoint=checkpoint, **self._options)
+        if self._model is not None and not Path(checkpoint).exists():
+            return load_model(self._model, revision=str(checkpoint), **self._options)
+        return load_model(checkpoint, **self._options)
+
+    def _named(self, step: int) -> str | Path:
+        if self._model is None:
+            raise ModelError(
+                f"Checkpoint {step} is a training step, but of no model; name the model."
+            )
+        return self._model
+
+    def _prompts(self, model: Any) -> Texts:
+        """The texts as the first model's tokens."""
+        if self._texts is None:
+            self._texts = self._source.tokenize(model).right_padded()
+            for step, report in self.reports.items():
+                self._check_same(step, report, self._texts)
+        return self._texts
+
+    def _kept(self, step: int) -> SinkReport | None:
+        """The report that an earlier run left in the folder."""
+        file = None if self._folder is None else self._folder / f"step-{step}.nc"
+        if file is None or not file.exists():
+            return None
+        report = load_report(file)
+        for other in self.reports.values():
+            self._check_same(step, report, Texts(other.tokens, other.mask, bos="", source=""))
+        if self._texts is not None:
+            self._check_same(step, report, self._texts)
+        if (name := report.settings.source) != self._source_name():
+            raise ReportError(
+                f"{file} was measured on {name}, not on {self._source_name()}; name another "
+                "folder, or delete it."
+            )
+        loss = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["loss"]
+        if loss is not None:
+            self.loss[step] = loss
+        return report
+
+    def _source_name(self) -> str:
+        return self._source.source if isinstance(self._source, Texts) else self._source.name
+
+    def _check_same(self, step: int, report: SinkReport, prompts: Texts) -> None:
+        own = Texts(report.tokens, report.mask, bos="", source="")
+        if _partial.digest(own) != _partial.digest(prompts):
+            raise ReportError(
+                f"The report of step {step} in {self._folder} was measured on other tokens; name "
+                "another folder, or delete it."
+            )
+
+    def about(self) -> str:
+        """Model, T, BOS and texts in one line."""
+        first = next(iter(self.reports.values()))
+        settings, prompts = first.settings, len(first.tokens)
+        name = settings.model if self._model is None else str(self._model)
+        parts = (name, f"T = {settings.length:,}", f"BOS: {settings.bos}")
+        return " · ".join([*parts, f"{prompts} × {settings.source}"])
+
+
+def _loss(model: Any, prompts: Texts) -> float | None:
+    """Mean over prompts of the next-token loss; None where it means nothing."""
+    losses = _measure.losses(model, prompts)
+    if losses is None:
+        return None
+    real = prompts.mask[:, 1:].to(losses.device)
+    per_prompt = torch.where(real, losses[:, :-1], 0).sum(dim=1) / real.sum(dim=1)
+    return float(per_prompt.mean())

@@ -1,0 +1,240 @@
+"""Mixing with and without a sink: how far one changed token spreads, and what collapses.
+
+Barbero et al. (2504.02732) read the sink as a brake on mixing: without it, attention heads could
+not help but blend what they see, a changed token would be felt everywhere, and representations
+would grow alike. Their experiment changes one word and follows the change through the layers, with
+and without ⟨bos⟩. Here the same text runs in up to three conditions:
+
+no bos
+    The text alone. Most models then park their attention on its first token instead.
+bos
+    The model's BOS token in front.
+no sink
+    With BOS, where there is one, but in the layers after the residual peak was written no query can
+    see the front token. (Hiding it in every layer takes away no sink: the next token is then the
+    first to mix nothing, and becomes one. Under rotary positions that is the same as dropping it.)
+
+Whether a condition has a sink is measured, not assumed: `front_rate` and `other_rate`.
+
+All other figures are about the text's own tokens after the first, so that conditions compare like
+with like and no sink is among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sinkscope._special import ordinary_ids, special_tokens
+from sinkscope._tokens import vocabulary_size
+from sinkscope.capabilities import capabilities
+from sinkscope.capture import batches, paths, runner
+from sinkscope.errors import TextError, UnsupportedError
+from sinkscope.experiments import _measure, _result
+from sinkscope.experiments._mixed import Mixing
+from sinkscope.interventions import ShiftSinkLogit
+from sinkscope.interventions._base import check_mode
+from sinkscope.metrics import mixing as definitions
+from sinkscope.metrics.residual import residual_norms
+from sinkscope.models import load_model
+from sinkscope.scan import scan
+from sinkscope.texts import Texts, token_ids
+
+__all__ = ["CONDITIONS", "Mixing", "mixing"]
+
+CONDITIONS = ("no bos", "bos", "no sink")
+_OUT_OF_SIGHT = -1e4  # what is added to the sink's logit: its attention is 0 in every dtype
+_TOKENS = {"cuda": 2**15, "cpu": 2**11}
+
+
+def mixing(
+    model: Any,
+    texts: Any,
+    *,
+    conditions: Iterable[str] = CONDITIONS,
+    changed: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Mixing:
+    """Change one token of each prompt and follow the change, with and without a sink.
+
+    Args:
+        model: A bridge with a tokenizer (for BOS), or anything that `load_model` takes.
+        texts: Prompts of equal length without BOS (``texts(..., bos="never")``).
+        conditions: Of "no bos", "bos" and "no sink".
+        changed: The position whose token is replaced by another ordinary one; a quarter of the way
+            by default.
+        seed: Of the replacements.
+        progress: Whether to draw a progress bar.
+
+    Raises:
+        TextError: If the prompts differ in length, end at the changed position, or carry BOS.
+        UnsupportedError: If "bos" is asked for and the model has none, or "no sink" of a model
+            whose logits cannot be shifted.
+    """
+    model = load_model(model)
+    prompts = _measure.even(model, texts)
+    length = prompts.tokens.shape[1]
+    changed = length // 4 if changed is None else changed
+    if not 0 < changed < length - 1:
+        raise TextError(
+            f"The changed position {changed} should have tokens before and after it; prompts run "
+            f"from 0 to {length - 1}."
+        )
+    names = tuple(check_mode(name, CONDITIONS) for name in conditions)
+    front = _front(model, prompts)
+    if "bos" in names and front is None:
+        raise UnsupportedError('This model has no BOS token, so there is no condition "bos".')
+    pairs = torch.stack([prompts.tokens, _with_another(model, prompts.tokens, changed, seed)], 1)
+    found, after = [], -1
+    for name in tqdm(names, unit="condition", disable=not progress, leave=False):
+        token = None if name == "no bos" else front
+        hiding: AbstractContextManager[Any] = nullcontext()
+        if name == "no sink":
+            after = _peak_layer(model, _preceded(prompts.tokens, token))
+            layers = range(after + 1, capabilities(model).n_layers)
+            hiding = ShiftSinkLogit(model, _OUT_OF_SIGHT, position=0, layers=layers)
+        with hiding:
+            rates = _sink_rates(model, _preceded(prompts.tokens, token))
+            found.append(rates | _follow(model, pairs, token))
+    stacked = {field: torch.stack([one[field] for one in found]) for field in found[0]}
+    return Mixing(
+        about=_result.about(model, prompts),
+        conditions=names,
+        changed=changed,
+        hidden_after=after,
+        **stacked,
+    )
+
+
+def _preceded(
+    tokens: Int[Tensor, "prompt position"], front: int | None
+) -> Int[Tensor, "prompt position"]:
+    """The prompts with a token in front, if there is one."""
+    if front is None:
+        return tokens
+    return torch.cat([torch.full_like(tokens[:, :1], front), tokens], dim=1)
+
+
+def _peak_layer(model: Any, tokens: Int[Tensor, "prompt position"]) -> int:
+    """The first layer after which the front token's residual norm is half of its largest.
+
+    Raises:
+        UnsupportedError: If that is the last layer, so that there is none to hide the token in.
+    """
+    report = scan(model, token_ids(tokens), metrics=["residual"], progress=False)
+    norms = report.mean("sink_residual_norm")
+    layer = int((norms >= norms.max() / 2).nonzero()[0])
+    if layer == len(norms) - 1:
+        raise UnsupportedError(
+            'The front token grows up to the last layer, so that "no sink" has nowhere to hide it; '
+            "leave that condition out."
+        )
+    return layer
+
+
+def _sink_rates(model: Any, tokens: Int[Tensor, "prompt position"]) -> dict[str, Tensor]:
+    """For how many heads the front token is a sink, and the likeliest other position."""
+    rates = scan(model, token_ids(tokens), metrics=["received"], progress=False)["sink_rate"].cpu()
+    half = max(2, len(rates) // 2)
+    return {"front_rate": rates[0], "other_rate": rates[1:half].max()}
+
+
+def _front(model: Any, prompts: Texts) -> int | None:
+    """The BOS token, or None where there is none.
+
+    Raises:
+        TextError: If the prompts begin with it already.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        return None
+    try:
+        bos = special_tokens(tokenizer, "always", vocabulary_size(model)).prefix[0]
+    except TextError:
+        return None
+    if bos is not None and bool((prompts.tokens[:, 0] == bos).any()):
+        raise TextError('These prompts begin with BOS already; pass texts(..., bos="never").')
+    return bos
+
+
+def _with_another(
+    model: Any, tokens: Int[Tensor, "prompt position"], changed: int, seed: int
+) -> Int[Tensor, "prompt position"]:
+    """The prompts with another ordinary token at one position."""
+    tokenizer = getattr(model, "tokenizer", None)
+    known = capabilities(model).d_vocab
+    ids = torch.tensor(ordinary_ids(tokenizer, known) if tokenizer is not None else range(known))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = ids[torch.randint(len(ids), (len(tokens),), generator=generator)]
+    # The same token by chance would change nothing: take its neighbour.
+    again = ids[(torch.searchsorted(ids, drawn) + 1) % len(ids)]
+    tokens = tokens.clone()
+    tokens[:, changed] = torch.where(drawn == tokens[:, changed].cpu(), again, drawn)
+    return tokens
+
+
+def _follow(
+    model: Any, pairs: Int[Tensor, "prompt version position"], front: int | None
+) -> dict[str, Tensor]:
+    """All figures of one condition [prompt layer ...], on the CPU."""
+    can = capabilities(model)
+    device = runner.input_device(model)
+    size = max(1, _TOKENS.get(device.type, _TOKENS["cpu"]) // (2 * pairs.shape[2]))
+    found: list[dict[int, dict[str, Tensor]]] = []
+
+    def read(layer: int) -> Any:
+        return lambda x, hook: found[-1].__setitem__(layer, _figures(x, front is not None))
+
+    hooks = [(can.hook("resid_post", layer), read(layer)) for layer in range(can.n_layers)]
+    with (
+        torch.inference_mode(),
+        runner.evaluating(model),
+        paths.choose(model, can, "auto").opened(),
+        model.hooks(fwd_hooks=hooks),
+    ):
+        for some in pairs.split(size):
+            rows = _preceded(some.flatten(0, 1), front)
+            found.append({})
+            mask = torch.ones_like(rows, dtype=torch.bool)
+            runner.forward(model, _batch(rows, mask, can.causal, device))
+    return {
+        name: torch.cat(
+            [torch.stack([one[layer][name] for layer in sorted(one)], dim=1) for one in found]
+        )
+        for name in found[0][0]
+    }
+
+
+def _batch(
+    rows: Int[Tensor, "row position"],
+    mask: Bool[Tensor, "row position"],
+    causal: bool,
+    device: torch.device,
+) -> batches.Batch:
+    index, none = torch.arange(len(rows)), torch.zeros_like(mask)
+    return batches.cut(rows, mask, none, index, causal=causal, device=device)
+
+
+def _figures(x: Float[Tensor, "row position dim"], front: bool) -> dict[str, Tensor]:
+    """What one layer's residual states come to, from prompts and their changed versions."""
+    pairs = x.unflatten(0, (-1, 2))[:, :, int(front) :].float()
+    before, after = pairs.unbind(dim=1)
+    norms = residual_norms(before)
+    moved = residual_norms(before - after)
+    rest = torch.ones(before.shape[:2], dtype=torch.bool, device=x.device)
+    rest[:, 0] = False
+    rank = definitions.rank_collapse(before, rest)
+    return {
+        "perturbation": moved.cpu(),
+        "relative_perturbation": (moved / norms).cpu(),
+        "rank_collapse": rank.cpu(),
+        "rank_share": (rank / norms[:, 1:].square().sum(dim=1).sqrt()).cpu(),
+        "matrix_entropy": definitions.matrix_entropy(before, rest, normalised=True).cpu(),
+    }
