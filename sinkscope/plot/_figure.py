@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sinkscope.report import SinkReport
 
 
-_ROOM = 76  # pixels above the plot for the title and the line under it
+ROOM = 76  # pixels above the plot for the title and the line under it
 
 
 class Interval(NamedTuple):
@@ -52,7 +52,7 @@ def finish(
     legend, panels = _has_legend(figure), _has_panels(figure)
     if legend and panels:  # panels have titles where the legend would be
         figure.update_layout(legend=dict(yref="container", y=0.01), margin_b=96)
-    return figure.update_layout(margin_t=_ROOM + (22 if panels else 24 if legend else 0))
+    return figure.update_layout(margin_t=ROOM + (22 if panels else 24 if legend else 0))
 
 
 def _has_legend(figure: go.Figure) -> bool:
@@ -71,10 +71,10 @@ def mean(report: SinkReport, name: str) -> np.ndarray:
     return to_numpy(report.mean(name))
 
 
-def interval(report: SinkReport, name: str) -> Interval:
+def interval(report: SinkReport, name: str, resamples: int = 2000) -> Interval:
     """A field's mean over prompts and its interval; nan ends where the field keeps no prompts."""
     if "prompt" in report.variables()[name].dims:
-        return Interval(*(to_numpy(end) for end in report.interval(name)))
+        return Interval(*(to_numpy(end) for end in report.interval(name, resamples=resamples)))
     middle = mean(report, name)
     return Interval(middle, np.full_like(middle, np.nan), np.full_like(middle, np.nan))
 

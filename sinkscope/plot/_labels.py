@@ -18,8 +18,11 @@ _LONGEST = 32  # characters of a token that are shown
 
 def about_line(about: About) -> str:
     """Second line of a title: model, T, BOS, ε and the text, as Plotly text."""
-    if isinstance(about, str):
-        return escape(about)
+    return escape(about if isinstance(about, str) else plain_about(about))
+
+
+def plain_about(about: Settings) -> str:
+    """Settings in one line, as plain text."""
     parts = (
         about.model,
         f"T = {about.length:,}",
@@ -28,7 +31,7 @@ def about_line(about: About) -> str:
         f"sink: {about.sinks}",
         about.source,
     )
-    return escape(" · ".join(parts))
+    return readable(" · ".join(parts))
 
 
 def words(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Colour scales: which one suits a figure, where it ends, and how its lower part turns grey."""
+"""Scales: colours that suit a figure, grey below a threshold, axes linear or logarithmic."""
 
 from __future__ import annotations
 
@@ -63,3 +63,27 @@ def greyed(scale: Scale, cut: float, colours: Palette) -> Scale:
     points = np.linspace(cut, 1, 16).tolist()
     above = plotly.colors.sample_colorscale(scale, points)
     return grey + [list(stop) for stop in zip(points, above, strict=True)]
+
+
+def log_switch(logarithmic: bool) -> dict[str, Any]:
+    """Two buttons that make y linear or logarithmic."""
+    ticks = {"linear": None, "log": "D2"}  # D2: 1, 2, 5 of each decade
+    return dict(
+        type="buttons",
+        direction="right",
+        active=int(logarithmic),
+        x=1,
+        xanchor="right",
+        y=-0.16,
+        yanchor="top",
+        pad=dict(t=10),
+        buttons=[
+            dict(label=kind, method="relayout", args=[{"yaxis.type": kind, "yaxis.dtick": tick}])
+            for kind, tick in ticks.items()
+        ],
+    )
+
+
+def y_scale(logarithmic: bool) -> dict[str, str]:
+    """Type and ticks of a y axis that `log_switch` changes."""
+    return dict(type="log", dtick="D2") if logarithmic else dict(type="linear")

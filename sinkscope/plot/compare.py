@@ -11,9 +11,8 @@ from sinkscope._bootstrap import bootstrap
 from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels
-from sinkscope.plot._scales import colour_scale
+from sinkscope.plot._scales import colour_scale, log_switch
 from sinkscope.plot.heads import HEAD_DIMS
-from sinkscope.plot.positions import log_switch
 from sinkscope.plot.theme import SEQUENTIAL, Theme, palette
 
 if TYPE_CHECKING:

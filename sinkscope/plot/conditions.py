@@ -6,14 +6,16 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sinkscope.plot import _frames as frames
 from sinkscope.plot import _labels as labels
+from sinkscope.plot._bins import bins
 from sinkscope.plot._figure import finish, tick
-from sinkscope.plot._series import band, thin
-from sinkscope.plot.positions import y_scale
+from sinkscope.plot._scales import y_scale
+from sinkscope.plot._series import band
 from sinkscope.plot.theme import Palette, Theme, palette
 
 if TYPE_CHECKING:
@@ -111,11 +113,12 @@ def _positions(
     """Dots: every sequence at every position, the prominent ones in the sink's colour."""
     table = rows.groupby(["prompt", "position"], as_index=False)["value"].mean()
     for index, (prompt, own) in enumerate(table.groupby("prompt")):
-        shown = thin(own["position"].to_numpy(), own["value"].to_numpy(), keep=marked)
+        at, values = own["position"].to_numpy(), own["value"].to_numpy()
+        shown = bins(len(at), keep=[int(np.searchsorted(at, k)) for k in marked]).argmax(values)
         name = f"sequence {prompt}"
         figure.add_scatter(
-            x=shown.x,
-            y=shown.y,
+            x=at[shown],
+            y=values[shown],
             mode="markers",
             name=name,
             legendgroup=name,

@@ -12,14 +12,12 @@ from sinkscope._bootstrap import bootstrap
 from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels
+from sinkscope.plot._bins import bins
 from sinkscope.plot._scales import LOG_BAR
-from sinkscope.plot._series import bin_argmax, bin_starts
 from sinkscope.plot.theme import Palette, Theme, palette
 
 if TYPE_CHECKING:
     from sinkscope.report import SinkReport
-
-_BARS = 1024  # over dims; more are binned
 
 
 def nonmixture_dims(
@@ -144,8 +142,7 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
 
 def _every_dim(figure: go.Figure, value: np.ndarray, reach: np.ndarray, colours: Palette) -> None:
     """The sink's FFN output over all dims, and the reach of the mixed positions behind it."""
-    starts = bin_starts(len(value), _BARS)
-    dims = bin_argmax(np.abs(value), starts)
+    dims = bins(len(value)).argmax(np.abs(value))
     for sign, name in ((1, "largest of the mixed positions, either way"), (-1, "")):
         figure.add_scatter(
             x=dims, y=sign * reach[dims], mode="lines", name=name, showlegend=sign > 0,

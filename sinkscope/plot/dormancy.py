@@ -11,8 +11,8 @@ from sinkscope.errors import ReportError
 from sinkscope.plot import _frames as frames
 from sinkscope.plot import _labels as labels
 from sinkscope.plot._figure import finish
+from sinkscope.plot._scales import log_switch
 from sinkscope.plot._series import band
-from sinkscope.plot.positions import log_switch
 from sinkscope.plot.theme import SEQUENTIAL, Theme, palette
 
 if TYPE_CHECKING:

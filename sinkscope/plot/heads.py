@@ -57,8 +57,8 @@ def head_map(
         threshold = report.settings.epsilon
     colours = palette(theme)
     steps, start = _thresholds(figures.mean, threshold, variable.unit)
-    heatmap = _heatmap(figures, variable, colours)
-    figure = go.Figure(heatmap)
+    cells = heatmap(figures, variable, colours)
+    figure = go.Figure(cells)
     kind = labels.words(variable.dims[-1])
     figure.update_xaxes(title_text=kind, dtick=tick(figures.mean.shape[1]), showgrid=False)
     figure.update_yaxes(
@@ -67,7 +67,7 @@ def head_map(
         dtick=tick(figures.mean.shape[0]),
         showgrid=False,
     )
-    changes = [_step(heatmap, figures.mean, variable, step, colours) for step in steps]
+    changes = [_step(cells, figures.mean, variable, step, colours) for step in steps]
     figure.update_layout(sliders=[_slider(changes, steps, start, variable)])
     figure.update_traces(colorscale=changes[start][0]["colorscale"][0])
     rows = figures.mean.shape[0]
@@ -94,7 +94,8 @@ def head_metrics(report: SinkReport) -> list[str]:
     return [name for name in report.measured() if report.variables()[name].dims in HEAD_DIMS]
 
 
-def _heatmap(figures: Interval, variable: Variable, colours: Palette) -> go.Heatmap:
+def heatmap(figures: Interval, variable: Variable, colours: Palette) -> go.Heatmap:
+    """The cells of a head map, none of them grey."""
     unit = f" {variable.unit}" if variable.unit not in (None, "1") else ""
     hover = (
         f"layer %{{y}}, {labels.words(variable.dims[-1])} %{{x}}<br>"
@@ -133,14 +134,14 @@ def _thresholds(
 
 
 def _step(
-    heatmap: go.Heatmap,
+    cells: go.Heatmap,
     figures: np.ndarray,
     variable: Variable,
     threshold: float | None,
     colours: Palette,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What one stop of the slider changes: the colours, and the title with its count."""
-    scale = colour_scale(heatmap.zmin, colours)
+    scale = colour_scale(cells.zmin, colours)
     name = labels.heading(variable.name)
     kind = "KV heads" if variable.dims[-1] == "kv_head" else "heads"
     if threshold is None:
@@ -148,7 +149,7 @@ def _step(
     defined = np.isfinite(figures)
     share = (figures > threshold)[defined].mean() if defined.any() else 0.0
     title = f"{name}: {share:.0%} of {int(defined.sum())} {kind} above {threshold:g}"
-    cut = (threshold - heatmap.zmin) / (heatmap.zmax - heatmap.zmin)
+    cut = (threshold - cells.zmin) / (cells.zmax - cells.zmin)
     return {"colorscale": [greyed(scale, cut, colours)]}, {"title.text": title}
 
 

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels, _series
-from sinkscope.plot.positions import log_switch, y_scale
+from sinkscope.plot._scales import log_switch, y_scale
 from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:

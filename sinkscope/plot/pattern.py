@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels
+from sinkscope.plot._bins import Bins, bins
 from sinkscope.plot._scales import colour_scale, value_range
-from sinkscope.plot._series import bin_max, bin_starts
 from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:
@@ -59,18 +59,15 @@ def attention_pattern(
             f"attention_pattern was given {len(tokens)} tokens for a pattern of shape "
             f"{tuple(figures.shape)}."
         )
-    queries, keys = (bin_starts(size, LARGEST) for size in figures.shape)
-    drawn = bin_max(bin_max(figures, queries, axis=0), keys, axis=1)
-    binned = drawn.shape != figures.shape
+    queries, keys = (bins(size, LARGEST) for size in figures.shape)
+    drawn = keys.maximum(queries.maximum(figures, axis=0), axis=1)
     low, high = value_range(drawn, "probability" if np.nanmin(drawn) >= 0 else None)
     # Cells nobody may see stay empty: the triangle is the mask's, not a row of zeros.
-    unseen = (keys[None, :] > queries[:, None]) & (np.nan_to_num(drawn) == 0)
-    names = [_names(starts, size, tokens) for starts, size in
-             ((queries, figures.shape[0]), (keys, figures.shape[1]))]  # fmt: skip
+    unseen = (keys.first[None, :] > queries.last[:, None]) & (np.nan_to_num(drawn) == 0)
     figure = go.Figure(
         go.Heatmap(
-            x=keys,
-            y=queries,
+            x=keys.first,
+            y=queries.first,
             z=np.where(unseen, np.nan, drawn),
             zmin=low,
             zmax=high,
@@ -81,25 +78,20 @@ def attention_pattern(
             "<extra></extra>",
         )
     )
-    figure.update_xaxes(title_text="key", showgrid=False, zeroline=False, **_axis(names[1], keys))
+    figure.update_xaxes(title_text="key", showgrid=False, zeroline=False, **_axis(keys, tokens))
     figure.update_yaxes(
         title_text="query", autorange="reversed", showgrid=False, zeroline=False,
-        **_axis(names[0], queries),
+        **_axis(queries, tokens),
     )  # fmt: skip
-    if binned:
+    if queries.binned or keys.binned:
         title += f" (maxima of bins; {figures.shape[0]:,} × {figures.shape[1]:,} cells)"
     return _figure.finish(figure, _labels.escape(title), about, theme, height=620)
 
 
-def _names(starts: np.ndarray, size: int, tokens: Sequence[str] | None) -> list[str]:
-    ends = np.append(starts[1:], size) - 1
-    if tokens is None or (starts != ends).any():
-        return [f"{a}" if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True)]
-    return [f"{at} {_labels.plotly_token(tokens[at])}" for at in starts]
-
-
-def _axis(names: list[str], starts: np.ndarray) -> dict[str, Any]:
-    """Token names as ticks where they fit."""
-    if len(names) > _LABELLED:
+def _axis(positions: Bins, tokens: Sequence[str] | None) -> dict[str, Any]:
+    """Tokens as ticks, where they fit."""
+    at = positions.first
+    if tokens is None or positions.binned or len(at) > _LABELLED:
         return {}
-    return dict(tickvals=starts, ticktext=names, tickfont_size=11)
+    names = [f"{i} {_labels.plotly_token(tokens[i])}" for i in at]
+    return dict(tickvals=at, ticktext=names, tickfont_size=11)

@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import plotly.graph_objects as go
 
-from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
-from sinkscope.metrics.positions import uniform_received
-from sinkscope.plot import _figure, _labels, _tokens
-from sinkscope.plot import _series as series
-from sinkscope.plot._scales import LOG_BAR, colour_scale, log_colours, value_range
-from sinkscope.plot.theme import Palette, Theme, palette
+from sinkscope.plot import _figure, _labels
+from sinkscope.plot._bars import add_uniform, bars, hover_names, uniform_level
+from sinkscope.plot._bins import bins
+from sinkscope.plot._scales import (
+    LOG_BAR,
+    colour_scale,
+    log_colours,
+    log_switch,
+    value_range,
+    y_scale,
+)
+from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:
     from sinkscope._labelled import Variable
@@ -67,28 +73,14 @@ def by_position(
             f", {_labels.words(dim)} {picked}"
         )  # fmt: skip
         figures = _figure.nanmean(figures, 0) if picked is None else figures[picked]
-    sinks = _figure.sink_positions(report)
-    shown = series.thin(np.arange(len(figures)), figures, keep=sinks)
-    colours = palette(theme)
-    figure = go.Figure([_bars(report, variable, shown, sinks, sink, colours) for sink in (1, 0)])
-    if metric in ("received_attention", "uniform_ratio"):
-        level = (
-            uniform_attention(report, layer)
-            if metric == "received_attention"
-            else np.ones(len(figures))
-        )
-        figure.add_scatter(
-            x=shown.x, y=level[shown.x], mode="lines", name="uniform attention",
-            line=dict(color=colours.faint, dash="dot", width=1.5), hoverinfo="skip",
-        )  # fmt: skip
-    figure.update_xaxes(
-        title_text="position of the key" if "attention" in metric else "position",
-        range=[-0.5 - 0.012 * len(figures), len(figures) - 0.5],
-    )
+    places = bins(len(figures), keep=_figure.sink_positions(report))
+    figure = bars(report, variable, places, places.maximum(figures), theme)
+    if (level := uniform_level(report, metric, layer)) is not None:
+        add_uniform(figure, places, level, theme)
     logarithmic = log if log is not None else metric in LOG_METRICS
-    figure.update_yaxes(title_text=_labels.axis_label(variable), **y_scale(logarithmic))
-    figure.update_layout(bargap=0, barmode="overlay", updatemenus=[log_switch(logarithmic)])
-    note = f" (maxima of {len(shown.x):,} bins)" if shown.thinned else ""
+    figure.update_yaxes(**y_scale(logarithmic))
+    figure.update_layout(updatemenus=[log_switch(logarithmic)])
+    note = f" (maxima of {len(places.first):,} bins)" if places.binned else ""
     title = f"{_labels.heading(metric)}: {where}{note}"
     return _figure.finish(figure, title, report.settings, theme)
 
@@ -113,8 +105,8 @@ def position_map(
     figures = _figure.mean(report, metric)
     if figures.ndim == 3:
         figures = _figure.nanmean(figures, 1)
-    starts = series.bin_starts(figures.shape[-1], _COLUMNS, _figure.sink_positions(report))
-    binned = series.bin_max(figures, starts)
+    places = bins(figures.shape[-1], _COLUMNS, keep=_figure.sink_positions(report))
+    binned = places.maximum(figures)
     logarithmic = metric not in _LINEAR_MAPS
     z, low, high = log_colours(binned) if logarithmic else (binned, *value_range(binned, None))
     label = _labels.axis_label(variable)
@@ -123,14 +115,14 @@ def position_map(
         colorbar |= LOG_BAR
     figure = go.Figure(
         go.Heatmap(
-            x=starts,
+            x=places.first,
             z=z,
             zmin=low,
             zmax=high,
             customdata=binned,
             colorscale=colour_scale(-1 if low < 0 and not logarithmic else 0, palette(theme)),
             colorbar=colorbar,
-            text=np.broadcast_to(_spans(report, starts, figures.shape[-1]), z.shape),
+            text=np.broadcast_to(np.array(hover_names(report, places), dtype=object), z.shape),
             hovertemplate="layer %{y}, %{text}<br>"
             f"{label}: %{{customdata:.4~g}}<extra></extra>",
         )
@@ -141,21 +133,10 @@ def position_map(
         dtick=_figure.tick(len(z)),
     )  # fmt: skip
     heads = "" if len(variable.dims) == 2 else f", mean over {_labels.words(variable.dims[1])}s"
-    note = f", maxima of {len(starts)} bins" if len(starts) < figures.shape[-1] else ""
+    note = f", maxima of {len(places.first)} bins" if places.binned else ""
     title = f"{_labels.heading(metric)} by layer and position{heads}{note}"
     height = max(380, min(900, 210 + 16 * len(z)))
     return _figure.finish(figure, title, report.settings, theme, height=height)
-
-
-def _spans(report: SinkReport, starts: np.ndarray, size: int) -> np.ndarray:
-    """What each column of a map covers, for its hover [bin]."""
-    ends = np.append(starts[1:], size) - 1
-    tokens = _tokens.hover_tokens(report, starts.tolist())
-    spans = [
-        f"position {first}: {token}" if first == last else f"positions {first} to {last}"
-        for first, last, token in zip(starts, ends, tokens, strict=True)
-    ]
-    return np.array(spans, dtype=object)
 
 
 def position_embedding_norms(report: SinkReport, *, theme: Theme = None) -> go.Figure:
@@ -170,50 +151,16 @@ def position_embedding_norms(report: SinkReport, *, theme: Theme = None) -> go.F
     """
     variable = report._require("position_embedding_norm")
     norms = _figure.mean(report, "position_embedding_norm")
-    shown = series.thin(np.arange(len(norms)), norms)
-    colours = palette(theme)
-    figure = go.Figure([_bars(None, variable, shown, [0], sink, colours) for sink in (1, 0)])
+    places = bins(len(norms))
+    figure = bars(None, variable, places, places.maximum(norms), theme)
     median = float(np.median(norms[1:]))
     figure.add_hline(
-        median, line=dict(color=colours.faint, dash="dot", width=1.5),
+        median, line=dict(color=palette(theme).faint, dash="dot", width=1.5),
         annotation_text=f"median of the others: {_labels.number(median)}",
     )  # fmt: skip
-    figure.update_xaxes(title_text="position", range=[-0.012 * len(norms), len(norms) - 0.5])
     figure.update_yaxes(title_text="norm of its embedding [activation]")
-    figure.update_layout(bargap=0, barmode="overlay")
     title = f"Position embeddings: the first is {_labels.number(norms[0] / median)} × the median"
     return _figure.finish(figure, title, report.settings, theme)
-
-
-def uniform_attention(report: SinkReport, layer: int) -> np.ndarray:
-    """What each position would receive were attention uniform, mean over prompts [position]."""
-    settings = report.settings
-    window = settings.windows[layer] if settings.windows else None
-    return _figure.nanmean(to_numpy(uniform_received(report.mask, settings.causal, window)), 0)
-
-
-def log_switch(logarithmic: bool) -> dict[str, Any]:
-    """Two buttons that make y linear or logarithmic."""
-    ticks = {"linear": None, "log": "D2"}  # D2: 1, 2, 5 of each decade
-    return dict(
-        type="buttons",
-        direction="right",
-        active=int(logarithmic),
-        x=1,
-        xanchor="right",
-        y=-0.16,
-        yanchor="top",
-        pad=dict(t=10),
-        buttons=[
-            dict(label=kind, method="relayout", args=[{"yaxis.type": kind, "yaxis.dtick": tick}])
-            for kind, tick in ticks.items()
-        ],
-    )
-
-
-def y_scale(logarithmic: bool) -> dict[str, str]:
-    """Type and ticks of a y axis that `log_switch` changes."""
-    return dict(type="log", dtick="D2") if logarithmic else dict(type="linear")
 
 
 def _positional(report: SinkReport, metric: str) -> Variable:
@@ -225,38 +172,3 @@ def _positional(report: SinkReport, metric: str) -> Variable:
             f"and position, such as {' or '.join(known[:3])}."
         )
     return variable
-
-
-def _bars(
-    report: SinkReport | None,
-    variable: Variable,
-    shown: series.Thinned,
-    sinks: list[int],
-    sink: int,
-    colours: Palette,
-) -> go.Bar:
-    """The bars of the sinks, or of all other positions."""
-    chosen = np.isin(shown.x, sinks) == bool(sink)
-    spans = [
-        f"position {x}" if a == b else f"positions {a} to {b}, largest at {x}"
-        for x, a, b in zip(shown.x[chosen], shown.first[chosen], shown.last[chosen], strict=True)
-    ]
-    if report is not None:
-        tokens = _tokens.hover_tokens(report, shown.x[chosen].tolist())
-        spans = [f"{span}<br>{token}" for span, token in zip(spans, tokens, strict=True)]
-    return go.Bar(
-        # Each bin is as wide as what it stands for, and starts where it starts.
-        x=shown.first[chosen],
-        width=(shown.last - shown.first + 1)[chosen],
-        offset=-0.5,
-        y=shown.y[chosen],
-        name="sink" if sink else "other positions",
-        # The sink's outline keeps its bar visible where a bar is thinner than a pixel.
-        marker=dict(
-            color=colours.sink if sink else colours.other,
-            line=dict(width=2 if sink else 0, color=colours.sink),
-        ),
-        text=spans,
-        textposition="none",
-        hovertemplate=f"%{{text}}<br>{_labels.axis_label(variable)}: %{{y:.4~g}}<extra></extra>",
-    )

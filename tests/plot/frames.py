@@ -56,8 +56,8 @@ def domains(layers: int = 3, heads: int = 4) -> pd.DataFrame:
             value = (0.9 if domain == "prose" else 0.1) if special else usual
             cost = 0.3 * (1 - value) + 0.01
             rows.append(
-                (layer, head, domain, value, value - 0.02, value + 0.02, special)
-                + (cost, cost - 0.01, cost + 0.01)
+                [layer, head, domain, value, value - 0.02, value + 0.02, special]
+                + [cost, cost - 0.01, cost + 0.01]
             )
     columns = ["layer", "head", "domain", "sink_attention", "sink_attention_low"]
     columns += ["sink_attention_high", "differs", "loss_change", "loss_change_low"]

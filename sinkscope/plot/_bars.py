@@ -1,0 +1,92 @@
+"""Bars over positions: the sinks in one colour, everything else in another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+
+from sinkscope._tidy import to_numpy
+from sinkscope.metrics.positions import uniform_received
+from sinkscope.plot import _figure, _labels, _tokens
+from sinkscope.plot._bins import Bins
+from sinkscope.plot.theme import Theme, palette
+
+if TYPE_CHECKING:
+    from sinkscope._labelled import Variable
+    from sinkscope.report import SinkReport
+
+
+def bars(
+    report: SinkReport | None,
+    variable: Variable,
+    places: Bins,
+    values: np.ndarray,
+    theme: Theme = None,
+) -> go.Figure:
+    """A bar a bin; the first trace holds the sinks, the second all others.
+
+    Args:
+        report: Whose sinks and tokens; without one, position 0 and no tokens.
+        variable: What is drawn, for its name and unit.
+        places: The bins.
+        values: Their heights [bin].
+        theme: "light", "dark", or the default.
+    """
+    colours = palette(theme)
+    sinks = [0] if report is None else _figure.sink_positions(report)
+    names = places.names() if report is None else hover_names(report, places)
+    is_sink = np.isin(places.first, sinks)
+    figure = go.Figure()
+    for chosen, name, colour, outline in (
+        (is_sink, "sink", colours.sink, 2),  # seen where a bar is thinner than a pixel
+        (~is_sink, "other positions", colours.other, 0),
+    ):
+        figure.add_bar(
+            x=places.first[chosen],
+            width=places.width()[chosen],
+            offset=-0.5,
+            y=values[chosen],
+            name=name,
+            marker=dict(color=colour, line=dict(width=outline, color=colour)),
+            text=[name for name, wanted in zip(names, chosen, strict=True) if wanted],
+            textposition="none",
+            hovertemplate=f"%{{text}}<br>{_labels.axis_label(variable)}: %{{y:.4~g}}"
+            "<extra></extra>",
+        )
+    figure.update_xaxes(
+        title_text="position of the key" if "attention" in variable.name else "position",
+        range=[-0.5 - 0.012 * places.size, places.size - 0.5],
+    )
+    figure.update_yaxes(title_text=_labels.axis_label(variable))
+    return figure.update_layout(bargap=0, barmode="overlay")
+
+
+def add_uniform(figure: go.Figure, places: Bins, level: np.ndarray, theme: Theme = None) -> None:
+    """A dotted line where uniform attention would be [position]."""
+    figure.add_scatter(
+        x=places.first, y=places.maximum(level), mode="lines", name="uniform attention",
+        line=dict(color=palette(theme).faint, dash="dot", width=1.5), hoverinfo="skip",
+    )  # fmt: skip
+
+
+def uniform_level(report: SinkReport, metric: str, layer: int) -> np.ndarray | None:
+    """What uniform attention gives each position, mean over prompts [position]; None for norms."""
+    if metric == "uniform_ratio":
+        return np.ones(report.sizes["position"])
+    if metric != "received_attention":
+        return None
+    settings = report.settings
+    window = settings.windows[layer] if settings.windows else None
+    return _figure.nanmean(to_numpy(uniform_received(report.mask, settings.causal, window)), 0)
+
+
+def hover_names(report: SinkReport, places: Bins) -> list[str]:
+    """Each bin in words, and the tokens of the bins that are one position; Plotly text."""
+    alone = places.first == places.last
+    tokens = iter(_tokens.hover_tokens(report, places.first[alone].tolist()))
+    return [
+        f"{name}: {next(tokens)}" if single else name
+        for name, single in zip(places.names(), alone, strict=True)
+    ]

@@ -1,0 +1,69 @@
+"""Long axes cut into bins, so that a figure of 32,768 positions opens without freezing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+LONGEST = 1024
+"""Bins of a line or of bars: about as many as a screen has columns for."""
+
+
+class Bins(NamedTuple):
+    """Runs of neighbouring positions, each drawn as one.
+
+    Attributes:
+        first: where each bin begins [bin].
+        last: where it ends, that position included [bin].
+    """
+
+    first: np.ndarray
+    last: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """How many positions there are."""
+        return int(self.last[-1]) + 1
+
+    @property
+    def binned(self) -> bool:
+        """Whether any bin holds more than one position."""
+        return len(self.first) < self.size
+
+    def width(self) -> np.ndarray:
+        """Positions in each bin [bin]."""
+        return self.last - self.first + 1
+
+    def maximum(self, values: np.ndarray, axis: int = -1) -> np.ndarray:
+        """The largest value of each bin along an axis; nan only where there is nothing else."""
+        return np.fmax.reduceat(values, self.first, axis=axis)
+
+    def argmax(self, values: np.ndarray) -> np.ndarray:
+        """Where each bin's largest value is [bin]; values that are not a number lose."""
+        filled = np.where(np.isnan(values), -np.inf, values)
+        ends = zip(self.first, self.last + 1, strict=True)
+        return np.array([start + filled[start:end].argmax() for start, end in ends])
+
+    def names(self) -> list[str]:
+        """Each bin in words: "position 3", "positions 64 to 71"."""
+        return [
+            f"position {first}" if first == last else f"positions {first} to {last}"
+            for first, last in zip(self.first.tolist(), self.last.tolist(), strict=True)
+        ]
+
+
+def bins(size: int, longest: int = LONGEST, keep: Sequence[int] = ()) -> Bins:
+    """About `longest` bins of equal width over `size` positions; single positions if they fit.
+
+    The first sixteen positions and those in `keep` have bins of their own, so that a sink is where
+    it is and its height is exact.
+    """
+    if size <= longest:
+        return Bins(np.arange(size), np.arange(size))
+    single = np.unique([*range(16), *(k for k in keep if 0 <= k < size)])[: longest // 2]
+    regular = np.linspace(0, size, max(2, longest - 2 * len(single)), endpoint=False).astype(int)
+    first = np.unique(np.concatenate([regular, single, single + 1]))
+    first = first[first < size]
+    return Bins(first, np.append(first[1:], size) - 1)

@@ -1,0 +1,141 @@
+// The figures: drawn by Plotly from what the package made, moved by what is chosen.
+
+const CONFIG = { displaylogo: false, responsive: true, displayModeBar: "hover" };
+const figures = [...document.querySelectorAll("[data-view]")];
+
+function draw(element) {
+  const name = element.dataset.view;
+  const view = page.views[state.theme][name];
+  const data = resolve(view.data);
+  const layout = resolve(view.layout);
+  layout.template = page.themes[state.theme].template;
+  layout.shapes = [...(layout.shapes ?? []), ...marks(name)];
+  if (name === "map") fillMap(data, layout);
+  keepZoom(element, layout);
+  return Plotly.react(element, data, layout, CONFIG);
+}
+
+// Zoom stays when another head is drawn into the same axes.
+function keepZoom(element, layout) {
+  layout.uirevision = element.dataset.view === "map" ? state.metric : "page";
+}
+
+// Lines and frames that show what is chosen elsewhere.
+function marks(name) {
+  const colours = page.themes[state.theme];
+  const line = { color: colours.ink, width: 2 };
+  const vertical = (x, dash) => ({
+    type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: { ...line, width: 1, dash },
+  });
+  if (name === "map") {
+    const column = chosen(metric().dim);
+    return [{
+      type: "rect", line,
+      x0: column - 0.5, x1: column + 0.5, y0: state.layer - 0.5, y1: state.layer + 0.5,
+    }];
+  }
+  if (name === "positions") {
+    return [{
+      type: "rect", line, xref: "paper", x0: 0, x1: 1,
+      y0: state.layer - 0.5, y1: state.layer + 0.5,
+    }];
+  }
+  if (name === "layers" || name === "drains") return [vertical(state.layer, "dot")];
+  if (name === "rate" && metric()?.threshold !== null && metric()) return [vertical(state.epsilon)];
+  if (["received", "values", "residual"].includes(name) && state.position !== null) {
+    return [vertical(state.position, "dot")];
+  }
+  return [];
+}
+
+// The head map: the chosen metric's cells, those at or below the threshold grey.
+function fillMap(data, layout) {
+  const { name, label, dim, hover, range, scale, interval } = metric();
+  const cells = rows(`${name}.mean`);
+  const [above, below] = data;
+  above.z = cells;
+  [above.zmin, above.zmax] = range;
+  above.colorscale = page.themes[state.theme][scale];
+  above.colorbar = { title: { text: label, side: "right" } };
+  above.hovertemplate = hover;
+  if (interval) {
+    const ends = rows(`${name}.ends`);
+    above.customdata = cells.map((row, layer) =>
+      Array.from(row, (_, head) => [ends[layer][2 * head], ends[layer][2 * head + 1]]));
+  }
+  below.z = cells.map((row) => Array.from(row, (x) => (x <= state.epsilon ? 1 : null)));
+  layout.xaxis.title.text = DIM_WORDS[dim];
+  layout.xaxis.dtick = tick(cells[0].length);
+}
+
+const tick = (size) => [1, 2, 5, 10, 20, 50, 100].find((step) => size <= 20 * step) ?? 1000;
+
+function describeHead() {
+  const { name, dim, label, interval } = metric();
+  const cells = rows(`${name}.mean`);
+  const [layer, column] = [state.layer, chosen(dim)];
+  let text = `${where(["layer", dim])}: ${label} ${number(cells[layer][column])}`;
+  if (interval) {
+    const ends = rows(`${name}.ends`)[layer].subarray(2 * column, 2 * column + 2);
+    if (Number.isFinite(ends[0])) text += `, 95 % interval ${number(ends[0])} to ${number(ends[1])}`;
+  }
+  byId("chosen").textContent = `${text}.`;
+  byId("layer").value = state.layer;
+  byId("head").value = state.head;
+  for (const span of document.querySelectorAll("[data-where]")) {
+    span.textContent = where(span.dataset.where.split(" "));
+  }
+}
+
+function describeCount() {
+  const { name, dim } = metric();
+  const values = array(`${name}.mean`).values;
+  const known = values.filter((x) => !Number.isNaN(x));
+  const above = known.filter((x) => x > state.epsilon).length;
+  const share = known.length ? Math.round((100 * above) / known.length) : 0;
+  byId("epsilon-shown").textContent = number(state.epsilon);
+  byId("count").textContent =
+    `${above} of ${known.length} ${DIM_WORDS[dim]}s (${share} %) above ${number(state.epsilon)}`;
+}
+
+// A metric's threshold starts at ε for probabilities, and below everything for other figures.
+function startMetric() {
+  const { slider, threshold, about, dim } = metric();
+  const [low, high] = slider;
+  const range = byId("epsilon");
+  range.min = low - (threshold === null ? (high - low) / 100 || 1 : 0);
+  range.max = high;
+  range.value = threshold ?? range.min;
+  byId("metric-about").textContent = `${about[0].toUpperCase()}${about.slice(1)}.` +
+    (dim === "kv_head" ? " Heads that share keys and values share a column." : "");
+  choose({ epsilon: threshold ?? Number(range.min) });
+}
+
+// Which columns of the map stand for a query head's neighbour.
+function headAt(column) {
+  return metric().dim === "kv_head" ? column * (page.sizes.head / page.sizes.kv_head) : column;
+}
+
+function listen(element) {
+  const name = element.dataset.view;
+  element.on("plotly_click", ({ points: [point] }) => {
+    if (name === "map") choose({ layer: point.y, head: headAt(point.x) });
+    if (name === "layers" || name === "drains") choose({ layer: Math.round(point.x) });
+    if (name === "positions") choose({ layer: point.y, position: point.x });
+    if (["received", "values", "residual"].includes(name)) choose({ position: point.x });
+  });
+}
+
+function moveOnMap(event) {
+  const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  const step = steps[event.key];
+  if (!step) return;
+  event.preventDefault();
+  const width = metric().dim === "kv_head" ? page.sizes.head / page.sizes.kv_head : 1;
+  choose({
+    layer: within(state.layer + step[0], page.sizes.layer),
+    head: within(state.head + step[1] * width, page.sizes.head),
+  });
+}
+
+const within = (index, size) => Math.min(Math.max(Math.round(index) || 0, 0), size - 1);

@@ -1,0 +1,97 @@
+// The page's data, what is chosen on it, and what has to be drawn again when that changes.
+
+const page = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+
+const READERS = { float32: [Float32Array, 4], int32: [Int32Array, 4], uint8: [Uint8Array, 1] };
+
+// An array of the page: its numbers in one run, with its shape. Files are little-endian, and so is
+// every machine that runs a browser today.
+function unpack(stored) {
+  const bytes = Uint8Array.from(atob(stored.data), (c) => c.charCodeAt(0));
+  const [Kind, size] = READERS[stored.dtype];
+  return { values: new Kind(bytes.buffer, 0, bytes.length / size), shape: stored.shape };
+}
+
+const arrays = {};
+function array(name) {
+  arrays[name] ??= unpack(page.arrays[name]);
+  return arrays[name];
+}
+
+const state = {
+  ...page.start,
+  theme: "light",
+  prompt: 0,
+  quantity: 0,
+  position: null, // chosen in a figure or among the tokens
+  epsilon: null,
+};
+
+const watchers = [];
+
+// Call `draw` when one of these things is chosen anew.
+function watch(keys, draw) {
+  watchers.push({ keys, draw });
+}
+
+function choose(changes) {
+  const keys = Object.keys(changes).filter((key) => changes[key] !== state[key]);
+  if (keys.length === 0) return;
+  Object.assign(state, changes);
+  for (const watcher of watchers) {
+    if (watcher.keys.some((key) => keys.includes(key))) watcher.draw();
+  }
+}
+
+// Several query heads may share a key and value head.
+function chosen(dim) {
+  if (dim !== "kv_head") return state[dim];
+  return Math.floor(state.head / (page.sizes.head / page.sizes.kv_head));
+}
+
+// What is left of an array at the chosen indices along its first dimensions.
+function slice(name, at) {
+  const { values, shape } = array(name);
+  let start = 0;
+  let size = values.length;
+  at.forEach((dim, axis) => {
+    size /= shape[axis];
+    start += chosen(dim) * size;
+  });
+  return values.subarray(start, start + size);
+}
+
+// A 2-D array as its rows, as heatmaps want it.
+function rows(name) {
+  const { values, shape } = array(name);
+  const width = values.length / shape[0];
+  return Array.from({ length: shape[0] }, (_, row) => values.subarray(row * width, (row + 1) * width));
+}
+
+// A figure with its references replaced by what is chosen now.
+function resolve(node) {
+  if (Array.isArray(node)) return node.map(resolve);
+  if (node === null || typeof node !== "object") return node;
+  if ("$list" in node) return page.lists[node.$list];
+  if ("$array" in node) {
+    const values = slice(node.$array, node.at);
+    if (node.take === null) return values;
+    return Float32Array.from(array(node.take).values, (index) => values[index]);
+  }
+  return Object.fromEntries(Object.entries(node).map(([key, value]) => [key, resolve(value)]));
+}
+
+const metric = () => page.metrics.find((one) => one.name === state.metric);
+
+// A number in about three digits.
+function number(x) {
+  if (x === null || !Number.isFinite(x)) return "–";
+  const size = Math.abs(x);
+  if (size !== 0 && (size < 0.001 || size >= 1e7)) return x.toExponential(2);
+  if (size >= 100) return Math.round(x).toLocaleString("en-US");
+  return String(Number(x.toPrecision(3)));
+}
+
+const DIM_WORDS = { head: "head", kv_head: "KV head", layer: "layer" };
+const where = (dims) => dims.map((dim) => `${DIM_WORDS[dim]} ${chosen(dim)}`).join(", ");

@@ -1,0 +1,154 @@
+// The tokens of a prompt, each coloured by what it receives. Tokens are only ever set as text.
+
+const PAGE_OF_TOKENS = 512;
+let firstToken = 0;
+
+const quantity = () => page.tokens.quantities[state.quantity];
+const strip = byId("strip");
+
+function tokenValues() {
+  const stored = quantity();
+  stored.unpacked ??= unpack(stored.values);
+  const { values, shape } = stored.unpacked;
+  return values.subarray(state.prompt * shape[1], (state.prompt + 1) * shape[1]);
+}
+
+// Where a value lies between the ends of the scale, 0 to 1.
+function scaleOf(values) {
+  const logarithmic = byId("log-tokens").checked;
+  const known = values.filter((x) => Number.isFinite(x) && (!logarithmic || x > 0));
+  const turn = logarithmic ? Math.log10 : (x) => x;
+  const least = known.reduce((a, b) => Math.min(a, b), Infinity);
+  const most = known.reduce((a, b) => Math.max(a, b), -Infinity);
+  if (known.length === 0) return { low: NaN, high: NaN, at: () => 0 };
+  const low = logarithmic ? Math.max(least, most * 1e-5) : Math.min(0, least);
+  const reach = turn(most) - turn(low) || 1;
+  return {
+    low,
+    high: most,
+    at: (x) => Math.min(Math.max((turn(Math.max(x, low)) - turn(low)) / reach, 0), 1),
+  };
+}
+
+// Colours between the stops of viridis, mixed in RGB as Plotly does.
+function colour(share) {
+  const stops = page.themes[state.theme].sequential;
+  const next = Math.max(1, stops.findIndex(([at]) => at >= share));
+  const [[from, a], [to, b]] = [stops[next - 1], stops[next]];
+  const part = (share - from) / (to - from);
+  const parts = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+  const [one, other] = [parts(a), parts(b)];
+  return one.map((x, i) => Math.round(x + part * (other[i] - x)));
+}
+
+function drawTokens() {
+  const tokens = page.tokens.prompts[state.prompt];
+  const values = tokenValues();
+  const scale = scaleOf(values.subarray(0, tokens.length));
+  const end = Math.min(firstToken + PAGE_OF_TOKENS, tokens.length);
+  const parts = [];
+  for (let position = firstToken; position < end; position += 1) {
+    const span = document.createElement("span");
+    const [r, g, b] = colour(scale.at(values[position]));
+    span.textContent = tokens[position];
+    span.dataset.position = position;
+    span.setAttribute("role", "option");
+    span.setAttribute("aria-selected", String(position === state.position));
+    span.title = `position ${position}: ${quantity().label} ${number(values[position])}`;
+    span.style.backgroundColor = `rgb(${r}, ${g}, ${b})`;
+    span.style.color = 0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#000" : "#fff";
+    parts.push(span);
+    if (tokens[position].includes("⏎")) parts.push(document.createElement("br"));
+  }
+  strip.replaceChildren(...parts);
+  drawScale(scale);
+  describePages(tokens.length, end);
+  describeToken();
+}
+
+function drawScale({ low, high }) {
+  byId("scale-low").textContent = number(low);
+  byId("scale-high").textContent = number(high);
+  const canvas = byId("scale-bar");
+  const context = canvas.getContext("2d");
+  for (let x = 0; x < canvas.width; x += 1) {
+    context.fillStyle = `rgb(${colour(x / (canvas.width - 1)).join(", ")})`;
+    context.fillRect(x, 0, 1, canvas.height);
+  }
+}
+
+function describePages(shown, end) {
+  const length = page.tokens.lengths[state.prompt];
+  const pages = document.querySelector(".pages");
+  pages.hidden = length <= PAGE_OF_TOKENS;
+  byId("earlier").disabled = firstToken === 0;
+  byId("later").disabled = end >= shown;
+  const kept = shown < length ? `; the page holds the first ${shown.toLocaleString("en-US")}` : "";
+  byId("span").textContent =
+    `positions ${firstToken} to ${end - 1} of ${length.toLocaleString("en-US")}${kept}`;
+}
+
+function describeToken() {
+  const tokens = page.tokens.prompts[state.prompt];
+  const { position } = state;
+  const said = byId("token-chosen");
+  if (position === null || position >= tokens.length) {
+    said.textContent = position === null ? "" : `Position ${position} lies beyond these tokens.`;
+    return;
+  }
+  const figures = page.tokens.quantities.map((one) => {
+    one.unpacked ??= unpack(one.values);
+    const { values, shape } = one.unpacked;
+    return `${one.label} ${number(values[state.prompt * shape[1] + position])}`;
+  });
+  said.textContent = `Position ${position}, “\u2068${tokens[position]}\u2069”: ${figures.join(", ")}`;
+}
+
+// Mark the chosen position, on the page of tokens that holds it.
+function showPosition() {
+  const tokens = page.tokens.prompts[state.prompt];
+  const { position } = state;
+  if (position !== null && position < tokens.length) {
+    const start = Math.floor(position / PAGE_OF_TOKENS) * PAGE_OF_TOKENS;
+    if (start !== firstToken) {
+      firstToken = start;
+      drawTokens();
+    }
+  }
+  for (const span of strip.querySelectorAll("span")) {
+    const is = Number(span.dataset.position) === position;
+    span.setAttribute("aria-selected", String(is));
+    if (is) strip.scrollTo({ top: span.offsetTop - strip.offsetTop - strip.clientHeight / 2 });
+  }
+  describeToken();
+}
+
+function moveAmongTokens(event) {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (!step) return;
+  event.preventDefault();
+  const last = page.tokens.prompts[state.prompt].length;
+  choose({ position: within((state.position ?? -step) + step, last) });
+}
+
+function startTokens() {
+  if (!page.tokens) return;
+  for (const index of page.tokens.prompts.keys()) byId("prompt").add(new Option(index, index));
+  page.tokens.quantities.forEach((one, index) => byId("quantity").add(new Option(one.label, index)));
+  byId("prompt").addEventListener("change", ({ target }) => {
+    firstToken = 0;
+    choose({ prompt: Number(target.value) });
+  });
+  byId("quantity").addEventListener("change", ({ target }) => choose({ quantity: Number(target.value) }));
+  byId("log-tokens").addEventListener("change", drawTokens);
+  const turn = (by) => () => { firstToken += by; drawTokens(); };
+  byId("earlier").addEventListener("click", turn(-PAGE_OF_TOKENS));
+  byId("later").addEventListener("click", turn(PAGE_OF_TOKENS));
+  strip.addEventListener("click", ({ target }) => {
+    if (target.dataset.position) choose({ position: Number(target.dataset.position) });
+  });
+  strip.addEventListener("keydown", moveAmongTokens);
+  watch(["prompt", "quantity", "theme"], drawTokens);
+  watch(["position"], showPosition);
+  drawTokens();
+}

@@ -1,0 +1,56 @@
+"""Numbers for the page: base64 of their bytes, and references that the page's script resolves."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import numpy as np
+from plotly.utils import PlotlyJSONEncoder
+
+_TYPES = {"f": "float32", "i": "int32", "u": "int32", "b": "uint8"}
+
+
+class Pack:
+    """Arrays by name, each stored once however many figures of whatever theme refer to it."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, values: np.ndarray) -> None:
+        """Store an array; a name that is taken keeps what it has."""
+        if name not in self.arrays:
+            self.arrays[name] = packed(values)
+
+    @staticmethod
+    def ref(name: str, *at: str, take: str | None = None) -> dict[str, Any]:
+        """Stands in a figure for an array.
+
+        Args:
+            name: of the array.
+            at: what is chosen on the page along its first dimensions, such as "layer", "head".
+            take: name of an array of indices into what is left.
+        """
+        return {"$array": name, "at": list(at), "take": take}
+
+
+def packed(values: np.ndarray) -> dict[str, Any]:
+    """An array as its little-endian bytes in base64: float32, int32 or uint8."""
+    kind = _TYPES[values.dtype.kind]
+    data = np.ascontiguousarray(values, dtype=np.dtype(kind).newbyteorder("<"))
+    return {
+        "dtype": kind,
+        "shape": list(values.shape),
+        "data": base64.b64encode(data.tobytes()).decode("ascii"),
+    }
+
+
+def script_json(value: Any) -> str:
+    """JSON that may stand in a script element whatever text it holds.
+
+    Everything beyond ASCII is escaped already; without "<" no text can end the element or open a
+    comment in it.
+    """
+    text = json.dumps(value, cls=PlotlyJSONEncoder, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

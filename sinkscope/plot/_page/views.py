@@ -1,0 +1,172 @@
+"""The page's figures: those of the package, their arrays replaced by references where they move."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from sinkscope.plot import _figure, dims, heads, layers, positions, rates
+from sinkscope.plot._bars import add_uniform, bars, hover_names, uniform_level
+from sinkscope.plot._bins import Bins, bins
+from sinkscope.plot._page.pack import Pack
+from sinkscope.plot._scales import y_scale
+from sinkscope.plot.theme import Theme, palette
+
+if TYPE_CHECKING:
+    from sinkscope.report import SinkReport
+
+_CELLS = 400_000
+"""Layers × heads × bins of received attention that the page carries: at most about 2 MB."""
+
+View = dict[str, Any]
+
+
+def views(report: SinkReport, pack: Pack, metrics: list[str], theme: Theme) -> dict[str, View]:
+    """Every figure that the report has the fields for, by name.
+
+    Args:
+        report: What a scan gave.
+        pack: Where the arrays go.
+        metrics: Names of the head map's metrics.
+        theme: "light" or "dark".
+    """
+    made: dict[str, View] = {}
+    if metrics:
+        made["map"] = _map(report, metrics[0], theme)
+    for name, (field, at) in _LINKED.items():
+        if getattr(report, field) is not None:
+            made[name] = _linked(report, pack, field, at, theme)
+    if report.received_by_distance is not None:
+        made["queries"] = _queries(report, pack, theme)
+    for name, (fields, draw) in _STATIC.items():
+        if all(getattr(report, field) is not None for field in fields):
+            made[name] = view(draw(report, theme=theme))
+    if "positions" in made:
+        made["positions"]["data"][0] |= _plain_map(report)
+    return made
+
+
+def page_bins(report: SinkReport) -> Bins:
+    """The bins of the page's bars: fewer where there are many heads, so that the file stays small."""
+    sizes = report.sizes
+    heads_of_model = report.settings.n_layers * report.settings.n_heads
+    longest = int(np.clip(_CELLS // heads_of_model, 64, 1024))
+    return bins(sizes["position"], longest, keep=_figure.sink_positions(report))
+
+
+def view(figure: go.Figure, depends: tuple[str, ...] = ()) -> View:
+    """A figure as the page keeps it: title apart, no template, no buttons of its own."""
+    spec = figure.to_dict()
+    layout = spec["layout"]
+    for name in ("template", "updatemenus", "sliders"):
+        layout.pop(name, None)
+    title = layout.pop("title", {}).get("text", "")
+    layout.get("margin", {}).update(t=layout["margin"]["t"] - _figure.ROOM + 14)
+    layout["height"] -= _figure.ROOM - 14
+    return {
+        "data": spec["data"],
+        "layout": layout,
+        "title": html.unescape(re.sub(r"<[^>]*>", "", title)),
+        "depends": list(depends),
+    }
+
+
+def _map(report: SinkReport, metric: str, theme: Theme) -> View:
+    """The head map's frame; the script fills in the metric, the threshold and the choice."""
+    figure = heads.head_map(report, metric, theme=theme)
+    rows = report.settings.n_layers
+    figure.update_layout(height=int(np.clip(150 + 19 * rows, 320, 900)) + 62)
+    made = view(figure, ("metric", "epsilon", "layer", "head"))
+    cells = made["data"][0]
+    for name in ("z", "customdata", "hovertemplate", "zmin", "zmax", "colorscale"):
+        cells.pop(name, None)
+    below = dict(type="heatmap", showscale=False, hoverinfo="skip", xgap=1, ygap=1, zmin=0, zmax=1)
+    muted = palette(theme).muted[1]
+    made["data"].append(below | {"colorscale": [[0, muted], [1, muted]]})
+    return made
+
+
+def _linked(report: SinkReport, pack: Pack, field: str, at: tuple[str, ...], theme: Theme) -> View:
+    """Bars over positions of the chosen layer and head."""
+    places = page_bins(report)
+    figures = places.maximum(_figure.mean(report, field))
+    pack.add(field, figures)
+    _pack_names(report, pack, places)
+    variable = report.variables()[field]
+    figure = bars(report, variable, places, figures[(0,) * len(at)], theme)
+    levels = [uniform_level(report, field, layer) for layer in range(report.settings.n_layers)]
+    if levels[0] is not None:
+        add_uniform(figure, places, levels[0], theme)
+        pack.add(f"{field}.uniform", places.maximum(np.stack(levels)))
+    figure.update_yaxes(**y_scale(field in positions.LOG_METRICS))
+    _figure.finish(figure, "", report.settings, theme, height=330)
+    made = view(figure, at)
+    for trace, take in zip(made["data"], ("sinks", "others"), strict=False):
+        trace["y"] = pack.ref(field, *at, take=take)
+        trace["text"] = {"$list": take}
+    if levels[0] is not None:
+        made["data"][2]["y"] = pack.ref(f"{field}.uniform", "layer")
+    made["note"] = f"Maxima of {len(places.first):,} bins." if places.binned else ""
+    return made
+
+
+def _pack_names(report: SinkReport, pack: Pack, places: Bins) -> None:
+    sinks = np.isin(places.first, _figure.sink_positions(report))
+    pack.add("sinks", np.flatnonzero(sinks))
+    pack.add("others", np.flatnonzero(~sinks))
+    pack.add("first", places.first)
+
+
+def names(report: SinkReport) -> dict[str, list[str]]:
+    """What each bar is called in its hover: the sinks', and the others'."""
+    places = page_bins(report)
+    sinks = np.isin(places.first, _figure.sink_positions(report))
+    called = np.array(hover_names(report, places), dtype=object)
+    return {"sinks": called[sinks].tolist(), "others": called[~sinks].tolist()}
+
+
+def _queries(report: SinkReport, pack: Pack, theme: Theme) -> View:
+    """Attention to the sink by query position, in the chosen head."""
+    pack.add("received_by_distance", _figure.mean(report, "received_by_distance"))
+    figure = layers.attention_by_query(report, 0, 0, theme=theme)
+    figure.update_layout(height=330)
+    made = view(figure, ("layer", "head"))
+    trace = made["data"][0]
+    trace["y"] = pack.ref("received_by_distance", "layer", "head")
+    trace["hovertemplate"] = "queries from %{x}<br>attention to the sink: %{y:.3~g}<extra></extra>"
+    trace["line"] = dict(color=palette(theme).sink)
+    made["layout"]["yaxis"] |= dict(range=[0, 1.02])
+    return made
+
+
+def _plain_map(report: SinkReport) -> dict[str, Any]:
+    """The map's hover without every token: names by column would be most of the file."""
+    return dict(
+        text=None,
+        hovertemplate="layer %{y}, position %{x}<br>received attention: %{customdata:.3~g}"
+        "<extra></extra>",
+    )
+
+
+_LINKED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "received": ("received_attention", ("layer", "head")),
+    "values": ("value_norm", ("layer", "kv_head")),
+    "residual": ("residual_norm", ("layer",)),
+}
+_STATIC: dict[str, tuple[tuple[str, ...], Callable[..., go.Figure]]] = {
+    "layers": (
+        ("residual_peak", "sink_residual_norm", "median_residual_norm"),
+        layers.residual_norms,
+    ),
+    "drains": (("value_drain",), layers.value_drains),
+    "rate": (("sink_importance",), rates.sink_rate),
+    "dims": (("ffn_sink", "ffn_mixed_max", "ffn_sink_median"), dims.nonmixture_dims),
+    "massive": (("massive",), dims.massive_activations),
+    "positions": (("received_attention",), positions.position_map),
+    "embeddings": (("position_embedding_norm",), positions.position_embedding_norms),
+}
