@@ -1,0 +1,164 @@
+"""Position vectors: their norms (Fig. 2), and a position that is given another one's (Fig. 4)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sinkscope.capabilities import capabilities
+from sinkscope.errors import UnsupportedError
+from sinkscope.experiments import _conditions, _measure, _result
+from sinkscope.experiments._conditions import Condition, Conditions
+from sinkscope.experiments._result import Result
+from sinkscope.interventions import PositionEmbeddingEdit, PositionIdEdit
+from sinkscope.interventions._base import check_mode
+from sinkscope.interventions.positions import position_table
+from sinkscope.metrics.positions import position_embedding_norm
+from sinkscope.models import load_model, model_source
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+CHANGES = ("first replaced", "last replaced", "first swapped", "last swapped")
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class PositionNorms(Result):
+    """Norms of a model's learned position vectors.
+
+    Attributes:
+        norm: ‖p_t‖ of every position [activation].
+    """
+
+    norm: Float[Tensor, "position"]
+
+    def findings(self) -> dict[str, Any]:
+        """The first norm, the last, and what the others are like."""
+        others = self.norm[1:]
+        return {
+            "first": float(self.norm[0]),
+            "last": float(self.norm[-1]),
+            "median_of_others": float(others.median()),
+            "largest_of_others": float(others.max()),
+            "largest_of_others_at": int(others.argmax()) + 1,
+            "first_over_median": float(self.norm[0] / others.median()),
+            "deviations": float((self.norm[0] - others.mean()) / others.std()),
+        }
+
+    def summary(self) -> str:
+        """Whether the first vector stands out."""
+        found = self.findings()
+        return (
+            f"The first of {len(self.norm)} position vectors has the norm "
+            f"{_result.number(found['first'])}, {_result.number(found['first_over_median'])} times "
+            f"the median of the others and {_result.number(found['deviations'])} of their standard "
+            f"deviations from their mean; the last has {_result.number(found['last'])}, the "
+            f"largest of the others {_result.number(found['largest_of_others'])} (position "
+            f"{found['largest_of_others_at']})."
+        )
+
+    def frame(self) -> pd.DataFrame:
+        """One row a position."""
+        import pandas as pd
+
+        columns = _result.grid(position=range(len(self.norm)))
+        return pd.DataFrame(columns | {"metric": "norm", "value": _result.flat(self.norm)})
+
+    def figures(self) -> dict[str, go.Figure]:
+        """Norm by position, in the shape of the paper's figure 2."""
+        import plotly.graph_objects as go
+
+        from sinkscope.plot._figure import finish
+
+        figure = go.Figure(go.Bar(y=self.norm.numpy(), width=1))
+        figure.update_xaxes(title_text="position")
+        figure.update_yaxes(title_text="norm of its vector [activation]")
+        return {"norms": finish(figure, "Norms of the position vectors", self.about)}
+
+
+def position_norms(model: Any) -> PositionNorms:
+    """L2 norm of every learned position vector (Yan et al. 2407.01601, Fig. 2).
+
+    Raises:
+        UnsupportedError: If the model has no learned position vectors.
+    """
+    model = load_model(model)
+    can = capabilities(model)
+    if can.positions != "learned":
+        raise UnsupportedError(
+            f"{can.architecture} has no learned position vectors; its positions are "
+            f"{can.positions}."
+        )
+    table, first = position_table(model)
+    norm = position_embedding_norm(table.detach()[first:]).cpu()
+    return PositionNorms(about=model_source(model).name, norm=norm)
+
+
+class PositionEdit(Conditions):
+    """What another position's vector does; conditions are {start and end} × {changes}."""
+
+
+def position_embeddings(
+    model: Any,
+    texts: Any,
+    position: int | None = None,
+    *,
+    starts: Iterable[str] = ("special", "random"),
+    changes: Iterable[str] = CHANGES,
+    seed: int = 0,
+    progress: bool = True,
+) -> PositionEdit:
+    """Give a position the first or the last position's vector (Yan et al. 2407.01601, Fig. 4).
+
+    Whether the paper replaced or swapped is not public; both are offered. On rotary models position
+    ids stand in for vectors: "first" rotates the element as if it stood at 0, "last" as at the last
+    position of the prompt.
+
+    Args:
+        model: A bridge, or anything that `load_model` takes.
+        texts: Prompts of equal length that go beyond `position`.
+        position: Which element; 255 by default, or two thirds of the way in short prompts.
+        starts: Of "special", "random" (start and end tokens both) and "given".
+        changes: Of `CHANGES`; the unchanged model always comes first.
+        seed: Of the random tokens.
+        progress: Whether to draw a progress bar.
+
+    Raises:
+        UnsupportedError: If positions are neither learned nor rotary.
+        TextError: If prompts differ in length or end before the position.
+    """
+    model = load_model(model)
+    prompts = _measure.even(model, texts)
+    length = prompts.tokens.shape[1]
+    position = _conditions.default_position(length, position)
+    _measure.even(model, prompts, position)
+    edits = {
+        change: _edit(model, check_mode(change, CHANGES), position, length) for change in changes
+    }
+    conditions = []
+    for start, with_start in _conditions.started(model, prompts, starts, True, seed).items():
+        title = f"{start} start and end · {position}"
+        conditions.append(Condition(f"{title} unchanged", start, "unchanged", with_start))
+        for change, enter in edits.items():
+            conditions.append(Condition(f"{title}: {change}", start, change, with_start, enter))
+    return PositionEdit(**_conditions.observe(model, prompts, conditions, position, progress))
+
+
+def _edit(model: Any, change: str, position: int, length: int) -> Any:
+    """The intervention of a change, ready to be made."""
+    which, how = change.split()
+    mode = {"replaced": "replace", "swapped": "swap"}[how]
+    if capabilities(model).positions == "learned":
+        source = {"first": 0, "last": -1}[which]
+        make = functools.partial(PositionEmbeddingEdit, model, source, position, mode)
+    else:
+        source = {"first": 0, "last": length - 1}[which]
+        make = functools.partial(PositionIdEdit, model, source, position, mode)
+    make()  # refuses now what it would refuse later
+    return make

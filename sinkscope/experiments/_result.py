@@ -1,0 +1,159 @@
+"""What every experiment hands back: labelled tensors, a tidy frame, words and figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sinkscope._bootstrap import bootstrap
+from sinkscope._labelled import Labelled
+from sinkscope.models import model_source
+from sinkscope.texts import Texts
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Result(Labelled):
+    """Base of the experiments' results.
+
+    Attributes:
+        about: Model, T, BOS and texts in one line, for figures.
+    """
+
+    about: str
+
+    def summary(self) -> str:
+        """What was found, in words, with its figures."""
+        raise NotImplementedError
+
+    def frame(self) -> pd.DataFrame:
+        """A tidy frame, one row an observation, as the figures take it."""
+        raise NotImplementedError
+
+    def figures(self) -> dict[str, go.Figure]:
+        """The figures by name."""
+        raise NotImplementedError
+
+    def findings(self) -> dict[str, Any]:
+        """The figures that the summary states, as plain values ready for JSON."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Findings and provenance, ready for JSON."""
+        return {"about": self.about, "summary": self.summary(), **plain(self.findings())}
+
+    def save(self, folder: str | Path, name: str) -> list[Path]:
+        """Write ``NAME.json``, ``NAME.csv`` and one ``NAME-FIGURE.html`` a figure.
+
+        Args:
+            folder: An existing folder.
+            name: Start of the files' names.
+
+        Returns:
+            The files written.
+        """
+        folder = Path(folder)
+        files = [folder / f"{name}.json", folder / f"{name}.csv"]
+        files[0].write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        self.frame().to_csv(files[1], index=False)
+        for title, figure in self.figures().items():
+            files.append(folder / f"{name}-{title}.html")
+            figure.write_html(files[-1], include_plotlyjs=True)
+        return files
+
+    def __repr__(self) -> str:
+        return f"{self.about}\n{self.summary()}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts with its 95 % bootstrap interval.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end; nan with fewer than two prompts.
+        high: Upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.low):
+            return number(self.mean)
+        return f"{number(self.mean)} [{number(self.low)}, {number(self.high)}]"
+
+
+def estimate(x: Float[Tensor, "prompt"]) -> Estimate:
+    """Mean and interval of one figure a prompt."""
+    return Estimate(*(float(end) for end in bootstrap(x.float())))
+
+
+def number(value: float) -> str:
+    """Three digits, thin spaces between thousands."""
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else str(value)
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def about(model: Any, texts: Texts) -> str:
+    """The line under a figure's title."""
+    parts = (
+        model_source(model).name,
+        f"T = {texts.tokens.shape[1]:,}",
+        f"BOS: {texts.bos}",
+        f"{len(texts)} × {texts.source}",
+    )
+    return " · ".join(parts)
+
+
+def plain(value: Any) -> Any:
+    """Estimates, tensors and the like as what JSON knows; nan becomes None."""
+    if isinstance(value, Estimate):
+        value = {"mean": value.mean, "low": value.low, "high": value.high}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def listed(items: list[str]) -> str:
+    """Items as words: a; a and b; a, b and c."""
+    if len(items) < 2:
+        return "".join(items)
+    return f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def grid(**axes: Any) -> dict[str, Any]:
+    """Columns of a tidy frame for every combination of the axes' values, in C order."""
+    import numpy as np
+
+    sizes = [range(len(values)) for values in axes.values()]
+    index = np.stack(np.meshgrid(*sizes, indexing="ij")).reshape(len(axes), -1)
+    return {
+        name: np.asarray(list(values))[row]
+        for (name, values), row in zip(axes.items(), index, strict=True)
+    }
+
+
+def flat(x: Tensor) -> Any:
+    """A tensor as one column, in C order."""
+    return torch.as_tensor(x).detach().cpu().double().flatten().numpy()

@@ -1,0 +1,421 @@
+"""Long texts through a small cache: what keeping a few sinks is worth, and which ones.
+
+StreamingLLM (Xiao et al. 2309.17453): a model that may only see a window of recent tokens breaks
+down once its first tokens have left the window, and recovers if a few of them are kept. Yan et al.
+(2407.01601) claim that any *designated* waiver element will do; here one in the middle is kept
+instead of the first tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sinkscope._bootstrap import bootstrap
+from sinkscope.capabilities import Capabilities, capabilities
+from sinkscope.capture import paths, runner
+from sinkscope.errors import TextError, UnsupportedError
+from sinkscope.experiments import _result
+from sinkscope.experiments._long_text import long_text
+from sinkscope.experiments._partial import Growing, asked_of
+from sinkscope.experiments._result import Result
+from sinkscope.experiments._window_cache import COUNTED, Layout, Turner, WindowCache
+from sinkscope.interventions._base import check_mode, check_positions
+from sinkscope.models import load_model
+from sinkscope.texts import Texts
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+SINKS = (0, 1, 2, 4, 8)
+_BLOCK = 128
+"""Tokens of a block of the bootstrap: neighbours are alike, so blocks are drawn, not tokens."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the queries of one run may see.
+
+    Attributes:
+        kept: In words, such as "4 sinks" or "designated 255".
+        keep: Positions that are never forgotten.
+        window: Recent positions that a query sees, its own included; None for all.
+        counted: How positions are counted, of `COUNTED`.
+        alone: Positions designated by a self-only mask.
+    """
+
+    kept: str
+    keep: tuple[int, ...]
+    window: int | None
+    counted: str
+    alone: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class StreamedContext(Result):
+    """Loss of every token of a long text, setting by setting.
+
+    Attributes:
+        asked: What the figures were made of.
+        kept: What is kept in each setting, in words.
+        windows: Window of each setting; -1 sees everything.
+        counted: How positions were counted in each setting.
+        loss: Loss of each query's next token [nat]; nan at the last one, and where a setting has
+            not run.
+        seconds: What each setting took.
+        cache_bytes: Keys and values held between chunks at the end.
+        full_bytes: What a cache of the whole text would hold.
+    """
+
+    asked: dict[str, Any]
+    kept: list[str]
+    windows: list[int]
+    counted: list[str]
+    loss: Float[Tensor, "setting query"]
+    seconds: Float[Tensor, "setting"]
+    cache_bytes: Float[Tensor, "setting"]
+    full_bytes: Float[Tensor, "setting"]
+
+    @property
+    def moved_on(self) -> int:
+        """The first query whose window has left the start behind in every windowed setting."""
+        widest = max((window for window in self.windows if window > 0), default=0)
+        return widest + max(SINKS)
+
+    def perplexity(self, setting: int, start: int = 0, stop: int | None = None) -> float:
+        """Exp of the mean loss of some queries.
+
+        Args:
+            setting: Which one.
+            start: First query.
+            stop: After the last one.
+        """
+        return float(self._loss(setting, start, stop).mean().exp())
+
+    def interval(self, setting: int, start: int = 0) -> tuple[float, float]:
+        """95 % bootstrap interval of the perplexity, over blocks of 128 tokens."""
+        blocks = self._loss(setting, start).split(_BLOCK)
+        whole = [block.mean() for block in blocks if len(block) == _BLOCK]
+        means = torch.stack(whole or [blocks[0].mean()])
+        _, low, high = bootstrap(means)
+        return float(low.exp()), float(high.exp())
+
+    def _loss(self, setting: int, start: int = 0, stop: int | None = None) -> Tensor:
+        loss = self.loss[setting, start:stop].double()
+        return loss[: len(loss) - 1] if stop is None else loss
+
+    def frame(self) -> pd.DataFrame:
+        """One row a setting: perplexity of the whole text and after the window has moved on."""
+        import pandas as pd
+
+        rows = []
+        after = min(self.moved_on, self.loss.shape[1] // 2)
+        for setting, kept in enumerate(self.kept):
+            low, high = self.interval(setting)
+            rows.append(
+                {
+                    "kept": kept,
+                    "window": self.windows[setting],
+                    "positions": self.counted[setting],
+                    "tokens": self.loss.shape[1],
+                    "perplexity": self.perplexity(setting),
+                    "perplexity_low": low,
+                    "perplexity_high": high,
+                    "perplexity_before": self.perplexity(setting, 0, after),
+                    "perplexity_after": self.perplexity(setting, after),
+                    "tokens_per_second": self.loss.shape[1] / float(self.seconds[setting]),
+                    "kv_megabytes": float(self.cache_bytes[setting]) / 1e6,
+                    "kv_share": float(self.cache_bytes[setting] / self.full_bytes[setting]),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def findings(self) -> dict[str, Any]:
+        """The table of `frame`, with where "after" begins."""
+        after = min(self.moved_on, self.loss.shape[1] // 2)
+        return {
+            "tokens": self.loss.shape[1],
+            "after": after,
+            "settings": self.frame().to_dict("records"),
+        }
+
+    def summary(self) -> str:
+        """The table of perplexities."""
+        from sinkscope._summary import table_as_text
+
+        frame = self.frame()
+        after = min(self.moved_on, self.loss.shape[1] // 2)
+        head = (
+            f"Perplexity of {self.loss.shape[1]:,} tokens, and of those from {after:,} on, where "
+            "every window has left the start behind:"
+        )
+        rows = [
+            [
+                row["kept"],
+                "all" if row["window"] < 0 else f"{row['window']:,}",
+                row["positions"],
+                f"{_result.number(row['perplexity'])} "
+                f"[{_result.number(row['perplexity_low'])}, "
+                f"{_result.number(row['perplexity_high'])}]",
+                _result.number(row["perplexity_after"]),
+                f"{row['kv_megabytes']:.1f}",
+                f"{row['tokens_per_second']:,.0f}",
+            ]
+            for row in frame.to_dict("records")
+        ]
+        columns = ["kept", "window", "counted", "perplexity", "after", "KV [MB]", "tokens/s"]
+        return f"{head}\n{table_as_text(columns, rows)}"
+
+    def figures(self) -> dict[str, go.Figure]:
+        """Perplexity against the window, one figure for each way of counting positions."""
+        from sinkscope.plot import perplexity_by_window
+
+        frame = self.frame()
+        drawn = {}
+        for counted in dict.fromkeys(self.counted):
+            rows = frame[(frame["positions"] == counted) | (frame["window"] < 0)]
+            about = f"{self.about} · positions counted in the {counted}"
+            drawn[f"perplexity-{counted}"] = perplexity_by_window(rows, about=about)
+        return drawn
+
+
+def streaming_context(
+    model: Any,
+    text: Any = "prose",
+    *,
+    tokens: int = 4096,
+    windows: Iterable[int] = (256, 512, 1024),
+    sinks: Iterable[int] = SINKS,
+    designated: int | Iterable[int] | None = 255,
+    counted: Iterable[str] = COUNTED,
+    full: bool | None = None,
+    chunk: int = 128,
+    bos: str = "auto",
+    seed: int = 0,
+    file: str | Path | None = None,
+    progress: bool = True,
+) -> StreamedContext:
+    """Perplexity of a long text when each query sees a few kept elements and a window.
+
+    Args:
+        model: A bridge, or anything that `load_model` takes; causal, without windows of its own.
+        text: What `texts()` takes, or exact `token_ids`; it may be longer than the context.
+        tokens: How much of it.
+        windows: Recent positions that a query sees, its own included.
+        sinks: How many first tokens are kept beside the window.
+        designated: Positions to designate by a self-only mask and to keep *instead* of the first
+            tokens, one setting each; each is run undesignated as well, as a control. None for none.
+        counted: "cache" counts positions inside the cache (StreamingLLM), "absolute" from the
+            text's start.
+        full: Whether to run the model that sees everything, too; by default where the text is no
+            longer than the trained context.
+        chunk: Queries that run at once; any number gives the same figures.
+        bos: What stands in front, see `texts`.
+        seed: Of the order of documents.
+        file: A ``.nc`` file that the result grows in; a run that was interrupted goes on from it.
+        progress: Whether to draw a progress bar.
+
+    Raises:
+        UnsupportedError: If the model is bidirectional, has no trained head, or has sliding
+            windows; or if its positions cannot be counted as asked.
+        TextError: If the text is too short.
+        ReportError: If the file holds something that was asked for otherwise.
+    """
+    model = load_model(model)
+    can = _check(capabilities(model))
+    prompts = long_text(model, text, tokens, bos=bos, seed=seed)
+    settings = plan(windows, sinks, designated, counted, full, tokens, can)
+    _check_lengths(settings, tokens, can)
+    turner = Turner(model, can) if any(s.counted == "cache" for s in settings) else None
+    growing = Growing(_empty(model, prompts, settings), None if file is None else Path(file))
+    result = growing.result
+    missing = [i for i in range(len(settings)) if bool(result.seconds[i].isnan())]
+    total = len(missing) * tokens
+    with growing.kept(), tqdm(total=total, unit="token", disable=not progress, leave=False) as bar:
+        for index in missing:
+            bar.set_description(f"{settings[index].kept}, window {settings[index].window}")
+            _run(model, prompts, settings[index], turner, chunk, result, index, bar)
+            growing.grown()
+    return result
+
+
+def plan(
+    windows: Iterable[int],
+    sinks: Iterable[int],
+    designated: int | Iterable[int] | None,
+    counted: Iterable[str],
+    full: bool | None,
+    tokens: int,
+    can: Capabilities,
+) -> list[Setting]:
+    """Every run that was asked for, the model that sees everything first."""
+    chosen = () if designated is None else check_positions(designated)
+    found: list[Setting] = []
+    fits = can.n_ctx is None or tokens <= can.n_ctx
+    if full if full is not None else fits:
+        found.append(Setting("everything", (), None, "absolute"))
+    for way in counted:
+        check_mode(way, COUNTED)
+        for window in windows:
+            if window < 1:
+                raise TextError(f"A window of {window} positions shows nothing; use 1 or more.")
+            for n in sinks:
+                name = f"{n} sink" if n == 1 else f"{n} sinks"
+                found.append(Setting(name, tuple(range(n)), window, way))
+            for p in chosen:
+                found.append(Setting(f"{p} as it is", (p,), window, way))
+                found.append(Setting(f"designated {p}", (p,), window, way, (p,)))
+    return found
+
+
+def _run(
+    model: Any,
+    prompts: Texts,
+    setting: Setting,
+    turner: Turner | None,
+    chunk: int,
+    result: StreamedContext,
+    index: int,
+    bar: Any,
+) -> None:
+    """Fill one row of the result."""
+    began = time.perf_counter()
+    loss, cache = stream(model, prompts, setting, turner, chunk, bar)
+    result.loss[index] = loss
+    held = cache.bytes()
+    per_token = held / max(1, _tokens_held(setting, prompts.tokens.shape[1]))
+    result.cache_bytes[index] = held
+    result.full_bytes[index] = per_token * prompts.tokens.shape[1]
+    result.seconds[index] = time.perf_counter() - began  # last: it says that the row is complete
+
+
+def _tokens_held(setting: Setting, tokens: int) -> int:
+    """Positions whose keys and values a cache holds at the end."""
+    if setting.window is None:
+        return tokens
+    return min(setting.window - 1, tokens) + len([k for k in setting.keep if k < tokens])
+
+
+def stream(
+    model: Any,
+    prompts: Texts,
+    setting: Setting,
+    turner: Turner | None = None,
+    chunk: int = 128,
+    bar: Any = None,
+) -> tuple[Float[Tensor, "query"], WindowCache]:
+    """The loss of every next token of one text under one setting, and the cache at the end."""
+    device = runner.input_device(model)
+    tokens = prompts.tokens[:1].to(device)
+    length = tokens.shape[1]
+    cache = WindowCache(turner if setting.counted == "cache" else None)
+    found = []
+    with torch.inference_mode(), runner.evaluating(model), _opened(model) as streams:
+        for start in range(0, length, chunk):
+            stop = min(start + chunk, length)
+            layout = Layout.of(
+                start, stop, setting.window, setting.keep, setting.counted, setting.alone
+            )
+            cache.begin(layout, setting.keep)
+            seen = layout.visible().to(device)
+            logits = model.original_model(
+                input_ids=tokens[:, start:stop],
+                position_ids=torch.arange(start, stop, device=device)[None],
+                attention_mask=seen if streams else _additive(seen, model.cfg.dtype),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[0]
+            told = tokens[0, start + 1 : stop + 1].to(logits.device)
+            loss = torch.nn.functional.cross_entropy(
+                logits[: len(told)].float(), told, reduction="none"
+            )
+            found.append(loss.cpu())
+            if bar is not None:
+                bar.update(stop - start)
+    return torch.nn.functional.pad(torch.cat(found), (0, 1), value=torch.nan), cache
+
+
+@contextmanager
+def _opened(model: Any) -> Iterator[bool]:
+    """The fastest exact attention; whether it is the streaming one, which takes boolean masks."""
+    path = paths.choose(model, capabilities(model), "auto")
+    with path.opened():
+        yield path.name == "streaming"
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
+        ~seen, torch.finfo(dtype).min
+    )
+
+
+def _check(can: Capabilities) -> Capabilities:
+    """Refuse what has no next-token loss, or windows of its own.
+
+    Raises:
+        UnsupportedError: With the reason.
+    """
+    if not can.causal:
+        reason = "is bidirectional, so it predicts no next token"
+    elif not can.lm_head:
+        reason = "has no trained output head, so its losses mean nothing"
+    elif any(window is not None for window in can.windows):
+        reason = "has sliding windows of its own, in which no kept element can stay"
+    elif can.positions not in ("rotary", "learned", "none"):
+        reason = f"has {can.positions} positions, which are not known to count on in a cache"
+    else:
+        return can
+    raise UnsupportedError(f"{can.architecture} {reason}.")
+
+
+def _check_lengths(settings: Sequence[Setting], tokens: int, can: Capabilities) -> None:
+    """Refuse positions that a model has no vectors for, and designated ones beyond the text.
+
+    Raises:
+        UnsupportedError: If learned positions end before the text does.
+        TextError: If a designated position is not in the text.
+    """
+    if can.positions == "learned" and can.n_ctx is not None and tokens > can.n_ctx:
+        raise UnsupportedError(
+            f"{can.architecture} has learned vectors for {can.n_ctx} positions and cannot be asked "
+            f"for {tokens}."
+        )
+    for setting in settings:
+        if max(setting.keep, default=0) >= tokens:
+            raise TextError(
+                f"Position {max(setting.keep)} is to be kept, and the text has {tokens} tokens."
+            )
+
+
+def _empty(model: Any, prompts: Texts, settings: Sequence[Setting]) -> StreamedContext:
+    """The result before anything ran."""
+    size, length = len(settings), prompts.tokens.shape[1]
+
+    def nothing() -> Tensor:
+        return torch.full((size,), torch.nan, dtype=torch.float64)
+
+    return StreamedContext(
+        about=_result.about(model, prompts),
+        asked=asked_of(
+            model,
+            prompts,
+            settings=[f"{s.kept}, window {s.window}, counted {s.counted}" for s in settings],
+        ),
+        kept=[s.kept for s in settings],
+        windows=[-1 if s.window is None else s.window for s in settings],
+        counted=[s.counted for s in settings],
+        loss=torch.full((size, length), torch.nan),
+        seconds=nothing(),
+        cache_bytes=nothing(),
+        full_bytes=nothing(),
+    )

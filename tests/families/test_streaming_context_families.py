@@ -1,0 +1,237 @@
+"""Text through a small cache equals attention written out query by query, key by key.
+
+The oracle is a plain transformers model whose attention function is replaced by loops: rotary
+angles are left out by the model and put in here, for every pair of a query and a key at the places
+where the cache counts them to be.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from einops import repeat
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import sinkscope as ss
+from sinkscope.errors import ReportError, TextError, UnsupportedError
+from sinkscope.experiments.streaming_context import Setting, streaming_context
+
+from .architectures import BY_NAME, Family
+
+ROTARY = ("llama", "qwen3", "olmo2", "gpt_neox", "phi3", "mixtral")
+TOKENS = 40
+
+
+def cached_places(query: int, keep: list[int], window: int) -> dict[int, int]:
+    """What one query sees, and where the cache counts each of them to be."""
+    recent = [j for j in range(query + 1) if j > query - window]
+    kept = [k for k in keep if k <= query - window]
+    return {position: place for place, position in enumerate([*kept, *recent])}
+
+
+def turned(x: Tensor, place: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """One head's vector, rotated as transformers' Llama does at a place."""
+    width = cos.shape[-1]
+    rotated, rest = x[..., :width], x[..., width:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos[place] + torch.cat([-second, first], dim=-1) * sin[place]
+    return torch.cat([rotated, rest], dim=-1)
+
+
+@contextmanager
+def by_hand(model: PreTrainedModel, setting: Setting) -> Iterator[None]:
+    """Attention of a setting, written out."""
+    home = sys.modules[type(model).__module__]
+    rotary = next(m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding"))
+    with torch.no_grad():
+        cos, sin = rotary(torch.zeros(1, 1), torch.arange(TOKENS)[None])
+    cos, sin = cos[0], sin[0]
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        group = query.shape[1] // key.shape[1]
+        key, value = (repeat(x, "b k t d -> b (k g) t d", g=group) for x in (key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        z = torch.zeros_like(query)
+        for i in range(query.shape[2]):
+            if setting.counted == "cache":
+                seen = cached_places(i, list(setting.keep), setting.window)
+            else:
+                seen = {j: j for j in range(i + 1) if j > i - setting.window or j in setting.keep}
+            if i in setting.alone:
+                seen = {i: seen[i]}
+            here = turned(query[:, :, i], seen[i], cos, sin)
+            scores = torch.stack(
+                [
+                    (here * turned(key[:, :, j], place, cos, sin)).sum(-1) * scale
+                    for j, place in seen.items()
+                ],
+                dim=-1,
+            )
+            weights = scores.softmax(-1)
+            z[:, :, i] = sum(weights[..., n, None] * value[:, :, j] for n, j in enumerate(seen))
+        return z.transpose(1, 2), None
+
+    def unturned(q, k, *_, **__):
+        return q, k
+
+    with (
+        mock.patch.object(home, "eager_attention_forward", attend),
+        mock.patch.object(home, "apply_rotary_pos_emb", unturned),
+    ):
+        yield
+
+
+def losses_by_hand(family: Family, tokens: Tensor, setting: Setting) -> Tensor:
+    plain = family.build()
+    with by_hand(plain, setting), torch.no_grad():
+        logits = plain(tokens).logits[0]
+    probabilities = logits.double().softmax(-1)
+    return torch.stack(
+        [-probabilities[i, tokens[0, i + 1]].log() for i in range(tokens.shape[1] - 1)]
+    )
+
+
+SETTINGS = {
+    "window alone": dict(keep=(), alone=()),
+    "two sinks": dict(keep=(0, 1), alone=()),
+    "one in the middle": dict(keep=(5,), alone=()),
+    "designated": dict(keep=(5,), alone=(5,)),
+    "two designated": dict(keep=(3, 9), alone=(3, 9)),
+}
+
+
+CASES = [("llama", kept) for kept in SETTINGS] + [(name, "two designated") for name in ROTARY[1:]]
+
+
+@pytest.mark.parametrize("counted", ["cache", "absolute"])
+@pytest.mark.parametrize(("name", "kept"), CASES)
+def test_equals_attention_by_hand(name: str, counted: str, kept: str) -> None:
+    family = BY_NAME[name]
+    tokens = family.tokens(prompts=1, length=TOKENS)
+    setting = Setting(kept, window=7, counted=counted, **SETTINGS[kept])
+    want = losses_by_hand(family, tokens, setting)
+    model = ss.load_model(family.build())
+    got = run(model, tokens, setting, chunk=16)
+    torch.testing.assert_close(got[:-1].double(), want, atol=1e-4, rtol=1e-5)
+    assert got[-1].isnan()
+
+
+def run(model: object, tokens: Tensor, setting: Setting, chunk: int) -> Tensor:
+    from sinkscope.experiments._window_cache import Turner
+    from sinkscope.experiments.streaming_context import stream
+
+    turner = Turner(model, ss.capabilities(model)) if setting.counted == "cache" else None
+    return stream(model, ss.token_ids(tokens), setting, turner, chunk)[0]
+
+
+@pytest.mark.parametrize("counted", ["cache", "absolute"])
+def test_chunks_change_nothing(counted: str) -> None:
+    """Token by token, as StreamingLLM runs, and in chunks longer than the window."""
+    family = BY_NAME["llama"]
+    tokens = family.tokens(prompts=1, length=TOKENS)
+    model = ss.load_model(family.build())
+    setting = Setting("both", (0, 4), 6, counted, (4,))
+    alone = run(model, tokens, setting, chunk=1)
+    for chunk in (3, 6, 40):
+        torch.testing.assert_close(
+            run(model, tokens, setting, chunk), alone, atol=1e-4, rtol=1e-5, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_learned_positions_count_absolutely(name: str) -> None:
+    """A window wide enough for everything is the model itself; in the cache is refused."""
+    family = BY_NAME[name]
+    tokens = family.tokens(prompts=1, length=TOKENS)
+    with torch.no_grad():
+        logits = family.build()(tokens).logits[0]
+    want = torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none")
+    model = ss.load_model(family.build())
+    got = run(model, tokens, Setting("all", (), TOKENS, "absolute"), chunk=16)
+    torch.testing.assert_close(got[:-1], want, atol=1e-4, rtol=1e-5)
+    with pytest.raises(UnsupportedError, match="absolute"):
+        streaming_context(
+            model, ss.token_ids(tokens), tokens=TOKENS, designated=None, progress=False
+        )
+    with pytest.raises(UnsupportedError, match="64 positions"):
+        streaming_context(
+            model,
+            ss.token_ids(family.tokens(prompts=1, length=80)),
+            tokens=80,
+            designated=None,
+            counted=["absolute"],
+            progress=False,
+        )
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt_oss", "bert"])
+def test_models_with_windows_of_their_own_are_refused(name: str) -> None:
+    family = BY_NAME[name]
+    model = ss.load_model(family.build())
+    with pytest.raises(UnsupportedError, match=r"windows of its own|bidirectional"):
+        streaming_context(model, ss.token_ids(family.tokens()), tokens=20, progress=False)
+
+
+def test_the_cache_is_bounded() -> None:
+    """However long the text, it holds the window and what is kept."""
+    from sinkscope.experiments.streaming_context import stream
+
+    family = BY_NAME["llama"]
+    model = ss.load_model(family.build())
+    sizes = []
+    for length in (40, 200):
+        tokens = ss.token_ids(family.tokens(prompts=1, length=length))
+        setting = Setting("2 sinks", (0, 1), 8, "absolute")
+        sizes.append(stream(model, tokens, setting, None, 16)[1].bytes())
+    per_position = 3 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, d_head, bytes
+    assert sizes == [per_position * (7 + 2)] * 2
+
+
+def test_an_interrupted_run_goes_on(tmp_path) -> None:
+    """What is done is not done again, and another question is not mixed in."""
+    family = BY_NAME["llama"]
+    model = ss.load_model(family.build())
+    text = ss.token_ids(family.tokens(prompts=1, length=TOKENS))
+    asked = dict(tokens=TOKENS, windows=[6], sinks=[0, 2], designated=5, progress=False)
+    whole = streaming_context(model, text, **asked)
+    file = tmp_path / "run.nc"
+    calls = 0
+    forward = model.original_model.forward
+
+    def interrupted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    with mock.patch.object(model.original_model, "forward", interrupted):
+        with pytest.raises(KeyboardInterrupt):
+            streaming_context(model, text, file=file, chunk=20, **asked)
+    calls = -100
+    with mock.patch.object(model.original_model, "forward", interrupted):
+        resumed = streaming_context(model, text, file=file, chunk=20, **asked)
+    assert calls == -100 + 2 * (len(whole.kept) - 1)  # the first setting was complete
+    torch.testing.assert_close(resumed.loss, whole.loss, atol=1e-4, rtol=1e-5, equal_nan=True)
+    assert resumed.kept == whole.kept
+    with pytest.raises(ReportError, match="another settings"):
+        streaming_context(model, text, file=file, **{**asked, "windows": [9]})
+
+
+def test_refusals() -> None:
+    model = ss.load_model(BY_NAME["llama"].build())
+    text = ss.token_ids(BY_NAME["llama"].tokens(prompts=1, length=TOKENS))
+    with pytest.raises(TextError, match="fewer than the 50"):
+        streaming_context(model, text, tokens=50, progress=False)
+    with pytest.raises(TextError, match="to be kept"):
+        streaming_context(model, text, tokens=TOKENS, designated=TOKENS, progress=False)
+    with pytest.raises(TextError, match="shows nothing"):
+        streaming_context(model, text, tokens=TOKENS, designated=1, windows=[0], progress=False)
+    with pytest.raises(TextError, match="no tokenizer"):
+        streaming_context(model, "prose", tokens=TOKENS, progress=False)
