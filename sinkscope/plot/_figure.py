@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import plotly.graph_objects as go
@@ -15,6 +17,8 @@ from sinkscope.plot.theme import Theme, template
 if TYPE_CHECKING:
     from sinkscope.report import SinkReport
 
+
+_intervals: WeakKeyDictionary[SinkReport, dict[Hashable, Interval]] = WeakKeyDictionary()
 
 ROOM = 76  # pixels above the plot for the title and the line under it
 
@@ -73,10 +77,18 @@ def mean(report: SinkReport, name: str) -> np.ndarray:
 
 def interval(report: SinkReport, name: str, resamples: int = 2000) -> Interval:
     """A field's mean over prompts and its interval; nan ends where the field keeps no prompts."""
-    if "prompt" in report.variables()[name].dims:
-        return Interval(*(to_numpy(end) for end in report.interval(name, resamples=resamples)))
-    middle = mean(report, name)
-    return Interval(middle, np.full_like(middle, np.nan), np.full_like(middle, np.nan))
+    if "prompt" not in report.variables()[name].dims:
+        middle = mean(report, name)
+        return Interval(middle, np.full_like(middle, np.nan), np.full_like(middle, np.nan))
+    return remembered(report, (name, resamples), lambda: report.interval(name, resamples=resamples))
+
+
+def remembered(report: SinkReport, key: Hashable, make: Callable[[], Any]) -> Interval:
+    """An interval of a report, drawn once: figures of both themes, and clicks, ask for it again."""
+    known = _intervals.setdefault(report, {})
+    if key not in known:
+        known[key] = Interval(*(to_numpy(end) for end in make()))
+    return known[key]
 
 
 def nanmean(figures: np.ndarray, axis: int) -> np.ndarray:
@@ -84,7 +96,7 @@ def nanmean(figures: np.ndarray, axis: int) -> np.ndarray:
     known = ~np.isnan(figures)
     counts = known.sum(axis=axis)
     sums = np.where(known, figures, 0).sum(axis=axis)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).astype(figures.dtype)
 
 
 def sink_positions(report: SinkReport) -> list[int]:
@@ -109,3 +121,8 @@ def choose(report: SinkReport, dim: str, index: int | None) -> int | None:
 def tick(size: int) -> int:
     """Spacing of the ticks of an axis of indices, so that about twenty are drawn."""
     return next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if size <= 20 * step)
+
+
+def layer_ticks(size: int) -> dict[str, int]:
+    """Ticks of an axis of layers: Plotly's own, but never between two layers."""
+    return dict(dtick=1) if size <= 10 else {}

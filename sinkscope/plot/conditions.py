@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from sinkscope.plot import _frames as frames
 from sinkscope.plot import _labels as labels
 from sinkscope.plot._bins import bins
-from sinkscope.plot._figure import finish, tick
+from sinkscope.plot._figure import finish, layer_ticks
 from sinkscope.plot._scales import y_scale
 from sinkscope.plot._series import band
 from sinkscope.plot.theme import Palette, Theme, palette
@@ -93,7 +93,7 @@ def before_after(
             draw(figure, rows[rows["condition"] == condition], metric, marked, place, colours)
         figure.update_xaxes(title_text=by, row=lines)
         if by == "layer":
-            figure.update_xaxes(dtick=tick(rows["layer"].nunique()))
+            figure.update_xaxes(**layer_ticks(rows["layer"].nunique()))
         figure.update_yaxes(title_text=frames.label_of(metric), col=1)
         figure.update_annotations(font_size=13)
         height = 170 + 250 * lines

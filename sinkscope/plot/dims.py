@@ -136,7 +136,7 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
         if len(frame)
         else "Massive activations: none passes the rule"
     )
-    height = 190 + 24 * max(len(dims), 4)
+    height = 230 + 24 * max(len(dims), 4)
     return _figure.finish(figure, title, report.settings, theme, height=height)
 
 

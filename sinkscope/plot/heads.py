@@ -57,16 +57,8 @@ def head_map(
         threshold = report.settings.epsilon
     colours = palette(theme)
     steps, start = _thresholds(figures.mean, threshold, variable.unit)
-    cells = heatmap(figures, variable, colours)
-    figure = go.Figure(cells)
-    kind = labels.words(variable.dims[-1])
-    figure.update_xaxes(title_text=kind, dtick=tick(figures.mean.shape[1]), showgrid=False)
-    figure.update_yaxes(
-        title_text="layer",
-        autorange="reversed",
-        dtick=tick(figures.mean.shape[0]),
-        showgrid=False,
-    )
+    cells = heatmap(figures, variable)
+    figure = empty_map(cells, variable)
     changes = [_step(cells, figures.mean, variable, step, colours) for step in steps]
     figure.update_layout(sliders=[_slider(changes, steps, start, variable)])
     figure.update_traces(colorscale=changes[start][0]["colorscale"][0])
@@ -94,7 +86,7 @@ def head_metrics(report: SinkReport) -> list[str]:
     return [name for name in report.measured() if report.variables()[name].dims in HEAD_DIMS]
 
 
-def heatmap(figures: Interval, variable: Variable, colours: Palette) -> go.Heatmap:
+def heatmap(figures: Interval, variable: Variable) -> go.Heatmap:
     """The cells of a head map, none of them grey."""
     unit = f" {variable.unit}" if variable.unit not in (None, "1") else ""
     hover = (
@@ -116,6 +108,16 @@ def heatmap(figures: Interval, variable: Variable, colours: Palette) -> go.Heatm
         colorbar=dict(title=dict(text=labels.axis_label(variable), side="right")),
         **shown,
     )
+
+
+def empty_map(cells: go.Heatmap, variable: Variable) -> go.Figure:
+    """A head map with its axes, as yet without threshold and title."""
+    layers, columns = cells.z.shape
+    plain = dict(showgrid=False, zeroline=False)
+    figure = go.Figure(cells)
+    figure.update_xaxes(title_text=labels.words(variable.dims[-1]), dtick=tick(columns), **plain)
+    figure.update_yaxes(title_text="layer", autorange="reversed", dtick=tick(layers), **plain)
+    return figure
 
 
 def _thresholds(

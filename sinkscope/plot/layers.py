@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
+from sinkscope._bootstrap import bootstrap
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels, _series
 from sinkscope.plot._scales import log_switch, y_scale
@@ -65,7 +66,7 @@ def by_layer(
             along="layer",
         )
     axis = axis or (_labels.words(metrics[0]) if len(metrics) == 1 else "")
-    figure.update_xaxes(title_text="layer", dtick=_figure.tick(report.sizes["layer"]))
+    figure.update_xaxes(title_text="layer", **_figure.layer_ticks(report.sizes["layer"]))
     figure.update_yaxes(
         title_text=_labels.with_unit(axis, variables[0].unit).strip(),
         **y_scale(log),
@@ -127,7 +128,7 @@ def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) 
         colour=colours.sink, label="value drain [ratio]", along="layer",
     )  # fmt: skip
     figure.add_hline(1, line=dict(color=colours.faint, dash="dot", width=1.5))
-    figure.update_xaxes(title_text="layer", dtick=_figure.tick(report.sizes["layer"]))
+    figure.update_xaxes(title_text="layer", **_figure.layer_ticks(report.sizes["layer"]))
     figure.update_yaxes(title_text="value drain [ratio]", **y_scale(True))
     figure.update_layout(updatemenus=[log_switch(True)])
     drained = float((heads.mean < 0.5)[np.isfinite(heads.mean)].mean())
@@ -192,10 +193,7 @@ def _key(figure: go.Figure, what: str, scale: list[str]) -> None:
 
 def _over_heads(report: SinkReport, metric: str) -> _figure.Interval:
     """Interval over prompts of the mean over a layer's heads."""
-    from sinkscope._bootstrap import bootstrap
-    from sinkscope._tidy import to_numpy
-
     figures = report[metric].float()
     if figures.ndim == 3:
         figures = figures.nanmean(dim=2)
-    return _figure.Interval(*(to_numpy(end) for end in bootstrap(figures)))
+    return _figure.remembered(report, ("layer", metric), lambda: bootstrap(figures))

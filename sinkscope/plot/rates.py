@@ -10,7 +10,6 @@ import plotly.graph_objects as go
 import torch
 
 from sinkscope._bootstrap import bootstrap
-from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels, _series
 from sinkscope.plot.theme import Theme, palette
@@ -112,7 +111,8 @@ def _rate_at(report: SinkReport, epsilons: np.ndarray) -> _figure.Interval:
     importance = report["sink_importance"].float()[..., None]
     above = (importance > torch.as_tensor(epsilons, device=importance.device)).float()
     above = torch.where(importance.isnan(), torch.nan, above)
-    return _figure.Interval(*(to_numpy(end) for end in bootstrap(above.nanmean(dim=(1, 2)))))
+    rates = above.nanmean(dim=(1, 2))
+    return _figure.remembered(report, ("rate", *epsilons), lambda: bootstrap(rates))
 
 
 def _other_positions(figure: go.Figure, report: SinkReport, colour: str) -> None:

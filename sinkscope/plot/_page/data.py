@@ -15,7 +15,6 @@ from sinkscope.plot.theme import palette, template
 if TYPE_CHECKING:
     from sinkscope.report import SinkReport
 
-_RESAMPLES = 500  # of the intervals in hovers: a page has many and shows three digits
 _FIRST = ("sink_attention", "sink_importance", "first_token_attention")
 _COLUMNS = (
     "sink_attention", "sink_importance", "attention_entropy", "sink_logit_gap",
@@ -52,13 +51,13 @@ def page_data(report: SinkReport) -> dict[str, Any]:
 
 def _ordered(names: list[str]) -> list[str]:
     """The metrics one looks at first, first."""
-    return sorted(names, key=lambda name: (_FIRST + (name,)).index(name))
+    return sorted(names, key=lambda name: (*_FIRST, name).index(name))
 
 
 def _metric(report: SinkReport, pack: Pack, name: str) -> dict[str, Any]:
     """What the head map needs to know of a metric; its figures go into the pack."""
     variable = report.variables()[name]
-    figures = _figure.interval(report, name, resamples=_RESAMPLES)
+    figures = _figure.interval(report, name, views.RESAMPLES)
     known = not np.isnan(figures.low).all()
     pack.add(f"{name}.mean", figures.mean)
     if known:
@@ -66,7 +65,7 @@ def _metric(report: SinkReport, pack: Pack, name: str) -> dict[str, Any]:
     low, high = value_range(figures.mean, variable.unit)
     finite = figures.mean[np.isfinite(figures.mean)]
     share = variable.unit in ("probability", "share")
-    cells = heads.heatmap(figures, variable, palette("light"))
+    cells = heads.heatmap(figures, variable)
     return {
         "name": name,
         "heading": _labels.heading(name),

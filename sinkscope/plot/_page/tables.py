@@ -109,9 +109,15 @@ def _text(report: SinkReport, record: dict[str, Any]) -> str:
 
 
 def _table(columns: tuple[str, ...], rows: list[list[Any]], of: int) -> Table:
-    """Columns and rows, figures to six digits; `of` is how many rows there were."""
+    """Columns and rows, figures to six digits; `of` is how many rows there were.
+
+    Kinds say how a column is written: "id" as it is, "text" as it is and to the left, "number" to
+    three digits.
+    """
+    kinds = {int: "id", str: "text", float: "number"}
     return {
         "columns": columns,
+        "kinds": [kinds[type(cell)] for cell in rows[0]] if rows else [],
         "rows": [[_rounded(cell) for cell in row] for row in rows],
         "of": of,
     }

@@ -20,6 +20,10 @@ from sinkscope.plot.theme import Theme, palette
 if TYPE_CHECKING:
     from sinkscope.report import SinkReport
 
+_TOP = 8  # pixels above a plot or its legend: titles stand in the page's own headings
+
+RESAMPLES = 500
+"""Of the intervals in the page's hovers: there are many, and each shows three digits."""
 _CELLS = 400_000
 """Layers × heads × bins of received attention that the page carries: at most about 2 MB."""
 
@@ -46,13 +50,15 @@ def views(report: SinkReport, pack: Pack, metrics: list[str], theme: Theme) -> d
     for name, (fields, draw) in _STATIC.items():
         if all(getattr(report, field) is not None for field in fields):
             made[name] = view(draw(report, theme=theme))
+    if "rate" in made:  # the script draws the line at the threshold
+        made["rate"]["layout"] |= dict(shapes=[], annotations=[])
     if "positions" in made:
         made["positions"]["data"][0] |= _plain_map(report)
     return made
 
 
 def page_bins(report: SinkReport) -> Bins:
-    """The bins of the page's bars: fewer where there are many heads, so that the file stays small."""
+    """The bins of the page's bars: fewer where there are many heads, to keep the file small."""
     sizes = report.sizes
     heads_of_model = report.settings.n_layers * report.settings.n_heads
     longest = int(np.clip(_CELLS // heads_of_model, 64, 1024))
@@ -66,8 +72,8 @@ def view(figure: go.Figure, depends: tuple[str, ...] = ()) -> View:
     for name in ("template", "updatemenus", "sliders"):
         layout.pop(name, None)
     title = layout.pop("title", {}).get("text", "")
-    layout.get("margin", {}).update(t=layout["margin"]["t"] - _figure.ROOM + 14)
-    layout["height"] -= _figure.ROOM - 14
+    layout.get("margin", {}).update(t=layout["margin"]["t"] - _figure.ROOM + _TOP)
+    layout["height"] -= _figure.ROOM - _TOP
     return {
         "data": spec["data"],
         "layout": layout,
@@ -78,9 +84,11 @@ def view(figure: go.Figure, depends: tuple[str, ...] = ()) -> View:
 
 def _map(report: SinkReport, metric: str, theme: Theme) -> View:
     """The head map's frame; the script fills in the metric, the threshold and the choice."""
-    figure = heads.head_map(report, metric, theme=theme)
-    rows = report.settings.n_layers
-    figure.update_layout(height=int(np.clip(150 + 19 * rows, 320, 900)) + 62)
+    variable = report.variables()[metric]
+    figures = _figure.interval(report, metric, RESAMPLES)
+    figure = heads.empty_map(heads.heatmap(figures, variable), variable)
+    height = int(np.clip(150 + 19 * report.settings.n_layers, 320, 900)) + _figure.ROOM - _TOP
+    _figure.finish(figure, "", report.settings, theme, height=height)
     made = view(figure, ("metric", "epsilon", "layer", "head"))
     cells = made["data"][0]
     for name in ("z", "customdata", "hovertemplate", "zmin", "zmax", "colorscale"):
@@ -141,6 +149,7 @@ def _queries(report: SinkReport, pack: Pack, theme: Theme) -> View:
     trace["hovertemplate"] = "queries from %{x}<br>attention to the sink: %{y:.3~g}<extra></extra>"
     trace["line"] = dict(color=palette(theme).sink)
     made["layout"]["yaxis"] |= dict(range=[0, 1.02])
+    made["layout"]["showlegend"] = False
     return made
 
 

@@ -1,6 +1,11 @@
 // The figures: drawn by Plotly from what the package made, moved by what is chosen.
 
-const CONFIG = { displaylogo: false, responsive: true, displayModeBar: "hover" };
+// On a touch screen a drag scrolls the page, and no button hides a legend.
+const touch = matchMedia("(hover: none)");
+const narrow = matchMedia("(max-width: 600px)");
+const config = () => ({
+  displaylogo: false, responsive: true, displayModeBar: touch.matches ? false : "hover",
+});
 const figures = [...document.querySelectorAll("[data-view]")];
 
 function draw(element) {
@@ -11,13 +16,22 @@ function draw(element) {
   layout.template = page.themes[state.theme].template;
   layout.shapes = [...(layout.shapes ?? []), ...marks(name)];
   if (name === "map") fillMap(data, layout);
+  if (name in state.log) setScale(layout.yaxis, state.log[name]);
   keepZoom(element, layout);
-  return Plotly.react(element, data, layout, CONFIG);
+  if (touch.matches) layout.dragmode = false;
+  if (narrow.matches) Object.assign(layout.margin, { l: 44, r: 6 });
+  return Plotly.react(element, data, layout, config());
 }
 
 // Zoom stays when another head is drawn into the same axes.
 function keepZoom(element, layout) {
-  layout.uirevision = element.dataset.view === "map" ? state.metric : "page";
+  const name = element.dataset.view;
+  layout.uirevision = name === "map" ? state.metric : String(state.log[name]);
+}
+
+function setScale(axis, logarithmic) {
+  axis.type = logarithmic ? "log" : "linear";
+  axis.dtick = logarithmic ? "D2" : null;
 }
 
 // Lines and frames that show what is chosen elsewhere.
@@ -79,7 +93,7 @@ function describeHead() {
     const ends = rows(`${name}.ends`)[layer].subarray(2 * column, 2 * column + 2);
     if (Number.isFinite(ends[0])) text += `, 95 % interval ${number(ends[0])} to ${number(ends[1])}`;
   }
-  byId("chosen").textContent = `${text}.`;
+  byId("chosen").textContent = `${text[0].toUpperCase()}${text.slice(1)}.`;
   byId("layer").value = state.layer;
   byId("head").value = state.head;
   for (const span of document.querySelectorAll("[data-where]")) {

@@ -48,6 +48,11 @@ function startControls() {
     byId(dim).addEventListener("change", ({ target }) =>
       choose({ [dim]: within(Number(target.value), page.sizes[dim]) }));
   }
+  for (const box of document.querySelectorAll("[data-log]")) {
+    const name = box.dataset.log;
+    box.checked = state.log[name];
+    box.addEventListener("change", () => choose({ log: { ...state.log, [name]: box.checked } }));
+  }
   document.querySelector('[data-view="map"]').addEventListener("keydown", moveOnMap);
   watch(["metric"], startMetric);
   watch(["metric", "layer", "head"], describeHead);
@@ -67,10 +72,10 @@ async function startFigures() {
   for (const element of figures.filter((one) => one.isConnected)) {
     const name = element.dataset.view;
     const view = page.views.light[name];
-    const heading = element.parentElement.querySelector("h3");
+    const heading = element.closest(".card").querySelector("h3");
     if (heading && heading.textContent === "") heading.textContent = view.title;
     if (view.note) element.insertAdjacentText("afterend", view.note);
-    watch(["theme", ...view.depends, ...(MARKED_BY[name] ?? [])], () => draw(element));
+    watch(["theme", "log", ...view.depends, ...(MARKED_BY[name] ?? [])], () => draw(element));
     await draw(element);
     listen(element);
   }

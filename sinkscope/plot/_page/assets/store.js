@@ -26,6 +26,7 @@ const state = {
   quantity: 0,
   position: null, // chosen in a figure or among the tokens
   epsilon: null,
+  log: { received: false, values: false, residual: true }, // which y axes are logarithmic
 };
 
 const watchers = [];

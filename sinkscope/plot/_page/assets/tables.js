@@ -15,14 +15,18 @@ function headsTable() {
       })]);
     }
   }
-  return { columns: ["layer", "head", ...columns.map(({ label }) => label)], rows: made, of: made.length };
+  return {
+    columns: ["layer", "head", ...columns.map(({ label }) => label)],
+    kinds: ["id", "id", ...columns.map(() => "number")],
+    rows: made,
+    of: made.length,
+  };
 }
 
-function cell(value) {
+function cell(value, kind) {
   const td = document.createElement("td");
-  const text = typeof value === "string";
-  td.className = text ? "text" : "";
-  td.textContent = text || Number.isInteger(value) ? value : number(value);
+  td.className = kind;
+  td.textContent = kind === "number" ? number(value) : value;
   return td;
 }
 
@@ -38,7 +42,7 @@ function compare(column, direction) {
 }
 
 // Fill a card with a table. `pick` says what a row chooses when it is clicked.
-function fill(card, { columns, rows: all, of }, { sortBy = null, pick = null } = {}) {
+function fill(card, { columns, kinds, rows: all, of }, { sortBy = null, pick = null } = {}) {
   let column = sortBy;
   let direction = -1;
   let shown = ROWS_SHOWN;
@@ -60,7 +64,7 @@ function fill(card, { columns, rows: all, of }, { sortBy = null, pick = null } =
     const th = document.createElement("th");
     const sort = document.createElement("button");
     th.scope = "col";
-    th.className = typeof all[0][index] === "string" ? "text" : "";
+    th.className = kinds[index];
     sort.type = "button";
     sort.textContent = title;
     sort.addEventListener("click", () => {
@@ -80,7 +84,7 @@ function fill(card, { columns, rows: all, of }, { sortBy = null, pick = null } =
     });
     body.replaceChildren(...all.slice(0, shown).map((values) => {
       const row = document.createElement("tr");
-      row.append(...values.map(cell));
+      row.append(...values.map((value, index) => cell(value, kinds[index])));
       if (pick) {
         row.className = "link";
         row.tabIndex = 0;
