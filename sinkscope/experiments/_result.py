@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sinkscope._bootstrap import bootstrap
 from sinkscope._labelled import Labelled
+from sinkscope.errors import ReportError
 from sinkscope.models import model_source
 from sinkscope.texts import Texts
 
@@ -53,26 +54,68 @@ class Result(Labelled):
         return {"about": self.about, "summary": self.summary(), **plain(self.findings())}
 
     def save(self, folder: str | Path, name: str) -> list[Path]:
-        """Write ``NAME.json``, ``NAME.csv`` and one ``NAME-FIGURE.html`` a figure.
+        """Write what was found: as JSON, as a table, and as one page with all figures.
 
         Args:
             folder: An existing folder.
-            name: Start of the files' names.
+            name: Of the files, before ``.json``, ``.csv`` and ``.html``.
 
         Returns:
             The files written.
+
+        Raises:
+            ReportError: If they cannot be.
         """
-        folder = Path(folder)
-        files = [folder / f"{name}.json", folder / f"{name}.csv"]
-        files[0].write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        self.frame().to_csv(files[1], index=False)
-        for title, figure in self.figures().items():
-            files.append(folder / f"{name}-{title}.html")
-            figure.write_html(files[-1], include_plotlyjs=True)
-        return files
+        contents = {
+            "json": json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n",
+            "csv": self.frame().to_csv(index=False),
+            "html": self.to_html(name),
+        }
+        return [
+            _write(Path(folder) / f"{name}.{suffix}", text) for suffix, text in contents.items()
+        ]
+
+    def to_html(self, title: str) -> str:
+        """One page with the summary and every figure, which needs no network."""
+        from html import escape
+
+        from sinkscope.plot.export import CONFIG
+
+        parts = [
+            figure.to_html(full_html=False, include_plotlyjs=not index, config=CONFIG)
+            for index, figure in enumerate(self.figures().values())
+        ]
+        return _PAGE.format(
+            title=escape(title),
+            about=escape(self.about),
+            summary=escape(self.summary()),
+            figures="\n".join(parts),
+        )
 
     def __repr__(self) -> str:
         return f"{self.about}\n{self.summary()}"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>body{{font-family:system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}}
+pre{{white-space:pre-wrap;line-height:1.45}}</style></head>
+<body><h1>{title}</h1><p>{about}</p><pre>{summary}</pre>
+{figures}
+</body></html>
+"""
+
+
+def _write(path: Path, text: str) -> Path:
+    """Write a whole file or none."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise ReportError(f"{path} cannot be written ({error.strerror}).") from error
+    return path
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""`sinkscope stream`: a long text through a small cache, with and without its sinks."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sinkscope.cli import _common as common
+from sinkscope.errors import SinkscopeError
+
+
+def stream(
+    model: common.Model,
+    tokens: Annotated[int, typer.Option(min=2, help="How much of the text.")] = 4096,
+    windows: Annotated[
+        str, typer.Option(help="Recent positions that a query sees, with commas between them.")
+    ] = "256,512,1024",
+    sinks: Annotated[
+        str, typer.Option(help="How many first tokens to keep, with commas between them.")
+    ] = "0,1,2,4,8",
+    designated: Annotated[
+        str,
+        typer.Option(
+            help="Positions to designate and keep instead of the first tokens, with commas "
+            "between them, or none."
+        ),
+    ] = "255",
+    counted: Annotated[
+        str, typer.Option(help="cache (as StreamingLLM), absolute, or cache,absolute.")
+    ] = "cache,absolute",
+    full: Annotated[
+        bool | None,
+        typer.Option("--full/--no-full", help="Also without a window; default: if it fits."),
+    ] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Queries that run at once.")] = 128,
+    texts: common.Texts = "prose",
+    bos: common.Bos = "auto",
+    seed: common.Seed = 0,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    out: common.Out = None,
+    json: common.Json = False,
+) -> None:
+    """Perplexity of a long text when each query sees a few kept elements and a window.
+
+    With --out, writes stream.json, stream.csv, stream.html and stream.nc; the last one grows while
+    it runs, and the same command goes on from it after an interruption.
+    """
+    folder = common.writable_folder(out)
+    with common.quiet_stdout():
+        import sinkscope as ss
+        from sinkscope.experiments.streaming_context import streaming_context
+
+        found = streaming_context(
+            ss.load_model(model, device=device, dtype=dtype),
+            texts,
+            tokens=tokens,
+            windows=numbers("--windows", windows),
+            sinks=numbers("--sinks", sinks),
+            designated=None if designated == "none" else numbers("--designated", designated),
+            counted=counted.split(","),
+            full=full,
+            chunk=chunk,
+            bos=bos,
+            seed=seed,
+            file=None if folder is None else folder / "stream.nc",
+            progress=common.progress_wanted(),
+        )
+        written = found.save(folder, "stream") if folder is not None else []
+    if json:
+        common.print_json(common.finite(found.to_dict()))
+        return
+    typer.echo(repr(found))
+    for file in written:
+        typer.echo(f"wrote {file}")
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers with commas between them.
+
+    Raises:
+        SinkscopeError: If they are not.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SinkscopeError(
+            f"{option} {text} should be whole numbers with commas between them, such as 0,4."
+        ) from None

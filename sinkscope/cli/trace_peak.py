@@ -1,0 +1,55 @@
+"""`sinkscope trace-peak`: which blocks write the residual peak, and which heads read it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sinkscope.cli import _common as common
+
+
+def trace_peak(
+    model: common.Model,
+    sink: Annotated[int, typer.Option(min=0, help="The sink position.")] = 0,
+    modes: Annotated[
+        str,
+        typer.Option(
+            help="What takes the place of what is removed: some of zero, typical (the mean over "
+            "the other positions) and mean (at the sink), with commas between them."
+        ),
+    ] = "zero,typical,mean",
+    texts: common.Texts = "prose",
+    prompts: common.Prompts = 4,
+    length: common.Length = 48,
+    bos: common.Bos = "auto",
+    seed: common.Seed = 0,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    out: common.Out = None,
+    json: common.Json = False,
+) -> None:
+    """Remove each block's attention and FFN output at the sink, and see what is left of the sink.
+
+    Takes one pass over the texts for each block, part and mode. With --out, writes
+    trace-peak.json, trace-peak.csv and trace-peak.html.
+    """
+    folder = common.writable_folder(out)
+    with common.quiet_stdout():
+        import sinkscope as ss
+        from sinkscope.experiments.trace_peak import trace_peak as trace
+
+        found = trace(
+            ss.load_model(model, device=device, dtype=dtype),
+            ss.texts(texts, prompts=prompts, length=length, bos=bos, seed=seed),
+            sink=sink,
+            modes=modes.split(","),
+            progress=common.progress_wanted(),
+        )
+        written = found.save(folder, "trace-peak") if folder is not None else []
+    if json:
+        common.print_json(found.to_dict())
+        return
+    typer.echo(repr(found))
+    for file in written:
+        typer.echo(f"wrote {file}")

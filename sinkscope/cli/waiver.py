@@ -1,0 +1,112 @@
+"""`sinkscope waiver`: see, designate and move the sink."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sinkscope.cli import _common as common
+from sinkscope.errors import SinkscopeError, UnsupportedError
+
+if TYPE_CHECKING:
+    from sinkscope.experiments._result import Result
+
+QUESTIONS = ("nonmixture", "norms", "mask", "positions", "parts")
+
+
+def waiver(
+    model: common.Model,
+    ask: Annotated[
+        str,
+        typer.Option(
+            help="all, or some of nonmixture (Fig. 1), norms (2), mask (3), positions (4), parts, "
+            "with commas between them."
+        ),
+    ] = "all",
+    position: Annotated[
+        int | None,
+        typer.Option(min=1, help="The element to designate; default: 255, or two thirds along."),
+    ] = None,
+    texts: common.Texts = "prose",
+    prompts: common.Prompts = 8,
+    length: common.Length = 320,
+    bos: common.Bos = "auto",
+    seed: common.Seed = 0,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    out: common.Out = None,
+    json: common.Json = False,
+) -> None:
+    """Ask what makes an element the sink, and make another one the sink (Yan et al. 2407.01601).
+
+    With --out, writes QUESTION.json, QUESTION.csv and QUESTION.html (all figures) for each one.
+    """
+    folder = common.writable_folder(out)
+    wanted = questions(ask)
+    with common.quiet_stdout():
+        import sinkscope as ss
+
+        loaded = ss.load_model(model, device=device, dtype=dtype)
+        source = ss.texts(texts, prompts=prompts, length=length, bos=bos, seed=seed)
+        answers = _answers(loaded, source, position, seed)
+        found: dict[str, Result] = {}
+        refused: dict[str, str] = {}
+        for question in wanted:
+            try:
+                found[question] = answers[question]()
+            except UnsupportedError as error:
+                if ask != "all":
+                    raise
+                refused[question] = str(error)
+        written = [file for name, one in found.items() for file in _save(one, folder, name)]
+    if json:
+        answered = {name: one.to_dict() for name, one in found.items()}
+        common.print_json(common.finite({**answered, "refused": refused}))
+        return
+    for name, one in found.items():
+        typer.echo(f"{name}: {one!r}\n")
+    for name, reason in refused.items():
+        typer.echo(f"{name}: {reason}\n")
+    for file in written:
+        typer.echo(f"wrote {file}")
+
+
+def questions(ask: str) -> tuple[str, ...]:
+    """The --ask option.
+
+    Raises:
+        SinkscopeError: If it names something unknown.
+    """
+    if ask == "all":
+        return QUESTIONS
+    wanted = tuple(ask.split(","))
+    for question in wanted:
+        if question not in QUESTIONS:
+            raise SinkscopeError(
+                f"--ask {question} is not a question; choose all, or some of "
+                f"{', '.join(QUESTIONS)}."
+            )
+    return wanted
+
+
+def _answers(
+    model: Any, source: Any, position: int | None, seed: int
+) -> dict[str, Callable[[], Result]]:
+    """What answers each question."""
+    from sinkscope.experiments import waiver as experiment
+
+    bar = common.progress_wanted()
+    shared: dict[str, Any] = dict(position=position, seed=seed, progress=bar)
+    return {
+        "nonmixture": lambda: experiment.nonmixture(model, source, progress=bar),
+        "norms": lambda: experiment.position_norms(model),
+        "mask": lambda: experiment.structured_mask(model, source, **shared),
+        "positions": lambda: experiment.position_embeddings(model, source, **shared),
+        "parts": lambda: experiment.which_part(model, source, **shared),
+    }
+
+
+def _save(result: Result, folder: Any, name: str) -> list[Any]:
+    return [] if folder is None else result.save(folder, name)
