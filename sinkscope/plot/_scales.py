@@ -19,8 +19,8 @@ def value_range(figures: np.ndarray, unit: str | None) -> tuple[float, float]:
     if finite.size == 0 or unit in ("probability", "share"):
         return 0.0, 1.0
     low, high = float(finite.min()), float(finite.max())
-    if low < 0:
-        reach = max(-low, high)
+    if low < 0 or unit in _SIGNED:
+        reach = max(-low, high) or 1.0
         return -reach, reach
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
@@ -28,6 +28,7 @@ def value_range(figures: np.ndarray, unit: str | None) -> tuple[float, float]:
 LOG_BAR = dict(tickprefix="10<sup>", ticksuffix="</sup>", dtick=1)
 """Colour bar of logarithms, labelled with what they are logarithms of."""
 
+_SIGNED = ("logit", "1")  # units of figures that may lie on either side of zero
 _DECADES = 5  # that a logarithmic scale spans at most
 
 
@@ -45,9 +46,9 @@ def log_colours(figures: np.ndarray) -> tuple[np.ndarray, float, float]:
     return z, max(low, high - _DECADES), high if high > low else low + 1
 
 
-def colour_scale(low: float, colours: Palette) -> Scale:
-    """Diverging where the range goes below zero, otherwise sequential; as Plotly's pairs."""
-    if low < 0:
+def colour_scale(signed: bool, colours: Palette) -> Scale:
+    """Diverging for signed figures, otherwise sequential; as Plotly's pairs."""
+    if signed:
         return [list(stop) for stop in colours.diverging]
     return plotly.colors.get_colorscale(SEQUENTIAL)
 

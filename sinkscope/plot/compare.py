@@ -110,7 +110,7 @@ def head_change(
     figure = go.Figure(
         go.Heatmap(
             z=change, zmin=-reach, zmax=reach, xgap=1, ygap=1,
-            colorscale=colour_scale(-1, colours),
+            colorscale=colour_scale(True, colours),
             customdata=np.stack([_figure.mean(before, metric), _figure.mean(after, metric),
                                  low, high], axis=-1),
             colorbar=dict(title=dict(text=label, side="right")),

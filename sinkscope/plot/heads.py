@@ -143,7 +143,7 @@ def _step(
     colours: Palette,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What one stop of the slider changes: the colours, and the title with its count."""
-    scale = colour_scale(cells.zmin, colours)
+    scale = colour_scale(cells.zmin < 0, colours)
     name = labels.heading(variable.name)
     kind = "KV heads" if variable.dims[-1] == "kv_head" else "heads"
     if threshold is None:

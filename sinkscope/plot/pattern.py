@@ -71,7 +71,7 @@ def attention_pattern(
             z=np.where(unseen, np.nan, drawn),
             zmin=low,
             zmax=high,
-            colorscale=colour_scale(low, palette(theme)),
+            colorscale=colour_scale(low < 0, palette(theme)),
             hoverongaps=False,
             colorbar=dict(title=dict(text="attention [probability]", side="right")),
             hovertemplate="query %{y}, key %{x}<br>attention [probability]: %{z:.3~g}"

@@ -108,7 +108,9 @@ def position_map(
     places = bins(figures.shape[-1], _COLUMNS, keep=_figure.sink_positions(report))
     binned = places.maximum(figures)
     logarithmic = metric not in _LINEAR_MAPS
-    z, low, high = log_colours(binned) if logarithmic else (binned, *value_range(binned, None))
+    z, low, high = (
+        log_colours(binned) if logarithmic else (binned, *value_range(binned, variable.unit))
+    )
     label = _labels.axis_label(variable)
     colorbar: dict[str, Any] = dict(title=dict(text=label, side="right"))
     if logarithmic:
@@ -120,7 +122,7 @@ def position_map(
             zmin=low,
             zmax=high,
             customdata=binned,
-            colorscale=colour_scale(-1 if low < 0 and not logarithmic else 0, palette(theme)),
+            colorscale=colour_scale(low < 0 and not logarithmic, palette(theme)),
             colorbar=colorbar,
             text=np.broadcast_to(np.array(hover_names(report, places), dtype=object), z.shape),
             hovertemplate="layer %{y}, %{text}<br>"
@@ -159,7 +161,9 @@ def position_embedding_norms(report: SinkReport, *, theme: Theme = None) -> go.F
         annotation_text=f"median of the others: {_labels.number(median)}",
     )  # fmt: skip
     figure.update_yaxes(title_text="norm of its embedding [activation]")
-    title = f"Position embeddings: the first is {_labels.number(norms[0] / median)} × the median"
+    title = (
+        f"Position embeddings: the first is {_labels.number(float(norms[0]) / median)} × the median"
+    )
     return _figure.finish(figure, title, report.settings, theme)
 
 

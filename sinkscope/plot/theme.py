@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
 
 import plotly.graph_objects as go
 
 from sinkscope.errors import SinkscopeError
 
-Theme = Literal["light", "dark"] | None
-"""A figure's theme; None is the one that `set_theme` set."""
+Theme = str | None
+"""A figure's theme, "light" or "dark"; None is the one that `set_theme` set."""
 
 FONT = (
     'ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", '
@@ -86,10 +85,10 @@ DARK = Palette(
     ),
 )  # fmt: skip
 
-_default: list[Literal["light", "dark"]] = ["light"]
+_default = ["light"]
 
 
-def set_theme(theme: Literal["light", "dark"]) -> None:
+def set_theme(theme: str) -> None:
     """Set the theme of every figure that is made without one of its own.
 
     Raises:

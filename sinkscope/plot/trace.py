@@ -89,7 +89,7 @@ def peak_trace(
     figure.update_yaxes(autorange="reversed", dtick=tick(rows_drawn), showgrid=False)
     figure.update_yaxes(title_text="removed block", col=1)
     # 1 is "nothing lost", the colour of the page; what is lost is blue, what grows is orange.
-    scale = dict(cmin=0, cmid=1, cmax=2, colorscale=colour_scale(-1, palette(theme)))
+    scale = dict(cmin=0, cmid=1, cmax=2, colorscale=colour_scale(True, palette(theme)))
     figure.update_layout(
         coloraxis=dict(colorbar_title=dict(text=label, side="right"), **(scale if relative else {}))
     )

@@ -55,10 +55,9 @@ def domains(layers: int = 3, heads: int = 4) -> pd.DataFrame:
             special = (layer, head) == (1, 2)
             value = (0.9 if domain == "prose" else 0.1) if special else usual
             cost = 0.3 * (1 - value) + 0.01
-            rows.append(
-                [layer, head, domain, value, value - 0.02, value + 0.02, special]
-                + [cost, cost - 0.01, cost + 0.01]
-            )
+            ends = value - 0.02, value + 0.02
+            row = (layer, head, domain, value, *ends, special, cost, cost - 0.01, cost + 0.01)
+            rows.append(row)
     columns = ["layer", "head", "domain", "sink_attention", "sink_attention_low"]
     columns += ["sink_attention_high", "differs", "loss_change", "loss_change_low"]
     return pd.DataFrame(rows, columns=[*columns, "loss_change_high"])

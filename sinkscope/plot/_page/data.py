@@ -96,11 +96,11 @@ def _strongest_head(report: SinkReport, metrics: list[str]) -> dict[str, Any]:
 
 def _theme(name: str) -> dict[str, Any]:
     """A theme's template and colours for the script."""
-    colours = palette(name)  # type: ignore[arg-type]
+    colours = palette(name)
     return {
-        "template": template(name).to_plotly_json(),  # type: ignore[arg-type]
-        "sequential": colour_scale(0, colours),
-        "diverging": colour_scale(-1, colours),
+        "template": template(name).to_plotly_json(),
+        "sequential": colour_scale(False, colours),
+        "diverging": colour_scale(True, colours),
         "ink": colours.ink,
         "faint": colours.faint,
         "sink": colours.sink,

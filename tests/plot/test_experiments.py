@@ -1,0 +1,165 @@
+"""Figures of the experiments' frames: the values, labels and units they show."""
+
+import numpy as np
+import pytest
+
+import sinkscope.plot as plot
+from sinkscope.errors import ReportError
+from tests.plot import frames
+
+ABOUT = frames.ABOUT
+
+
+def traces(figure, start: str) -> list:
+    return [trace for trace in figure.data if (trace.name or "").startswith(start)]
+
+
+def test_every_figure_names_what_it_was_measured_on():
+    training, _ = frames.training()
+    figures = [
+        plot.before_after(frames.conditions(), "received_attention", about=ABOUT),
+        plot.peak_trace(frames.trace(), about=ABOUT),
+        plot.domain_scatter(frames.domains(), "prose", "code", about=ABOUT),
+        plot.removal_cost(frames.domains(), about=ABOUT),
+        plot.sleeping_heads(frames.sleep(), about=ABOUT),
+        plot.training_curves(training, about=ABOUT),
+        plot.perplexity_by_window(frames.windows(), about=ABOUT),
+        plot.bench_ratios(frames.timings(), about=ABOUT),
+        plot.cures(frames.cured(), about=ABOUT),
+        plot.knockout_risks(frames.knocked_out(), about=ABOUT),
+    ]
+    for figure in figures:
+        assert figure.layout.title.subtitle.text == ABOUT.replace("<s>", "&lt;s&gt;")
+        assert figure.layout.title.text
+
+
+def test_before_after_has_a_panel_a_condition_and_a_dot_a_sequence_and_position():
+    frame = frames.conditions()
+    figure = plot.before_after(frame, "received_attention", about=ABOUT)
+    titles = [note.text for note in figure.layout.annotations]
+    assert titles == [
+        "special start, 7 unchanged", "special start, 7 designated", "random start &lt;x&gt;",
+    ]  # fmt: skip
+    dots = traces(figure, "sequence 2")
+    assert len(dots) == 3
+    own = frame[(frame["prompt"] == 2) & (frame["metric"] == "received_attention")]
+    own = own[own["condition"] == "special start, 7 designated"]
+    np.testing.assert_allclose(dots[1].y, own.groupby("position")["value"].mean())
+    assert figure.layout.yaxis.title.text == "received attention [probability]"
+
+
+def test_before_after_by_layer_draws_the_prominent_positions():
+    frame = frames.conditions()
+    figure = plot.before_after(frame, "residual_norm", about=ABOUT, by="layer")
+    designated = [t for t in traces(figure, "position 7") if t.xaxis == "x2"]
+    rows = frame[(frame["metric"] == "residual_norm") & (frame["position"] == 7)]
+    rows = rows[rows["condition"] == "special start, 7 designated"]
+    assert list(designated[0].y) == pytest.approx(rows.groupby("layer")["value"].mean().tolist())
+    assert {t.name for t in figure.data if t.name} == {"position 0", "position 7"}
+    assert figure.layout.yaxis.type == "log"
+
+
+def test_before_after_by_condition_joins_each_sequence():
+    figure = plot.before_after(frames.conditions(), "loss", about=ABOUT, by="condition")
+    *sequences, mean = figure.data
+    assert len(sequences) == 4
+    assert list(sequences[1].y) == pytest.approx([2.1, 2.15, 2.2])
+    assert list(mean.y) == pytest.approx([2.15, 2.2, 2.25])
+    assert (np.asarray(mean.error_y.array) > 0).all()
+
+
+def test_peak_trace_shows_the_share_that_is_left():
+    figure = plot.peak_trace(frames.trace(), about=ABOUT)
+    attention, ffn = figure.data
+    np.testing.assert_allclose(attention.z, 1)
+    expected = np.ones((4, 4))
+    expected[1, 1:] = 0.1
+    np.testing.assert_allclose(ffn.z, expected)
+    np.testing.assert_allclose(ffn.customdata, 100.5)
+    assert figure.layout.coloraxis.cmid == 1
+    absolute = plot.peak_trace(frames.trace(), about=ABOUT, relative=False)
+    assert absolute.data[1].z[1][2] == pytest.approx(10.05)
+
+
+def test_domain_scatter_names_the_heads_that_differ():
+    figure = plot.domain_scatter(frames.domains(), "prose", "code", about=ABOUT)
+    (dots,) = figure.data
+    which = [tuple(where) for where in dots.customdata.tolist()].index((1, 2))
+    assert (dots.x[which], dots.y[which]) == pytest.approx((0.9, 0.1))
+    assert [text for text in dots.text if text] == ["L1 H2"]
+    assert "1 differ" in figure.layout.title.text
+    assert list(dots.error_x.array) == pytest.approx([0.02] * 12)
+    with pytest.raises(ReportError, match="no domain 'poems'; it has prose, code"):
+        plot.domain_scatter(frames.domains(), "prose", "poems", about=ABOUT)
+
+
+def test_removal_cost_gives_the_rank_correlation():
+    figure = plot.removal_cost(frames.domains(), about=ABOUT)
+    assert "prose ρ = -1.00, code ρ = -1.00" in figure.layout.title.text
+    assert [trace.name for trace in figure.data] == ["prose", "code"]
+    assert figure.layout.yaxis.title.text.endswith("[nat]")
+
+
+def test_sleeping_heads_draws_random_heads_last_and_dotted():
+    figure = plot.sleeping_heads(frames.sleep(), about=ABOUT)
+    (score,), (random,) = traces(figure, "AHON"), traces(figure, "random")
+    assert figure.data[-1] is random and random.line.dash == "dot"
+    assert list(score.y) == pytest.approx([2.01 + share**2 for share in (0, 0.05, 0.1, 0.2)])
+    assert figure.layout.shapes[0].y0 == pytest.approx(2.01 * 1.01)
+
+
+def test_training_curves_average_seeds_and_overlay_laws():
+    training, law = frames.training()
+    figure = plot.training_curves(training, ["logit_gap"], about=ABOUT, laws=law)
+    (softmax,) = traces(figure, "softmax")
+    expected = [2 * np.log1p(step) + 0.425 for step in (10, 100, 1000)]
+    assert list(softmax.x) == [10, 100, 1000]
+    assert list(softmax.y) == pytest.approx(expected)
+    (fitted,) = traces(figure, "a + b ln t")
+    assert fitted.line.dash == "dash" and fitted.y[2] == 9.2
+    assert figure.layout.annotations[0].text == "logit gap [logit]"
+    everything = plot.training_curves(training, about=ABOUT, log_steps=False)
+    assert len(everything.layout.annotations) == 3
+    assert list(traces(everything, "relu")[0].x) == [0, 10, 100, 1000]
+
+
+def test_perplexity_has_a_line_a_setting_and_a_level():
+    figure = plot.perplexity_by_window(frames.windows(), about=ABOUT)
+    none, four, everything = figure.data
+    assert list(none.y) == [900.0] * 3 and list(none.x) == [256, 512, 1024]
+    assert list(four.y) == pytest.approx([10 + 100 / w for w in (256, 512, 1024)])
+    assert list(everything.y) == [9.5] * 3
+    assert "KV megabytes" in none.hovertemplate
+
+
+def test_bench_says_what_did_not_run():
+    figure = plot.bench_ratios(frames.timings(), about=ABOUT)
+    (stock,) = traces(figure, "stock core")
+    assert list(stock.text) == ["3.00", "did not run"]
+    assert stock.x[0] == "llama-1b<br>100 × 64"
+    assert stock.customdata[0].tolist() == [150.0, 1.5]
+
+
+def test_cures_say_yes_no_or_unclear_in_words():
+    figure = plot.cures(frames.cured(), about=ABOUT)
+    (cells,) = figure.data
+    assert list(cells.y) == ["softmax · adamw", "softmax · sgd", "relu · adamw"]
+    assert np.asarray(cells.z).tolist() == [[1, 1], [1, 0.5], [0, 0]]
+    assert cells.text[0][0] == "<b>yes</b>, 0.81<br>0.78 to 0.84"
+    assert cells.text[2][1] == "<b>no?</b>, 1.1"
+
+
+def test_knockouts_show_both_risks():
+    figure = plot.knockout_risks(frames.knocked_out(), about=ABOUT)
+    back, bigram = figure.data
+    assert list(back.y) == ["none", "zero attention, layer 0, head 0", "zero feed-forward, layer 0"]
+    assert list(back.x) == [0.0, 7.7, 3.2] and list(bigram.x) == [0.0, 0.0, 2.0]
+
+
+def test_a_missing_column_is_named():
+    with pytest.raises(ReportError, match="metric is missing from condition, prompt"):
+        plot.before_after(frames.conditions().drop(columns="metric"), "loss", about=ABOUT)
+    with pytest.raises(ReportError, match="without rows"):
+        plot.removal_cost(frames.domains().iloc[:0], about=ABOUT)
+    with pytest.raises(ReportError, match="no metric 'nothing'"):
+        plot.before_after(frames.conditions(), "nothing", about=ABOUT)

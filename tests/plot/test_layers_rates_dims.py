@@ -1,0 +1,168 @@
+import numpy as np
+import pytest
+import torch
+
+import sinkscope.plot as plot
+from sinkscope.errors import ReportError
+from tests.unit.report_factory import only, synthetic_report
+
+
+def line(figure, name: str):
+    """The line of that name, not the band behind it."""
+    (found,) = [trace for trace in figure.data if trace.name == name]
+    return found
+
+
+def test_lines_over_layers_are_means_over_prompts_and_heads():
+    report = synthetic_report(prompts=5)
+    figure = plot.by_layer(report, "sink_cosine", "other_cosine")
+    for name in ("sink_cosine", "other_cosine"):
+        drawn = line(figure, name.replace("_", " "))
+        expected = report[name].double().mean((0, 2)).tolist()
+        assert list(drawn.y) == pytest.approx(expected, rel=1e-5)
+        low, high = np.moveaxis(np.asarray(drawn.customdata), -1, 0)
+        assert (low < expected).all() and (high > expected).all()
+
+
+def test_metrics_of_two_units_do_not_share_an_axis():
+    with pytest.raises(ReportError, match=r"\[probability\] and attention_entropy \[nat\]"):
+        plot.by_layer(synthetic_report(), "sink_attention", "attention_entropy")
+    with pytest.raises(ReportError, match="needs the name of a field"):
+        plot.by_layer(synthetic_report())
+    with pytest.raises(ReportError, match="expected prompt and layer"):
+        plot.by_layer(synthetic_report(), "received_attention")
+
+
+def test_residual_norms_are_logarithmic_and_say_where_the_peak_is():
+    report = synthetic_report(residual_peak=torch.tensor([[1.0, 2.0, 40.0, 5.0]] * 3))
+    figure = plot.residual_norms(report)
+    assert figure.layout.yaxis.type == "log"
+    assert figure.layout.yaxis.title.text == "residual norm [activation]"
+    assert "40 × above the others after layer 2" in figure.layout.title.text
+    expected = report.sink_residual_norm.double().mean(0).tolist()
+    assert list(line(figure, "sink residual norm").y) == pytest.approx(expected, rel=1e-5)
+
+
+def test_value_drains_show_every_head_and_count_the_drained():
+    report = synthetic_report()
+    drains = report.value_drain.double().mean(0).numpy()
+    figure = plot.value_drains(report)
+    dots = line(figure, "each KV head")
+    np.testing.assert_allclose(dots.y, drains.ravel(), rtol=1e-5)
+    assert list(dots.x) == np.repeat(range(4), 2).tolist()
+    assert f"in {(drains < 0.5).mean():.0%} of KV heads" in figure.layout.title.text
+    through = plot.value_drains(report, out=True)
+    assert len(line(through, "each head").y) == 24
+
+
+def test_attention_by_query_draws_layers_heads_or_one_head():
+    report = synthetic_report()
+    figure = plot.attention_by_query(report)
+    expected = report.received_by_distance.double().mean(1).numpy()
+    for layer in range(4):
+        np.testing.assert_allclose(line(figure, f"layer {layer}").y, expected[layer], rtol=1e-5)
+    assert list(figure.layout.xaxis.tickvals) == [1, 2, 4, 8]
+    (one,) = plot.attention_by_query(report, 2, 5).data
+    assert list(one.y) == pytest.approx(report.received_by_distance[2, 5].tolist())
+    assert len(plot.attention_by_query(report, 2).data) == 6
+
+
+def test_sink_rate_is_exact_at_every_threshold():
+    report = synthetic_report(prompts=4)
+    figure = plot.sink_rate(report)
+    drawn = line(figure, "first sink")
+    importance = report.sink_importance.numpy()
+    for epsilon, rate in zip(drawn.x, drawn.y, strict=True):
+        above = sum(float(value) > np.float32(epsilon) for value in importance.ravel())
+        assert rate == pytest.approx(above / importance.size, abs=1e-6)
+    said = (importance > 0.3).mean()
+    assert f"at 0.3: first sink {said:.1%}" in figure.layout.title.text
+
+
+def test_sink_rate_names_the_next_positions():
+    curve = torch.zeros(19, 16)
+    curve[:, 0], curve[:5, 7] = 0.9, 0.5
+    figure = plot.sink_rate(synthetic_report(sink_rate_curve=curve))
+    names = [trace.name for trace in figure.data if (trace.name or "").startswith("position")]
+    assert names == ["position 7"]
+
+
+def test_sink_rates_of_several_reports_say_what_differs():
+    reports = {
+        "short <s>": synthetic_report(positions=8),
+        "long": synthetic_report(positions=16, settings={"bos": "never"}),
+    }
+    figure = plot.sink_rate(reports)
+    assert "T = 8, 16" in figure.layout.title.subtitle.text
+    assert "never" in figure.layout.title.subtitle.text
+    assert line(figure, "short &lt;s&gt;") is not None
+
+
+def test_sink_rate_by_length_has_a_point_a_report_and_the_uniform_level():
+    reports = [synthetic_report(positions=n, seed=n) for n in (16, 8)]
+    figure = plot.sink_rate_by_length(reports, epsilon=0.5)
+    drawn = line(figure, "synthetic")
+    assert list(drawn.x) == [8, 16]
+    for report, rate in zip(reversed(reports), drawn.y, strict=True):
+        assert rate == pytest.approx(float((report.sink_importance > 0.5).float().mean()))
+    uniform = figure.data[-1]
+    assert list(uniform.y) == pytest.approx(
+        [sum(1 / (i + 1) for i in range(n)) / n for n in (8, 16)]
+    )
+    with pytest.raises(ReportError, match="no report"):
+        plot.sink_rate_by_length([])
+
+
+def test_nonmixture_dims_show_the_sink_against_the_mixed_positions():
+    report = synthetic_report(prompts=4)
+    figure = plot.nonmixture_dims(report, top=3)
+    assert figure.layout.title.text == "Non-mixture dims of layer 1: 3"
+    every = line(figure, "sink, mean over prompts")
+    np.testing.assert_allclose(every.y, report.ffn_sink[:, 1].double().mean(0), rtol=1e-5)
+    reach = line(figure, "largest of the mixed positions, either way")
+    np.testing.assert_allclose(reach.y, report.ffn_mixed_max[:, 1].double().mean(0), rtol=1e-5)
+    largest = line(figure, "sink")
+    first, second, _ = largest.x
+    assert first == "<b>3</b>"
+    assert "<b>" not in second
+    assert largest.y[0] == pytest.approx(400)
+
+
+def test_nonmixture_dims_of_a_chosen_layer():
+    figure = plot.nonmixture_dims(synthetic_report(), 2)
+    assert figure.layout.title.text == "Non-mixture dims of layer 2: none"
+    with pytest.raises(ReportError, match="no layer 9"):
+        plot.nonmixture_dims(synthetic_report(), 9)
+
+
+def test_thousands_of_dims_keep_the_largest():
+    report = synthetic_report(prompts=2, dims=5000)
+    every = line(plot.nonmixture_dims(report), "sink, mean over prompts")
+    assert len(every.x) <= 1100
+    assert 3 in every.x and max(every.y) == 400
+
+
+def test_massive_activations_are_mapped_over_layers_and_dims():
+    report = synthetic_report(prompts=3)
+    figure = plot.massive_activations(report)
+    (cells,) = figure.data
+    assert list(cells.y) == ["3", "7"]
+    largest = report.massive.value.abs().reshape(3, 2).amax(0).double().log10().tolist()
+    assert [row[1] for row in cells.z] == pytest.approx(largest, rel=1e-5)
+    assert np.isnan(np.asarray(cells.z)[:, [0, 2, 3]]).all()
+    assert "3 of 3 prompts, position 0" in cells.text[0][1]
+    assert "6 in 2 dims" in figure.layout.title.text
+
+
+def test_figures_of_what_was_not_measured_say_what_to_measure():
+    report = only(synthetic_report(), "received_attention")
+    for draw in (
+        plot.residual_norms,
+        plot.value_drains,
+        plot.attention_by_query,
+        plot.sink_rate,
+        plot.nonmixture_dims,
+        plot.massive_activations,
+    ):
+        with pytest.raises(ReportError, match="was not measured"):
+            draw(report)

@@ -1,0 +1,225 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import sinkscope.plot as plot
+from sinkscope.errors import ReportError
+from sinkscope.plot._bins import bins
+from tests.unit.report_factory import only, synthetic_report
+
+
+def drawn(figure) -> dict[int, float]:
+    """Bar heights by position."""
+    return {
+        int(x): float(y)
+        for trace in figure.data
+        if trace.type == "bar"
+        for x, y in zip(trace.x, trace.y, strict=True)
+    }
+
+
+def test_bars_of_one_head_are_its_received_attention():
+    report = synthetic_report()
+    figure = plot.by_position(report, layer=2, head=3)
+    expected = report.received_attention[2, 3].tolist()
+    assert drawn(figure) == pytest.approx(dict(enumerate(expected)))
+    sink, others = figure.data[:2]
+    assert sink.x.tolist() == [0] and others.x.tolist() == list(range(1, 16))
+    assert figure.layout.title.text == "Received attention: layer 2, head 3"
+    assert figure.layout.yaxis.title.text == "received attention [probability]"
+
+
+def test_bars_of_a_layer_are_the_mean_over_its_heads():
+    report = synthetic_report()
+    expected = report.value_norm[1].double().mean(0).tolist()
+    figure = plot.by_position(report, "value_norm", layer=1)
+    assert drawn(figure) == pytest.approx(dict(enumerate(expected)))
+    assert "mean of 2 KV heads" in figure.layout.title.text
+
+
+def test_uniform_line_is_the_mean_of_one_over_what_each_query_sees():
+    length, window = 16, 4
+    report = synthetic_report(layers=2, settings={"windows": (None, window)})
+    for layer, reach in ((0, length), (1, window)):
+        line = plot.by_position(report, layer=layer, head=0).data[2]
+        assert line.name == "uniform attention"
+        for key in range(length):
+            seen = [1 / min(i + 1, reach) for i in range(key, min(key + reach, length))]
+            assert line.y[key] == pytest.approx(sum(seen) / len(seen), rel=1e-5)
+
+
+def test_hover_names_position_and_tokens_and_escapes_them():
+    text = [["<script>", "b"], ["c", "b"]]
+    report = synthetic_report(prompts=2, positions=2, token_text=text)
+    sink, others = plot.by_position(report, layer=0, head=0).data[:2]
+    assert sink.text[0] == "position 0: \u2068&lt;script&gt;\u2069, \u2068c\u2069"
+    assert others.text[0] == "position 1: \u2068b\u2069"
+
+
+def test_long_text_is_drawn_in_bins_that_keep_every_maximum():
+    report = synthetic_report(prompts=1, layers=1, heads=2, kv_heads=1, positions=5000)
+    figure = plot.by_position(report, layer=0, head=1)
+    heights = drawn(figure)
+    assert len(heights) <= 1100
+    values = report.received_attention[0, 1].numpy()
+    assert max(heights.values()) == values.max()
+    edges = [*sorted(heights), 5000]
+    for start, end in itertools.pairwise(edges):
+        assert heights[start] == values[start:end].max()
+    assert sorted(heights)[:16] == list(range(16))
+    assert f"maxima of {len(heights):,} bins" in figure.layout.title.text
+
+
+def test_a_sink_in_the_middle_keeps_a_bar_of_its_own():
+    sinks = torch.zeros(1, 5000, dtype=torch.bool)
+    sinks[0, 3333] = True
+    report = synthetic_report(
+        prompts=1, layers=1, heads=2, kv_heads=1, positions=5000, sink_mask=sinks
+    )
+    sink = plot.by_position(report, layer=0, head=0).data[0]
+    assert (sink.x.tolist(), sink.width.tolist()) == ([3333], [1])
+    assert sink.y[0] == report.received_attention[0, 0, 3333]
+
+
+@pytest.mark.parametrize("size", [1, 10, 1024, 1025, 32768, 100_003])
+def test_bins_cover_every_position_once(size):
+    places = bins(size, keep=[0, size // 2, size - 1])
+    covered = np.concatenate(
+        [np.arange(a, b + 1) for a, b in zip(places.first, places.last, strict=True)]
+    )
+    np.testing.assert_array_equal(covered, np.arange(size))
+    assert len(places.first) <= 1024 + 40
+    assert places.binned == (size > 1024)
+
+
+def test_log_switch_changes_the_axis_and_its_ticks():
+    figure = plot.by_position(synthetic_report(), "residual_norm", layer=1)
+    assert figure.layout.yaxis.type == "log"
+    linear, log = figure.layout.updatemenus[0].buttons
+    assert linear.args[0] == {"yaxis.type": "linear", "yaxis.dtick": None}
+    assert log.args[0]["yaxis.type"] == "log"
+    assert figure.layout.updatemenus[0].active == 1
+
+
+def test_position_map_is_the_log_of_the_mean_over_heads():
+    report = synthetic_report()
+    (cells,) = plot.position_map(report).data
+    mean = report.received_attention.double().mean(1).numpy()
+    np.testing.assert_allclose(10.0 ** np.asarray(cells.z), mean, rtol=1e-5)
+    np.testing.assert_allclose(cells.customdata, mean, rtol=1e-5)
+    assert cells.colorbar.tickprefix == "10<sup>"
+
+
+def test_cosine_map_is_linear_and_signed():
+    report = synthetic_report()
+    (cells,) = plot.position_map(report, "cosine_to_sink").data
+    np.testing.assert_allclose(cells.z, report.cosine_to_sink.numpy())
+    assert cells.zmin == -cells.zmax
+
+
+def test_position_embeddings_are_compared_with_their_median():
+    norms = torch.ones(64)
+    norms[0] = 5.0
+    figure = plot.position_embedding_norms(synthetic_report(position_embedding_norm=norms))
+    assert drawn(figure) == pytest.approx(dict(enumerate(norms.tolist())))
+    assert figure.layout.title.text == "Position embeddings: the first is 5 × the median"
+
+
+def test_strange_layers_heads_and_metrics_are_refused():
+    report = synthetic_report()
+    with pytest.raises(ReportError, match="no layer 4 .* run from 0 to 3"):
+        plot.by_position(report, layer=4)
+    with pytest.raises(ReportError, match="no kv_head 2 .* run from 0 to 1"):
+        plot.by_position(report, "value_norm", layer=0, head=2)
+    with pytest.raises(ReportError, match="expected a figure with layer and position"):
+        plot.by_position(report, "honor", layer=0)
+    with pytest.raises(ReportError, match="was not measured"):
+        plot.position_embedding_norms(only(report, "residual_norm"))
+
+
+def strip_cells(figure) -> list[tuple[str, float]]:
+    """Text and colour value of the token cells in reading order."""
+    (cells,) = figure.data
+    pairs = zip(np.ravel(cells.text), np.ravel(cells.z), strict=True)
+    return [(text, value) for text, value in pairs if text]
+
+
+def test_token_strip_shows_each_token_with_its_figure():
+    report = synthetic_report(prompts=2, lengths=[16, 13])
+    cells = strip_cells(plot.token_strip(report, 1, log=False))
+    assert [text.strip("\u2068\u2069") for text, _ in cells] == report.token_text[1]
+    assert [value for _, value in cells] == pytest.approx(report.received_peak[1, :13].tolist())
+
+
+def test_token_strip_is_logarithmic_by_default():
+    report = synthetic_report()
+    cells = strip_cells(plot.token_strip(report, 0, "residual_outlier"))
+    expected = report.residual_outlier[0].double().log10().tolist()
+    assert [value for _, value in cells] == pytest.approx(expected, rel=1e-5)
+
+
+def test_token_strip_of_a_long_prompt_says_which_part_it_shows():
+    report = synthetic_report(prompts=1, layers=1, positions=1000)
+    figure = plot.token_strip(report, start=500, tokens=100)
+    assert len(strip_cells(figure)) == 100
+    assert "positions 500 to 599 of 1,000" in figure.layout.title.text
+    assert "position 500: " in figure.data[0].customdata[0][0]
+    with pytest.raises(ReportError, match="no position 1000"):
+        plot.token_strip(report, start=1000)
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [
+        ("<b>x</b>", "&lt;b&gt;x&lt;/b&gt;"),
+        (" the", "␣the"),
+        ("a ", "a␣"),
+        ("\n\t\x00", "⏎⇥␀"),
+        ("", "∅"),
+        ("\u202eevil", "⟨U+202E⟩evil"),
+        ("שלום", "שלום"),
+        ("x" * 40, "x" * 31 + "…"),
+        ("\ud800", "⟨U+D800⟩"),
+    ],
+)
+def test_token_text_is_data(token, shown):
+    report = synthetic_report(prompts=1, positions=2, token_text=[[token, "b"]])
+    hover = plot.token_strip(report).data[0].customdata[0][0]
+    assert hover.startswith(f"position 0: \u2068{shown}\u2069<br>")
+
+
+def pattern(size: int) -> torch.Tensor:
+    """Causal attention, nine tenths of it to key 0."""
+    mask = torch.ones(size, size).tril()
+    uniform = 0.1 * mask / mask.sum(1, keepdim=True)
+    uniform[:, 0] += 0.9
+    return uniform
+
+
+def test_attention_pattern_leaves_out_what_no_query_sees():
+    figure = plot.attention_pattern(pattern(8), list("abcdefgh"), about="x", title="L1 <H2>")
+    (cells,) = figure.data
+    z = np.asarray(cells.z)
+    assert np.isnan(z[np.triu_indices(8, 1)]).all()
+    np.testing.assert_allclose(z[np.tril_indices(8)], pattern(8).numpy()[np.tril_indices(8)])
+    assert figure.layout.xaxis.ticktext[2] == "2 \u2068c\u2069"
+    assert figure.layout.title.text == "L1 &lt;H2&gt;"
+
+
+def test_large_pattern_is_cut_into_bins_of_maxima():
+    figure = plot.attention_pattern(pattern(1500), about="x")
+    (cells,) = figure.data
+    z = np.asarray(cells.z)
+    assert max(z.shape) <= 512
+    assert np.nanmax(z) == 1.0
+    assert (z[:, 0] > 0.9).all()
+    assert "maxima of bins; 1,500 × 1,500 cells" in figure.layout.title.text
+
+
+def test_pattern_of_another_shape_is_refused():
+    with pytest.raises(ReportError, match="expected one head's"):
+        plot.attention_pattern(torch.zeros(2, 3, 3), about="x")
+    with pytest.raises(ReportError, match="2 tokens for a pattern"):
+        plot.attention_pattern(torch.zeros(3, 3), ["a", "b"], about="x")
