@@ -181,8 +181,9 @@ class StreamReader:
         return _columns.received_and_entropy(*self._attended, self._real_queries)
 
     def on_keys(self, keys: Bool[Tensor, "prompt key"]) -> Float[Tensor, "prompt head query"]:
-        """Σ_{j∈keys} exp(s_ij − lse_i), O(T) a key."""
-        return _columns.attention_to_keys(*self._attended, keys)
+        """Σ_{j∈keys} exp(s_ij − lse_i), O(T) a key; which keys is worked out once a batch."""
+        chosen = self.batch.once(("key set", id(keys)), lambda: _columns.KeySet.of(keys))
+        return _columns.attention_to_keys(*self._attended, chosen)
 
     def received(self) -> Float[Tensor, "prompt head key"]:
         """Σ_i exp(s_ij − lse_i)."""

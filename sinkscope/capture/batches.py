@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkscope.metrics import positions
+
+Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Batch:
     one_sink_each: bool
     sink_is_first_token: bool
     _elsewhere: dict[torch.device, Batch] = field(default_factory=dict, repr=False, compare=False)
-    _derived: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _derived: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def on(self, device: torch.device) -> Batch:
         """This batch on `device`; the layers of one model may sit on several."""
@@ -57,8 +60,8 @@ class Batch:
             )
         return self._elsewhere[device]
 
-    def _once(self, key: object, compute: Callable[[], Tensor]) -> Tensor:
-        """Compute a tensor that every layer shares only the first time it is asked for."""
+    def once(self, key: object, compute: Callable[[], Shared]) -> Shared:
+        """Compute what every layer shares only the first time it is asked for."""
         if key not in self._derived:
             self._derived[key] = compute()
         return self._derived[key]
@@ -71,23 +74,23 @@ class Batch:
     @property
     def first_sink(self) -> Int[Tensor, "prompt"]:
         """The first sink position of each prompt."""
-        return self._once("first sink", lambda: positions.first_true(self.sinks))
+        return self.once("first sink", lambda: positions.first_true(self.sinks))
 
     @property
     def first_sink_mask(self) -> Bool[Tensor, "prompt position"]:
         """True at the first sink position of each prompt only."""
         index = torch.arange(self.length, device=self.mask.device)
-        return self._once("first sink mask", lambda: index == self.first_sink[:, None])
+        return self.once("first sink mask", lambda: index == self.first_sink[:, None])
 
     @property
     def others(self) -> Bool[Tensor, "prompt position"]:
         """Real positions that are not sinks."""
-        return self._once("others", lambda: self.mask & ~self.sinks)
+        return self.once("others", lambda: self.mask & ~self.sinks)
 
     @property
     def queries(self) -> Bool[Tensor, "prompt query"]:
         """Queries whose attention to the sinks counts (see `metrics.positions.queries_after`)."""
-        return self._once(
+        return self.once(
             "queries", lambda: positions.queries_after(self.sinks, self.mask, self.causal)
         )
 
@@ -95,13 +98,33 @@ class Batch:
     def first_token(self) -> Bool[Tensor, "prompt position"]:
         """True at position 0 of each prompt only."""
         index = torch.arange(self.length, device=self.mask.device)
-        return self._once("first token", lambda: self.mask & (index == 0))
+        return self.once("first token", lambda: self.mask & (index == 0))
 
     @property
     def last_token(self) -> Bool[Tensor, "prompt position"]:
         """True at the last real position of each prompt only."""
         index = torch.arange(self.length, device=self.mask.device)
-        return self._once("last token", lambda: index == self.mask.sum(dim=1, keepdim=True) - 1)
+        return self.once("last token", lambda: index == self.mask.sum(dim=1, keepdim=True) - 1)
+
+    def seen_by(self, window: int | None) -> Float[Tensor, "prompt key"]:
+        """Real queries that see each key in a layer of this window."""
+        return self.once(
+            ("seen by", window),
+            lambda: positions.visible_queries(self.mask, self.causal, window),
+        )
+
+    def uniform(self, window: int | None) -> Float[Tensor, "prompt key"]:
+        """What uniform attention would give each key in a layer of this window."""
+        return self.once(
+            ("uniform", window),
+            lambda: positions.uniform_received(self.mask, self.causal, window),
+        )
+
+    def constant(self, values: tuple[float, ...]) -> Float[Tensor, "value"]:
+        """Some numbers on this device, copied there once a batch."""
+        return self.once(
+            ("constant", values), lambda: torch.tensor(values, device=self.mask.device)
+        )
 
     def averages(self, *sets: str) -> Float[Tensor, "prompt position set"]:
         """Weights that average over named sets of positions, so that one product does them all.
@@ -112,7 +135,7 @@ class Batch:
         Returns:
             One column a set, see `mean_weights`.
         """
-        return self._once(
+        return self.once(
             sets, lambda: mean_weights(torch.stack([getattr(self, name) for name in sets], dim=-1))
         )
 
@@ -141,7 +164,7 @@ class Batch:
             columns = [self.queries, self.mask, seeing, *self.buckets(edges).unbind(-1)]
             return mean_weights(torch.stack(columns, dim=-1))
 
-        return self._once(("sink", window, edges), compute)
+        return self.once(("sink", window, edges), compute)
 
     def buckets(self, edges: tuple[int, ...]) -> Bool[Tensor, "prompt query bucket"]:
         """Which bucket of query positions each query after the sink falls into."""
@@ -152,7 +175,7 @@ class Batch:
             inside = (index[:, None] >= bounds[:-1]) & (index[:, None] < bounds[1:])
             return self.queries[:, :, None] & inside
 
-        return self._once(("buckets", edges), compute)
+        return self.once(("buckets", edges), compute)
 
 
 def mean_weights(sets: Bool[Tensor, "prompt position set"]) -> Float[Tensor, "prompt position set"]:

@@ -9,10 +9,15 @@ here is operational, ours, with its thresholds as arguments.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.metrics._reduce import at_least_fp32, largest_magnitude_at, position_chunks
+from sinkscope.metrics._reduce import (
+    at_least_fp32,
+    largest_magnitude,
+    largest_magnitude_at,
+    position_chunks,
+)
 from sinkscope.metrics.positions import first_true
 
 
@@ -34,20 +39,41 @@ def ffn_profile(
         median is numpy's: the mean of the middle two.
     """
     nonmixed = nonmixed & mask
-    first = first_true(nonmixed)
-    rows = torch.arange(len(first), device=first.device)
-    at_first = at_least_fp32(x[rows, first.clamp(max=x.shape[1] - 1)])
-    at_first = torch.where(nonmixed.any(dim=1, keepdim=True), at_first, torch.nan)
-
+    at_sink = at_first(x, first_true(nonmixed))
+    at_sink = torch.where(nonmixed.any(dim=1, keepdim=True), at_sink, torch.nan)
     mixed = mask & ~nonmixed
-    largest = torch.zeros_like(at_first)
-    for chunk in position_chunks(x):
-        largest = torch.maximum(largest, largest_magnitude_at(x[:, chunk], mixed[:, chunk]))
-    largest = torch.where(mixed.any(dim=1, keepdim=True), largest, torch.nan)
+    mixed_max = torch.where(mixed.any(dim=1, keepdim=True), largest_where(x, mixed), torch.nan)
+    return at_sink, mixed_max, median_over_dims(at_sink)
 
-    ordered, dims = at_first.abs().sort(dim=1).values, x.shape[2]
-    median = ordered[:, (dims - 1) // 2 : dims // 2 + 1].mean(dim=1)  # of the middle one or two
-    return at_first, largest, median
+
+def at_first(
+    x: Float[Tensor, "prompt position dim"], first: Int[Tensor, "prompt"]
+) -> Float[Tensor, "prompt dim"]:
+    """What stands at one position of each prompt; at the last one where that lies beyond the end."""
+    rows = torch.arange(len(first), device=first.device)
+    return at_least_fp32(x[rows, first.clamp(max=x.shape[1] - 1)])
+
+
+def largest(x: Float[Tensor, "prompt position dim"]) -> Float[Tensor, "prompt dim"]:
+    """Largest |x| of each dim over all positions [activation]; 0 where there are none."""
+    if x.shape[1] == 0:
+        return at_least_fp32(x.new_zeros(x.shape[0], x.shape[2]))
+    parts = [largest_magnitude(x[:, chunk], dim=1) for chunk in position_chunks(x)]
+    return torch.stack(parts).amax(dim=0)
+
+
+def largest_where(
+    x: Float[Tensor, "prompt position dim"], where: Bool[Tensor, "prompt position"]
+) -> Float[Tensor, "prompt dim"]:
+    """Largest |x| of each dim over the positions where ``where`` holds; 0 where there are none."""
+    parts = [largest_magnitude_at(x[:, chunk], where[:, chunk]) for chunk in position_chunks(x)]
+    return torch.stack(parts).amax(dim=0)
+
+
+def median_over_dims(x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
+    """Median over dims of |x| as numpy takes it: the mean of the middle two."""
+    ordered, dims = x.abs().sort(dim=-1).values, x.shape[-1]
+    return ordered[..., (dims - 1) // 2 : dims // 2 + 1].mean(dim=-1)
 
 
 def nonmixture_dims(

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sinkscope.capture._reduce import received_summary
 from sinkscope.capture.attention import AttentionReader
 from sinkscope.capture.batches import Batch, average
 from sinkscope.capture.folds import Fold, OverLayers, OverPrompts, Summed
@@ -84,20 +85,24 @@ class Received(Observer):
 
     def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
         """Gu's importance of every key; only sums over prompts or heads are kept."""
-        alpha = attention.importance(x.received(), batch.mask, batch.causal, x.window)
-        ratio = attention.uniform_ratio(alpha, batch.mask, batch.causal, x.window)
-        thresholds = torch.tensor([self.scope.epsilon, *attention.EPSILONS], device=alpha.device)
+        found = received_summary(
+            x.received(),
+            batch.seen_by(x.window),
+            batch.uniform(x.window),
+            batch.mask,
+            batch.constant((self.scope.epsilon, *attention.EPSILONS)),
+        )
         self.keep(
             layer,
-            received_attention=alpha.nan_to_num().sum(dim=0),
-            uniform_ratio=ratio.nan_to_num().sum(dim=0),
-            received_peak=alpha.mean(dim=1),
-            above=attention.count_above(alpha, thresholds) / self.scope.n_heads,
+            received_attention=found.importance,
+            uniform_ratio=found.uniform_ratio,
+            received_peak=found.peak,
+            above=found.above,
         )
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Split the counts above the thresholds into the asked-for ε and the curve."""
-        above = layers.pop("above").mean(dim=0, keepdim=True)
+        above = layers.pop("above").mean(dim=0, keepdim=True) / self.scope.n_heads
         return layers | {"sink_rate": above[:, 0], "sink_rate_curve": above[:, 1:]}
 
     def results(self, order: Int[Tensor, "prompt"]) -> Folded:

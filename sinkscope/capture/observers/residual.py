@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sinkscope.capture._reduce import all_layers
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.folds import Fold, OverLayers
 from sinkscope.capture.observers.base import Folded, Observer, Scope
@@ -47,12 +48,8 @@ class ResidualNorms(Observer):
         """
         norm = layers["norm"]
         _refuse_non_finite(norm, batch)
-        at_sink = torch.stack(
-            [residual.mean_at_sinks(one, batch.sinks, batch.mask) for one in norm]
-        )
-        median = torch.stack(
-            [residual.median_of_others(one, batch.sinks, batch.mask) for one in norm]
-        )
+        at_sink = all_layers(residual.mean_at_sinks, norm, batch.sinks, batch.mask)
+        median = all_layers(residual.median_of_others, norm, batch.sinks, batch.mask)
         return {
             "residual_norm": norm,
             "residual_peak": at_sink / median,
@@ -92,33 +89,36 @@ class Massive(Observer):
 
     def __init__(self, scope: Scope) -> None:
         super().__init__(scope)
-        self._running: list[tuple[int, residual.MassiveEntries]] = []
+        self._running: dict[int, residual.MassiveEntries] = {}
         self._entries: list[dict[str, Tensor]] = []
         self._counts: list[Int[Tensor, "prompt layer"]] = []
 
     def observe(self, layer: int, x: Float[Tensor, "prompt position dim"], batch: Batch) -> None:
         """The rule of Sun et al., applied to one hidden state."""
-        self._running.append((layer, residual.massive_activations(x, batch.mask)))
+        self._running[layer] = residual.massive_activations(x, batch.mask)
 
-    def close(self, batch: Batch) -> tuple[list[dict[str, Tensor]], Int[Tensor, "prompt layer"]]:
+    def close(self, batch: Batch) -> tuple[dict[str, Tensor], Int[Tensor, "prompt layer"]]:
         """Number the prompts as the text does and keep the largest entries."""
-        counts = torch.zeros(len(batch.rows), len(self._running), dtype=torch.long)
-        entries = []
-        for column, (layer, found) in enumerate(sorted(self._running, key=lambda pair: pair[0])):
-            found = residual.MassiveEntries(*(part.cpu() for part in found))
-            counts[:, column] = torch.bincount(found.prompt, minlength=len(batch.rows))
-            entries.append(_largest(found, layer, batch.rows))
+        layers, device = sorted(self._running), batch.tokens.device
+        parts = zip(*(self._running[layer] for layer in layers), strict=True)
+        # One transfer for all layers, not one a layer: each waits for the device.
+        found = residual.MassiveEntries(
+            *(torch.cat([one.to(device) for one in part]).cpu() for part in parts)
+        )
+        sizes = torch.tensor([len(self._running[layer].prompt) for layer in layers])
+        column = torch.arange(len(layers)).repeat_interleave(sizes)
+        counts = torch.zeros(len(batch.rows), len(layers), dtype=torch.long)
+        counts.index_put_((found.prompt, column), torch.ones_like(column), accumulate=True)
+        entries = _largest(found, torch.tensor(layers)[column], batch.rows)
         self.drop()
         return entries, counts
 
     def add(
-        self,
-        finished: tuple[list[dict[str, Tensor]], Int[Tensor, "prompt layer"]],
-        batch: Batch,
+        self, finished: tuple[dict[str, Tensor], Int[Tensor, "prompt layer"]], batch: Batch
     ) -> None:
         """Append one batch's entries."""
         entries, counts = finished
-        self._entries += entries
+        self._entries.append(entries)
         self._counts.append(counts)
 
     def drop(self) -> None:
@@ -131,31 +131,38 @@ class Massive(Observer):
             name: torch.cat([entries[name] for entries in self._entries])
             for name in self._entries[0]
         }
-        by = torch.argsort(merged["value"].abs(), descending=True, stable=True)
-        for name in ("layer", "prompt"):
-            by = by[torch.argsort(merged[name][by], stable=True)]
+        by = _sorted(merged["prompt"], merged["layer"], merged["value"])
         counts = torch.cat(self._counts)[torch.argsort(order)]
         merged = {name: value[by] for name, value in merged.items()}
         return {"massive": MassiveActivations(**merged, count=counts)}
 
 
 def _largest(
-    found: residual.MassiveEntries, layer: int, rows: Int[Tensor, "prompt"]
+    found: residual.MassiveEntries, layer: Int[Tensor, "entry"], rows: Int[Tensor, "prompt"]
 ) -> dict[str, Tensor]:
-    """At most `ENTRIES_KEPT` entries of each prompt in one layer."""
-    by = torch.argsort(found.value.abs(), descending=True, stable=True)
-    by = by[torch.argsort(found.prompt[by], stable=True)]
-    prompt = found.prompt[by]
-    rank = torch.arange(len(prompt)) - torch.searchsorted(prompt, prompt)
+    """At most `ENTRIES_KEPT` entries of each prompt in each layer."""
+    by = _sorted(found.prompt, layer, found.value)
+    group = found.prompt[by] * (int(layer.max()) + 1 if len(layer) else 1) + layer[by]
+    rank = torch.arange(len(by)) - torch.searchsorted(group, group)
     by = by[rank < ENTRIES_KEPT]
     return {
         "prompt": rows[found.prompt[by]],
-        "layer": torch.full_like(by, layer),
+        "layer": layer[by],
         "position": found.position[by],
         "dim": found.dim[by],
         "value": found.value[by],
         "ratio": found.ratio[by],
     }
+
+
+def _sorted(
+    prompt: Int[Tensor, "entry"], layer: Int[Tensor, "entry"], value: Float[Tensor, "entry"]
+) -> Int[Tensor, "entry"]:
+    """Order by prompt, then layer, then falling size."""
+    by = torch.argsort(value.abs(), descending=True, stable=True)
+    for key in (layer, prompt):
+        by = by[torch.argsort(key[by], stable=True)]
+    return by
 
 
 class FfnOutput(Observer):
@@ -165,6 +172,20 @@ class FfnOutput(Observer):
     fields = ("ffn_sink", "ffn_mixed_max", "ffn_sink_median")
 
     def observe(self, layer: int, x: Float[Tensor, "prompt position dim"], batch: Batch) -> None:
-        """Two numbers a dim and one a prompt, from which any threshold can be applied later."""
-        at_sink, mixed_max, median = ffn.ffn_profile(x, batch.sinks, batch.mask)
-        self.keep(layer, ffn_sink=at_sink, ffn_mixed_max=mixed_max, ffn_sink_median=median)
+        """Two numbers a dim, from which any threshold can be applied later."""
+        at_sink = ffn.at_first(x, batch.first_sink)
+        if batch.sink_is_first_token and not batch.ragged:
+            mixed = ffn.largest(x[:, 1:])  # in place: nothing to leave out, so nothing to copy
+        else:
+            mixed = ffn.largest_where(x, batch.others)
+        self.keep(layer, at_sink=at_sink, mixed=mixed)
+
+    def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Medians of all layers at once; nan where a prompt has no sink or nothing that mixes."""
+        has_sink, has_mixed = batch.sinks.any(dim=1), batch.others.any(dim=1)
+        at_sink = torch.where(has_sink[:, None], layers["at_sink"], torch.nan)
+        return {
+            "ffn_sink": at_sink,
+            "ffn_mixed_max": torch.where(has_mixed[:, None], layers["mixed"], torch.nan),
+            "ffn_sink_median": ffn.median_over_dims(at_sink),
+        }

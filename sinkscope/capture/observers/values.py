@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sinkscope.capture._reduce import all_layers
 from sinkscope.capture.batches import Batch, average
 from sinkscope.capture.observers.base import Observer
 from sinkscope.metrics import heads, values
@@ -26,8 +26,8 @@ class Values(Observer):
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Drains per KV head; first and mean norm as every query head sees them (GQA)."""
         norm = layers["norm"]
-        drain = torch.stack([values.drain(one, batch.sinks, batch.mask) for one in norm])
-        mean = torch.stack([values.mean_norm(one, batch.mask) for one in norm])
+        drain = all_layers(values.drain, norm, batch.sinks, batch.mask)
+        mean = all_layers(values.mean_norm, norm, batch.mask)
         group = self.scope.n_heads // norm.shape[2]
         return {
             "value_norm": norm,
@@ -72,8 +72,8 @@ class ValuesThroughOutput(Observer):
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Norms by position, drains by prompt."""
-        drain = [values.drain(one, batch.sinks, batch.mask) for one in layers["norm"]]
-        return {"value_norm_out": layers["norm"], "value_drain_out": torch.stack(drain)}
+        drain = all_layers(values.drain, layers["norm"], batch.sinks, batch.mask)
+        return {"value_norm_out": layers["norm"], "value_drain_out": drain}
 
 
 class HeadOutputsThroughOutput(Observer):
