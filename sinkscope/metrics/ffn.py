@@ -49,7 +49,7 @@ def ffn_profile(
 def at_first(
     x: Float[Tensor, "prompt position dim"], first: Int[Tensor, "prompt"]
 ) -> Float[Tensor, "prompt dim"]:
-    """What stands at one position of each prompt; at the last one where that lies beyond the end."""
+    """What stands at one position of each prompt; the last one where that lies beyond the end."""
     rows = torch.arange(len(first), device=first.device)
     return at_least_fp32(x[rows, first.clamp(max=x.shape[1] - 1)])
 
