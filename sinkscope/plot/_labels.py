@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import unicodedata
+from typing import SupportsFloat
 
 from sinkscope._labelled import Variable
 from sinkscope._settings import Settings
@@ -87,8 +88,9 @@ def isolated(text: str) -> str:
     return f"\u2068{text}\u2069"
 
 
-def number(value: float) -> str:
+def number(value: SupportsFloat) -> str:
     """A figure in a sentence or a table, to about three digits."""
+    value = float(value)
     if math.isnan(value):
         return "–"
     if value == 0 or 0.001 <= abs(value) < 10_000:

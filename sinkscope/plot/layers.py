@@ -87,7 +87,7 @@ def residual_norms(report: SinkReport, *, theme: Theme = None) -> go.Figure:
     peak = _figure.mean(report, "residual_peak")
     highest = int(np.nanargmax(peak)) if np.isfinite(peak).any() else 0
     title = (
-        f"Residual norm: the sink stands {_labels.number(float(peak[highest]))} × above the others "
+        f"Residual norm: the sink stands {_labels.number(peak[highest])} × above the others "
         f"after layer {highest}"
     )
     return by_layer(

@@ -161,9 +161,7 @@ def position_embedding_norms(report: SinkReport, *, theme: Theme = None) -> go.F
         annotation_text=f"median of the others: {_labels.number(median)}",
     )  # fmt: skip
     figure.update_yaxes(title_text="norm of its embedding [activation]")
-    title = (
-        f"Position embeddings: the first is {_labels.number(float(norms[0]) / median)} × the median"
-    )
+    title = f"Position embeddings: the first is {_labels.number(norms[0] / median)} × the median"
     return _figure.finish(figure, title, report.settings, theme)
 
 

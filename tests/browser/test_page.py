@@ -1,0 +1,309 @@
+"""The one-file report in a real browser, from disk, with the network off."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import numpy as np
+import pytest
+
+from sinkscope.plot import to_html
+from sinkscope.report import SinkReport
+from tests.browser.conftest import Opened
+from tests.unit.report_factory import only, synthetic_report
+
+HOSTILE = [
+    "<script>document.title='owned'</script>",
+    "</script><img src=x onerror=\"document.title='owned'\">",
+    "<!--<script>",
+    "\"'`&lt;${1}",
+    "\u202eright to left",
+    "שלום",
+    "\x00\x07",
+    "]]>{{style}}",
+    "\u2028line",
+]
+
+
+@functools.cache
+def plain_report() -> SinkReport:
+    return synthetic_report(prompts=4)
+
+
+@functools.cache
+def plain_html() -> str:
+    return to_html(plain_report())
+
+
+@pytest.fixture
+def opened(open_page) -> Opened:
+    page = open_page(plain_html())
+    page.page.wait_for_selector("html[data-ready]")
+    return page
+
+
+def quiet(opened: Opened) -> None:
+    """No message, no error, nothing fetched."""
+    assert opened.said == []
+    assert opened.requests == []
+
+
+def click_cell(opened: Opened, layer: int, head: int) -> None:
+    """Click the middle of a cell of the head map."""
+    place = opened.page.evaluate(
+        """([x, y]) => {
+            const map = document.querySelector('[data-view="map"]');
+            const {xaxis, yaxis} = map._fullLayout;
+            const {left, top} = map.getBoundingClientRect();
+            return [left + xaxis._offset + xaxis.d2p(x), top + yaxis._offset + yaxis.d2p(y)];
+        }""",
+        [head, layer],
+    )
+    opened.page.mouse.move(*place)
+    opened.page.wait_for_timeout(80)  # Plotly rate-limits hovering, and clicks what is hovered
+    opened.page.mouse.click(*place)
+
+
+def test_opens_quietly_and_starts_at_the_strongest_head(opened, record_property):
+    quiet(opened)
+    milliseconds = opened.ready_after()
+    record_property("ready_milliseconds", milliseconds)
+    print(f"ready after {milliseconds:.0f} ms")
+    mean = plain_report().sink_attention.mean(0)
+    layer, head = divmod(int(mean.argmax()), 6)
+    assert opened.text("#chosen").startswith(f"Layer {layer}, head {head}: sink attention")
+    sink, others, _ = opened.data("received")
+    received = plain_report().received_attention[layer, head].tolist()
+    assert sink["y"] + others["y"] == pytest.approx(received)
+
+
+def test_click_on_the_map_changes_every_linked_figure(opened):
+    report = plain_report()
+    opened.page.locator('[data-view="map"]').scroll_into_view_if_needed()
+    click_cell(opened, 3, 2)
+    opened.page.wait_for_function("document.getElementById('layer').value === '3'")
+    assert opened.page.input_value("#head") == "2"
+    drawn = {name: opened.data(name) for name in ("received", "values", "residual", "queries")}
+    for name, expected in {
+        "received": report.received_attention[3, 2],
+        "values": report.value_norm[3, 0],  # heads 0 to 2 share KV head 0
+        "residual": report.residual_norm[3],
+    }.items():
+        sink, others = drawn[name][:2]
+        assert sink["y"] + others["y"] == pytest.approx(expected.tolist()), name
+    assert drawn["queries"][0]["y"] == pytest.approx(report.received_by_distance[3, 2].tolist())
+    headings = opened.page.locator("h3 [data-where]").all_inner_texts()
+    assert headings == [
+        "layer 3, head 2", "layer 3, KV head 0", "layer 3", "layer 3, head 2",
+    ]  # fmt: skip
+    quiet(opened)
+
+
+def test_hover_shows_value_unit_and_interval(opened):
+    opened.page.locator('[data-view="map"]').scroll_into_view_if_needed()
+    click_cell(opened, 1, 4)
+    hover = opened.page.locator('[data-view="map"] .hoverlayer').text_content()
+    low, high = (float(end[1, 4]) for end in plain_report().interval("sink_attention")[1:])
+    found = re.search(
+        r"layer 1, head 4.*sink attention: ([\d.]+) probability"
+        r".*95 % interval: ([\d.]+) to ([\d.]+)",
+        hover,
+    )
+    mean = float(plain_report().sink_attention[:, 1, 4].mean())
+    assert float(found[1]) == pytest.approx(mean, rel=1e-3)
+    assert float(found[2]) == pytest.approx(low, abs=0.02)  # the page draws fewer resamples
+    assert float(found[3]) == pytest.approx(high, abs=0.02)
+
+
+def test_threshold_counts_heads_and_turns_them_grey(opened):
+    mean = plain_report().sink_attention.double().mean(0).numpy()
+    assert opened.text("#count").startswith(f"{(mean > 0.3).sum()} of 24 heads")
+    opened.page.locator("#epsilon").fill("0.62")
+    assert opened.text("#count").startswith(f"{(mean > 0.62).sum()} of 24 heads")
+    grey = opened.data("map")[1]["z"]
+    below = np.array([[cell == 1 for cell in row] for row in grey])
+    np.testing.assert_array_equal(below, mean <= 0.62)
+    quiet(opened)
+
+
+def test_every_metric_can_be_chosen(opened):
+    report = plain_report()
+    names = opened.page.locator("#metric option").evaluate_all("all => all.map(one => one.value)")
+    assert names[0] == "sink_attention" and "value_drain" in names
+    for name in names:
+        opened.page.select_option("#metric", name)
+        drawn = np.array(opened.data("map")[0]["z"])
+        np.testing.assert_allclose(drawn, report.mean(name).numpy(), rtol=1e-5, err_msg=name)
+    quiet(opened)
+
+
+def test_arrow_keys_move_over_the_map_and_stop_at_its_edge(opened):
+    opened.page.fill("#layer", "0")
+    opened.page.fill("#head", "5")
+    opened.page.focus('[data-view="map"]')
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowLeft", "ArrowLeft"):
+        opened.page.keyboard.press(key)
+    assert opened.text("#chosen").startswith("Layer 2, head 3:")
+    quiet(opened)
+
+
+def test_number_fields_are_kept_within_the_model(opened):
+    opened.page.fill("#layer", "99")
+    opened.page.keyboard.press("Tab")
+    assert opened.text("#chosen").startswith("Layer 3,")
+
+
+def test_token_choice_marks_the_position_in_the_figures(opened):
+    opened.page.select_option("#prompt", "2")
+    token = opened.page.locator('#strip span[data-position="5"]')
+    assert token.inner_text() == plain_report().token_text[2][5]
+    token.click()
+    assert token.get_attribute("aria-selected") == "true"
+    assert opened.text("#token-chosen").startswith("Position 5, ")
+    shapes = opened.page.evaluate(
+        """document.querySelector('[data-view="received"]').layout.shapes.map(one => one.x0)"""
+    )
+    assert shapes == [5]
+    opened.page.keyboard.press("Escape")
+    opened.page.focus("#strip")
+    opened.page.keyboard.press("ArrowRight")
+    assert opened.text("#token-chosen").startswith("Position 6, ")
+    quiet(opened)
+
+
+def test_log_scale_is_kept_from_head_to_head(opened):
+    opened.page.locator('[data-log="received"]').check()
+    opened.page.fill("#layer", "1")
+    opened.page.keyboard.press("Tab")
+    axis = """document.querySelector('[data-view="received"]')._fullLayout.yaxis.type"""
+    assert opened.page.evaluate(axis) == "log"
+
+
+def test_table_sorts_and_its_rows_choose_heads(opened):
+    report = plain_report()
+    table = opened.page.locator('[data-table="heads"]')
+    entropy = report.attention_entropy.double().mean(0).numpy()
+    column = table.locator("th").all_inner_texts().index("attention entropy [nat]")
+    table.locator("th button").nth(column).click()
+    shown = table.locator(f"tbody tr td:nth-child({column + 1})").all_inner_texts()
+    assert len(shown) == 20
+    largest = sorted(entropy.ravel(), reverse=True)[:20]
+    assert [float(x) for x in shown] == pytest.approx(largest, rel=6e-3)
+    table.locator("th button").nth(column).click()
+    assert table.locator("th").nth(column).get_attribute("aria-sort") == "ascending"
+    table.get_by_role("button", name="Show all 24").click()
+    assert table.locator("tbody tr").count() == 24
+    table.locator("tbody tr").first.click()
+    layer, head = divmod(int(entropy.argmin()), 6)
+    assert opened.text("#chosen").startswith(f"Layer {layer}, head {head}:")
+
+
+def test_theme_follows_the_system_and_the_switch(open_page):
+    page = open_page(plain_html(), color_scheme="dark")
+    page.page.wait_for_selector("html[data-ready]")
+    paper = """document.querySelector('[data-view="map"]')._fullLayout.paper_bgcolor"""
+    assert page.page.evaluate(paper) == "#14171c"
+    page.page.click("#theme")
+    assert page.page.evaluate(paper) == "#ffffff"
+    assert page.page.get_attribute("html", "data-theme") == "light"
+    page.page.emulate_media(color_scheme="light")
+    page.page.emulate_media(color_scheme="dark")  # the hand's choice stays
+    assert page.page.get_attribute("html", "data-theme") == "light"
+    quiet(page)
+
+
+def test_hostile_tokens_stay_text(open_page):
+    rows = [HOSTILE, HOSTILE]
+    report = synthetic_report(
+        prompts=2,
+        positions=len(HOSTILE),
+        token_text=rows,
+        settings={"model": "<script>document.title='owned'</script>", "bos": "</title><b>"},
+    )
+    page = open_page(to_html(report))
+    page.page.wait_for_selector("html[data-ready]")
+    quiet(page)
+    assert page.page.title().startswith("Attention sinks of <script>")
+    shown = page.page.locator("#strip span").all_inner_texts()
+    assert shown[0] == HOSTILE[0][:31] + "…"
+    assert shown[3] == HOSTILE[3] and shown[5] == HOSTILE[5]
+    assert shown[6] == "␀␇" and shown[4].startswith("⟨U+202E⟩")
+    assert page.page.locator("main img, main b").count() == 0
+    # Hovering puts the first token's text into a figure.
+    bar = page.data("received")[0]["text"][0]
+    assert "&lt;script&gt;" in bar
+    assert not re.search(r"document\.title='owned'", page.page.title()[40:])
+
+
+def test_phone_has_no_sideways_scroll_and_can_choose_heads(open_page):
+    page = open_page(plain_html(), width=390, height=800, has_touch=True, is_mobile=True)
+    page.page.wait_for_selector("html[data-ready]")
+    width = page.page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 390
+    page.page.locator('[data-view="map"]').scroll_into_view_if_needed()
+    assert page.page.locator('[data-view="map"] .modebar-btn').count() == 0
+    page.page.select_option("#metric", "honor")
+    assert "honor" in page.text("#chosen").lower()
+    quiet(page)
+
+
+def test_print_is_light_and_without_controls(open_page):
+    page = open_page(plain_html(), color_scheme="dark")
+    page.page.wait_for_selector("html[data-ready]")
+    page.page.emulate_media(media="print")
+    assert not page.page.locator("#metric").is_visible()
+    page.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.page.get_attribute("html", "data-theme") == "light"
+    page.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.page.get_attribute("html", "data-theme") == "dark"
+    assert len(page.page.pdf()) > 50_000
+
+
+def test_no_figure_can_be_uploaded(opened):
+    titles = opened.page.locator(".modebar-btn").evaluate_all(
+        "all => all.map(one => one.getAttribute('data-title') || one.dataset.name)"
+    )
+    assert titles
+    assert not [title for title in titles if re.search("chart|cloud|share", title, re.I)]
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        ("sink_attention",),
+        ("received_attention", "prompts_at"),
+        ("residual_norm", "residual_outlier"),
+        (),
+    ],
+)
+def test_a_page_shows_what_there_is_and_nothing_else(open_page, kept):
+    page = open_page(to_html(only(synthetic_report(), *kept)))
+    page.page.wait_for_selector("html[data-ready]")
+    quiet(page)
+    views = page.page.locator("[data-view]").evaluate_all("all => all.map(one => one.dataset.view)")
+    assert ("map" in views) == ("sink_attention" in kept)
+    assert all(page.data(view) for view in views)
+    assert page.page.locator("h2").first.inner_text() == "Summary"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [4096, 32768])
+def test_long_texts_open_without_freezing(open_page, length, record_property):
+    report = synthetic_report(prompts=2, layers=16, heads=16, kv_heads=4, positions=length)
+    html = to_html(report)
+    page = open_page(html)
+    page.page.wait_for_selector("html[data-ready]")
+    quiet(page)
+    record_property("megabytes", len(html) / 1e6)
+    record_property("ready_milliseconds", page.ready_after())
+    print(f"T = {length}: {len(html) / 1e6:.1f} MB, ready after {page.ready_after():.0f} ms")
+    sink, others, _ = page.data("received")
+    assert len(others["y"]) < 1200
+    start = page.page.evaluate("[layer.value, head.value].map(Number)")
+    values = report.received_attention[start[0], start[1]].numpy()
+    assert sink["y"] == [pytest.approx(float(values[0]))]
+    assert max(others["y"]) == pytest.approx(float(values[1:].max()))
+    assert "Maxima of" in page.text('[data-view-card="received"]')
+    page.page.click("#later")
+    assert "positions 512 to 1023" in page.text("#span")
