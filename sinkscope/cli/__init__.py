@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from sinkscope.cli import bb, bench, models, scan
+from sinkscope.cli import bb, bench, models, scan, stream, trace_peak, waiver
 
 app = typer.Typer(
     name="sinkscope",
@@ -20,6 +20,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("scan")(scan.scan)
+app.command("waiver")(waiver.waiver)
+app.command("trace-peak")(trace_peak.trace_peak)
+app.command("stream")(stream.stream)
 app.command("bench")(bench.bench)
 app.add_typer(bb.app, name="bb")
 app.add_typer(models.app, name="models")
