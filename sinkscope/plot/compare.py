@@ -133,7 +133,9 @@ def head_change(
     figure.update_yaxes(
         title_text="layer", range=[layers - 0.5, -0.5], dtick=_figure.tick(layers), **plain
     )
-    sure = f"; {len(rows)} of {change.size} intervals leave out 0" if paired else ""
+    sure = (
+        f"; {len(rows)} of {change.size} intervals leave out 0" if paired and len(one) > 1 else ""
+    )
     title = f"{_labels.heading(metric)}: after less before{sure}"
     height = max(380, min(900, 200 + 18 * change.shape[0]))
     return _figure.finish(figure, title, after.settings, theme, height=height)

@@ -1,0 +1,307 @@
+"""Linked views in a notebook: choose a head, see what it does; type a prompt, measure it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import plotly.graph_objects as go
+
+from sinkscope.errors import SinkscopeError
+from sinkscope.plot import _figure, compare, heads, positions, strip
+from sinkscope.plot._whatif import INTERVENTIONS, Where
+from sinkscope.plot._widgets import PlainViews, plain_views, show_in, strongest_head, why_not
+from sinkscope.plot.pattern import attention_pattern
+from sinkscope.plot.theme import Theme, palette
+
+if TYPE_CHECKING:
+    from sinkscope.report import SinkReport
+
+_LONGEST_PATTERN = 1024  # positions: the stock path holds every head's pattern of a layer at once
+_STRIP = 120  # tokens
+
+
+def explore(
+    report_or_model: Any,
+    texts: Any = None,
+    *,
+    model: Any = None,
+    theme: Theme = None,
+    widgets: bool | None = None,
+) -> Explorer | PlainViews:
+    """Linked views of a model's sinks in a notebook.
+
+    Click a head on the map: the attention that each position receives from it, its value norms, the
+    residual norms of its layer and, with a model at hand, its attention pattern follow. With a
+    model one can also type a prompt and measure it, and set an intervention beside it.
+
+    Args:
+        report_or_model: A report, or a model (anything that `load_model` takes), which is scanned.
+        texts: What to scan a model on; by default four prompts of prose.
+        model: The model of a report, for patterns, prompts and interventions.
+        theme: "light", "dark", or the default.
+        widgets: Whether to use widgets; by default where they work. Elsewhere come plain figures
+            that say why.
+
+    Returns:
+        The explorer, which a notebook shows; or plain figures.
+
+    Raises:
+        SinkscopeError: If the model or the texts cannot be measured.
+    """
+    from sinkscope.report import SinkReport
+
+    if isinstance(report_or_model, SinkReport):
+        report = report_or_model
+    else:
+        model, report = _scanned(report_or_model, texts)
+    reason = why_not() if widgets is None else None if widgets else "widgets=False asked for them."
+    return plain_views(report, reason, theme) if reason else Explorer(report, model, theme)
+
+
+class Explorer:
+    """What `explore` shows. Everything a click does can be called too.
+
+    Attributes:
+        before: The report, of the model as it is.
+        after: The report under the last intervention, or None.
+        layer, head: What is chosen.
+        prompt: Which prompt's tokens are shown.
+        metric: Metric of the map.
+        epsilon: Threshold of the map.
+        figures: The figure widgets by name.
+        widget: All of it, as one widget.
+    """
+
+    def __init__(self, report: SinkReport, model: Any = None, theme: Theme = None) -> None:
+        from sinkscope.plot._panel import Panel
+
+        metrics = heads.head_metrics(report)
+        if not metrics:
+            raise SinkscopeError(
+                "This report holds no figure a head to explore; scan with sink_attention among "
+                "the metrics."
+            )
+        self.before, self.after, self.model, self.theme = report, None, model, theme
+        self.shown = "before"
+        self.metric = "sink_attention" if "sink_attention" in metrics else metrics[0]
+        self.epsilon: float | None = report.settings.epsilon
+        self.prompt = 0
+        self.layer, self.head = strongest_head(report)
+        self.figures = {name: go.FigureWidget() for name in self._drawers() if self._has(name)}
+        self.panel = Panel(self, metrics)
+        self.widget = self.panel.widget
+        self._redraw(*self.figures)
+
+    @property
+    def report(self) -> SinkReport:
+        """The report that the views show: before or after the intervention."""
+        return self.before if self.after is None or self.shown == "before" else self.after
+
+    def choose(self, **changes: Any) -> None:
+        """Choose a layer, head, prompt, metric, epsilon, or which report is shown.
+
+        Args:
+            changes: Any of layer, head, prompt, metric, epsilon and shown ("before", "after" or
+                "change").
+
+        Raises:
+            ReportError: If there is no such layer, head or prompt.
+        """
+        for dim in ("layer", "head", "prompt"):
+            if dim in changes:
+                _figure.choose(self.report, dim, changes[dim])
+        changed = {name for name, value in changes.items() if getattr(self, name) != value}
+        for name in changed:
+            setattr(self, name, changes[name])
+        if "metric" in changed and "epsilon" not in changes:
+            unit = self.before.variables()[self.metric].unit
+            self.epsilon = self.before.settings.epsilon if unit == "probability" else None
+        self.panel.follow()
+        self._redraw(*(name for name in self.figures if changed & _MOVED_BY[name]))
+
+    def measure(self, text: str) -> None:
+        """Measure a prompt of one's own in place of the report's.
+
+        Raises:
+            SinkscopeError: If there is no model, or the text cannot be measured.
+        """
+        _, self.before = _scanned(self._needed_model(), [text])
+        self.after, self.shown, self.prompt = None, "before", 0
+        self.panel.follow()
+        self._redraw(*self.figures)
+
+    def intervene(self, name: str, position: int = 0) -> None:
+        """Measure the same tokens under an intervention, and show what changed.
+
+        Args:
+            name: One of `sinkscope.plot._whatif.INTERVENTIONS`.
+            position: Where, for those that act at a position.
+
+        Raises:
+            SinkscopeError: If there is no model, or the model does not allow it.
+        """
+        model = self._needed_model()
+        with INTERVENTIONS[name](model, Where(position, self.layer, self.head)):
+            self.after = _scanned_again(model, self.before)
+        self.shown = "change"
+        self.panel.follow()
+        self._redraw(*self.figures)
+
+    # -- figures ---------------------------------------------------------------------------------
+
+    def _drawers(self) -> dict[str, Any]:
+        return {
+            "map": self._map,
+            "received": lambda: self._bars("received_attention", self.head),
+            "values": lambda: self._bars("value_norm", self._kv_head),
+            "residual": lambda: self._bars("residual_norm", None),
+            "tokens": self._tokens,
+            "pattern": self._pattern,
+        }
+
+    def _has(self, name: str) -> bool:
+        """Whether there is what a figure needs."""
+        fields = {
+            "received": "received_attention",
+            "values": "value_norm",
+            "residual": "residual_norm",
+            "tokens": "received_peak",
+        }
+        if name == "pattern":
+            return self.model is not None
+        return name not in fields or getattr(self.before, fields[name]) is not None
+
+    def _redraw(self, *names: str) -> None:
+        drawers = self._drawers()
+        for name in names:
+            show_in(self.figures[name], drawers[name]())
+        self.figures["map"].data[0].on_click(self._clicked)
+
+    def _clicked(self, _trace: Any, points: Any, _state: Any) -> None:
+        if points.point_inds:
+            layer, column = points.point_inds[0]
+            share = self.report.settings.n_heads // self._columns
+            self.choose(layer=int(layer), head=int(column) * share)
+
+    @property
+    def _columns(self) -> int:
+        return self.report[self.metric].shape[-1]
+
+    @property
+    def _kv_head(self) -> int:
+        return self.head // (self.report.settings.n_heads // self.report.settings.n_kv_heads)
+
+    def _map(self) -> go.Figure:
+        if self.shown == "change" and self.after is not None:
+            figure = compare.head_change(self.before, self.after, self.metric, theme=self.theme)
+        else:
+            figure = heads.head_map(
+                self.report, self.metric, threshold=self.epsilon, theme=self.theme
+            )
+        figure.layout.sliders = ()
+        column = self.head if self._columns == self.report.settings.n_heads else self._kv_head
+        figure.add_shape(
+            type="rect", x0=column - 0.5, x1=column + 0.5, y0=self.layer - 0.5,
+            y1=self.layer + 0.5, line=dict(color=palette(self.theme).ink, width=2),
+        )  # fmt: skip
+        return figure
+
+    def _bars(self, metric: str, head: int | None) -> go.Figure:
+        figure = positions.by_position(
+            self.report, metric, layer=self.layer, head=head, theme=self.theme
+        )
+        return figure.update_layout(height=320)
+
+    def _tokens(self) -> go.Figure:
+        return strip.token_strip(
+            self.report, self.prompt, tokens=_STRIP, columns=12, theme=self.theme
+        )
+
+    def _pattern(self) -> go.Figure:
+        real = self.report.mask[self.prompt]
+        tokens = self.report.tokens[self.prompt][real][:_LONGEST_PATTERN]
+        text = self.report.token_text
+        return attention_pattern(
+            _head_pattern(self._needed_model(), tokens, self.layer, self.head),
+            None if text is None else text[self.prompt],
+            about=self.report.settings,
+            title=f"Prompt {self.prompt}, layer {self.layer}, head {self.head}, untouched",
+            theme=self.theme,
+        )
+
+    # -- the rest --------------------------------------------------------------------------------
+
+    def _needed_model(self) -> Any:
+        if self.model is None:
+            raise SinkscopeError(
+                "This needs a model: call explore(model), or explore(report, model=model)."
+            )
+        return self.model
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.widget)
+
+    def __repr__(self) -> str:
+        return (
+            f"Explorer of {self.before.settings.model}: layer {self.layer}, head {self.head}, "
+            f"{self.metric}"
+        )
+
+
+_HEAD = {"layer", "head", "shown"}
+_MOVED_BY = {
+    "map": _HEAD | {"metric", "epsilon"},
+    "received": _HEAD,
+    "values": _HEAD,
+    "residual": {"layer", "shown"},
+    "tokens": {"prompt", "shown"},
+    "pattern": _HEAD | {"prompt"},
+}
+"""What each figure has to be drawn again for."""
+
+
+def _scanned(model: Any, texts: Any) -> tuple[Any, SinkReport]:
+    import sinkscope as ss
+
+    model = ss.load_model(model)
+    texts = ss.texts("prose", prompts=4, length=128) if texts is None else texts
+    return model, ss.scan(model, texts, progress=False)
+
+
+def _scanned_again(model: Any, before: SinkReport) -> SinkReport:
+    """The same tokens measured in the same way."""
+    import sinkscope as ss
+
+    rows = zip(before.tokens, before.mask, strict=True)
+    settings = before.settings
+    sinks = settings.sinks
+    after = ss.scan(
+        model,
+        ss.token_ids([tokens[real].tolist() for tokens, real in rows]),
+        metrics=settings.metrics,
+        sinks=sinks if sinks == "auto" else [int(sink) for sink in sinks.split(",")],
+        epsilon=settings.epsilon,
+        progress=False,
+    )
+    return dataclasses.replace(after, token_text=before.token_text)
+
+
+def _head_pattern(model: Any, tokens: Any, layer: int, head: int) -> Any:
+    """One head's pattern [query key] on some tokens, from the stock bridge's hook."""
+    import torch
+
+    from sinkscope.capabilities import capabilities
+
+    kept: dict[str, Any] = {}
+
+    def keep(pattern: Any, hook: Any) -> None:
+        kept["pattern"] = pattern[0, head].detach().float().cpu()
+
+    name = capabilities(model).hook("pattern", layer)
+    device = next(model.original_model.parameters()).device
+    with torch.inference_mode():
+        model.run_with_hooks(tokens[None].to(device), return_type=None, fwd_hooks=[(name, keep)])
+    return kept["pattern"]
