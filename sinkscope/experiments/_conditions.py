@@ -42,7 +42,6 @@ class Condition:
         change: What was done to the position; "unchanged" for the reference.
         texts: The prompts, with that start.
         enter: The intervention.
-        nonmixed: Positions that mix nothing, the position itself last.
     """
 
     name: str
@@ -50,7 +49,6 @@ class Condition:
     change: str
     texts: Texts
     enter: Callable[[], AbstractContextManager[Any]] = nullcontext
-    nonmixed: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -70,7 +68,7 @@ class Conditions(Result):
             bidirectional) pay to position 0 and to `position` [probability]: the fair comparison,
             since the same queries can see both.
         ffn_output: FFN output at position 0 and at `position` [activation].
-        ffn_mixed_max: Largest |FFN output| over the mixed positions [activation].
+        ffn_mixed_max: Largest |FFN output| over all positions but those two [activation].
         loss: Of each query's next token [nat]; None without a trained head or causality.
     """
 
@@ -324,7 +322,7 @@ def _observe(model: Any, condition: Condition, position: int) -> dict[str, Tenso
         "ffn_mixed_max": _measure.FFN_MIXED_MAX,
         "paid": _measure.Quantity("attention", lambda x, batch: paid(x, batch, position)),
     }
-    found = _measure.measure(model, condition.texts, quantities, condition.nonmixed)
+    found = _measure.measure(model, condition.texts, quantities, [0, position])
     loss = _measure.losses(model, condition.texts)
     return found if loss is None else found | {"loss": loss}
 

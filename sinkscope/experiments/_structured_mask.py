@@ -61,7 +61,6 @@ def structured_mask(
                 "designated",
                 with_start,
                 masked,
-                nonmixed=(0, position),
             )
         )
     return Designation(**_conditions.observe(model, prompts, conditions, position, progress))

@@ -174,7 +174,7 @@ def which_part(
     cases = [*_natural(model, sink), *_designated(model, position, sink, first_layers)]
     found = []
     for name, _, enter in tqdm(cases, unit="case", disable=not progress, leave=False):
-        case = Condition(name, start, "unchanged", prompts, enter, nonmixed=(0, position))
+        case = Condition(name, start, "unchanged", prompts, enter)
         found.append(_read(model, case, position))
     aimed = [target for _, target, _ in cases]
     losses = [one["loss"] for one in found if one["loss"] is not None]
