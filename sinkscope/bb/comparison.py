@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -134,7 +134,8 @@ def summarise(
     import pandas as pd
 
     rows = []
-    for (attention, optimizer), group in runs.groupby(["attention", "optimizer"], sort=False):
+    for pair, group in runs.groupby(["attention", "optimizer"], sort=False):
+        attention, optimizer = cast("tuple[str, str]", pair)
         for phenomenon, (side, line) in (lines or LINES).items():
             values = group[phenomenon].to_numpy()
             mean, low, high = mean_interval(values)

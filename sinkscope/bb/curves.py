@@ -53,8 +53,9 @@ def dynamics(
         frames.append(frame.assign(run=run_name(config), seed=config.seed))
     frame = pd.concat(frames, ignore_index=True)
     if metrics is not None:
-        frame = frame[frame["metric"].isin(metrics)]
-    return frame[["run", "seed", "step", "metric", "layer", "head", "value"]].reset_index(drop=True)
+        frame = frame.loc[frame["metric"].isin(metrics)]
+    columns = ["run", "seed", "step", "metric", "layer", "head", "value"]
+    return frame.loc[:, columns].reset_index(drop=True)
 
 
 def run_name(config: TrainConfig) -> str:

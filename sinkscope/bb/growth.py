@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -106,13 +106,13 @@ def growth_laws(
 
     rows, curves = [], []
     chosen = log[log["metric"].isin(metrics) & (log["step"] >= start)]
-    for (metric, layer, head), curve in chosen.groupby(["metric", "layer", "head"], sort=False):
+    for place, curve in chosen.groupby(["metric", "layer", "head"], sort=False):
         steps, values = curve["step"].to_numpy(), curve["value"].to_numpy()
         fits = sorted((fit_growth(steps, values, law) for law in LAWS), key=lambda f: -f.r_squared)
-        place = {"metric": metric, "layer": layer, "head": head}
-        rows += [{**place, **vars(fit)} for fit in fits]
+        labels = dict(zip(("metric", "layer", "head"), cast("tuple", place), strict=True))
+        rows += [{**labels, **vars(fit)} for fit in fits]
         shown = LAWS[fits[0].law][0]
         curves.append(
-            pd.DataFrame({**place, "step": steps, "value": fits[0].at(steps), "law": shown})
+            pd.DataFrame({**labels, "step": steps, "value": fits[0].at(steps), "law": shown})
         )
     return pd.DataFrame(rows), pd.concat(curves, ignore_index=True)
