@@ -1,0 +1,364 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 1 · What is an attention sink?
+#
+# Open almost any trained transformer, look at where its heads attend, and you meet the same odd
+# picture: a large part of all attention goes to the first token, whatever that token is. It is
+# called an **attention sink**. This lesson shows it on a real model, puts a number on it with your
+# own hands, and asks what it depends on.
+#
+# You need to know what a softmax and an attention head are. Nothing here needs a GPU or a network.
+#
+# *Each lesson asks you to predict a result before you see it. Do it: a guess that turns out wrong
+# is worth more than a result that was merely read.*
+
+# %%
+import torch
+from einops import repeat
+
+import sinkscope as ss
+
+model = ss.load_model("smollm2-135m")  # a real model, from a Python package
+
+# %% [markdown]
+# ## Attention has to go somewhere
+#
+# A head at position $i$ gives every position $j \le i$ that it may see a score $s_{ij}$, and turns
+# the scores into weights with a softmax:
+#
+# $$A_{ij} = \frac{e^{s_{ij}}}{\sum_{j' \le i} e^{s_{ij'}}}, \qquad \sum_{j \le i} A_{ij} = 1,
+# \qquad o_i = \sum_{j \le i} A_{ij}\, v_j .$$
+#
+# The weights sum to one. **A head cannot attend to nothing.** A head that looks for, say, the
+# subject of a verb has nothing to look for at most positions, and still has to spend its whole
+# budget there.
+#
+# Here is a text, and the attention patterns of all heads on it, read through plain TransformerLens.
+
+# %%
+story = (
+    "The sun had set behind the hills, and the two travellers still had a long way to go. The "
+    "older one stopped, looked back at the road and said that they should find a place to sleep "
+    "before it grew dark."
+)
+texts = ss.texts([story]).tokenize(model)
+words = texts.strings[0]
+
+_, cache = model.run_with_cache(texts.tokens, names_filter=lambda name: "hook_pattern" in name)
+n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+patterns = torch.stack([cache["pattern", layer][0] for layer in range(n_layers)])
+
+print(f"{n_layers} layers × {n_heads} heads, {len(words)} tokens: {words[:6]} …")
+assert torch.allclose(patterns.sum(-1), torch.ones(()), atol=1e-5), "every row sums to one"
+
+# %% [markdown]
+# > **Predict.** Take a head from the middle of the model, layer 18, head 7. Which tokens will the
+# > words of this story attend to? Their neighbours, the nouns, the full stops?
+
+# %%
+about = "smollm2-135m · a story of 45 tokens · no BOS token"
+ss.plot.attention_pattern(patterns[18, 7], words, about=about, title="Layer 18, head 7")
+
+# %% [markdown]
+# One bright column: every word attends to "The", the first token of the text, and to next to
+# nothing else. Hover over the cells. The head's budget has been parked.
+#
+# Not every head does that. Layer 16, head 0 looks at the token just before:
+
+# %%
+ss.plot.attention_pattern(patterns[16, 0], words, about=about, title="Layer 16, head 0")
+
+# %%
+previous = patterns.diagonal(offset=-1, dim1=-2, dim2=-1)  # A[i, i - 1]
+assert patterns[18, 7, 1:, 0].min() > 0.9, "layer 18, head 7 parks at every query"
+assert previous[16, 0].mean() > 0.5, "layer 16, head 0 reads the previous token"
+
+# %% [markdown]
+# ## Put a number on it
+#
+# Average the column of position 0 over all queries that come after it. (Query 0 sees only itself,
+# so its weight there is 1 by force; it is left out.) This is sinkscope's `sink_attention`:
+#
+# $$\bar A^{\,\text{sink}} = \frac{1}{T-1} \sum_{i=1}^{T-1} A_{i0} .$$
+#
+# What should it be compared with? A head that spreads its attention evenly gives each of the
+# $i + 1$ positions that query $i$ sees the weight $1/(i+1)$. That is no sink, and yet it is not 0.
+#
+# > **Predict.** The text has 45 tokens. Averaged over *all* heads of the model, how much of their
+# > attention goes to the first token? And how much would uniform attention give it?
+
+# %%
+by_hand = patterns[:, :, 1:, 0].mean(-1)  # [layer, head]
+uniform = (1 / torch.arange(2, len(words) + 1)).mean()
+print(f"all heads: {by_hand.mean():.2f}   uniform: {uniform:.2f}")
+
+assert by_hand.mean() > 0.4 and uniform < 0.1
+
+# %% [markdown]
+# Almost half of all the attention in this model goes to one token of 45, five to six times what an
+# even spread would give it. `ss.scan` measures this, and much else, without ever storing a pattern.
+# It agrees with what we did by hand, head by head:
+
+# %%
+report = ss.scan(model, texts)
+
+torch.testing.assert_close(report.sink_attention[0], by_hand, atol=1e-5, rtol=0)
+ss.plot.head_map(report)
+
+# %% [markdown]
+# Each cell is a head. Move the slider: it greys out the heads below a threshold, and the title
+# counts the rest. At 0.3, the threshold of Gu et al. (arXiv 2410.10781), about three heads in four
+# are **sink heads**. Two regions are free of them: the first layers, and a few layers around 11.
+# Both matter: lesson 3 finds that these are the places where the sink is *made*.
+
+# %%
+sink_heads = (by_hand > 0.3).float()
+assert 0.65 < sink_heads.mean() < 0.85
+assert sink_heads[[0, 1, 10, 11]].mean() < 0.1 < 0.9 < sink_heads[[18, 23, 24]].mean()
+
+# %% [markdown]
+# ## Seen from the tokens
+#
+# So far we asked a head where it looks. Turn it around: how much does each *token* receive, from
+# all heads? Key $k$ is seen by the queries $i \ge k$ only, so we average over those:
+#
+# $$\alpha_k = \frac{1}{T-k} \sum_{i=k}^{T-1} A_{ik} .$$
+#
+# Gu et al. call this the importance score of a key. (The self-weight $A_{kk}$ is in it, which is
+# why it is a little larger than `sink_attention`, and why the last few tokens, seen by almost
+# nobody else, look better than they are.)
+
+# %%
+ss.plot.token_strip(report, log=False)
+
+# %%
+received = report.received_peak[0]  # mean over layers and heads [position]
+top = received.topk(3).indices.tolist()
+print([(position, words[position], round(received[position].item(), 2)) for position in top])
+
+assert top[0] == 0 and received[0] > 4 * received[1:].max()
+
+# %% [markdown]
+# The first token is alone. It receives more than four times as much as any other, and it is the
+# word "The".
+#
+# ## Is it the word?
+#
+# Perhaps "The" is a useful word. Three experiments can tell.
+#
+# > **Predict** for each whether the sink stays, weakens, or goes.
+# >
+# > 1. Put some random word in the place of "The".
+# > 2. Cut the first five tokens away, so that the text begins with " the hills".
+# > 3. Put the model's own special token, `<|im_start|>`, in front.
+
+# %%
+swap_start = ss.interventions.ReplaceStart(model, "random")
+conditions = {
+    "the story": texts,
+    "another first word": swap_start(texts),
+    "five tokens cut": ss.token_ids(texts.tokens[:, 5:]),
+    "special token in front": ss.texts([story], bos="always"),
+}
+sink = {
+    name: ss.scan(model, condition, metrics=["sink_attention"]).sink_attention.mean().item()
+    for name, condition in conditions.items()
+}
+for name, attention in sink.items():
+    print(f"{name:24} {attention:.2f}")
+
+# %%
+assert all(attention > 0.3 for attention in sink.values())
+
+# %% [markdown]
+# It is not the word. Whatever stands first becomes the sink: any word, a special token, a word
+# that a moment ago was in the middle of the text and received almost nothing. In this model the
+# sink is bound to being *first*, not to a meaning. (Models whose training texts always began with
+# the same BOS token can come to depend on that token: Barbero et al., arXiv 2504.02732.)
+#
+# ## Does it need a text at all?
+#
+# > **Predict.** What happens on tokens drawn at random from the vocabulary? And on one token
+# > repeated 45 times?
+
+# %%
+length = len(words)
+nonsense = ss.random_tokens(prompts=2, length=length)
+echo = ss.repeated_tokens(" the", prompts=1, length=length)
+for name, condition in {"random tokens": nonsense, "one token repeated": echo}.items():
+    sink[name] = ss.scan(model, condition, metrics=["sink_attention"]).sink_attention.mean().item()
+    print(f"{name:24} {sink[name]:.2f}")
+print(f"{'uniform attention':24} {uniform:.2f}")
+
+# %%
+assert sink["random tokens"] > 0.3, "nonsense has a sink too"
+assert abs(sink["one token repeated"] - uniform) < 0.05, "repetition has none"
+
+# %% [markdown]
+# Nonsense has its sink: the text does not matter. But repetition has **none**, and for a reason
+# that can be proved (Gu et al., arXiv 2410.10781). This model knows where a token stands only from
+# rotations of queries and keys (RoPE), which act on attention *scores*. If all tokens are equal,
+# all values are equal, and then every average of them is the same, whatever the weights. So all
+# positions hold the same state after the first block, and after the second, and so on: nothing
+# marks the first position, and nothing can single it out.
+#
+# Keep this: **position 0 becomes a sink because it is the one token that averages nothing.** It
+# sees only itself. Give it the same value as everybody's average and it disappears in the crowd.
+# Lesson 4 turns this into a way to *move* a sink.
+#
+# ## Why does it not hurt?
+#
+# If half of the attention goes to "The", half of what heads write should be "The". Look at the
+# output again: $o_i = \sum_j A_{ij} v_j$. A weight matters only as much as the value behind it.
+#
+# > **Predict.** How large is the value of the first token, compared with the others?
+
+# %%
+ss.plot.by_position(report, "value_norm", layer=18, head=2)
+
+# %% [markdown]
+# It is tiny. (One bar for each value vector of layer 18, key/value head 2, which heads 6, 7 and 8
+# share.) The sink takes attention and gives back almost nothing: the nearest thing to "attend to
+# nothing" that a softmax leaves. Yan et al. (arXiv 2407.01601) call such tokens *waiver elements*;
+# Guo et al. (arXiv 2410.13835) speak of *value-state drains*.
+#
+# Weigh each attention weight with its value's norm, and see what is left of the sink's share:
+#
+# $$\frac{A_{i0}\,\lVert v_0\rVert}{\sum_j A_{ij}\,\lVert v_j\rVert} .$$
+
+# %%
+attention = report.sink_attention[0].mean().item()
+share = report.value_weighted_sink_share[0].mean().item()
+ratio = report.value_drain[0].median().item()
+print(f"attention to the sink {attention:.2f}, its share of what is written {share:.2f}")
+print(f"its value is {ratio:.2f} × the others' (median over layers and KV heads)")
+
+assert ratio < 0.4 and share < 0.8 * attention
+
+# %% [markdown]
+# ## What to take with you
+#
+# * A softmax row sums to one, so a head that has nothing to do must park its attention.
+# * In SmolLM2 about three heads in four park a large part of it on the first token. It is the first
+#   by position, not by meaning; random tokens will do.
+# * One token repeated leaves no sink: the first position is special only because it averages
+#   nothing.
+# * Parking is harmless since the sink's value is small. High attention is not high importance.
+#
+# ## Exercises
+#
+# Put your answer in the place of `None` and run the cell. The cell below holds what answers are
+# compared with (open it only afterwards), and each solution is folded away below its exercise.
+
+# %% jupyter={"source_hidden": true}
+ANSWERS = {  # exercise: (answer, hint)
+    1: (
+        patterns[24, 0].tril(-1)[1:, 0].sum().item() / (len(words) - 1),
+        "Column 0 of patterns[24, 0], without its first row.",
+    ),
+    2: (
+        sum(1 / (i + 1) for i in range(1, 1024)) / 1023,
+        "Query i sees i + 1 keys; average 1 / (i + 1) over the queries 1 … T - 1.",
+    ),
+    3: (
+        ss.scan(model, texts, metrics=["received"]).received_attention[11, 6].argmax().item(),
+        "report.received_attention is [layer, head, position].",
+    ),
+    4: ("the first", "Compare report.sink_rate, or received_peak, at 0 and at 45."),
+}
+solved = set()
+
+
+def check(exercise, answer):
+    """Say how an exercise stands: numbers may be 2 % off."""
+    expected, hint = ANSWERS[exercise]
+    if answer is None:
+        return print(f"Exercise {exercise}: put your answer in the place of None.")
+    if isinstance(expected, float):
+        right = abs(answer - expected) <= 0.02 * abs(expected)
+    else:
+        right = answer == expected
+    solved.update({exercise} if right else set())
+    print(f"Exercise {exercise}: {'right.' if right else f'not yet. {hint}'}")
+
+
+# %% [markdown]
+# **1.** What is the mean attention of layer 24, head 0 to the first token of the story? Compute it
+# from `patterns`, without `report`.
+
+# %%
+answer_1 = None
+
+check(1, answer_1)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+answer_1 = patterns[24, 0, 1:, 0].mean().item()
+
+check(1, answer_1)
+
+# %% [markdown]
+# **2.** Sink rates in papers are taken at 64 tokens, serving systems run thousands. What would
+# *uniform* attention give the first token of 1,024 tokens, by the formula of `sink_attention`?
+# (Then: is "0.1 of the attention goes to the first token" a sink at T = 9? At T = 1,024?)
+
+# %%
+answer_2 = None
+
+check(2, answer_2)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+answer_2 = (1 / torch.arange(2, 1025)).mean().item()  # about ln(T) / T
+
+check(2, answer_2)
+
+# %% [markdown]
+# **3.** Layer 11, head 6 is one of the few heads without a sink. Which *position* of the story
+# receives the most attention from it?
+
+# %%
+answer_3 = None
+
+check(3, answer_3)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+mass = patterns[11, 6].sum(0)  # what each key receives in all
+seen_by = torch.arange(len(words), 0, -1)  # how many queries see it
+answer_3 = (mass / seen_by).argmax().item()
+
+check(3, answer_3)
+
+# %% [markdown]
+# **4.** Lay the story twice end to end. The second copy begins with the same word "The", at
+# position 45. Which of the two becomes a sink: `"the first"`, `"the second"`, or `"both"`? Predict,
+# then measure: `ss.token_ids(repeat(texts.tokens, "prompt t -> prompt (copy t)", copy=2))`.
+
+# %%
+answer_4 = None
+
+check(4, answer_4)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+twice = ss.scan(model, ss.token_ids(repeat(texts.tokens, "prompt t -> prompt (copy t)", copy=2)))
+first, second = twice.received_peak[0, [0, 45]].tolist()
+print(f"position 0 receives {first:.2f}, position 45 receives {second:.2f}")
+answer_4 = "the first" if first > 10 * second else "the second" if second > 10 * first else "both"
+
+check(4, answer_4)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+assert solved == set(ANSWERS)
+
+# %% [markdown]
+# Next: [2 · Find the sinks of a model](02_find_the_sinks_of_a_model.ipynb).

@@ -1,0 +1,430 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 3 · Value drains, residual peaks, non-mixture dimensions
+#
+# A head cannot know that a token is the first one unless something in that token's state says so.
+# In this lesson we find that something. It turns out to be startlingly simple: **one number**,
+# written by one feed-forward network, carried through the model untouched, and taken out again
+# before the end.
+#
+# Before: [lesson 1](01_what_is_an_attention_sink.ipynb),
+# [lesson 2](02_find_the_sinks_of_a_model.ipynb). You should know what a residual stream is:
+# $h^{(l+1)} = h^{(l)} + \mathrm{attn}(h^{(l)}) + \mathrm{ffn}(\dots)$, one vector per position, to
+# which every block adds.
+
+# %%
+import math
+
+import torch
+
+import sinkscope as ss
+
+model = ss.load_model("smollm2-135m")
+texts = ss.texts("prose", prompts=4, length=64).tokenize(model)
+report = ss.scan(model, texts)
+
+# %% [markdown]
+# ## A peak
+#
+# Take the norm $\lVert h_j \rVert$ of every position's residual state after every block.
+#
+# > **Predict.** The states of ordinary tokens grow from a norm of about 40 to about 800 through the
+# > 30 blocks. What does the first token's curve look like?
+
+# %%
+ss.plot.residual_norms(report)
+
+# %%
+peak = report.residual_peak.mean(0)  # ‖h_0‖ over the median of the others [layer]
+print({layer: round(peak[layer].item(), 1) for layer in (0, 2, 5, 10, 11, 20, 27, 28, 29)})
+
+assert peak.argmax() == 11 and peak[11] > 100
+assert 5 < peak[2:6].min() and peak[10] < 2, "a first, lower peak that is gone before the second"
+assert peak[29] < 10, "and an end"
+
+# %% [markdown]
+# Mind the logarithmic axis: after block 11 the first token's norm is more than **a hundred times**
+# everybody else's. This is a *residual-state peak* (Guo et al., arXiv 2410.13835). It has a shape:
+#
+# * blocks 1 and 2 raise a first peak, about ten times the others;
+# * blocks 8 to 10 take it away;
+# * block 11 throws up the great one, which then stands like a plateau;
+# * blocks 28 and 29 take it away again.
+#
+# Lesson 1 found two regions without sink attention, at the very beginning and around layer 11.
+# These are the two places where there is no peak to be seen.
+
+# %%
+attention = report.sink_attention.mean((0, 2))  # [layer]
+read_by_layer = torch.cat([peak[:1], peak[:-1]])  # what layer l reads is what block l - 1 left
+high = read_by_layer > 5
+print(f"sink attention of layers that read a peak: {attention[high].mean():.2f}, others: "
+      f"{attention[~high].mean():.2f}")  # fmt: skip
+
+assert attention[high].mean() > 3 * attention[~high].mean()
+
+# %% [markdown]
+# ## Which channels?
+#
+# A large norm can be spread over all 576 residual channels, or sit in a few of them. Sun et al.
+# (arXiv 2402.17762) call an activation **massive** if it is above 100 and above 1,000 times the
+# median activation of its hidden state.
+#
+# > **Predict.** How many of the 576 channels hold a massive activation?
+
+# %%
+ss.plot.massive_activations(report)
+
+# %%
+massive = report.to_frame("massive").query("layer >= 11")
+dims = massive.groupby("dim")["value [activation]"].agg(["count", "mean"])
+print(dims)
+
+assert set(massive["position"]) == {0} and 507 in dims.index and len(dims) <= 3
+assert dims["mean"][507] > 20_000
+
+# %% [markdown]
+# Two. Channel 507 holds about 23,000, in every prompt, whatever its first word, from layer 11 to
+# layer 27. (247 passes the rule for a layer or two.) No other position has any. If the map shows a
+# faint cell at layer 2, hover over it: that is a secondary sink, an early " the", as in lesson 2.
+#
+# ## Who writes it?
+#
+# The report kept what each block's FFN put out at the sink, in every channel. Read channel 507 like
+# a bank statement:
+
+# %%
+ledger = report.ffn_sink[:, :, 507].mean(0)  # FFN output at position 0, mean over prompts [layer]
+others = report.ffn_mixed_max[:, :, 507].mean(0)  # the largest |output| at any other position
+for layer in (ledger.abs() > 50).nonzero()[:, 0].tolist():
+    print(f"FFN of block {layer:2}: {ledger[layer]:+8.0f}   (others reach ±{others[layer]:.0f})")
+
+# %%
+assert ledger.argmax() == 11 and ledger[11] > 20_000 > 1000 * others[11]
+assert ledger[[1, 2]].min() > 50 and ledger[[8, 9, 10]].sum() < -400
+assert ledger[12:27].abs().max() < 50, "nobody touches it between 12 and 26"
+assert ledger[[27, 28, 29]].max() < -50 and ledger[[28, 29]].sum() < -15_000
+
+# %% [markdown]
+# A deposit in blocks 1 and 2, withdrawn by blocks 8 to 10; an enormous deposit in block 11; fifteen
+# blocks that do not touch it; a withdrawal in blocks 27 to 29, before the unembedding could be
+# disturbed by it.
+#
+# No other position receives such a deposit from block 11: they reach a thousandth of it. (Blocks 2 to
+# 10 may do to an early " the" what they do to the first token: the secondary sink of lesson 2.)
+#
+# ## Non-mixture dimensions
+#
+# Why does the first token get it, whatever word it is? Under a causal mask, position 0 attends to
+# itself alone. Its attention output is *one* value vector, where everybody else's is an average of
+# many. It is the one **non-mixed** position. Yan et al. (arXiv 2407.01601, their Fig. 1) showed that
+# an early FFN of Llama3-8B turns this difference into a few extreme channels, which they call the
+# non-mixture distribution. Their exact rule is not public. sinkscope's is operational, and ours:
+# with $x$ the FFN's output, channel $d$ counts if, in at least half of the prompts,
+#
+# $$|x_{0,d}| > 100 \cdot \operatorname{median}_{d'} |x_{0,d'}| \quad\text{and}\quad
+#   |x_{0,d}| > 10 \cdot \max_{i \ge 1} |x_{i,d}| .$$
+#
+# Both thresholds are arguments.
+
+# %%
+ss.plot.nonmixture_dims(report)
+
+# %%
+found = report.nonmixture_dims()
+for row in found:
+    print(f"layer {row['layer']:2}, dim {row['dim']}: {row['value']:+8.0f}, "
+          f"{row['over_mixed']:5.0f} × any other position")  # fmt: skip
+
+assert found[0]["layer"] == 11 and found[0]["dim"] == 507
+assert {(row["layer"], row["dim"]) for row in found} >= {(11, 507), (28, 507)}
+
+# %% [markdown]
+# Channel 507 of layer 11 passes by more than a factor of a hundred, and so do the blocks that take
+# it out (the sign is theirs). In Llama3-8B three channels do (788, 1384 and 4062, in its second
+# block). A small model seems content with one.
+#
+# ## Take it away
+#
+# So far we looked. To know what something is *for*, remove it. `trace_peak` sets the output of one
+# block's attention or FFN to zero, **at position 0 only**, and reads off the peak and the sink
+# attention everywhere.
+#
+# > **Predict.** Without the FFN of block 11 at position 0, what happens to the sink attention of the
+# > layers after it? And what if you take block 11's *attention*, or the FFN of block 12?
+
+# %%
+from sinkscope.experiments.trace_peak import trace_peak
+
+short = ss.token_ids(texts.tokens[:, :48])
+trace = trace_peak(model, short, blocks=(1, 2, 10, 11, 12), modes=("zero",))
+trace.figures()["sink_attention-zero"]
+
+# %%
+print(trace.summary())
+
+left = trace.left("zero")  # share of the peak that is left [block, part]
+after = slice(12, None)
+untouched = trace.attention[:, after].mean()
+without = trace.attention_without[trace.blocks.index(11), trace.parts.index("ffn"), 0][:, after]
+assert (left < 0.05).sum() == 1 and left[trace.blocks.index(11), trace.parts.index("ffn")] < 0.05
+assert untouched > 0.5 > 0.2 > without.mean()
+
+# %% [markdown]
+# One FFN, at one position, and the sink attention of all later layers falls from about 0.6 to about
+# 0.1. Nothing else that we tried comes near. (Without the FFN of block 10 the peak is only half as
+# high, and the attention hardly notices: high enough is enough.) Guo et al. found the same kind of
+# thing in Llama-3.1-8B, where it takes the FFNs of blocks 0 and 1, and no attention at all.
+#
+# ## How does a number become attention?
+#
+# A large number in the residual stream does not make a large key. Every block normalises what it
+# reads (RMSNorm), and then a peak has a curious effect: **it drowns everything else.** Divide by a
+# norm that is all channel 507, and what is left is the direction of channel 507, hardly any trace of
+# the word. So all first tokens become the same vector:
+
+# %%
+with torch.inference_mode():
+    _, cache = model.run_with_cache(
+        texts.tokens, names_filter=lambda name: name.endswith(("hook_resid_post", "attn.hook_k"))
+    )
+
+
+def likeness(layer, position):
+    """Mean cosine between the states of different prompts at a position."""
+    state = cache["resid_post", layer][:, position]
+    cosines = torch.cosine_similarity(state[:, None], state[None], dim=-1)
+    return cosines[~torch.eye(len(state), dtype=torch.bool)].mean().item()
+
+
+for layer in (0, 2, 11, 20):
+    print(f"after block {layer:2}: position 0 {likeness(layer, 0):.4f}, "
+          f"position 20 {likeness(layer, 20):.4f}")  # fmt: skip
+
+assert likeness(20, 0) > 0.999 and likeness(20, 20) < 0.95
+assert likeness(0, 0) < 0.95, "it did not start that way"
+
+# %% [markdown]
+# Four prompts that begin with four different words, one and the same state. From here on the first
+# token is a *constant*, and the model can learn a constant key for it. The logit is
+#
+# $$s_{i0} = \frac{q_i \cdot k_0}{\sqrt d} =
+#   \frac{\lVert q_i\rVert\,\lVert k_0\rVert}{\sqrt d}\,\cos(q_i, k_0) .$$
+#
+# > **Predict.** Is the sink's key long, or does it point the right way?
+
+# %%
+layer = 18
+key_norm = cache["k", layer].norm(dim=-1).mean((0, 2))  # over prompts and KV heads [position]
+towards_sink = report.sink_cosine[:, 12:].mean().item()
+towards_others = report.other_cosine[:, 12:].mean().item()
+print(
+    f"layer {layer}: key norm of the sink {key_norm[0]:.1f}, of the others {key_norm[1:].mean():.1f}"
+)
+print(f"cosine of queries with the sink's key {towards_sink:+.2f}, others' {towards_others:+.2f}")
+ss.plot.by_layer(report, "sink_cosine", "other_cosine")
+
+# %%
+assert key_norm[0] < 0.5 * key_norm[1:].mean() and towards_sink > 0.2 > 0 > towards_others
+
+# %% [markdown]
+# It is *short*, a quarter of the others', and it points the right way: queries have a positive
+# cosine with the sink's key, and a slightly negative one with everybody else's. The angle makes the
+# sink, not the norm. Gu et al. (arXiv 2410.10781) see the same in Llama3-8B.
+#
+# ## Drains
+#
+# The same constant state also passes through the value matrix, and there the model has learned the
+# opposite: next to nothing.
+
+# %%
+ss.plot.value_drains(report)
+
+# %%
+drain = report.value_drain.mean((0, 2))  # ‖v_0‖ over the mean of the others [layer]
+print("drain:", {layer: round(drain[layer].item(), 2) for layer in (0, 5, 11, 18, 23, 29)})
+
+assert drain[high].mean() < 0.35 < 0.7 < drain[~high].mean()
+
+# %% [markdown]
+# Where there is a peak to read, the sink's value is a quarter of the others'. Where there is none
+# (the first layers, 10, 11) it is an ordinary value. **Attention, peak and drain come and go
+# together**: three faces of one thing. A state that says "I am the sink", keys that are turned to
+# it, values that mute it. Guo et al. call this mutual reinforcement; lesson 6 watches it grow.
+#
+# ## Load-bearing
+#
+# One number out of $64 \times 576$. What is it worth?
+#
+# > **Predict.** The loss is about 3 nats per token. What is it when channel 507 of position 0 is set
+# > to zero after block 11? And when it is set to its mean over *other* texts?
+
+# %%
+from sinkscope.interventions import SetActivation
+
+other_texts = ss.texts("prose", prompts=4, length=64, seed=1)
+
+
+@torch.inference_mode()
+def loss():
+    """Mean next-token loss [nat]."""
+    return model(texts.tokens, return_type="loss").item()
+
+
+losses = {"untouched": loss()}
+for dim, mode in ((507, "zero"), (507, "mean"), (506, "zero")):
+    with SetActivation(model, 11, dim, 0, mode, calibration=other_texts):
+        losses[f"dim {dim} → {mode}"] = loss()
+for name, value in losses.items():
+    print(f"{name:16} {value:6.3f}")
+
+blind = math.log(model.cfg.d_vocab)  # the loss of guessing evenly among all tokens
+assert losses["dim 507 → zero"] > blind > 10
+assert abs(losses["dim 507 → mean"] - losses["untouched"]) < 0.1
+assert abs(losses["dim 506 → zero"] - losses["untouched"]) < 0.1
+
+# %% [markdown]
+# Set to zero, the model is destroyed: worse than guessing evenly among all 49,152 tokens, which would
+# cost $\ln 49152 \approx 10.8$. Set to the mean of other texts, next to nothing happens, for the
+# number never carried information about *this* text.
+# It is a constant, a **bias**, kept in the only place a transformer without biases has for it: a
+# token. (Sun et al. found both halves in Llama2-7B. Zero-ablation alone would have told you that
+# channel 507 is the most important fact about your text. Always ask for the mean, too.)
+#
+# ## What to take with you
+#
+# * In SmolLM2 the FFN of block 11 writes +23,000 into channel 507 of the first token; blocks 28 and
+#   29 take it out again.
+# * Normalisation turns the peak into a constant direction. Keys turn towards it (the angle, not the
+#   norm), values shrink on it.
+# * Sink attention, residual peak and value drain appear in the same layers, and vanish together.
+# * The number is load-bearing as a constant and carries no information.
+#
+# The layer and channel are those of this model. The rule for "non-mixture" is ours, and its
+# thresholds are conventions.
+#
+# ## Exercises
+
+# %% jupyter={"source_hidden": true}
+minilm = ss.load_model("minilm-l6")
+MINILM = ss.scan(minilm, ss.texts("prose", prompts=4, length=64), metrics=["ffn"])
+
+
+@torch.inference_mode()
+def _dims_of_the_norm():
+    """By another way than the solution's: activations instead of the report."""
+    state = cache["resid_post", 15][:, 0].mean(0)
+    size = state.square().sort(descending=True).values
+    return int((size.cumsum(0) / size.sum() < 0.99).sum()) + 1
+
+
+ANSWERS = {  # exercise: (answer, hint)
+    1: (
+        report.to_frame("value_drain").groupby(["layer", "kv_head"]).mean(numeric_only=True)
+        ["value_drain [ratio]"].idxmin(),
+        "report.value_drain is [prompt, layer, kv_head]; average over prompts first.",
+    ),
+    2: (
+        losses["dim 507 → zero"] - losses["untouched"],
+        "Both numbers are in `losses`.",
+    ),
+    3: (_dims_of_the_norm(), "Sort the squares, add them up, and see when 99 % is reached."),
+    4: (
+        (MINILM.ffn_sink.abs().mean(0) / MINILM.ffn_mixed_max.mean(0)).amax(0).argmax().item(),
+        "report.nonmixture_dims() of a scan of MiniLM; every record names the same dim.",
+    ),
+}  # fmt: skip
+solved = set()
+
+
+def check(exercise, answer):
+    """Say how an exercise stands: numbers may be 2 % off."""
+    expected, hint = ANSWERS[exercise]
+    if answer is None:
+        return print(f"Exercise {exercise}: put your answer in the place of None.")
+    if isinstance(expected, float):
+        right = abs(answer - expected) <= 0.02 * abs(expected)
+    else:
+        right = answer == expected
+    solved.update({exercise} if right else set())
+    print(f"Exercise {exercise}: {'right.' if right else f'not yet. {hint}'}")
+
+
+# %% [markdown]
+# **1.** In which (layer, kv_head) is the sink's value drained the most, on average over prompts?
+# Answer with a pair.
+
+# %%
+answer_1 = None
+
+check(1, answer_1)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+least = report.value_drain.mean(0)
+answer_1 = divmod(least.argmin().item(), least.shape[1])
+
+check(1, answer_1)
+
+# %% [markdown]
+# **2.** What does zeroing channel 507 cost, in nats per token? By which factor does the perplexity
+# $e^{\text{loss}}$ rise?
+
+# %%
+answer_2 = None  # the cost
+
+check(2, answer_2)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+answer_2 = losses["dim 507 → zero"] - losses["untouched"]
+print(f"perplexity × {torch.tensor(answer_2).exp():,.0f}")
+
+check(2, answer_2)
+
+# %% [markdown]
+# **3.** After block 15, how many of the 576 channels does it take to make up 99 % of
+# $\lVert h_0 \rVert^2$ (of the mean over prompts)? The state is `cache["resid_post", 15][:, 0]`.
+
+# %%
+answer_3 = None
+
+check(3, answer_3)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+squares = cache["resid_post", 15][:, 0].mean(0) ** 2
+answer_3 = next(k for k in range(1, 577) if squares.topk(k).values.sum() >= 0.99 * squares.sum())
+
+check(3, answer_3)
+
+# %% [markdown]
+# **4.** MiniLM is bidirectional: nobody is non-mixed, and `[CLS]` is a sink all the same. Does one of
+# its FFN channels single out `[CLS]`? Which? (`ss.load_model("minilm-l6")`, `nonmixture_dims()`.)
+
+# %%
+answer_4 = None
+
+check(4, answer_4)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+records = MINILM.nonmixture_dims()
+print([(row["layer"], row["dim"], round(row["value"])) for row in records])
+(answer_4,) = {row["dim"] for row in records}
+
+check(4, answer_4)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+assert solved == set(ANSWERS)
+
+# %% [markdown]
+# Next: [4 · Move the sink](04_move_the_sink.ipynb).
