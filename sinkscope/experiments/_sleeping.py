@@ -34,7 +34,7 @@ class Sleeping(Result):
         share_removed: Share of each prompt's heads that were flagged.
     """
 
-    scores: tuple[str, ...]
+    scores: list[str]
     asked: dict[str, Any]
     quantile: Float[Tensor, "quantile"]
     loss: Float[Tensor, "prompt"]

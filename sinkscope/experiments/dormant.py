@@ -29,7 +29,7 @@ from sinkscope.interventions._base import check_mode
 from sinkscope.models import load_model, model_source
 from sinkscope.report import SinkReport, load_report
 from sinkscope.scan import scan
-from sinkscope.texts import Texts, as_texts, texts
+from sinkscope.texts import Texts, TextSource, as_texts, texts
 
 __all__ = ["Dormancy", "Removal", "dormancy", "removal"]
 
@@ -107,16 +107,8 @@ def dormancy(
     modes = tuple(check_mode(mode, MODES) for mode in _names(remove))
     if modes:
         with_loss(capabilities(model))
-    kinds = {
-        name: as_texts(
-            texts(source, prompts=prompts, length=length, bos=bos, seed=seed)
-            if isinstance(source, str | Path)
-            else source
-        )
-        .tokenize(model)
-        .right_padded()
-        for name, source in _named(domains).items()
-    }
+    recipes = sources(domains, prompts=prompts, length=length, bos=bos, seed=seed)
+    kinds = {name: recipe.tokenize(model).right_padded() for name, recipe in recipes.items()}
     _check(kinds)
     folder = None if out is None else Path(out)
     if folder is not None:
@@ -153,10 +145,24 @@ def _names(wanted: str | Iterable[str]) -> tuple[str, ...]:
     return (wanted,) if isinstance(wanted, str) else tuple(wanted)
 
 
-def _named(domains: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
-    if isinstance(domains, Mapping):
-        return dict(domains)
-    return {name: name for name in _names(domains)}
+def sources(
+    domains: Mapping[str, Any] | Iterable[str], *, prompts: int, length: int, bos: str, seed: int
+) -> dict[str, TextSource | Texts]:
+    """Kinds of text by name; exact token ids keep the prompts and lengths that they have.
+
+    Raises:
+        TextError: If one is no text.
+    """
+    named = domains if isinstance(domains, Mapping) else {name: name for name in _names(domains)}
+    found = {}
+    for name, source in named.items():
+        if not isinstance(source, str | Path):
+            found[name] = as_texts(source)
+        elif Path(source).suffix == ".json":
+            found[name] = texts(source)
+        else:
+            found[name] = texts(source, prompts=prompts, length=length, bos=bos, seed=seed)
+    return found
 
 
 def _check(kinds: Mapping[str, Texts]) -> None:

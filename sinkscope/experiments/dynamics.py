@@ -179,20 +179,30 @@ class _Checkpoints:
         report = load_report(file)
         for other in self.reports.values():
             self._check_same(step, report, Texts(other.tokens, other.mask, bos="", source=""))
-        if self._texts is not None:
-            self._check_same(step, report, self._texts)
-        if (name := report.settings.source) != self._source_name():
-            raise ReportError(
-                f"{file} was measured on {name}, not on {self._source_name()}; name another "
-                "folder, or delete it."
-            )
+        self._check_source(step, report)
         loss = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["loss"]
         if loss is not None:
             self.loss[step] = loss
         return report
 
-    def _source_name(self) -> str:
-        return self._source.source if isinstance(self._source, Texts) else self._source.name
+    def _check_source(self, step: int, report: SinkReport) -> None:
+        """Whether a report is of the texts asked for, as far as can be told without a model.
+
+        Raises:
+            ReportError: If it is not.
+        """
+        source = self._source
+        if self._texts is not None or isinstance(source, Texts):
+            self._check_same(step, report, self._texts or source.right_padded())
+            return
+        found = report.settings
+        if (found.source, found.seed) != (source.name, source.seed) or (
+            source.length not in (None, found.length)
+        ):
+            raise ReportError(
+                f"The report of step {step} in {self._folder} was measured on {found.source} of "
+                f"{found.length} tokens (seed {found.seed}); name another folder, or delete it."
+            )
 
     def _check_same(self, step: int, report: SinkReport, prompts: Texts) -> None:
         own = Texts(report.tokens, report.mask, bos="", source="")

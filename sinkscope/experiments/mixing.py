@@ -114,7 +114,7 @@ def mixing(
 
 
 def _preceded(
-    tokens: Int[Tensor, "prompt position"], front: int | None
+    tokens: Int[Tensor, "prompt text"], front: int | None
 ) -> Int[Tensor, "prompt position"]:
     """The prompts with a token in front, if there is one."""
     if front is None:

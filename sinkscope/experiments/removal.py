@@ -162,18 +162,26 @@ class _Run:
             disable=not progress,
             leave=False,
         ) as bar:
-            for rows in self._order.split(self._batch):
-                heads = missing[rows].any(dim=0)
-                if not heads.any():
-                    continue
+            for rows in self._batches(missing):
+                heads = missing[rows[0]]
                 self._start(rows)
                 found.loss[rows] = self._untouched()
                 for layer in heads.any(dim=1).nonzero()[:, 0].tolist():
                     chosen = heads[layer].nonzero()[:, 0]
                     losses = self._without(layer, chosen)
                     found.loss_without[rows[:, None], layer, chosen] = losses.T.cpu()
-                    bar.update(int(missing[rows, layer].sum()))
+                    bar.update(losses.numel())
                     growing.grown()
+
+    def _batches(self, missing: Bool[Tensor, "prompt layer head"]) -> list[Tensor]:
+        """Batches of prompts, long ones first, that lack the same heads; those that lack any."""
+        _, kind = missing.flatten(1).unique(dim=0, return_inverse=True)
+        found = []
+        for same in kind.unique().tolist():
+            rows = self._order[(kind == same)[self._order]]
+            if missing[rows[0]].any():
+                found += rows.split(self._batch)
+        return found
 
     def _start(self, rows: Int[Tensor, "prompt"]) -> None:
         """Run a batch of prompts whole; and what stands in for its heads, if that is prompts."""

@@ -95,7 +95,7 @@ def sleep(
     shape = len(names) + len(further) + 1, len(shares), len(prompts)
     empty = Sleeping(
         about=_result.about(model, prompts),
-        scores=(*names, *further, RANDOM),
+        scores=[*names, *further, RANDOM],
         asked=asked,
         quantile=torch.tensor(shares),
         loss=torch.full(shape[2:], torch.nan),

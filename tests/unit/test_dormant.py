@@ -1,0 +1,211 @@
+"""Dormancy of domains: which heads are named, and what the tables say, against plain loops."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.errors import ReportError, TextError, UnsupportedError
+from sinkscope.experiments.dormant import dormancy
+from sinkscope.experiments.removal import removal
+from tests.families.architectures import BY_NAME, N_HEADS, N_LAYERS
+from tests.families.reference import reference
+
+LLAMA = BY_NAME["llama"]
+# Random weights give no dormant head, so the thresholds are set where this model's heads lie.
+BOUNDS = dict(parked=0.15, drop=0.05)
+SEED = 11
+
+
+def kinds(prompts: int = 8) -> dict[str, torch.Tensor]:
+    """Two kinds of text: any tokens after another first one."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, first in (("low", 5), ("high", 60)):
+        found[name] = torch.randint(4, 97, (prompts, 16), generator=generator)
+        found[name][:, 0] = first
+    return found
+
+
+@pytest.fixture
+def model():
+    return ss.load_model(LLAMA.build(SEED))
+
+
+def domains(prompts: int = 8) -> dict:
+    return {name: ss.token_ids(tokens) for name, tokens in kinds(prompts).items()}
+
+
+def sink_attention_by_hand(tokens: torch.Tensor) -> np.ndarray:
+    """[prompt layer head]: mean over the queries after the first token of A_i0."""
+    pattern = reference(LLAMA.build(SEED), tokens)["attentions"].double().numpy()
+    found = np.zeros((len(tokens), N_LAYERS, N_HEADS))
+    for prompt in range(len(tokens)):
+        for layer in range(N_LAYERS):
+            for head in range(N_HEADS):
+                rows = pattern[layer, prompt, head]
+                found[prompt, layer, head] = np.mean([rows[i][0] for i in range(1, len(rows))])
+    return found
+
+
+def test_named_heads_follow_the_rule(model) -> None:
+    found = dormancy(model, domains(), **BOUNDS, progress=False)
+    by_hand = {name: sink_attention_by_hand(tokens) for name, tokens in kinds().items()}
+    means = {name: x.mean(0) for name, x in by_hand.items()}
+    p = found.p_values["low", "high"]
+    want = set()
+    for layer in range(N_LAYERS):
+        for head in range(N_HEADS):
+            for here, there in (("low", "high"), ("high", "low")):
+                parked = means[here][layer, head] > 0.15
+                drops = means[here][layer, head] - means[there][layer, head] >= 0.05
+                if parked and drops and p[layer, head] < 0.05:
+                    want.add((layer, head, here, there))
+    got = found.differing()
+    keys = [(head["layer"], head["head"], head["dormant_on"], head["active_on"]) for head in got]
+    assert set(keys) == want and len(keys) == len(want)
+    assert {here for _, _, here, _ in want} == {"low", "high"}, "the case needs both directions"
+    drops = [h["sink_attention"][0].mean - h["sink_attention"][1].mean for h in got]
+    assert drops == sorted(drops, reverse=True)
+    for domain in by_hand:
+        np.testing.assert_array_equal(found.dormant(domain).numpy(), means[domain] > 0.15)
+
+
+def test_alike_kinds_differ_in_nothing(model) -> None:
+    """Two samples of one kind of text: no head is named."""
+    tokens = kinds(12)["low"]
+    same = {"one": ss.token_ids(tokens[::2]), "other": ss.token_ids(tokens[1::2])}
+    found = dormancy(model, same, parked=0.05, drop=0.001, progress=False)
+    assert found.differing() == []
+    assert found.p_values["one", "other"].min() > 0.05
+    assert "No head" in found.summary()
+
+
+def test_the_frame_has_every_head_and_domain(model) -> None:
+    found = dormancy(model, domains(), **BOUNDS, progress=False)
+    frame = found.frame()
+    assert len(frame) == 2 * N_LAYERS * N_HEADS
+    scores = found.reports["high"].inactivity_scores()
+    assert len(scores) == 13
+    row = frame.query("domain == 'high' and layer == 2 and head == 1").iloc[0]
+    for name, figures in scores.items():
+        own = figures[:, 2, 1].double().numpy()
+        assert row[name] == pytest.approx(own.mean(), rel=1e-5)
+        assert own.min() <= row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] <= own.max()
+    by_hand = sink_attention_by_hand(kinds()["high"])[:, 2, 1].mean()
+    assert row["sink_attention"] == pytest.approx(by_hand, abs=1e-5)
+    named = {(head["layer"], head["head"]) for head in found.differing()}
+    for (layer, head), rows in frame.groupby(["layer", "head"]):
+        assert rows["differs"].tolist() == [(layer, head) in named] * 2
+    assert {"attention_entropy", "head_output_norm", "honor", "p", "dormant"} <= set(frame)
+
+
+def test_removal_is_on_the_first_prompts_and_of_named_heads_on_all(model) -> None:
+    found = dormancy(
+        model, domains(), **BOUNDS, remove=["zero", "mean"], remove_prompts=3, progress=False
+    )
+    named = found.differing()
+    assert list(found.removals) == ["zero", "mean"]
+    whole = removal(model, domains()["low"], "zero", progress=False)
+    got = found.removals["zero"]["low"]
+    measured = ~got.loss_without.isnan()
+    assert measured[:3].all()
+    for layer in range(N_LAYERS):
+        for head in range(N_HEADS):
+            is_named = any((h["layer"], h["head"]) == (layer, head) for h in named)
+            assert measured[3:, layer, head].all() == is_named
+    torch.testing.assert_close(
+        got.loss_without[measured], whole.loss_without[measured], atol=1e-5, rtol=0
+    )
+    for head in named:
+        cheap, dear = head["zero"]["cost"]
+        for domain, cost in ((head["dormant_on"], cheap), (head["active_on"], dear)):
+            own = found.removals["zero"][domain].loss_change[:, head["layer"], head["head"]]
+            assert cost.mean == pytest.approx(float(own.mean()), abs=1e-6)
+        significant = head["zero"]["p"] < 0.05
+        assert head["zero"]["confirmed"] == (significant and dear.mean > cheap.mean)
+
+
+def test_prediction_is_a_rank_correlation_over_heads(model) -> None:
+    found = dormancy(model, domains(), **BOUNDS, remove="zero", remove_prompts=4, progress=False)
+    table = found.prediction("zero")
+    assert len(table) == 2 * 14  # sink attention and the thirteen scores, on either domain
+    for domain in ("low", "high"):
+        cost = found.removals["zero"][domain].loss_change[:4].double().mean(0).flatten().numpy()
+        score = found.reports[domain].inactivity_scores()["AHON"][:4].double().mean(0)
+        ordered = [z.argsort().argsort() for z in (score.flatten().numpy(), cost)]
+        want = np.corrcoef(*ordered)[0, 1]
+        row = table.query("domain == @domain and score == 'AHON'").iloc[0]
+        assert row["rho"] == pytest.approx(want)
+        assert row["low"] <= row["high"]
+        assert row["expected"] == 1
+    assert set(table.query("score == 'AWFT'")["expected"]) == {-1}
+    with pytest.raises(ReportError, match="remove='mean'"):
+        found.prediction("mean")
+
+
+def test_words_figures_and_json(model, tmp_path) -> None:
+    found = dormancy(model, domains(), **BOUNDS, remove="zero", progress=False)
+    text = found.summary()
+    first = found.differing()[0]
+    assert f"{first['layer']}.{first['head']}" in text and "Rank correlation" in text
+    assert "Removal (zero) confirms" in text
+    figures = found.figures()
+    assert set(figures) == {"low-high", "removal-zero"}
+    assert len(figures["low-high"].data[0].x) == N_LAYERS * N_HEADS
+    json.dumps(found.to_dict(), allow_nan=False)
+    names = {file.name for file in found.save(tmp_path, "dormant")}
+    assert {"dormant.json", "dormant.csv", "dormant.html"} == names
+
+
+def test_three_domains_are_compared_in_pairs(model) -> None:
+    generator = torch.Generator().manual_seed(3)
+    three = domains() | {"all": ss.token_ids(torch.randint(4, 97, (5, 12), generator=generator))}
+    found = dormancy(model, three, **BOUNDS, progress=False)
+    two = dormancy(model, domains(), **BOUNDS, progress=False)
+    assert set(found.p_values) == {("low", "high"), ("low", "all"), ("high", "all")}
+    want = (3 * two.p_values["low", "high"]).clamp(max=1)
+    torch.testing.assert_close(found.p_values["low", "high"], want)
+    assert len(found.frame()) == 3 * N_LAYERS * N_HEADS
+
+
+def test_a_folder_is_continued_or_refused(model, tmp_path, monkeypatch) -> None:
+    from sinkscope.experiments import dormant
+
+    first = dormancy(model, domains(), remove="zero", out=tmp_path, progress=False)
+
+    def again(*args: object, **options: object) -> None:
+        raise AssertionError("this was measured already")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dormant, "scan", again)
+        second = dormancy(model, domains(), remove="zero", out=tmp_path, progress=False)
+    for domain in ("low", "high"):
+        assert second.reports[domain].equals(first.reports[domain])
+        assert torch.equal(
+            second.removals["zero"][domain].loss_without,
+            first.removals["zero"][domain].loss_without,
+        )
+    swapped = dict(zip(("high", "low"), domains().values(), strict=True))
+    with pytest.raises(ReportError, match="another text"):
+        dormancy(model, swapped, out=tmp_path, progress=False)
+    with pytest.raises(ReportError, match="another sinks"):
+        dormancy(model, domains(), sinks=(1,), out=tmp_path, progress=False)
+
+
+def test_what_is_refused(model) -> None:
+    with pytest.raises(TextError, match="at least two"):
+        dormancy(model, {"low": domains()["low"]}, progress=False)
+    with pytest.raises(TextError, match="two prompts of each kind"):
+        dormancy(model, domains(1), progress=False)
+    with pytest.raises(UnsupportedError, match="no mode"):
+        dormancy(model, domains(), remove="median", progress=False)
+    bert = BY_NAME["bert"]
+    with pytest.raises(UnsupportedError, match="no loss"):
+        dormancy(ss.load_model(bert.build()), domains(), remove="zero", progress=False)
+    found = dormancy(ss.load_model(bert.build()), domains(), progress=False)
+    assert len(found.frame()) == 2 * N_LAYERS * N_HEADS, "scores need no loss"

@@ -1,0 +1,151 @@
+"""Dynamics: one report a checkpoint, curves that are those of each checkpoint alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.errors import ModelError, ReportError
+from sinkscope.experiments import dynamics as module
+from sinkscope.experiments.dynamics import dynamics
+from tests.families.architectures import BY_NAME, N_HEADS, N_LAYERS
+from tests.families.reference import reference
+from tests.families.test_removal_families import losses
+
+LLAMA = BY_NAME["llama"]
+TOKENS = LLAMA.tokens(prompts=3, length=16)
+STEPS = (0, 50, 400)
+SEEDS = dict(zip(STEPS, (3, 1, 2), strict=True))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Step folders of a "run", out of order."""
+    where = tmp_path_factory.mktemp("run")
+    for step, seed in SEEDS.items():
+        LLAMA.build(seed=seed).save_pretrained(where / f"checkpoint-{step}")
+    return [where / f"checkpoint-{step}" for step in (400, 0, 50)]
+
+
+def test_curves_are_those_of_each_checkpoint(folders) -> None:
+    found = dynamics(None, folders, ss.token_ids(TOKENS), parked=0.1, progress=False)
+    assert found.steps == STEPS
+    curves = found.overview()
+    for index, seed in enumerate(SEEDS.values()):
+        ref = {k: v.double().numpy() for k, v in reference(LLAMA.build(seed), TOKENS).items()}
+        first = ref["attentions"][..., 0]  # [layer prompt head query]
+        attention = first[..., 1:].mean(-1).mean(1)  # [layer head]
+        assert float(curves["sink_attention"][index]) == pytest.approx(attention.mean(), abs=1e-5)
+        assert float(curves["dormant_share"][index]) == pytest.approx((attention > 0.1).mean())
+        # Every query sees the first token, itself included.
+        rate = (first.mean(-1) > 0.3).mean()
+        assert float(curves["sink_rate"][index]) == pytest.approx(rate)
+        norm = np.linalg.norm(ref["resid_post"], axis=-1)  # [layer prompt position]
+        peak = (norm[..., 0] / np.median(norm[..., 1:], axis=-1)).mean(1).max()
+        assert float(curves["residual_peak"][index]) == pytest.approx(peak, rel=1e-4)
+        value = np.linalg.norm(ref["values"], axis=-1)  # [layer prompt position kv_head]
+        drain = np.sort((value[:, :, 0] / value[:, :, 1:].mean(2)).mean(1).ravel())
+        middle = drain[(len(drain) - 1) // 2]
+        assert float(curves["value_drain"][index]) == pytest.approx(middle, rel=1e-4)
+        loss = losses(LLAMA.build(seed), TOKENS).mean()
+        assert float(curves["loss"][index]) == pytest.approx(loss, abs=1e-4)
+
+
+def test_the_frame_has_a_row_a_step_and_head(folders) -> None:
+    found = dynamics(None, folders, ss.token_ids(TOKENS), progress=False)
+    frame = found.frame()
+    heads = frame.query("metric == 'sink_attention' and head >= 0")
+    assert len(heads) == 3 * N_LAYERS * N_HEADS
+    row = heads.query("step == 50 and layer == 2 and head == 3")["value"].item()
+    want = found.reports[50].mean("sink_attention")[2, 3]
+    assert row == pytest.approx(float(want))
+    layers = frame.query("metric == 'residual_peak' and layer >= 0 and head == -1")
+    assert len(layers) == 3 * N_LAYERS
+    panels = found.figures()["dynamics"].layout.annotations
+    assert len(panels) == len(found.overview())
+    assert "3 checkpoints, steps 0 to 400" in found.summary()
+
+
+def test_checkpoints_of_every_kind(folders) -> None:
+    """Folders, functions, models and bridges; a mapping says the step."""
+    texts = ss.token_ids(TOKENS)
+    paths = {int(folder.name.split("-")[1]): folder for folder in folders}
+    plain = dynamics(None, paths, texts, progress=False)
+    mixed = dynamics(
+        None,
+        {
+            400: lambda: LLAMA.build(SEEDS[400]),
+            0: str(paths[0]),
+            50: ss.load_model(LLAMA.build(SEEDS[50])),
+        },
+        texts,
+        progress=False,
+    )
+    assert mixed.steps == plain.steps
+    for name, curve in plain.overview().items():
+        torch.testing.assert_close(mixed.overview()[name], curve, msg=name)
+
+
+def test_steps_and_revisions_are_asked_of_the_hub_model(folders, monkeypatch) -> None:
+    asked = []
+
+    def load(spec: object, **options: object):
+        asked.append((spec, options))
+        return ss.load_model(LLAMA.build(len(asked)))
+
+    monkeypatch.setattr(module, "load_model", load)
+    texts = ss.token_ids(TOKENS)
+    dynamics("some/pythia", [512, 1000], texts, dtype="float32", progress=False)
+    dynamics("some/olmo", ["step1000-tokens4B", "step20"][1:], texts, progress=False)
+    assert asked == [
+        ("some/pythia", {"checkpoint": 512, "dtype": "float32"}),
+        ("some/pythia", {"checkpoint": 1000, "dtype": "float32"}),
+        ("some/olmo", {"revision": "step20"}),
+    ]
+
+
+def test_an_interrupted_run_continues_and_grows(folders, tmp_path, monkeypatch) -> None:
+    texts = ss.token_ids(TOKENS)
+    whole = dynamics(None, folders, texts, progress=False)
+    real, loaded = module.load_model, []
+
+    def load(spec: object, **options: object):
+        loaded.append(Path(spec).name)
+        if len(loaded) == 2:
+            raise KeyboardInterrupt
+        return real(spec, **options)
+
+    monkeypatch.setattr(module, "load_model", load)
+    with pytest.raises(KeyboardInterrupt):
+        dynamics(None, folders, texts, out=tmp_path, progress=False)
+    again = dynamics(None, folders, texts, out=tmp_path, progress=False)
+    assert loaded == ["checkpoint-0", "checkpoint-50", "checkpoint-50", "checkpoint-400"]
+    for name, curve in whole.overview().items():
+        torch.testing.assert_close(again.overview()[name], curve, msg=name)
+    dynamics(None, folders, texts, out=tmp_path, progress=False)
+    assert len(loaded) == 4, "nothing is left to load"
+
+
+def test_a_folder_of_other_texts_is_refused(folders, tmp_path) -> None:
+    texts = ss.token_ids(TOKENS)
+    dynamics(None, folders[:1], texts, out=tmp_path, progress=False)
+    with pytest.raises(ReportError, match="other tokens"):
+        dynamics(None, folders, ss.token_ids(TOKENS.flip(0)), out=tmp_path, progress=False)
+    with pytest.raises(ReportError, match="other tokens"):
+        dynamics(None, folders[:1], ss.token_ids(TOKENS.flip(0)), out=tmp_path, progress=False)
+
+
+def test_what_is_refused(folders, tmp_path) -> None:
+    texts = ss.token_ids(TOKENS)
+    with pytest.raises(ModelError, match="cannot be told"):
+        dynamics(None, [LLAMA.build()], texts, progress=False)
+    with pytest.raises(ModelError, match="no step twice"):
+        dynamics(None, ["a/step-3", "b/step-3"], texts, progress=False)
+    with pytest.raises(ModelError, match="name the model"):
+        dynamics(None, [1000], texts, progress=False)
+    with pytest.raises(ModelError, match="no step twice"):
+        dynamics(None, [], texts, progress=False)

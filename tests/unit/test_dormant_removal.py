@@ -1,0 +1,195 @@
+"""Removal: what is refused, what is left behind, what an interrupted run comes to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.errors import ModelError, ReportError, TextError, UnsupportedError
+from sinkscope.experiments._partway import Partway
+from sinkscope.experiments._pieces import in_pieces
+from sinkscope.experiments.removal import removal
+from tests.families.architectures import BY_NAME
+
+LLAMA = BY_NAME["llama"]
+
+
+@pytest.fixture
+def model():
+    return ss.load_model(LLAMA.build())
+
+
+@pytest.fixture
+def texts():
+    return ss.token_ids(LLAMA.tokens(prompts=5, length=16))
+
+
+def test_ragged_prompts_cost_what_they_cost_alone(model) -> None:
+    ids = LLAMA.tokens(prompts=3, length=20).tolist()
+    ids = [ids[0][:9], ids[1], ids[2][:14]]
+    together = removal(model, ss.token_ids(ids), progress=False)
+    for prompt, row in enumerate(ids):
+        alone = removal(model, ss.token_ids([row]), progress=False)
+        torch.testing.assert_close(
+            together.loss_without[prompt], alone.loss_without[0], atol=1e-5, rtol=0
+        )
+
+
+def test_some_heads_on_some_prompts(model, texts) -> None:
+    whole = removal(model, texts, progress=False)
+    few = removal(model, texts, heads=[(0, 3), (2, 1)], progress=False)
+    assert int((~few.loss_without.isnan()).sum()) == 2 * 5
+    assert torch.allclose(few.loss_without[:, 2, 1], whole.loss_without[:, 2, 1], atol=1e-6)
+    where = torch.zeros(5, 3, 4, dtype=torch.bool)
+    where[:2] = True
+    where[:, 1, 1] = True
+    both = removal(model, texts, heads=where, batch=2, progress=False)
+    assert torch.equal(~both.loss_without.isnan(), where)
+    assert torch.allclose(both.loss_without[where], whole.loss_without[where], atol=1e-6)
+    frame = few.frame()
+    assert list(zip(frame["layer"], frame["head"], strict=True)) == [(0, 3), (2, 1)]
+    np.testing.assert_allclose(
+        frame["loss_change"], few.loss_change.mean(0)[[0, 2], [3, 1]], atol=1e-6
+    )
+
+
+def test_resampling_takes_another_prompt_and_the_same_for_all_heads(model, texts) -> None:
+    """Each head's loss is that of a run in which some other prompt's output stands in."""
+    from sinkscope.interventions import AblateHeads
+
+    got = removal(model, texts, "resample", seed=3, progress=False)
+    partway = Partway(model)
+    fits = torch.zeros(5, 5, dtype=torch.bool)  # [prompt, who may stand in]
+    for other in range(5):
+        stand_in = ss.token_ids(texts.tokens[other : other + 1])
+        agree = torch.ones(5, dtype=torch.bool)
+        for layer, head in [(0, 0), (1, 2), (2, 3)]:
+            with AblateHeads(model, [(layer, head)], "resample", calibration=stand_in):
+                with partway.opened():
+                    final = partway.final(texts.tokens, texts.mask)
+                    losses = partway.losses(texts.tokens, texts.mask, final)
+            agree &= (losses - got.loss_without[:, layer, head]).abs() < 1e-5
+        fits[:, other] = agree
+    assert fits.sum(dim=1).tolist() == [1] * 5, "one prompt stands in for each"
+    assert not fits.diagonal().any(), "and never the prompt itself"
+    assert fits.sum(dim=0).tolist() == [1] * 5
+
+
+def test_the_model_comes_out_as_it_went_in(model, texts, monkeypatch) -> None:
+    before = model(texts.tokens)
+
+    def fail(*args: object) -> None:
+        raise ValueError("mine")
+
+    removal(model, texts, heads=[(1, 1)], progress=False)
+    monkeypatch.setattr(Partway, "losses", fail)
+    with pytest.raises(ValueError, match="mine"):
+        removal(model, texts, heads=[(1, 1)], progress=False)
+    assert torch.equal(model(texts.tokens), before)
+    for block in model.blocks:
+        assert "forward" not in vars(block.original_component)
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+def test_an_interrupted_run_continues_and_comes_to_the_same(
+    model, texts, tmp_path, monkeypatch
+) -> None:
+    file = tmp_path / "removal.nc"
+    whole = removal(model, texts, batch=2, progress=False)
+    real, calls = Partway.losses, []
+
+    def counted(self, *args):
+        calls.append(args)
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(Partway, "losses", counted)
+    limit = 6  # in the middle of the second batch of prompts
+    with pytest.raises(KeyboardInterrupt):
+        removal(model, texts, batch=2, file=file, progress=False)
+    begun, limit = len(calls), 0
+    again = removal(model, texts, batch=2, file=file, progress=False)
+    # Three batches of a pass each and three layers; the first batch is not run again.
+    assert begun + len(calls[begun:]) < 12 + 6
+    assert torch.equal(again.loss_without, whole.loss_without)
+    done = len(calls)
+    assert removal(model, texts, file=file, progress=False).loss_without.equal(whole.loss_without)
+    assert len(calls) == done, "nothing is left to measure"
+
+
+@pytest.mark.parametrize("other", ["mode", "tokens", "seed"])
+def test_a_file_of_other_settings_is_refused(model, texts, tmp_path, other) -> None:
+    file = tmp_path / "removal.nc"
+    removal(model, texts, heads=[(0, 0)], file=file, progress=False)
+    changed = {
+        "mode": (texts, dict(mode="mean")),
+        "tokens": (ss.token_ids(texts.tokens.flip(0)), dict()),
+        "seed": (texts, dict(seed=1)),
+    }
+    prompts, options = changed[other]
+    with pytest.raises(ReportError, match=f"another {other}"):
+        removal(model, prompts, heads=[(0, 0)], file=file, progress=False, **options)
+
+
+def test_what_is_refused(model, texts) -> None:
+    with pytest.raises(UnsupportedError, match="no mode"):
+        removal(model, texts, "median")
+    with pytest.raises(UnsupportedError, match="heads run from 0 to 3"):
+        removal(model, texts, heads=[(0, 4)])
+    with pytest.raises(UnsupportedError, match="No head"):
+        removal(model, texts, heads=[])
+    with pytest.raises(UnsupportedError, match="prompt layer head"):
+        removal(model, texts, heads=torch.ones(2, 3, 4, dtype=torch.bool))
+    with pytest.raises(TextError, match="at least two"):
+        removal(model, ss.token_ids([[5, 6, 7]]), "resample")
+    with pytest.raises(TextError, match="equal length"):
+        removal(model, ss.token_ids([[5, 6, 7], [5, 6]]), "resample")
+
+
+def test_a_model_that_hands_on_more_than_the_residual_stream_is_refused() -> None:
+    """Block 2 adds what block 0's FFN put out: skipping block 0 would leave the last pass's."""
+    plain = LLAMA.build()
+    kept = []
+    plain.model.layers[0].mlp.register_forward_hook(lambda m, args, out: kept.append(out))
+    plain.model.layers[2].mlp.register_forward_hook(lambda m, args, out: out + kept[-1])
+    with pytest.raises(UnsupportedError, match="starts at one of its blocks"):
+        Partway(ss.load_model(plain))
+
+
+def test_an_untrained_head_is_refused() -> None:
+    from transformers import LlamaModel
+
+    headless = LlamaModel(LLAMA.build().config)
+    with pytest.raises(UnsupportedError, match="no output head"):
+        Partway(ss.load_model(headless))
+
+
+def test_pieces_shrink_when_memory_runs_out() -> None:
+    sizes = []
+
+    def work(at: slice) -> torch.Tensor:
+        sizes.append(at.stop - at.start)
+        if at.stop - at.start > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return torch.arange(at.start, at.stop)
+
+    assert in_pieces(7, 6, work).tolist() == list(range(7))
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1, 1]
+
+    def never(at: slice) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+    with pytest.raises(ModelError, match="does not fit"):
+        in_pieces(3, 2, never)
+
+
+def test_words_and_findings(model, texts) -> None:
+    found = removal(model, texts, progress=False)
+    cost = found.loss_change.mean(0)
+    dearest = found.findings()["dearest"][0]
+    assert cost[dearest["layer"], dearest["head"]] == cost.max()
+    assert f"{dearest['layer']}.{dearest['head']}" in found.summary()
+    assert found.findings()["heads"] == 12

@@ -1,0 +1,203 @@
+"""Heads asleep per input: flags by plain loops, losses by transformers' own model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.errors import ReportError, SinkscopeError, UnsupportedError
+from sinkscope.experiments._sleeping import RANDOM, last_within
+from sinkscope.experiments.sleep import _Chooser, _Sleeper, sleep
+from tests.families.architectures import BY_NAME, N_HEADS, N_LAYERS
+from tests.families.reference import reference
+from tests.families.test_removal_families import edited, losses
+
+LLAMA = BY_NAME["llama"]
+TOKENS = LLAMA.tokens(prompts=4, length=20)
+SHARES = (0.1, 0.3)
+
+
+@pytest.fixture
+def model():
+    return ss.load_model(LLAMA.build())
+
+
+def scores_by_hand() -> dict[str, np.ndarray]:
+    """AWFT, AEQD, AHON-LN and LTHON-HN [prompt layer head] of each prompt, written out."""
+    ref = reference(LLAMA.build(), TOKENS)
+    pattern = ref["attentions"].double().numpy()  # [layer prompt head query key]
+    z = np.linalg.norm(ref["z"].double().numpy(), axis=-1)  # [layer prompt position head]
+    found = {
+        name: np.zeros((4, N_LAYERS, N_HEADS)) for name in ("AWFT", "AEQD", "AHON-LN", "LTHON-HN")
+    }
+    for prompt in range(4):
+        for layer in range(N_LAYERS):
+            for head in range(N_HEADS):
+                rows = pattern[layer, prompt, head]
+                at = prompt, layer, head
+                found["AWFT"][at] = np.mean([row[0] for row in rows])
+                found["AEQD"][at] = np.mean([-sum(p * np.log(p) for p in r if p > 0) for r in rows])
+                own = z[layer, prompt, :, head]
+                found["AHON-LN"][at] = own.mean() / z[layer, prompt].mean()
+                found["LTHON-HN"][at] = own[-1] / own.mean()
+    return found
+
+
+def flags_by_hand(name: str, score: np.ndarray, share: float) -> np.ndarray:
+    """Beyond the quantile of all heads of all prompts, on the side that the paper gives."""
+    ordered = np.sort(score.ravel())
+    if name == "AWFT":
+        return score > np.quantile(ordered, 1 - share)
+    return score < np.quantile(ordered, share)
+
+
+def asleep_by_hand(flags: np.ndarray) -> np.ndarray:
+    """The loss of each prompt when its flagged heads put out nothing."""
+    plain, found = LLAMA.build(), []
+    for prompt in range(len(TOKENS)):
+
+        def silence(layer: int, z: torch.Tensor, prompt: int = prompt) -> None:
+            for head in range(N_HEADS):
+                if flags[prompt, layer, head]:
+                    z[:, :, head] = 0
+
+        with edited(plain, LLAMA, silence):
+            found.append(losses(plain, TOKENS[prompt : prompt + 1])[0])
+    return np.array(found)
+
+
+def test_flagged_heads_are_zero_per_input(model) -> None:
+    by_hand = scores_by_hand()
+    found = sleep(
+        model, ss.token_ids(TOKENS), scores=list(by_hand), shares=SHARES, batch=3, progress=False
+    )
+    np.testing.assert_allclose(found.loss.numpy(), losses(LLAMA.build(), TOKENS), atol=1e-5)
+    for index, (name, score) in enumerate(by_hand.items()):
+        for column, share in enumerate(SHARES):
+            flags = flags_by_hand(name, score, share)
+            assert len(set(flags.sum((1, 2)).tolist())) > 1, "prompts should lose unlike numbers"
+            np.testing.assert_allclose(
+                found.share_removed[index, column].numpy(), flags.mean((1, 2)), atol=1e-6
+            )
+            np.testing.assert_allclose(
+                found.loss_asleep[index, column].numpy(), asleep_by_hand(flags), atol=1e-5
+            )
+    assert (found.loss_asleep - found.loss).abs().max() > 0.01
+
+
+def test_random_heads_are_as_many_as_asked_for(model) -> None:
+    report = ss.scan(model, ss.token_ids(TOKENS), progress=False)
+    choose = _Chooser(report, ("AWFT",), None, {}, draws=3, seed=1)
+    draws = choose(RANDOM, 0.25)
+    assert len(draws) == 3
+    for flags in draws:
+        assert flags.sum(dim=(1, 2)).tolist() == [3] * 4  # a quarter of twelve heads
+    assert not torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0][0], draws[0][1]), "each prompt has heads of its own"
+    found = sleep(
+        model, ss.token_ids(TOKENS), scores=["AWFT"], shares=[0.25], seed=1, progress=False
+    )
+    by_hand = np.mean([asleep_by_hand(flags.numpy()) for flags in draws], axis=0)
+    np.testing.assert_allclose(found.loss_asleep[-1, 0].numpy(), by_hand, atol=1e-5)
+
+
+def test_thresholds_of_another_text_and_scores_of_ones_own(model) -> None:
+    other = ss.scan(model, ss.token_ids(LLAMA.tokens(prompts=3, seed=5)), progress=False)
+    own = torch.arange(4 * 12.0).reshape(4, 3, 4)
+    found = sleep(
+        model,
+        ss.token_ids(TOKENS),
+        scores=["AHON-LN"],
+        shares=[0.3],
+        thresholds=other,
+        also={"mine": own},
+        progress=False,
+    )
+    assert found.scores == ["AHON-LN", "mine", RANDOM]
+    threshold = np.quantile(other.inactivity_scores()["AHON-LN"].double().numpy(), 0.3)
+    flags = scores_by_hand()["AHON-LN"] < threshold
+    np.testing.assert_allclose(found.share_removed[0, 0].numpy(), flags.mean((1, 2)), atol=1e-6)
+    mine = own.numpy() < np.quantile(own.numpy(), 0.3)
+    np.testing.assert_allclose(found.loss_asleep[1, 0].numpy(), asleep_by_hand(mine), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("losses_at", "want"),
+    [
+        ([2.0, 2.0, 2.0], 0.3),  # never beyond: the largest share tried
+        ([2.0, 2.1, 2.3], 0.15),  # half-way from 2.0 to 2.1
+        ([2.1, 2.0, 2.0], 0.05),  # the first time it leaves counts
+        ([1.9, 2.05, 3.0], 0.2),  # exactly at the limit is within
+    ],
+)
+def test_last_within(losses_at: list[float], want: float) -> None:
+    got = last_within(np.array([0.1, 0.2, 0.3]), np.array(losses_at), 2.0, 2.05)
+    assert got == pytest.approx(want)
+
+
+def test_largest_share_and_its_interval(model) -> None:
+    found = sleep(model, ss.token_ids(TOKENS), scores=["AWFT", "AHON"], progress=False)
+    shares = found.largest_share(tolerance=0.01)
+    for index, score in enumerate(found.scores):
+        x = found.share_removed[index].double().mean(-1).numpy()
+        y = found.loss_asleep[index].double().mean(-1).numpy()
+        limit = 1.01 * float(found.loss.double().mean())
+        # A fine walk along the same straight lines.
+        grid = np.linspace(0, x[-1], 100_001)
+        curve = np.interp(grid, [0, *x], [float(found.loss.double().mean()), *y])
+        beyond = np.flatnonzero(curve > limit)
+        want = grid[beyond[0]] if beyond.size else x[-1]
+        assert shares[score]["share"].mean == pytest.approx(want, abs=1e-4)
+        assert shares[score]["censored"] == (beyond.size == 0)
+        assert shares[score]["share"].low <= shares[score]["share"].high
+    assert shares[RANDOM]["over_random"].mean == 0
+
+
+def test_an_interrupted_run_continues(model, tmp_path, monkeypatch) -> None:
+    file, texts = tmp_path / "sleep.nc", ss.token_ids(TOKENS)
+    options = dict(scores=["AWFT", "AEQD"], shares=SHARES, draws=2, progress=False)
+    whole = sleep(model, texts, **options)
+    real, calls = _Sleeper.losses, []
+
+    def counted(self, *args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(_Sleeper, "losses", counted)
+    with pytest.raises(KeyboardInterrupt):
+        sleep(model, texts, file=file, **options)
+    again = sleep(model, texts, file=file, **options)
+    # Untouched, two flagged, one lost; then the two flagged that are left and four random.
+    assert len(calls) == 4 + 2 + 4
+    assert torch.equal(again.loss_asleep, whole.loss_asleep)
+    assert torch.equal(again.share_removed, whole.share_removed)
+    with pytest.raises(ReportError, match="another draws"):
+        sleep(model, texts, file=file, **(options | dict(draws=3)))
+
+
+def test_the_frame_is_what_the_figure_takes(model) -> None:
+    found = sleep(model, ss.token_ids(TOKENS), scores=["AWFT"], shares=SHARES, progress=False)
+    frame = found.frame()
+    assert len(frame) == 2 * 3 * 4
+    row = frame.query("score == 'AWFT' and quantile > 0.2 and prompt == 2").iloc[0]
+    assert row["loss"] == pytest.approx(float(found.loss_asleep[0, 1, 2]))
+    assert row["share_of_prompt"] == pytest.approx(float(found.share_removed[0, 1, 2]))
+    assert row["share_removed"] == pytest.approx(float(found.share_removed[0, 1].mean()))
+    untouched = frame.query("share_removed == 0 and score == 'AWFT'")
+    np.testing.assert_allclose(untouched["loss"], found.loss)
+    lines = {trace.name for trace in found.figures()["sleep"].data if trace.name}
+    assert lines == {"AWFT", RANDOM}
+
+
+def test_what_is_refused(model) -> None:
+    texts = ss.token_ids(TOKENS)
+    with pytest.raises(UnsupportedError, match="no score 'HONOR'"):
+        sleep(model, texts, scores=["HONOR"], progress=False)
+    with pytest.raises(SinkscopeError, match="between 0 and 1"):
+        sleep(model, texts, shares=[0.0, 0.5], progress=False)
+    with pytest.raises(ReportError, match="'mine'"):
+        sleep(model, texts, also={"mine": torch.zeros(3, 3, 4)}, progress=False)
