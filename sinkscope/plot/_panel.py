@@ -32,17 +32,21 @@ class Panel:
             description="ε", min=0, max=1, step=0.01, continuous_update=False
         )
         self.layer = w.BoundedIntText(
-            description="Layer", min=0, max=sizes["layer"] - 1, layout=w.Layout(width="8.5em")
+            description="Layer",
+            min=0,
+            max=sizes["layer"] - 1,
+            style=_FIELD,
+            layout=w.Layout(width="8em"),
         )
         self.head = w.BoundedIntText(
             description="Head", min=0, max=explorer.before.settings.n_heads - 1,
-            layout=w.Layout(width="8.5em"),
+            style=_FIELD, layout=w.Layout(width="8em"),
         )  # fmt: skip
-        self.prompt = w.Dropdown(description="Prompt", layout=w.Layout(width="10em"))
+        self.prompt = w.Dropdown(description="Prompt", style=_FIELD, layout=w.Layout(width="9em"))
         self.shown = w.ToggleButtons(
             options=["before", "after", "change"], style={"button_width": "5.5em"}
         )
-        self.said = w.HTML()
+        self.about, self.said = w.HTML(), w.HTML()
         self.text = w.Textarea(
             placeholder="Type a prompt, and measure it", layout=w.Layout(width="28em")
         )
@@ -52,7 +56,7 @@ class Panel:
             layout=w.Layout(width="30em"),
         )  # fmt: skip
         self.position = w.BoundedIntText(
-            description="Position", min=0, max=sizes["position"] - 1,
+            description="Position", min=0, max=sizes["position"] - 1, style=_FIELD,
             layout=w.Layout(width="10em"),
         )  # fmt: skip
         self.apply = w.Button(description="Before and after", icon="exchange")
@@ -78,6 +82,7 @@ class Panel:
             self.position.max = explorer.before.sizes["position"] - 1
             self.shown.value = explorer.shown
             self.shown.layout.display = "none" if explorer.after is None else ""
+            self.about.value = f"<b>{_labels.about_line(explorer.report.settings)}</b>"
             self.said.value = self._sentence()
         finally:
             self._following = False
@@ -139,19 +144,17 @@ class Panel:
         below = [figures[name] for name in ("tokens", "pattern") if name in figures]
         wrap = w.Layout(flex_flow="row wrap", align_items="center")
         rows: list[w.Widget] = [
+            self.about,
             w.Box([self.metric, self.epsilon, self.layer, self.head, self.prompt], layout=wrap),
             w.Box([self.said, self.shown], layout=wrap),
-            w.GridBox(
-                [_cell([figures["map"]]), _cell(beside)],
-                layout=w.Layout(grid_template_columns="minmax(0, 5fr) minmax(0, 7fr)"),
-            ),
+            w.Box([_cell([figures["map"]]), _cell(beside)], layout=w.Layout(flex_flow="row wrap")),
             *(_cell([figure]) for figure in below),
         ]
         if self._explorer.model is not None:
-            rows.insert(1, w.Box([self.text, self.run], layout=wrap))
-            rows.insert(2, w.Box([self.what, self.position, self.apply], layout=wrap))
+            rows.insert(2, w.Box([self.text, self.run], layout=wrap))
+            rows.insert(3, w.Box([self.what, self.position, self.apply], layout=wrap))
         return w.VBox(rows)
 
 
 def _cell(figures: list[Any]) -> w.VBox:
-    return w.VBox(figures, layout=w.Layout(min_width="0", overflow="hidden"))
+    return w.VBox(figures, layout=w.Layout(flex="0 0 auto"))

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from sinkscope.plot import _figure, heads, layers, positions, rates, strip
@@ -93,8 +94,17 @@ def strongest_head(report: SinkReport) -> tuple[int, int]:
     return divmod(max(range(len(flat)), key=flat.__getitem__), mean.shape[1])
 
 
-def show_in(widget: Any, figure: go.Figure) -> None:
-    """Put a figure's traces and layout into a FigureWidget; click handlers of its traces stay."""
+def show_in(widget: go.FigureWidget, figure: go.Figure, width: int) -> None:
+    """Put a figure into a figure widget of a fixed width [pixel].
+
+    A notebook draws widgets before they have a place on the page, where text cannot be measured
+    and a width cannot be taken: so the width is given, and the title has one line.
+    """
+    figure.layout.title.subtitle = None
+    figure.update_layout(width=width, margin_t=figure.layout.margin.t - 22)
+    figure.layout.height -= 22
+    for trace in figure.data:
+        trace.update({name: _without_nan(trace[name]) for name in _GRIDS if name in trace})
     with widget.batch_update():
         if [trace.type for trace in widget.data] != [trace.type for trace in figure.data]:
             widget.data = ()
@@ -103,3 +113,13 @@ def show_in(widget: Any, figure: go.Figure) -> None:
             for old, new in zip(widget.data, figure.data, strict=True):
                 old.update(new.to_plotly_json(), overwrite=True)
         widget.layout = figure.layout
+
+
+_GRIDS = ("z", "customdata")
+
+
+def _without_nan(grid: Any) -> Any:
+    """A grid with None for nan: widgets send grids as JSON, which knows no nan."""
+    if not isinstance(grid, np.ndarray) or grid.dtype.kind != "f" or not np.isnan(grid).any():
+        return grid
+    return np.where(np.isnan(grid), None, grid.astype(object))

@@ -10,7 +10,13 @@ import plotly.graph_objects as go
 from sinkscope.errors import SinkscopeError
 from sinkscope.plot import _figure, compare, heads, positions, strip
 from sinkscope.plot._whatif import INTERVENTIONS, Where
-from sinkscope.plot._widgets import PlainViews, plain_views, show_in, strongest_head, why_not
+from sinkscope.plot._widgets import (
+    PlainViews,
+    plain_views,
+    show_in,
+    strongest_head,
+    why_not,
+)
 from sinkscope.plot.pattern import attention_pattern
 from sinkscope.plot.theme import Theme, palette
 
@@ -175,7 +181,7 @@ class Explorer:
     def _redraw(self, *names: str) -> None:
         drawers = self._drawers()
         for name in names:
-            show_in(self.figures[name], drawers[name]())
+            show_in(self.figures[name], drawers[name](), _WIDTHS[name])
         self.figures["map"].data[0].on_click(self._clicked)
 
     def _clicked(self, _trace: Any, points: Any, _state: Any) -> None:
@@ -251,6 +257,9 @@ class Explorer:
         )
 
 
+_WIDTHS = {
+    "map": 430, "received": 560, "values": 560, "residual": 560, "tokens": 1000, "pattern": 700,
+}  # fmt: skip
 _HEAD = {"layer", "head", "shown"}
 _MOVED_BY = {
     "map": _HEAD | {"metric", "epsilon"},
