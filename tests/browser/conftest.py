@@ -37,18 +37,23 @@ def missing() -> None:
 
 
 @pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
+def chromium_path() -> str:
     path = os.environ.get("SINKSCOPE_CHROMIUM") or next(
         filter(None, map(shutil.which, NAMES)), None
     )
+    if path is None:
+        missing()
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def chromium(chromium_path: str) -> Iterator[Any]:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        sync_playwright = None
-    if path is None or sync_playwright is None:
         missing()
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=ARGUMENTS)
+        browser = driver.chromium.launch(executable_path=chromium_path, args=ARGUMENTS)
         yield browser
         browser.close()
 

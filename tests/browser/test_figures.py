@@ -1,0 +1,127 @@
+"""Every figure in a real browser: drawn, quiet, and with its words on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sinkscope.plot as plot
+from sinkscope.plot.export import CONFIG
+from tests.plot import frames
+from tests.unit.report_factory import synthetic_report
+
+ABOUT = frames.ABOUT
+
+
+def pattern() -> torch.Tensor:
+    mask = torch.ones(12, 12).tril()
+    return mask / mask.sum(1, keepdim=True)
+
+
+def all_figures(theme: str) -> dict:
+    report = synthetic_report(prompts=3)
+    other = synthetic_report(prompts=3, positions=8, seed=5)
+    training, law = frames.training()
+    look = dict(theme=theme)
+    told = dict(theme=theme, about=ABOUT)
+    return {
+        "head_map": plot.head_map(report, **look),
+        "head_map, signed": plot.head_map(report, "sink_logit_gap", **look),
+        "head_scatter": plot.head_scatter(report, **look),
+        "head_change": plot.head_change(report, report, **look),
+        "by_position": plot.by_position(report, layer=1, **look),
+        "position_map": plot.position_map(report, **look),
+        "position_embedding_norms": plot.position_embedding_norms(report, **look),
+        "token_strip": plot.token_strip(report, **look),
+        "attention_pattern": plot.attention_pattern(pattern(), list("abcdefghijkl"), **told),
+        "by_layer": plot.by_layer(report, "sink_cosine", "other_cosine", **look),
+        "residual_norms": plot.residual_norms(report, **look),
+        "value_drains": plot.value_drains(report, **look),
+        "attention_by_query": plot.attention_by_query(report, **look),
+        "sink_rate": plot.sink_rate(report, **look),
+        "sink_rate_by_length": plot.sink_rate_by_length([report, other], **look),
+        "nonmixture_dims": plot.nonmixture_dims(report, **look),
+        "massive_activations": plot.massive_activations(report, **look),
+        "before_after": plot.before_after(frames.conditions(), "residual_norm", **told),
+        "peak_trace": plot.peak_trace(frames.trace(), **told),
+        "domain_scatter": plot.domain_scatter(frames.domains(), "prose", "code", **told),
+        "removal_cost": plot.removal_cost(frames.domains(), **told),
+        "sleeping_heads": plot.sleeping_heads(frames.sleep(), **told),
+        "training_curves": plot.training_curves(training, laws=law, **told),
+        "perplexity_by_window": plot.perplexity_by_window(frames.windows(), **told),
+        "bench_ratios": plot.bench_ratios(frames.timings(), **told),
+        "cures": plot.cures(frames.cured(), **told),
+        "knockout_risks": plot.knockout_risks(frames.knocked_out(), **told),
+    }
+
+
+def test_no_figure_of_the_package_is_left_out():
+    not_figures = {"save", "set_theme", "template", "to_html"}
+    drawn = {name.split(",")[0] for name in all_figures("light")}
+    assert drawn == set(plot.__all__) - not_figures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_figure_is_drawn_quietly_at_notebook_width(open_page, theme):
+    figures = all_figures(theme)
+    parts = [
+        figure.to_html(full_html=False, include_plotlyjs=not index, config=CONFIG)
+        for index, figure in enumerate(figures.values())
+    ]
+    page = open_page(f"<meta charset='utf-8'><body>{''.join(parts)}", width=780)
+    page.page.wait_for_function(
+        f"document.querySelectorAll('.plotly-graph-div .main-svg .gtitle').length === {len(parts)}"
+    )
+    assert page.said == [] and page.requests == []
+    titles = page.page.locator(".gtitle").all_text_contents()
+    subtitles = page.page.locator(".gtitle-subtitle").all_text_contents()
+    assert all(titles)
+    assert all("ε = 0.3" in line and "T = " in line and "BOS" in line for line in subtitles)
+    outside = page.page.evaluate(
+        """[...document.querySelectorAll('.plotly-graph-div')].flatMap(figure => {
+            const {right, bottom} = figure.getBoundingClientRect();
+            return [...figure.querySelectorAll('.gtitle-subtitle, .xtitle, .legendtext')]
+                .filter(text => text.getBoundingClientRect().right > right + 1
+                    || text.getBoundingClientRect().bottom > bottom + 1)
+                .map(text => text.textContent);
+        })"""
+    )
+    assert outside == []
+    overlapping = page.page.evaluate(
+        """[...document.querySelectorAll('.plotly-graph-div')].flatMap(figure => {
+            const boxes = ['.gtitle', '.gtitle-subtitle', '.legend'].map(name =>
+                figure.querySelector(name)?.getBoundingClientRect()).filter(Boolean);
+            const cross = (a, b) => a.top < b.bottom - 2 && b.top < a.bottom - 2
+                && a.left < b.right && b.left < a.right;
+            return boxes.some((a, i) => boxes.some((b, j) => i < j && cross(a, b)))
+                ? [figure.querySelector('.gtitle').textContent] : [];
+        })"""
+    )
+    assert overlapping == []
+
+
+def test_threshold_slider_works_without_a_kernel(open_page):
+    report = synthetic_report(prompts=3)
+    figure = plot.head_map(report)
+    page = open_page(figure.to_html(config=CONFIG))
+    page.page.wait_for_selector(".slider-grip-rect")
+    before = page.page.text_content(".gtitle")
+    box = page.page.locator(".slider-rail-touch-rect").bounding_box()
+    page.page.mouse.click(box["x"] + 0.9 * box["width"], box["y"] + box["height"] / 2)
+    page.page.wait_for_function(f"document.querySelector('.gtitle').textContent !== {before!r}")
+    title = page.page.text_content(".gtitle")
+    threshold = float(title.rsplit(" ", 1)[1])
+    above = (report.sink_attention.double().mean(0) > threshold).double().mean()
+    assert f"{above:.0%} of 24 heads" in title
+    assert page.said == [] and page.requests == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("suffix", "start"), [(".svg", b"<svg"), (".png", b"\x89PNG")])
+def test_pictures_are_drawn_where_chrome_is(chromium_path, tmp_path, monkeypatch, suffix, start):
+    pytest.importorskip("kaleido", reason="pip install 'sinkscope[image]'")
+    monkeypatch.setenv("BROWSER_PATH", chromium_path)
+    path = plot.save(plot.head_map(synthetic_report()), tmp_path / f"x{suffix}")
+    assert path.read_bytes().startswith(start)
+    assert path.stat().st_size > 10_000
