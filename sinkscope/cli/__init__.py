@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from sinkscope.cli import bb, bench, models, scan, stream, trace_peak, waiver
+from sinkscope.cli import bb, bench, dormant, models, scan, stream, trace_peak, waiver
 
 app = typer.Typer(
     name="sinkscope",
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("scan")(scan.scan)
 app.command("waiver")(waiver.waiver)
+app.command("dormant")(dormant.dormant)
 app.command("trace-peak")(trace_peak.trace_peak)
 app.command("stream")(stream.stream)
 app.command("bench")(bench.bench)

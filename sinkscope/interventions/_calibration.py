@@ -77,11 +77,11 @@ def mean_at(
 
     positions = tuple(sorted(positions))
     run_through(model, texts, {hook: listen})
-    reached = sum(count)
+    reached = torch.stack(count).sum(dim=0)
     for position, prompts in zip(positions, reached[:, 0].tolist(), strict=True):
         if prompts == 0:
             raise TextError(f"No calibration prompt reaches position {position}; give longer ones.")
-    return sum(total) / reached
+    return torch.stack(total).sum(dim=0) / reached
 
 
 def mean_output(

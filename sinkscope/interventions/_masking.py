@@ -128,7 +128,7 @@ class EditedMask(MaskSpec):
         padding: bool (True = visible), or a float that is added to the scores.
     """
 
-    padding: Mask
+    padding: Mask  # pyright: ignore[reportGeneralTypeIssues]  # always given here
 
 
 def _dense(spec: MaskSpec, n_queries: int, device: torch.device) -> Mask:
