@@ -7,6 +7,7 @@ they then do nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -125,8 +126,8 @@ def dormancy(
         level=level,
     )
     suspects = [(head["layer"], head["head"]) for head in found.differing()]
-    for mode in modes:
-        found.removals[mode] = {
+    removals = {
+        mode: {
             name: removal(
                 model,
                 kind,
@@ -138,7 +139,9 @@ def dormancy(
             )
             for name, kind in kinds.items()
         }
-    return found
+        for mode in modes
+    }
+    return dataclasses.replace(found, removals=removals)
 
 
 def _names(wanted: str | Iterable[str]) -> tuple[str, ...]:

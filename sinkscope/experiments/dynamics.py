@@ -20,9 +20,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sinkscope.errors import ModelError, ReportError
-from sinkscope.experiments import _measure, _partial
+from sinkscope.errors import ModelError, ReportError, UnsupportedError
+from sinkscope.experiments import _partial
 from sinkscope.experiments._dynamics import Dynamics
+from sinkscope.experiments._losses import PromptLosses
+from sinkscope.experiments._partway import Partway
 from sinkscope.models import load_model
 from sinkscope.report import SinkReport, load_report
 from sinkscope.scan import scan
@@ -52,7 +54,8 @@ def dynamics(
             what it is.
         checkpoints: Each a training step that TransformerLens knows for this model (an int); a Hub
             revision whose last number is the step, such as "step1000"; a folder likewise, such as
-            "runs/checkpoint-500"; or, in a mapping from step, any of these, anything that
+            "runs/checkpoint-500"; a snapshot of the Bigram-Backcopy laboratory, such as
+            "runs/step-001000.safetensors"; or, in a mapping from step, any of these, anything that
             `load_model` takes, or a function without arguments that gives such a thing.
         texts: Prompts; by default 16 of prose, 256 tokens each. They are tokenised by the first
             checkpoint, and all get the same tokens.
@@ -152,6 +155,8 @@ class _Checkpoints:
             return load_model(checkpoint)
         if isinstance(checkpoint, int):
             return load_model(self._named(checkpoint), checkpoint=checkpoint, **self._options)
+        if Path(checkpoint).suffix == ".safetensors":
+            return _laboratory_model(Path(checkpoint), **self._options)
         if self._model is not None and not Path(checkpoint).exists():
             return load_model(self._model, revision=str(checkpoint), **self._options)
         return load_model(checkpoint, **self._options)
@@ -221,11 +226,21 @@ class _Checkpoints:
         return " · ".join([*parts, f"{prompts} × {settings.source}"])
 
 
+def _laboratory_model(file: Path, device: Any = "cpu", **options: Any) -> Any:
+    """A snapshot that `sinkscope.bb.train` left, as a bridge."""
+    from sinkscope import bb
+
+    if options:
+        raise ModelError(f"{file.name} is a laboratory's; of the options it takes device alone.")
+    model, _ = bb.load_model(file)
+    return bb.to_bridge(model, name=file.stem).to(device)
+
+
 def _loss(model: Any, prompts: Texts) -> float | None:
-    """Mean over prompts of the next-token loss; None where it means nothing."""
-    losses = _measure.losses(model, prompts)
-    if losses is None:
+    """Mean over prompts of the next-token loss; None for a model without one."""
+    try:
+        partway = Partway(model)
+    except UnsupportedError:
         return None
-    real = prompts.mask[:, 1:].to(losses.device)
-    per_prompt = torch.where(real, losses[:, :-1], 0).sum(dim=1) / real.sum(dim=1)
-    return float(per_prompt.mean())
+    with partway.opened():
+        return float(PromptLosses(partway, prompts)().mean())

@@ -9,36 +9,33 @@ here it is the loss, which feels a missing head long before an answer changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope.capture import batches
 from sinkscope.errors import ReportError, SinkscopeError, UnsupportedError
 from sinkscope.experiments import _partial, _result
-from sinkscope.experiments._partway import Hooks, Partway
+from sinkscope.experiments._losses import Flags, PromptLosses
+from sinkscope.experiments._partway import Partway
 from sinkscope.experiments._sleeping import RANDOM, Sleeping
 from sinkscope.metrics.heads import INACTIVE_IF, Direction, inactivity_threshold
 from sinkscope.models import load_model
 from sinkscope.report import SinkReport
 from sinkscope.scan import scan
-from sinkscope.texts import Texts, as_texts
+from sinkscope.texts import as_texts
 
 __all__ = ["RANDOM", "SHARES", "Sleeping", "sleep"]
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 _METRICS = ("sink_attention", "values", "head_outputs", "entropy")
-_TOKENS = {"cuda": 2**16, "cpu": 2**12}
-"""Tokens of one forward pass."""
 
 Scores = Mapping[str, Float[Tensor, "prompt layer head"]]
-Flags = Bool[Tensor, "prompt layer head"]
 
 
 def sleep(
@@ -108,7 +105,7 @@ def sleep(
     report = scan(model, prompts, metrics=_METRICS, progress=progress).to("cpu")
     choose = _Chooser(report, names, thresholds, further, draws, seed)
     with growing.kept(), partway.opened():
-        _fill(growing, _Sleeper(partway, prompts, batch), choose, progress)
+        _fill(growing, PromptLosses(partway, prompts, batch), choose, progress)
     return growing.result
 
 
@@ -168,45 +165,14 @@ class _Chooser:
         return rearrange(chosen, "prompt (layer head) -> prompt layer head", layer=layers)
 
 
-class _Sleeper:
-    """Losses of all prompts, with some heads of each asleep."""
-
-    def __init__(self, partway: Partway, prompts: Texts, batch: int | None) -> None:
-        self._partway = partway
-        self._tokens, self._mask = prompts.tokens, prompts.mask
-        room = _TOKENS.get(partway.device.type, _TOKENS["cpu"]) // self._tokens.shape[1]
-        self._batches = batches.by_length(self._mask).split(batch or max(1, room))
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def losses(self, asleep: Flags | None = None) -> Float[Tensor, "prompt"]:
-        """The loss of each prompt when these heads put out nothing, at any position."""
-        found = torch.full((len(self),), torch.nan)
-        partway = self._partway
-        for rows in self._batches:
-            length = int(self._mask[rows].sum(dim=1).max())
-            tokens, mask = (x[rows, :length].to(partway.device) for x in (self._tokens, self._mask))
-            hooks = [] if asleep is None else self._hooks(asleep[rows])
-            final = partway.final(tokens, mask, hooks=hooks)
-            found[rows] = partway.losses(tokens, mask, final).cpu()
-        return found
-
-    def _hooks(self, asleep: Flags) -> Hooks:
-        def silence(layer: int) -> Callable[..., Tensor]:
-            here = rearrange(asleep[:, layer], "prompt head -> prompt 1 head 1")
-            return lambda z, hook: z.masked_fill(here.to(z.device), 0)
-
-        layers = asleep.any(dim=2).any(dim=0).nonzero()[:, 0].tolist()
-        return [(self._partway.can.hook("z", layer), silence(layer)) for layer in layers]
-
-
-def _fill(growing: _partial.Growing, sleeper: _Sleeper, choose: _Chooser, progress: bool) -> None:
+def _fill(
+    growing: _partial.Growing, losses_of: PromptLosses, choose: _Chooser, progress: bool
+) -> None:
     """Measure what is still nan."""
     found: Sleeping = growing.result
     missing = found.loss_asleep.isnan().any(dim=-1)
     if found.loss.isnan().any():
-        found.loss[:] = sleeper.losses()
+        found.loss[:] = losses_of()
     bar = tqdm(
         total=missing.numel(),
         initial=missing.numel() - int(missing.sum()),
@@ -217,7 +183,7 @@ def _fill(growing: _partial.Growing, sleeper: _Sleeper, choose: _Chooser, progre
     with bar:
         for score, quantile in missing.nonzero().tolist():
             flags = choose(found.scores[score], found.asked["shares"][quantile])
-            losses = torch.stack([sleeper.losses(one) for one in flags])
+            losses = torch.stack([losses_of(one) for one in flags])
             shares = torch.stack([one.float().mean(dim=(1, 2)) for one in flags])
             found.loss_asleep[score, quantile] = losses.mean(dim=0)
             found.share_removed[score, quantile] = shares.mean(dim=0)

@@ -139,6 +139,29 @@ def test_a_folder_of_other_texts_is_refused(folders, tmp_path) -> None:
         dynamics(None, folders[:1], ss.token_ids(TOKENS.flip(0)), out=tmp_path, progress=False)
 
 
+def test_snapshots_of_the_laboratory(tmp_path) -> None:
+    """Each step's figures are those that a scan of that snapshot's bridge gives."""
+    from sinkscope import bb
+
+    config = bb.TrainConfig.classroom(
+        model=bb.ModelConfig(width=16, context=32),
+        batch=4,
+        length=32,
+        steps=6,
+        snapshots=(2, 6),
+    )
+    bb.train(config, folder=tmp_path, progress=False)
+    files = sorted(tmp_path.glob("step-*.safetensors"))
+    assert len(files) == 2
+    texts = bb.task_texts(prompts=3, length=20, task=bb.load_model(files[0])[1])
+    found = dynamics(None, files, texts, progress=False)
+    assert found.steps == (2, 6)
+    for step, file in zip(found.steps, files, strict=True):
+        alone = ss.scan(bb.to_bridge(bb.load_model(file)[0]), texts, progress=False)
+        torch.testing.assert_close(found.reports[step].sink_attention, alone.sink_attention)
+    assert "loss" in found.overview()
+
+
 def test_what_is_refused(folders, tmp_path) -> None:
     texts = ss.token_ids(TOKENS)
     with pytest.raises(ModelError, match="cannot be told"):

@@ -8,8 +8,9 @@ import torch
 
 import sinkscope as ss
 from sinkscope.errors import ReportError, SinkscopeError, UnsupportedError
+from sinkscope.experiments._losses import PromptLosses
 from sinkscope.experiments._sleeping import RANDOM, last_within
-from sinkscope.experiments.sleep import _Chooser, _Sleeper, sleep
+from sinkscope.experiments.sleep import _Chooser, sleep
 from tests.families.architectures import BY_NAME, N_HEADS, N_LAYERS
 from tests.families.reference import reference
 from tests.families.test_removal_families import edited, losses
@@ -159,7 +160,7 @@ def test_an_interrupted_run_continues(model, tmp_path, monkeypatch) -> None:
     file, texts = tmp_path / "sleep.nc", ss.token_ids(TOKENS)
     options = dict(scores=["AWFT", "AEQD"], shares=SHARES, draws=2, progress=False)
     whole = sleep(model, texts, **options)
-    real, calls = _Sleeper.losses, []
+    real, calls = PromptLosses.__call__, []
 
     def counted(self, *args):
         calls.append(args)
@@ -167,7 +168,7 @@ def test_an_interrupted_run_continues(model, tmp_path, monkeypatch) -> None:
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(_Sleeper, "losses", counted)
+    monkeypatch.setattr(PromptLosses, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
         sleep(model, texts, file=file, **options)
     again = sleep(model, texts, file=file, **options)
