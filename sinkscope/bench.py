@@ -21,10 +21,9 @@ from sinkscope.capabilities import capabilities
 from sinkscope.capture import paths, runner
 from sinkscope.capture.observers import CORE, OBSERVERS, Observer, Scope
 from sinkscope.errors import ModelError, SinkscopeError
-from sinkscope.metrics import values
 from sinkscope.metrics.attention import bucket_edges
 from sinkscope.models import load_model
-from sinkscope.scan import choose_metrics, output_weight
+from sinkscope.scan import Grams, choose_metrics
 from sinkscope.texts import token_ids
 
 LLAMA = dict(vocab_size=128256, max_position_embeddings=2**18, num_key_value_heads=8)
@@ -193,7 +192,7 @@ def _bridge_row(
     can = capabilities(bridge)
     path = paths.choose(bridge, can, where)
     names = choose_metrics("all" if metrics == ("all",) else metrics, can, path)
-    scope = Scope(0.3, can.n_heads, tuple(bucket_edges(length)), _gram_of(bridge))
+    scope = Scope(0.3, can.n_heads, tuple(bucket_edges(length)), Grams(bridge))
     laps = _Laps(runner.input_device(bridge))
     observers = [kind(scope) for metric in names for kind in OBSERVERS[metric]]
     tokens = _tokens(size, bridge.cfg.d_vocab).repeat(repeats + 1, 1)
@@ -222,17 +221,6 @@ def _bridge_row(
 def _tokens(size: tuple[int, int], vocabulary: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(min(1000, vocabulary // 2), vocabulary, size, generator=generator)
-
-
-def _gram_of(bridge: Any) -> Callable[[int], Tensor]:
-    made: dict[int, Tensor] = {}
-
-    def gram(layer: int) -> Tensor:
-        if layer not in made:
-            made[layer] = values.gram(output_weight(bridge, layer))
-        return made[layer]
-
-    return gram
 
 
 class _Laps:

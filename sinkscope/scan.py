@@ -70,7 +70,7 @@ def scan(
         epsilon=epsilon,
         n_heads=can.n_heads,
         bucket_edges=tuple(bucket_edges(prompts.tokens.shape[1])),
-        gram=_Grams(model),
+        gram=Grams(model),
     )
 
     def measure(observers: Sequence[Observer], at: Bool[Tensor, "prompt position"]) -> dict:
@@ -142,14 +142,15 @@ def _missing(metric: str, can: Capabilities, path: paths.Path) -> str | None:
     return None
 
 
-class _Grams:
-    """W_O^h W_O^hᵀ of each layer, made once a scan."""
+class Grams:
+    """W_O^h W_O^hᵀ of each layer of a model, made the first time it is asked for."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._made: dict[int, Tensor] = {}
 
     def __call__(self, layer: int) -> Float[Tensor, "head d_head d_head"]:
+        """The Gram matrix of every head of a layer, on the layer's device."""
         if layer not in self._made:
             self._made[layer] = values.gram(output_weight(self._model, layer))
         return self._made[layer]
