@@ -182,7 +182,8 @@ class StreamReader:
 
     def on_keys(self, keys: Bool[Tensor, "prompt key"]) -> Float[Tensor, "prompt head query"]:
         """Σ_{j∈keys} exp(s_ij − lse_i), O(T) a key; which keys is worked out once a batch."""
-        chosen = self.batch.once(("key set", id(keys)), lambda: _columns.KeySet.of(keys))
+        # The mask is kept with its set: while it lives, no other tensor can have its id.
+        _, chosen = self.batch.once(("key set", id(keys)), lambda: (keys, _columns.KeySet.of(keys)))
         return _columns.attention_to_keys(*self._attended, chosen)
 
     def received(self) -> Float[Tensor, "prompt head key"]:
