@@ -12,10 +12,11 @@ from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels
 from sinkscope.plot._scales import colour_scale, log_switch
-from sinkscope.plot.heads import HEAD_DIMS
+from sinkscope.plot.heads import HEAD_DIMS, of_heads
 from sinkscope.plot.theme import SEQUENTIAL, Theme, palette
 
 if TYPE_CHECKING:
+    from sinkscope._labelled import Variable
     from sinkscope.report import SinkReport
 
 
@@ -33,17 +34,17 @@ def head_scatter(
 
     Args:
         report: What a scan gave.
-        x: Field along x, with the dimensions layer and head.
+        x: Field along x, with the dimensions layer and head, or an inactivity score.
         y: Field along y, likewise; per-KV-head figures are repeated for the heads that share them.
         theme: "light", "dark", or the default.
 
     Raises:
         ReportError: If a field was not measured or is not one figure a head.
     """
-    across, up = (_per_head(report, name) for name in (x, y))
+    (across_is, across), (up_is, up) = (_per_head(report, name) for name in (x, y))
     layers, heads = across.shape
     where = np.stack([axis.ravel() for axis in np.indices((layers, heads))], axis=-1)
-    label_x, label_y = (_labels.axis_label(report.variables()[name]) for name in (x, y))
+    label_x, label_y = _labels.axis_label(across_is), _labels.axis_label(up_is)
     figure = go.Figure(
         go.Scatter(
             x=across.ravel(),
@@ -152,17 +153,11 @@ def _same_tokens(one: SinkReport, other: SinkReport) -> bool:
     return True
 
 
-def _per_head(report: SinkReport, metric: str) -> np.ndarray:
-    """A figure of every head [layer head], those of a kv_head repeated for its heads."""
-    variable = report._require(metric)
-    if variable.dims not in HEAD_DIMS:
-        raise ReportError(
-            f"{metric} has the dimensions {' '.join(variable.dims)}; expected one figure a layer "
-            "and head."
-        )
-    figures = _figure.mean(report, metric)
-    share = report.settings.n_heads // figures.shape[1]
-    return np.repeat(figures, share, axis=1) if variable.dims[-1] == "kv_head" else figures
+def _per_head(report: SinkReport, metric: str) -> tuple[Variable, np.ndarray]:
+    """A metric and its figure of every head [layer head]; heads of one kv_head share theirs."""
+    variable, figures = of_heads(report, metric)
+    share = report.settings.n_heads // figures.mean.shape[1]
+    return variable, np.repeat(figures.mean, share, axis=1)
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:

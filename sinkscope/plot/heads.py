@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import plotly.graph_objects as go
 
+from sinkscope._bootstrap import bootstrap
 from sinkscope._labelled import Variable
 from sinkscope.errors import ReportError
+from sinkscope.metrics.heads import INACTIVE_IF
 from sinkscope.plot import _labels as labels
-from sinkscope.plot._figure import Interval, finish, interval, tick
+from sinkscope.plot._figure import Interval, finish, interval, remembered, tick
 from sinkscope.plot._scales import colour_scale, greyed, value_range
 from sinkscope.plot.theme import Palette, Theme, palette
 
@@ -34,7 +36,8 @@ def head_map(
 
     Args:
         report: What a scan gave.
-        metric: A field with the dimensions layer and head (or kv_head); with or without prompts.
+        metric: A field with the dimensions layer and head (or kv_head), with or without prompts;
+            or one of the thirteen inactivity scores, such as "AHON-LN".
         threshold: Where the slider starts; by default ε for probabilities, and below the smallest
             value, so that nothing is grey, for everything else.
         theme: "light", "dark", or the default.
@@ -46,13 +49,7 @@ def head_map(
     Raises:
         ReportError: If the metric is unknown, was not measured, or is not one figure a head.
     """
-    variable = report._require(metric)
-    if variable.dims not in HEAD_DIMS:
-        raise ReportError(
-            f"{metric} has the dimensions {' '.join(variable.dims)}; a head map needs one figure a "
-            f"layer and head, such as {', '.join(head_metrics(report)[:3])}."
-        )
-    figures = interval(report, metric)
+    variable, figures = of_heads(report, metric)
     if threshold is None and variable.unit == "probability":
         threshold = report.settings.epsilon
     colours = palette(theme)
@@ -71,6 +68,31 @@ def head_map(
         height=max(380, min(900, 230 + 18 * rows)),
     )
     return figure
+
+
+def of_heads(report: SinkReport, metric: str) -> tuple[Variable, Interval]:
+    """What a metric is and its figure of every head, with intervals over prompts.
+
+    Args:
+        report: What a scan gave.
+        metric: A field of `HEAD_DIMS`, or one of the thirteen inactivity scores.
+
+    Raises:
+        ReportError: If the metric is unknown, was not measured, or is not one figure a head.
+    """
+    if metric in INACTIVE_IF:
+        about = f"inactivity score of Sandoval-Segura et al.; inactive {INACTIVE_IF[metric]} τ"
+        variable = Variable(metric, ("prompt", "layer", "head"), None, about, None)
+        return variable, remembered(
+            report, metric, lambda: bootstrap(report.inactivity_scores()[metric])
+        )
+    variable = report._require(metric)
+    if variable.dims not in HEAD_DIMS:
+        raise ReportError(
+            f"{metric} has the dimensions {' '.join(variable.dims)}; a head map needs one figure a "
+            f"layer and head, such as {', '.join(head_metrics(report)[:3])}."
+        )
+    return variable, interval(report, metric)
 
 
 HEAD_DIMS = (

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
+from torch import Tensor
 
+from sinkscope._fields import SinkFields
+from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels
 from sinkscope.plot._bars import add_uniform, bars, hover_names, uniform_level
@@ -22,6 +25,8 @@ from sinkscope.plot._scales import (
 from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from sinkscope._labelled import Variable
     from sinkscope.report import SinkReport
 
@@ -141,18 +146,30 @@ def position_map(
     return _figure.finish(figure, title, report.settings, theme, height=height)
 
 
-def position_embedding_norms(report: SinkReport, *, theme: Theme = None) -> go.Figure:
+def position_embedding_norms(
+    source: SinkReport | Float[Tensor, "position"],
+    *,
+    about: _labels.About | None = None,
+    theme: Theme = None,
+) -> go.Figure:
     """Norm of every learned position embedding (Yan et al. 2407.01601, Fig. 2).
 
     Args:
-        report: Of a model with learned positions.
+        source: A report of a model with learned positions, or the norms themselves [activation].
+        about: For norms: which model's they are.
         theme: "light", "dark", or the default.
 
     Raises:
-        ReportError: If the model has no learned position embeddings.
+        ReportError: If the model has no learned position embeddings, or norms come without a word
+            on whose they are.
     """
-    variable = report._require("position_embedding_norm")
-    norms = _figure.mean(report, "position_embedding_norm")
+    variable = SinkFields.variables()["position_embedding_norm"]
+    if isinstance(source, Tensor):
+        norms = to_numpy(source)
+    else:
+        about, norms = source.settings, _figure.mean(source, "position_embedding_norm")
+    if about is None:
+        raise ReportError("Norms alone do not say which model's they are; pass about=.")
     places = bins(len(norms))
     figure = bars(None, variable, places, places.maximum(norms), theme)
     median = float(np.median(norms[1:]))
@@ -162,7 +179,7 @@ def position_embedding_norms(report: SinkReport, *, theme: Theme = None) -> go.F
     )  # fmt: skip
     figure.update_yaxes(title_text="norm of its embedding [activation]")
     title = f"Position embeddings: the first is {_labels.number(norms[0] / median)} × the median"
-    return _figure.finish(figure, title, report.settings, theme)
+    return _figure.finish(figure, title, about, theme)
 
 
 def _positional(report: SinkReport, metric: str) -> Variable:

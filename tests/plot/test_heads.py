@@ -79,6 +79,16 @@ def test_one_prompt_has_no_interval():
     assert "interval" not in figure.data[0].hovertemplate
 
 
+def test_inactivity_scores_can_be_drawn_by_name():
+    report = synthetic_report()
+    (cells,) = plot.head_map(report, "AHON-LN").data
+    norms = report.head_output_norm.double().numpy()
+    expected = (norms / norms.mean(axis=2, keepdims=True)).mean(axis=0)
+    np.testing.assert_allclose(cells.z, expected, rtol=1e-5)
+    (dots,) = plot.head_scatter(report, "sink_attention", "AHON-LN").data
+    np.testing.assert_allclose(dots.y, expected.ravel(), rtol=1e-5)
+
+
 def test_undefined_heads_are_left_out_of_the_count():
     attention = torch.tensor([[[0.9, float("nan"), 0.1]]])
     report = only(synthetic_report(prompts=1, layers=1, heads=3), "sink_attention")

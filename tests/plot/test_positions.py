@@ -127,6 +127,15 @@ def test_position_embeddings_are_compared_with_their_median():
     assert figure.layout.title.text == "Position embeddings: the first is 5 × the median"
 
 
+def test_position_embedding_norms_of_a_tensor_need_a_word_on_whose_they_are():
+    norms = torch.arange(1.0, 9.0)
+    figure = plot.position_embedding_norms(norms, about="bert-large")
+    assert drawn(figure) == pytest.approx(dict(enumerate(norms.tolist())))
+    assert figure.layout.title.subtitle.text == "bert-large"
+    with pytest.raises(ReportError, match="pass about="):
+        plot.position_embedding_norms(norms)
+
+
 def test_strange_layers_heads_and_metrics_are_refused():
     report = synthetic_report()
     with pytest.raises(ReportError, match="no layer 4 .* run from 0 to 3"):
