@@ -356,8 +356,6 @@ print(f"position 0 receives {first:.2f}, position 45 receives {second:.2f}")
 answer_4 = "the first" if first > 10 * second else "the second" if second > 10 * first else "both"
 
 check(4, answer_4)
-
-# %% jupyter={"source_hidden": true} tags=["solution"]
 assert solved == set(ANSWERS)
 
 # %% [markdown]

@@ -65,6 +65,13 @@ assert report.top_heads(1)[0]["layer"] == 18
 ss.plot.head_map(report)
 
 # %% [markdown]
+# In a live notebook there is more: click a head on the map, and everything about it follows. Type a
+# prompt of your own and measure it. Put an intervention beside it (lesson 4 is about those).
+
+# %% tags=["live"]
+ss.explore(report, model=model)
+
+# %% [markdown]
 # ## A rate has a threshold
 #
 # The **sink rate** of Gu et al. (arXiv 2410.10781) counts heads. For each prompt, layer and head
@@ -271,7 +278,7 @@ assert again.settings == report.settings
 #
 # * A sink rate belongs to a model *and* a threshold, a length, a first token and a kind of text.
 #   Say all of them.
-# * `uniform_ratio` is fair across lengths; the raw rate is not.
+# * Across lengths, the raw rate alone misleads. Look at `uniform_ratio`, too.
 # * A sink is recognised by its state. Tokens that share that state for some layers are sinks for
 #   those layers.
 # * Sinks are not a matter of causal masks alone: MiniLM parks on `[CLS]`.
@@ -368,8 +375,6 @@ answer_4 = next(
 )
 
 check(4, answer_4)
-
-# %% jupyter={"source_hidden": true} tags=["solution"]
 assert solved == set(ANSWERS)
 
 # %% [markdown]

@@ -122,17 +122,17 @@ assert ledger[[27, 28, 29]].max() < -50 and ledger[[28, 29]].sum() < -15_000
 # blocks that do not touch it; a withdrawal in blocks 27 to 29, before the unembedding could be
 # disturbed by it.
 #
-# No other position receives such a deposit from block 11: they reach a thousandth of it. (Blocks 2 to
-# 10 may do to an early " the" what they do to the first token: the secondary sink of lesson 2.)
+# No other position receives such a deposit from block 11: they reach a thousandth of it. (Blocks 2
+# to 10 may do to an early " the" what they do to the first token: the secondary sink of lesson 2.)
 #
 # ## Non-mixture dimensions
 #
 # Why does the first token get it, whatever word it is? Under a causal mask, position 0 attends to
 # itself alone. Its attention output is *one* value vector, where everybody else's is an average of
-# many. It is the one **non-mixed** position. Yan et al. (arXiv 2407.01601, their Fig. 1) showed that
-# an early FFN of Llama3-8B turns this difference into a few extreme channels, which they call the
-# non-mixture distribution. Their exact rule is not public. sinkscope's is operational, and ours:
-# with $x$ the FFN's output, channel $d$ counts if, in at least half of the prompts,
+# many. It is the one **non-mixed** position. Yan et al. (arXiv 2407.01601, their Fig. 1) showed
+# that an early FFN of Llama3-8B turns this difference into a few extreme channels, which they call
+# the non-mixture distribution. Their exact rule is not public. sinkscope's is operational, and
+# ours: with $x$ the FFN's output, channel $d$ counts if, in at least half of the prompts,
 #
 # $$|x_{0,d}| > 100 \cdot \operatorname{median}_{d'} |x_{0,d'}| \quad\text{and}\quad
 #   |x_{0,d}| > 10 \cdot \max_{i \ge 1} |x_{i,d}| .$$
@@ -162,8 +162,8 @@ assert {(row["layer"], row["dim"]) for row in found} >= {(11, 507), (28, 507)}
 # block's attention or FFN to zero, **at position 0 only**, and reads off the peak and the sink
 # attention everywhere.
 #
-# > **Predict.** Without the FFN of block 11 at position 0, what happens to the sink attention of the
-# > layers after it? And what if you take block 11's *attention*, or the FFN of block 12?
+# > **Predict.** Without the FFN of block 11 at position 0, what happens to the sink attention of
+# > the layers after it? And what if you take block 11's *attention*, or the FFN of block 12?
 
 # %%
 from sinkscope.experiments.trace_peak import trace_peak
@@ -192,8 +192,8 @@ assert untouched > 0.5 > 0.2 > without.mean()
 #
 # A large number in the residual stream does not make a large key. Every block normalises what it
 # reads (RMSNorm), and then a peak has a curious effect: **it drowns everything else.** Divide by a
-# norm that is all channel 507, and what is left is the direction of channel 507, hardly any trace of
-# the word. So all first tokens become the same vector:
+# norm that is all channel 507, and what is left is the direction of channel 507, hardly any trace
+# of the word. So all first tokens become the same vector:
 
 # %%
 with torch.inference_mode():
@@ -268,8 +268,8 @@ assert drain[high].mean() < 0.35 < 0.7 < drain[~high].mean()
 #
 # One number out of $64 \times 576$. What is it worth?
 #
-# > **Predict.** The loss is about 3 nats per token. What is it when channel 507 of position 0 is set
-# > to zero after block 11? And when it is set to its mean over *other* texts?
+# > **Predict.** The loss is about 3 nats per token. What is it when channel 507 of position 0 is
+# > set to zero after block 11? And when it is set to its mean over *other* texts?
 
 # %%
 from sinkscope.interventions import SetActivation
@@ -296,12 +296,12 @@ assert abs(losses["dim 507 → mean"] - losses["untouched"]) < 0.1
 assert abs(losses["dim 506 → zero"] - losses["untouched"]) < 0.1
 
 # %% [markdown]
-# Set to zero, the model is destroyed: worse than guessing evenly among all 49,152 tokens, which would
-# cost $\ln 49152 \approx 10.8$. Set to the mean of other texts, next to nothing happens, for the
-# number never carried information about *this* text.
-# It is a constant, a **bias**, kept in the only place a transformer without biases has for it: a
-# token. (Sun et al. found both halves in Llama2-7B. Zero-ablation alone would have told you that
-# channel 507 is the most important fact about your text. Always ask for the mean, too.)
+# Set to zero, the model is destroyed: worse than guessing evenly among all 49,152 tokens, which
+# would cost $\ln 49152 \approx 10.8$. Set to the mean of other texts, next to nothing happens, for
+# the number never carried information about *this* text. It is a constant, a **bias**, kept in the
+# only place a transformer without biases has for it: a token. (Sun et al. found both halves in
+# Llama2-7B. Zero-ablation alone would have told you that channel 507 is the most important fact
+# about your text. Always ask for the mean, too.)
 #
 # ## What to take with you
 #
@@ -408,8 +408,9 @@ answer_3 = next(k for k in range(1, 577) if squares.topk(k).values.sum() >= 0.99
 check(3, answer_3)
 
 # %% [markdown]
-# **4.** MiniLM is bidirectional: nobody is non-mixed, and `[CLS]` is a sink all the same. Does one of
-# its FFN channels single out `[CLS]`? Which? (`ss.load_model("minilm-l6")`, `nonmixture_dims()`.)
+# **4.** MiniLM is bidirectional: nobody is non-mixed, and `[CLS]` is a sink all the same. Does one
+# of its FFN channels single out `[CLS]`? Which? (`ss.load_model("minilm-l6")`,
+# `nonmixture_dims()`.)
 
 # %%
 answer_4 = None
@@ -422,8 +423,6 @@ print([(row["layer"], row["dim"], round(row["value"])) for row in records])
 (answer_4,) = {row["dim"] for row in records}
 
 check(4, answer_4)
-
-# %% jupyter={"source_hidden": true} tags=["solution"]
 assert solved == set(ANSWERS)
 
 # %% [markdown]

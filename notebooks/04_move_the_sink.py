@@ -16,9 +16,9 @@
 #
 # Lesson 3 ended with a suspicion: position 0 becomes the sink because it is the one position that
 # *mixes nothing*. A suspicion is cheap. If it is true, we must be able to make a sink wherever we
-# like, and to unmake it by taking away just that. This lesson does both, following Yan et al. (arXiv
-# 2407.01601), who control sinks in two ways: by a **mask** in a causal model, and by the **position
-# embeddings** in a bidirectional one.
+# like, and to unmake it by taking away just that. This lesson does both, following Yan et al.
+# (arXiv 2407.01601), who control sinks in two ways: by a **mask** in a causal model, and by the
+# **position embeddings** in a bidirectional one.
 #
 # An intervention in sinkscope is a context manager. It composes with every measurement and leaves
 # the model bit for bit as it was.
@@ -95,8 +95,8 @@ assert abs(value[40] / value[0] - 1) < 0.1 and value[40] < 0.4 * value.median()
 assert abs(norm.median() / before.residual_norm[11].median() - 1) < 0.05
 
 # %% [markdown]
-# It is the same thing. The peak is as high, the value as small. (And the norms of the other positions
-# have hardly moved.)
+# It is the same thing. The peak is as high, the value as small. (And the norms of the other
+# positions have hardly moved.)
 #
 # ## Two by two
 #
@@ -129,8 +129,8 @@ for index in designated:
 #
 # ## When is it decided?
 #
-# > **Predict.** Block 11 writes the peak. Let position 40 see only itself (a) in layers 0 to 11, and
-# > everything from 12 on; (b) the other way round. In which case does it become a sink?
+# > **Predict.** Block 11 writes the peak. Let position 40 see only itself (a) in layers 0 to 11,
+# > and everything from 12 on; (b) the other way round. In which case does it become a sink?
 
 # %%
 received = {}
@@ -234,8 +234,8 @@ assert abs(hidden_always - untouched) < 0.3 < 0.4 < hidden_late - untouched
 # position 0 behind, that is "hidden late", and the model breaks down. StreamingLLM (Xiao et al.,
 # arXiv 2309.17453) keeps the first few tokens besides the window, and all is well.
 #
-# > **Predict.** We keep one single token besides a window of 128. Position 0 will do. Will position 96
-# > do? And position 96, if it was *designated* by a mask?
+# > **Predict.** We keep one single token besides a window of 128. Position 0 will do. Will
+# > position 96 do? And position 96, if it was *designated* by a mask?
 
 # %%
 streamed = streaming_context(
@@ -257,9 +257,10 @@ assert perplexity["designated 96"] < 1.15 * everything
 #
 # ## The other way: position embeddings
 #
-# MiniLM is bidirectional: everybody sees everybody, nobody is non-mixed, and `[CLS]` at position 0 is
-# a sink all the same. So the model must tell position 0 apart in another way. MiniLM adds a learned
-# vector $p_t$ to each token. Look at their norms (Yan et al., their Fig. 2, for BERT-Large):
+# MiniLM is bidirectional: everybody sees everybody, nobody is non-mixed, and `[CLS]` at position 0
+# is a sink all the same. So the model must tell position 0 apart in another way. MiniLM adds a
+# learned vector $p_t$ to each token. Look at their norms (Yan et al., their Fig. 2, for
+# BERT-Large):
 
 # %%
 minilm = ss.load_model("minilm-l6")
@@ -307,9 +308,9 @@ assert table["random ends", "swapped"][0] < 0.05 and table["random ends", "swapp
 # * `[CLS]` and swapped vectors: two sinks. The vector makes one at 32, and the token `[CLS]` makes
 #   one by itself at 0, without the vector.
 #
-# Two sufficient causes, each invisible while the other is present. Only the fourth cell of the table
-# tells them apart. This is why `waiver.position_embeddings` and `waiver.structured_mask` always run
-# both kinds of start.
+# Two sufficient causes, each invisible while the other is present. Only the fourth cell of the
+# table tells them apart. This is why `waiver.position_embeddings` and `waiver.structured_mask`
+# always run both kinds of start.
 #
 # ## What to take with you
 #
@@ -396,7 +397,8 @@ assert drained.residual_norm[11, answer_2] > 1_000
 
 # %% [markdown]
 # **3.** In MiniLM the *last* position embedding, $p_{511}$, is longer than usual too. Give it to
-# position 32, on the prompts with random ends (`plain`). Does 32 become a sink? Answer "yes" or "no".
+# position 32, on the prompts with random ends (`plain`). Does 32 become a sink? Answer "yes" or
+# "no".
 
 # %%
 answer_3 = None
@@ -409,8 +411,6 @@ with PositionEmbeddingEdit(minilm, source=-1, target=32):
 answer_3 = "yes" if last.received_peak.mean(0)[32] > 0.1 else "no"  # a length is not a direction
 
 check(3, answer_3)
-
-# %% jupyter={"source_hidden": true} tags=["solution"]
 assert solved == set(ANSWERS)
 
 # %% [markdown]

@@ -18,9 +18,9 @@
 # more than 99 % of their attention, and lesson 3 showed that hardly anything comes back from there.
 # Are they dead weight? Could one cut them out?
 #
-# Guo et al. (arXiv 2410.13835) have a better word than dead: **dormant**. A head is *active-dormant*
-# if it parks on the sink on one kind of input and works on another. This lesson wakes one of the two
-# up, fails to wake the other, and asks which heads a model could do without.
+# Guo et al. (arXiv 2410.13835) have a better word than dead: **dormant**. A head is
+# *active-dormant* if it parks on the sink on one kind of input and works on another. This lesson
+# wakes one of the two up, fails to wake the other, and asks which heads a model could do without.
 #
 # Before: lessons [1](01_what_is_an_attention_sink.ipynb) to
 # [3](03_drains_peaks_and_dimensions.ipynb).
@@ -155,9 +155,9 @@ assert in_echo[16, 0] > 1.5 * max(in_echo[18, 7], in_echo[18, 6])
 #
 # ## All heads at once
 #
-# `dormancy` makes the comparison for every head: it names those whose sink attention is above 0.5 on
-# one kind of text and lower by at least 0.25 on the other, if the difference is significant after
-# correction for looking at 270 heads (a max-t permutation test over prompts).
+# `dormancy` makes the comparison for every head: it names those whose sink attention is above 0.5
+# on one kind of text and lower by at least 0.25 on the other, if the difference is significant
+# after correction for looking at 270 heads (a max-t permutation test over prompts).
 #
 # > **Predict.** Random tokens against repeated random tokens: which heads will it name?
 
@@ -198,15 +198,15 @@ assert len(domains.differing()) <= 5, "next to none"
 #
 # ## Is a sink head an inactive head?
 #
-# It is tempting to read "0.8 of its attention goes to the sink" as "it does little". Sandoval-Segura
-# et al. (arXiv 2504.03889) test that idea. Their best score looks at what a head puts *out*, compared
-# with its neighbours in the layer:
+# It is tempting to read "0.8 of its attention goes to the sink" as "it does little".
+# Sandoval-Segura et al. (arXiv 2504.03889) test that idea. Their best score looks at what a head
+# puts *out*, compared with its neighbours in the layer:
 #
 # $$\mathrm{HONOR}_h = \frac{\operatorname{mean}_i \lVert o_i^h \rVert}
 #   {\operatorname{mean}_{h'} \operatorname{mean}_i \lVert o_i^{h'} \rVert} .$$
 #
-# > **Predict.** Of the heads that park more than half of their attention, do any put out *more* than
-# > their layer's average?
+# > **Predict.** Of the heads that park more than half of their attention, do any put out *more*
+# > than their layer's average?
 
 # %%
 ss.plot.head_scatter(report, "sink_attention", "honor_out")
@@ -226,17 +226,17 @@ print(f"the loudest: {layer}.{head}, sink attention {attention[layer, head]:.2f}
 assert loud.sum() > 10 and output[layer, head] > 1.5
 
 # %% [markdown]
-# Every fourth or so. A head in layer 24 parks four fifths of its attention and still writes twice as
-# much as its neighbours: it does a lot with the fifth that is left. **Sink head and inactive head are
-# different things.** The correlation is there (see the title of the figure), and weak.
+# Every fourth or so. A head in layer 24 parks four fifths of its attention and still writes twice
+# as much as its neighbours: it does a lot with the fifth that is left. **Sink head and inactive
+# head are different things.** The correlation is there (see the title of the figure), and weak.
 #
 # ## How many can sleep?
 #
-# The practical form of the question: ask anew for every prompt which heads look inactive, zero those,
-# and watch the loss.
+# The practical form of the question: ask anew for every prompt which heads look inactive, zero
+# those, and watch the loss.
 #
-# > **Predict.** At 10 % of all heads, order these by the damage they do: the heads with the smallest
-# > HONOR; those with the largest attention to the first token (AWFT); random heads.
+# > **Predict.** At 10 % of all heads, order these by the damage they do: the heads with the
+# > smallest HONOR; those with the largest attention to the first token (AWFT); random heads.
 
 # %%
 short = ss.token_ids(prose.tokens[:, :48])
@@ -251,16 +251,16 @@ print({score: round(nats, 2) for score, nats in rise.items()})
 assert max(rise["AHON-LN"], rise["AWFT"]) < 0.5 * rise["random"]
 
 # %% [markdown]
-# Both scores know something: the same number of random heads does several times the damage. (AHON-LN
-# is HONOR by its systematic name.) Between the two, four short prompts cannot decide, and this lesson
-# does not pretend to. On MMLU, in models a hundred times as large, Sandoval-Segura et al. find the
-# output norm the better guide.
+# Both scores know something: the same number of random heads does several times the damage.
+# (AHON-LN is HONOR by its systematic name.) Between the two, four short prompts cannot decide, and
+# this lesson does not pretend to. On MMLU, in models a hundred times as large, Sandoval-Segura et
+# al. find the output norm the better guide.
 #
 # ## What to take with you
 #
 # * A head that gives the sink 99 % may be an induction head waiting for a repetition.
-# * Dormant is a property of a head *and* an input. Removing a head on one kind of text proves nothing
-#   about another.
+# * Dormant is a property of a head *and* an input. Removing a head on one kind of text proves
+#   nothing about another.
 # * Sink attention alone does not say what a head contributes. Look at its output, and in the end at
 #   the loss.
 # * Count prompts, and correct for the number of heads, before you name one.
@@ -347,8 +347,6 @@ print(f"18.7 attends to the sink: {of_18[:, 7, half:, 0].mean():.2f}, without 16
 
 check(3, answer_3)
 assert answer_3 > of_18[:, 7, half:, 0].mean() + 0.2
-
-# %% jupyter={"source_hidden": true} tags=["solution"]
 assert solved == set(ANSWERS)
 
 # %% [markdown]
