@@ -57,9 +57,10 @@ class Dormancy(Result):
 
         Returns:
             Records of layer, head, dormant_on, active_on, the sink attention on either with its
-            interval, and p; after a removal, for each mode, what removing the head costs on either
-            domain, and p of a difference, corrected for the heads of this list. `confirmed` says
-            that it costs significantly more where the head is active.
+            interval, and p; after a removal, for each mode, on either domain the cost (mean change
+            of the loss) and the effect (mean size of that change in a prompt: a head that helps
+            here and harms there is at work), and p of a difference in effect, corrected for the
+            heads of this list. `confirmed`: the effect is larger where the head is active.
         """
         found = []
         for (one, other), p in self.p_values.items():
@@ -128,26 +129,34 @@ class Dormancy(Result):
         names = {f"{prefix}{end}": f"loss_change{end}" for end in ("", "_low", "_high")}
         return self.frame().rename(columns=names).assign(mode=mode)
 
-    def prediction(self, mode: str) -> pd.DataFrame:
-        """How well each figure ranks heads by what their removal costs.
+    def prediction(self, mode: str, of: str = "cost") -> pd.DataFrame:
+        """How well each figure ranks heads by what their removal does.
+
+        Args:
+            mode: Of the removal.
+            of: "cost", the mean change of the loss; or "effect", the mean size of that change in a
+                prompt, whether the head helped or harmed.
 
         Returns:
             score, domain, Spearman's rho over heads with its 95 % interval over prompts (low,
-            high), and `expected`, the sign it has if inactive heads are the cheap ones.
+            high), and `expected`, the sign it has if inactive heads are those that do little.
 
         Raises:
-            ReportError: If heads were not removed in this mode.
+            ReportError: If heads were not removed in this mode, or there is no such figure.
         """
         import pandas as pd
 
+        if of not in ("cost", "effect"):
+            raise ReportError(f"There is no {of!r} of a removal; ask for its cost or its effect.")
         rows = []
         for domain, removed in self._removed(mode).items():
-            cost = removed.loss_change.flatten(1)
-            whole = ~cost.isnan().any(dim=1)  # prompts on which every head was removed
+            change = removed.loss_change.flatten(1)
+            change = change if of == "cost" else change.abs()
+            whole = ~change.isnan().any(dim=1)  # prompts on which every head was removed
             for name, figures in _per_head(self.reports[domain]).items():
                 if name in FIELDS[1:]:
                     continue
-                rho = rank_correlation(figures.flatten(1)[whole], cost[whole])
+                rho = rank_correlation(figures.flatten(1)[whole], change[whole])
                 sign = -1 if INACTIVE_IF.get(name, "above") == "above" else 1
                 rows.append(
                     {"score": name, "domain": domain, "rho": rho.mean, "low": rho.low}
@@ -187,7 +196,10 @@ class Dormancy(Result):
             },
             "differing": self.differing(),
             "prediction": {
-                mode: self.prediction(mode).to_dict("records") for mode in self.removals
+                mode: {
+                    of: self.prediction(mode, of).to_dict("records") for of in ("cost", "effect")
+                }
+                for mode in self.removals
             },
             "untouched_loss": {
                 mode: {domain: _result.estimate(one.loss) for domain, one in removed.items()}
@@ -229,12 +241,13 @@ def _add_costs(
             removed[domain].loss_change[:, list(at[0]), list(at[1])] for domain in (asleep, awake)
         )
         # Each pair and direction is a family of its own: Bonferroni over them.
-        p = (max_t(dear, cheap) * len(pairs)).clamp(max=1)
+        p = (max_t(dear.abs(), cheap.abs()) * len(pairs)).clamp(max=1)
         for index, head in enumerate(own):
-            costs = _result.estimate(cheap[:, index]), _result.estimate(dear[:, index])
-            more = costs[1].mean > costs[0].mean
+            changes = cheap[:, index], dear[:, index]
+            effects = tuple(_result.estimate(change.abs()) for change in changes)
             head[mode] = {
-                "cost": costs,
+                "cost": tuple(_result.estimate(change) for change in changes),
+                "effect": effects,
                 "p": float(p[index]),
-                "confirmed": bool(more and p[index] < level),
+                "confirmed": bool(effects[1].mean > effects[0].mean and p[index] < level),
             }

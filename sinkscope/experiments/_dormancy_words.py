@@ -21,10 +21,10 @@ def summary(found: Dormancy) -> str:
         *(_pair(found, pair, n) for pair, n in facts["significant"].items()),
         _differing(found, facts["differing"]),
     ]
-    for mode, rows in facts["prediction"].items():
+    for mode, tables in facts["prediction"].items():
         if facts["differing"]:
             lines.append(_judged(facts["differing"], mode))
-        lines.append(_prediction(mode, rows))
+        lines += [_prediction(mode, of, rows) for of, rows in tables.items()]
     return "\n".join(line for line in lines if line)
 
 
@@ -51,34 +51,39 @@ def _differing(found: Dormancy, heads: list[dict[str, Any]]) -> str:
 def _judged(heads: list[dict[str, Any]], mode: str) -> str:
     confirmed = [head for head in heads if head[mode]["confirmed"]]
     text = (
-        f"Removal ({mode}) confirms {len(confirmed)} of {len(heads)}: it costs significantly more "
-        "where the head is active."
+        f"Removal ({mode}) confirms {len(confirmed)} of {len(heads)}: it moves a prompt's loss "
+        "more where the head is active."
     )
-    if confirmed:
-        strongest = sorted(
-            confirmed, key=lambda head: head[mode]["cost"][0].mean - head[mode]["cost"][1].mean
-        )
-        some = [
-            f"{head['layer']}.{head['head']} ({head['dormant_on']} "
-            f"{head[mode]['cost'][0]}, {head['active_on']} {head[mode]['cost'][1]} nat)"
-            for head in strongest[:_NAMED]
-        ]
-        text += f" Strongest: {listed(some)}."
-    return text
+    if not confirmed:
+        return text
+
+    def ratio(head: dict[str, Any]) -> float:
+        asleep, awake = head[mode]["effect"]
+        return awake.mean / asleep.mean
+
+    some = []
+    for head in sorted(confirmed, key=ratio, reverse=True)[:_NAMED]:
+        asleep, awake = (number(effect.mean) for effect in head[mode]["effect"])
+        kinds = f"{head['dormant_on']} {asleep}, {head['active_on']} {awake} nat"
+        some.append(f"{head['layer']}.{head['head']} ({kinds})")
+    return f"{text} Most: {listed(some)}."
 
 
-def _prediction(mode: str, rows: list[dict[str, Any]]) -> str:
-    """How well sink attention ranks heads by cost, and which score does it best."""
+_OF = {"cost": "what removal ({}) costs", "effect": "how far removal ({}) moves the loss"}
+
+
+def _prediction(mode: str, of: str, rows: list[dict[str, Any]]) -> str:
+    """How well sink attention ranks heads, and which score does it best."""
     sentences = []
     for domain in dict.fromkeys(row["domain"] for row in rows):
         own = [row for row in rows if row["domain"] == domain]
         sink = next(row for row in own if row["score"] == "sink_attention")
         best = max(own, key=lambda row: row["rho"] * row["expected"])
-        sentences.append(
-            f"on {domain} sink attention ρ = {_interval(sink)}, best {best['score']} "
-            f"ρ = {_interval(best)}"
-        )
-    return f"Rank correlation with what removal ({mode}) costs: {'; '.join(sentences)}."
+        sentence = f"on {domain} sink attention ρ = {_interval(sink)}"
+        if best is not sink:
+            sentence += f", best {best['score']} ρ = {_interval(best)}"
+        sentences.append(sentence)
+    return f"Rank correlation with {_OF[of].format(mode)}: {'; '.join(sentences)}."
 
 
 def _interval(row: dict[str, Any]) -> str:

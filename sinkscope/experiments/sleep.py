@@ -32,7 +32,7 @@ from sinkscope.texts import as_texts
 
 __all__ = ["RANDOM", "SHARES", "Sleeping", "sleep"]
 
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 _METRICS = ("sink_attention", "values", "head_outputs", "entropy")
 
 Scores = Mapping[str, Float[Tensor, "prompt layer head"]]

@@ -122,12 +122,14 @@ def test_removal_is_on_the_first_prompts_and_of_named_heads_on_all(model) -> Non
         got.loss_without[measured], whole.loss_without[measured], atol=1e-5, rtol=0
     )
     for head in named:
-        cheap, dear = head["zero"]["cost"]
-        for domain, cost in ((head["dormant_on"], cheap), (head["active_on"], dear)):
+        for place, domain in enumerate((head["dormant_on"], head["active_on"])):
             own = found.removals["zero"][domain].loss_change[:, head["layer"], head["head"]]
+            cost, effect = head["zero"]["cost"][place], head["zero"]["effect"][place]
             assert cost.mean == pytest.approx(float(own.mean()), abs=1e-6)
+            assert effect.mean == pytest.approx(np.mean([abs(x) for x in own.tolist()]), abs=1e-6)
+        asleep, awake = head["zero"]["effect"]
         significant = head["zero"]["p"] < 0.05
-        assert head["zero"]["confirmed"] == (significant and dear.mean > cheap.mean)
+        assert head["zero"]["confirmed"] == (significant and awake.mean > asleep.mean)
 
 
 def test_prediction_is_a_rank_correlation_over_heads(model) -> None:
@@ -144,6 +146,13 @@ def test_prediction_is_a_rank_correlation_over_heads(model) -> None:
         assert row["low"] <= row["high"]
         assert row["expected"] == 1
     assert set(table.query("score == 'AWFT'")["expected"]) == {-1}
+    effect = found.removals["zero"]["high"].loss_change[:4].double().abs().mean(0).flatten()
+    entropy = found.reports["high"].attention_entropy[:4].double().mean(0).flatten()
+    ordered = [z.numpy().argsort().argsort() for z in (entropy, effect)]
+    row = found.prediction("zero", "effect").query("domain == 'high' and score == 'AEQD'").iloc[0]
+    assert row["rho"] == pytest.approx(np.corrcoef(*ordered)[0, 1])
+    with pytest.raises(ReportError, match="cost or its effect"):
+        found.prediction("zero", "loss")
     with pytest.raises(ReportError, match="remove='mean'"):
         found.prediction("mean")
 
