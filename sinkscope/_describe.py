@@ -22,7 +22,7 @@ def describe(capabilities: Capabilities) -> RenderableType:
 def as_text(renderable: RenderableType, width: int = 100) -> str:
     """The same without colours."""
     page = StringIO()
-    Console(file=page, width=width, color_system=None).print(renderable)
+    Console(file=page, width=width, color_system=None, force_jupyter=False).print(renderable)
     return "\n".join(line.rstrip() for line in page.getvalue().rstrip().splitlines())
 
 

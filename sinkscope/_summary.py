@@ -94,7 +94,10 @@ def _printed(renderable: Any) -> str:
     from rich.console import Console
 
     out = io.StringIO()
-    Console(file=out, width=_WIDTH, color_system=None, legacy_windows=False).print(renderable)
+    console = Console(
+        file=out, width=_WIDTH, color_system=None, legacy_windows=False, force_jupyter=False
+    )
+    console.print(renderable)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     return "\n".join(line for line in lines if line)
 

@@ -257,3 +257,10 @@ def test_models_of_other_sizes_are_compared_where_they_agree(pair):
     assert "sink_rate" in comparison.names and "sink_attention" not in comparison.names
     with pytest.raises(ReportError, match="cannot be compared: it has the shape"):
         comparison.difference("sink_attention")
+
+
+def test_text_stays_text_where_rich_would_draw_it_in_the_notebook(monkeypatch, capsys):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert "Strongest sink heads\n" in repr(synthetic_report())
+    assert "sink attention" in repr(synthetic_report()).partition("Strongest sink heads")[2]
+    assert capsys.readouterr().out == ""
