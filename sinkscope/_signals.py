@@ -2,8 +2,11 @@
 
 A hook's name is a candidate, not a proof. A pattern must be zero where nothing is visible, queries
 and keys must multiply into what attention is made of, scores must turn into the pattern under
-softmax, the pattern must mix the values into ``z``, and the residual stream must add up. What
-fails is not offered, with a sentence that says why.
+softmax or be those products, the pattern must mix the values into ``z`` (a gate may stand between),
+and the residual stream must add up. What fails is not offered, with a sentence that says why.
+
+None of this asks for a softmax: attention may be any non-negative weights. Whether they are one is
+found out too, since some figures, such as the entropy of a row, mean something only then.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sinkscope._algebra import close, masked_softmax, mixed_values, scaled_products
@@ -27,6 +31,7 @@ QUERY_KEY = (
     (B + "attn.hook_q", B + "attn.hook_k"),
 )
 VALUE, Z = B + "attn.hook_v", B + "attn.hook_z"
+GATES = (B + "attn.hook_gate", B + "attn.hook_q_gate")
 RESID_PRE, RESID_POST = B + "hook_resid_pre", B + "hook_resid_post"
 # On BERT hook_attn_out is the state after the next norm; what attention adds is attn.o's output.
 ATTN_OUT = (B + "hook_attn_out", B + "attn.o.hook_out")
@@ -35,10 +40,13 @@ LN1_IN, LN1_OUT, LN2_IN = B + "ln1.hook_in", B + "ln1.hook_out", B + "ln2.hook_i
 NEURONS, DOWN_IN = B + "mlp.hook_post", B + "mlp.out.hook_in"
 
 CANDIDATES = (
-    *(PATTERN, SCORES, *QUERY_KEY[0], *QUERY_KEY[1], VALUE, Z),
+    *(PATTERN, SCORES, *QUERY_KEY[0], *QUERY_KEY[1], VALUE, Z, *GATES),
     *(RESID_PRE, RESID_POST, *ATTN_OUT, *MLP_OUT, LN1_IN, LN1_OUT, LN2_IN, NEURONS, DOWN_IN),
 )
 """Templates of all hook points that may carry a signal or serve to check one."""
+
+HIDDEN = torch.finfo(torch.float32).min / 2
+"""Scores below this are masked."""
 
 Layers = list[Tensor]
 
@@ -51,13 +59,16 @@ class Findings:
         scales: The factor on q·k in each layer.
         signals: Signal name to hook template, for the signals that passed.
         reasons: Signal name to why it is not offered.
-        softmax: Whether the pattern is a softmax of the scores (with or without a learned sink).
+        softmax: Whether the pattern is a softmax of the scores, of which a place that is no key (a
+            learned sink, a key bias without value, off-by-one) may take a share.
+        gated: Whether a gate multiplies what the pattern mixes before it becomes ``z``.
     """
 
     scales: tuple[float, ...]
     signals: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     softmax: bool = True
+    gated: bool = False
 
     def accept(self, **hooks: str) -> None:
         """Offer signals under these hooks."""
@@ -120,7 +131,7 @@ class _Checks:
         return all(map(self.close, left, right))
 
     def pattern(self) -> None:
-        """A pattern is nought where causality and the window hide the key, and nowhere else."""
+        """A pattern is nowhere negative, and nought where causality and the window hide the key."""
         pattern = self.layers(PATTERN)
         if pattern is None:
             self.findings.reject(
@@ -128,16 +139,26 @@ class _Checks:
                 'keeps no pattern (bridge.original_model.set_attn_implementation("eager") does)',
                 "pattern",
             )
-        elif all(
-            p.ndim == 4 and torch.equal(p.sum((0, 1)) > 0, seen)  # some head reads each visible key
-            for p, seen in zip(pattern, self.visible, strict=True)
-        ):
+        elif all(p.ndim == 4 and self.reads_the_visible(i, p) for i, p in enumerate(pattern)):
             self.findings.accept(pattern=PATTERN)
         else:
             self.findings.reject(
                 "hook_pattern does not read the keys that the config's mask leaves visible",
                 "pattern",
             )
+
+    def reads_the_visible(self, layer: int, pattern: Tensor) -> bool:
+        """Whether hidden keys get nothing, and visible ones are known to be visible.
+
+        Under a softmax some head reads each visible key. Other operators may give it nought in all
+        heads (ReLU, softpick, no attention at all); then the scores have to show the mask.
+        """
+        seen, scores = self.visible[layer], self.layers(SCORES)
+        if (pattern < 0).any() or pattern[..., ~seen].any():
+            return False
+        if (pattern.sum((0, 1)) > 0)[seen].all():
+            return True
+        return scores is not None and bool(((scores[layer] > HIDDEN) == seen).all())
 
     def query_key(self) -> None:
         """Queries and keys are those whose scaled products explain the pattern or the scores."""
@@ -189,12 +210,14 @@ class _Checks:
     def scores(self) -> None:
         """Scores are what softmax turns into the pattern, or the scaled products themselves."""
         found, scores, pattern = self.findings, self.layers(SCORES), self.layers(PATTERN)
+        if pattern is not None:  # without true scores, rows that sum to one are taken for softmax
+            found.softmax = all(self.close(p.sum(-1), torch.ones(p.shape[:-1])) for p in pattern)
         if scores is None:
             found.reject("hook_attn_scores does not fire in every block", "scores")
         elif pattern is not None and self.same(scores, pattern):
             found.reject("the stock bridge's hook_attn_scores is the pattern itself", "scores")
         else:
-            found.softmax = all(self.explains_pattern(i, s) for i, s in enumerate(scores))
+            found.softmax = all(self.is_softmax(i, s) for i, s in enumerate(scores))
             products = self.products or ()
             if found.softmax or (
                 products and all(self.are_scores(i, s) for i, s in enumerate(products))
@@ -203,18 +226,52 @@ class _Checks:
             else:
                 found.reject("hook_pattern is not the softmax of hook_attn_scores", "scores")
 
+    def is_softmax(self, layer: int, scores: Tensor) -> bool:
+        """Whether a softmax of these scores is the layer's pattern, but for an unread share."""
+        if self.explains_pattern(layer, scores):
+            return True
+        pattern = self.layers(PATTERN)
+        if pattern is None or scores.shape != pattern[layer].shape:
+            return False
+        total = pattern[layer].sum(-1, keepdim=True)
+        if (total <= 0).any() or (total > 1 + self.tolerance).any():
+            return False
+        return self.close(masked_softmax(scores, self.visible[layer], None), pattern[layer] / total)
+
     def values(self) -> None:
-        """Values are what the pattern mixes into ``z``."""
+        """Values are what the pattern mixes into ``z``, before a gate where there is one."""
         value, z = self.layers(VALUE), self.layers(Z)
         if value is None or z is None or any(x.ndim != 4 for x in (*value, *z)):
             self.findings.reject("hook_v and hook_z do not show one vector a head", "value", "z")
         elif "pattern" not in self.findings.signals:
             # Nothing to mix with; these two are plain inputs and outputs of projections.
             self.findings.accept(value=VALUE, z=Z)
-        elif self.same(list(map(mixed_values, self.layers(PATTERN) or [], value)), z):
-            self.findings.accept(value=VALUE, z=Z)
         else:
-            self.findings.reject("the pattern does not mix hook_v into hook_z", "value", "z")
+            mixed = list(map(mixed_values, self.layers(PATTERN) or [], value))
+            plain = self.same(mixed, z)
+            self.findings.gated = not plain and self.is_gated(mixed, z)
+            if plain or self.findings.gated:
+                self.findings.accept(value=VALUE, z=Z)
+            else:
+                self.findings.reject("the pattern does not mix hook_v into hook_z", "value", "z")
+
+    def is_gated(self, mixed: Layers, z: Layers) -> bool:
+        """Whether a gate hook, as it is or under a sigmoid, turns what is mixed into ``z``."""
+        for hook in GATES:
+            gates = self.layers(hook)
+            if gates is None or any(
+                gate.shape[-1] % x.shape[2] for gate, x in zip(gates, z, strict=True)
+            ):
+                continue
+            # A factor for each channel of a head, or one for all of them.
+            wide = [
+                rearrange(gate, "b t (h d) -> b t h d", h=x.shape[2]) if gate.ndim == 3 else gate
+                for gate, x in zip(gates, z, strict=True)
+            ]
+            for factors in (wide, [gate.sigmoid() for gate in wide]):
+                if self.same([x * gate for x, gate in zip(mixed, factors, strict=True)], z):
+                    return True
+        return False
 
     def residual(self) -> None:
         """Block outputs are the next block's inputs, and the two sub-layers' outputs add up."""

@@ -48,6 +48,16 @@ METRIC_SIGNALS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """The signals that each metric reads on the stock path."""
 
+NO_SOFTMAX = (
+    "attention is not a softmax of the scores here, so its rows are no distribution, and have no "
+    "entropy"
+)
+GATED = (
+    "a gate stands between the values and W_O, so W_O alone does not say what a value adds to the "
+    "residual stream"
+)
+"""Why a figure is not defined on a model."""
+
 STREAMED = frozenset({"pattern", "scores", "query", "key", "value"})
 """Signals that the streaming path gets out of the model's own attention function."""
 
@@ -70,7 +80,10 @@ class Capabilities:
         moe: Whether the FFNs are mixtures of experts.
         learned_sinks: Whether heads have a learned sink logit, so that attention sums to less
             than one.
-        softmax: Whether attention is a softmax of the scores (a learned sink may take a share).
+        softmax: Whether attention is a softmax of the scores (of which a learned sink or another
+            place that is no key may take a share).
+        gated: Whether a gate multiplies each head's mixture of values before W_O; ``z`` is what
+            W_O reads, the gated one.
         windows: Sliding window of each layer in positions, the query's own counted; ``None`` is
             full attention.
         softcap: Bound on the scores, or ``None``.
@@ -96,6 +109,7 @@ class Capabilities:
     moe: bool
     learned_sinks: bool
     softmax: bool
+    gated: bool
     windows: tuple[int | None, ...]
     softcap: float | None
     scales: tuple[float, ...]
@@ -226,6 +240,7 @@ def _assemble(
         moe=anatomy.moe,
         learned_sinks=any(sink is not None for sink in anatomy.sinks),
         softmax=found.softmax,
+        gated=found.gated,
         windows=anatomy.windows,
         softcap=anatomy.softcap,
         scales=found.scales,
@@ -263,12 +278,14 @@ def _unavailable(model: Any, anatomy: Anatomy, found: Findings, causal: bool) ->
     """Why each metric that cannot be measured on the stock path cannot."""
     reasons: dict[str, str] = {}
     # The streaming path has q·k and no other term of the scores.
-    streamed = STREAMED if anatomy.positions != "alibi" else frozenset()
+    streamed = STREAMED if anatomy.positions != "alibi" and _streams(model) else frozenset()
     for metric, signals in METRIC_SIGNALS.items():
         for signal in signals:
             if signal in found.reasons:
                 hint = '; path="streaming" measures it' if signal in streamed else ""
                 reasons[metric] = found.reasons[signal] + hint
+    if not found.softmax:
+        reasons.setdefault("attention_entropy", NO_SOFTMAX)
     if not any(sink is not None for sink in anatomy.sinks):
         reasons["learned_sink_mass"] = "the model has no learned sink"
     if anatomy.positions != "learned":
@@ -278,6 +295,17 @@ def _unavailable(model: Any, anatomy: Anatomy, found: Findings, causal: bool) ->
     elif not causal:
         reasons["loss"] = "a bidirectional model predicts no next token"
     return reasons
+
+
+def _streams(model: Any) -> bool:
+    """Whether the streaming path takes this model."""
+    from sinkscope.capture._support import attention_of
+
+    try:
+        attention_of(model)
+    except UnsupportedError:
+        return False
+    return True
 
 
 def _fired(seen: Probe, n_layers: int) -> tuple[str, ...]:

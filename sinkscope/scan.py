@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinkscope.capabilities import Capabilities, capabilities
+from sinkscope.capabilities import GATED, NO_SOFTMAX, Capabilities, capabilities
 from sinkscope.capture import paths, runner
 from sinkscope.capture.observers import CORE, OBSERVERS, Observer, Scope
 from sinkscope.capture.observers.discovery import FindSinks
@@ -132,6 +132,10 @@ def _missing(metric: str, can: Capabilities, path: paths.Path) -> str | None:
     """Why a metric cannot be measured exactly on this model and path, or None."""
     if metric == "learned_sink" and not can.learned_sinks:
         return f"{can.architecture} has no learned sink."
+    if metric == "entropy" and not can.softmax:
+        return f"{NO_SOFTMAX}."
+    if metric == "through_output" and can.gated:
+        return f"{GATED}."
     for observer in OBSERVERS[metric]:
         for signal in sorted(observer.reads()):
             if not path.shows(signal):

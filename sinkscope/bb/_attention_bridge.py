@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
 
@@ -16,14 +17,21 @@ class BackcopyAttentionBridge(AttentionBridge):
     """Runs `sinkscope.bb.model.Attention` with its tap tied to the bridge's hook points.
 
     `q`, `k`, `v`, `o` inside it are bridge components already, so `hook_q`, `hook_k`, `hook_v` and
-    `hook_z` fire by themselves; scores and pattern pass through here.
+    `hook_z` fire by themselves; scores, pattern and gate pass through here.
     """
 
     supports_split_qkv_fork = False
 
+    def __init__(self, *args: Any, gated: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if gated:
+            self.hook_gate = HookPoint()
+
     def forward(self, hidden_states: Tensor, visible: Tensor, *_: Any, **__: Any) -> Tensor:
         hidden_states = self.hook_in(hidden_states)
         points = {"hook_attn_scores": self.hook_attn_scores, "hook_pattern": self.hook_pattern}
+        if hasattr(self, "hook_gate"):
+            points["hook_gate"] = self.hook_gate
 
         def tap(name: str, value: Tensor) -> Tensor:
             return points[name](value) if name in points else value

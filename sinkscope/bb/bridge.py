@@ -3,12 +3,16 @@
 The bridge wraps a copy of the module itself, through TransformerLens' own native adapter, so there
 is no second implementation that could disagree. One component differs from the stock one: attention
 here hands its *true* pre-softmax scores to `hook_attn_scores` and takes edits of both scores and
-pattern back, whatever the operator.
+pattern back, whatever the operator; a gated layer shows its gate in `hook_gate`.
+
+`scan` measures every operator. Where attention is no softmax it leaves out the entropy of rows that
+are no distribution; behind a gate, what W_O would make of a value.
 """
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,18 +67,18 @@ def to_bridge(
         ),
         model_name=name,
         tokenizer=make_tokenizer(task) if task is not None else None,
-        post_adapter_hook=_use_true_attention,
+        post_adapter_hook=partial(_use_true_attention, gated=config.attention == "gated"),
     )
     return bridge.eval()
 
 
-def _use_true_attention(adapter: ArchitectureAdapter) -> None:
+def _use_true_attention(adapter: ArchitectureAdapter, gated: bool) -> None:
     from sinkscope.bb._attention_bridge import BackcopyAttentionBridge
 
     block = adapter.component_mapping["blocks"]
     stock = block.submodules["attn"]
     block.submodules["attn"] = BackcopyAttentionBridge(
-        name=stock.name, config=adapter.cfg, submodules=stock.submodules
+        name=stock.name, config=adapter.cfg, submodules=stock.submodules, gated=gated
     )
     # Hook points of the stock component's optional split inputs, which ours has no use for.
     gone = {"hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"}

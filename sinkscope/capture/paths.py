@@ -55,6 +55,10 @@ class Path(Protocol):
         ...
 
 
+_READ = frozenset({"scores", "query", "key"})
+"""Tensors that observers get from a reader only."""
+
+
 class _LayerInputs:
     """Tensors of one layer that its reader will need, until the last of them has fired."""
 
@@ -81,8 +85,9 @@ class StockPath:
         return nullcontext()
 
     def shows(self, signal: str) -> bool:
-        """What the probe of this very model saw fire."""
-        return signal in self._capabilities.signals
+        """What the probe of this very model saw fire; readers are made where a pattern fires."""
+        signals = self._capabilities.signals
+        return signal in signals and ("pattern" in signals or signal not in _READ)
 
     def hooks(self, wanted: Wanted, batch: Callable[[], Batch], emit: Emit) -> Hooks:
         """A reader is ready when a layer's pattern fires: all else it reads fired before."""

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from sinkscope.bb import BackcopyTransformer, BigramBackcopy, BigramSource, ModelConfig, knockouts
+from sinkscope._anatomy import read_anatomy
+from sinkscope._probe import probe
+from sinkscope._signals import CANDIDATES, find_signals
+from sinkscope.bb import (
+    BackcopyTransformer,
+    BigramBackcopy,
+    BigramSource,
+    ModelConfig,
+    knockouts,
+    to_bridge,
+)
 from sinkscope.bb import measure as measured
 from sinkscope.bb.model import recorder
+from sinkscope.capabilities import capabilities
+from sinkscope.errors import UnsupportedError
+from sinkscope.scan import scan
+from sinkscope.texts import token_ids
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +189,155 @@ def test_clean_pattern_by_hand():
 
     forced = clean(torch.full((1, 3, 3), 0.3), torch.tensor([[False, False, True]]))
     assert forced[0].tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0]]
+
+
+# What a scan says of bridges whose attention is not a plain softmax, against loops over the
+# model's own queries, keys and values.
+
+OPERATORS = {
+    "softmax": lambda s: [math.exp(x) / sum(map(math.exp, s)) for x in s],
+    "relu": lambda s: [max(x, 0.0) / len(s) for x in s],
+    "sigmoid": lambda s: [1 / (1 + len(s) * math.exp(-x)) for x in s],
+    "off-by-one": lambda s: [math.exp(x) / (1 + sum(map(math.exp, s))) for x in s],
+    "softpick": lambda s: [
+        max(math.exp(x) - 1, 0) / (sum(abs(math.exp(y) - 1) for y in s) + 1e-8) for x in s
+    ],
+    "none": lambda s: [0.0] * len(s),
+}
+
+
+def dot(x, y) -> float:
+    return sum(float(a) * float(b) for a, b in zip(x, y, strict=True))
+
+
+def size(x) -> float:
+    return math.sqrt(dot(x, x))
+
+
+def looped(model, tokens, operator: str) -> dict[str, list[float]]:
+    """Figures of a scan with its sink at 0, one a prompt, layer and head, in plain Python."""
+    recorded, record = recorder("hook_q", "hook_k", "hook_v", "hook_gate")
+    with torch.no_grad():
+        model(tokens, tap=record)
+    found: dict[str, list[float]] = {}
+    for b in range(len(tokens)):
+        for layer in range(2):
+            for head in range(2):
+                q, k, v, gate = (
+                    recorded[name][b, :, head].double().tolist() if name in recorded else None
+                    for name in (f"blocks.{layer}.attn.hook_{x}" for x in ("q", "k", "v", "gate"))
+                )
+                nothing = [[0.0] * 4] * tokens.shape[1]
+                rule = OPERATORS[operator if q else "none"]
+                figures = of_a_head(q or nothing, k or nothing, v or nothing, gate, rule)
+                for name, figure in figures.items():
+                    found.setdefault(name, []).append(figure)
+    return found
+
+
+def of_a_head(q, k, v, gate, rule) -> dict[str, float]:
+    scores = [[dot(q[i], k[j]) / 2 for j in range(i + 1)] for i in range(len(q))]
+    rows = [rule(row) for row in scores]
+    z = [[sum(a * v[j][d] for j, a in enumerate(row)) for d in range(4)] for row in rows]
+    if gate is not None:
+        z = [[x * g for x, g in zip(*both, strict=True)] for both in zip(z, gate, strict=True)]
+    weighted = [[a * size(v[j]) for j, a in enumerate(row)] for row in rows[1:]]
+    later = range(1, len(q))
+    return {
+        "sink_attention": mean([rows[i][0] for i in later]),
+        "first_token_attention": mean([row[0] for row in rows]),
+        "value_drain": size(v[0]) / (mean([size(v[i]) for i in later]) or math.nan),
+        "first_value_norm": size(v[0]),
+        "head_output_norm": mean([size(x) for x in z]),
+        "last_output_norm": size(z[-1]),
+        "sink_logit_gap": mean([scores[i][0] - mean(scores[i][1:i]) for i in range(2, len(q))]),
+        "value_weighted_sink_share": mean(
+            [w[0] / sum(w) for w in weighted if sum(w) > 0] or [math.nan]
+        ),
+        "attention_entropy": mean([-sum(a * math.log(a) for a in row if a > 0) for row in rows]),
+    }
+
+
+SCANNED = {
+    "softmax": {},
+    "gated": {"attention": "gated"},
+    "relu": {"attention": "relu"},
+    "sigmoid": {"attention": "sigmoid"},
+    "off-by-one": {"attention": "off-by-one"},
+    "softpick": {"attention": "softpick"},
+    "a layer without attention": {"no_attention": (0,)},
+}
+
+
+@pytest.mark.parametrize("kind", SCANNED)
+def test_a_scan_measures_any_attention_by_loops(kind, tokens):
+    model = build(**SCANNED[kind])
+    with torch.no_grad():  # scores far from zero, so that ReLU and softpick cut some off
+        for block in model.layers:
+            if block.attn is not None:
+                block.attn.q.weight.mul_(6)
+    report = scan(to_bridge(model), token_ids(tokens), progress=False)
+    operator = kind if kind in OPERATORS else "softmax"
+    expected = looped(model, tokens, operator)
+    if kind not in ("softmax", "gated", "off-by-one"):
+        assert report.attention_entropy is None
+        del expected["attention_entropy"]
+    assert report.settings.path == "stock"
+    for name, figures in expected.items():
+        want = torch.tensor(figures, dtype=torch.float64)
+        got = report[name].double().flatten()
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4, equal_nan=True, msg=name)
+    assert len(set(expected["sink_attention"])) > 8, "the case has to tell heads apart"
+
+
+def test_received_attention_of_relu_by_loops(tokens):
+    model = build(attention="relu")
+    recorded, record = recorder("hook_pattern")
+    with torch.no_grad():
+        model(tokens, tap=record)
+    report = scan(to_bridge(model), token_ids(tokens), metrics="received", progress=False)
+    for layer in range(2):
+        pattern = recorded[f"blocks.{layer}.attn.hook_pattern"].double()
+        assert (pattern[:, :, 11] == 0).any(), "a query that sees all reads some keys not at all"
+        for head in range(2):
+            for key in (0, 5, 11):
+                paid = [pattern[b, head, i, key].item() for b in range(5) for i in range(key, 12)]
+                got = report.received_attention[layer, head, key].item()
+                assert got == pytest.approx(mean(paid), abs=1e-6)
+
+
+def test_what_is_not_defined_is_refused_in_a_sentence(tokens):
+    relu, gated = (to_bridge(build(attention=kind)) for kind in ("relu", "gated"))
+    texts = token_ids(tokens)
+    with pytest.raises(UnsupportedError, match="not a softmax .* no distribution"):
+        scan(relu, texts, metrics="entropy", progress=False)
+    with pytest.raises(UnsupportedError, match="a gate stands between the values and W_O"):
+        scan(gated, texts, metrics="through_output", progress=False)
+    with pytest.raises(UnsupportedError, match="stock path"):
+        scan(relu, texts, metrics="sink_attention", path="streaming", progress=False)
+    assert "no distribution" in capabilities(relu).unavailable["attention_entropy"]
+    assert not any("streaming" in why for why in capabilities(relu).unavailable.values())
+    assert capabilities(gated).gated and not capabilities(relu).gated
+
+
+def test_a_pattern_that_reads_hidden_keys_is_not_believed(tokens):
+    """ReLU patterns may be nought anywhere, so the check of the mask must not become lax."""
+    bridge = to_bridge(build(attention="relu"))
+    anatomy = read_anatomy(bridge)
+    names = {hook.format(layer=layer) for hook in CANDIDATES for layer in range(2)}
+    seen = probe(bridge, names.__contains__)
+    hook = "blocks.1.attn.hook_{}".format
+
+    def found(**changed):
+        kept = seen.kept | {hook(name): value for name, value in changed.items()}
+        return find_signals(replace(seen, kept=kept), anatomy, causal=True, tolerance=2e-3)
+
+    pattern, scores = seen.kept[hook("pattern")], seen.kept[hook("attn_scores")]
+    lower = torch.ones(12, 12, dtype=torch.bool).tril()
+    assert (pattern.sum((0, 1))[lower] == 0).any(), "a visible key that nobody reads"
+    assert "pattern" in found().signals
+    ahead = pattern.clone()
+    ahead[..., 3, 7] = 1e-3
+    assert "pattern" in found(pattern=ahead).reasons
+    assert "pattern" in found(pattern=-pattern).reasons
+    assert "pattern" in found(attn_scores=scores.clamp(min=-1.0)).reasons  # no mask to be seen

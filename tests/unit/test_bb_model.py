@@ -110,10 +110,9 @@ def test_bridge_is_the_same_model(attention, structure, tokens):
         logits, cache = bridge.run_with_cache(tokens)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     recorded.pop("hook_pos_embed")  # the bridge repeats it for every prompt
-    compared = [name for name in recorded if not name.endswith("hook_gate")]
-    for name in compared:
+    for name in recorded:
         torch.testing.assert_close(cache[name], recorded[name], atol=1e-5, rtol=0, msg=name)
-    names = {name.rsplit("hook_")[-1] for name in compared}
+    names = {name.rsplit("hook_")[-1] for name in recorded}
     assert {"attn_scores", "pattern", "q", "k", "v", "z", "resid_pre", "resid_post"} <= names
 
 
