@@ -2,53 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from sinkscope.capabilities import capabilities
-from sinkscope.capture.attention import AttentionReader
-from sinkscope.capture.batches import Batch
-from sinkscope.errors import TextError
-from sinkscope.experiments import _measure, _result
+from sinkscope.experiments import _result
 from sinkscope.experiments._result import Estimate, Result
-from sinkscope.interventions import ReplaceEnd, ReplaceStart
-from sinkscope.interventions._base import check_mode
 from sinkscope.metrics import ffn
-from sinkscope.metrics.positions import masked_mean
-from sinkscope.texts import Texts
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-STARTS = ("special", "random", "given")
 BY_POSITION = ("received_attention", "value_norm", "residual_norm")
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One panel of the paper's figures.
-
-    Attributes:
-        name: Its title, such as "special start · 255 designated".
-        start: Of `STARTS`.
-        change: What was done to the position; "unchanged" for the reference.
-        texts: The prompts, with that start.
-        enter: The intervention.
-    """
-
-    name: str
-    start: str
-    change: str
-    texts: Texts
-    enter: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -57,7 +26,7 @@ class Conditions(Result):
 
     Attributes:
         position: The position that was acted upon.
-        starts: Start of each condition, from `STARTS`.
+        starts: Start of each condition, special, random or given.
         changes: What was done in each condition; "unchanged" for the reference.
         names: Title of each condition.
         causal: Whether attention is.
@@ -91,6 +60,11 @@ class Conditions(Result):
         n_layers = self.residual_norm.shape[2]
         return slice(n_layers // 2, n_layers)
 
+    @property
+    def layers(self) -> list[int]:
+        """The later layers, one by one."""
+        return list(range(self.residual_norm.shape[2]))[self.later]
+
     def reference(self, index: int) -> int:
         """The unchanged condition with the same start."""
         return next(
@@ -109,6 +83,11 @@ class Conditions(Result):
         others = torch.ones(norm.shape[-1], dtype=torch.bool)
         others[[0, self.position]] = False
         return norm[..., position] / norm[..., others].median(-1).values
+
+    def highest_peak(self, index: int, position: int) -> Float[Tensor, "prompt"]:
+        """`peak` after the layer where it is highest on average [ratio]."""
+        peak = self.peak(index, position)
+        return peak[:, int(peak.mean(0).argmax())]
 
     def drain(self, index: int, position: int) -> Float[Tensor, "prompt"]:
         """Value norm at a position over the mean of the others, mean over later layers [ratio]."""
@@ -155,13 +134,13 @@ class Conditions(Result):
 
     def findings(self) -> dict[str, Any]:
         """The figures of every condition."""
-        found: dict[str, Any] = {"position": self.position, "layers": self._layers()}
+        found: dict[str, Any] = {"position": self.position, "layers": self.layers}
         for index, name in enumerate(self.names):
             found[name] = {
                 "attention_to_0": _result.estimate(self.attention_to(index, 0)),
                 "attention_to_position": _result.estimate(self.attention_to(index, 1)),
-                "peak_at_0": _result.estimate(self._highest(index, 0)),
-                "peak_at_position": _result.estimate(self._highest(index, self.position)),
+                "peak_at_0": _result.estimate(self.highest_peak(index, 0)),
+                "peak_at_position": _result.estimate(self.highest_peak(index, self.position)),
                 "drain_at_0": _result.estimate(self.drain(index, 0)),
                 "drain_at_position": _result.estimate(self.drain(index, self.position)),
                 "nonmixture_dims_at_0": self._dims(index, 0),
@@ -170,14 +149,6 @@ class Conditions(Result):
                 "loss_change": self.loss_change(index),
             }
         return found
-
-    def _layers(self) -> list[int]:
-        return list(range(self.residual_norm.shape[2]))[self.later]
-
-    def _highest(self, index: int, position: int) -> Float[Tensor, "prompt"]:
-        """The peak after the layer where it is highest on average."""
-        peak = self.peak(index, position)
-        return peak[:, int(peak.mean(0).argmax())]
 
     def _loss(self, index: int) -> Float[Tensor, "prompt"]:
         assert self.loss is not None
@@ -190,37 +161,10 @@ class Conditions(Result):
         ]
 
     def summary(self) -> str:
-        """One paragraph a condition."""
-        layers = self._layers()
-        lines = [
-            f"Attention of the queries {'after' if self.causal else 'other than'} {self.position}, "
-            f"mean over heads and layers {layers[0]} to {layers[-1]}; residual norms over the "
-            "median of the other positions, where they are highest; 95 % intervals over prompts."
-        ]
-        for index, name in enumerate(self.names):
-            lines.append(f"{name}: {self._sentence(index)}")
-        return "\n".join(lines)
+        """The figures of every condition in a table, and what changed in sentences."""
+        from sinkscope.experiments import _conditions_words
 
-    def _sentence(self, index: int) -> str:
-        p = self.position
-        words = [
-            f"position 0 receives {_result.estimate(self.attention_to(index, 0))}, position {p} "
-            f"{_result.estimate(self.attention_to(index, 1))}",
-            f"residual peaks {_result.estimate(self._highest(index, 0))} and "
-            f"{_result.estimate(self._highest(index, p))}",
-        ]
-        for target, where in ((0, 0), (1, p)):
-            dims = self.nonmixture_dims(index, target)
-            if dims:
-                told = [f"{dim} (layer {layer})" for layer, dim, _ in dims]
-                words.append(f"non-mixture dims at {where}: {_result.listed(told)}")
-        change = self.loss_change(index)
-        if change is not None and self.changes[index] != "unchanged":
-            words.append(
-                f"loss of the later tokens {change['after_it'].mean:+.3f} "
-                f"[{change['after_it'].low:+.3f}, {change['after_it'].high:+.3f}] nat"
-            )
-        return "; ".join(words) + "."
+        return _conditions_words.summary(self)
 
     def frame(self, layers: slice | None = None) -> pd.DataFrame:
         """Rows of condition, prompt, layer, position, metric and value, as figures take them.
@@ -282,97 +226,3 @@ def _rows(columns: dict[str, Any], metric: str, x: Tensor) -> pd.DataFrame:
     import pandas as pd
 
     return pd.DataFrame(columns | {"metric": metric, "value": _result.flat(x)})
-
-
-def observe(
-    model: Any, prompts: Texts, conditions: list[Condition], position: int, progress: bool = True
-) -> dict[str, Any]:
-    """Measure every condition: the tensors of `Conditions`, and what names its conditions.
-
-    Args:
-        model: A bridge.
-        prompts: The prompts before any start token was put in.
-        conditions: In the order of the panels.
-        position: The position that is acted upon.
-        progress: Whether to draw a progress bar.
-    """
-    found: list[dict[str, Tensor]] = []
-    with tqdm(conditions, unit="condition", disable=not progress, leave=False) as bar:
-        for condition in bar:
-            with condition.enter():
-                found.append(_observe(model, condition, position))
-    stacked = {name: torch.stack([one[name] for one in found]) for name in found[0]}
-    return {
-        "about": _result.about(model, prompts),
-        "position": position,
-        "starts": tuple(condition.start for condition in conditions),
-        "changes": tuple(condition.change for condition in conditions),
-        "names": tuple(condition.name for condition in conditions),
-        "causal": capabilities(model).causal,
-        **stacked,
-    }
-
-
-def _observe(model: Any, condition: Condition, position: int) -> dict[str, Tensor]:
-    quantities = {
-        "received_attention": _measure.RECEIVED,
-        "value_norm": _measure.VALUE_NORM,
-        "residual_norm": _measure.RESIDUAL_NORM,
-        "ffn_output": _measure.Quantity("mlp_out", lambda x, _: x[:, [0, position]].float()),
-        "ffn_mixed_max": _measure.FFN_MIXED_MAX,
-        "paid": _measure.Quantity("attention", lambda x, batch: paid(x, batch, position)),
-    }
-    found = _measure.measure(model, condition.texts, quantities, [0, position])
-    loss = _measure.losses(model, condition.texts)
-    return found if loss is None else found | {"loss": loss}
-
-
-def paid(x: AttentionReader, batch: Batch, position: int) -> Float[Tensor, "prompt head target"]:
-    """Attention to 0 and to the position, from the queries that are after both."""
-    index = torch.arange(batch.length, device=batch.mask.device)
-    queries = batch.mask & (index != 0) & (index != position)
-    if batch.causal:
-        queries = queries & (index > position)
-    targets = [x.on_keys(_only(batch.mask, key)) for key in (0, position)]
-    return torch.stack([masked_mean(paid, queries[:, None], dim=-1) for paid in targets], dim=-1)
-
-
-def _only(mask: Bool[Tensor, "prompt key"], key: int) -> Bool[Tensor, "prompt key"]:
-    keys = torch.zeros_like(mask)
-    keys[:, key] = True
-    return keys
-
-
-def started(
-    model: Any, texts: Texts, starts: Iterable[str], ends: bool, seed: int
-) -> dict[str, Texts]:
-    """The prompts with each kind of start token, and of end token as well where `ends`.
-
-    Raises:
-        UnsupportedError: If a start is unknown.
-        TextError: If the model's tokenizer has no special token.
-    """
-    made: dict[str, Texts] = {}
-    for start in starts:
-        check_mode(start, STARTS)
-        made[start] = texts
-        if start != "given":
-            made[start] = ReplaceStart(model, start, seed=seed)(made[start])
-            if ends:
-                made[start] = ReplaceEnd(model, start, seed=seed + 1)(made[start])
-    return made
-
-
-def default_position(length: int, position: int | None) -> int:
-    """The paper's 255 where prompts are long enough, else two thirds of the way.
-
-    Raises:
-        TextError: If the position is the first one.
-    """
-    if position is None:
-        return 255 if length > 272 else max(1, 2 * length // 3)
-    if position < 1:
-        raise TextError(
-            f"Position {position} cannot be made a sink beside position 0; choose one from 1."
-        )
-    return position

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sinkscope.capabilities import capabilities
 from sinkscope.errors import UnsupportedError
-from sinkscope.experiments import _conditions, _measure, _result
-from sinkscope.experiments._conditions import Condition, Conditions
+from sinkscope.experiments import _measure, _observe, _result
+from sinkscope.experiments._conditions import Conditions
+from sinkscope.experiments._observe import Condition
 from sinkscope.experiments._result import Result
 from sinkscope.interventions import PositionEmbeddingEdit, PositionIdEdit
 from sinkscope.interventions._base import check_mode
@@ -136,18 +137,18 @@ def position_embeddings(
     model = load_model(model)
     prompts = _measure.even(model, texts)
     length = prompts.tokens.shape[1]
-    position = _conditions.default_position(length, position)
+    position = _observe.default_position(length, position)
     _measure.even(model, prompts, position)
     edits = {
         change: _edit(model, check_mode(change, CHANGES), position, length) for change in changes
     }
     conditions = []
-    for start, with_start in _conditions.started(model, prompts, starts, True, seed).items():
+    for start, with_start in _observe.started(model, prompts, starts, True, seed).items():
         title = f"{start} start and end · {position}"
         conditions.append(Condition(f"{title} unchanged", start, "unchanged", with_start))
         for change, enter in edits.items():
             conditions.append(Condition(f"{title}: {change}", start, change, with_start, enter))
-    return PositionEdit(**_conditions.observe(model, prompts, conditions, position, progress))
+    return PositionEdit(**_observe.observe(model, prompts, conditions, position, progress))
 
 
 def _edit(model: Any, change: str, position: int, length: int) -> Any:

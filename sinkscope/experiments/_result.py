@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,10 @@ from sinkscope.texts import Texts
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+
+WIDTH = 100
+"""Characters of a line of words on the terminal, as wide as tables are."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -93,7 +98,15 @@ class Result(Labelled):
         )
 
     def __repr__(self) -> str:
-        return f"{self.about}\n{self.summary()}"
+        lines = f"{self.about}\n{self.summary()}".splitlines()
+        return "\n".join(line if len(line) <= WIDTH else _wrapped(line) for line in lines)
+
+
+def _wrapped(line: str) -> str:
+    """A sentence on lines that a terminal shows whole; those of a list are set in."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    later = f"{indent}  " if indent else ""
+    return textwrap.fill(line.strip(), WIDTH, initial_indent=indent, subsequent_indent=later)
 
 
 _PAGE = """<!doctype html>
@@ -136,6 +149,19 @@ class Estimate:
         if math.isnan(self.low):
             return number(self.mean)
         return f"{number(self.mean)} [{number(self.low)}, {number(self.high)}]"
+
+    def to_decimals(self, digits: int) -> str:
+        """With as many digits after the point in every figure, for columns of a table."""
+        return self._written(f".{digits}f")
+
+    def signed(self, digits: int = 3) -> str:
+        """A difference: each figure with its sign."""
+        return self._written(f"+.{digits}f")
+
+    def _written(self, how: str) -> str:
+        if math.isnan(self.low):
+            return format(self.mean, how)
+        return f"{self.mean:{how}} [{self.low:{how}}, {self.high:{how}}]"
 
 
 def estimate(x: Float[Tensor, "prompt"]) -> Estimate:

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-from sinkscope.experiments import _conditions, _measure
-from sinkscope.experiments._conditions import Condition, Conditions
+from sinkscope.experiments import _measure, _observe
+from sinkscope.experiments._conditions import Conditions
+from sinkscope.experiments._observe import Condition
 from sinkscope.interventions import SelfOnlyMask
 from sinkscope.models import load_model
 
@@ -46,11 +47,11 @@ def structured_mask(
     """
     model = load_model(model)
     prompts = _measure.even(model, texts)
-    position = _conditions.default_position(prompts.tokens.shape[1], position)
+    position = _observe.default_position(prompts.tokens.shape[1], position)
     _measure.even(model, prompts, position)
     masked = functools.partial(SelfOnlyMask, model, position, layers=layers)
     conditions = []
-    for start, with_start in _conditions.started(model, prompts, starts, False, seed).items():
+    for start, with_start in _observe.started(model, prompts, starts, False, seed).items():
         conditions.append(
             Condition(f"{start} start · {position} unchanged", start, "unchanged", with_start)
         )
@@ -63,4 +64,4 @@ def structured_mask(
                 masked,
             )
         )
-    return Designation(**_conditions.observe(model, prompts, conditions, position, progress))
+    return Designation(**_observe.observe(model, prompts, conditions, position, progress))

@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.capabilities import capabilities
-from sinkscope.experiments import _conditions, _measure, _result
-from sinkscope.experiments._conditions import Condition
+from sinkscope.experiments import _measure, _observe, _result
+from sinkscope.experiments._observe import Condition
 from sinkscope.experiments._result import Result
 from sinkscope.interventions import ScaleActivation, SelfOnlyMask, SetActivation
 from sinkscope.metrics import ffn
@@ -167,9 +167,9 @@ def which_part(
     """
     model = load_model(model)
     prompts = _measure.even(model, texts)
-    position = _conditions.default_position(prompts.tokens.shape[1], position)
+    position = _observe.default_position(prompts.tokens.shape[1], position)
     _measure.even(model, prompts, position)
-    prompts = _conditions.started(model, prompts, [start], False, seed)[start]
+    prompts = _observe.started(model, prompts, [start], False, seed)[start]
     sink = _Sink.look(model, prompts, position)
     cases = [*_natural(model, sink), *_designated(model, position, sink, first_layers)]
     found = []
@@ -312,9 +312,7 @@ def _read(model: Any, case: Condition, position: int) -> dict[str, Any]:
     """Attention to and peaks of both targets [prompt target], and the later loss [prompt]."""
     wanted = {
         "norm": _measure.RESIDUAL_NORM,
-        "paid": _measure.Quantity(
-            "attention", lambda x, batch: _conditions.paid(x, batch, position)
-        ),
+        "paid": _measure.Quantity("attention", lambda x, batch: _observe.paid(x, batch, position)),
     }
     with case.enter():
         found = _measure.measure(model, case.texts, wanted)

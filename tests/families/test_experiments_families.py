@@ -146,7 +146,7 @@ def test_a_planted_writer_is_found() -> None:
     traced = trace_peak(bridge, texts, progress=False)
     assert traced.needed("zero")[0][:2] == (block, "ffn")
     assert traced.written_in == block
-    assert "the FFN of block 1 (" in traced.summary() and "writes the peak" in traced.summary()
+    assert "The FFN of block 1 writes the peak: set to zero" in traced.summary()
     found = nonmixture(bridge, texts, over_median=50.0, progress=False)
     assert {(record["layer"], record["dim"]) for record in found.found} == {(block, dim)}
     assert found.first_writers() == {dim: block}
