@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sinkscope.plot.along import perplexity_along as perplexity_along
     from sinkscope.plot.compare import head_change as head_change
     from sinkscope.plot.compare import head_scatter as head_scatter
     from sinkscope.plot.conditions import before_after as before_after
@@ -56,6 +57,7 @@ _WHERE = {
     "massive_activations": "dims",
     "nonmixture_dims": "dims",
     "peak_trace": "trace",
+    "perplexity_along": "along",
     "perplexity_by_window": "contexts",
     "position_embedding_norms": "positions",
     "position_map": "positions",

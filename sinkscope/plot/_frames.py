@@ -26,6 +26,8 @@ _UNITS = {
     "backcopy_excess": "nat",
     "bigram_excess": "nat",
     "logit_gap": "logit",
+    "trigger_attention": "probability",
+    "spare_attention": "probability",
     "perplexity": None,
     "sink_share": "share",
     "share_removed": "share",

@@ -37,6 +37,8 @@ def plain_about(about: Settings) -> str:
 
 def words(name: str) -> str:
     """A field's name as words: "sink_attention" is "sink attention"."""
+    if name == "received_peak":  # a mean over layers and heads, which peaks at the sink
+        return "mean received attention"
     special = {"ffn": "FFN", "honor": "HONOR", "kv": "KV"}
     return " ".join(special.get(word, word) for word in name.split("_"))
 

@@ -68,7 +68,7 @@ def greyed(scale: Scale, cut: float, colours: Palette) -> Scale:
 
 def log_switch(logarithmic: bool) -> dict[str, Any]:
     """Two buttons that make y linear or logarithmic."""
-    ticks = {"linear": None, "log": "D2"}  # D2: 1, 2, 5 of each decade
+    ticks = {"linear": None, "log": _LOG_TICKS}
     return dict(
         type="buttons",
         direction="right",
@@ -79,12 +79,22 @@ def log_switch(logarithmic: bool) -> dict[str, Any]:
         yanchor="top",
         pad=dict(t=10),
         buttons=[
-            dict(label=kind, method="relayout", args=[{"yaxis.type": kind, "yaxis.dtick": tick}])
+            dict(
+                label=kind, method="relayout",
+                args=[{"yaxis.type": kind, "yaxis.dtick": tick, "yaxis.tickformat": WHOLE}],
+            )
             for kind, tick in ticks.items()
         ],
-    )
+    )  # fmt: skip
+
+
+WHOLE = ",~g"
+"""Tick format: 20,000 rather than 20k, and 0.5 where Plotly writes a logarithmic axis's 5."""
+
+_LOG_TICKS = "D2"  # 1, 2, 5 of each decade
 
 
 def y_scale(logarithmic: bool) -> dict[str, str]:
     """Type and ticks of a y axis that `log_switch` changes."""
-    return dict(type="log", dtick="D2") if logarithmic else dict(type="linear")
+    scale = dict(type="log", dtick=_LOG_TICKS) if logarithmic else dict(type="linear")
+    return scale | dict(tickformat=WHOLE)

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from sinkscope.plot import _frames as frames
 from sinkscope.plot import _labels as labels
 from sinkscope.plot._figure import finish
+from sinkscope.plot._scales import y_scale
 from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def perplexity_by_window(
         title_text="window [positions]", type="log", tickvals=windows,
         ticktext=[f"{window:,}" for window in windows],
     )  # fmt: skip
-    figure.update_yaxes(title_text="perplexity", type="log", dtick="D2")
+    figure.update_yaxes(title_text="perplexity", **y_scale(True))
     return finish(figure, "Perplexity of a long text through a window", about, theme, height=480)
 
 

@@ -13,7 +13,7 @@ from sinkscope.plot import _labels as labels
 from sinkscope.plot._figure import finish
 from sinkscope.plot._scales import log_switch
 from sinkscope.plot._series import band
-from sinkscope.plot.theme import SEQUENTIAL, Theme, palette
+from sinkscope.plot.theme import SEQUENTIAL, Theme, faded, palette
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,10 +75,10 @@ def domain_scatter(
             y=other[metric],
             mode="markers+text",
             text=names,
-            textposition="top center",
+            textposition=_beside(one[metric].to_numpy(), np.asarray(differs)),
             customdata=np.array(one.index.to_list()),
-            error_x=_ends(one, metric, colours.faint),
-            error_y=_ends(other, metric, colours.faint),
+            error_x=_ends(one, metric, faded(colours.faint, 0.35)),
+            error_y=_ends(other, metric, faded(colours.faint, 0.35)),
             marker=dict(
                 size=8,
                 color=one.index.get_level_values("layer"),
@@ -222,6 +222,15 @@ def _ends(rows: pd.DataFrame, column: str, colour: str) -> dict[str, object] | N
         symmetric=False, array=rows[high] - rows[column], arrayminus=rows[column] - rows[low],
         color=colour, thickness=1, width=0,
     )  # fmt: skip
+
+
+def _beside(along: np.ndarray, named: np.ndarray) -> list[str]:
+    """Where names stand: neighbours along x take turns, so that they do not cover each other."""
+    turns = ("top center", "bottom center", "middle right", "middle left")
+    places = np.full(len(along), turns[0], dtype=object)
+    for turn, index in enumerate(sorted(np.flatnonzero(named), key=along.__getitem__)):
+        places[index] = turns[turn % len(turns)]
+    return places.tolist()
 
 
 def _diagonal(figure: go.Figure, values: np.ndarray, unit: str | None, colour: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,9 +32,9 @@ def by_layer(
         report: What a scan gave.
         metrics: Fields of one unit that have a prompt and a layer, such as "sink_cosine" and
             "other_cosine".
-        log: Whether y starts logarithmic; a button changes it.
+        log: Whether y starts logarithmic; where nothing is negative a button changes it.
         title: Instead of the metrics' names.
-        axis: Title of y, without the unit; by default the metric's name, if there is only one.
+        axis: Title of y, without the unit; by default the words that the metrics' names end in.
         theme: "light", "dark", or the default.
 
     Raises:
@@ -65,17 +66,26 @@ def by_layer(
             label=_labels.axis_label(variable),
             along="layer",
         )
-    axis = axis or (_labels.words(metrics[0]) if len(metrics) == 1 else "")
+    axis = axis or _shared(metrics)
     figure.update_xaxes(title_text="layer", **_figure.layer_ticks(report.sizes["layer"]))
     figure.update_yaxes(
         title_text=_labels.with_unit(axis, variables[0].unit).strip(),
         **y_scale(log),
     )
-    figure.update_layout(updatemenus=[log_switch(log)], hovermode="closest")
+    if all(np.nanmin(_over_heads(report, name).mean, initial=1) > 0 for name in metrics):
+        figure.update_layout(updatemenus=[log_switch(log)])
     names = " and ".join(_labels.words(name) for name in metrics)
     return _figure.finish(
         figure, title or f"{_labels.heading(names)} by layer", report.settings, theme
     )
+
+
+def _shared(metrics: tuple[str, ...]) -> str:
+    """The words that names end in: "cosine" of sink_cosine and other_cosine."""
+    names = [_labels.words(name).split() for name in metrics]
+    last = zip(*(reversed(words) for words in names), strict=False)
+    shared = itertools.takewhile(lambda words: len(set(words)) == 1, last)
+    return " ".join(reversed([words[0] for words in shared]))
 
 
 def residual_norms(report: SinkReport, *, theme: Theme = None) -> go.Figure:

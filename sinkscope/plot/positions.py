@@ -173,9 +173,10 @@ def position_embedding_norms(
     places = bins(len(norms))
     figure = bars(None, variable, places, places.maximum(norms), theme)
     median = float(np.median(norms[1:]))
-    figure.add_hline(
-        median, line=dict(color=palette(theme).faint, dash="dot", width=1.5),
-        annotation_text=f"median of the others: {_labels.number(median)}",
+    figure.add_scatter(
+        x=[0, len(norms) - 1], y=[median] * 2, mode="lines", hoverinfo="skip",
+        name=f"median of the others: {_labels.number(median)}",
+        line=dict(color=palette(theme).ink, dash="dot", width=1.5),
     )  # fmt: skip
     figure.update_yaxes(title_text="norm of its embedding [activation]")
     title = f"Position embeddings: the first is {_labels.number(norms[0] / median)} × the median"

@@ -23,7 +23,8 @@ _OTHERS = 3  # further positions that get a line
 def sink_rate(reports: SinkReport | Mapping[str, SinkReport], *, theme: Theme = None) -> go.Figure:
     """Sink rate against ε, exact at every ε, with its interval over prompts.
 
-    Of one report: the first sink, and thin lines for the other positions with the highest rates.
+    Of one report: the first sink, and thin lines for the other positions with the highest rates
+    (in a causal model, of the first three quarters: the last keys are seen by few queries).
     Of several: one line a report, of its first sink.
 
     Args:
@@ -116,12 +117,14 @@ def _rate_at(report: SinkReport, epsilons: np.ndarray) -> _figure.Interval:
 
 
 def _other_positions(figure: go.Figure, report: SinkReport, colour: str) -> None:
-    """Thin lines of the positions that come next after the sinks."""
+    """Thin lines of the positions that come next after the sinks, of those that many see."""
     if report.sink_rate_curve is None:
         return
     curve, epsilons = _figure.mean(report, "sink_rate_curve"), _figure.mean(report, "epsilon")
     area = np.nan_to_num(curve.sum(axis=0))
     area[_figure.sink_positions(report)] = -1
+    if report.settings.causal:  # the last keys are seen by few queries, above all by their own
+        area[-(len(area) // 4) :] = -1
     for rank, position in enumerate(np.argsort(-area)[:_OTHERS].tolist()):
         if area[position] <= 0:
             break

@@ -16,7 +16,7 @@ from sinkscope.plot.theme import Theme
 if TYPE_CHECKING:
     from sinkscope.report import SinkReport
 
-_CELL = 9  # characters that fit a cell
+_CELL = 8  # characters that fit a cell
 
 
 def token_strip(

@@ -78,7 +78,7 @@ def peak_trace(
     for column, (part, table) in enumerate(tables.items(), start=1):
         untouched = np.broadcast_to(baseline.reindex(table.columns).to_numpy(), table.shape)
         figure.add_heatmap(
-            x=table.columns, y=table.index, z=table.to_numpy(), customdata=untouched,
+            x=table.columns, y=table.index.map(str), z=table.to_numpy(), customdata=untouched,
             coloraxis="coloraxis", row=1, col=column,
             hovertemplate=f"without the {part} of block %{{y}}, read after block %{{x}}<br>"
             f"{label}: %{{z:.3~g}}<br>"
@@ -86,7 +86,10 @@ def peak_trace(
         )  # fmt: skip
     rows_drawn = max(len(table) for table in tables.values())
     figure.update_xaxes(title_text="read after block", showgrid=False)
-    figure.update_yaxes(autorange="reversed", dtick=tick(rows_drawn), showgrid=False)
+    # Names rather than numbers: not every block need have been removed.
+    figure.update_yaxes(
+        type="category", autorange="reversed", dtick=tick(rows_drawn), showgrid=False
+    )
     figure.update_yaxes(title_text="removed block", col=1)
     # 1 is "nothing lost", the colour of the page; what is lost is blue, what grows is orange.
     scale = dict(cmin=0, cmid=1, cmax=2, colorscale=colour_scale(True, palette(theme)))

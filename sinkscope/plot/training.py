@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 from sinkscope.plot import _frames as frames
 from sinkscope.plot import _labels as labels
 from sinkscope.plot._figure import finish
+from sinkscope.plot._scales import WHOLE
 from sinkscope.plot._series import band
 from sinkscope.plot.theme import Palette, Theme, faded, palette
 
@@ -64,6 +65,7 @@ def training_curves(
     frame = _complete(frame)
     wanted = list(metrics) if metrics is not None else list(dict.fromkeys(frame["metric"]))
     colours = palette(theme)
+    named = _told_apart(frame[frame["metric"].isin(wanted)])
     columns = min(columns, len(wanted))
     lines = -(-len(wanted) // columns)
     figure = make_subplots(
@@ -74,12 +76,13 @@ def training_curves(
     for index, metric in enumerate(wanted):
         place = dict(row=index // columns + 1, col=index % columns + 1)
         rows = frames.pick(frame, "metric", metric)
-        _curves(figure, rows[rows["step"] > 0] if log_steps else rows, metric, place, colours)
+        rows = rows[rows["step"] > 0] if log_steps else rows
+        _curves(figure, rows, metric, place, colours, named)
         if laws is not None:
             fitted = _complete(frames.need(laws, "training_curves(laws=…)", "metric", "law"))
             _fits(figure, fitted[fitted["metric"] == metric], metric, place, colours)
         if metric in LOG_METRICS:
-            figure.update_yaxes(type="log", **place)
+            figure.update_yaxes(type="log", tickformat=WHOLE, **place)
     figure.update_annotations(font_size=13)
     figure.update_xaxes(**(dict(type="log", dtick=1) if log_steps else dict(type="linear")))
     figure.update_xaxes(title_text="training step", row=lines)
@@ -98,6 +101,7 @@ def _curves(
     metric: str,
     place: dict[str, int],
     colours: Palette,
+    named: set[str],
 ) -> None:
     """One colour a run; of a single run, one colour a head, and of several, one dash a head."""
     runs = list(dict.fromkeys(rows["run"]))
@@ -107,7 +111,11 @@ def _curves(
         several = len(runs) > 1
         colour = colours.series[(runs.index(run) if several else one) % len(colours.series)]
         name = _name(run, layer, head) or labels.words(metric)
-        entry = _name(run, -1, -1) if several else _name(run, layer, head)
+        entry = _name(
+            run if "run" in named else "",
+            layer if "layer" in named else -1,
+            head if "head" in named else -1,
+        )
         label = frames.label_of(metric)
         if line["seed"].nunique() > 1:
             _seeds(figure, line, f"{name}, seed", label, faded(colour, 0.4), place)
@@ -155,6 +163,16 @@ def _fits(
             "<extra></extra>",
             **place,
         )  # fmt: skip
+
+
+def _told_apart(frame: pd.DataFrame) -> set[str]:
+    """What a legend has to name: runs if there are several, otherwise layers and their heads."""
+    if frame["run"].nunique() > 1:
+        return {"run"}
+    of_heads = frame[frame["head"] >= 0]
+    many = {"layer": frame[frame["layer"] >= 0]["layer"].nunique() > 1}
+    many["head"] = bool((of_heads.groupby("layer")["head"].nunique() > 1).any())
+    return {name for name, several in many.items() if several}
 
 
 def _name(run: str, layer: int, head: int) -> str:

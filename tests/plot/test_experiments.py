@@ -1,6 +1,7 @@
 """Figures of the experiments' frames: the values, labels and units they show."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import sinkscope.plot as plot
@@ -81,6 +82,15 @@ def test_peak_trace_shows_the_share_that_is_left():
     assert absolute.data[1].z[1][2] == pytest.approx(10.05)
 
 
+def test_peak_trace_of_some_blocks_has_a_row_for_each_of_them_and_no_other():
+    trace = frames.trace()
+    some = trace[trace["removed"].isin([-1, 1, 3])]
+    figure = plot.peak_trace(some, about=ABOUT)
+    assert list(figure.data[1].y) == ["1", "3"]
+    assert figure.layout.yaxis.type == "category"
+    np.testing.assert_allclose(figure.data[1].z[0], [1, 0.1, 0.1, 0.1])
+
+
 def test_domain_scatter_names_the_heads_that_differ():
     figure = plot.domain_scatter(frames.domains(), "prose", "code", about=ABOUT)
     (dots,) = figure.data
@@ -121,6 +131,17 @@ def test_training_curves_average_seeds_and_overlay_laws():
     everything = plot.training_curves(training, about=ABOUT, log_steps=False)
     assert len(everything.layout.annotations) == 3
     assert list(traces(everything, "relu")[0].x) == [0, 10, 100, 1000]
+
+
+def test_training_curves_of_one_run_name_only_what_tells_lines_apart():
+    training, _ = frames.training()
+    one = training[(training["run"] == "softmax") & (training["seed"] == 42)]
+    figure = plot.training_curves(one, about=ABOUT)
+    assert not any(trace.showlegend for trace in figure.data)
+    two_layers = one.assign(layer=one["layer"] + 1)
+    figure = plot.training_curves(pd.concat([one, two_layers]), ["logit_gap"], about=ABOUT)
+    assert [trace.name for trace in figure.data if trace.showlegend] == ["layer 0", "layer 1"]
+    assert "head 0" in figure.data[0].hovertemplate
 
 
 def test_perplexity_has_a_line_a_setting_and_a_level():

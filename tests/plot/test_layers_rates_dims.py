@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,17 @@ def test_lines_over_layers_are_means_over_prompts_and_heads():
         assert list(drawn.y) == pytest.approx(expected, rel=1e-5)
         low, high = np.moveaxis(np.asarray(drawn.customdata), -1, 0)
         assert (low < expected).all() and (high > expected).all()
+
+
+def test_the_axis_has_the_words_that_names_share_and_no_logarithm_of_negative_figures():
+    report = synthetic_report()
+    signed = dataclasses.replace(report, other_cosine=report.other_cosine - 2)
+    figure = plot.by_layer(signed, "sink_cosine", "other_cosine")
+    assert figure.layout.yaxis.title.text == "cosine"
+    assert figure.layout.updatemenus == ()
+    positive = plot.by_layer(report, "sink_residual_norm", "median_residual_norm")
+    assert positive.layout.yaxis.title.text == "residual norm [activation]"
+    assert len(positive.layout.updatemenus) == 1
 
 
 def test_metrics_of_two_units_do_not_share_an_axis():
@@ -85,6 +98,18 @@ def test_sink_rate_names_the_next_positions():
     figure = plot.sink_rate(synthetic_report(sink_rate_curve=curve))
     names = [trace.name for trace in figure.data if (trace.name or "").startswith("position")]
     assert names == ["position 7"]
+
+
+def test_sink_rate_leaves_out_the_last_keys_of_causal_models_which_few_queries_see():
+    curve = torch.zeros(19, 12)
+    curve[:, [4, 8, 9, 11]] = torch.tensor([0.2, 0.3, 0.8, 0.9])
+    for causal, expected in ((True, [8, 4]), (False, [11, 9, 8])):
+        settings = {"causal": causal}
+        report = synthetic_report(positions=12, sink_rate_curve=curve, settings=settings)
+        names = [trace.name for trace in plot.sink_rate(report).data]
+        assert [name for name in names if name and name.startswith("position")] == [
+            f"position {position}" for position in expected
+        ]
 
 
 def test_sink_rates_of_several_reports_say_what_differs():

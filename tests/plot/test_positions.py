@@ -98,7 +98,8 @@ def test_log_switch_changes_the_axis_and_its_ticks():
     figure = plot.by_position(synthetic_report(), "residual_norm", layer=1)
     assert figure.layout.yaxis.type == "log"
     linear, log = figure.layout.updatemenus[0].buttons
-    assert linear.args[0] == {"yaxis.type": "linear", "yaxis.dtick": None}
+    assert linear.args[0]["yaxis.type"] == "linear" and linear.args[0]["yaxis.dtick"] is None
+    assert {button.args[0]["yaxis.tickformat"] for button in (linear, log)} == {",~g"}
     assert log.args[0]["yaxis.type"] == "log"
     assert figure.layout.updatemenus[0].active == 1
 

@@ -32,6 +32,7 @@ function keepZoom(element, layout) {
 function setScale(axis, logarithmic) {
   axis.type = logarithmic ? "log" : "linear";
   axis.dtick = logarithmic ? "D2" : null;
+  axis.tickformat = ",~g";
 }
 
 // Lines and frames that show what is chosen elsewhere.
