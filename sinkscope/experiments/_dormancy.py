@@ -60,14 +60,16 @@ class Dormancy(Result):
             interval, and p; after a removal, for each mode, on either domain the cost (mean change
             of the loss) and the effect (mean size of that change in a prompt: a head that helps
             here and harms there is at work), and p of a difference in effect, corrected for the
-            heads of this list. `confirmed`: the effect is larger where the head is active.
+            heads of this list. `confirmed`: the effect is larger where the head is active. Effects
+            are compared in units of each domain's `typical_effect`, or else a kind of text on which
+            every head matters more would confirm them all.
         """
         found = []
         for (one, other), p in self.p_values.items():
             for here, there in ((one, other), (other, one)):
                 found += self._parked(here, there, p)
         for mode, removed in self.removals.items():
-            _add_costs(found, mode, removed, self.level)
+            _add_costs(found, removed, mode, self)
         return sorted(found, key=lambda head: head["sink_attention"][1].mean - _parked_at(head))
 
     def _parked(self, here: str, there: str, p: Tensor) -> list[dict[str, Any]]:
@@ -164,6 +166,21 @@ class Dormancy(Result):
                 )
         return pd.DataFrame(rows)
 
+    def typical_effect(self, mode: str) -> dict[str, float]:
+        """How far removing the median head moves a prompt's loss, by domain [nat].
+
+        Mean over the prompts on which every head was removed; nan if there are none.
+
+        Raises:
+            ReportError: If heads were not removed in this mode.
+        """
+        found = {}
+        for domain, removed in self._removed(mode).items():
+            effect = removed.loss_change.flatten(1).abs()
+            whole = ~effect.isnan().any(dim=1)
+            found[domain] = float(effect[whole].median(dim=1).values.mean())
+        return found
+
     def _removed(self, mode: str) -> dict[str, Removal]:
         if mode not in self.removals:
             raise ReportError(
@@ -201,6 +218,7 @@ class Dormancy(Result):
                 }
                 for mode in self.removals
             },
+            "typical_effect": {mode: self.typical_effect(mode) for mode in self.removals},
             "untouched_loss": {
                 mode: {domain: _result.estimate(one.loss) for domain, one in removed.items()}
                 for mode, removed in self.removals.items()
@@ -230,24 +248,26 @@ def _parked_at(head: Mapping[str, Any]) -> float:
 
 
 def _add_costs(
-    heads: list[dict[str, Any]], mode: str, removed: Mapping[str, Removal], level: float
+    heads: list[dict[str, Any]], removed: Mapping[str, Removal], mode: str, found: Dormancy
 ) -> None:
-    """Write into the records what removing each head costs where it sleeps and where it works."""
+    """Write into the records what removing each head does where it sleeps and where it works."""
+    typical = found.typical_effect(mode).items()
+    unit = {domain: effect if effect > 0 else 1.0 for domain, effect in typical}  # nan is not
     pairs = {(head["dormant_on"], head["active_on"]) for head in heads}
-    for asleep, awake in pairs:
-        own = [head for head in heads if (head["dormant_on"], head["active_on"]) == (asleep, awake)]
-        at = tuple(zip(*((head["layer"], head["head"]) for head in own), strict=True))
-        cheap, dear = (
-            removed[domain].loss_change[:, list(at[0]), list(at[1])] for domain in (asleep, awake)
-        )
+    for pair in pairs:
+        own = [head for head in heads if (head["dormant_on"], head["active_on"]) == pair]
+        layers, numbers = ([head[at] for head in own] for at in ("layer", "head"))
+        asleep, awake = (removed[domain].loss_change[:, layers, numbers] for domain in pair)
+        units = unit[pair[0]], unit[pair[1]]
         # Each pair and direction is a family of its own: Bonferroni over them.
-        p = (max_t(dear.abs(), cheap.abs()) * len(pairs)).clamp(max=1)
+        p = (max_t(awake.abs() / units[1], asleep.abs() / units[0]) * len(pairs)).clamp(max=1)
         for index, head in enumerate(own):
-            changes = cheap[:, index], dear[:, index]
+            changes = asleep[:, index], awake[:, index]
             effects = tuple(_result.estimate(change.abs()) for change in changes)
+            more = effects[1].mean / units[1] > effects[0].mean / units[0]
             head[mode] = {
                 "cost": tuple(_result.estimate(change) for change in changes),
                 "effect": effects,
                 "p": float(p[index]),
-                "confirmed": bool(effects[1].mean > effects[0].mean and p[index] < level),
+                "confirmed": bool(more and p[index] < found.level),
             }

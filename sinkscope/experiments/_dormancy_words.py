@@ -23,7 +23,7 @@ def summary(found: Dormancy) -> str:
     ]
     for mode, tables in facts["prediction"].items():
         if facts["differing"]:
-            lines.append(_judged(facts["differing"], mode))
+            lines.append(_judged(facts["differing"], mode, facts["typical_effect"][mode]))
         lines += [_prediction(mode, of, rows) for of, rows in tables.items()]
     return "\n".join(line for line in lines if line)
 
@@ -48,11 +48,12 @@ def _differing(found: Dormancy, heads: list[dict[str, Any]]) -> str:
     return f"{len(heads)} {'is' if len(heads) == 1 else 'are'} {what}: {', '.join(some)}{more}."
 
 
-def _judged(heads: list[dict[str, Any]], mode: str) -> str:
+def _judged(heads: list[dict[str, Any]], mode: str, typical: dict[str, float]) -> str:
     confirmed = [head for head in heads if head[mode]["confirmed"]]
+    usual = ", ".join(f"{domain} {number(effect)}" for domain, effect in typical.items())
     text = (
         f"Removal ({mode}) confirms {len(confirmed)} of {len(heads)}: it moves a prompt's loss "
-        "more where the head is active."
+        f"more where the head is active, measured by the median head ({usual} nat)."
     )
     if not confirmed:
         return text

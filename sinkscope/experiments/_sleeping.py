@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -161,4 +162,5 @@ def _estimate(mean: float, again: np.ndarray, prompts: int) -> Estimate:
 
 
 def _percent(share: Estimate) -> str:
-    return f"{100 * share.mean:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+    mean, low, high = (f"{100 * end:.1f}" for end in (share.mean, share.low, share.high))
+    return f"{mean} %" if math.isnan(share.low) else f"{mean} % [{low}, {high}]"

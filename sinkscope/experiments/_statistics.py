@@ -23,7 +23,9 @@ def max_t(
 
     Welch's t of each head, against how large the largest |t| of any head gets when prompts change
     sides at random (Westfall & Young 1993, single step). That bounds the probability of naming even
-    one head wrongly, whatever the figures' distribution and however much heads resemble each other.
+    one head wrongly, however much heads resemble each other: exactly where a head that does not
+    differ has one distribution on both kinds of text, and for many prompts where only its mean is
+    the same (Janssen 1997: what Welch's t is for). Prompts count as independent of each other.
 
     Args:
         one: A figure on one kind of text.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 import sinkscope as ss
 from sinkscope.errors import ReportError, TextError, UnsupportedError
 from sinkscope.experiments.dormant import dormancy
-from sinkscope.experiments.removal import removal
+from sinkscope.experiments.removal import Removal, removal
 from tests.families.architectures import BY_NAME, N_HEADS, N_LAYERS
 from tests.families.reference import reference
 
@@ -99,8 +101,8 @@ def test_the_frame_has_every_head_and_domain(model) -> None:
     by_hand = sink_attention_by_hand(kinds()["high"])[:, 2, 1].mean()
     assert row["sink_attention"] == pytest.approx(by_hand, abs=1e-5)
     named = {(head["layer"], head["head"]) for head in found.differing()}
-    for (layer, head), rows in frame.groupby(["layer", "head"]):
-        assert rows["differs"].tolist() == [(layer, head) in named] * 2
+    for head, rows in frame.groupby(["layer", "head"]):
+        assert rows["differs"].tolist() == [head in named] * 2
     assert {"attention_entropy", "head_output_norm", "honor", "p", "dormant"} <= set(frame)
 
 
@@ -127,9 +129,45 @@ def test_removal_is_on_the_first_prompts_and_of_named_heads_on_all(model) -> Non
             cost, effect = head["zero"]["cost"][place], head["zero"]["effect"][place]
             assert cost.mean == pytest.approx(float(own.mean()), abs=1e-6)
             assert effect.mean == pytest.approx(np.mean([abs(x) for x in own.tolist()]), abs=1e-6)
-        asleep, awake = head["zero"]["effect"]
-        significant = head["zero"]["p"] < 0.05
-        assert head["zero"]["confirmed"] == (significant and awake.mean > asleep.mean)
+
+
+def test_a_domain_on_which_every_head_matters_more_confirms_none(model) -> None:
+    """Effects drawn by hand: the named heads' stand out where they are active, or everybody's."""
+    found = dormancy(model, domains(24), **BOUNDS, progress=False)
+    named = [head for head in found.differing() if head["active_on"] == "high"]
+    assert named and not any(head["active_on"] == "low" for head in found.differing())
+    rng = np.random.default_rng(0)
+
+    def judged(boost: np.ndarray) -> tuple[Any, list[bool]]:
+        """Removals whose effects on "high" are those on "low" times the boost of each head."""
+        changes = {
+            name: rng.choice([-1, 1], shape) * rng.uniform(0.01, 0.02, shape) * factor
+            for name, factor in (("low", np.ones_like(boost)), ("high", boost))
+            for shape in [(24, N_LAYERS, N_HEADS)]
+        }
+        removals = {
+            name: Removal(
+                about="", mode="zero", asked={}, loss=torch.zeros(24), loss_without=torch.tensor(x)
+            )
+            for name, x in changes.items()
+        }
+        again = replace(found, removals={"zero": removals})
+        for name, x in changes.items():
+            want = np.mean([np.median(np.sort(np.abs(row).ravel())[:-1]) for row in x])
+            assert again.typical_effect("zero")[name] == pytest.approx(want)  # the lower median
+        return again, [head["zero"]["confirmed"] for head in again.differing()]
+
+    everybody = np.full((N_LAYERS, N_HEADS), 3.0)
+    few = np.ones((N_LAYERS, N_HEADS))
+    for head in named[:1]:
+        few[head["layer"], head["head"]] = 3.0
+    again, confirmed = judged(everybody)
+    effects = again.differing()[0]["zero"]["effect"]
+    assert effects[1].low > 2 * effects[0].high, "in nat the effect is plainly larger"
+    assert not any(confirmed)
+    again, confirmed = judged(few)
+    assert confirmed == [True] + [False] * (len(named) - 1)
+    assert f"confirms 1 of {len(named)}" in again.summary()
 
 
 def test_prediction_is_a_rank_correlation_over_heads(model) -> None:
