@@ -39,5 +39,10 @@ types: setup
 test: models lint types
 	$(BIN)/python -m pytest
 
+# Runs the six lessons from fresh kernels, some minutes, and draws them as pages that need no network.
+notebooks-html: models
+	$(BIN)/jupyter nbconvert --execute --to html --config notebooks/html/nbconvert_config.py \
+	  --output-dir out/notebooks notebooks/0*.ipynb
+
 clean:
 	rm -rf $(VENV) out

@@ -1,22 +1,25 @@
 """How `make notebooks-html` renders the lessons: pages that need no kernel and no network.
 
 Formulas become MathML, figures become Plotly with one copy of plotly.js a page, links between
-lessons point to pages, and solutions are folded (`lesson/index.html.j2`).
+lessons point to pages, and solutions are folded (`lesson/index.html.j2`). Pages and figures follow
+the reader's light or dark.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import plotly.io
 from latex2mathml.converter import convert
 from nbconvert.preprocessors import Preprocessor
 from nbformat import NotebookNode
 from plotly.offline import get_plotlyjs
 
+from sinkscope.plot._page.pack import script_json
 from sinkscope.plot.export import CONFIG
+from sinkscope.plot.theme import DARK, LIGHT
 
 FIGURE = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -29,8 +32,10 @@ class Lesson(Preprocessor):
     def preprocess(
         self, nb: NotebookNode, resources: dict[str, Any]
     ) -> tuple[NotebookNode, dict[str, Any]]:
-        """All cells, and plotly.js once."""
+        """All cells, and what the page's script needs, once."""
         resources["plotlyjs"] = get_plotlyjs()
+        page = dict(config=CONFIG, dark=dict(_dark_colours()), button=DARK.button)
+        resources["page"] = script_json(page)
         nb.metadata.title = nb.cells[0].source.splitlines()[0].lstrip("# ")
         nb.metadata.pop("widgets", None)
         return super().preprocess(nb, resources)
@@ -59,14 +64,31 @@ def _formula(found: re.Match[str]) -> str:
 
 
 def _figure(figure: dict[str, Any]) -> str:
-    return plotly.io.to_html(
-        {name: figure[name] for name in ("data", "layout")},
-        config=CONFIG,
-        include_plotlyjs=False,
-        include_mathjax=False,
-        full_html=False,
-        validate=False,
+    """A place of the figure's height, and the figure for the page's script to draw there."""
+    height = figure["layout"].get("height", 450)
+    data = script_json({name: figure[name] for name in ("data", "layout")})
+    return (
+        f'<div class="lesson-scroll"><div class="lesson-figure" style="height:{height}px"></div></div>'
+        f'<script type="application/json">{data}</script>'
     )
+
+
+def _dark_colours() -> Iterator[tuple[str, str]]:
+    """The light theme's colours and what stands for each in the dark one, opaque and let through."""
+    pairs = [
+        (getattr(LIGHT, name), getattr(DARK, name)) for name in ("paper", "ink", "faint", "grid")
+    ]
+    pairs += [(LIGHT.sink, DARK.sink), (LIGHT.other, DARK.other)]
+    pairs += zip(LIGHT.muted + LIGHT.series, DARK.muted + DARK.series, strict=True)
+    scales = zip(LIGHT.diverging, DARK.diverging, strict=True)
+    for light, dark in [*pairs, *((one[1], other[1]) for one, other in scales)]:
+        yield light, dark
+        yield _faint(light), _faint(dark)
+
+
+def _faint(colour: str) -> str:
+    """A colour as it begins where Plotly lets it through: "rgba(213,94,0,"."""
+    return f"rgba({','.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))},"
 
 
 c = get_config()  # nbconvert provides it
