@@ -1,8 +1,10 @@
 """What measuring costs, against a bare forward pass of transformers, side by side on this machine.
 
-Random weights of real shapes: time depends on shapes, not on what the weights say. A row is a way
-of running the same batch: the bare model with transformers' sdpa attention and without
-TransformerLens; observers on the stock bridge; observers on the streaming path.
+Random weights of real shapes: time depends on shapes, and hardly on what the weights say. Where it
+does, they say what trained ones do: the first token holds a massive activation, for which a scan
+pays in every layer. A row is a way of running the same batch: the bare model with transformers'
+sdpa attention and without TransformerLens; observers on the stock bridge; observers on the
+streaming path.
 """
 
 from __future__ import annotations
@@ -48,9 +50,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 SIZES = ((100, 64), (8, 1024), (1, 8192), (1, 32768))
 """Batches (prompts, length) that are measured by default."""
 
+FIRST_TOKEN, MASSIVE = 0, 1e4
+"""Id of every prompt's first token, and the activation that its embedding brings along."""
+
 BARE = "transformers"
 WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "stock core": ("stock", CORE),
+    "stock all": ("stock", ("all",)),
     "core": ("streaming", CORE),
     "core + received": ("streaming", (*CORE, "received")),
     "core + received + entropy": ("streaming", (*CORE, "received", "entropy")),
@@ -70,7 +76,8 @@ class BenchRow:
         way: What was run, see `WAYS`; "transformers" is the bare model.
         milliseconds: Median time of a batch.
         ratio: That over the bare model's.
-        memory: Most memory in use at once beyond the loaded model [GiB]; None on a CPU.
+        memory: Most memory that a batch has in use at once beyond what was in use before it, its
+            results included [GiB]; None on a CPU.
         tokens_per_second: Tokens a second.
         first_milliseconds: Time of the first batch, with what only it pays (kernels compiled).
         note: Why there is no time, or None.
@@ -151,7 +158,9 @@ def _models(
     """Name, bare model, and how to get a bridge when the bare model has been measured."""
     if isinstance(shape, str) and shape in SHAPES:
         config = LlamaConfig(**SHAPES[shape], dtype=dtype)
-        return shape, random_model(config, LlamaForCausalLM, device), load_model
+        model = random_model(config, LlamaForCausalLM, device)
+        model.model.embed_tokens.weight[FIRST_TOKEN, 0] = MASSIVE
+        return shape, model, load_model
     bridge = load_model(shape) if not isinstance(shape, str) else load_model(shape, device=device)
     original = bridge.original_model
     weight = next(original.parameters())
@@ -220,7 +229,9 @@ def _bridge_row(
 
 def _tokens(size: tuple[int, int], vocabulary: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(min(1000, vocabulary // 2), vocabulary, size, generator=generator)
+    tokens = torch.randint(min(1000, vocabulary // 2), vocabulary, size, generator=generator)
+    tokens[:, 0] = FIRST_TOKEN
+    return tokens
 
 
 class _Laps:
@@ -229,7 +240,8 @@ class _Laps:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._marks: list[Any] = []
-        self._memory = 0.0
+        self._in_use = 0
+        self._memory = 0
 
     @property
     def count(self) -> int:
@@ -238,21 +250,25 @@ class _Laps:
     def __enter__(self) -> _Laps:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._memory = torch.cuda.memory_allocated(self._device)
+            self._start_memory()
         self.lap()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            peak = torch.cuda.max_memory_allocated(self._device)
-            self._memory = (peak - self._memory) / 2**30
+
+    def _start_memory(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._in_use = torch.cuda.memory_allocated(self._device)
 
     def lap(self) -> None:
         if self._device.type != "cuda":
             self._marks.append(time.perf_counter())
             return
+        grown = torch.cuda.max_memory_allocated(self._device) - self._in_use
+        self._memory = max(self._memory, grown)
+        self._start_memory()
         mark = torch.cuda.Event(enable_timing=True)
         mark.record(torch.cuda.current_stream(self._device))
         self._marks.append(mark)
@@ -272,7 +288,7 @@ class _Laps:
             way=way,
             milliseconds=median,
             ratio=None if bare is None else median / bare,
-            memory=self._memory if self._device.type == "cuda" else None,
+            memory=self._memory / 2**30 if self._device.type == "cuda" else None,
             tokens_per_second=size[0] * size[1] / median * 1e3,
             first_milliseconds=first,
         )

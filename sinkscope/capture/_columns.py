@@ -41,7 +41,7 @@ class ReceivedAndEntropy(NamedTuple):
 
 @dataclass(frozen=True)
 class KeySet:
-    """Some keys of each prompt. Worth making once a batch: counting them waits for the device.
+    """Some keys of each prompt.
 
     Attributes:
         index: Their indices; after the last one of a prompt come others that do not count.
@@ -52,16 +52,15 @@ class KeySet:
     number: Int[Tensor, "prompt"]
 
     @classmethod
-    def of(cls, keys: Bool[Tensor, "prompt key"]) -> KeySet:
-        """The keys that are True."""
-        loose = cls.without_waiting(keys)
-        return cls(loose.index[:, : int(loose.number.max())], loose.number)
+    def of(cls, keys: Bool[Tensor, "prompt key"], most: int | None = None) -> KeySet:
+        """The keys that are True.
 
-    @classmethod
-    def without_waiting(cls, keys: Bool[Tensor, "prompt key"]) -> KeySet:
-        """The same with a slot for every key, so that the host need not know how many there are."""
-        index = keys.int().argsort(dim=1, descending=True, stable=True)
-        return cls(index, keys.sum(dim=1))
+        Args:
+            keys: Some keys of each prompt.
+            most: How many any prompt has at most; if None, the host waits until they are counted.
+        """
+        index, number = keys.int().argsort(dim=1, descending=True, stable=True), keys.sum(dim=1)
+        return cls(index[:, : int(number.max()) if most is None else most], number)
 
 
 def attention_to_keys(
@@ -77,7 +76,7 @@ def attention_to_keys(
     """
     kernels = kernels_for(query, call)
     if kernels is not None:
-        chosen = keys if isinstance(keys, KeySet) else KeySet.without_waiting(keys)
+        chosen = keys if isinstance(keys, KeySet) else KeySet.of(keys, most=keys.shape[1])
         return kernels.attention_to_keys(query, key, lse, call, chosen.index, chosen.number)
     chosen = keys if isinstance(keys, KeySet) else KeySet.of(keys)
     prompts, slots = chosen.index.shape

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 COMPARED_AT_ONCE = 2**26
@@ -42,48 +42,48 @@ class ReceivedSummary(NamedTuple):
     """Gu's importance score of every key of a layer, summed up.
 
     Attributes:
-        importance: Sum over the prompts that reach the key [probability].
-        uniform_ratio: The same of its ratio to uniform attention [ratio].
-        peak: Mean over heads; nan at padding [probability].
-        above: Entries (prompt, head) above each threshold.
+        alpha: The scores themselves; 0 at padding [probability].
+        importance: Their sum over the prompts that reach the key [probability].
+        peak: Their mean over heads [probability].
+        above: How many of (prompt, head) exceed each threshold.
     """
 
+    alpha: Float[Tensor, "prompt head key"]
     importance: Float[Tensor, "head key"]
-    uniform_ratio: Float[Tensor, "head key"]
     peak: Float[Tensor, "prompt key"]
-    above: Float[Tensor, "threshold key"]
+    above: Int[Tensor, "threshold key"]
+
+    def over(self, per_uniform: Float[Tensor, "prompt key"]) -> Float[Tensor, "head key"]:
+        """The sum over prompts of `metrics.attention.uniform_ratio` [ratio]."""
+        return torch.einsum("phk,pk->hk", self.alpha, per_uniform)
 
 
 def received_summary(
     mass: Float[Tensor, "prompt head key"],
-    seen_by: Float[Tensor, "prompt key"],
-    uniform: Float[Tensor, "prompt key"],
-    mask: Bool[Tensor, "prompt key"],
+    per_query: Float[Tensor, "prompt key"],
     thresholds: Float[Tensor, "threshold"],
 ) -> ReceivedSummary:
-    """`metrics.attention.importance`, `uniform_ratio` and `count_above` of a layer, in one go.
+    """`metrics.attention.importance` and `count_above` of a layer, in one go.
 
     Args:
         mass: Attention that each key receives in all.
-        seen_by: Queries that see each key, see `metrics.positions.visible_queries`.
-        uniform: What uniform attention would give it, see `metrics.positions.uniform_received`.
-        mask: Real positions.
+        per_query: See `Batch.per_query`.
         thresholds: Thresholds of the sink rate [probability].
     """
-    alpha = torch.where(mask[:, None, :], mass / seen_by[:, None, :], 0.0)
-    per_uniform = torch.where(mask, 1 / uniform, 0.0)
+    alpha = mass * per_query[:, None, :]
+    entries = rearrange(alpha, "prompt head key -> (prompt head) key")
     return ReceivedSummary(
+        alpha=alpha,
         importance=alpha.sum(dim=0),
-        uniform_ratio=torch.einsum("phk,pk->hk", alpha, per_uniform),
-        peak=torch.where(mask, alpha.mean(dim=1), torch.nan),
-        above=_count_above(rearrange(alpha, "prompt head key -> (prompt head) key"), thresholds),
+        peak=alpha.mean(dim=1),
+        above=_count_above(entries, thresholds),
     )
 
 
 def _count_above(
     x: Float[Tensor, "entry key"], thresholds: Float[Tensor, "threshold"]
-) -> Float[Tensor, "threshold key"]:
+) -> Int[Tensor, "threshold key"]:
     """How many entries exceed each threshold, as many thresholds at a time as memory allows."""
     together = max(1, COMPARED_AT_ONCE // max(1, x.numel()))
     parts = [(x > some[:, None, None]).sum(dim=1) for some in thresholds.split(together)]
-    return torch.cat(parts).to(x.dtype)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

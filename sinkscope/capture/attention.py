@@ -31,8 +31,15 @@ class AttentionReader(Protocol):
 
     window: int | None
 
-    def on_keys(self, keys: Bool[Tensor, "prompt key"]) -> Float[Tensor, "prompt head query"]:
-        """Attention that each query pays to the given keys together."""
+    def on_keys(
+        self, keys: Bool[Tensor, "prompt key"], most: int | None = None
+    ) -> Float[Tensor, "prompt head query"]:
+        """Attention that each query pays to the given keys together.
+
+        Args:
+            keys: Some keys of each prompt.
+            most: How many any prompt has at most, if known: then nothing waits for a count.
+        """
         ...
 
     def received(self) -> Float[Tensor, "prompt head key"]:
@@ -86,7 +93,9 @@ class PatternReader:
     def _pattern(self) -> Float[Tensor, "prompt head query key"]:
         return self.pattern.float()
 
-    def on_keys(self, keys: Bool[Tensor, "prompt key"]) -> Float[Tensor, "prompt head query"]:
+    def on_keys(
+        self, keys: Bool[Tensor, "prompt key"], most: int | None = None
+    ) -> Float[Tensor, "prompt head query"]:
         """See `metrics.attention.attention_to`."""
         return attention.attention_to(self._pattern, keys)
 
@@ -180,10 +189,14 @@ class StreamReader:
     def _both(self) -> _columns.ReceivedAndEntropy:
         return _columns.received_and_entropy(*self._attended, self._real_queries)
 
-    def on_keys(self, keys: Bool[Tensor, "prompt key"]) -> Float[Tensor, "prompt head query"]:
+    def on_keys(
+        self, keys: Bool[Tensor, "prompt key"], most: int | None = None
+    ) -> Float[Tensor, "prompt head query"]:
         """Σ_{j∈keys} exp(s_ij − lse_i), O(T) a key; which keys is worked out once a batch."""
         # The mask is kept with its set: while it lives, no other tensor can have its id.
-        _, chosen = self.batch.once(("key set", id(keys)), lambda: (keys, _columns.KeySet.of(keys)))
+        _, chosen = self.batch.once(
+            ("key set", id(keys)), lambda: (keys, _columns.KeySet.of(keys, most))
+        )
         return _columns.attention_to_keys(*self._attended, chosen)
 
     def received(self) -> Float[Tensor, "prompt head key"]:
@@ -228,7 +241,7 @@ class StreamReader:
         whole = _columns.weighted_mass(*self._attended, sizes)
         if b.one_sink_each:  # then one column will do
             size = values.per_query_head(values.norm_at(norm, b.first_sink), whole.shape[1])
-            part = self.on_keys(b.sinks) * size[..., None]
+            part = self.on_keys(b.sinks, most=1) * size[..., None]
         else:
             part = _columns.weighted_mass(*self._attended, sizes * b.sinks[..., None])
         return attention.share_paid_to_sinks(part, whole, b.sinks, b.mask, b.causal)

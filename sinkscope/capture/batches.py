@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sinkscope.capture._waiting import sent
 from sinkscope.metrics import positions
 
 Shared = TypeVar("Shared")
@@ -30,6 +31,7 @@ class Batch:
         sinks: True at sink positions.
         causal: Whether a query sees only keys that are not after it.
         ragged: Whether any prompt is shorter than the batch, so that there are pads.
+        most_sinks: Sinks of the prompt that has most.
         one_sink_each: Whether every prompt has exactly one sink.
         sink_is_first_token: Whether that one sink is position 0 in every prompt.
     """
@@ -40,6 +42,7 @@ class Batch:
     sinks: Bool[Tensor, "prompt position"]
     causal: bool
     ragged: bool
+    most_sinks: int
     one_sink_each: bool
     sink_is_first_token: bool
     _elsewhere: dict[torch.device, Batch] = field(default_factory=dict, repr=False, compare=False)
@@ -106,25 +109,27 @@ class Batch:
         index = torch.arange(self.length, device=self.mask.device)
         return self.once("last token", lambda: index == self.mask.sum(dim=1, keepdim=True) - 1)
 
-    def seen_by(self, window: int | None) -> Float[Tensor, "prompt key"]:
-        """Real queries that see each key in a layer of this window."""
-        return self.once(
-            ("seen by", window),
-            lambda: positions.visible_queries(self.mask, self.causal, window),
-        )
+    def per_query(self, window: int | None) -> Float[Tensor, "prompt key"]:
+        """One over the real queries that see each key in a layer of this window; 0 for pads."""
 
-    def uniform(self, window: int | None) -> Float[Tensor, "prompt key"]:
-        """What uniform attention would give each key in a layer of this window."""
-        return self.once(
-            ("uniform", window),
-            lambda: positions.uniform_received(self.mask, self.causal, window),
-        )
+        def compute() -> Tensor:
+            seen_by = positions.visible_queries(self.mask, self.causal, window)
+            return torch.where(self.mask, 1 / seen_by, 0.0)
+
+        return self.once(("per query", window), compute)
+
+    def per_uniform(self, window: int | None) -> Float[Tensor, "prompt key"]:
+        """One over what uniform attention gives each key in a layer of this window; 0 for pads."""
+
+        def compute() -> Tensor:
+            uniform = positions.uniform_received(self.mask, self.causal, window)
+            return torch.where(self.mask, 1 / uniform, 0.0)
+
+        return self.once(("per uniform", window), compute)
 
     def constant(self, values: tuple[float, ...]) -> Float[Tensor, "value"]:
         """Some numbers on this device, copied there once a batch."""
-        return self.once(
-            ("constant", values), lambda: torch.tensor(values, device=self.mask.device)
-        )
+        return self.once(("constant", values), lambda: sent(torch.tensor(values), self.mask.device))
 
     def averages(self, *sets: str) -> Float[Tensor, "prompt position set"]:
         """Weights that average over named sets of positions, so that one product does them all.
@@ -171,7 +176,7 @@ class Batch:
 
         def compute() -> Tensor:
             index = torch.arange(self.length, device=self.mask.device)
-            bounds = torch.tensor([*edges, self.length], device=self.mask.device)
+            bounds = sent(torch.tensor([*edges, self.length]), self.mask.device)
             inside = (index[:, None] >= bounds[:-1]) & (index[:, None] < bounds[1:])
             return self.queries[:, :, None] & inside
 
@@ -187,10 +192,10 @@ def mean_weights(sets: Bool[Tensor, "prompt position set"]) -> Float[Tensor, "pr
 
 
 def average(
-    values: Float[Tensor, "prompt *kind position"], weights: Float[Tensor, "prompt position set"]
-) -> Float[Tensor, "prompt *kind set"]:
+    values: Float[Tensor, "prompt head position"], weights: Float[Tensor, "prompt position set"]
+) -> Float[Tensor, "prompt head set"]:
     """Averages over positions with the weights of a batch, in fp32."""
-    return torch.einsum("p...t,ptw->p...w", values.float(), weights)
+    return values.float() @ weights
 
 
 def cut(
@@ -205,15 +210,18 @@ def cut(
     """Cut the batch of prompts `rows` out of a text, no longer than its longest prompt."""
     length = int(mask[rows].sum(dim=1).max())
     mask, sinks = mask[rows, :length], sinks[rows, :length]
+    number = sinks.sum(dim=1)
+    one_each = bool((number == 1).all())
     return Batch(
         rows=rows,
-        tokens=tokens[rows, :length].to(device),
-        mask=mask.to(device),
-        sinks=sinks.to(device),
+        tokens=sent(tokens[rows, :length], device),
+        mask=sent(mask, device),
+        sinks=sent(sinks, device),
         causal=causal,
         ragged=not bool(mask.all()),
-        one_sink_each=bool((sinks.sum(dim=1) == 1).all()),
-        sink_is_first_token=bool(sinks[:, 0].all() and (sinks.sum(dim=1) == 1).all()),
+        most_sinks=int(number.max()),
+        one_sink_each=one_each,
+        sink_is_first_token=one_each and bool(sinks[:, 0].all()),
     )
 
 

@@ -58,16 +58,20 @@ def largest(x: Float[Tensor, "prompt position dim"]) -> Float[Tensor, "prompt di
     """Largest |x| of each dim over all positions [activation]; 0 where there are none."""
     if x.shape[1] == 0:
         return at_least_fp32(x.new_zeros(x.shape[0], x.shape[2]))
-    parts = [largest_magnitude(x[:, chunk], dim=1) for chunk in position_chunks(x)]
-    return torch.stack(parts).amax(dim=0)
+    return _largest_of([largest_magnitude(x[:, chunk], dim=1) for chunk in position_chunks(x)])
 
 
 def largest_where(
     x: Float[Tensor, "prompt position dim"], where: Bool[Tensor, "prompt position"]
 ) -> Float[Tensor, "prompt dim"]:
     """Largest |x| of each dim over the positions where ``where`` holds; 0 where there are none."""
-    parts = [largest_magnitude_at(x[:, chunk], where[:, chunk]) for chunk in position_chunks(x)]
-    return torch.stack(parts).amax(dim=0)
+    return _largest_of(
+        [largest_magnitude_at(x[:, chunk], where[:, chunk]) for chunk in position_chunks(x)]
+    )
+
+
+def _largest_of(parts: list[Float[Tensor, "prompt dim"]]) -> Float[Tensor, "prompt dim"]:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).amax(dim=0)
 
 
 def median_over_dims(x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:

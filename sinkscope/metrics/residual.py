@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -83,6 +84,10 @@ def cosine_to_sink(
     return torch.where(sinks.any(dim=1, keepdim=True), along / vector_norm(hidden), torch.nan)
 
 
+MASSIVE_MINIMUM, MASSIVE_RATIO = 100.0, 1000.0
+"""What a massive activation exceeds [activation], and by how many medians (Sun et al.)."""
+
+
 class MassiveEntries(NamedTuple):
     """Massive activations of one hidden state, one entry each."""
 
@@ -98,8 +103,8 @@ class MassiveEntries(NamedTuple):
 def massive_activations(
     hidden: Float[Tensor, "prompt position dim"],
     mask: Bool[Tensor, "prompt position"],
-    minimum: float = 100.0,
-    ratio: float = 1000.0,
+    minimum: float = MASSIVE_MINIMUM,
+    ratio: float = MASSIVE_RATIO,
 ) -> MassiveEntries:
     """Entries a with |a| > minimum and |a| > ratio × the median |a| of that prompt's hidden state.
 
@@ -107,19 +112,60 @@ def massive_activations(
     real positions and all dims of the prompt, exactly, an even count giving the mean of the middle
     two; it is computed only if some activation passes ``minimum``.
     """
-    peak = largest_magnitude(hidden, dim=2)
-    candidates = (peak > minimum) & mask
-    if not candidates.any():
-        none = torch.zeros(0, dtype=torch.long, device=hidden.device)
-        return MassiveEntries(none, none, none, none.float(), none.float())
-    median = magnitude_median(hidden, mask)
-    candidates &= peak > ratio * median[:, None]
-    prompt, position = candidates.nonzero(as_tuple=True)
-    rows = at_least_fp32(hidden[prompt, position])
-    bound = (ratio * median).clamp(min=minimum)[prompt]
-    entry, dim = (rows.abs() > bound[:, None]).nonzero(as_tuple=True)
-    value, prompt = rows[entry, dim], prompt[entry]
-    return MassiveEntries(prompt, position[entry], dim, value, value.abs() / median[prompt])
+    peak = token_peaks(hidden, mask)
+    if (peak > minimum).any():
+        median = magnitude_median(hidden, mask)
+    else:
+        median = torch.full_like(peak[:, 0], torch.inf)  # whatever it is, nothing passes
+    passing = peak > (ratio * median).clamp(min=minimum)[:, None]
+    tokens = passing.flatten().nonzero().squeeze(1)
+    return MassiveRows.at(hidden, tokens, median).entries(minimum, ratio)
+
+
+@dataclass(frozen=True)
+class MassiveRows:
+    """Rows of hidden states that may hold massive activations; all else is left behind.
+
+    Attributes:
+        token: Index of the row in all prompts laid end to end.
+        state: What stands there.
+        median: Median |a| of each prompt.
+        length: Positions of a prompt.
+    """
+
+    token: Int[Tensor, "row"]
+    state: Float[Tensor, "row dim"]
+    median: Float[Tensor, "prompt"]
+    length: int
+
+    @classmethod
+    def at(
+        cls,
+        hidden: Float[Tensor, "prompt position dim"],
+        token: Int[Tensor, "row"],
+        median: Float[Tensor, "prompt"],
+    ) -> MassiveRows:
+        """Some rows of a hidden state."""
+        state = hidden.flatten(end_dim=1).index_select(0, token)
+        return cls(token, state, median, hidden.shape[1])
+
+    def entries(
+        self, minimum: float = MASSIVE_MINIMUM, ratio: float = MASSIVE_RATIO
+    ) -> MassiveEntries:
+        """The massive activations in them, see :func:`massive_activations`."""
+        state, median = at_least_fp32(self.state), self.median[self.token // self.length]
+        bound = (ratio * median).clamp(min=minimum)
+        row, dim = (state.abs() > bound[:, None]).nonzero(as_tuple=True)
+        token, value = self.token[row], state[row, dim]
+        prompt, position = token // self.length, token % self.length
+        return MassiveEntries(prompt, position, dim, value, value.abs() / median[row])
+
+
+def token_peaks(
+    hidden: Float[Tensor, "prompt position dim"], mask: Bool[Tensor, "prompt position"]
+) -> Float[Tensor, "prompt position"]:
+    """The largest |a| of each real position [activation]; 0 at pads."""
+    return torch.where(mask, largest_magnitude(hidden, dim=2), 0)
 
 
 def topk_tokens(

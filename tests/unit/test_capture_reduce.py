@@ -36,8 +36,9 @@ def test_received_summary(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None
     mask[1, 3:] = False
     seen_by = torch.tensor([[5.0, 4, 3, 2, 1], [3, 2, 1, 0, 0]])
     uniform = torch.tensor([[0.5, 0.4, 0.3, 0.25, 0.2], [0.6, 0.4, 1 / 3, 0, 0]])
+    per_query, per_uniform = (torch.where(mask, 1 / x, 0) for x in (seen_by, uniform))
     thresholds = torch.tensor([0.1, 0.5, 0.9])
-    found = _reduce.received_summary(mass, seen_by, uniform, mask, thresholds)
+    found = _reduce.received_summary(mass, per_query, thresholds)
     for key in range(5):
         real = [p for p in range(2) if mask[p, key]]
         alpha = {(p, h): float(mass[p, h, key] / seen_by[p, key]) for p in real for h in range(3)}
@@ -45,10 +46,10 @@ def test_received_summary(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None
             total = math.fsum(alpha[p, h] for p in real)
             ratio = math.fsum(alpha[p, h] / float(uniform[p, key]) for p in real)
             assert float(found.importance[h, key]) == pytest.approx(total, rel=1e-5)
-            assert float(found.uniform_ratio[h, key]) == pytest.approx(ratio, rel=1e-5)
+            assert float(found.over(per_uniform)[h, key]) == pytest.approx(ratio, rel=1e-5)
         for p in range(2):
-            peak = math.fsum(alpha.get((p, h), math.nan) for h in range(3)) / 3
-            assert float(found.peak[p, key]) == pytest.approx(peak, rel=1e-5, nan_ok=True)
+            peak = math.fsum(alpha.get((p, h), 0) for h in range(3)) / 3
+            assert float(found.peak[p, key]) == pytest.approx(peak, rel=1e-5)
         for t, threshold in enumerate(thresholds.tolist()):
             above = sum(a > threshold for a in alpha.values())
             assert float(found.above[t, key]) == above

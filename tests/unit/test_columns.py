@@ -138,7 +138,7 @@ def test_attention_to_no_key_is_zero() -> None:
 
 def test_a_set_without_waiting_says_the_same() -> None:
     keys = torch.tensor([[True, False, True, False], [False, False, False, True]])
-    tight, loose = _columns.KeySet.of(keys), _columns.KeySet.without_waiting(keys)
+    tight, loose = _columns.KeySet.of(keys), _columns.KeySet.of(keys, most=4)
     assert tight.number.tolist() == loose.number.tolist() == [2, 1]
     assert tight.index.tolist() == loose.index[:, :2].tolist()
     assert sorted(loose.index[0, :2].tolist()) == [0, 2] and loose.index[1, 0] == 3

@@ -98,7 +98,7 @@ def test_chosen_keys(kernels, here: tuple[Case, Tensor, Tensor]) -> None:
     keys = torch.zeros(pattern.shape[0], pattern.shape[3], dtype=torch.bool)
     keys[0, [0, 3]], keys[1, 2] = True, True
     expected = (pattern * keys[:, None, None, :]).sum(-1)
-    for chosen in (_columns.KeySet.of(keys), _columns.KeySet.without_waiting(keys)):
+    for chosen in (_columns.KeySet.of(keys), _columns.KeySet.of(keys, most=keys.shape[1])):
         index, number = chosen.index.to(DEVICE), chosen.number.to(DEVICE)
         equal(kernels.attention_to_keys(c.query, c.key, lse, c.call, index, number), expected)
 

@@ -6,7 +6,7 @@ class here, and name it in `OBSERVERS`.
 
 from __future__ import annotations
 
-from sinkscope.capture.observers import attention, residual, values
+from sinkscope.capture.observers import attention, massive, residual, values
 from sinkscope.capture.observers.base import Observer, Scope
 
 OBSERVERS: dict[str, tuple[type[Observer], ...]] = {
@@ -14,7 +14,7 @@ OBSERVERS: dict[str, tuple[type[Observer], ...]] = {
     "values": (values.Values,),
     "head_outputs": (values.HeadOutputs,),
     "residual": (residual.ResidualNorms,),
-    "massive": (residual.Massive,),
+    "massive": (massive.Massive,),
     "ffn": (residual.FfnOutput,),
     "received": (attention.Received,),
     "entropy": (attention.Entropy,),

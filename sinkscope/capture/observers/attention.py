@@ -10,7 +10,7 @@ from sinkscope.capture._reduce import received_summary
 from sinkscope.capture.attention import AttentionReader
 from sinkscope.capture.batches import Batch, average
 from sinkscope.capture.folds import Fold, OverLayers, OverPrompts, Summed
-from sinkscope.capture.observers.base import Folded, Observer
+from sinkscope.capture.observers.base import Folded, Observer, Scope
 from sinkscope.metrics import attention
 
 
@@ -31,12 +31,12 @@ class SinkAttention(Observer):
         With several sinks, or one that is not the first token, up to three columns.
         """
         weights = batch.sink_averages(x.window, self.scope.bucket_edges)
-        to_sinks = average(x.on_keys(batch.sinks), weights)
+        to_sinks = average(x.on_keys(batch.sinks, batch.most_sinks), weights)
         to_first_sink = to_first_token = to_sinks
         if not batch.one_sink_each:
-            to_first_sink = average(x.on_keys(batch.first_sink_mask), weights)
+            to_first_sink = average(x.on_keys(batch.first_sink_mask, most=1), weights)
         if not batch.sink_is_first_token:
-            to_first_token = average(x.on_keys(batch.first_token), weights)
+            to_first_token = average(x.on_keys(batch.first_token, most=1), weights)
         self.keep(
             layer, to_sinks=to_sinks, to_first_sink=to_first_sink, to_first_token=to_first_token
         )
@@ -77,6 +77,10 @@ class Received(Observer):
         "sink_rate_curve",
     )
 
+    def __init__(self, scope: Scope) -> None:
+        super().__init__(scope)
+        self._windows: dict[int, int | None] = {}
+
     def fold(self, name: str) -> Fold:
         """All but the token strip are summed over the batch's prompts in the hook already."""
         if name == "received_peak":
@@ -85,25 +89,24 @@ class Received(Observer):
 
     def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
         """Gu's importance of every key; only sums over prompts or heads are kept."""
-        found = received_summary(
-            x.received(),
-            batch.seen_by(x.window),
-            batch.uniform(x.window),
-            batch.mask,
-            batch.constant((self.scope.epsilon, *attention.EPSILONS)),
-        )
+        thresholds = batch.constant((self.scope.epsilon, *attention.EPSILONS))
+        found = received_summary(x.received(), batch.per_query(x.window), thresholds)
         self.keep(
-            layer,
-            received_attention=found.importance,
-            uniform_ratio=found.uniform_ratio,
-            received_peak=found.peak,
-            above=found.above,
+            layer, received_attention=found.importance, received_peak=found.peak, above=found.above
         )
+        if batch.ragged:
+            self.keep(layer, uniform_ratio=found.over(batch.per_uniform(x.window)))
+        self._windows[layer] = x.window
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Split the counts above the thresholds into the asked-for ε and the curve."""
-        above = layers.pop("above").mean(dim=0, keepdim=True) / self.scope.n_heads
-        return layers | {"sink_rate": above[:, 0], "sink_rate_curve": above[:, 1:]}
+        above = layers.pop("above").float().mean(dim=0, keepdim=True) / self.scope.n_heads
+        layers |= {"sink_rate": above[:, 0], "sink_rate_curve": above[:, 1:]}
+        if not batch.ragged:  # then uniform attention is the same for every prompt
+            rows = [batch.per_uniform(window)[0] for _, window in sorted(self._windows.items())]
+            ratio = layers["received_attention"] * torch.stack(rows)[:, None, :]
+            layers["uniform_ratio"] = ratio
+        return layers
 
     def results(self, order: Int[Tensor, "prompt"]) -> Folded:
         """The fields, the rates without the layer axis that their fold carries."""

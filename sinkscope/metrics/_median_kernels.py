@@ -1,0 +1,160 @@
+"""The median of |x| on CUDA by radix selection: exact, and without the host waiting for anything.
+
+Read as an integer, the bits of a non-negative float grow with its value. So the median's bits can
+be found from the top, a digit at a time: count each digit's values among the entries that agree
+with what has been found so far, then take the digit in which the wanted rank falls. An even count
+has two middle entries, so two ranks are followed; as long as they agree one count serves both.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+DIGITS: dict[torch.dtype, tuple[tuple[int, int], ...]] = {
+    torch.bfloat16: ((7, 8), (0, 7)),
+    torch.float16: ((7, 8), (0, 7)),
+    torch.float32: ((23, 8), (15, 8), (7, 8), (0, 7)),
+}
+"""(shift, width) in bits of each digit, from the top; the sign is no part of any."""
+
+TYPES = {
+    torch.bfloat16: (tl.int16, tl.bfloat16),
+    torch.float16: (tl.int16, tl.float16),
+    torch.float32: (tl.int32, tl.float32),
+}
+"""The integer that holds a float's bits, and the float, as Triton names them."""
+
+INTEGER = {2: torch.int16, 4: torch.int32}
+HEAD: tl.constexpr = tl.constexpr(8)
+PROGRAMS = 1024
+"""About how many programs share the counting: several for each multiprocessor of a large GPU."""
+
+
+def magnitude_median(
+    x: Float[Tensor, "prompt position dim"], mask: Bool[Tensor, "prompt position"]
+) -> Float[Tensor, "prompt"]:
+    """Median of |x| over each prompt's real positions and all dims; nan where there are none."""
+    x, mask = x if x.stride(-1) == 1 else x.contiguous(), mask.contiguous()
+    prompts, positions, width = x.shape
+    digits = DIGITS[x.dtype]
+    # Bits and ranks found so far, how many entries there are; then counts of every digit.
+    memory = torch.zeros(
+        prompts, HEAD.value + 512 * len(digits), dtype=torch.int32, device=x.device
+    )
+    median = torch.empty(prompts, dtype=torch.float32, device=x.device)
+    rows = max(1, triton.cdiv(prompts * positions, PROGRAMS))
+    bits = x.view(INTEGER[x.element_size()])
+    block = min(4096, triton.next_power_of_2(width))
+    for index, (shift, size) in enumerate(digits):
+        _count_kernel[(triton.cdiv(positions, rows), prompts)](
+            bits, mask, memory, *x.stride()[:2], positions, width, rows, memory.stride(0),
+            SHIFT=shift, SIZE=size, INDEX=index, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+        _choose_kernel[(prompts,)](
+            median, memory, memory.stride(0), SIZE=size, INDEX=index,
+            LAST=index == len(digits) - 1, INT=TYPES[x.dtype][0], FLOAT=TYPES[x.dtype][1],
+            num_warps=1,
+        )  # fmt: skip
+    return median
+
+
+@triton.jit
+@no_type_check
+def _count_kernel(
+    bits,
+    mask,
+    memory,
+    prompt_stride,
+    position_stride,
+    n_positions,
+    width,
+    rows,
+    memory_stride,
+    SHIFT: tl.constexpr,
+    SIZE: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Count the values of one digit in some rows of a prompt."""
+    prompt = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * rows
+    last = tl.minimum(first + rows, n_positions)
+    bits += prompt * prompt_stride + first.to(tl.int64) * position_stride
+    mask += prompt * n_positions
+    memory += prompt * memory_stride
+    lower = tl.load(memory)
+    upper = tl.load(memory + 1)
+    bins = tl.arange(0, 1 << SIZE)
+    at_lower = tl.zeros([1 << SIZE], dtype=tl.int32)
+    at_upper = tl.zeros([1 << SIZE], dtype=tl.int32)
+    for row in tl.range(first, last):
+        if tl.load(mask + row) != 0:
+            for start in tl.range(0, width, BLOCK):
+                dims = start + tl.arange(0, BLOCK)
+                here = dims < width
+                value = tl.load(bits + dims, here, other=0)
+                # Widening repeats the sign upwards, so cut off all from the sign on.
+                value = value.to(tl.int32) & ((1 << (value.dtype.primitive_bitwidth - 1)) - 1)
+                digit = (value >> SHIFT) & ((1 << SIZE) - 1)
+                above = value >> (SHIFT + SIZE)
+                at_lower += tl.histogram(digit, 1 << SIZE, mask=here & (above == lower))
+                if upper != lower:
+                    at_upper += tl.histogram(digit, 1 << SIZE, mask=here & (above == upper))
+        bits += position_stride
+    counts = memory + HEAD + INDEX * 512
+    tl.atomic_add(counts + bins, at_lower, mask=at_lower > 0, sem="relaxed")
+    tl.atomic_add(counts + 256 + bins, at_upper, mask=at_upper > 0, sem="relaxed")
+
+
+@triton.jit
+@no_type_check
+def _choose_kernel(
+    median,
+    memory,
+    memory_stride,
+    SIZE: tl.constexpr,
+    INDEX: tl.constexpr,
+    LAST: tl.constexpr,
+    INT: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """Append to both ranks' bits the digit in which they fall; after the last, take the mean."""
+    prompt = tl.program_id(0).to(tl.int64)
+    memory += prompt * memory_stride
+    bins = tl.arange(0, 1 << SIZE)
+    counts = memory + HEAD + INDEX * 512
+    lower = tl.load(memory)
+    upper = tl.load(memory + 1)
+    at_lower = tl.load(counts + bins)
+    at_upper = tl.load(counts + 256 + bins)
+    at_upper = tl.where(upper == lower, at_lower, at_upper)
+    if INDEX == 0:
+        total = tl.sum(at_lower, 0)
+        rank_lower = (total + 1) // 2
+        rank_upper = total // 2 + 1
+        tl.store(memory + 4, total)
+    else:
+        rank_lower = tl.load(memory + 2)
+        rank_upper = tl.load(memory + 3)
+    below = tl.cumsum(at_lower, 0) < rank_lower
+    lower = (lower << SIZE) + tl.sum(below.to(tl.int32), 0)
+    rank_lower -= tl.sum(tl.where(below, at_lower, 0), 0)
+    below = tl.cumsum(at_upper, 0) < rank_upper
+    upper = (upper << SIZE) + tl.sum(below.to(tl.int32), 0)
+    rank_upper -= tl.sum(tl.where(below, at_upper, 0), 0)
+    if LAST:
+        low = lower.to(INT).to(FLOAT, bitcast=True).to(tl.float32)
+        high = upper.to(INT).to(FLOAT, bitcast=True).to(tl.float32)
+        middle = low + (high - low) / 2  # their sum might overflow
+        tl.store(median + prompt, tl.where(tl.load(memory + 4) > 0, middle, float("nan")))
+    else:
+        tl.store(memory, lower)
+        tl.store(memory + 1, upper)
+        tl.store(memory + 2, rank_lower)
+        tl.store(memory + 3, rank_upper)
