@@ -38,7 +38,7 @@ model = ss.load_model("smollm2-135m")  # a real model, from a Python package
 # A head at position $i$ gives every position $j \le i$ that it may see a score $s_{ij}$, and turns
 # the scores into weights with a softmax:
 #
-# $$A_{ij} = \frac{e^{s_{ij}}}{\sum_{j' \le i} e^{s_{ij'}}}, \qquad \sum_{j \le i} A_{ij} = 1,
+# $$A_{ij} = \frac{e^{s_{ij}}}{\sum_{k \le i} e^{s_{ik}}}, \qquad \sum_{j \le i} A_{ij} = 1,
 # \qquad o_i = \sum_{j \le i} A_{ij}\, v_j .$$
 #
 # The weights sum to one. **A head cannot attend to nothing.** A head that looks for, say, the
@@ -60,7 +60,8 @@ _, cache = model.run_with_cache(texts.tokens, names_filter=lambda name: "hook_pa
 n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
 patterns = torch.stack([cache["pattern", layer][0] for layer in range(n_layers)])
 
-print(f"{n_layers} layers × {n_heads} heads, {len(words)} tokens: {words[:6]} …")
+print(f"{n_layers} layers × {n_heads} heads, {len(words)} tokens: {words[:7]} …")
+assert len(words) == 45
 assert torch.allclose(patterns.sum(-1), torch.ones(()), atol=1e-5), "every row sums to one"
 
 # %% [markdown]
@@ -161,7 +162,7 @@ assert top[0] == 0 and received[0] > 4 * received[1:].max()
 # > **Predict** for each whether the sink stays, weakens, or goes.
 # >
 # > 1. Put some random word in the place of "The".
-# > 2. Cut the first five tokens away, so that the text begins with " the hills".
+# > 2. Cut the first six tokens away, so that the text begins with " hills, and the two".
 # > 3. Put the model's own special token, `<|im_start|>`, in front.
 
 # %%
@@ -169,7 +170,7 @@ swap_start = ss.interventions.ReplaceStart(model, "random")
 conditions = {
     "the story": texts,
     "another first word": swap_start(texts),
-    "five tokens cut": ss.token_ids(texts.tokens[:, 5:]),
+    "six tokens cut": ss.token_ids(texts.tokens[:, 6:]),
     "special token in front": ss.texts([story], bos="always"),
 }
 sink = {
@@ -181,6 +182,7 @@ for name, attention in sink.items():
 
 # %%
 assert all(attention > 0.3 for attention in sink.values())
+assert words[6] == " hills" and received[6] < 0.03, "where it stood before, it received little"
 
 # %% [markdown]
 # It is not the word. Whatever stands first becomes the sink: any word, a special token, a word
@@ -248,6 +250,11 @@ print(f"its value is {ratio:.2f} × the others' (median over layers and KV heads
 assert ratio < 0.4 and share < 0.8 * attention
 
 # %% [markdown]
+# Muted, not silent: the sink's share of what is written is smaller than its share of the attention,
+# and still almost a third. The other half of the answer is that this third says nothing. Lesson 3
+# shows that the first token's state, and with it its value, is all but the same vector for every
+# text. What a head fetches from the sink is a small constant, and a constant is easily allowed for.
+#
 # ## What to take with you
 #
 # * A softmax row sums to one, so a head that has nothing to do must park its attention.
@@ -255,7 +262,7 @@ assert ratio < 0.4 and share < 0.8 * attention
 #   by position, not by meaning; random tokens will do.
 # * One token repeated leaves no sink: the first position is special only because it averages
 #   nothing.
-# * Parking is harmless since the sink's value is small. High attention is not high importance.
+# * Parking does little harm since the sink's value is small. High attention is not high importance.
 #
 # ## Exercises
 #
@@ -359,4 +366,8 @@ check(4, answer_4)
 assert solved == set(ANSWERS)
 
 # %% [markdown]
-# Next: [2 · Find the sinks of a model](02_find_the_sinks_of_a_model.ipynb).
+# Next: [2 · Find the sinks of a model](02_find_the_sinks_of_a_model.ipynb). After it:
+# [3 · what a sink is made of](03_drains_peaks_and_dimensions.ipynb),
+# [4 · how to move it](04_move_the_sink.ipynb),
+# [5 · heads that sleep](05_heads_that_sleep.ipynb), and
+# [6 · how a sink grows](06_grow_a_sink.ipynb).

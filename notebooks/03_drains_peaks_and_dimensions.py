@@ -134,7 +134,7 @@ assert ledger[[27, 28, 29]].max() < -50 and ledger[[28, 29]].sum() < -15_000
 # the non-mixture distribution. Their exact rule is not public. sinkscope's is operational, and
 # ours: with $x$ the FFN's output, channel $d$ counts if, in at least half of the prompts,
 #
-# $$|x_{0,d}| > 100 \cdot \operatorname{median}_{d'} |x_{0,d'}| \quad\text{and}\quad
+# $$|x_{0,d}| > 100 \cdot \operatorname{median}_{c} |x_{0,c}| \quad\text{and}\quad
 #   |x_{0,d}| > 10 \cdot \max_{i \ge 1} |x_{i,d}| .$$
 #
 # Both thresholds are arguments.
@@ -337,8 +337,8 @@ ANSWERS = {  # exercise: (answer, hint)
         "report.value_drain is [prompt, layer, kv_head]; average over prompts first.",
     ),
     2: (
-        losses["dim 507 → zero"] - losses["untouched"],
-        "Both numbers are in `losses`.",
+        math.exp(losses["dim 507 → zero"]) / math.exp(losses["untouched"]),
+        "Both losses are in `losses`; perplexity is e to the loss.",
     ),
     3: (_dims_of_the_norm(), "Sort the squares, add them up, and see when 99 % is reached."),
     4: (
@@ -378,17 +378,17 @@ answer_1 = divmod(least.argmin().item(), least.shape[1])
 check(1, answer_1)
 
 # %% [markdown]
-# **2.** What does zeroing channel 507 cost, in nats per token? By which factor does the perplexity
-# $e^{\text{loss}}$ rise?
+# **2.** By which factor does the perplexity, $e^{\text{loss}}$, rise when channel 507 is set to zero?
 
 # %%
-answer_2 = None  # the cost
+answer_2 = None
 
 check(2, answer_2)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
-answer_2 = losses["dim 507 → zero"] - losses["untouched"]
-print(f"perplexity × {torch.tensor(answer_2).exp():,.0f}")
+nats = losses["dim 507 → zero"] - losses["untouched"]
+answer_2 = math.exp(nats)
+print(f"{nats:.1f} nats a token: perplexity × {answer_2:,.0f}")
 
 check(2, answer_2)
 

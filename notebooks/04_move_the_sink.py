@@ -53,8 +53,7 @@ before = ss.scan(model, texts)
 # (The paper's exact "structured mask" is not public. This is our reading of it, and it is what Li
 # et al., arXiv 2605.06611, found to make a sink.)
 #
-# $$A_{40,j} = \begin{cases} 1 & j = 40 \\ 0 & \text{otherwise} \end{cases}
-#   \qquad\Rightarrow\qquad o_{40} = v_{40}.$$
+# $$A_{40,40} = 1, \qquad A_{40,j} = 0 \ \text{ for } j \ne 40, \qquad\text{so that}\quad o_{40} = v_{40}.$$
 #
 # > **Predict.** Position 40 receives next to nothing now. What will it receive under the mask? And
 # > what becomes of position 0?
@@ -117,15 +116,20 @@ assert len(designated) == 2
 for index in designated:
     to_first, to_40 = (designation.attention_to(index, target).mean() for target in (0, 1))
     assert abs(to_first - to_40) < 0.1 and to_40 > 0.2
-    assert 0 < designation.loss_change(index)["after_it"].mean < 0.4
+
+price = designation.loss_change(designated[0])
+later, own = price["after_it"].mean, price["at_the_position"].mean
+print(f"change of the loss: {later:+.2f} nat at the later positions, {own:+.2f} nat at 40 itself")
+
+assert 0 < later < 0.4 < own
 
 # %% [markdown]
 # (These figures are of the queries *after* 40, in the second half of the layers: the fair
 # comparison, since those queries can see both.) The start token does not matter. The two sinks
 # share the attention evenly: about 0.29 each, where one had 0.53.
 #
-# It is not free: the loss of the later tokens rises by about 0.1 nat, and position 40 itself, being
-# blind, predicts badly.
+# It is not free: the loss of the later tokens rises a little, and position 40 itself, being blind,
+# predicts badly.
 #
 # ## When is it decided?
 #

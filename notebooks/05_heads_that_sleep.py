@@ -140,12 +140,12 @@ for (layer, head), nats in in_echo.items():
     print(f"removing {layer}.{head} costs {nats:+.2f} nat")
 
 # %%
-assert in_echo[18, 7] > 0.5 and in_echo[18, 6] > 0.5
+assert in_echo[18, 7] > 1 and in_echo[18, 6] > 1
 assert abs(in_echo[18, 8]) < 0.05
 assert in_echo[16, 0] > 1.5 * max(in_echo[18, 7], in_echo[18, 6])
 
 # %% [markdown]
-# * **18.7 is active-dormant.** Worthless on prose, worth more than half a nat per token here.
+# * **18.7 is active-dormant.** Worthless on prose, worth more than a nat per token here.
 # * **18.8** is worthless on both. We found nothing that wakes it. (That is not proof that nothing
 #   does. A head can only be shown to be active, never to be dead.)
 # * The dearest by far is **16.0**, which has no sink to speak of. Exercise 3 finds out why.
@@ -203,7 +203,9 @@ assert len(domains.differing()) <= 5, "next to none"
 # puts *out*, compared with its neighbours in the layer:
 #
 # $$\mathrm{HONOR}_h = \frac{\operatorname{mean}_i \lVert o_i^h \rVert}
-#   {\operatorname{mean}_{h'} \operatorname{mean}_i \lVert o_i^{h'} \rVert} .$$
+#   {\operatorname{mean}_{g} \operatorname{mean}_i \lVert o_i^{g} \rVert} ,$$
+#
+# with $g$ over the heads of its layer.
 #
 # > **Predict.** Of the heads that park more than half of their attention, do any put out *more*
 # > than their layer's average?
