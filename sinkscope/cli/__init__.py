@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from sinkscope.cli import bb, bench, dormant, models, scan, stream, trace_peak, waiver
+from sinkscope.cli import bb, bench, dormant, dynamics, models, scan, stream, trace_peak, waiver
 
 app = typer.Typer(
     name="sinkscope",
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("scan")(scan.scan)
 app.command("waiver")(waiver.waiver)
 app.command("dormant")(dormant.dormant)
+app.command("dynamics")(dynamics.dynamics)
 app.command("trace-peak")(trace_peak.trace_peak)
 app.command("stream")(stream.stream)
 app.command("bench")(bench.bench)

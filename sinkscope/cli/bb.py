@@ -32,6 +32,13 @@ def train(
     steps: Steps = None,
     seed: common.Seed = 42,
     paper: Paper = False,
+    snapshots: Annotated[
+        str,
+        typer.Option(
+            help="Steps, with commas between them, whose weights --out keeps in files of their "
+            "own, for `sinkscope dynamics`."
+        ),
+    ] = "",
     device: common.Device = None,
     out: common.Out = None,
     json: common.Json = False,
@@ -40,24 +47,23 @@ def train(
 
     With --out the run is kept there; started again with the same settings it goes on where it was.
     """
+    kept = _steps(snapshots, out)
     folder = common.writable_folder(out)
     with common.quiet_stdout():
         from sinkscope import bb
+        from sinkscope.bb import curves
         from sinkscope.bb.comparison import headline
 
         config = _config(paper, layers, steps).replace(
             attention=attention, optimizer=optimizer, learning_rate=_rate(paper, optimizer),
-            seed=seed,
+            seed=seed, snapshots=kept,
         )  # fmt: skip
         run = bb.train(config, folder, device=device, progress=common.progress_wanted())
         found = headline(run.frame())
     if json:
         common.print_json(common.finite(found))
         return
-    _print_rows(
-        [{"figure": name, "value": value} for name, value in found.items()],
-        "what the run ended with",
-    )
+    _print_rows(_in_words(found), f"{curves.run_name(config)}, seed {seed}, step {found['step']:,}")
 
 
 @app.command()
@@ -153,6 +159,46 @@ def dynamics(
         ],
         f"laws fitted from step {LAWS_FROM} on, best first",
     )
+
+
+def _steps(snapshots: str, out: Path | None) -> tuple[int, ...]:
+    """The steps of --snapshots.
+
+    Raises:
+        SinkscopeError: If they are no numbers, or nothing is kept.
+    """
+    names = [name.strip() for name in snapshots.split(",") if name.strip()]
+    if not all(name.isdecimal() for name in names):
+        raise SinkscopeError(
+            f"--snapshots {snapshots} names no steps; expected such as 50,100,500."
+        )
+    if names and out is None:
+        raise SinkscopeError("--snapshots keeps files in --out; name that folder too.")
+    return tuple(map(int, names))
+
+
+def _in_words(found: dict[str, int | float]) -> list[dict[str, Any]]:
+    """A run's end as rows: what, where, how much."""
+    layers = {name: found[f"{name}_layer"] for name in ("sink", "drain", "peak")}
+    rows = (
+        ("attention to BOS of non-trigger queries, largest of any head", "sink", ""),
+        ("… of the attention that it pays to any position", "sink_share", ""),
+        ("… its logit over the other keys'", "gap", "logit"),
+        ("… attention that it pays to no position", "spare", ""),
+        ("value norm of BOS over the others', smallest of any head", "drain", "×"),
+        ("residual norm of BOS over the others' median, largest layer", "peak", "×"),
+        ("… that norm at the end over halfway", "growth", "×"),
+        ("backcopy risk over the Bayes optimum", "backcopy_excess", "nat"),
+        ("bigram risk over the Bayes optimum", "bigram_excess", "nat"),
+    )
+    return [
+        {
+            "at the end of training": text,
+            "layer": layers.get(name, ""),
+            "value": f"{found[name]:.3g} {unit}".rstrip(),
+        }
+        for text, name, unit in rows
+    ]
 
 
 def _config(paper: bool, layers: int | None, steps: int | None) -> Any:

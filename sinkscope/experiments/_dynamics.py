@@ -70,7 +70,8 @@ class Dynamics(Result):
         """One row a step, metric, layer and head: step, metric, layer, head, value.
 
         layer and head are -1 for the curves of `overview`, head alone for figures of a layer;
-        value_drain has a kv_head in `head`.
+        value_drain has a kv_head in `head`. What one of the checkpoints cannot have (entropy
+        without a softmax) is left out.
         """
         import pandas as pd
 
@@ -82,6 +83,8 @@ class Dynamics(Result):
             x = self.stacked(name)[:, :, None]
             pieces.append(self._rows(name, x, range(x.shape[1]), [-1]))
         for name in PER_HEAD:
+            if any(getattr(report, name) is None for report in self.reports.values()):
+                continue
             x = self.stacked(name)
             pieces.append(self._rows(name, x, range(x.shape[1]), range(x.shape[2])))
         return pd.concat(pieces, ignore_index=True)
@@ -112,6 +115,8 @@ class Dynamics(Result):
         """First and last value of each curve, and when it was half-way between."""
         half = self.half_way()
         lines = [f"{len(self.steps)} checkpoints, steps {self.steps[0]:,} to {self.steps[-1]:,}:"]
+        if len(self.steps) == 1:
+            lines = [f"One checkpoint, step {self.steps[0]:,}:"]
         for name, curve in self.overview().items():
             first, last = (_result.number(float(value)) for value in (curve[0], curve[-1]))
             when = "" if half[name] is None else f", half-way by step {half[name]:,}"

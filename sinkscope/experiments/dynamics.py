@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from sinkscope.capabilities import capabilities
 from sinkscope.errors import ModelError, ReportError, UnsupportedError
 from sinkscope.experiments import _partial
 from sinkscope.experiments._dynamics import Dynamics
@@ -34,6 +35,7 @@ from sinkscope.texts import texts as make_texts
 __all__ = ["Dynamics", "dynamics"]
 
 METRICS = ("sink_attention", "values", "head_outputs", "residual", "entropy", "received")
+"""Of these, `entropy` is left out where attention is no softmax."""
 
 
 def dynamics(
@@ -57,8 +59,9 @@ def dynamics(
             "runs/checkpoint-500"; a snapshot of the Bigram-Backcopy laboratory, such as
             "runs/step-001000.safetensors"; or, in a mapping from step, any of these, anything that
             `load_model` takes, or a function without arguments that gives such a thing.
-        texts: Prompts; by default 16 of prose, 256 tokens each. They are tokenised by the first
-            checkpoint, and all get the same tokens.
+        texts: Prompts; by default 16 of prose, 256 tokens each, and for laboratory snapshots 16 of
+            their own task, as long as their context. They are tokenised by the first checkpoint,
+            and all get the same tokens.
         parked: Mean sink attention above which a head counts as dormant [probability].
         sinks: See `scan`.
         out: A folder that keeps each checkpoint's report, and where an interrupted run continues.
@@ -74,6 +77,8 @@ def dynamics(
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+    if texts is None:
+        texts = _usual_texts(next(iter(named.values())))
     run = _Checkpoints(model, texts, sinks, folder, options)
     bar = tqdm(named.items(), unit="checkpoint", disable=not progress, leave=False)
     for step, checkpoint in bar:
@@ -120,7 +125,7 @@ class _Checkpoints:
         options: dict[str, Any],
     ) -> None:
         self._model, self._sinks, self._folder, self._options = model, sinks, folder, options
-        self._source = as_texts(make_texts("prose") if texts is None else texts)
+        self._source = as_texts(texts)
         self._texts: Texts | None = None
         self.reports: dict[int, SinkReport] = {}
         self.loss: dict[int, float] = {}
@@ -139,7 +144,9 @@ class _Checkpoints:
         model = self._load(checkpoint)
         prompts = self._prompts(model)
         loss = _loss(model, prompts)
-        report = scan(model, prompts, metrics=METRICS, sinks=self._sinks, progress=False).to("cpu")
+        softmax = capabilities(model).softmax
+        metrics = [metric for metric in METRICS if softmax or metric != "entropy"]
+        report = scan(model, prompts, metrics=metrics, sinks=self._sinks, progress=False).to("cpu")
         if self._folder is not None:
             # The report comes last: where it is, the loss is too.
             _partial.write_whole(self._folder / f"step-{step}.json", json.dumps({"loss": loss}))
@@ -155,7 +162,7 @@ class _Checkpoints:
             return load_model(checkpoint)
         if isinstance(checkpoint, int):
             return load_model(self._named(checkpoint), checkpoint=checkpoint, **self._options)
-        if Path(checkpoint).suffix == ".safetensors":
+        if _is_snapshot(checkpoint):
             return _laboratory_model(Path(checkpoint), **self._options)
         if self._model is not None and not Path(checkpoint).exists():
             return load_model(self._model, revision=str(checkpoint), **self._options)
@@ -219,11 +226,26 @@ class _Checkpoints:
 
     def about(self) -> str:
         """Model, T, BOS and texts in one line."""
-        first = next(iter(self.reports.values()))
-        settings, prompts = first.settings, len(first.tokens)
-        name = settings.model if self._model is None else str(self._model)
+        reports = list(self.reports.values())
+        settings, prompts = reports[0].settings, len(reports[0].tokens)
+        ends = dict.fromkeys((settings.model, reports[-1].settings.model))
+        name = " to ".join(ends) if self._model is None else str(self._model)
         parts = (name, f"T = {settings.length:,}", f"BOS: {settings.bos}")
         return " · ".join([*parts, f"{prompts} × {settings.source}"])
+
+
+def _is_snapshot(checkpoint: Any) -> bool:
+    return isinstance(checkpoint, str | Path) and Path(checkpoint).suffix == ".safetensors"
+
+
+def _usual_texts(checkpoint: Any) -> Any:
+    """What a model is looked at on when nobody says: prose, or the task that a snapshot learnt."""
+    if not _is_snapshot(checkpoint):
+        return make_texts("prose")
+    from sinkscope import bb
+
+    model, task = bb.load_model(checkpoint)
+    return bb.task_texts(length=model.config.context, task=task)
 
 
 def _laboratory_model(file: Path, device: Any = "cpu", **options: Any) -> Any:
@@ -232,8 +254,8 @@ def _laboratory_model(file: Path, device: Any = "cpu", **options: Any) -> Any:
 
     if options:
         raise ModelError(f"{file.name} is a laboratory's; of the options it takes device alone.")
-    model, _ = bb.load_model(file)
-    return bb.to_bridge(model, name=file.stem).to(device)
+    model, task = bb.load_model(file)
+    return bb.to_bridge(model.to(device), name=file.stem, task=task)
 
 
 def _loss(model: Any, prompts: Texts) -> float | None:

@@ -160,6 +160,24 @@ def test_snapshots_of_the_laboratory(tmp_path) -> None:
         alone = ss.scan(bb.to_bridge(bb.load_model(file)[0]), texts, progress=False)
         torch.testing.assert_close(found.reports[step].sink_attention, alone.sink_attention)
     assert "loss" in found.overview()
+    assert found.about.startswith("step-000002 to step-000006 · T = 20 ")
+    own = dynamics(None, files[:1], progress=False)  # on its own task, as long as its context
+    want = bb.task_texts(length=32, task=bb.load_model(files[0])[1])
+    assert torch.equal(own.reports[2].tokens, want.tokens)
+
+
+def test_snapshots_without_a_softmax_have_no_entropy(tmp_path) -> None:
+    from sinkscope import bb
+
+    model = bb.ModelConfig(width=16, context=16, attention="relu")
+    config = bb.TrainConfig.classroom(
+        model=model, batch=4, length=16, steps=2, snapshots=(1, 2), learning_rate=1e-3
+    )
+    bb.train(config, folder=tmp_path, progress=False)
+    found = dynamics(None, sorted(tmp_path.glob("step-*.safetensors")), progress=False)
+    metrics = set(found.frame()["metric"])
+    assert {"sink_attention", "value_drain", "honor", "residual_peak"} <= metrics
+    assert "attention_entropy" not in metrics
 
 
 def test_what_is_refused(folders, tmp_path) -> None:

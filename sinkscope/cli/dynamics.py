@@ -1,0 +1,76 @@
+"""`sinkscope dynamics`: sinks, drains, peaks and dormant heads, checkpoint by checkpoint."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from sinkscope.cli import _common as common
+
+
+def dynamics(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders or laboratory snapshots whose names end in a step (checkpoint-500, "
+            "step-000500.safetensors); with --model, its Hub revisions (step1000), or bare numbers "
+            "for the training steps that TransformerLens knows."
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="The Hub model that revisions and steps are of.")
+    ] = None,
+    texts: Annotated[
+        str | None,
+        typer.Option(
+            help="prose, code, a file, or hf:owner/name:split; default: prose, and for the "
+            "laboratory's snapshots its own task."
+        ),
+    ] = None,
+    prompts: common.Prompts = 16,
+    length: common.Length = 256,
+    bos: common.Bos = "auto",
+    seed: common.Seed = 0,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    out: common.Out = None,
+    json: common.Json = False,
+) -> None:
+    """Follow the sink over training: scan every checkpoint on the same texts.
+
+    With --out, each checkpoint's report is kept as it comes, and an interrupted run continues; at
+    the end there are dynamics.json, dynamics.csv and dynamics.html.
+    """
+    folder = common.writable_folder(out)
+    options: dict[str, Any] = {
+        name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None
+    }
+    with common.quiet_stdout():
+        import sinkscope as ss
+        from sinkscope.experiments.dynamics import dynamics as follow
+
+        source = None
+        if texts is not None or not all(map(_of_the_laboratory, checkpoints)):
+            recipe = dict(prompts=prompts, length=length, bos=bos, seed=seed)
+            source = ss.texts(texts or "prose", **recipe)
+        found = follow(
+            model,
+            [int(name) if re.fullmatch(r"\d+", name) else name for name in checkpoints],
+            source,
+            out=folder,
+            progress=common.progress_wanted(),
+            **options,
+        )
+        written = found.save(folder, "dynamics") if folder is not None else []
+    if json:
+        common.print_json(common.finite(found.to_dict()))
+        return
+    typer.echo(repr(found))
+    for file in written:
+        typer.echo(f"wrote {file}")
+
+
+def _of_the_laboratory(checkpoint: str) -> bool:
+    return checkpoint.endswith(".safetensors")
