@@ -13,7 +13,13 @@ from sinkscope.errors import SinkscopeError, UnsupportedError
 if TYPE_CHECKING:
     from sinkscope.experiments._result import Result
 
-QUESTIONS = ("nonmixture", "norms", "mask", "positions", "parts")
+QUESTIONS = {
+    "nonmixture": "Which FFN dims mark the element that mixes nothing? (Yan et al., Fig. 1)",
+    "norms": "Does the first position's vector stand out? (Fig. 2)",
+    "mask": "Does an element become the sink when it mixes nothing? (Fig. 3)",
+    "positions": "Does another position's vector make a sink? (Fig. 4)",
+    "parts": "Which part of what makes the sink is enough, and which is needed?",
+}
 
 
 def waiver(
@@ -66,9 +72,9 @@ def waiver(
         common.print_json(common.finite({**answered, "refused": refused}))
         return
     for name, one in found.items():
-        typer.echo(f"{name}: {one!r}\n")
+        typer.echo(f"{QUESTIONS[name]}\n{one!r}\n")
     for name, reason in refused.items():
-        typer.echo(f"{name}: {reason}\n")
+        typer.echo(f"{QUESTIONS[name]}\n{reason}\n")
     for file in written:
         typer.echo(f"wrote {file}")
 
@@ -80,7 +86,7 @@ def questions(ask: str) -> tuple[str, ...]:
         SinkscopeError: If it names something unknown.
     """
     if ask == "all":
-        return QUESTIONS
+        return tuple(QUESTIONS)
     wanted = tuple(ask.split(","))
     for question in wanted:
         if question not in QUESTIONS:

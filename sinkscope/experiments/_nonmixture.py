@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sinkscope._summary import table_as_text
 from sinkscope.capabilities import capabilities
 from sinkscope.experiments import _measure, _result
 from sinkscope.experiments._result import Result
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sinkscope.report import SinkReport
 
 NEURONS = 5
+_SHOWN = 0.05
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -119,29 +121,40 @@ class NonMixture(Result):
 
     def summary(self) -> str:
         """What stands out, where it is first written, and by which neurons."""
-        where = f"position {self.position}, which {self._why()},"
+        where = f"position {self.position}, which {self._why()}"
         rule = (
-            f"|x| > {self.over_median:g} × the median over dims and > {self.over_mixed:g} × any "
-            "mixed position (operational, ours)"
+            f"By our operational rule, |x| > {self.over_median:g} × the median over dims and > "
+            f"{self.over_mixed:g} × any mixed position,"
         )
         if not self.found:
             top = max(self.strongest(), key=lambda record: record["over_mixed"])
             return (
-                f"No dim of the FFN output stands out at {where} by the rule {rule}. The largest "
-                f"is dim {top['dim']} of layer {top['layer']}: {_result.number(top['value'])}, "
+                f"{rule} no dim of the FFN output stands out at {where}. The largest is dim "
+                f"{top['dim']} of layer {top['layer']}: {_result.number(top['value'])}, "
                 f"{_result.number(top['over_median'])} × the median and "
                 f"{_result.number(top['over_mixed'])} × the mixed positions."
             )
-        lines = [f"At {where} these dims of the FFN output stand out: {rule}."]
-        for record in self.found:
-            lines.append(
-                f"  layer {record['layer']} dim {record['dim']}: {_result.number(record['value'])}"
-                f" ({_result.number(record['over_median'])} × the median, "
-                f"{_result.number(record['over_mixed'])} × the mixed){self._written_by(record)}"
-            )
+        rows = [
+            [
+                str(record["layer"]),
+                str(record["dim"]),
+                _result.number(record["value"]),
+                f"{_result.number(record['over_median'])} ×",
+                f"{_result.number(record['over_mixed'])} ×",
+                self._written_by(record),
+            ]
+            for record in self.found
+        ]
+        columns = ["layer", "dim", "value", "over the median", "over the mixed", "neurons"]
         first = [f"{dim} in layer {layer}" for dim, layer in self.first_writers().items()]
-        lines.append(f"First written: {_result.listed(first)}.")
-        return "\n".join(lines)
+        return "\n".join(
+            [
+                f"{rule} these dims of the FFN output stand out at {where}:",
+                table_as_text(columns, rows),
+                f"First written: {_result.listed(first)}. Neurons: those that add at least "
+                f"{100 * _SHOWN:.0f} % of the value.",
+            ]
+        )
 
     def _why(self) -> str:
         if self.masked:
@@ -152,12 +165,12 @@ class NonMixture(Result):
 
     def _written_by(self, record: dict[str, Any]) -> str:
         own = [
-            neuron
+            f"{neuron['neuron']} ({100 * neuron['share']:.0f} %)"
             for neuron in self.neurons()
             if (neuron["layer"], neuron["dim"]) == (record["layer"], record["dim"])
+            and abs(neuron["share"]) >= _SHOWN
         ]
-        told = [f"{neuron['neuron']} ({100 * neuron['share']:.0f} %)" for neuron in own[:3]]
-        return f"; neurons {_result.listed(told)}" if told else ""
+        return ", ".join(own[:3])
 
     def frame(self) -> pd.DataFrame:
         """One row a layer and dim: value at the non-mixed element and largest of the mixed ones."""

@@ -40,11 +40,13 @@ class PositionNorms(Result):
     norm: Float[Tensor, "position"]
 
     def findings(self) -> dict[str, Any]:
-        """The first norm, the last, and what the others are like."""
+        """The first norm, the last, the largest, and what they all but the first are like."""
         others = self.norm[1:]
         return {
             "first": float(self.norm[0]),
             "last": float(self.norm[-1]),
+            "largest": float(self.norm.max()),
+            "largest_at": int(self.norm.argmax()),
             "median_of_others": float(others.median()),
             "largest_of_others": float(others.max()),
             "largest_of_others_at": int(others.argmax()) + 1,
@@ -54,14 +56,23 @@ class PositionNorms(Result):
 
     def summary(self) -> str:
         """Whether the first vector stands out."""
-        found = self.findings()
+        found, number = self.findings(), _result.number
+        first = (
+            f"position 0, {number(found['first'])}: {number(found['first_over_median'])} times "
+            f"the median of the others, {number(found['deviations'])} of their standard "
+            "deviations from their mean"
+        )
+        second = f"position {found['largest_of_others_at']}, {number(found['largest_of_others'])}"
+        if found["largest_of_others_at"] == len(self.norm) - 1:
+            second += ", the last one"
+        if found["largest_at"] == 0:
+            return (
+                f"The longest of {len(self.norm)} position vectors is that of {first}. The longest "
+                f"of the others is that of {second}."
+            )
         return (
-            f"The first of {len(self.norm)} position vectors has the norm "
-            f"{_result.number(found['first'])}, {_result.number(found['first_over_median'])} times "
-            f"the median of the others and {_result.number(found['deviations'])} of their standard "
-            f"deviations from their mean; the last has {_result.number(found['last'])}, the "
-            f"largest of the others {_result.number(found['largest_of_others'])} (position "
-            f"{found['largest_of_others_at']})."
+            f"The longest of {len(self.norm)} position vectors is not the first but that of "
+            f"{second}. That of {first}."
         )
 
     def frame(self) -> pd.DataFrame:
@@ -73,14 +84,9 @@ class PositionNorms(Result):
 
     def figures(self) -> dict[str, go.Figure]:
         """Norm by position, in the shape of the paper's figure 2."""
-        import plotly.graph_objects as go
+        from sinkscope.plot import position_embedding_norms
 
-        from sinkscope.plot._figure import finish
-
-        figure = go.Figure(go.Bar(y=self.norm.numpy(), width=1))
-        figure.update_xaxes(title_text="position")
-        figure.update_yaxes(title_text="norm of its vector [activation]")
-        return {"norms": finish(figure, "Norms of the position vectors", self.about)}
+        return {"norms": position_embedding_norms(self.norm, about=self.about)}
 
 
 def position_norms(model: Any) -> PositionNorms:

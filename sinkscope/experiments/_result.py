@@ -150,6 +150,10 @@ class Estimate:
             return number(self.mean)
         return f"{number(self.mean)} [{number(self.low)}, {number(self.high)}]"
 
+    def negated(self) -> Estimate:
+        """The same difference, taken the other way round."""
+        return Estimate(-self.mean, -self.high, -self.low)
+
     def to_decimals(self, digits: int) -> str:
         """With as many digits after the point in every figure, for columns of a table."""
         return self._written(f".{digits}f")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,125 +15,13 @@ from tqdm.auto import tqdm
 from sinkscope.capabilities import capabilities
 from sinkscope.experiments import _measure, _observe, _result
 from sinkscope.experiments._observe import Condition
-from sinkscope.experiments._result import Result
+from sinkscope.experiments._parts import WhichPart
 from sinkscope.interventions import ScaleActivation, SelfOnlyMask, SetActivation
 from sinkscope.metrics import ffn
 from sinkscope.models import load_model
 from sinkscope.texts import Texts
 
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
-
 Enter = Callable[[], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class WhichPart(Result):
-    """What is left of a sink when only a part of what makes it is there.
-
-    Attributes:
-        position: The designated position.
-        peak_layer: The layer that adds most to ‖h_0‖.
-        dims: The FFN-output dims of that layer that were set.
-        dims_by_rule: Whether those pass the non-mixture rule, or are only its three largest.
-        cases: What was done, in words.
-        targets: Which position each case is about: 0 or `position`. The first case is the natural
-            sink, position 0 of the untouched model.
-        paid: Attention to the target in the later layers, mean over heads [probability].
-        peak: ‖h_target‖ over the median of the others, where highest [ratio].
-        loss: Mean loss of the queries after the position [nat]; None without a trained head.
-    """
-
-    position: int
-    peak_layer: int
-    dims: tuple[int, ...]
-    dims_by_rule: bool
-    cases: tuple[str, ...]
-    targets: tuple[int, ...]
-    paid: Float[Tensor, "case prompt"]
-    peak: Float[Tensor, "case prompt"]
-    loss: Float[Tensor, "case prompt"] | None = None
-
-    def left(self, case: int) -> float:
-        """Attention to the target as a share of what the natural sink receives."""
-        return float(self.paid[case].mean() / self.paid[0].mean())
-
-    def findings(self) -> dict[str, Any]:
-        """One record a case."""
-        rows = []
-        for case, name in enumerate(self.cases):
-            row: dict[str, Any] = {
-                "case": name,
-                "target": self.targets[case],
-                "attention": _result.estimate(self.paid[case]),
-                "share_of_sink": self.left(case),
-                "peak": _result.estimate(self.peak[case]),
-            }
-            if self.loss is not None:
-                row["loss"] = _result.estimate(self.loss[case])
-            rows.append(row)
-        return {
-            "position": self.position,
-            "peak_layer": self.peak_layer,
-            "dims": list(self.dims),
-            "dims_by_rule": self.dims_by_rule,
-            "cases": rows,
-        }
-
-    def summary(self) -> str:
-        """The table of what remains."""
-        from sinkscope._summary import table_as_text
-
-        dims = ", ".join(map(str, self.dims))
-        kind = "non-mixture dims" if self.dims_by_rule else "largest dims (none passes the rule)"
-        head = (
-            f"The peak is written by the FFN of layer {self.peak_layer}; {kind}: {dims}. Attention "
-            "of the later tokens in the later layers, also as a share of what position 0 receives "
-            "in the untouched model:"
-        )
-        rows = []
-        for case, name in enumerate(self.cases):
-            row = [
-                name,
-                str(self.targets[case]),
-                str(_result.estimate(self.paid[case])),
-                f"{100 * self.left(case):.0f} %",
-                _result.number(float(self.peak[case].mean())),
-            ]
-            if self.loss is not None:
-                row.append(f"{float(self.loss[case].mean()):.3f}")
-            rows.append(row)
-        columns = ["what was done", "sink at", "attention", "share", "peak"]
-        columns += ["loss"] if self.loss is not None else []
-        return f"{head}\n{table_as_text(columns, rows)}"
-
-    def frame(self) -> pd.DataFrame:
-        """Rows of condition (the case), prompt, layer (-1), position, metric and value."""
-        import pandas as pd
-
-        pieces = []
-        quantities = {"sink_attention": self.paid, "residual_peak": self.peak, "loss": self.loss}
-        for metric, x in quantities.items():
-            if x is None:
-                continue
-            columns = _result.grid(condition=self.cases, prompt=range(x.shape[1]), layer=[-1])
-            columns["position"] = torch.tensor(self.targets).repeat_interleave(x.shape[1]).numpy()
-            pieces.append(pd.DataFrame(columns | {"metric": metric, "value": _result.flat(x)}))
-        return pd.concat(pieces, ignore_index=True)
-
-    def figures(self) -> dict[str, go.Figure]:
-        """Every case side by side, for the designated position and for position 0."""
-        from sinkscope.plot import before_after
-
-        frame = self.frame()
-        return {
-            f"{metric}-at-{target}": before_after(
-                frame[frame["position"] == target], metric, about=self.about, by="condition"
-            )
-            for target in (self.position, 0)
-            for metric in ("sink_attention", "residual_peak")
-        }
 
 
 def which_part(
@@ -282,7 +170,7 @@ def _designated(model: Any, p: int, sink: _Sink, first_layers: Iterable[int]) ->
     first = [
         (f"masked in layers 0 to {n - 1}" if n > 1 else "masked in layer 0 only", 1, mask(range(n)))
         for n in first_layers
-        if n <= n_layers
+        if n <= n_layers and n != peak + 1
     ]
     after = range(peak + 1, n_layers)
     return [

@@ -13,33 +13,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope._bootstrap import bootstrap
 from sinkscope.capabilities import Capabilities, capabilities
 from sinkscope.capture import paths, runner
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments import _result
 from sinkscope.experiments._long_text import long_text
 from sinkscope.experiments._partial import Growing, asked_of
-from sinkscope.experiments._result import Result
+from sinkscope.experiments._streamed import StreamedContext
 from sinkscope.experiments._window_cache import COUNTED, Layout, Turner, WindowCache
 from sinkscope.interventions._base import check_mode, check_positions
 from sinkscope.models import load_model
 from sinkscope.texts import Texts
 
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
-
 SINKS = (0, 1, 2, 4, 8)
-_BLOCK = 128
-"""Tokens of a block of the bootstrap: neighbours are alike, so blocks are drawn, not tokens."""
+
+__all__ = ["COUNTED", "SINKS", "Setting", "StreamedContext", "streaming_context"]
 
 
 @dataclass(frozen=True)
@@ -60,133 +55,12 @@ class Setting:
     counted: str
     alone: tuple[int, ...] = ()
 
-
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class StreamedContext(Result):
-    """Loss of every token of a long text, setting by setting.
-
-    Attributes:
-        asked: What the figures were made of.
-        kept: What is kept in each setting, in words.
-        windows: Window of each setting; -1 sees everything.
-        counted: How positions were counted in each setting.
-        loss: Loss of each query's next token [nat]; nan at the last one, and where a setting has
-            not run.
-        seconds: What each setting took.
-        cache_bytes: Keys and values held between chunks at the end.
-        full_bytes: What a cache of the whole text would hold.
-    """
-
-    asked: dict[str, Any]
-    kept: list[str]
-    windows: list[int]
-    counted: list[str]
-    loss: Float[Tensor, "setting query"]
-    seconds: Float[Tensor, "setting"]
-    cache_bytes: Float[Tensor, "setting"]
-    full_bytes: Float[Tensor, "setting"]
-
     @property
     def moved_on(self) -> int:
-        """The first query whose window has left the start behind in every windowed setting."""
-        widest = max((window for window in self.windows if window > 0), default=0)
-        return widest + max(SINKS)
-
-    def perplexity(self, setting: int, start: int = 0, stop: int | None = None) -> float:
-        """Exp of the mean loss of some queries.
-
-        Args:
-            setting: Which one.
-            start: First query.
-            stop: After the last one.
-        """
-        return float(self._loss(setting, start, stop).mean().exp())
-
-    def interval(self, setting: int, start: int = 0) -> tuple[float, float]:
-        """95 % bootstrap interval of the perplexity, over blocks of 128 tokens."""
-        blocks = self._loss(setting, start).split(_BLOCK)
-        whole = [block.mean() for block in blocks if len(block) == _BLOCK]
-        means = torch.stack(whole or [blocks[0].mean()])
-        _, low, high = bootstrap(means)
-        return float(low.exp()), float(high.exp())
-
-    def _loss(self, setting: int, start: int = 0, stop: int | None = None) -> Tensor:
-        loss = self.loss[setting, start:stop].double()
-        return loss[: len(loss) - 1] if stop is None else loss
-
-    def frame(self) -> pd.DataFrame:
-        """One row a setting: perplexity of the whole text and after the window has moved on."""
-        import pandas as pd
-
-        rows = []
-        after = min(self.moved_on, self.loss.shape[1] // 2)
-        for setting, kept in enumerate(self.kept):
-            low, high = self.interval(setting)
-            rows.append(
-                {
-                    "kept": kept,
-                    "window": self.windows[setting],
-                    "positions": self.counted[setting],
-                    "tokens": self.loss.shape[1],
-                    "perplexity": self.perplexity(setting),
-                    "perplexity_low": low,
-                    "perplexity_high": high,
-                    "perplexity_before": self.perplexity(setting, 0, after),
-                    "perplexity_after": self.perplexity(setting, after),
-                    "tokens_per_second": self.loss.shape[1] / float(self.seconds[setting]),
-                    "kv_megabytes": float(self.cache_bytes[setting]) / 1e6,
-                    "kv_share": float(self.cache_bytes[setting] / self.full_bytes[setting]),
-                }
-            )
-        return pd.DataFrame(rows)
-
-    def findings(self) -> dict[str, Any]:
-        """The table of `frame`, with where "after" begins."""
-        after = min(self.moved_on, self.loss.shape[1] // 2)
-        return {
-            "tokens": self.loss.shape[1],
-            "after": after,
-            "settings": self.frame().to_dict("records"),
-        }
-
-    def summary(self) -> str:
-        """The table of perplexities."""
-        from sinkscope._summary import table_as_text
-
-        frame = self.frame()
-        after = min(self.moved_on, self.loss.shape[1] // 2)
-        head = (
-            f"Perplexity of {self.loss.shape[1]:,} tokens, and of those from {after:,} on, where "
-            "every window has left the start behind:"
-        )
-        rows = [
-            [
-                row["kept"],
-                "all" if row["window"] < 0 else f"{row['window']:,}",
-                row["positions"],
-                f"{_result.number(row['perplexity'])} "
-                f"[{_result.number(row['perplexity_low'])}, "
-                f"{_result.number(row['perplexity_high'])}]",
-                _result.number(row["perplexity_after"]),
-                f"{row['kv_megabytes']:.1f}",
-                f"{row['tokens_per_second']:,.0f}",
-            ]
-            for row in frame.to_dict("records")
-        ]
-        columns = ["kept", "window", "counted", "perplexity", "after", "KV [MB]", "tokens/s"]
-        return f"{head}\n{table_as_text(columns, rows)}"
-
-    def figures(self) -> dict[str, go.Figure]:
-        """Perplexity against the window, one figure for each way of counting positions."""
-        from sinkscope.plot import perplexity_by_window
-
-        frame = self.frame()
-        drawn = {}
-        for counted in dict.fromkeys(self.counted):
-            rows = frame[(frame["positions"] == counted) | (frame["window"] < 0)]
-            about = f"{self.about} · positions counted in the {counted}"
-            drawn[f"perplexity-{counted}"] = perplexity_by_window(rows, about=about)
-        return drawn
+        """The first query with all kept elements behind it and the start outside its window."""
+        if self.window is None:
+            return 0
+        return max(self.window + len(self.keep), max(self.keep, default=0) + 1)
 
 
 def streaming_context(
@@ -414,6 +288,7 @@ def _empty(model: Any, prompts: Texts, settings: Sequence[Setting]) -> StreamedC
         kept=[s.kept for s in settings],
         windows=[-1 if s.window is None else s.window for s in settings],
         counted=[s.counted for s in settings],
+        moved_on=max(s.moved_on for s in settings),
         loss=torch.full((size, length), torch.nan),
         seconds=nothing(),
         cache_bytes=nothing(),

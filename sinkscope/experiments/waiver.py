@@ -18,6 +18,7 @@ Each returns a result with ``summary()``, ``frame()``, ``figures()``, ``to_dict(
 from __future__ import annotations
 
 from sinkscope.experiments._nonmixture import NonMixture, nonmixture
+from sinkscope.experiments._parts import WhichPart
 from sinkscope.experiments._position_vectors import (
     PositionEdit,
     PositionNorms,
@@ -25,7 +26,7 @@ from sinkscope.experiments._position_vectors import (
     position_norms,
 )
 from sinkscope.experiments._structured_mask import Designation, structured_mask
-from sinkscope.experiments._which_part import WhichPart, which_part
+from sinkscope.experiments._which_part import which_part
 
 __all__ = [
     "Designation",
