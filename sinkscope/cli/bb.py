@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,7 +106,7 @@ def compare(
     if json:
         common.print_json(common.finite({"runs": runs.to_dict("records"), "summary": rows}))
         return
-    _print_rows(rows, f"means over {seeds} seeds, 95 % intervals")
+    _print_rows(_a_row_each(rows), f"is it there? mean over {seeds} seeds, 95 % interval")
 
 
 @app.command()
@@ -199,6 +200,17 @@ def _in_words(found: dict[str, int | float]) -> list[dict[str, Any]]:
         }
         for text, name, unit in rows
     ]
+
+
+def _a_row_each(summary: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """One row an attention and optimiser, one column a phenomenon."""
+    found: dict[str, dict[str, str]] = {}
+    for cell in summary:
+        name = f"{cell['attention']} {cell['optimizer']}"
+        row = found.setdefault(name, {"run": name})
+        ends = "" if math.isnan(cell["low"]) else f"\n{cell['low']:.2f} to {cell['high']:.2f}"
+        row[cell["phenomenon"]] = f"{cell['present']}, {cell['mean']:.2f}{ends}"
+    return list(found.values())
 
 
 def _config(paper: bool, layers: int | None, steps: int | None) -> Any:
