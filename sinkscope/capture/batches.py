@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -208,20 +209,28 @@ def cut(
     device: torch.device,
 ) -> Batch:
     """Cut the batch of prompts `rows` out of a text, no longer than its longest prompt."""
-    length = int(mask[rows].sum(dim=1).max())
-    mask, sinks = mask[rows, :length], sinks[rows, :length]
-    number = sinks.sum(dim=1)
+    # In numpy: torch may wake a pool of threads for a handful of numbers, which takes longer than
+    # a layer of the model.
+    index = rows.numpy()
+    real = mask.cpu().numpy()[index]
+    length = int(real.sum(axis=1).max())
+    real, at_sinks = real[:, :length], sinks.cpu().numpy()[index, :length]
+    number = at_sinks.sum(axis=1)
     one_each = bool((number == 1).all())
+    ids, real_, sinks_ = (
+        sent(torch.from_numpy(np.ascontiguousarray(x)), device)
+        for x in (tokens.cpu().numpy()[index, :length], real, at_sinks)
+    )
     return Batch(
         rows=rows,
-        tokens=sent(tokens[rows, :length], device),
-        mask=sent(mask, device),
-        sinks=sent(sinks, device),
+        tokens=ids,
+        mask=real_,
+        sinks=sinks_,
         causal=causal,
-        ragged=not bool(mask.all()),
+        ragged=not bool(real.all()),
         most_sinks=int(number.max()),
         one_sink_each=one_each,
-        sink_is_first_token=one_each and bool(sinks[:, 0].all()),
+        sink_is_first_token=one_each and bool(at_sinks[:, 0].all()),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,13 +22,11 @@ LATE_LOOK = 2**25
 FEW = 16
 """Tokens that may hold massive activations are few if no more than one in so many."""
 
+UNREAD = 2**24
+"""Entries of rows that may wait on the device until they are read."""
+
 ENTRIES_KEPT = 64
 """Massive activations kept of one prompt and layer, largest first; `count` counts them all."""
-
-
-_NOTHING = residual.MassiveEntries(
-    *(torch.zeros(0, dtype=torch.long) for _ in range(3)), torch.zeros(0), torch.zeros(0)
-)
 
 
 class Massive(Observer):
@@ -44,8 +43,9 @@ class Massive(Observer):
         super().__init__(scope)
         self._asked: list[_Asked] = []
         self._running: dict[int, residual.MassiveRows | None] = {}
-        self._entries: list[dict[str, Tensor]] = []
-        self._counts: list[Int[Tensor, "prompt layer"]] = []
+        self._unread: list[_Unread] = []
+        self._entries: list[_Entries] = []
+        self._counts: list[Int[np.ndarray, "prompt layer"]] = []
 
     def observe(self, layer: int, x: Float[Tensor, "prompt position dim"], batch: Batch) -> None:
         """Ask how many tokens pass the fixed part of the rule of Sun et al."""
@@ -59,31 +59,27 @@ class Massive(Observer):
             asked = self._asked.pop(0)
             self._running[asked.layer] = asked.rows()
 
-    def close(self, batch: Batch) -> tuple[dict[str, Tensor], Int[Tensor, "prompt layer"]]:
-        """Number the prompts as the text does and keep the largest entries."""
+    def close(self, batch: Batch) -> _Unread:
+        """The rows of all layers together, still on the device."""
         self._look()
-        prompts, n_layers = len(batch.rows), len(self._running)
-        layers = [layer for layer, rows in sorted(self._running.items()) if rows is not None]
-        found = _NOTHING
-        if layers:
-            rows = _together([self._running[layer] for layer in layers], batch.tokens.device)
-            found = residual.MassiveEntries(*(part.cpu() for part in rows.entries()))
-        layer = torch.tensor(layers, dtype=torch.long)[found.prompt // prompts]
-        found = found._replace(prompt=found.prompt % prompts)
-        counts = torch.zeros(prompts, n_layers, dtype=torch.long)
-        column = torch.searchsorted(torch.tensor(sorted(self._running)), layer)
-        counts.index_put_((found.prompt, column), torch.ones_like(column), accumulate=True)
-        entries = _largest(found, layer, batch.rows)
+        columns = sorted(self._running)
+        found = {layer: rows for layer in columns if (rows := self._running[layer]) is not None}
+        together = _together(list(found.values()), batch.tokens.device) if found else None
         self.drop()
-        return entries, counts
+        return _Unread(together, list(found), columns, batch.rows.numpy())
 
-    def add(
-        self, finished: tuple[dict[str, Tensor], Int[Tensor, "prompt layer"]], batch: Batch
-    ) -> None:
-        """Append one batch's entries."""
-        entries, counts = finished
-        self._entries.append(entries)
-        self._counts.append(counts)
+    def add(self, finished: _Unread, batch: Batch) -> None:
+        """Keep one batch's rows; reading them waits for the device, so that is done rarely."""
+        self._unread.append(finished)
+        if sum(unread.size for unread in self._unread) > UNREAD:
+            self._read()
+
+    def _read(self) -> None:
+        for unread in self._unread:
+            entries, counts = unread.read()
+            self._entries.append(entries)
+            self._counts.append(counts)
+        self._unread.clear()
 
     def drop(self) -> None:
         """Forget the batch that is running."""
@@ -92,14 +88,12 @@ class Massive(Observer):
 
     def results(self, order: Int[Tensor, "prompt"]) -> Folded:
         """Entries by prompt, layer and size."""
-        merged = {
-            name: torch.cat([entries[name] for entries in self._entries])
-            for name in self._entries[0]
-        }
-        by = _sorted(merged["prompt"], merged["layer"], merged["value"])
-        counts = torch.cat(self._counts)[torch.argsort(order)]
-        merged = {name: value[by] for name, value in merged.items()}
-        return {"massive": MassiveActivations(**merged, count=counts)}
+        self._read()
+        entries = _Entries(*map(np.concatenate, zip(*self._entries, strict=True)))
+        entries = entries.take(entries.order())
+        counts = np.concatenate(self._counts)[np.argsort(order.numpy())]
+        found = {name: torch.from_numpy(x) for name, x in entries._asdict().items()}
+        return {"massive": MassiveActivations(**found, count=torch.from_numpy(counts))}
 
 
 class _Asked(NamedTuple):
@@ -137,29 +131,62 @@ def _together(layers: list[residual.MassiveRows], device: torch.device) -> resid
     return residual.MassiveRows(token, state, median, length)
 
 
-def _largest(
-    found: residual.MassiveEntries, layer: Int[Tensor, "entry"], rows: Int[Tensor, "prompt"]
-) -> dict[str, Tensor]:
-    """At most `ENTRIES_KEPT` entries of each prompt in each layer."""
-    by = _sorted(found.prompt, layer, found.value)
-    group = found.prompt[by] * (int(layer.max()) + 1 if len(layer) else 1) + layer[by]
-    rank = torch.arange(len(by)) - torch.searchsorted(group, group)
-    by = by[rank < ENTRIES_KEPT]
-    return {
-        "prompt": rows[found.prompt[by]],
-        "layer": layer[by],
-        "position": found.position[by],
-        "dim": found.dim[by],
-        "value": found.value[by],
-        "ratio": found.ratio[by],
-    }
+class _Unread(NamedTuple):
+    """What one batch left on the device.
+
+    Attributes:
+        rows: Rows of the layers that have any, see `_together`.
+        layers: Those layers.
+        columns: All layers.
+        prompts: Which prompts of the text the batch held.
+    """
+
+    rows: residual.MassiveRows | None
+    layers: list[int]
+    columns: list[int]
+    prompts: Int[np.ndarray, "prompt"]
+
+    @property
+    def size(self) -> int:
+        """Entries of the rows."""
+        return 0 if self.rows is None else self.rows.state.numel()
+
+    def read(self) -> tuple[_Entries, Int[np.ndarray, "prompt layer"]]:
+        """Number the prompts as the text does, keep the largest entries and count all."""
+        counts = np.zeros((len(self.prompts), len(self.columns)), dtype=np.int64)
+        if self.rows is None:
+            none = np.zeros(0, dtype=np.int64)
+            return _Entries(none, none, none, none, *[np.zeros(0, dtype=np.float32)] * 2), counts
+        row, position, dim, value, ratio = (x.cpu().numpy() for x in self.rows.entries())
+        layer = np.array(self.layers)[row // len(self.prompts)]
+        prompt = row % len(self.prompts)
+        np.add.at(counts, (prompt, np.searchsorted(self.columns, layer)), 1)
+        entries = _Entries(self.prompts[prompt], layer, position, dim, value, ratio)
+        return entries.take(entries.order(most=ENTRIES_KEPT)), counts
 
 
-def _sorted(
-    prompt: Int[Tensor, "entry"], layer: Int[Tensor, "entry"], value: Float[Tensor, "entry"]
-) -> Int[Tensor, "entry"]:
-    """Order by prompt, then layer, then falling size."""
-    by = torch.argsort(value.abs(), descending=True, stable=True)
-    for key in (layer, prompt):
-        by = by[torch.argsort(key[by], stable=True)]
-    return by
+class _Entries(NamedTuple):
+    """Massive activations in numpy, which sorts a few numbers without waking a pool of threads."""
+
+    prompt: Int[np.ndarray, "entry"]
+    layer: Int[np.ndarray, "entry"]
+    position: Int[np.ndarray, "entry"]
+    dim: Int[np.ndarray, "entry"]
+    value: Float[np.ndarray, "entry"]
+    ratio: Float[np.ndarray, "entry"]
+
+    def order(self, most: int | None = None) -> Int[np.ndarray, "entry"]:
+        """By prompt, then layer, then falling size; at most so many of each prompt and layer."""
+        by = np.lexsort((-np.abs(self.value), self.layer, self.prompt))
+        if most is None:
+            return by
+        prompt, layer = self.prompt[by], self.layer[by]
+        first = np.ones(len(by), dtype=bool)
+        first[1:] = (prompt[1:] != prompt[:-1]) | (layer[1:] != layer[:-1])
+        starts = np.flatnonzero(first)
+        rank = np.arange(len(by)) - np.repeat(starts, np.diff(np.append(starts, len(by))))
+        return by[rank < most]
+
+    def take(self, index: Int[np.ndarray, "chosen"]) -> _Entries:
+        """Some of them."""
+        return _Entries(*(x[index] for x in self))
