@@ -56,7 +56,8 @@ class Panel:
             layout=w.Layout(width="30em"),
         )  # fmt: skip
         self.position = w.BoundedIntText(
-            description="Position", min=0, max=sizes["position"] - 1, style=_FIELD,
+            description="Position", min=0, max=sizes["position"] - 1,
+            value=sizes["position"] // 2, style=_FIELD,  # position 0 sees only itself already
             layout=w.Layout(width="10em"),
         )  # fmt: skip
         self.apply = w.Button(description="Before and after", icon="exchange")
@@ -79,7 +80,9 @@ class Panel:
             if len(self.prompt.options) != prompts:
                 self.prompt.options = list(range(prompts))
             self.prompt.value = explorer.prompt
-            self.position.max = explorer.before.sizes["position"] - 1
+            last = explorer.before.sizes["position"] - 1
+            if last != self.position.max:  # another prompt
+                self.position.max, self.position.value = last, (last + 1) // 2
             self.shown.value = explorer.shown
             self.shown.layout.display = "none" if explorer.after is None else ""
             self.about.value = f"<b>{_labels.about_line(explorer.report.settings)}</b>"

@@ -98,9 +98,10 @@ def show_in(widget: go.FigureWidget, figure: go.Figure, width: int) -> None:
     """Put a figure into a figure widget of a fixed width [pixel].
 
     A notebook draws widgets before they have a place on the page, where text cannot be measured
-    and a width cannot be taken: so the width is given, and the title has one line.
+    and a width cannot be taken: so the width is given, and the title has one short line.
     """
     figure.layout.title.subtitle = None
+    figure.update_layout(title=dict(x=0.01, xref="container", font_size=15))
     figure.update_layout(width=width, margin_t=figure.layout.margin.t - 22)
     figure.layout.height -= 22
     for trace in figure.data:

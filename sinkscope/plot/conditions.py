@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("condition", "prompt", "layer", "position", "metric", "value")
+_PANEL, _GAP = 190, 50  # pixels of a panel, and between two of them
 LOG_METRICS = ("residual_norm", "residual_peak", "sink_residual_norm")
 
 
@@ -83,9 +84,9 @@ def before_after(
         columns = min(columns, len(conditions))
         lines = -(-len(conditions) // columns)
         figure = make_subplots(
-            lines, columns, shared_xaxes=True, shared_yaxes=True,
+            lines, columns, shared_xaxes="all", shared_yaxes="all",
             subplot_titles=[labels.escape(str(c)) for c in conditions],
-            horizontal_spacing=0.04, vertical_spacing=min(0.14, 0.5 / lines),
+            horizontal_spacing=0.04, vertical_spacing=_GAP / (_GAP + _PANEL) / lines,
         )  # fmt: skip
         draw = _positions if by == "position" else _layers
         for index, condition in enumerate(conditions):
@@ -94,9 +95,9 @@ def before_after(
         figure.update_xaxes(title_text=by, row=lines)
         if by == "layer":
             figure.update_xaxes(**layer_ticks(rows["layer"].nunique()))
-        figure.update_yaxes(title_text=frames.label_of(metric), col=1)
+        figure.update_yaxes(title_text=frames.label_of(metric), row=(lines + 1) // 2, col=1)
         figure.update_annotations(font_size=13)
-        height = 170 + 250 * lines
+        height = 170 + (_PANEL + _GAP) * lines
     if log if log is not None else metric in LOG_METRICS:
         figure.update_yaxes(**y_scale(True))
     return finish(figure, f"{labels.heading(metric)} by condition", about, theme, height=height)
@@ -133,8 +134,8 @@ def _positions(
         if len(at):
             figure.add_scatter(
                 x=[position], y=[at.max()], mode="text", text=f"<b>{position}</b>",
-                textposition="top center", textfont_color=colours.sink, showlegend=False,
-                hoverinfo="skip", **place,
+                textposition="top center", textfont_color=colours.sink, cliponaxis=False,
+                showlegend=False, hoverinfo="skip", **place,
             )  # fmt: skip
 
 

@@ -10,15 +10,17 @@ import plotly.graph_objects as go
 from sinkscope.errors import ReportError
 from sinkscope.plot import _frames as frames
 from sinkscope.plot import _labels as labels
-from sinkscope.plot._figure import finish
-from sinkscope.plot._scales import log_switch
+from sinkscope.plot._figure import ROOM, finish
 from sinkscope.plot._series import band
+from sinkscope.plot._signed_log import squeezed, ticks, unit_for
 from sinkscope.plot.theme import SEQUENTIAL, Theme, faded, palette
 
 if TYPE_CHECKING:
     import pandas as pd
 
 RANDOM = "random"
+_NAMED = 12  # heads of a scatter that are named; the others say who they are under the pointer
+_PERCENT = 0.01  # up to here the axis of relative losses is linear
 
 
 def domain_scatter(
@@ -43,7 +45,8 @@ def domain_scatter(
     {metric}_low, …_high   float ends of its 95 % interval (optional, for error bars)
     differs                bool  whether the head is dormant on one domain and active on another,
                                  after the correction for many heads (optional, the same in all
-                                 rows of a head): drawn as a ring with its name
+                                 rows of a head): drawn as a ring, the twelve that differ most
+                                 with their names
     ====================== ===== =================================================================
 
     Args:
@@ -65,10 +68,9 @@ def domain_scatter(
     colours = palette(theme)
     unit = frames.unit_of(metric)
     differs = one.get("differs", False) & np.ones(len(one), dtype=bool)
-    names = [
-        f"L{layer} H{head}" if d else ""
-        for (layer, head), d in zip(one.index, differs, strict=True)
-    ]
+    gap = (one[metric] - other[metric]).abs().where(differs, -1)
+    named = set(gap[differs].nlargest(_NAMED).index)
+    names = [f"L{where[0]} H{where[1]}" if where in named else "" for where in one.index]
     figure = go.Figure(
         go.Scatter(
             x=one[metric],
@@ -85,7 +87,10 @@ def domain_scatter(
                 colorscale=SEQUENTIAL,
                 showscale=True,
                 colorbar=dict(title=dict(text="layer", side="right")),
-                line=dict(width=np.where(differs, 2.5, 0.5), color=colours.sink),
+                line=dict(
+                    width=np.where(differs, 2.5, 0.5),
+                    color=np.where(differs, colours.sink, colours.paper),
+                ),
             ),
             hovertemplate="layer %{customdata[0]}, head %{customdata[1]}<br>"
             f"{labels.escape(x)}: %{{x:.3~g}}<br>{labels.escape(y)}: %{{y:.3~g}}<extra></extra>",
@@ -125,8 +130,8 @@ def removal_cost(
     loss_change_low, loss_change_high       float ends of its 95 % interval (optional)
     ======================================= ===== ================================================
 
-    The title gives Spearman's rank correlation for each domain. A button makes the cost's axis
-    logarithmic, which leaves out the heads whose removal helps.
+    The title gives Spearman's rank correlation for each domain. The cost's axis is linear about
+    zero and logarithmic beyond, with room for heads whose removal helps.
 
     Args:
         frame: As above; one mode of removal (zero, mean or resample), named in `about`.
@@ -141,22 +146,24 @@ def removal_cost(
     colours = palette(theme)
     figure = go.Figure()
     correlations = []
+    unit = unit_for(frame["loss_change"])
     for index, (domain, rows) in enumerate(frame.groupby("domain", sort=False)):
         name = labels.escape(str(domain))
         rank = rows[metric].rank().corr(rows["loss_change"].rank())
         correlations.append(f"{name} ρ = {rank:.2f}")
         figure.add_scatter(
-            x=rows[metric], y=rows["loss_change"], mode="markers", name=name,
-            customdata=rows[["layer", "head"]].to_numpy(),
-            error_y=_ends(rows, "loss_change", colours.faint),
+            x=rows[metric], y=squeezed(rows["loss_change"], unit), mode="markers", name=name,
+            customdata=rows[["layer", "head", "loss_change"]].to_numpy(),
+            error_y=_ends(_squeezed_costs(rows, unit), "loss_change", faded(colours.faint, 0.5)),
             marker=dict(size=7, opacity=0.8, color=colours.series[index % len(colours.series)]),
             hovertemplate=f"layer %{{customdata[0]}}, head %{{customdata[1]}} on {name}<br>"
-            f"{frames.label_of(metric)}: %{{x:.3~g}}<br>loss change [nat]: %{{y:.3~g}}"
+            f"{frames.label_of(metric)}: %{{x:.3~g}}<br>loss change [nat]: %{{customdata[2]:.3~g}}"
             "<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(title_text=frames.label_of(metric))
-    figure.update_yaxes(title_text="loss change without the head [nat]")
-    figure.update_layout(updatemenus=[log_switch(False)])
+    figure.update_yaxes(
+        title_text="loss change without the head [nat]", **ticks(frame["loss_change"], unit)
+    )
     title = f"What removing a head costs ({', '.join(correlations)})"
     return finish(figure, title, about, theme, height=520)
 
@@ -164,7 +171,11 @@ def removal_cost(
 def sleeping_heads(
     frame: pd.DataFrame, *, about: labels.About, tolerance: float = 0.01, theme: Theme = None
 ) -> go.Figure:
-    """Loss against the share of heads that a score puts to sleep; random heads as the baseline.
+    """How the loss rises as a score puts heads to sleep; random heads as the baseline.
+
+    Drawn is each prompt's loss over its untouched one, as a share of the untouched mean: prompts
+    differ in their loss far more than sleeping heads change it. The axis is linear up to 1 % and
+    logarithmic beyond. Scores are in the order of their mean height, the best first.
 
     The frame is tidy, one row an observation:
 
@@ -173,7 +184,7 @@ def sleeping_heads(
     ============== ===== =========================================================================
     score          str   inactivity score that chose the heads, such as "AHON-LN"; "random" for
                          the baseline; "none" is not needed (share_removed 0 says it)
-    share_removed  float share of heads whose output was zeroed, per input, 0 to 1
+    share_removed  float share of heads whose output was zeroed, per input, 0 to 1; 0 is needed
     loss           float mean loss [nat]
     prompt         int   prompt (optional: then lines get intervals)
     ============== ===== =========================================================================
@@ -185,32 +196,67 @@ def sleeping_heads(
         theme: "light", "dark", or the default.
 
     Raises:
-        ReportError: If a column is missing.
+        ReportError: If a column is missing, or the untouched loss.
     """
     frames.need(frame, "sleeping_heads", "score", "share_removed", "loss")
     if "prompt" not in frame:
         frame = frame.assign(prompt=0)
+    frame = _relative(frame)
     colours = palette(theme)
     figure = go.Figure()
-    scores = sorted(frame["score"].unique(), key=lambda score: score == RANDOM)
-    for index, score in enumerate(scores):
-        curve = frames.over_prompts(frames.pick(frame, "score", score), "share_removed", "loss")
-        random = score == RANDOM
+    curves = {
+        score: frames.over_prompts(rows, "share_removed", "change")
+        for score, rows in frame.groupby("score")
+    }
+    heights = {
+        score: squeezed(curve["mean"], _PERCENT).mean() + (np.inf if score == RANDOM else 0)
+        for score, curve in curves.items()
+    }
+    for index, score in enumerate(sorted(curves, key=heights.__getitem__)):
+        curve, random = curves[score], score == RANDOM
+        ends = curve[["mean", "low", "high"]].to_numpy()
+        name, lap = labels.escape(str(score)), index // len(colours.series)
         band(
-            figure, curve["share_removed"], (curve["mean"], curve["low"], curve["high"]),
-            name=labels.escape(str(score)), label="loss [nat]", along="share removed",
-            colour=colours.faint if random else colours.series[index % len(colours.series)],
-            dash="dot" if random else None,
+            figure, curve["share_removed"], tuple(squeezed(ends, _PERCENT).T), name=name,
+            label="", along="", colour=colours.ink if random else colours.series[index % len(colours.series)],
+            dash="dot" if random else (None, "dash", "longdashdot")[lap % 3],
         )  # fmt: skip
-    untouched = frame[frame["share_removed"] == 0]["loss"].mean()
-    if np.isfinite(untouched):
-        figure.add_hline(
-            untouched * (1 + tolerance), line=dict(color=colours.faint, dash="dash", width=1),
-            annotation_text=f"untouched + {tolerance:.0%}", annotation_position="top left",
-        )  # fmt: skip
+        figure.data[-1].update(
+            customdata=ends,
+            hovertemplate=f"{name}, %{{x:.1%}} of heads asleep<br>loss %{{customdata[0]:+.2%}}"
+            "<br>95 % interval: %{customdata[1]:+.2%} to %{customdata[2]:+.2%}<extra></extra>",
+        )
+    figure.add_hline(
+        float(squeezed(tolerance, _PERCENT)), line=dict(color=colours.faint, dash="dash", width=1),
+        annotation_text=f"untouched + {tolerance:.0%}", annotation_position="bottom right",
+    )  # fmt: skip
     figure.update_xaxes(title_text="share of heads put to sleep", tickformat=".0%")
-    figure.update_yaxes(title_text="loss [nat]")
-    return finish(figure, "How many heads can sleep", about, theme, height=500)
+    drawn = np.concatenate([curve["mean"] for curve in curves.values()])
+    figure.update_yaxes(title_text="change of the loss", **ticks(drawn, _PERCENT, "{:+.0%}".format))
+    finish(figure, "How many heads can sleep", about, theme, height=560)
+    legend = dict(orientation="v", x=1.02, xanchor="left", y=1, yanchor="top", yref="paper")
+    return figure.update_layout(legend=legend, margin_t=ROOM)
+
+
+def _relative(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with `change`, each loss over its prompt's untouched one [of the untouched mean].
+
+    Raises:
+        ReportError: If a prompt's untouched loss is not there.
+    """
+    untouched = frame[frame["share_removed"] == 0].groupby("prompt")["loss"].mean()
+    if not frame["prompt"].isin(untouched.index).all():
+        raise ReportError(
+            "sleeping_heads compares with the untouched loss: give every prompt a row whose "
+            "share_removed is 0."
+        )
+    change = frame["loss"] - frame["prompt"].map(untouched)
+    return frame.assign(change=change / untouched.mean())
+
+
+def _squeezed_costs(rows: pd.DataFrame, unit: float) -> pd.DataFrame:
+    columns = [f"loss_change{end}" for end in ("", "_low", "_high") if f"loss_change{end}" in rows]
+    return rows.assign(**{name: squeezed(rows[name], unit) for name in columns})
 
 
 def _ends(rows: pd.DataFrame, column: str, colour: str) -> dict[str, object] | None:

@@ -217,7 +217,7 @@ class Explorer:
         figure = positions.by_position(
             self.report, metric, layer=self.layer, head=head, theme=self.theme
         )
-        return figure.update_layout(height=320)
+        return figure.update_layout(height=360)
 
     def _tokens(self) -> go.Figure:
         return strip.token_strip(

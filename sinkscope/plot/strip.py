@@ -68,7 +68,8 @@ def token_strip(
     z, low, high = _colours(values, log, variable.unit)
     rows = -(-len(values) // columns)
     label = _labels.axis_label(variable)
-    colorbar: dict[str, Any] = dict(title=dict(text=label, side="right"))
+    # A strip may be low: the title says what it is, the bar the unit.
+    colorbar: dict[str, Any] = dict(title=dict(text=variable.unit or "", side="right"))
     if log:
         colorbar |= LOG_BAR
     hovers = [
