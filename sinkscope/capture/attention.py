@@ -8,7 +8,7 @@ log-sum-exp, with nothing T×T.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from sinkscope.capture import _columns
 from sinkscope.capture._calls import AttentionCall
 from sinkscope.capture._gap import logit_gap_in_tiles
+from sinkscope.capture._kernels import Angles, kernels_for
 from sinkscope.capture.batches import Batch
 from sinkscope.errors import UnsupportedError
 from sinkscope.metrics import attention, geometry, positions, values
@@ -171,6 +172,7 @@ class StreamReader:
     lse: Float[Tensor, "prompt head query"]
     call: AttentionCall
     statistics: frozenset[str] = frozenset()
+    _paid: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def window(self) -> int | None:
@@ -189,6 +191,16 @@ class StreamReader:
     def _both(self) -> _columns.ReceivedAndEntropy:
         return _columns.received_and_entropy(*self._attended, self._real_queries)
 
+    @cached_property
+    def _angles(self) -> Angles | None:
+        """One kernel for all that is linear in the keys, where it takes this call."""
+        call, length = self.call, self.query.shape[1]
+        kernels = kernels_for(self.query, call)
+        whole = call.causal and not call.offset and (self.window is None or self.window >= length)
+        if kernels is None or not whole:
+            return None
+        return kernels.causal_angles(self.query, self.key, self.batch.roles, call.scale)
+
     def on_keys(
         self, keys: Bool[Tensor, "prompt key"], most: int | None = None
     ) -> Float[Tensor, "prompt head query"]:
@@ -197,7 +209,9 @@ class StreamReader:
         _, chosen = self.batch.once(
             ("key set", id(keys)), lambda: (keys, _columns.KeySet.of(keys, most))
         )
-        return _columns.attention_to_keys(*self._attended, chosen)
+        if id(keys) not in self._paid:
+            self._paid[id(keys)] = _columns.attention_to_keys(*self._attended, chosen)
+        return self._paid[id(keys)]
 
     def received(self) -> Float[Tensor, "prompt head key"]:
         """Σ_i exp(s_ij − lse_i)."""
@@ -215,6 +229,8 @@ class StreamReader:
         """By prefix sums of keys where scores are linear in them; a softcap needs every score."""
         b = self.batch
         if self.call.softcap is None:
+            if self._angles is not None:
+                return self._angles.gap
             gap, valid = geometry.logit_gap_rows(
                 self.query, self.key, self.call.scale, b.sinks, b.mask, b.causal, self.window
             )
@@ -229,7 +245,9 @@ class StreamReader:
 
     def sink_logit(self) -> SinkLogit:
         """See `metrics.geometry.sink_logit_decomposition`."""
-        b = self.batch
+        b, angles = self.batch, self._angles
+        if angles is not None:
+            return SinkLogit(*angles[:4])
         return geometry.sink_logit_decomposition(
             self.query, self.key, b.sinks, b.mask, b.causal, self.window
         )

@@ -99,6 +99,13 @@ class Batch:
         )
 
     @property
+    def roles(self) -> Int[Tensor, "prompt position"]:
+        """What each position is, as bits: 1 a sink, 2 another real key, 4 one of `queries`."""
+        return self.once(
+            "roles", lambda: (self.sinks & self.mask).int() + 2 * self.others + 4 * self.queries
+        )
+
+    @property
     def first_token(self) -> Bool[Tensor, "prompt position"]:
         """True at position 0 of each prompt only."""
         index = torch.arange(self.length, device=self.mask.device)

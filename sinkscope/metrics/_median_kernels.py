@@ -16,6 +16,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinkscope._on_device import on_its_device
+
 DIGITS: dict[torch.dtype, tuple[tuple[int, int], ...]] = {
     torch.bfloat16: ((7, 8), (0, 7)),
     torch.float16: ((7, 8), (0, 7)),
@@ -31,11 +33,14 @@ TYPES = {
 """The integer that holds a float's bits, and the float, as Triton names them."""
 
 INTEGER = {2: torch.int16, 4: torch.int32}
-HEAD: tl.constexpr = tl.constexpr(8)
+HEAD, DONE = tl.constexpr(16), tl.constexpr(8)
+"""Where in a prompt's memory its counts begin, and the numbers of programs that are done."""
+
 PROGRAMS = 1024
 """About how many programs share the counting: several for each multiprocessor of a large GPU."""
 
 
+@on_its_device
 def magnitude_median(
     x: Float[Tensor, "prompt position dim"], mask: Bool[Tensor, "prompt position"]
 ) -> Float[Tensor, "prompt"]:
@@ -43,7 +48,8 @@ def magnitude_median(
     x, mask = x if x.stride(-1) == 1 else x.contiguous(), mask.contiguous()
     prompts, positions, width = x.shape
     digits = DIGITS[x.dtype]
-    # Bits and ranks found so far, how many entries there are; then counts of every digit.
+    # Of each prompt: bits and ranks found so far, the number of entries, programs that are done
+    # with each digit; then counts of every digit's values.
     memory = torch.zeros(
         prompts, HEAD.value + 512 * len(digits), dtype=torch.int32, device=x.device
     )
@@ -53,13 +59,9 @@ def magnitude_median(
     block = min(4096, triton.next_power_of_2(width))
     for index, (shift, size) in enumerate(digits):
         _count_kernel[(triton.cdiv(positions, rows), prompts)](
-            bits, mask, memory, *x.stride()[:2], positions, width, rows, memory.stride(0),
-            SHIFT=shift, SIZE=size, INDEX=index, BLOCK=block, num_warps=4,
-        )  # fmt: skip
-        _choose_kernel[(prompts,)](
-            median, memory, memory.stride(0), SIZE=size, INDEX=index,
-            LAST=index == len(digits) - 1, INT=TYPES[x.dtype][0], FLOAT=TYPES[x.dtype][1],
-            num_warps=1,
+            bits, mask, memory, median, *x.stride()[:2], positions, width, rows, memory.stride(0),
+            SHIFT=shift, SIZE=size, INDEX=index, LAST=shift == 0, BLOCK=block,
+            INT=TYPES[x.dtype][0], FLOAT=TYPES[x.dtype][1], num_warps=4,
         )  # fmt: skip
     return median
 
@@ -70,6 +72,7 @@ def _count_kernel(
     bits,
     mask,
     memory,
+    median,
     prompt_stride,
     position_stride,
     n_positions,
@@ -79,9 +82,15 @@ def _count_kernel(
     SHIFT: tl.constexpr,
     SIZE: tl.constexpr,
     INDEX: tl.constexpr,
+    LAST: tl.constexpr,
     BLOCK: tl.constexpr,
+    INT: tl.constexpr,
+    FLOAT: tl.constexpr,
 ):
-    """Count the values of one digit in some rows of a prompt."""
+    """Count the values of one digit in some rows of a prompt.
+
+    The program of a prompt that is done last knows all counts: it chooses the digit.
+    """
     prompt = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * rows
     last = tl.minimum(first + rows, n_positions)
@@ -110,14 +119,19 @@ def _count_kernel(
     counts = memory + HEAD + INDEX * 512
     tl.atomic_add(counts + bins, at_lower, mask=at_lower > 0, sem="relaxed")
     tl.atomic_add(counts + 256 + bins, at_upper, mask=at_upper > 0, sem="relaxed")
+    tl.debug_barrier()  # every thread's counts are in before one of them says so
+    done = tl.atomic_add(memory + DONE + INDEX, 1, sem="acq_rel")
+    if done == tl.num_programs(0) - 1:
+        _choose(median + prompt, memory, lower, upper, SIZE, INDEX, LAST, INT, FLOAT)
 
 
 @triton.jit
 @no_type_check
-def _choose_kernel(
+def _choose(
     median,
     memory,
-    memory_stride,
+    lower,
+    upper,
     SIZE: tl.constexpr,
     INDEX: tl.constexpr,
     LAST: tl.constexpr,
@@ -125,14 +139,11 @@ def _choose_kernel(
     FLOAT: tl.constexpr,
 ):
     """Append to both ranks' bits the digit in which they fall; after the last, take the mean."""
-    prompt = tl.program_id(0).to(tl.int64)
-    memory += prompt * memory_stride
     bins = tl.arange(0, 1 << SIZE)
     counts = memory + HEAD + INDEX * 512
-    lower = tl.load(memory)
-    upper = tl.load(memory + 1)
-    at_lower = tl.load(counts + bins)
-    at_upper = tl.load(counts + 256 + bins)
+    # Not from this multiprocessor's own cache, which need not know what others have added.
+    at_lower = tl.load(counts + bins, cache_modifier=".cg")
+    at_upper = tl.load(counts + 256 + bins, cache_modifier=".cg")
     at_upper = tl.where(upper == lower, at_lower, at_upper)
     if INDEX == 0:
         total = tl.sum(at_lower, 0)
@@ -152,7 +163,7 @@ def _choose_kernel(
         low = lower.to(INT).to(FLOAT, bitcast=True).to(tl.float32)
         high = upper.to(INT).to(FLOAT, bitcast=True).to(tl.float32)
         middle = low + (high - low) / 2  # their sum might overflow
-        tl.store(median + prompt, tl.where(tl.load(memory + 4) > 0, middle, float("nan")))
+        tl.store(median, tl.where(tl.load(memory + 4) > 0, middle, float("nan")))
     else:
         tl.store(memory, lower)
         tl.store(memory + 1, upper)

@@ -15,6 +15,7 @@ from torch import Tensor
 from sinkscope.capture import _attend_cuda, _columns
 from sinkscope.capture._attend import attend, attend_in_tiles
 from sinkscope.capture._calls import AttentionCall
+from sinkscope.metrics import attention, geometry, positions
 
 from .attention_calls import KINDS, Case, case, loop_pattern
 
@@ -164,3 +165,24 @@ def test_nothing_quadratic_is_held_on_a_gpu() -> None:
     both = _columns.received_and_entropy(q, k, lse, call)
     assert torch.cuda.max_memory_allocated() - before < 64 * 2**20
     torch.testing.assert_close(both.received.sum(), torch.tensor(4 * 32768.0, device="cuda"))
+
+
+@pytest.mark.parametrize("length", [1, 2, 33, 70])
+@pytest.mark.parametrize("sinks", [[0], [0, 3], [5]])
+def test_angles(kernels, sinks: list[int], length: int, dtype: torch.dtype) -> None:
+    """Ragged prompts over several blocks; the definitions in `metrics.geometry` are the oracle."""
+    generator = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(2, length, h, 20, generator=generator) for h in (4, 2))
+    query, key = query.to(DEVICE, dtype), key.to(DEVICE, dtype)
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[1, max(1, length - 3) :] = False
+    is_sink = torch.zeros_like(mask)
+    is_sink[:, [position for position in sinks if position < length]] = True
+    queries = positions.queries_after(is_sink, mask, causal=True)
+    role = (is_sink & mask).int() + 2 * (mask & ~is_sink) + 4 * queries
+    found = kernels.causal_angles(query, key, role.to(DEVICE), 0.3)
+    plain = query.cpu().float(), key.cpu().float()
+    expected = geometry.sink_logit_decomposition(*plain, is_sink, mask, causal=True)
+    gap = geometry.logit_gap_rows(*plain, 0.3, is_sink, mask, causal=True)
+    for one, other in zip(found, [*expected, attention.sink_logit_gap(*gap)], strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-5, equal_nan=True)

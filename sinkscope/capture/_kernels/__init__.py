@@ -7,8 +7,10 @@ checker away.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sinkscope.capture._calls import AttentionCall
@@ -27,3 +29,21 @@ def kernels_for(query: Tensor, call: AttentionCall) -> ModuleType | None:
     except ImportError:  # a CUDA build of torch without Triton
         return None
     return launch
+
+
+class Angles(NamedTuple):
+    """Means over the queries that are asked about, see `metrics.geometry`.
+
+    Attributes:
+        query_norm: ‖q_i‖ [activation].
+        key_norm: ‖k_s‖ over the sinks [activation].
+        cosine: cos(q_i, k_s) over the sinks that i sees.
+        other_cosine: The same over the other keys that i sees, itself left out.
+        gap: Scaled product with the mean sink minus that with the mean other key [logit].
+    """
+
+    query_norm: Float[Tensor, "prompt head"]
+    key_norm: Float[Tensor, "prompt head"]
+    cosine: Float[Tensor, "prompt head"]
+    other_cosine: Float[Tensor, "prompt head"]
+    gap: Float[Tensor, "prompt head"]

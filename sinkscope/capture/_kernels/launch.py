@@ -10,7 +10,10 @@ import triton
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sinkscope._on_device import on_its_device
 from sinkscope.capture._calls import AttentionCall
+from sinkscope.capture._kernels import Angles
+from sinkscope.capture._kernels.angles import angle_kernel
 from sinkscope.capture._kernels.columns import received_kernel
 from sinkscope.capture._kernels.forward import forward_kernel
 from sinkscope.capture._kernels.rows import chosen_kernel, row_kernel
@@ -40,6 +43,7 @@ SMALL = (32, 32, 4, 2)
 """For float32, and for heads wider than 128: what fits in shared memory everywhere."""
 
 
+@on_its_device
 def attention_to_keys(
     query: Query,
     key: Key,
@@ -61,6 +65,7 @@ def attention_to_keys(
     return paid
 
 
+@on_its_device
 def received_mass(
     query: Query,
     key: Key,
@@ -72,6 +77,7 @@ def received_mass(
     return _received(query, key, lse, call, queries)
 
 
+@on_its_device
 def received_mass_by(
     query: Query,
     key: Key,
@@ -88,6 +94,7 @@ def received_mass_by(
     return torch.stack([_received(query, key, x, call) for x in shifted.unbind(1)], dim=1)
 
 
+@on_its_device
 def received_and_entropy(
     query: Query,
     key: Key,
@@ -104,6 +111,7 @@ def received_and_entropy(
     return _received(query, key, lse, call, queries, entropy), entropy
 
 
+@on_its_device
 def row_entropy(
     query: Query, key: Key, lse: LogSumExp, call: AttentionCall
 ) -> Float[Tensor, "prompt head query"]:
@@ -112,6 +120,7 @@ def row_entropy(
     return _along_rows(query, key, lse, call, bias, entropy=True)
 
 
+@on_its_device
 def weighted_mass(
     query: Query,
     key: Key,
@@ -126,6 +135,7 @@ def weighted_mass(
     return _along_rows(query, key, lse, call, bias.contiguous(), entropy=False)
 
 
+@on_its_device
 def forward(
     query: Float[Tensor, "prompt head query d_head"],
     key: Float[Tensor, "prompt kv_head key d_head"],
@@ -147,6 +157,29 @@ def forward(
         BIASED=call.mask is not None, PRECISION=_precision(q), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return z, lse
+
+
+@on_its_device
+def causal_angles(
+    query: Query, key: Key, role: Int[Tensor, "prompt position"], scale: float
+) -> Angles:
+    """Norms, cosines and the logit gap under a causal mask without a window.
+
+    Args:
+        query: Queries as they enter the dot product.
+        key: Keys as they enter the dot product.
+        role: Bits of each position, see `angles.py`.
+        scale: Factor on the dot product.
+    """
+    query, key, role = _rows(query), _rows(key), role.contiguous()
+    prompts, length, heads, width = query.shape
+    result = torch.empty(prompts, heads, 8, dtype=torch.float32, device=query.device)
+    angle_kernel[(heads, prompts)](
+        query, key, role, result, *_strides(query), *_strides(key), length, float(scale),
+        GROUP=heads // key.shape[2], D=width, D_BLOCK=max(16, triton.next_power_of_2(width)),
+        M=32, num_warps=8,
+    )  # fmt: skip
+    return Angles(*result[..., :5].unbind(-1))
 
 
 def _received(

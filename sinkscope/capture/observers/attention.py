@@ -125,7 +125,7 @@ class Entropy(Observer):
 
     def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
         """Mean over all real queries."""
-        self.keep(layer, attention_entropy=attention.attention_entropy(x.entropy(), batch.mask))
+        self.keep(layer, attention_entropy=average(x.entropy(), batch.averages("mask"))[..., 0])
 
 
 class LogitGap(Observer):
