@@ -215,10 +215,11 @@ def sleeping_heads(
     for index, score in enumerate(sorted(curves, key=heights.__getitem__)):
         curve, random = curves[score], score == RANDOM
         ends = curve[["mean", "low", "high"]].to_numpy()
-        name, lap = labels.escape(str(score)), index // len(colours.series)
+        name = labels.escape(str(score))
+        lap, place = divmod(index, len(colours.series))  # more scores than colours: dashes
         band(
             figure, curve["share_removed"], tuple(squeezed(ends, _PERCENT).T), name=name,
-            label="", along="", colour=colours.ink if random else colours.series[index % len(colours.series)],
+            label="", along="", colour=colours.ink if random else colours.series[place],
             dash="dot" if random else (None, "dash", "longdashdot")[lap % 3],
         )  # fmt: skip
         figure.data[-1].update(
