@@ -204,22 +204,30 @@ class Conditions(Result):
         """Panels in the shape of the paper's figures 3 and 4, and the same by layer."""
         from sinkscope.plot import before_after
 
-        frame = self.frame()
+        frame = self._in_order(self.frame())
         averaged, layered = frame[frame["layer"] < 0], frame[frame["layer"] >= 0]
-        two = (0, self.position)
+        panels = dict(about=self.about, positions=(0, self.position))
+        if len(set(self.changes)) > 2:
+            panels["columns"] = len(set(self.starts))
         drawn = {
-            f"{metric}-by-position": before_after(averaged, metric, about=self.about, positions=two)
+            f"{metric}-by-position": before_after(averaged, metric, **panels)
             for metric in BY_POSITION
         }
         drawn |= {
-            f"{metric}-by-layer": before_after(
-                layered, metric, about=self.about, by="layer", positions=two
-            )
+            f"{metric}-by-layer": before_after(layered, metric, by="layer", **panels)
             for metric in BY_POSITION
         }
         if self.loss is not None:
             drawn["loss"] = before_after(averaged, "loss", about=self.about, by="condition")
         return drawn
+
+    def _in_order(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The order of the panels: a row a start; a row a change where there are many of those."""
+        if len(set(self.changes)) <= 2:
+            return frame
+        order = sorted(range(len(self.names)), key=lambda i: self.changes.index(self.changes[i]))
+        rank = {self.names[index]: place for place, index in enumerate(order)}
+        return frame.sort_values("condition", key=lambda names: names.map(rank), kind="stable")
 
 
 def _rows(columns: dict[str, Any], metric: str, x: Tensor) -> pd.DataFrame:

@@ -93,7 +93,7 @@ class WhichPart(Result):
             if self.loss is not None:
                 row.append(f"{float(self.loss[case].mean()):.3f}")
             rows.append(row)
-        columns = ["what was done", "sink at", "attention", "share", "peak"]
+        columns = ["what was done", "at", "attention", "share", "peak"]
         columns += ["loss"] if self.loss is not None else []
         return f"{head}\n{table_as_text(columns, rows)}"
 

@@ -43,20 +43,19 @@ def _later(facts: dict[str, Any]) -> str:
 def _table(found: PeakTrace, facts: dict[str, Any]) -> str:
     from sinkscope.experiments._traced import SINK_HEAD
 
-    rows = [["nothing", "", "100 %", *_read(facts)]]
+    heads = found.attention[:, found.later].mean(0).numel()
+
+    def read(read: dict[str, Any]) -> list[str]:
+        return [read["attention_after_peak"].to_decimals(3), f"{read['sink_heads']} of {heads}"]
+
+    rows = [["nothing", "", "100 %", *read(facts)]]
     rows += [
-        [_named(one), _MODES[mode], _percent(one["peak_left"]), *_read(one)]
+        [_named(one), _MODES[mode], _percent(one["peak_left"]), *read(one)]
         for mode in found.modes
         for one in facts[mode]["needed"]
     ]
-    heads = found.attention[:, found.later].mean(0).numel()
-    above = f"heads above {SINK_HEAD} (of {heads})"
-    columns = ["replaced", "by", "peak left", "attention after it", above]
+    columns = ["replaced", "by", "peak left", "attention after it", f"heads above {SINK_HEAD}"]
     return table_as_text(columns, rows)
-
-
-def _read(facts: dict[str, Any]) -> list[str]:
-    return [facts["attention_after_peak"].to_decimals(3), str(facts["sink_heads"])]
 
 
 def _sentences(found: PeakTrace, facts: dict[str, Any], mode: str) -> list[str]:

@@ -24,6 +24,7 @@ from sinkscope.capabilities import Capabilities, capabilities
 from sinkscope.capture import paths, runner
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments import _result
+from sinkscope.experiments._heap import trim
 from sinkscope.experiments._long_text import long_text
 from sinkscope.experiments._partial import Growing, asked_of
 from sinkscope.experiments._streamed import StreamedContext
@@ -193,7 +194,7 @@ def stream(
     tokens = prompts.tokens[:1].to(device)
     length = tokens.shape[1]
     cache = WindowCache(turner if setting.counted == "cache" else None)
-    found = []
+    losses = torch.full((length,), torch.nan)
     with torch.inference_mode(), runner.evaluating(model), _opened(model) as streams:
         for start in range(0, length, chunk):
             stop = min(start + chunk, length)
@@ -213,10 +214,13 @@ def stream(
             loss = torch.nn.functional.cross_entropy(
                 logits[: len(told)].float(), told, reduction="none"
             )
-            found.append(loss.cpu())
+            losses[start : start + len(told)] = loss.cpu()
+            del logits, loss
+            if device.type == "cpu":
+                trim()
             if bar is not None:
                 bar.update(stop - start)
-    return torch.nn.functional.pad(torch.cat(found), (0, 1), value=torch.nan), cache
+    return losses, cache
 
 
 @contextmanager
