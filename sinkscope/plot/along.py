@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from sinkscope.plot import _frames as frames
 from sinkscope.plot import _labels as labels
 from sinkscope.plot._figure import finish
-from sinkscope.plot._scales import y_scale
+from sinkscope.plot._scales import WHOLE
 from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:
@@ -51,7 +51,9 @@ def perplexity_along(frame: pd.DataFrame, *, about: labels.About, theme: Theme =
         name = labels.escape(str(kept))
         line: dict[str, object] = dict(color=colours.faint, dash="dash")
         if kept != _LEVEL:
-            line = dict(color=colours.series[index % len(colours.series)], width=1.5)
+            # The first lines are the widest, so that one that lies on another can be seen.
+            width = max(1.5, 5.5 - index)
+            line = dict(color=colours.series[index % len(colours.series)], width=width)
             index += 1
         figure.add_scatter(
             x=rows["position"], y=rows["perplexity"], mode="lines", name=name, line=line,
@@ -59,5 +61,5 @@ def perplexity_along(frame: pd.DataFrame, *, about: labels.About, theme: Theme =
             "<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(title_text="position in the text", tickformat=",d")
-    figure.update_yaxes(title_text="perplexity of a block", **y_scale(True))
+    figure.update_yaxes(title_text="perplexity of a block", type="log", tickformat=WHOLE)
     return finish(figure, "Perplexity along a long text", about, theme, height=480)

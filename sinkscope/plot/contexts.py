@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from sinkscope.plot import _frames as frames
 from sinkscope.plot import _labels as labels
 from sinkscope.plot._figure import finish
-from sinkscope.plot._scales import y_scale
+from sinkscope.plot._scales import WHOLE
 from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:
@@ -56,7 +56,11 @@ def perplexity_by_window(
         rows = rows.sort_values("window")
         figure.add_scatter(
             x=rows["window"], y=rows["perplexity"], mode="lines+markers", name=name,
-            line_color=colours.series[index % len(colours.series)],
+            # The first lines are the widest, so that one that lies on another can be seen.
+            line=dict(
+                color=colours.series[index % len(colours.series)], width=max(1.5, 5.5 - index)
+            ),
+            marker_size=max(5, 11 - index),
             customdata=rows[extras].to_numpy() if extras else None,
             error_y=_ends(rows),
             hovertemplate=f"{name}, window %{{x:,}}<br>perplexity: %{{y:,.4~g}}{''.join(lines)}"
@@ -73,7 +77,7 @@ def perplexity_by_window(
         title_text="window [positions]", type="log", tickvals=windows,
         ticktext=[f"{window:,}" for window in windows],
     )  # fmt: skip
-    figure.update_yaxes(title_text="perplexity", **y_scale(True))
+    figure.update_yaxes(title_text="perplexity", type="log", tickformat=WHOLE)
     return finish(figure, "Perplexity of a long text through a window", about, theme, height=480)
 
 
