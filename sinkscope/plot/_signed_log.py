@@ -19,7 +19,7 @@ _MOST = 9  # ticks on either side of zero
 def squeezed(figures: Any, unit: float) -> np.ndarray:
     """sign(x) log10(1 + |x| / unit): at one unit 0.3, at ten 1.04, at a hundred 2.00."""
     figures = np.asarray(figures, dtype=float)
-    return np.sign(figures) * np.log10(1 + np.abs(figures) / unit)
+    return np.asarray(np.sign(figures) * np.log10(1 + np.abs(figures) / unit))
 
 
 def unit_for(figures: Any) -> float:

@@ -105,7 +105,7 @@ def domain_scatter(
         labels.escape(y)
     )
     if "differs" in one:
-        title += f", {int(differs.sum())} differ"
+        title += f", {int(differs.sum())} dormant on one only"
     return finish(figure, title, about, theme, height=560)
 
 
@@ -154,7 +154,7 @@ def removal_cost(
         figure.add_scatter(
             x=rows[metric], y=squeezed(rows["loss_change"], unit), mode="markers", name=name,
             customdata=rows[["layer", "head", "loss_change"]].to_numpy(),
-            error_y=_ends(_squeezed_costs(rows, unit), "loss_change", faded(colours.faint, 0.5)),
+            error_y=_ends(_squeezed_costs(rows, unit), "loss_change", faded(colours.faint, 0.35)),
             marker=dict(size=7, opacity=0.8, color=colours.series[index % len(colours.series)]),
             hovertemplate=f"layer %{{customdata[0]}}, head %{{customdata[1]}} on {name}<br>"
             f"{frames.label_of(metric)}: %{{x:.3~g}}<br>loss change [nat]: %{{customdata[2]:.3~g}}"

@@ -1,5 +1,7 @@
 """Figures of the experiments' frames: the values, labels and units they show."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -97,7 +99,7 @@ def test_domain_scatter_names_the_heads_that_differ():
     which = [tuple(where) for where in dots.customdata.tolist()].index((1, 2))
     assert (dots.x[which], dots.y[which]) == pytest.approx((0.9, 0.1))
     assert [text for text in dots.text if text] == ["L1 H2"]
-    assert "1 differ" in figure.layout.title.text
+    assert "1 dormant on one only" in figure.layout.title.text
     assert list(dots.error_x.array) == pytest.approx([0.02] * 12)
     with pytest.raises(ReportError, match="no domain 'poems'; it has prose, code"):
         plot.domain_scatter(frames.domains(), "prose", "poems", about=ABOUT)
@@ -110,12 +112,50 @@ def test_removal_cost_gives_the_rank_correlation():
     assert figure.layout.yaxis.title.text.endswith("[nat]")
 
 
-def test_sleeping_heads_draws_random_heads_last_and_dotted():
+def test_removal_cost_shows_gains_and_losses_over_decades():
+    frame = frames.domains()
+    cost = [-0.02, 0, *np.geomspace(0.001, 3, 10)] * 2
+    frame = frame.assign(loss_change=cost, loss_change_low=-0.05, loss_change_high=4.0)
+    figure = plot.removal_cost(frame, about=ABOUT)
+    for domain, dots in zip(("prose", "code"), figure.data, strict=True):
+        rows = frame[frame["domain"] == domain]
+        np.testing.assert_allclose(dots.customdata[:, 2], rows["loss_change"])
+        assert list(np.argsort(dots.y)) == list(np.argsort(rows["loss_change"].to_numpy()))
+        assert (np.sign(dots.y) == np.sign(rows["loss_change"])).all()
+        tops = dots.y + dots.error_y.array
+        np.testing.assert_allclose(tops, math.log10(1 + 4.0 / 0.01))  # the median is 0.02
+    ticks = dict(zip(figure.layout.yaxis.ticktext, figure.layout.yaxis.tickvals, strict=True))
+    assert list(ticks) == ["-0.1", "-0.01", "0", "+0.01", "+0.1", "+1", "+10"]
+    assert ticks["+1"] == pytest.approx(math.log10(101))
+    assert ticks["-0.01"] == pytest.approx(-math.log10(2))
+
+
+def test_sleeping_heads_draws_each_prompts_change_and_random_heads_last():
     figure = plot.sleeping_heads(frames.sleep(), about=ABOUT)
     (score,), (random,) = traces(figure, "AHON"), traces(figure, "random")
     assert figure.data[-1] is random and random.line.dash == "dot"
-    assert list(score.y) == pytest.approx([2.01 + share**2 for share in (0, 0.05, 0.1, 0.2)])
-    assert figure.layout.shapes[0].y0 == pytest.approx(2.01 * 1.01)
+    shares = np.array([0, 0.05, 0.1, 0.2])
+    # Prompts differ by 0.02 nat, and their changes not at all: no interval is left.
+    for trace, slope in ((score, 1), (random, 20)):
+        want = slope * shares**2 / 2.01
+        np.testing.assert_allclose(trace.customdata, np.stack([want] * 3, axis=1), atol=1e-12)
+        np.testing.assert_allclose(10**trace.y - 1, 100 * want, atol=1e-9)
+    assert 10 ** figure.layout.shapes[0].y0 - 1 == pytest.approx(1)  # 1 %, in units of 1 %
+    untouched = frames.sleep().query("share_removed > 0 or prompt > 0")
+    with pytest.raises(ReportError, match="give every prompt a row whose share_removed is 0"):
+        plot.sleeping_heads(untouched, about=ABOUT)
+
+
+def test_sleeping_heads_puts_the_best_score_first_and_tells_sixteen_apart():
+    rows = [frames.sleep().query("score == 'random'").assign(score=f"s{n:02}") for n in range(15)]
+    frame = pd.concat([frames.sleep(), *rows])
+    slope = {f"s{n:02}": 1 + (n * 7) % 15 for n in range(15)} | {"random": 1, "AHON-LN": 0.5}
+    change = frame["score"].map(slope) * frame["share_removed"] ** 2
+    figure = plot.sleeping_heads(frame.assign(loss=2 + change), about=ABOUT)
+    lines = [trace for trace in figure.data if trace.name]
+    names = [line.name for line in lines]
+    assert names == [*sorted(slope, key=lambda name: slope[name] + 99 * (name == "random"))]
+    assert len({(line.line.color, line.line.dash) for line in lines}) == len(lines)
 
 
 def test_training_curves_average_seeds_and_overlay_laws():
