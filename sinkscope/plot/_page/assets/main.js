@@ -35,8 +35,24 @@ function startTheme() {
   });
   // Paper is white.
   let before = state.theme;
-  addEventListener("beforeprint", () => { before = state.theme; choose({ theme: "light" }); });
-  addEventListener("afterprint", () => choose({ theme: before }));
+  addEventListener("beforeprint", () => {
+    before = state.theme;
+    choose({ theme: "light" });
+    fitPaper(true);
+  });
+  addEventListener("afterprint", () => {
+    fitPaper(false);
+    choose({ theme: before });
+  });
+}
+
+// Figures as wide as the sheet: at once, since printing does not wait.
+function fitPaper(printing) {
+  document.documentElement.toggleAttribute("data-print", printing);
+  for (const figure of document.querySelectorAll(".js-plotly-plot")) {
+    const width = printing ? figure.parentElement.clientWidth : null;
+    Plotly.relayout(figure, { width, autosize: !printing });
+  }
 }
 
 function startControls() {
