@@ -48,6 +48,7 @@ def all_figures(theme: str) -> dict:
         "removal_cost": plot.removal_cost(frames.domains(), **told),
         "sleeping_heads": plot.sleeping_heads(frames.sleep(), **told),
         "training_curves": plot.training_curves(training, laws=law, **told),
+        "perplexity_along": plot.perplexity_along(frames.along(), **told),
         "perplexity_by_window": plot.perplexity_by_window(frames.windows(), **told),
         "bench_ratios": plot.bench_ratios(frames.timings(), **told),
         "cures": plot.cures(frames.cured(), **told),

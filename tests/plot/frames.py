@@ -106,6 +106,16 @@ def windows() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kept", "window", "perplexity", "kv_megabytes"])
 
 
+def along() -> pd.DataFrame:
+    """Without a sink the perplexity of later blocks is a hundredfold."""
+    rows = [
+        (kept, position, 900.0 if kept == "0 sinks" and position > 300 else 9.0)
+        for kept in ("everything", "0 sinks", "1 sink <x>")
+        for position in (128.0, 384.0, 640.0)
+    ]
+    return pd.DataFrame(rows, columns=["kept", "position", "perplexity"])
+
+
 def timings() -> pd.DataFrame:
     """The stock hooks ran out of memory on the long batch."""
     rows = [

@@ -27,6 +27,7 @@ def test_every_figure_names_what_it_was_measured_on():
         plot.sleeping_heads(frames.sleep(), about=ABOUT),
         plot.training_curves(training, about=ABOUT),
         plot.perplexity_by_window(frames.windows(), about=ABOUT),
+        plot.perplexity_along(frames.along(), about=ABOUT),
         plot.bench_ratios(frames.timings(), about=ABOUT),
         plot.cures(frames.cured(), about=ABOUT),
         plot.knockout_risks(frames.knocked_out(), about=ABOUT),
@@ -191,6 +192,16 @@ def test_perplexity_has_a_line_a_setting_and_a_level():
     assert list(four.y) == pytest.approx([10 + 100 / w for w in (256, 512, 1024)])
     assert list(everything.y) == [9.5] * 3
     assert "KV megabytes" in none.hovertemplate
+
+
+def test_perplexity_along_a_text_has_a_line_a_setting_and_everything_dashed():
+    figure = plot.perplexity_along(frames.along(), about=ABOUT)
+    everything, none, one = figure.data
+    assert everything.line.dash == "dash" and everything.name == "everything"
+    assert list(none.x) == [128, 384, 640] and list(none.y) == [9, 900, 900]
+    assert one.name == "1 sink &lt;x&gt;" and none.line.width > one.line.width
+    assert figure.layout.yaxis.type == "log"
+    assert figure.layout.xaxis.title.text == "position in the text"
 
 
 def test_bench_says_what_did_not_run():
