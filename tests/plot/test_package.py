@@ -89,3 +89,12 @@ def test_other_errors_of_an_export_are_not_hidden(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="a bug"):
         plot.save(figure, tmp_path / "x.svg")
     assert ".svg" in export.IMAGES
+
+
+def test_readme_lists_exactly_the_figures_there_are():
+    readme = Path("README.md").read_text(encoding="utf-8")
+    rows = readme.partition("### Figures")[2].partition("\n## ")[0].splitlines()
+    first = " ".join(row.split("|")[1] for row in rows if row.startswith("| `"))
+    listed = [name for name in first.split("`")[1::2] if name != "ss.plot."]
+    others = {"save", "set_theme", "template", "to_html"}
+    assert sorted(listed) == sorted(set(plot.__all__) - others)
