@@ -149,9 +149,14 @@ assert risks.loc["clean pattern"].max() < 0.15
 # That is the mechanism in a nutshell. On non-trigger queries the head's output is noise, so
 # gradient descent wants it to be zero. A softmax cannot be zero. It can point at one token, and
 # that token's value can shrink. Which one? It should be in reach of every query, and nobody's
-# business. BOS is both. More attention on BOS makes its value worth shrinking; a smaller value
-# makes BOS a better place to park. Guo et al. call it **mutual reinforcement** (`bb.reinforcement`
-# holds one half still and trains the other).
+# business. BOS is both.
+#
+# Guo et al. add that the two halves feed each other: more attention on BOS makes its value worth
+# shrinking, a smaller value makes BOS a better place to park. They call it **mutual
+# reinforcement**. Hold one half still and train the other (`bb.reinforcement`, some minutes; three
+# seeds in `sinkscope/bb/README.md`), and only half of it shows. With all logits held, the value of
+# BOS grows instead of shrinking: the sink drives the drain. With the value held, the logit grows
+# *further*, not less: here the sink does not need the drain.
 #
 # ## The cure: let a head be silent
 #
@@ -267,7 +272,8 @@ assert abs(sink_attention / (1 - exact.trigger_share) - 1) < 0.05
 #
 # * A sink grows from nothing within a hundred steps, where a head is needed now and then and a
 #   softmax forbids it to be silent.
-# * Sink and drain feed each other. The head without them loses only its triggers.
+# * The sink drives the drain. Whether the drain drives the sink, as theory has it, we could not
+#   confirm.
 # * Let a row sum to less than one (ReLU) and the sink does not come; the task is solved all the
 #   same.
 # * A residual peak needs depth, and Adam.
