@@ -147,7 +147,8 @@ def input_device(model: Any) -> torch.device:
 def evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode inside; every module's own training flag outside."""
     training = [module for module in model.original_model.modules() if module.training]
-    model.original_model.eval()
+    if training:  # for a large model, saying it again takes tens of milliseconds
+        model.original_model.eval()
     try:
         yield
     finally:

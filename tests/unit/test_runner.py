@@ -7,6 +7,7 @@ import torch
 
 import sinkscope as ss
 from sinkscope.capture import runner
+from sinkscope.capture.observers import massive
 from sinkscope.errors import ModelError, SinkscopeError, TextError, UnsupportedError
 from tests.families.architectures import BY_NAME
 
@@ -95,6 +96,36 @@ def test_out_of_memory_halves_the_batch_and_changes_no_figure(model, tokens, mon
         torch.testing.assert_close(
             backed_off[name], whole[name], atol=1e-5, rtol=1e-5, equal_nan=True
         )
+
+
+@pytest.mark.parametrize("late", [0, 1, 3, 100])
+def test_massive_activations_looked_at_late(model, tokens, late, monkeypatch) -> None:
+    """As on a GPU, where answers are awaited across layers and batches; one batch is dropped."""
+
+    def massive_at_0(x: torch.Tensor, hook: object) -> torch.Tensor:
+        x = x.clone()
+        x[:, 0, 3] = 1e4
+        return x
+
+    real, calls = runner.forward, []
+
+    def short_of_memory_once(model, batch):
+        real(model, batch)
+        calls.append(len(batch.rows))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+    monkeypatch.setattr(runner, "forward", short_of_memory_once)
+    monkeypatch.setattr(massive, "_late", lambda x: late)
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", massive_at_0)]):
+        found = ss.scan(model, tokens, metrics=["massive"], batch=2, progress=False).massive
+    assert calls == [2, 2, 1, 1, 1, 1]
+    layers = model.cfg.n_layers
+    assert found.count.tolist() == [[1] * layers] * 6
+    assert found.prompt.tolist() == [prompt for prompt in range(6) for _ in range(layers)]
+    assert found.layer.tolist() == list(range(layers)) * 6
+    assert set(found.position.tolist()) == {0} and set(found.dim.tolist()) == {3}
+    torch.testing.assert_close(found.value[::layers], torch.full((6,), 1e4))
 
 
 def test_one_prompt_that_does_not_fit_is_an_error(model, tokens, monkeypatch) -> None:

@@ -17,7 +17,7 @@ from sinkscope.metrics._magnitude_median import magnitude_median
 from sinkscope.report import MassiveActivations
 
 LATE_LOOK = 2**25
-"""Entries of a hidden state up to which it may be kept alive for a layer longer."""
+"""Entries of hidden states that may be kept alive until it is known whether they matter."""
 
 FEW = 16
 """Tokens that may hold massive activations are few if no more than one in so many."""
@@ -33,7 +33,8 @@ class Massive(Observer):
     """Massive activations: a list of entries, not a fixed shape.
 
     Whether a layer has any is known only once the device has got there. So the answer to one layer
-    is looked at when the next one fires: the device never runs dry while Python waits for it.
+    is looked at a layer or two later, be it in the next batch: the device never runs dry while
+    Python waits for it.
     """
 
     signal = "resid_post"
@@ -42,7 +43,7 @@ class Massive(Observer):
     def __init__(self, scope: Scope) -> None:
         super().__init__(scope)
         self._asked: list[_Asked] = []
-        self._running: dict[int, residual.MassiveRows | None] = {}
+        self._running: _Rows = {}
         self._unread: list[_Unread] = []
         self._entries: list[_Entries] = []
         self._counts: list[Int[np.ndarray, "prompt layer"]] = []
@@ -51,22 +52,20 @@ class Massive(Observer):
         """Ask how many tokens pass the fixed part of the rule of Sun et al."""
         peak = residual.token_peaks(x, batch.mask)
         number = Coming((peak > residual.MASSIVE_MINIMUM).sum())
-        self._asked.append(_Asked(layer, x, peak, number, batch))
-        self._look(but_the_last=x.is_cuda and x.numel() <= LATE_LOOK)
+        self._asked.append(_Asked(layer, x, peak, number, batch, self._running))
+        self._look(but_the_last=_late(x))
 
-    def _look(self, but_the_last: bool = False) -> None:
+    def _look(self, but_the_last: int = 0) -> None:
         while len(self._asked) > but_the_last:
-            asked = self._asked.pop(0)
-            self._running[asked.layer] = asked.rows()
+            asked = self._asked[0]
+            asked.into[asked.layer] = asked.rows()  # may run out of memory: only then it is done
+            self._asked.pop(0)
 
     def close(self, batch: Batch) -> _Unread:
-        """The rows of all layers together, still on the device."""
-        self._look()
-        columns = sorted(self._running)
-        found = {layer: rows for layer in columns if (rows := self._running[layer]) is not None}
-        together = _together(list(found.values()), batch.tokens.device) if found else None
-        self.drop()
-        return _Unread(together, list(found), columns, batch.rows.numpy())
+        """The rows of all layers, still on the device; the last ones not even looked at."""
+        finished = _Unread(self._running, batch.rows.numpy(), batch.tokens.device)
+        self._running = {}
+        return finished
 
     def add(self, finished: _Unread, batch: Batch) -> None:
         """Keep one batch's rows; reading them waits for the device, so that is done rarely."""
@@ -75,6 +74,7 @@ class Massive(Observer):
             self._read()
 
     def _read(self) -> None:
+        self._look()
         for unread in self._unread:
             entries, counts = unread.read()
             self._entries.append(entries)
@@ -83,8 +83,8 @@ class Massive(Observer):
 
     def drop(self) -> None:
         """Forget the batch that is running."""
-        self._asked.clear()
-        self._running.clear()
+        self._asked = [asked for asked in self._asked if asked.into is not self._running]
+        self._running = {}
 
     def results(self, order: Int[Tensor, "prompt"]) -> Folded:
         """Entries by prompt, layer and size."""
@@ -96,6 +96,15 @@ class Massive(Observer):
         return {"massive": MassiveActivations(**found, count=torch.from_numpy(counts))}
 
 
+def _late(x: Float[Tensor, "prompt position dim"]) -> int:
+    """How many hidden states may wait to be looked at: a CPU has computed what it returns."""
+    return LATE_LOOK // x.numel() if x.is_cuda else 0
+
+
+_Rows = dict[int, residual.MassiveRows | None]
+"""Rows that one batch left of each layer."""
+
+
 class _Asked(NamedTuple):
     """A hidden state of which it is not known yet whether it holds massive activations."""
 
@@ -104,6 +113,7 @@ class _Asked(NamedTuple):
     peak: Float[Tensor, "prompt position"]
     number: Coming
     batch: Batch
+    into: _Rows
 
     def rows(self) -> residual.MassiveRows | None:
         """The tokens that may hold some, or None."""
@@ -135,32 +145,33 @@ class _Unread(NamedTuple):
     """What one batch left on the device.
 
     Attributes:
-        rows: Rows of the layers that have any, see `_together`.
-        layers: Those layers.
-        columns: All layers.
-        prompts: Which prompts of the text the batch held.
+        running: Its rows by layer; complete once all has been looked at.
+        prompts: Which prompts of the text it held.
+        device: Where to put the layers together.
     """
 
-    rows: residual.MassiveRows | None
-    layers: list[int]
-    columns: list[int]
+    running: _Rows
     prompts: Int[np.ndarray, "prompt"]
+    device: torch.device
 
     @property
     def size(self) -> int:
         """Entries of the rows."""
-        return 0 if self.rows is None else self.rows.state.numel()
+        return sum(rows.state.numel() for rows in self.running.values() if rows is not None)
 
     def read(self) -> tuple[_Entries, Int[np.ndarray, "prompt layer"]]:
         """Number the prompts as the text does, keep the largest entries and count all."""
-        counts = np.zeros((len(self.prompts), len(self.columns)), dtype=np.int64)
-        if self.rows is None:
+        columns = sorted(self.running)
+        counts = np.zeros((len(self.prompts), len(columns)), dtype=np.int64)
+        layers = [layer for layer in columns if self.running[layer] is not None]
+        if not layers:
             none = np.zeros(0, dtype=np.int64)
             return _Entries(none, none, none, none, *[np.zeros(0, dtype=np.float32)] * 2), counts
-        row, position, dim, value, ratio = (x.cpu().numpy() for x in self.rows.entries())
-        layer = np.array(self.layers)[row // len(self.prompts)]
+        together = _together([self.running[layer] for layer in layers], self.device)
+        row, position, dim, value, ratio = (x.cpu().numpy() for x in together.entries())
+        layer = np.array(layers)[row // len(self.prompts)]
         prompt = row % len(self.prompts)
-        np.add.at(counts, (prompt, np.searchsorted(self.columns, layer)), 1)
+        np.add.at(counts, (prompt, np.searchsorted(columns, layer)), 1)
         entries = _Entries(self.prompts[prompt], layer, position, dim, value, ratio)
         return entries.take(entries.order(most=ENTRIES_KEPT)), counts
 
