@@ -262,7 +262,8 @@ assert drain[high].mean() < 0.35 < 0.7 < drain[~high].mean()
 # Where there is a peak to read, the sink's value is a quarter of the others'. Where there is none
 # (the first layers, 10, 11) it is an ordinary value. **Attention, peak and drain come and go
 # together**: three faces of one thing. A state that says "I am the sink", keys that are turned to
-# it, values that mute it. Guo et al. call this mutual reinforcement; lesson 6 watches it grow.
+# it, values that mute it. Guo et al. explain it by *mutual reinforcement*; lesson 6 watches a sink
+# grow, and puts the explanation to the test.
 #
 # ## Load-bearing
 #
