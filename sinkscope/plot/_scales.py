@@ -98,3 +98,10 @@ def y_scale(logarithmic: bool) -> dict[str, str]:
     """Type and ticks of a y axis that `log_switch` changes."""
     scale = dict(type="log", dtick=_LOG_TICKS) if logarithmic else dict(type="linear")
     return scale | dict(tickformat=WHOLE)
+
+
+def log_scale(figures: np.ndarray) -> dict[str, str]:
+    """Type and ticks of a logarithmic axis: 1, 2, 5 of each decade, more of them within one."""
+    positive = figures[np.isfinite(figures) & (figures > 0)]
+    decade = positive.size > 0 and positive.max() >= 10 * positive.min()
+    return dict(type="log", tickformat=WHOLE) | (dict(dtick=_LOG_TICKS) if decade else {})

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from sinkscope.plot import _frames as frames
 from sinkscope.plot import _labels as labels
 from sinkscope.plot._figure import finish
-from sinkscope.plot._scales import WHOLE
+from sinkscope.plot._scales import log_scale
 from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:
@@ -61,5 +61,7 @@ def perplexity_along(frame: pd.DataFrame, *, about: labels.About, theme: Theme =
             "<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(title_text="position in the text", tickformat=",d")
-    figure.update_yaxes(title_text="perplexity of a block", type="log", tickformat=WHOLE)
+    figure.update_yaxes(
+        title_text="perplexity of a block", **log_scale(frame["perplexity"].to_numpy())
+    )
     return finish(figure, "Perplexity along a long text", about, theme, height=480)

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from sinkscope.plot import _frames as frames
 from sinkscope.plot import _labels as labels
 from sinkscope.plot._figure import finish
-from sinkscope.plot._scales import WHOLE
+from sinkscope.plot._scales import log_scale
 from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def perplexity_by_window(
         title_text="window [positions]", type="log", tickvals=windows,
         ticktext=[f"{window:,}" for window in windows],
     )  # fmt: skip
-    figure.update_yaxes(title_text="perplexity", type="log", tickformat=WHOLE)
+    figure.update_yaxes(title_text="perplexity", **log_scale(frame["perplexity"].to_numpy()))
     return finish(figure, "Perplexity of a long text through a window", about, theme, height=480)
 
 

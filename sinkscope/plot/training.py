@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from sinkscope.plot import _frames as frames
 from sinkscope.plot import _labels as labels
 from sinkscope.plot._figure import finish
-from sinkscope.plot._scales import WHOLE
+from sinkscope.plot._scales import log_scale
 from sinkscope.plot._series import band
 from sinkscope.plot.theme import Palette, Theme, faded, palette
 
@@ -82,7 +82,7 @@ def training_curves(
             fitted = _complete(frames.need(laws, "training_curves(laws=…)", "metric", "law"))
             _fits(figure, fitted[fitted["metric"] == metric], metric, place, colours)
         if metric in LOG_METRICS:
-            figure.update_yaxes(type="log", tickformat=WHOLE, **place)
+            figure.update_yaxes(**log_scale(rows["value"].to_numpy()), **place)
     figure.update_annotations(font_size=13)
     figure.update_xaxes(**(dict(type="log", dtick=1) if log_steps else dict(type="linear")))
     figure.update_xaxes(title_text="training step", row=lines)

@@ -200,7 +200,10 @@ def test_perplexity_along_a_text_has_a_line_a_setting_and_everything_dashed():
     assert everything.line.dash == "dash" and everything.name == "everything"
     assert list(none.x) == [128, 384, 640] and list(none.y) == [9, 900, 900]
     assert one.name == "1 sink &lt;x&gt;" and none.line.width > one.line.width
-    assert figure.layout.yaxis.type == "log"
+    assert figure.layout.yaxis.type == "log" and figure.layout.yaxis.dtick == "D2"
+    level = frames.along().assign(perplexity=9.0)
+    within = plot.perplexity_along(level, about=ABOUT).layout.yaxis
+    assert within.type == "log" and within.dtick is None, "D2 would leave it without a tick"
     assert figure.layout.xaxis.title.text == "position in the text"
 
 
