@@ -27,8 +27,12 @@ def stream(
         ),
     ] = "255",
     counted: Annotated[
-        str, typer.Option(help="cache (as StreamingLLM), absolute, or cache,absolute.")
-    ] = "cache,absolute",
+        str,
+        typer.Option(
+            help="Where positions are counted: cache (as StreamingLLM), absolute (from the text's "
+            "start), or cache,absolute for both."
+        ),
+    ] = "cache",
     full: Annotated[
         bool | None,
         typer.Option("--full/--no-full", help="Also without a window; default: if it fits."),
@@ -44,8 +48,9 @@ def stream(
 ) -> None:
     """Perplexity of a long text when each query sees a few kept elements and a window.
 
-    With --out, writes stream.json, stream.csv, stream.html and stream.nc; the last one grows while
-    it runs, and the same command goes on from it after an interruption.
+    The text, --texts, may be a file, and longer than the model's context. With --out, writes
+    stream.json, stream.csv, stream.html and stream.nc; the last one grows while it runs, and the
+    same command goes on from it after an interruption.
     """
     folder = common.writable_folder(out)
     with common.quiet_stdout():

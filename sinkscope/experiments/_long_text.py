@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def long_text(model: Any, source: Any, tokens: int, *, bos: str = "auto", seed: 
             of which the first prompt is taken.
         tokens: How many, special ones in front included.
         bos: See `texts`; ids are taken as they are.
-        seed: Of the order of documents.
+        seed: Of the order of documents, and of the first token where `bos` is "random".
 
     Raises:
         TextError: If the text is shorter, or the model has no tokenizer to read it with.
@@ -39,7 +40,7 @@ def long_text(model: Any, source: Any, tokens: int, *, bos: str = "auto", seed: 
     if tokenizer is None:
         raise TextError("This model has no tokenizer; pass exact ids with token_ids(...).")
     special = special_tokens(tokenizer, recipe.bos, vocabulary_size(model))
-    ids = [id for id in special.prefix if id is not None]
+    ids = special.around([], random.Random(seed))[: len(special.prefix)]
     for document in recipe.documents():
         if len(ids) >= tokens:
             break
