@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 
+from sinkscope.packaged import packaged_models
 from tests.unit.report_factory import synthetic_report
 
 pytestmark = pytest.mark.slow
+
+LESSON = Path(__file__).parents[2] / "notebooks" / "01_what_is_an_attention_sink.ipynb"
 
 CODE = """
 import sinkscope as ss
@@ -45,10 +48,11 @@ def write_notebook(path: Path) -> None:
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[str]:
-    """Address of a JupyterLab in an empty folder with a report and a notebook."""
+    """Address of a JupyterLab in a folder with a report, a notebook and a lesson."""
     pytest.importorskip("jupyterlab", reason="pip install 'sinkscope[notebook]'")
     synthetic_report(prompts=3).save(tmp_path / "report.nc")
     write_notebook(tmp_path / "explore.ipynb")
+    shutil.copy(LESSON, tmp_path)
     port = free_port()
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     settings = {
@@ -68,7 +72,7 @@ def lab(tmp_path: Path) -> Iterator[str]:
         )
         try:
             wait_for(f"http://127.0.0.1:{port}/api", server)
-            yield f"http://127.0.0.1:{port}/lab/tree/explore.ipynb"
+            yield f"http://127.0.0.1:{port}/lab/tree"
         finally:
             server.terminate()
             try:
@@ -90,15 +94,19 @@ def wait_for(address: str, server: subprocess.Popen) -> None:
     raise AssertionError("JupyterLab did not answer within two minutes")
 
 
+def wait_for_kernel(page: Any) -> None:
+    page.wait_for_selector(".jp-CodeCell .jp-InputArea-editor", timeout=240_000)
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=240_000)
+
+
 def run_first_cell(page: Any) -> None:
     """Run it, again if JupyterLab let the first try fall: it says idle before it is connected."""
-    page.wait_for_selector(".jp-Notebook .jp-InputArea-editor", timeout=240_000)
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=240_000)
+    wait_for_kernel(page)
     for _ in range(40):
-        page.click(".jp-Notebook .jp-InputArea-editor")
+        page.click(".jp-CodeCell .jp-InputArea-editor")
         page.keyboard.press("Control+Enter")
         for _ in range(10):
-            if page.text_content(".jp-Notebook .jp-InputPrompt").strip() not in ("", "[ ]:"):
+            if page.text_content(".jp-CodeCell .jp-InputPrompt").strip() not in ("", "[ ]:"):
                 return
             page.wait_for_timeout(500)
     raise AssertionError("JupyterLab did not begin to run the cell")
@@ -111,19 +119,39 @@ def titles(page: Any) -> list[str]:
     )
 
 
-def test_click_on_the_map_moves_the_linked_figures(lab, chromium):
-    context = chromium.new_context(viewport={"width": 1500, "height": 1400})
-    page = context.new_page()
+def opened(chromium: Any, address: str, height: int) -> tuple[Any, list[str]]:
+    """A page of JupyterLab, and what it fetched from elsewhere."""
+    page = chromium.new_context(viewport={"width": 1500, "height": height}).new_page()
     elsewhere: list[str] = []
+    own = (address.split("/lab")[0], "data:", "blob:")
     page.on(
         "request",
-        lambda request: (
-            None
-            if request.url.startswith((lab.split("/lab")[0], "data:", "blob:"))
-            else elsewhere.append(request.url)
-        ),
+        lambda request: None if request.url.startswith(own) else elsewhere.append(request.url),
     )
-    page.goto(lab)
+    page.goto(address)
+    return page, elsewhere
+
+
+@pytest.mark.real
+def test_a_lesson_runs_and_shows_its_figures(lab, chromium):
+    if not any(model.name == "smollm2-135m" and model.installed for model in packaged_models()):
+        pytest.skip("sinkscope models install smollm2-135m")
+    # All cells must be in sight: JupyterLab draws no others.
+    page, elsewhere = opened(chromium, f"{lab}/{LESSON.name}", height=12_000)
+    run_first_cell(page)
+    for key in ("Escape", "Control+a", "Control+Enter"):  # all cells
+        page.keyboard.press(key)
+    page.wait_for_selector("text=Exercise 4: right.", timeout=600_000)  # its last output
+    page.wait_for_function(
+        "document.querySelectorAll('.js-plotly-plot .gtitle').length === 5", timeout=60_000
+    )
+    assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    assert elsewhere == []
+    page.context.close()
+
+
+def test_click_on_the_map_moves_the_linked_figures(lab, chromium):
+    page, elsewhere = opened(chromium, f"{lab}/explore.ipynb", height=1400)
     run_first_cell(page)
     page.wait_for_selector(".js-plotly-plot .main-svg", timeout=300_000)
     page.wait_for_function(
@@ -154,4 +182,4 @@ def test_click_on_the_map_moves_the_linked_figures(lab, chromium):
     )
     assert "Value norm: layer 2, KV head 1" in titles(page)
     assert elsewhere == []
-    context.close()
+    page.context.close()
