@@ -95,7 +95,22 @@ assert abs(norm.median() / before.residual_norm[11].median() - 1) < 0.05
 
 # %% [markdown]
 # It is the same thing. The peak is as high, the value as small. (And the norms of the other
-# positions have hardly moved.)
+# positions have hardly moved.) Layer by layer, too, position 40 now does what position 0 does:
+
+# %%
+ss.plot.position_map(after)
+
+# %%
+by_layer = after.received_attention.mean(1)[:, [0, 40]]  # [layer, position]
+together = torch.corrcoef(by_layer.T)[0, 1].item()
+print(f"correlation of what 0 and 40 receive, over the layers: {together:.2f}")
+
+assert together > 0.8
+assert by_layer[[0, 1, 10, 11]].max() < 0.15 < by_layer[12:27].min()
+
+# %% [markdown]
+# Two columns, bright and dark in the same layers. In layers 10 and 11 both are gone, for there is no
+# peak to be read there (lesson 3); from layer 12 on both are back.
 #
 # ## Two by two
 #
