@@ -1,0 +1,70 @@
+"""Panels of the waiver laboratory's conditions: their order, scale and what they hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sinkscope.experiments.waiver import Designation, PositionEdit, PositionNorms
+
+P = 3
+CHANGES = ("unchanged", "first replaced", "last replaced")
+
+
+def conditions(kind: type, changes: tuple[str, ...]):
+    """Two starts and some changes; position p of condition c has the norm 10 c + p."""
+    starts = tuple(start for start in ("special", "random") for _ in changes)
+    changes = changes * 2
+    shape = len(starts), 2, 4, 6  # condition, prompt, layer, position
+    norm = 10 * torch.arange(shape[0])[:, None, None, None] + torch.arange(6.0) + 1
+    return kind(
+        about="synthetic",
+        position=P,
+        starts=starts,
+        changes=changes,
+        names=tuple(f"{s}: {c}" for s, c in zip(starts, changes, strict=True)),
+        causal=True,
+        received_attention=torch.full(shape, 0.1),
+        value_norm=torch.ones(shape),
+        residual_norm=norm.expand(shape).clone(),
+        paid=torch.full((*shape[:3], 2, 2), 0.1),
+        ffn_output=torch.ones(*shape[:3], 2, 5),
+        ffn_mixed_max=torch.ones(*shape[:3], 5),
+    )
+
+
+def titles(figure) -> list[str]:
+    return [note.text for note in figure.layout.annotations]
+
+
+def test_many_changes_stand_in_rows_with_the_starts_side_by_side() -> None:
+    found = conditions(PositionEdit, CHANGES)
+    figure = found.figures()["residual_norm-by-position"]
+    assert titles(figure) == [f"{s}: {c}" for c in CHANGES for s in ("special", "random")]
+    # The fourth panel is "random: first replaced", which is condition 4.
+    dots = [t for t in figure.data if t.name == "sequence 1" and t.xaxis == "x4"]
+    assert list(dots[0].y) == [41, 42, 43, 44, 45, 46]
+    matches = [axis.matches for axis in figure.select_yaxes()]
+    assert matches.count(None) == 1 and len(set(matches)) == 2, "all panels share one scale"
+
+
+def test_one_change_stands_beside_the_unchanged() -> None:
+    """(a) special, unchanged (b) special, changed (c) random, unchanged (d) random, changed."""
+    found = conditions(Designation, ("unchanged", "designated"))
+    figure = found.figures()["received_attention-by-position"]
+    assert titles(figure) == list(found.names)
+    assert figure.layout.yaxis.title.text == "received attention [probability]"
+
+
+def test_norms_of_position_vectors_mark_the_first_and_the_median() -> None:
+    norm = torch.tensor([5.0, 1.0, 1.2, 0.8, 1.0])
+    figure = PositionNorms(about="synthetic", norm=norm).figures()["norms"]
+    heights = {
+        float(x): float(y)
+        for bar in figure.data
+        if bar.type == "bar"
+        for x, y in zip(bar.x, bar.y, strict=True)
+    }
+    assert heights == {i: pytest.approx(float(x)) for i, x in enumerate(norm)}
+    assert list(figure.data[0].x) == [0] and figure.data[0].name == "sink"
+    assert "5 × the median" in figure.layout.title.text
