@@ -37,7 +37,8 @@ def magnitude_median(
 
 
 def _kernel_for(x: Float[Tensor, "prompt position dim"]) -> Callable[..., Tensor] | None:
-    if not x.is_cuda or x.numel() == 0:
+    countable = 0 < x.shape[1] * x.shape[2] < 2**31  # the kernels count a prompt in 32 bits
+    if not x.is_cuda or not countable or len(x) == 0:
         return None
     try:
         from sinkscope.metrics import _median_kernels

@@ -167,6 +167,22 @@ def test_stock_and_streaming_agree_on_smollm2(smollm2) -> None:
             )
 
 
+def test_bfloat16_paths_differ_by_no_more_than_bfloat16_costs(smollm2) -> None:
+    """The bound that the README states: each path rounds in its own places."""
+    rounded = ss.load_model("smollm2-135m", dtype="bfloat16")
+    texts = ss.texts("prose", prompts=2, length=96)
+    exact = ss.scan(smollm2, texts, progress=False)
+    stock, fast = (ss.scan(rounded, texts, path=p, progress=False) for p in ("stock", "streaming"))
+    for name in ("sink_attention", "first_token_attention", "received_attention"):
+        between = (fast[name] - stock[name]).abs().nan_to_num().max()
+        cost = (stock[name] - exact[name]).abs().nan_to_num().max()
+        assert 0 < between < 0.02, (name, between)
+        assert cost < 0.04, (name, cost)
+    for name in ("value_norm", "residual_norm", "residual_peak"):
+        apart = ((fast[name] - stock[name]) / stock[name]).abs().nan_to_num().max()
+        assert apart < 0.04, (name, apart)
+
+
 def test_scan_finds_the_sink_by_itself(smollm2) -> None:
     report = ss.scan(
         smollm2, ss.texts("prose", prompts=3, length=128), sinks="auto", progress=False
