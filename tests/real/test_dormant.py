@@ -1,4 +1,8 @@
-"""What the experiments on dormant heads find on SmolLM2-135M, in a small version."""
+"""What the experiments on dormant heads find on SmolLM2-135M, in a small version.
+
+The bounds come from 128 windows of 128 tokens of each kind on an H100 (README, "Heads that sleep"):
+each leaves room for what so few windows and another Python's manual may change.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.experiments.dormant import dormancy
+from sinkscope.experiments._statistics import max_t
 from sinkscope.experiments.mixing import mixing
 from sinkscope.experiments.removal import removal
 from sinkscope.experiments.sleep import sleep
@@ -34,40 +38,63 @@ def test_removal_equals_whole_passes(smollm2) -> None:
         assert (got - found.loss).abs().max() > 1e-3
 
 
-def test_more_heads_sleep_on_code_and_one_of_them_works_on_prose(smollm2) -> None:
-    found = dormancy(smollm2, prompts=32, length=128, progress=False)
-    asleep = {domain: int(found.dormant(domain).sum()) for domain in found.reports}
-    assert asleep["code"] > asleep["prose"] > 40
-    named = {(head["layer"], head["head"]): head for head in found.differing()}
-    assert (5, 7) in named, "the head that differs most"
-    assert named[5, 7]["dormant_on"] == "code" and named[5, 7]["active_on"] == "prose"
-    one, other = named[5, 7]["sink_attention"]
-    assert one.low > other.high
+def kind(domain: str):
+    return ss.texts(domain, prompts=20, length=96)
 
 
-@pytest.mark.parametrize("head", [(26, 0), (26, 7)], ids=["26.0", "26.7"])
-def test_a_head_that_sleeps_more_on_code_matters_more_on_prose(smollm2, head) -> None:
-    """Confirmed by removal (on 64 fresh prompts of each kind: p < 0.001 for either head)."""
-    layer, index = head
-    asleep, effect = {}, {}
+@pytest.fixture(scope="module")
+def sink_attention(smollm2) -> dict[str, torch.Tensor]:
+    """On prose and on code [prompt layer head]."""
+    found = {}
     for domain in ("prose", "code"):
-        texts = ss.texts(domain, prompts=20, length=128)
-        report = ss.scan(smollm2, texts, metrics=["sink_attention"], progress=False)
-        asleep[domain] = report.sink_attention[:, layer, index].mean()
-        found = removal(smollm2, texts, "resample", heads=[head], progress=False)
-        effect[domain] = found.loss_change[:, layer, index].abs().mean()
-    assert asleep["code"] > asleep["prose"] + 0.1
-    assert effect["prose"] > 1.2 * effect["code"]
+        report = ss.scan(smollm2, kind(domain), metrics=["sink_attention"], progress=False)
+        found[domain] = report["sink_attention"]
+    return found
 
 
-def test_honor_finds_sleepers_that_chance_does_not(smollm2) -> None:
+def test_many_heads_park_more_on_code(sink_attention) -> None:
+    """192 of 270 heads differ; 128 are dormant on code and 97 on prose; 5.7 by 0.30."""
+    mean = {domain: x.mean(dim=0) for domain, x in sink_attention.items()}
+    assert (mean["code"] > 0.5).sum() > (mean["prose"] > 0.5).sum() > 60
+    p = max_t(sink_attention["prose"], sink_attention["code"])
+    assert (p < 0.05).sum() > 30
+    assert mean["code"][5, 7] > mean["prose"][5, 7] + 0.12
+    assert p[26, 0] < 0.02 and mean["code"][26, 0] > mean["prose"][26, 0] + 0.1
+    # The same kind of text against itself: no head.
+    halves = sink_attention["prose"][::2], sink_attention["prose"][1::2]
+    assert max_t(*halves).min() > 0.005
+
+
+def test_what_removal_says_of_heads_that_park(smollm2, sink_attention) -> None:
+    """18.8 is dormant on any text; 5.7 and 26.0 matter half as much on code, where they park."""
+    never, sometimes = (18, 8), [(5, 7), (26, 0)]
+    effect = {}
+    for domain, attention in sink_attention.items():
+        assert attention[:, *never].mean() > 0.95
+        heads = [never, *sometimes]
+        found = removal(smollm2, kind(domain), "resample", heads=heads, progress=False)
+        change = found.loss_change.abs()
+        assert change[:, *never].max() < 0.003, "nat, on any prompt"
+        effect[domain] = sum(change[:, *head].mean() for head in sometimes)
+    assert effect["prose"] > 1.1 * effect["code"]
+    assert effect["code"] > 0.003, "nat: they do little there, not nothing"
+
+
+def test_sleep_is_cheap_where_the_sink_says_so_and_not_at_random(smollm2) -> None:
+    """Of the loss: AWFT 2 % −0.1 %, 10 % +6 %; random 10 % +12 %, 30 % +60 %; HONOR 30 % +14 %."""
     found = sleep(
-        smollm2, prose(4, 96), scores=["AHON-LN"], shares=[0.05, 0.1], draws=2, progress=False
+        smollm2,
+        prose(5, 96),
+        scores=["AWFT", "AHON-LN"],
+        shares=[0.02, 0.1, 0.3],
+        draws=1,
+        progress=False,
     )
     rise = (found.loss_asleep - found.loss).mean(-1) / found.loss.mean()
-    honor, random = rise
-    assert (honor < 0.02).all(), "a tenth of the heads for less than 2 % of the loss"
-    assert (random > 3 * honor).all()
+    awft, honor, random = rise
+    assert awft[0].abs() < 0.01
+    assert random[1] > 1.1 * awft[1] > 0
+    assert random[2] > 1.5 * honor[2] > 0.05
 
 
 def test_without_its_sink_the_model_mixes_more(smollm2) -> None:
