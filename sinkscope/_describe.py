@@ -57,6 +57,8 @@ def _attention(can: Capabilities) -> str:
     words.append("softmax" if can.softmax else "not a softmax")
     if can.learned_sinks:
         words.append("learned sinks")
+    if can.gated:
+        words.append("gated outputs")
     if can.softcap is not None:
         words.append(f"scores capped at {can.softcap:g}")
     words.append(f"scale {_runs(tuple(round(scale, 6) for scale in can.scales))}")

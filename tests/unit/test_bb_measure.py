@@ -318,6 +318,8 @@ def test_what_is_not_defined_is_refused_in_a_sentence(tokens):
     assert "no distribution" in capabilities(relu).unavailable["attention_entropy"]
     assert not any("streaming" in why for why in capabilities(relu).unavailable.values())
     assert capabilities(gated).gated and not capabilities(relu).gated
+    assert "gated outputs" in str(capabilities(gated))
+    assert "not a softmax" in str(capabilities(relu))
 
 
 def test_a_pattern_that_reads_hidden_keys_is_not_believed(tokens):
