@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -57,21 +60,22 @@ def stream(
         import sinkscope as ss
         from sinkscope.experiments.streaming_context import streaming_context
 
-        found = streaming_context(
-            ss.load_model(model, device=device, dtype=dtype),
-            texts,
-            tokens=tokens,
-            windows=numbers("--windows", windows),
-            sinks=numbers("--sinks", sinks),
-            designated=None if designated == "none" else numbers("--designated", designated),
-            counted=counted.split(","),
-            full=full,
-            chunk=chunk,
-            bos=bos,
-            seed=seed,
-            file=None if folder is None else folder / "stream.nc",
-            progress=common.progress_wanted(),
-        )
+        with _told_how_to_go_on(folder):
+            found = streaming_context(
+                ss.load_model(model, device=device, dtype=dtype),
+                texts,
+                tokens=tokens,
+                windows=numbers("--windows", windows),
+                sinks=numbers("--sinks", sinks),
+                designated=None if designated == "none" else numbers("--designated", designated),
+                counted=counted.split(","),
+                full=full,
+                chunk=chunk,
+                bos=bos,
+                seed=seed,
+                file=None if folder is None else folder / "stream.nc",
+                progress=common.progress_wanted(),
+            )
         written = found.save(folder, "stream") if folder is not None else []
     if json:
         common.print_json(common.finite(found.to_dict()))
@@ -79,6 +83,17 @@ def stream(
     typer.echo(repr(found))
     for file in written:
         typer.echo(f"wrote {file}")
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(folder: Path | None) -> Iterator[None]:
+    """Ctrl-C says that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder is not None:
+            typer.echo(f"Interrupted; the same command goes on from {folder}/stream.nc.", err=True)
+        raise
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -106,7 +106,9 @@ def _wrapped(line: str) -> str:
     """A sentence on lines that a terminal shows whole; those of a list are set in."""
     indent = " " * (len(line) - len(line.lstrip()))
     later = f"{indent}  " if indent else ""
-    return textwrap.fill(line.strip(), WIDTH, initial_indent=indent, subsequent_indent=later)
+    whole = line.strip().replace(" %", "\N{NO-BREAK SPACE}%")
+    text = textwrap.fill(whole, WIDTH, initial_indent=indent, subsequent_indent=later)
+    return text.replace("\N{NO-BREAK SPACE}%", " %")
 
 
 _PAGE = """<!doctype html>

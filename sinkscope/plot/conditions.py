@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("condition", "prompt", "layer", "position", "metric", "value")
+_ABREAST = 6  # conditions whose names fit side by side
 _PANEL, _GAP = 190, 50  # pixels of a panel, and between two of them
 LOG_METRICS = ("residual_norm", "residual_peak", "sink_residual_norm")
 
@@ -78,7 +79,8 @@ def before_after(
     marked = list(positions) if positions is not None else _prominent(rows)
     if by == "condition":
         figure = _conditions(rows, metric, colours)
-        height = 440
+        conditions = rows["condition"].nunique()
+        height = 200 + 36 * conditions if conditions > _ABREAST else 440
     else:
         conditions = list(dict.fromkeys(rows["condition"]))
         columns = min(columns, len(conditions))
@@ -99,7 +101,8 @@ def before_after(
         figure.update_annotations(font_size=13)
         height = 170 + (_PANEL + _GAP) * lines
     if log if log is not None else metric in LOG_METRICS:
-        figure.update_yaxes(**y_scale(True))
+        downwards = figure.layout.yaxis.type == "category"
+        (figure.update_xaxes if downwards else figure.update_yaxes)(**y_scale(True))
     return finish(figure, f"{labels.heading(metric)} by condition", about, theme, height=height)
 
 
@@ -167,27 +170,41 @@ def _layers(
 
 
 def _conditions(rows: pd.DataFrame, metric: str, colours: Palette) -> go.Figure:
-    """One line a sequence through the conditions, and their mean."""
+    """One line a sequence through the conditions, and their mean; many conditions run downwards."""
     order = list(dict.fromkeys(rows["condition"]))
+    down = len(order) > _ABREAST
     table = rows.pivot_table(index="prompt", columns="condition", values="value")[order]
-    names = ["<br>".join(textwrap.wrap(labels.escape(str(c)), 20)) for c in order]
-    hover = f"%{{x}}<br>{frames.label_of(metric)}: %{{y:.4~g}}<extra></extra>"
+    wide = 48 if down else 20
+    names = ["<br>".join(textwrap.wrap(labels.escape(str(c)), wide)) for c in order]
+    label = frames.label_of(metric)
+    hover = (
+        f"%{{{'y' if down else 'x'}}}<br>{label}: %{{{'x' if down else 'y'}:.4~g}}<extra></extra>"
+    )
     figure = go.Figure()
+
+    def add(values: pd.Series, **how: object) -> None:
+        places = dict(x=values, y=names) if down else dict(x=names, y=values)
+        figure.add_scatter(**places, **how)
+
     for prompt, values in table.iterrows():
-        figure.add_scatter(
-            x=names, y=values, mode="lines+markers", line=dict(width=1, color=colours.other),
-            opacity=0.35, showlegend=False, hovertemplate=f"sequence {prompt}, {hover}",
+        add(
+            values, mode="lines+markers", line=dict(width=1, color=colours.other), opacity=0.35,
+            showlegend=False, hovertemplate=f"sequence {prompt}, {hover}",
         )  # fmt: skip
     mean = frames.over_prompts(rows, "condition").set_index("condition").loc[order]
-    figure.add_scatter(
-        x=names, y=mean["mean"], mode="markers", name="mean and 95 % interval", hovertemplate=hover,
+    ends = dict(
+        symmetric=False, array=mean["high"] - mean["mean"], arrayminus=mean["mean"] - mean["low"]
+    )
+    add(
+        mean["mean"], mode="markers", name="mean and 95 % interval", hovertemplate=hover,
         marker=dict(size=11, symbol="diamond", color=colours.sink),
-        error_y=dict(
-            symmetric=False, array=mean["high"] - mean["mean"],
-            arrayminus=mean["mean"] - mean["low"],
-        ),
+        **{"error_x" if down else "error_y": ends},
     )  # fmt: skip
-    figure.update_yaxes(title_text=frames.label_of(metric))
+    if down:
+        figure.update_yaxes(autorange="reversed", type="category")
+        figure.update_xaxes(title_text=label)
+    else:
+        figure.update_yaxes(title_text=label)
     return figure
 
 

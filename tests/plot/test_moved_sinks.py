@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import torch
 
+import sinkscope.plot as plot
 from sinkscope.experiments.waiver import Designation, PositionEdit, PositionNorms
 
 P = 3
@@ -54,6 +56,26 @@ def test_one_change_stands_beside_the_unchanged() -> None:
     figure = found.figures()["received_attention-by-position"]
     assert titles(figure) == list(found.names)
     assert figure.layout.yaxis.title.text == "received attention [probability]"
+
+
+def test_many_cases_run_downwards() -> None:
+    """Seven names do not fit side by side."""
+    rows = [
+        (f"case {case}", prompt, -1, P, "sink_attention", 0.1 * case + 0.01 * prompt)
+        for case in range(7)
+        for prompt in range(3)
+    ]
+    columns = ["condition", "prompt", "layer", "position", "metric", "value"]
+    figure = plot.before_after(
+        pd.DataFrame(rows, columns=columns), "sink_attention", about="synthetic", by="condition"
+    )
+    *sequences, mean = figure.data
+    assert list(mean.y) == [f"case {case}" for case in range(7)]
+    assert list(mean.x) == pytest.approx([0.1 * case + 0.01 for case in range(7)])
+    assert list(sequences[2].x) == pytest.approx([0.1 * case + 0.02 for case in range(7)])
+    assert mean.error_x.array is not None and mean.error_y.array is None
+    assert figure.layout.xaxis.title.text == "sink attention [probability]"
+    assert figure.layout.yaxis.autorange == "reversed"
 
 
 def test_norms_of_position_vectors_mark_the_first_and_the_median() -> None:
