@@ -1,0 +1,92 @@
+"""`sinkscope waiver`, `trace-peak` and `stream`: JSON, files, a text of one's own, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from sinkscope.cli import app
+from sinkscope.errors import SinkscopeError
+from tests.families.architectures import BY_NAME
+from tests.unit.tiny_tokenizers import words
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer, and a text file of 300 words, longer than its context."""
+    where = tmp_path_factory.mktemp("waiver")
+    BY_NAME["llama"].build().save_pretrained(where / "model")
+    words(bos=True).save_pretrained(where / "model")
+    (where / "text.txt").write_text(" ".join(f"w{4 + i * i % 31}" for i in range(300)))
+    return where
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_waiver_answers_what_it_can_and_says_what_it_cannot(folder, tmp_path) -> None:
+    asked = ("waiver", folder / "model", "--texts", folder / "text.txt")
+    asked += ("--prompts", 2, "--length", 16)
+    done = run(*asked, "--out", tmp_path, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert set(found) == {"nonmixture", "mask", "positions", "parts", "refused"}
+    assert "no learned position vectors" in found["refused"]["norms"]
+    assert found["mask"]["position"] == 10, "two thirds along"
+    for name in ("nonmixture", "mask", "positions", "parts"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["about"].endswith("text.txt")
+        assert (tmp_path / f"{name}.csv").exists() and (tmp_path / f"{name}.html").exists()
+    told = run(*asked, "--ask", "mask,nonmixture", "--position", 7)
+    assert "Does an element become the sink when it mixes nothing?" in told.stdout
+    assert "special, designated" in told.stdout and "after 7" in told.stdout
+    assert max(map(len, told.stdout.splitlines())) <= 100
+    assert isinstance(run(*asked, "--ask", "norms").exception, SinkscopeError)
+    assert "not a question" in str(run(*asked, "--ask", "why").exception)
+
+
+def test_trace_peak_writes_what_it_prints(folder, tmp_path) -> None:
+    asked = ("trace-peak", folder / "model", "--texts", folder / "text.txt", "--modes", "zero")
+    done = run(*asked, "--prompts", 2, "--length", 12, "--out", tmp_path, "--json")
+    assert done.exit_code == 0, done.output
+    assert set(json.loads(done.stdout)) >= {"peak", "written_in", "zero", "summary"}
+    table = pd.read_csv(tmp_path / "trace-peak.csv")
+    assert set(table["part"]) == {"none", "attention", "ffn"}
+    assert set(table["removed"]) == {-1, 0, 1, 2}
+
+
+def test_stream_reads_a_file_longer_than_the_context(folder, tmp_path) -> None:
+    asked = ("stream", folder / "model", "--texts", folder / "text.txt", "--tokens", 200)
+    asked += ("--windows", "16,32", "--sinks", "0,2", "--designated", 40, "--out", tmp_path)
+    done = run(*asked, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    kept = [(row["kept"], row["window"]) for row in found["settings"]]
+    each = ["0 sinks", "2 sinks", "40 as it is", "designated 40"]
+    assert kept == [(name, window) for window in (16, 32) for name in each], "64 fit, 200 do not"
+    assert {row["positions"] for row in found["settings"]} == {"cache"}
+    assert found["after"] == 41
+    for suffix in ("nc", "csv", "html", "json"):
+        assert (tmp_path / f"stream.{suffix}").exists()
+    again = run(*asked)
+    assert again.exit_code == 0 and "200 tokens, whose keys and values" in again.stdout
+    assert "another settings" in str(run(*asked, "--windows", 8).exception)
+    assert "has 301 tokens, fewer than the 400" in str(run(*asked, "--tokens", 400).exception)
+    assert "whole numbers" in str(run(*asked, "--sinks", "few").exception)
+
+
+def test_an_interruption_says_how_to_go_on(folder, tmp_path, monkeypatch) -> None:
+    from sinkscope.experiments import streaming_context as experiment
+
+    def stop(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "stream", stop)
+    asked = ("--texts", folder / "text.txt", "--tokens", 60, "--designated", "none")
+    done = run("stream", folder / "model", *asked, "--out", tmp_path)
+    assert done.exit_code == 130
+    assert f"the same command goes on from {tmp_path}/stream.nc" in done.stderr
