@@ -31,6 +31,7 @@ _UNITS = {
     "perplexity": None,
     "sink_share": "share",
     "share_removed": "share",
+    "dormant_share": "share",
     "residual_excess": "activation",
     "residual_others": "activation",
     "value_others": "activation",
