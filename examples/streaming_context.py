@@ -12,8 +12,9 @@ everything      perplexity 16.9, 70.8 MB of keys and values
 200 as it is    perplexity 31.2, 11.8 MB of keys and values, loss +0.61 [+0.49, +0.69] nat
 designated 200  perplexity 18.7, 11.8 MB of keys and values, loss +0.10 [+0.01, +0.18] nat
 
-A single sink is enough, and it need not be the beginning of the text: a token from the middle, made
-to see itself alone when it was read, serves as well. The same token as it is does nothing.
+(Loss: a token's, over that of the model that sees everything.) A single sink is enough, and it need
+not be the beginning of the text: a token from the middle, made to see itself alone when it was
+read, serves as well. The same token as it is does nothing.
 """
 
 import sys
