@@ -38,7 +38,7 @@ def found() -> StreamedContext:
 
 def test_perplexities_are_those_after_the_window_moved_on(found: StreamedContext) -> None:
     frame = found.frame()
-    for setting, row in frame.iterrows():
+    for setting, row in enumerate(frame.to_dict("records")):
         own = found.loss[setting].double().numpy()[:-1]
         assert row["perplexity"] == pytest.approx(np.exp(own.mean()), rel=1e-6)
         assert row["perplexity_after"] == pytest.approx(np.exp(own[AFTER:].mean()), rel=1e-6)
