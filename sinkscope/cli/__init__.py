@@ -42,7 +42,10 @@ def _root(
 
 
 def main() -> None:
-    """Run the command; what sinkscope refuses ends in one sentence and exit code 2."""
+    """Run the command; what sinkscope refuses ends in one sentence and exit code 2.
+
+    Ctrl-C ends in exit code 130; what a command keeps of it, the command itself says.
+    """
     from sinkscope.errors import SinkscopeError
 
     try:
@@ -50,6 +53,3 @@ def main() -> None:
     except SinkscopeError as error:
         typer.secho(f"sinkscope: {error}", fg="red", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.secho("sinkscope: interrupted; nothing was written.", err=True)
-        sys.exit(130)
