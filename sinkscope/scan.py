@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -42,8 +43,9 @@ def scan(
         model: A bridge, or anything that `load_model` takes.
         texts: What `texts()` gives, exact `token_ids`, or a list of strings.
         metrics: "all", "core" (what costs next to nothing at any length), or names from
-            `sinkscope.capture.observers.OBSERVERS`. With "all", what this model cannot have
-            measured exactly is left out; asked for by name, it is refused.
+            `sinkscope.capture.observers.OBSERVERS`; a list may hold "core" beside names. With
+            "all", what this model cannot have measured exactly is left out; asked for by name, it
+            is refused.
         sinks: Positions counted from a prompt's first token, or "auto": a first pass finds the
             sink positions of each prompt (`metrics.positions.find_sinks`).
         epsilon: Threshold of the sink rate [probability].
@@ -55,16 +57,18 @@ def scan(
         The report; fields that were not measured are None.
 
     Raises:
-        ModelError: If the model cannot be loaded, holds nan, or no prompt fits in memory.
+        ModelError: If the model cannot be loaded, no prompt fits in memory, or ("residual") a state
+            of the residual stream is nan or infinite.
         TextError: If the texts do not fit the model, or a sink position lies beyond a prompt.
         UnsupportedError: If a metric or the path asked for cannot be exact for this model.
     """
+    _check(metrics, epsilon, batch)
+    sinks = _positions(sinks)
     model = load_model(model)
     can = capabilities(model)
     prompts = as_texts(texts).tokenize(model).right_padded()
     how = paths.choose(model, can, path)
     chosen = choose_metrics(metrics, can, how)
-    _check_epsilon(epsilon)
 
     scope = Scope(
         epsilon=epsilon,
@@ -113,10 +117,9 @@ def choose_metrics(metrics: Metrics, can: Capabilities, path: paths.Path) -> tup
         UnsupportedError: If one is unknown, or asked for by name and unavailable on this model.
     """
     missing = {name: reason for name in OBSERVERS if (reason := _missing(name, can, path))}
-    if metrics == "all":
-        return tuple(name for name in OBSERVERS if name not in missing)
-    wanted = CORE if metrics == "core" else metrics
-    wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    groups = {"all": [name for name in OBSERVERS if name not in missing], "core": CORE}
+    asked = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    wanted = [name for group in asked for name in groups.get(group, (group,))]
     for name in wanted:
         if name not in OBSERVERS:
             raise UnsupportedError(
@@ -171,11 +174,8 @@ def output_weight(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"
 
 def _sink_mask(sinks: Sinks, texts: Texts) -> Bool[Tensor, "prompt position"]:
     """True at the sink positions asked for; position 0 stands in until "auto" has found them."""
-    wanted = [0] if sinks == "auto" else list(sinks)
     mask = torch.zeros_like(texts.mask)
-    if not wanted or any(not isinstance(position, int) for position in wanted):
-        raise TextError(f'sinks is {sinks!r}; expected positions such as [0], or "auto".')
-    for position in wanted:
+    for position in [0] if sinks == "auto" else sinks:
         shortest = int(texts.lengths.min())
         if not 0 <= position < shortest:
             raise TextError(
@@ -186,9 +186,23 @@ def _sink_mask(sinks: Sinks, texts: Texts) -> Bool[Tensor, "prompt position"]:
     return mask
 
 
-def _check_epsilon(epsilon: float) -> None:
-    if not 0 < epsilon < 1:
-        raise SinkscopeError(f"epsilon is {epsilon}; expected a probability between 0 and 1.")
+def _positions(sinks: Any) -> tuple[int, ...] | Literal["auto"]:
+    """Sinks as they were asked for, checked."""
+    if isinstance(sinks, str) and sinks == "auto":
+        return "auto"
+    wanted = tuple(sinks) if isinstance(sinks, Iterable) and not isinstance(sinks, str) else ()
+    if not wanted or any(isinstance(p, bool) or not isinstance(p, Integral) for p in wanted):
+        raise TextError(f'sinks is {sinks!r}; expected positions such as [0], or "auto".')
+    return tuple(int(position) for position in wanted)
+
+
+def _check(metrics: Any, epsilon: Any, batch: Any) -> None:
+    if not isinstance(metrics, Iterable):
+        raise SinkscopeError(f'metrics is {metrics!r}; expected "all", "core", or a list of names.')
+    if not isinstance(epsilon, float | int) or not 0 < epsilon < 1:
+        raise SinkscopeError(f"epsilon is {epsilon!r}; expected a probability between 0 and 1.")
+    if batch != "auto" and (type(batch) is not int or batch < 1):
+        raise SinkscopeError(f'batch is {batch!r}; expected a number of prompts from 1, or "auto".')
 
 
 def _position_embedding_norm(model: Any, can: Capabilities) -> Float[Tensor, "context"] | None:

@@ -175,6 +175,15 @@ def test_core_measures_what_it_says_and_no_more(model, tokens) -> None:
     assert report.received_attention is None and report.attention_entropy is None
 
 
+def test_groups_of_metrics_stand_beside_names(model, tokens) -> None:
+    more = ss.scan(model, tokens, metrics=["received", "core"], progress=False)
+    core = ss.scan(model, tokens, metrics="core", progress=False)
+    everything = ss.scan(model, tokens, metrics=["all", "entropy"], progress=False)
+    assert set(more.settings.metrics) == {*core.settings.metrics, "received"}
+    assert more.received_attention is not None and more.massive is not None
+    assert everything.settings.metrics == ss.scan(model, tokens, progress=False).settings.metrics
+
+
 def test_several_sinks_and_found_sinks() -> None:
     """Two sinks: attention adds up; found sinks are those that `find_sinks` names."""
     family = BY_NAME["llama"]
