@@ -31,17 +31,21 @@ def asked_of(model: Any, texts: Texts, **asked: Any) -> dict[str, Any]:
         asked: Everything else that decides the figures, as JSON knows it.
     """
     source = model_source(model)
-    weight = next(model.original_model.parameters())
     return {
         "model": source.name,
         "revision": source.revision,
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "dtype": dtype_of(model),
         "texts": texts.source,
         "bos": texts.bos,
         "tokens": digest(texts),
         **asked,
         "sinkscope": library_versions()["sinkscope"],
     }
+
+
+def dtype_of(model: Any) -> str:
+    """The weights' dtype, as `Settings.dtype` says it."""
+    return str(next(model.original_model.parameters()).dtype).removeprefix("torch.")
 
 
 def digest(texts: Texts) -> str:

@@ -219,16 +219,22 @@ def _check_same(report: SinkReport, model: Any, kind: Texts, request: _Request, 
     sinks = request.sinks if request.sinks == "auto" else ",".join(map(str, request.sinks))
     found = report.settings
     tokens = Texts(report.tokens, report.mask, bos="", source="")
-    same = {
-        "model": (found.model, found.revision) == (source.name, source.revision),
-        "text": _partial.digest(tokens) == _partial.digest(kind),
-        "sinks": found.sinks == sinks,
+    pairs = {
+        "model": (_named(found.model, found.revision), _named(source.name, source.revision)),
+        "dtype": (found.dtype, _partial.dtype_of(model)),
+        "text": (_partial.digest(tokens), _partial.digest(kind)),
+        "sinks": (found.sinks, sinks),
     }
-    for what, equal in same.items():
-        if not equal:
+    for what, (then, now) in pairs.items():
+        if then != now:
             raise ReportError(
-                f"{file} was measured with another {what}; name another folder, or delete it."
+                f"{file} was measured with another {what} ({then}, now {now}); name another "
+                "folder, or delete it."
             )
+
+
+def _named(model: str, revision: str) -> str:
+    return f"{model} {revision}".strip()
 
 
 def _p_values(
