@@ -23,7 +23,10 @@ Model = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, …; default: the model's own.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32 (the default), bfloat16, float16, or auto: the checkpoint's own."),
+]
 Out = Annotated[Path | None, typer.Option(help="Folder to write to; made if it is not there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Texts = Annotated[str, typer.Option("--texts", help="prose, code, a file, or hf:owner/name:split.")]

@@ -16,10 +16,16 @@ LAWS_FROM = 200
 
 app = typer.Typer(help="Grow an attention sink: train, compare cures, draw the curves.")
 
-Attention = Annotated[str, typer.Option(help="softmax, relu, sigmoid, …: see --help of compare.")]
+OPERATORS = "softmax, relu, sigmoid, off-by-one, learned-sink, key-bias, softpick, gated"
+"""`bb.ATTENTIONS` in words: reading them there would import torch for --help."""
+Attention = Annotated[str, typer.Option(help=f"One of {OPERATORS}.")]
 Optimizer = Annotated[str, typer.Option(help="adamw, sgd, or muon.")]
-Layers = Annotated[int | None, typer.Option(min=1, help="Blocks.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")]
+Layers = Annotated[int, typer.Option(min=1, help="Blocks.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Optimiser steps; default: 2,000, or 10,000 with --paper."),
+]
+Seed = Annotated[int, typer.Option(help="Draws the first weights and every batch.")]
 Paper = Annotated[
     bool, typer.Option("--paper", help="The paper's settings (a GPU's work), not the classroom's.")
 ]
@@ -29,9 +35,9 @@ Paper = Annotated[
 def train(
     attention: Attention = "softmax",
     optimizer: Optimizer = "adamw",
-    layers: Layers = None,
+    layers: Layers = 1,
     steps: Steps = None,
-    seed: common.Seed = 42,
+    seed: Seed = 42,
     paper: Paper = False,
     snapshots: Annotated[
         str,
@@ -70,9 +76,11 @@ def train(
 @app.command()
 def compare(
     attention: Annotated[
-        str, typer.Option(help="Names with commas between them, or all.")
+        str, typer.Option(help=f"all, or some of {OPERATORS}, with commas between them.")
     ] = "softmax,relu",
-    optimizer: Annotated[str, typer.Option(help="Names with commas between them.")] = "adamw",
+    optimizer: Annotated[
+        str, typer.Option(help="Some of adamw, sgd and muon, with commas between them.")
+    ] = "adamw",
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions of each.")] = 3,
     layers: Layers = 3,
     steps: Steps = None,
@@ -213,12 +221,11 @@ def _a_row_each(summary: list[dict[str, Any]]) -> list[dict[str, str]]:
     return list(found.values())
 
 
-def _config(paper: bool, layers: int | None, steps: int | None) -> Any:
+def _config(paper: bool, layers: int, steps: int | None) -> Any:
     from sinkscope.bb import TrainConfig
 
     config = TrainConfig() if paper else TrainConfig.classroom()
-    changes = {"layers": layers, "steps": steps}
-    return config.replace(**{name: value for name, value in changes.items() if value is not None})
+    return config.replace(layers=layers, steps=config.steps if steps is None else steps)
 
 
 def _rate(paper: bool, optimizer: str) -> float | None:

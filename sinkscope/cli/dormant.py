@@ -27,7 +27,7 @@ def dormant(
         typer.Option(help="Remove every head in turn: zero, mean, resample, or several of them."),
     ] = "",
     remove_prompts: Annotated[
-        int | None, typer.Option(min=1, help="On how many prompts of each kind; default: all.")
+        int | None, typer.Option(min=1, help="On how many prompts of each kind.")
     ] = 8,
     sleep: Annotated[
         bool, typer.Option("--sleep", help="Also ask how many heads can sleep at once, per input.")
