@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sinkscope.report import SinkReport
 
 PER_HEAD = ("prompt", "layer", "head")
+HEADS = "heads.csv"
 
 
 def scan(
@@ -27,7 +28,7 @@ def scan(
     ] = None,
     bos: common.Bos = "auto",
     metrics: Annotated[
-        str, typer.Option(help="all, core, or names with commas between them.")
+        str, typer.Option(help="all, core, names, or several of these with commas between them.")
     ] = "all",
     sinks: Annotated[str, typer.Option(help="Positions with commas between them, or auto.")] = "0",
     epsilon: Annotated[float, typer.Option(help="Threshold of the sink rate.")] = 0.3,
@@ -42,7 +43,7 @@ def scan(
     """Measure every head of a model in one pass and show where its sinks are.
 
     With --out, writes report.nc (everything, labelled), heads.csv (one row a prompt, layer and
-    head) and report.html (interactive, one file).
+    head; left out where no metric is per head) and report.html (interactive, one file).
     """
     folder = common.writable_folder(out)
     where = sink_positions(sinks)
@@ -57,7 +58,7 @@ def scan(
         report = ss.scan(
             ss.load_model(model, device=device, dtype=dtype),
             source,
-            metrics=metrics if metrics in ("all", "core") else metrics.split(","),
+            metrics=[name.strip() for name in metrics.split(",")],
             sinks=where,
             epsilon=epsilon,
             path=path,
@@ -71,6 +72,8 @@ def scan(
     typer.echo(repr(report))
     for file in written:
         typer.echo(f"wrote {file}")
+    if folder is not None and folder / HEADS not in written:
+        typer.echo(f"no {HEADS}: none of the metrics {metrics} has a figure for every head")
 
 
 def sink_positions(text: str) -> Any:
@@ -90,10 +93,11 @@ def sink_positions(text: str) -> Any:
 
 
 def write(report: SinkReport, folder: Path) -> list[Path]:
-    """Write what a scan leaves in its folder."""
-    files = [folder / "report.nc", folder / "heads.csv", folder / "report.html"]
-    report.save(files[0])
-    heads = report.to_frame(*report.measured(*PER_HEAD))
-    common.write_text(files[1], heads.to_csv(index=False))
-    common.write_text(files[2], report.to_html())
-    return files
+    """Write what a scan leaves in its folder; without any figure per head, no table of heads."""
+    report.save(folder / "report.nc")
+    written = [folder / "report.nc"]
+    if per_head := report.measured(*PER_HEAD):
+        common.write_text(folder / HEADS, report.to_frame(*per_head).to_csv(index=False))
+        written.append(folder / HEADS)
+    common.write_text(folder / "report.html", report.to_html())
+    return [*written, folder / "report.html"]

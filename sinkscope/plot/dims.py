@@ -111,7 +111,7 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
     dims = frame.groupby("dim")["size"].max().nlargest(top).index.tolist()
     cells = frame[frame["dim"].isin(dims)].groupby(["dim", "layer"])
     prompts = report.sizes["prompt"]
-    grid = np.full((len(dims), report.sizes["layer"]), np.nan)
+    grid = np.full((len(dims), report.settings.n_layers), np.nan)
     hover = np.full(grid.shape, "", dtype=object)
     for (dim, layer), rows in cells:
         place = dims.index(dim), int(layer)

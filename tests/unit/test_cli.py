@@ -88,6 +88,16 @@ def test_out_writes_three_files_that_agree(folder, ids, tmp_path, capsys) -> Non
     assert row["sink_attention [probability]"] == pytest.approx(want, rel=1e-6)
 
 
+def test_without_a_figure_per_head_there_is_no_table_of_heads(
+    folder, ids, tmp_path, capsys
+) -> None:
+    where = tmp_path / "o"
+    asked = ("--tokens", ids, "--metrics", "massive", "--out", where)
+    code, out, _ = run("scan", folder, *asked, capsys=capsys)
+    assert code == 0 and "no heads.csv" in out
+    assert {file.name for file in where.iterdir()} == {"report.nc", "report.html"}
+
+
 REFUSED = {
     "unknown model": (["scan", "no-such-model"], "no-such-model"),
     "empty text": (["scan", "{folder}", "--tokens", "{empty}"], "empty|no "),
@@ -142,6 +152,17 @@ def test_help_and_import_stay_light() -> None:
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_help_of_the_laboratory_names_every_operator(command, capsys, monkeypatch) -> None:
+    from sinkscope import bb
+
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = run("bb", command, "--help", capsys=capsys)
+    missing = [name for name in (*bb.ATTENTIONS, *bb.OPTIMIZERS) if name not in out]
+    assert not missing
+    assert "texts are cut" not in out
 
 
 def test_functions_are_not_hidden_by_modules_of_their_name() -> None:
