@@ -28,8 +28,11 @@ def compare(before: SinkReport, after: SinkReport) -> Comparison:
             as many layers and heads.
 
     Raises:
-        ReportError: where the tokens differ, so that prompts cannot be paired.
+        ReportError: where one is no report, or the tokens differ, so that prompts cannot be paired.
     """
+    for report in (before, after):
+        if not isinstance(report, SinkReport):
+            raise ReportError(f"compare() takes two reports of a scan, not {report!r:.80}.")
     same = before.tokens.shape == after.tokens.shape and bool(
         (before.mask == after.mask.to(before.mask.device)).all()
         and (before.tokens == after.tokens.to(before.tokens.device))[before.mask].all()

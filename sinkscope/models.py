@@ -111,9 +111,10 @@ def load_model(
     if device is not None and device_map is not None:
         raise ModelError("Pass either device or device_map, not both.")
     in_memory = isinstance(spec, PreTrainedModel)
-    if not in_memory and isinstance(spec, nn.Module):
+    if not in_memory and not isinstance(spec, str | os.PathLike):
         raise ModelError(
-            f"{type(spec).__name__} is neither a transformers model nor a TransformerBridge."
+            f"A {type(spec).__name__} is neither a transformers model nor a TransformerBridge, nor "
+            "a name or path to load one from."
         )
     request = _Request(
         device=None if device_map or (in_memory and device is None) else _device(device),

@@ -23,7 +23,7 @@ from sinkscope.report import Settings, SinkReport
 from sinkscope.texts import Texts, as_texts
 
 Metrics = str | Iterable[str]
-Sinks = Sequence[int] | Literal["auto"]
+Sinks = Iterable[int] | Literal["auto"]
 
 
 def scan(

@@ -35,6 +35,7 @@ class Batch:
         most_sinks: Sinks of the prompt that has most.
         one_sink_each: Whether every prompt has exactly one sink.
         sink_is_first_token: Whether that one sink is position 0 in every prompt.
+        disturbed: Whether hooks of others may change an activation after it has been seen.
     """
 
     rows: Int[Tensor, "prompt"]
@@ -46,6 +47,7 @@ class Batch:
     most_sinks: int
     one_sink_each: bool
     sink_is_first_token: bool
+    disturbed: bool = False
     _elsewhere: dict[torch.device, Batch] = field(default_factory=dict, repr=False, compare=False)
     _derived: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -174,6 +176,7 @@ class Batch:
             seeing = self.mask & (distance >= (-self.length if after is None else -after))
             if before is not None:
                 seeing = seeing & (distance <= before)
+            seeing = seeing & self.sinks.any(dim=1, keepdim=True)
             columns = [self.queries, self.mask, seeing, *self.buckets(edges).unbind(-1)]
             return mean_weights(torch.stack(columns, dim=-1))
 
@@ -214,6 +217,7 @@ def cut(
     *,
     causal: bool,
     device: torch.device,
+    disturbed: bool = False,
 ) -> Batch:
     """Cut the batch of prompts `rows` out of a text, no longer than its longest prompt."""
     # In numpy: torch may wake a pool of threads for a handful of numbers, which takes longer than
@@ -238,6 +242,7 @@ def cut(
         most_sinks=int(number.max()),
         one_sink_each=one_each,
         sink_is_first_token=one_each and bool(at_sinks[:, 0].all()),
+        disturbed=disturbed,
     )
 
 

@@ -116,6 +116,7 @@ def _spread(mask: Bool[Tensor, "prompt position"], layers: Tensor) -> Tensor:
 
 
 def _unsort(rows: Tensor, order: Int[Tensor, "prompt"]) -> Tensor:
+    assert len(rows) == len(order), "a prompt was folded twice, or not at all"
     return rows[torch.argsort(order).to(rows.device)]
 
 

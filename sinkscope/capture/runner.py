@@ -16,7 +16,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sinkscope._out_of_memory import ran_out_of_memory
 from sinkscope.capture import batches
+from sinkscope.capture._support import is_heard
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers.base import Observer
 from sinkscope.capture.paths import Path, Wanted
@@ -55,12 +57,13 @@ def run(
         The order in which prompts were folded, for `Observer.results`.
 
     Raises:
-        ModelError: If not even one prompt at a time fits in memory.
+        ModelError: If not even one prompt at a time fits in memory, or what was found so far.
     """
     device = input_device(model)
     order = batches.by_length(texts.mask)
     size = batch if isinstance(batch, int) else _first_size(model, texts, path)
     listener = _Listener(observers)
+    disturbed = any(is_heard(point) for point in model.hook_dict.values())
     done = 0
     with (
         torch.inference_mode(),
@@ -72,11 +75,17 @@ def run(
         while done < len(order):
             rows = order[done : done + size]
             listener.batch = batches.cut(
-                texts.tokens, texts.mask, sinks, rows, causal=causal, device=device
+                texts.tokens,
+                texts.mask,
+                sinks,
+                rows,
+                causal=causal,
+                device=device,
+                disturbed=disturbed,
             )
             try:
                 forward(model, listener.batch)
-                listener.commit()
+                finished = listener.close()
             except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
                 listener.drop()
                 size = _smaller(len(rows), listener.batch, error)
@@ -84,6 +93,7 @@ def run(
             except BaseException:
                 listener.drop()
                 raise
+            listener.add(finished)
             done += len(rows)
             bar.update(len(rows))
     return order
@@ -113,11 +123,23 @@ class _Listener:
         for observer in self._by_signal[signal]:
             observer.observe(layer, x, self.current().on(device))
 
-    def commit(self) -> None:
-        """All observers or none: what can still run out of memory happens before the folding."""
-        finished = [observer.close(self.current()) for observer in self._observers]
-        for observer, found in zip(self._observers, finished, strict=True):
-            observer.add(found, self.current())
+    def close(self) -> list[Any]:
+        """What every observer makes of the batch; nothing is folded in yet."""
+        return [observer.close(self.current()) for observer in self._observers]
+
+    def add(self, finished: list[Any]) -> None:
+        """Fold the batch in. A smaller batch would be no way out: some have folded it already."""
+        try:
+            for observer, found in zip(self._observers, finished, strict=True):
+                observer.add(found, self.current())
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"What was found so far no longer fits in the memory of "
+                f"{self.current().tokens.device}; scan fewer prompts at a time and put the reports "
+                "together, or ask for fewer metrics."
+            ) from error
 
     def drop(self) -> None:
         for observer in self._observers:
@@ -168,9 +190,7 @@ def _first_size(model: Any, texts: Texts, path: Path) -> int:
 
 def _smaller(size: int, batch: Batch, error: RuntimeError) -> int:
     """Half the batch after running out of memory; any other error goes on up."""
-    text = str(error).lower()
-    short = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text
-    if not short:
+    if not ran_out_of_memory(error):
         raise error
     if size == 1:
         raise ModelError(

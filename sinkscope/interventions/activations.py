@@ -31,7 +31,8 @@ class _AtPositions(HookedIntervention):
         super().__init__(model)
         check_mode(at, PLACES)
         (self.layer,) = check_layers(layer, self.can.n_layers)
-        self.positions = tuple(sorted(check_positions(positions)))
+        self._given = check_positions(positions)
+        self.positions = tuple(sorted(self._given))
         self.hook = self.can.hook(at, self.layer)
 
     def _hooks(self) -> Hooks:
@@ -62,7 +63,8 @@ class SetActivation(_AtPositions):
         dims: Which residual channels; None for all of them.
         positions: Where.
         mode: "zero"; "mean", the mean over the calibration prompts at that same position and dim;
-            a number; or a tensor that broadcasts to [position dim].
+            a number; or a tensor that broadcasts to [position dim], in the order of ``positions``
+            and ``dims``.
         at: "resid_pre", "attn_out", "mlp_out" (what a half adds to the stream) or "resid_post".
         calibration: Texts for "mean"; measured now, on the model as it is now.
 
@@ -98,7 +100,8 @@ class SetActivation(_AtPositions):
             return mean_at(self.model, texts, self.hook, self.positions)[:, self._chosen]
         value = 0.0 if isinstance(mode, str) else mode
         try:
-            return torch.as_tensor(value, dtype=torch.float32).expand(shape)
+            given = torch.as_tensor(value, dtype=torch.float32).expand(shape)
+            return given[[self._given.index(position) for position in self.positions]]
         except RuntimeError:
             raise UnsupportedError(
                 f"The value has the shape {tuple(value.shape)}, which does not broadcast to "

@@ -401,7 +401,7 @@ def module_of(family: Family, layer: int, at: str) -> str:
 @pytest.mark.parametrize("at", ["resid_post", "attn_out", "mlp_out"])
 def test_set_activation(family: Family, path: str, at: str) -> None:
     tokens, plain = family.tokens(), family.build()
-    dims, positions = [3, 17, 4], [0, P]
+    dims, positions = [3, 17, 4], [P, 0]  # in no order: rows and columns of the value follow
     value = torch.arange(6.0).reshape(2, 3)
 
     def change(x: Tensor) -> Tensor:

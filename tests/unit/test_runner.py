@@ -9,6 +9,7 @@ import sinkscope as ss
 from sinkscope.capture import runner
 from sinkscope.capture.observers import massive
 from sinkscope.errors import ModelError, SinkscopeError, TextError, UnsupportedError
+from sinkscope.scan import _check, _positions
 from tests.families.architectures import BY_NAME
 
 
@@ -98,6 +99,58 @@ def test_out_of_memory_halves_the_batch_and_changes_no_figure(model, tokens, mon
         )
 
 
+def test_a_cpu_that_runs_out_of_memory_backs_off_too(model, tokens, monkeypatch) -> None:
+    real, sizes = runner.forward, []
+
+    def short_of_memory(model, batch):
+        sizes.append(len(batch.rows))
+        if len(batch.rows) > 3:
+            torch.empty(2**50)  # torch's own words for it
+        real(model, batch)
+
+    monkeypatch.setattr(runner, "forward", short_of_memory)
+    ss.scan(model, tokens, batch=6, progress=False)
+    assert sizes == [6, 3, 3]
+
+
+def test_running_out_of_memory_while_folding_is_an_error(model, tokens, monkeypatch) -> None:
+    """Some observers have folded the batch by then: another try would fold it twice."""
+
+    def full(self, finished, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+    monkeypatch.setattr(massive.Massive, "add", full)
+    with pytest.raises(ModelError, match="no longer fits in the memory of cpu"):
+        ss.scan(model, tokens, batch=2, progress=False)
+
+
+def test_positions_may_come_from_any_iterable(model, tokens) -> None:
+    wanted = ss.scan(model, tokens, sinks=[0, 2], metrics="core", progress=False)
+    for sinks in ((i for i in (0, 2)), range(0, 4, 2)):
+        found = ss.scan(model, tokens, sinks=sinks, metrics="core", progress=False)
+        assert found.settings.sinks == "0,2"
+        assert torch.equal(found.sink_attention, wanted.sink_attention)
+
+
+def test_hooks_that_edit_in_place_change_nothing_seen_before(model, tokens, monkeypatch) -> None:
+    """Massive activations are looked at late on a GPU; here, too, since the hook is ours."""
+
+    def massive_at_0(x: torch.Tensor, hook: object) -> torch.Tensor:
+        x = x.clone()
+        x[:, 0, 3] = 1e4
+        return x
+
+    def wipe(x: torch.Tensor, hook: object) -> torch.Tensor:
+        x[:, 0] = 0
+        return x
+
+    monkeypatch.setattr(massive, "_late", lambda x: 100)
+    hooks = [("blocks.0.hook_resid_post", massive_at_0), ("blocks.1.hook_resid_pre", wipe)]
+    with model.hooks(fwd_hooks=hooks):
+        found = ss.scan(model, tokens, metrics=["massive"], progress=False).massive
+    assert found.count[:, 0].tolist() == [1] * 6
+
+
 @pytest.mark.parametrize("late", [0, 1, 3, 100])
 def test_massive_activations_looked_at_late(model, tokens, late, monkeypatch) -> None:
     """As on a GPU, where answers are awaited across layers and batches; one batch is dropped."""
@@ -117,6 +170,7 @@ def test_massive_activations_looked_at_late(model, tokens, late, monkeypatch) ->
 
     monkeypatch.setattr(runner, "forward", short_of_memory_once)
     monkeypatch.setattr(massive, "_late", lambda x: late)
+    monkeypatch.setattr(runner, "is_heard", lambda point: False)  # as if the model itself did it
     with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", massive_at_0)]):
         found = ss.scan(model, tokens, metrics=["massive"], batch=2, progress=False).massive
     assert calls == [2, 2, 1, 1, 1, 1]
@@ -160,6 +214,8 @@ def test_nan_in_the_residual_stream_is_an_error(model, tokens) -> None:
         (dict(path="fast"), UnsupportedError, "There is no path 'fast'"),
         (dict(sinks=[16]), TextError, "run from 0 to 15"),
         (dict(sinks=[]), TextError, "expected positions"),
+        (dict(sinks=[True]), TextError, "expected positions"),
+        (dict(batch=0), SinkscopeError, "batch is 0"),
         (dict(epsilon=1.5), SinkscopeError, "epsilon is 1.5"),
     ],
 )
@@ -200,3 +256,19 @@ def test_several_sinks_and_found_sinks() -> None:
     want = (pattern[:, :, queries, 2] + pattern[:, :, queries, 5]).mean(-1)
     torch.testing.assert_close(both.sink_attention[:, 0], want, atol=1e-5, rtol=0)
     assert torch.equal(both.sink_mask, one.sink_mask | other.sink_mask)
+
+
+@pytest.mark.parametrize("sinks", [0, None, "first", [0.0]])
+def test_sinks_that_are_no_positions(sinks: object) -> None:
+    """Called directly: in these tests annotations are checked before scan() itself is."""
+    with pytest.raises(TextError, match="expected positions"):
+        _positions(sinks)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "epsilon", "batch"),
+    [(None, 0.3, 1), ("all", "a", 1), ("all", 0.3, "foo"), ("all", 0.3, 2.5), ("all", 0.3, True)],
+)
+def test_arguments_of_the_wrong_kind(metrics: object, epsilon: object, batch: object) -> None:
+    with pytest.raises(SinkscopeError, match="expected"):
+        _check(metrics, epsilon, batch)

@@ -53,7 +53,7 @@ class Massive(Observer):
         peak = residual.token_peaks(x, batch.mask)
         number = Coming((peak > residual.MASSIVE_MINIMUM).sum())
         self._asked.append(_Asked(layer, x, peak, number, batch, self._running))
-        self._look(but_the_last=_late(x))
+        self._look(but_the_last=0 if batch.disturbed else _late(x))
 
     def _look(self, but_the_last: int = 0) -> None:
         while len(self._asked) > but_the_last:
@@ -62,24 +62,29 @@ class Massive(Observer):
             self._asked.pop(0)
 
     def close(self, batch: Batch) -> _Unread:
-        """The rows of all layers, still on the device; the last ones not even looked at."""
+        """The rows of all layers, still on the device; the last ones not even looked at.
+
+        Reading them waits for the device, so that is done rarely.
+        """
+        if sum(unread.size for unread in self._unread) > UNREAD:
+            self._read()
         finished = _Unread(self._running, batch.rows.numpy(), batch.tokens.device)
         self._running = {}
         return finished
 
     def add(self, finished: _Unread, batch: Batch) -> None:
-        """Keep one batch's rows; reading them waits for the device, so that is done rarely."""
+        """Keep one batch's rows."""
         self._unread.append(finished)
-        if sum(unread.size for unread in self._unread) > UNREAD:
-            self._read()
 
     def _read(self) -> None:
         self._look()
-        for unread in self._unread:
-            entries, counts = unread.read()
+        while self._unread:
+            entries, counts = self._unread[
+                0
+            ].read()  # may run out of memory: then it is still there
             self._entries.append(entries)
             self._counts.append(counts)
-        self._unread.clear()
+            self._unread.pop(0)
 
     def drop(self) -> None:
         """Forget the batch that is running."""
