@@ -24,6 +24,7 @@ from sinkscope.capabilities import capabilities
 from sinkscope.errors import ModelError, ReportError, UnsupportedError
 from sinkscope.experiments import _partial
 from sinkscope.experiments._dynamics import Dynamics
+from sinkscope.experiments._dynamics_asked import asked_of
 from sinkscope.experiments._losses import PromptLosses
 from sinkscope.experiments._partway import Partway
 from sinkscope.models import load_model
@@ -65,13 +66,15 @@ def dynamics(
         parked: Mean sink attention above which a head counts as dormant [probability].
         sinks: See `scan`.
         out: A folder that keeps each checkpoint's report, and where an interrupted run continues.
+            A checkpoint in a file is known by path, size and time; one that a function gives is
+            known by its step alone.
         progress: Whether to draw a progress bar.
         **options: Passed on to `load_model`: device, dtype, ….
 
     Raises:
         ModelError: If a checkpoint's step cannot be told, two have the same, or one cannot be
             loaded.
-        ReportError: If the folder holds reports of other texts or models.
+        ReportError: If the folder holds reports of other checkpoints, texts or settings.
     """
     named = _by_step(checkpoints)
     folder = None if out is None else Path(out)
@@ -80,6 +83,8 @@ def dynamics(
     if texts is None:
         texts = _usual_texts(next(iter(named.values())))
     run = _Checkpoints(model, texts, sinks, folder, options)
+    for step, checkpoint in named.items():
+        run.check(step, checkpoint)
     bar = tqdm(named.items(), unit="checkpoint", disable=not progress, leave=False)
     for step, checkpoint in bar:
         run.measure(step, checkpoint)
@@ -124,11 +129,38 @@ class _Checkpoints:
         folder: Path | None,
         options: dict[str, Any],
     ) -> None:
-        self._model, self._sinks, self._folder, self._options = model, sinks, folder, options
+        self._model, self._folder, self._options = model, folder, options
+        once = isinstance(sinks, Iterable) and not isinstance(sinks, str)
+        self._sinks = tuple(sinks) if once else sinks
         self._source = as_texts(texts)
         self._texts: Texts | None = None
         self.reports: dict[int, SinkReport] = {}
         self.loss: dict[int, float] = {}
+
+    def check(self, step: int, checkpoint: Any) -> None:
+        """Whether the report that an earlier run left, if it did, is the one asked for.
+
+        Raises:
+            ReportError: If it is not.
+        """
+        file = self._file(step)
+        if file is None:
+            return
+        found = _beside(file).get("asked", {})
+        for what, now in self._asked(checkpoint).items():
+            if (then := found.get(what)) != now:
+                raise ReportError(
+                    f"The report of step {step} in {self._folder} was measured with another "
+                    f"{what} ({then or 'not said'}; now {now}); name another folder, or delete it."
+                )
+
+    def _asked(self, checkpoint: Any) -> dict[str, str]:
+        return asked_of(self._model, checkpoint, self._source, self._sinks, self._options)
+
+    def _file(self, step: int) -> Path | None:
+        """Where an earlier run left the report, if it did."""
+        file = None if self._folder is None else self._folder / f"step-{step}.nc"
+        return file if file is not None and file.exists() else None
 
     def measure(self, step: int, checkpoint: Any) -> None:
         """Scan a checkpoint, unless its report is there."""
@@ -141,6 +173,7 @@ class _Checkpoints:
         self.reports[step] = report
 
     def _scanned(self, step: int, checkpoint: Any) -> SinkReport:
+        asked = self._asked(checkpoint)  # before a model in memory is wrapped
         model = self._load(checkpoint)
         prompts = self._prompts(model)
         loss = _loss(model, prompts)
@@ -149,7 +182,8 @@ class _Checkpoints:
         report = scan(model, prompts, metrics=metrics, sinks=self._sinks, progress=False).to("cpu")
         if self._folder is not None:
             # The report comes last: where it is, the loss is too.
-            _partial.write_whole(self._folder / f"step-{step}.json", json.dumps({"loss": loss}))
+            beside = json.dumps({"loss": loss, "asked": asked}, indent=1)
+            _partial.write_whole(self._folder / f"step-{step}.json", beside)
             report.save(self._folder / f"step-{step}.nc")
         if loss is not None:
             self.loss[step] = loss
@@ -185,36 +219,17 @@ class _Checkpoints:
 
     def _kept(self, step: int) -> SinkReport | None:
         """The report that an earlier run left in the folder."""
-        file = None if self._folder is None else self._folder / f"step-{step}.nc"
-        if file is None or not file.exists():
+        file = self._file(step)
+        if file is None:
             return None
         report = load_report(file)
-        for other in self.reports.values():
-            self._check_same(step, report, Texts(other.tokens, other.mask, bos="", source=""))
-        self._check_source(step, report)
-        loss = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["loss"]
+        others = [Texts(one.tokens, one.mask, bos="", source="") for one in self.reports.values()]
+        for prompts in others if self._texts is None else [self._texts]:
+            self._check_same(step, report, prompts)
+        loss = _beside(file)["loss"]
         if loss is not None:
             self.loss[step] = loss
         return report
-
-    def _check_source(self, step: int, report: SinkReport) -> None:
-        """Whether a report is of the texts asked for, as far as can be told without a model.
-
-        Raises:
-            ReportError: If it is not.
-        """
-        source = self._source
-        if self._texts is not None or isinstance(source, Texts):
-            self._check_same(step, report, self._texts or source.right_padded())
-            return
-        found = report.settings
-        if (found.source, found.seed) != (source.name, source.seed) or (
-            source.length not in (None, found.length)
-        ):
-            raise ReportError(
-                f"The report of step {step} in {self._folder} was measured on {found.source} of "
-                f"{found.length} tokens (seed {found.seed}); name another folder, or delete it."
-            )
 
     def _check_same(self, step: int, report: SinkReport, prompts: Texts) -> None:
         own = Texts(report.tokens, report.mask, bos="", source="")
@@ -232,6 +247,11 @@ class _Checkpoints:
         name = " to ".join(ends) if self._model is None else str(self._model)
         parts = (name, f"T = {settings.length:,}", f"BOS: {settings.bos}")
         return " · ".join([*parts, f"{prompts} × {settings.source}"])
+
+
+def _beside(report: Path) -> dict[str, Any]:
+    """What is kept with a report: the loss, and what was asked."""
+    return json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
 
 
 def _is_snapshot(checkpoint: Any) -> bool:

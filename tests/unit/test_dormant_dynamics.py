@@ -130,13 +130,52 @@ def test_an_interrupted_run_continues_and_grows(folders, tmp_path, monkeypatch) 
     assert len(loaded) == 4, "nothing is left to load"
 
 
-def test_a_folder_of_other_texts_is_refused(folders, tmp_path) -> None:
-    texts = ss.token_ids(TOKENS)
-    dynamics(None, folders[:1], texts, out=tmp_path, progress=False)
-    with pytest.raises(ReportError, match="other tokens"):
-        dynamics(None, folders, ss.token_ids(TOKENS.flip(0)), out=tmp_path, progress=False)
-    with pytest.raises(ReportError, match="other tokens"):
-        dynamics(None, folders[:1], ss.token_ids(TOKENS.flip(0)), out=tmp_path, progress=False)
+def test_a_folder_of_another_request_is_refused(folders, tmp_path) -> None:
+    """By what differs, before anything is loaded; the same request finds its reports."""
+    texts, out = ss.token_ids(TOKENS), tmp_path / "out"
+
+    def follow(checkpoints, texts=texts, **options):
+        return dynamics(None, checkpoints, texts, out=out, progress=False, **options)
+
+    step = folders[0]
+    first = follow([step])
+    with pytest.raises(ReportError, match="another texts"):
+        follow(folders, ss.token_ids(TOKENS.flip(0)))
+    assert len(list(out.glob("*.nc"))) == 1, "nothing was measured before the refusal"
+    with pytest.raises(ReportError, match=r"another sinks \(0; now 1\)"):
+        follow([step], sinks=(1,))
+    with pytest.raises(ReportError, match=r"another dtype \(float32; now bfloat16\)"):
+        follow([step], dtype="bfloat16")
+    moved = tmp_path / "other" / step.name
+    LLAMA.build(seed=9).save_pretrained(moved)
+    with pytest.raises(ReportError, match="step 400 .* another checkpoint .*/other/checkpoint-400"):
+        follow([moved])
+    again = follow([step], sinks=iter([0]))
+    assert again.reports[400].equals(first.reports[400])
+    LLAMA.build(seed=9).save_pretrained(step)
+    try:
+        with pytest.raises(ReportError, match="another checkpoint"):
+            follow([step])
+    finally:
+        LLAMA.build(seed=SEEDS[400]).save_pretrained(step)
+
+
+def test_models_in_memory_and_lists_of_strings_are_told_apart(tmp_path) -> None:
+    from tests.unit.tiny_tokenizers import words
+
+    def follow(seed: int, strings: list[str], **options):
+        model = ss.load_model(LLAMA.build(seed), tokenizer=words(bos=True))
+        return dynamics(
+            None, {7: model}, ss.texts(strings), out=tmp_path, progress=False, **options
+        )
+
+    strings = ["w5 w6 w7 w8", "w9 w8 w7 w6"]
+    first = follow(1, strings)
+    assert follow(1, strings).reports[7].equals(first.reports[7])
+    with pytest.raises(ReportError, match="another checkpoint"):
+        follow(2, strings)
+    with pytest.raises(ReportError, match="another texts"):
+        follow(1, strings[::-1])
 
 
 def test_snapshots_of_the_laboratory(tmp_path) -> None:
