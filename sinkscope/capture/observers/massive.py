@@ -58,7 +58,7 @@ class Massive(Observer):
     def _look(self, but_the_last: int = 0) -> None:
         while len(self._asked) > but_the_last:
             asked = self._asked[0]
-            asked.into[asked.layer] = asked.rows()  # may run out of memory: only then it is done
+            asked.into[asked.layer] = asked.rows()  # it stays if memory runs out here
             self._asked.pop(0)
 
     def close(self, batch: Batch) -> _Unread:
@@ -79,9 +79,7 @@ class Massive(Observer):
     def _read(self) -> None:
         self._look()
         while self._unread:
-            entries, counts = self._unread[
-                0
-            ].read()  # may run out of memory: then it is still there
+            entries, counts = self._unread[0].read()  # likewise
             self._entries.append(entries)
             self._counts.append(counts)
             self._unread.pop(0)
