@@ -9,49 +9,30 @@ streaming path.
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from sinkscope._benched import FIRST_TOKEN, SHAPES, subject
+from sinkscope._out_of_memory import ran_out_of_memory
+from sinkscope._tokens import check_length
 from sinkscope.capabilities import capabilities
 from sinkscope.capture import paths, runner
 from sinkscope.capture.observers import CORE, OBSERVERS, Observer, Scope
 from sinkscope.errors import ModelError, SinkscopeError
 from sinkscope.metrics.attention import bucket_edges
-from sinkscope.models import load_model
 from sinkscope.scan import Grams, choose_metrics
 from sinkscope.texts import token_ids
 
-LLAMA = dict(vocab_size=128256, max_position_embeddings=2**18, num_key_value_heads=8)
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-1b": dict(
-        LLAMA,
-        hidden_size=2048,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        intermediate_size=8192,
-    ),
-    "llama-8b": dict(
-        LLAMA,
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        intermediate_size=14336,
-    ),
-}
-"""Shapes by name, as arguments of `LlamaConfig`."""
+__all__ = ["BARE", "SHAPES", "SIZES", "WAYS", "BenchRow", "run_bench"]
 
 SIZES = ((100, 64), (8, 1024), (1, 8192), (1, 32768))
 """Batches (prompts, length) that are measured by default."""
-
-FIRST_TOKEN, MASSIVE = 0, 1e4
-"""Id of every prompt's first token, and the activation that its embedding brings along."""
 
 BARE = "transformers"
 WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -106,7 +87,7 @@ def run_bench(
     ways: Sequence[str] = tuple(WAYS),
     repeats: int = 5,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: str | torch.dtype = torch.bfloat16,
 ) -> Iterator[BenchRow]:
     """Measure each way at each size, one row as soon as it is known.
 
@@ -117,66 +98,42 @@ def run_bench(
         ways: Names from `WAYS`.
         repeats: Batches timed after the first, of which the median counts.
         device: Where; a GPU if there is one.
-        dtype: Of the weights, for a shape by name.
+        dtype: Of the weights, for a shape by name: float32, bfloat16, or float16.
 
     Yields:
         The bare model's row of every size, then size by size the others.
 
     Raises:
-        SinkscopeError: If a way or the device does not exist.
-        ModelError: If the model cannot be loaded.
+        SinkscopeError: If a way, the device or the dtype does not exist, or a size is not positive.
+        TextError: If a prompt is longer than the model's context.
+        ModelError: If the model cannot be loaded, does not fit, or is none of transformers.
     """
     unknown = [way for way in ways if way not in WAYS]
     if unknown:
         raise SinkscopeError(f"There is no way {unknown[0]!r}; choose from {', '.join(WAYS)}.")
-    name, bare, load = _models(shape, _device(device), dtype)
+    _check_sizes(sizes, None)  # before a large model is loaded
+    what = subject(shape, device, dtype)
+    _check_sizes(sizes, what.context)
     times: dict[tuple[int, int], float | None] = {}
     for size in sizes:
-        row = _bare_row(name, bare, size, repeats)
+        row = _bare_row(what.name, what.bare, size, repeats)
         times[size] = row.milliseconds
         yield row
-    bridge = load(bare)
-    del bare
+    name, bridge = what.name, what.load(what.bare)
+    del what
     for size in sizes:
         for way in ways:
             yield _bridge_row(name, bridge, size, way, repeats, times[size])
 
 
-def random_model(config: Any, kind: type[PreTrainedModel], device: torch.device) -> PreTrainedModel:
-    """A model with random weights made where they will lie, with sdpa attention if it has that."""
-    with torch.device(device):
-        try:
-            model = kind._from_config(config, attn_implementation="sdpa", dtype=config.dtype)
-        except ValueError:  # softcaps and learned sinks have no sdpa attention in transformers
-            model = kind._from_config(config, attn_implementation="eager", dtype=config.dtype)
-    return model.eval().requires_grad_(False)
-
-
-def _models(
-    shape: Any, device: torch.device, dtype: torch.dtype
-) -> tuple[str, PreTrainedModel, Callable[[PreTrainedModel], Any]]:
-    """Name, bare model, and how to get a bridge when the bare model has been measured."""
-    if isinstance(shape, str) and shape in SHAPES:
-        config = LlamaConfig(**SHAPES[shape], dtype=dtype)
-        model = random_model(config, LlamaForCausalLM, device)
-        model.model.embed_tokens.weight[FIRST_TOKEN, 0] = MASSIVE
-        return shape, model, load_model
-    bridge = load_model(shape) if not isinstance(shape, str) else load_model(shape, device=device)
-    original = bridge.original_model
-    weight = next(original.parameters())
-    config = copy.deepcopy(original.config)
-    config.dtype = weight.dtype
-    name = shape if isinstance(shape, str) else type(original).__name__
-    return name, random_model(config, type(original), weight.device), lambda _: bridge
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SinkscopeError("There is no GPU for device='cuda'; leave it out, or say 'cpu'.")
-    return device
+def _check_sizes(sizes: Sequence[tuple[int, int]], context: int | None) -> None:
+    for prompts, length in sizes:
+        if prompts < 1 or length < 1:
+            raise SinkscopeError(
+                f"A batch of {prompts} prompts of {length} tokens cannot be measured; both have to "
+                "be 1 or more."
+            )
+        check_length(length, context)
 
 
 def _bare_row(name: str, model: PreTrainedModel, size: tuple[int, int], repeats: int) -> BenchRow:
@@ -188,7 +145,9 @@ def _bare_row(name: str, model: PreTrainedModel, size: tuple[int, int], repeats:
             for _ in range(repeats + 1):
                 model.base_model(input_ids=tokens, use_cache=False)
                 laps.lap()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         return BenchRow(name, *size, BARE, note="out of memory")
     return laps.row(name, size, BARE)
 
@@ -220,7 +179,9 @@ def _bridge_row(
                 batch=prompts,
                 progress=False,
             )
-    except (ModelError, torch.OutOfMemoryError):
+    except (ModelError, RuntimeError) as error:
+        if not ran_out_of_memory(error.__cause__ or error):
+            raise
         return BenchRow(name, *size, way, note="out of memory")
     if laps.count != repeats + 1:
         return BenchRow(name, *size, way, note="out of memory; fits in smaller batches")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from sinkscope import bench
-from sinkscope.errors import SinkscopeError
+from sinkscope.errors import ModelError, SinkscopeError, TextError
 
 TINY = dict(
     vocab_size=300,
@@ -55,19 +56,45 @@ def test_a_loaded_model_is_compared_with_its_bare_twin() -> None:
     assert rows[0].shape == "LlamaForCausalLM"
 
 
-def test_running_out_of_memory_is_a_row(tiny_shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+CPU_IS_FULL = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 400000000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
 
-    monkeypatch.setattr(bench.runner, "forward", fail)
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), CPU_IS_FULL])
+def test_running_out_of_memory_is_a_row(
+    error: Exception, tiny_shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
     ways = ["stock core", "core"]
     rows = bench.run_bench(
         tiny_shape, [(2, 8)], ways=ways, repeats=1, device="cpu", dtype=torch.float32
     )
-    _, *found = rows
-    assert [(row.way, row.milliseconds, row.note) for row in found] == [
-        (way, None, "out of memory") for way in ways
+    with monkeypatch.context() as full:
+        full.setattr(LlamaModel, "forward", fail)
+        bare = next(rows)
+    monkeypatch.setattr(bench.runner, "forward", fail)
+    assert [(row.way, row.milliseconds, row.note) for row in (bare, *rows)] == [
+        (way, None, "out of memory") for way in (bench.BARE, *ways)
     ]
+
+
+def test_other_errors_are_not_taken_for_memory(
+    tiny_shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ModelError("The residual stream holds nan.")
+
+    monkeypatch.setattr(bench.runner, "forward", fail)
+    rows = bench.run_bench(
+        tiny_shape, [(2, 8)], ways=["core"], repeats=1, device="cpu", dtype="float32"
+    )
+    next(rows)
+    with pytest.raises(ModelError, match="holds nan"):
+        next(rows)
 
 
 def test_refuses_ways_and_devices_that_do_not_exist(tiny_shape: str) -> None:
@@ -76,3 +103,32 @@ def test_refuses_ways_and_devices_that_do_not_exist(tiny_shape: str) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SinkscopeError, match="no GPU"):
             next(bench.run_bench(tiny_shape, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(device="foo"), "no such device for device='foo'"),
+        (dict(dtype=torch.int8), "dtype is int8; choose from float32"),
+        (dict(dtype="float"), "dtype is float; choose from float32"),
+        (dict(sizes=[(1, 8), (0, 16)]), "batch of 0 prompts of 16 tokens"),
+        (dict(sizes=[(1, 8), (2, 0)]), "batch of 2 prompts of 0 tokens"),
+        (dict(sizes=[(1, 8), (2, 33)]), "33 tokens are more than the 32 positions"),
+        (dict(shape="bb-3l"), "bb-3l is not a model of transformers"),
+    ],
+)
+def test_bad_arguments_end_in_a_sentence_before_anything_is_measured(
+    tiny_shape: str, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setitem(bench.SHAPES, "tiny", dict(TINY, max_position_embeddings=32))
+    usual: dict[str, Any] = dict(
+        shape=tiny_shape, sizes=[(1, 8)], repeats=1, device="cpu", dtype="float32"
+    )
+    with pytest.raises(SinkscopeError, match=message):
+        next(bench.run_bench(**(usual | arguments)))
+
+
+def test_a_loaded_model_is_held_to_its_context() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**TINY, max_position_embeddings=32)).eval()
+    with pytest.raises(TextError, match="33 tokens are more than the 32 positions"):
+        next(bench.run_bench(model, [(1, 8), (1, 33)], repeats=1))
