@@ -137,7 +137,7 @@ def losses(model: Any, texts: Texts) -> Float[Tensor, "prompt query"] | None:
     ):
         for tokens in texts.tokens.split(rows):
             tokens = tokens.to(device)
-            logits = model.original_model(input_ids=tokens, use_cache=False).logits
+            logits = model(tokens, return_type="logits", use_cache=False)
             nll = torch.nn.functional.cross_entropy(
                 logits[:, :-1].transpose(1, 2).float(), tokens[:, 1:].to(logits.device),
                 reduction="none",

@@ -34,6 +34,8 @@ from sinkscope.models import load_model
 from sinkscope.texts import Texts
 
 SINKS = (0, 1, 2, 4, 8)
+_NATIVE = "TransformerLensNative"
+"""Models that are no transformers ones, such as the laboratory's."""
 
 __all__ = ["COUNTED", "SINKS", "Setting", "StreamedContext", "streaming_context"]
 
@@ -101,8 +103,8 @@ def streaming_context(
         progress: Whether to draw a progress bar.
 
     Raises:
-        UnsupportedError: If the model is bidirectional, has no trained head, or has sliding
-            windows; or if its positions cannot be counted as asked.
+        UnsupportedError: If the model is bidirectional, has no trained head, has sliding windows,
+            or takes no cache; or if its positions cannot be counted as asked.
         TextError: If the text is too short.
         ReportError: If the file holds something that was asked for otherwise.
     """
@@ -251,6 +253,8 @@ def _check(can: Capabilities) -> Capabilities:
         reason = "has sliding windows of its own, in which no kept element can stay"
     elif can.positions not in ("rotary", "learned", "none"):
         reason = f"has {can.positions} positions, which are not known to count on in a cache"
+    elif can.architecture == _NATIVE:
+        reason = "runs without a cache of keys and values, so no text can go through a small one"
     else:
         return can
     raise UnsupportedError(f"{can.architecture} {reason}.")

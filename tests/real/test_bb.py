@@ -8,7 +8,7 @@ import torch
 import sinkscope as ss
 from sinkscope import bb
 from sinkscope.bb.packaged import packaged_file
-from sinkscope.errors import ModelError
+from sinkscope.errors import ModelError, UnsupportedError
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,27 @@ def test_any_text_can_be_shown_to_it(model):
     assert texts.tokens.shape == (2, 64) and (texts.tokens[:, 0] == task.bos_id).all()
     report = ss.scan(model, texts, progress=False)
     assert report.sink_attention[:, 2].mean() > 0.4
+
+
+def test_experiments_take_it_or_say_why_not(model):
+    """Losses of an experiment are those of its logits; it has no cache for a long text."""
+    from sinkscope.experiments.streaming_context import streaming_context
+    from sinkscope.experiments.waiver import structured_mask, which_part
+
+    texts = bb.task_texts(prompts=2, length=24)
+    found = structured_mask(model, texts, 9, starts=["given"], progress=False)
+    logits = model(texts.tokens, return_type="logits").detach().double()
+    for prompt, tokens in enumerate(texts.tokens.tolist()):
+        for query in range(23):
+            row = logits[prompt, query]
+            want = torch.log(torch.exp(row).sum()) - row[tokens[query + 1]]
+            assert float(found.loss[0, prompt, query]) == pytest.approx(float(want), abs=1e-4)
+    assert found.loss[1, :, 9].sub(found.loss[0, :, 9]).abs().max() > 1e-3, "the mask is in force"
+    assert which_part(model, texts, 9, start="given", progress=False).loss is not None
+    with pytest.raises(UnsupportedError, match="without a cache"):
+        streaming_context(
+            model, texts, tokens=24, designated=None, counted=["absolute"], progress=False
+        )
 
 
 def test_other_names_are_refused():
