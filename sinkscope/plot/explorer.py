@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 
-from sinkscope.errors import SinkscopeError
+from sinkscope.errors import ReportError, SinkscopeError
 from sinkscope.plot import _figure, compare, heads, positions, strip
+from sinkscope.plot._explored import head_pattern, scanned, scanned_again, scanned_text
 from sinkscope.plot._whatif import INTERVENTIONS, Where
 from sinkscope.plot._widgets import (
     PlainViews,
@@ -60,7 +61,7 @@ def explore(
     if isinstance(report_or_model, SinkReport):
         report = report_or_model
     else:
-        model, report = _scanned(report_or_model, texts)
+        model, report = scanned(report_or_model, texts)
     reason = why_not() if widgets is None else None if widgets else "widgets=False asked for them."
     return plain_views(report, reason, theme) if reason else Explorer(report, model, theme)
 
@@ -112,11 +113,10 @@ class Explorer:
                 "change").
 
         Raises:
-            ReportError: If there is no such layer, head or prompt.
+            ReportError: If there is no such layer, head, prompt or metric.
+            SinkscopeError: If there is nothing else of that name to choose.
         """
-        for dim in ("layer", "head", "prompt"):
-            if dim in changes:
-                _figure.choose(self.report, dim, changes[dim])
+        self._check(changes)
         changed = {name for name, value in changes.items() if getattr(self, name) != value}
         for name in changed:
             setattr(self, name, changes[name])
@@ -127,12 +127,12 @@ class Explorer:
         self._redraw(*(name for name in self.figures if changed & _MOVED_BY[name]))
 
     def measure(self, text: str) -> None:
-        """Measure a prompt of one's own in place of the report's.
+        """Measure a prompt of one's own in place of the report's, in the same way.
 
         Raises:
             SinkscopeError: If there is no model, or the text cannot be measured.
         """
-        _, self.before = _scanned(self._needed_model(), [text])
+        self.before = scanned_text(self._needed_model(), text, self.before.settings)
         self.after, self.shown, self.prompt = None, "before", 0
         self.panel.follow()
         self._redraw(*self.figures)
@@ -145,11 +145,16 @@ class Explorer:
             position: Where, for those that act at a position.
 
         Raises:
-            SinkscopeError: If there is no model, or the model does not allow it.
+            SinkscopeError: If there is no model, no such intervention, or the model does not
+                allow it.
         """
         model = self._needed_model()
+        if name not in INTERVENTIONS:
+            raise SinkscopeError(
+                f"There is no intervention {name!r}; choose from {_quoted(INTERVENTIONS)}."
+            )
         with INTERVENTIONS[name](model, Where(position, self.layer, self.head)):
-            self.after = _scanned_again(model, self.before)
+            self.after = scanned_again(model, self.before)
         self.shown = "change"
         self.panel.follow()
         self._redraw(*self.figures)
@@ -229,7 +234,7 @@ class Explorer:
         tokens = self.report.tokens[self.prompt][real][:_LONGEST_PATTERN]
         text = self.report.token_text
         return attention_pattern(
-            _head_pattern(self._needed_model(), tokens, self.layer, self.head),
+            head_pattern(self._needed_model(), tokens, self.layer, self.head),
             None if text is None else text[self.prompt],
             about=self.report.settings,
             title=f"Prompt {self.prompt}, layer {self.layer}, head {self.head}, untouched",
@@ -237,6 +242,30 @@ class Explorer:
         )
 
     # -- the rest --------------------------------------------------------------------------------
+
+    def _check(self, changes: dict[str, Any]) -> None:
+        """Refuse what cannot be chosen, before anything has changed."""
+        for name in changes:
+            if name not in _CHOICES:
+                raise SinkscopeError(
+                    f"There is no {name!r} to choose in the explorer; choose from "
+                    f"{', '.join(_CHOICES)}."
+                )
+        metrics = heads.head_metrics(self.before)
+        if "metric" in changes and changes["metric"] not in metrics:
+            raise ReportError(
+                f"This report has no metric {changes['metric']!r} of every head; choose from "
+                f"{_quoted(metrics)}."
+            )
+        views = ("before",) if self.after is None else ("before", "after", "change")
+        if "shown" in changes and changes["shown"] not in views:
+            how = " until intervene() has been called" if self.after is None else ""
+            raise SinkscopeError(
+                f"shown is {changes['shown']!r}; choose from {_quoted(views)}{how}."
+            )
+        for dim in ("layer", "head", "prompt"):
+            if dim in changes:
+                _figure.choose(self.report, dim, changes[dim])
 
     def _needed_model(self) -> Any:
         if self.model is None:
@@ -270,47 +299,8 @@ _MOVED_BY = {
     "pattern": _HEAD | {"prompt"},
 }
 """What each figure has to be drawn again for."""
+_CHOICES = ("layer", "head", "prompt", "metric", "epsilon", "shown")
 
 
-def _scanned(model: Any, texts: Any) -> tuple[Any, SinkReport]:
-    import sinkscope as ss
-
-    model = ss.load_model(model)
-    texts = ss.texts("prose", prompts=4, length=128) if texts is None else texts
-    return model, ss.scan(model, texts, progress=False)
-
-
-def _scanned_again(model: Any, before: SinkReport) -> SinkReport:
-    """The same tokens measured in the same way."""
-    import sinkscope as ss
-
-    rows = zip(before.tokens, before.mask, strict=True)
-    settings = before.settings
-    sinks = settings.sinks
-    after = ss.scan(
-        model,
-        ss.token_ids([tokens[real].tolist() for tokens, real in rows]),
-        metrics=settings.metrics,
-        sinks=sinks if sinks == "auto" else [int(sink) for sink in sinks.split(",")],
-        epsilon=settings.epsilon,
-        progress=False,
-    )
-    return dataclasses.replace(after, token_text=before.token_text)
-
-
-def _head_pattern(model: Any, tokens: Any, layer: int, head: int) -> Any:
-    """One head's pattern [query key] on some tokens, from the stock bridge's hook."""
-    import torch
-
-    from sinkscope.capabilities import capabilities
-
-    kept: dict[str, Any] = {}
-
-    def keep(pattern: Any, hook: Any) -> None:
-        kept["pattern"] = pattern[0, head].detach().float().cpu()
-
-    name = capabilities(model).hook("pattern", layer)
-    device = next(model.original_model.parameters()).device
-    with torch.inference_mode():
-        model.run_with_hooks(tokens[None].to(device), return_type=None, fwd_hooks=[(name, keep)])
-    return kept["pattern"]
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -83,6 +83,24 @@ def test_a_head_that_is_not_there_is_refused(explorer):
         explorer.choose(layer=4)
 
 
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (dict(metric="foo"), "no metric 'foo' of every head; choose from 'sink_attention'"),
+        (dict(metric="residual_norm"), "no metric 'residual_norm' of every head"),
+        (dict(shown="foo"), "shown is 'foo'; choose from 'before' until"),
+        (dict(shown="after"), "shown is 'after'; choose from 'before' until"),
+        (dict(foo=1), "no 'foo' to choose in the explorer; choose from layer, head"),
+        (dict(layer=3, metric="foo"), "no metric 'foo'"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused_and_changes_nothing(explorer, choice, message):
+    before = (explorer.layer, explorer.metric, explorer.shown)
+    with pytest.raises(SinkscopeError, match=message):
+        explorer.choose(**choice)
+    assert (explorer.layer, explorer.metric, explorer.shown) == before
+
+
 def test_fields_that_were_not_measured_have_no_figure():
     explorer = ss.explore(only(synthetic_report(), "sink_attention"), widgets=True)
     assert set(explorer.figures) == {"map"}
@@ -166,6 +184,40 @@ def test_intervention_shows_what_changed(with_model):
     with_model.choose(shown="after")
     shown = np.array(with_model.figures["map"].data[0].z, dtype=float)
     np.testing.assert_allclose(shown, with_model.after.sink_attention.double().mean(0), rtol=1e-5)
+
+
+def test_an_intervention_that_is_not_there_is_refused(with_model):
+    with pytest.raises(SinkscopeError, match="no intervention 'foo'; choose from 'Self-only mask"):
+        with_model.intervene("foo")
+    with_model.intervene("Zero the value at the position", 5)
+    with pytest.raises(SinkscopeError, match="shown is 'foo'; choose from 'before', 'after'"):
+        with_model.choose(shown="foo")
+
+
+def test_a_prompt_is_measured_as_the_shown_report_was():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate("<s> <unk> a b c d e f g h".split())}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", unk_token="<unk>")
+    model = ss.load_model(tiny_llama(), name="tiny", tokenizer=tokenizer)
+    first = ss.scan(
+        model,
+        ss.texts(["a b c d e f"], bos="always"),
+        metrics=["sink_attention", "entropy"],
+        sinks=[2],
+        epsilon=0.2,
+        progress=False,
+    )
+    explorer = ss.explore(first, model=model, widgets=True)
+    explorer.measure("h g f e d c b a")
+    new = explorer.report
+    assert new.tokens.tolist() == [[0, 9, 8, 7, 6, 5, 4, 3, 2]]  # with the first report's BOS
+    assert (new.settings.epsilon, new.settings.sinks) == (0.2, "2")
+    assert new.settings.metrics == first.settings.metrics
+    assert new.sink_mask.nonzero().tolist() == [[0, 2]]
 
 
 @pytest.mark.parametrize("name", INTERVENTIONS)
