@@ -26,9 +26,9 @@ def stream(
         str,
         typer.Option(
             help="Positions to designate and keep instead of the first tokens, with commas "
-            "between them, or none."
+            "between them, or none; auto: 255, or two thirds of the way along a short text."
         ),
-    ] = "255",
+    ] = "auto",
     counted: Annotated[
         str,
         typer.Option(
@@ -67,7 +67,7 @@ def stream(
                 tokens=tokens,
                 windows=numbers("--windows", windows),
                 sinks=numbers("--sinks", sinks),
-                designated=None if designated == "none" else numbers("--designated", designated),
+                designated=_designated(designated),
                 counted=counted.split(","),
                 full=full,
                 chunk=chunk,
@@ -81,6 +81,8 @@ def stream(
         common.print_json(common.finite(found.to_dict()))
         return
     typer.echo(repr(found))
+    if designated == "auto" and "designated 255" not in found.kept:
+        typer.echo("The text hardly goes beyond 255, so a position two thirds along is designated.")
     for file in written:
         typer.echo(f"wrote {file}")
 
@@ -94,6 +96,11 @@ def _told_how_to_go_on(folder: Path | None) -> Iterator[None]:
         if folder is not None:
             typer.echo(f"Interrupted; the same command goes on from {folder}/stream.nc.", err=True)
         raise
+
+
+def _designated(option: str) -> list[int] | str | None:
+    named: dict[str, str | None] = {"none": None, "auto": "auto"}
+    return named[option] if option in named else numbers("--designated", option)
 
 
 def numbers(option: str, text: str) -> list[int]:

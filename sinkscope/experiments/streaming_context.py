@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,14 @@ from tqdm.auto import tqdm
 
 from sinkscope.capabilities import Capabilities, capabilities
 from sinkscope.capture import paths, runner
-from sinkscope.errors import TextError, UnsupportedError
+from sinkscope.errors import UnsupportedError
 from sinkscope.experiments import _result
 from sinkscope.experiments._heap import trim
 from sinkscope.experiments._long_text import long_text
 from sinkscope.experiments._partial import Growing, asked_of
+from sinkscope.experiments._stream_settings import AUTO, Setting, check_lengths, plan
 from sinkscope.experiments._streamed import StreamedContext
 from sinkscope.experiments._window_cache import COUNTED, Layout, Turner, WindowCache
-from sinkscope.interventions._base import check_mode, check_positions
 from sinkscope.models import load_model
 from sinkscope.texts import Texts
 
@@ -40,32 +39,6 @@ _NATIVE = "TransformerLensNative"
 __all__ = ["COUNTED", "SINKS", "Setting", "StreamedContext", "streaming_context"]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What the queries of one run may see.
-
-    Attributes:
-        kept: In words, such as "4 sinks" or "designated 255".
-        keep: Positions that are never forgotten.
-        window: Recent positions that a query sees, its own included; None for all.
-        counted: How positions are counted, of `COUNTED`.
-        alone: Positions designated by a self-only mask.
-    """
-
-    kept: str
-    keep: tuple[int, ...]
-    window: int | None
-    counted: str
-    alone: tuple[int, ...] = ()
-
-    @property
-    def moved_on(self) -> int:
-        """The first query with all kept elements behind it and the start outside its window."""
-        if self.window is None:
-            return 0
-        return max(self.window + len(self.keep), max(self.keep, default=0) + 1)
-
-
 def streaming_context(
     model: Any,
     text: Any = "prose",
@@ -73,7 +46,7 @@ def streaming_context(
     tokens: int = 4096,
     windows: Iterable[int] = (256, 512, 1024),
     sinks: Iterable[int] = SINKS,
-    designated: int | Iterable[int] | None = 255,
+    designated: int | Iterable[int] | str | None = AUTO,
     counted: Iterable[str] = COUNTED,
     full: bool | None = None,
     chunk: int = 128,
@@ -91,7 +64,8 @@ def streaming_context(
         windows: Recent positions that a query sees, its own included.
         sinks: How many first tokens are kept beside the window.
         designated: Positions to designate by a self-only mask and to keep *instead* of the first
-            tokens, one setting each; each is run undesignated as well, as a control. None for none.
+            tokens, one setting each; each is run undesignated as well, as a control. None for none;
+            "auto" for 255, or two thirds of the way in a text that hardly goes beyond.
         counted: "cache" counts positions inside the cache (StreamingLLM), "absolute" from the
             text's start.
         full: Whether to run the model that sees everything, too; by default where the text is no
@@ -105,14 +79,14 @@ def streaming_context(
     Raises:
         UnsupportedError: If the model is bidirectional, has no trained head, has sliding windows,
             or takes no cache; or if its positions cannot be counted as asked.
-        TextError: If the text is too short.
+        TextError: If the text is too short, or a number of sinks or a position is none.
         ReportError: If the file holds something that was asked for otherwise.
     """
     model = load_model(model)
     can = _check(capabilities(model))
     prompts = long_text(model, text, tokens, bos=bos, seed=seed)
     settings = plan(windows, sinks, designated, counted, full, tokens, can)
-    _check_lengths(settings, tokens, can)
+    check_lengths(settings, tokens, can)
     turner = Turner(model, can) if any(s.counted == "cache" for s in settings) else None
     growing = Growing(_empty(model, prompts, settings), None if file is None else Path(file))
     result = growing.result
@@ -124,35 +98,6 @@ def streaming_context(
             _run(model, prompts, settings[index], turner, chunk, result, index, bar)
             growing.grown()
     return result
-
-
-def plan(
-    windows: Iterable[int],
-    sinks: Iterable[int],
-    designated: int | Iterable[int] | None,
-    counted: Iterable[str],
-    full: bool | None,
-    tokens: int,
-    can: Capabilities,
-) -> list[Setting]:
-    """Every run that was asked for, the model that sees everything first."""
-    chosen = () if designated is None else check_positions(designated)
-    found: list[Setting] = []
-    fits = can.n_ctx is None or tokens <= can.n_ctx
-    if full if full is not None else fits:
-        found.append(Setting("everything", (), None, "absolute"))
-    for way in counted:
-        check_mode(way, COUNTED)
-        for window in windows:
-            if window < 1:
-                raise TextError(f"A window of {window} positions shows nothing; use 1 or more.")
-            for n in sinks:
-                name = f"{n} sink" if n == 1 else f"{n} sinks"
-                found.append(Setting(name, tuple(range(n)), window, way))
-            for p in chosen:
-                found.append(Setting(f"{p} as it is", (p,), window, way))
-                found.append(Setting(f"designated {p}", (p,), window, way, (p,)))
-    return found
 
 
 def _run(
@@ -258,25 +203,6 @@ def _check(can: Capabilities) -> Capabilities:
     else:
         return can
     raise UnsupportedError(f"{can.architecture} {reason}.")
-
-
-def _check_lengths(settings: Sequence[Setting], tokens: int, can: Capabilities) -> None:
-    """Refuse positions that a model has no vectors for, and designated ones beyond the text.
-
-    Raises:
-        UnsupportedError: If learned positions end before the text does.
-        TextError: If a designated position is not in the text.
-    """
-    if can.positions == "learned" and can.n_ctx is not None and tokens > can.n_ctx:
-        raise UnsupportedError(
-            f"{can.architecture} has learned vectors for {can.n_ctx} positions and cannot be asked "
-            f"for {tokens}."
-        )
-    for setting in settings:
-        if max(setting.keep, default=0) >= tokens:
-            raise TextError(
-                f"Position {max(setting.keep)} is to be kept, and the text has {tokens} tokens."
-            )
 
 
 def _empty(model: Any, prompts: Texts, settings: Sequence[Setting]) -> StreamedContext:

@@ -79,6 +79,22 @@ def test_stream_reads_a_file_longer_than_the_context(folder, tmp_path) -> None:
     assert "whole numbers" in str(run(*asked, "--sinks", "few").exception)
 
 
+def test_stream_designates_what_a_short_text_has(folder) -> None:
+    """A position that nobody asked for is no reason to refuse; a negative number of sinks is."""
+    asked = ("stream", folder / "model", "--texts", folder / "text.txt", "--tokens", 60)
+    asked += ("--windows", 16)
+    done = run(*asked, "--sinks", 0)
+    assert done.exit_code == 0, done.output
+    assert "designated 40" in done.stdout and "so a position two thirds along" in done.stdout
+    found = json.loads(run(*asked, "--sinks", 0, "--json").stdout)
+    kept = [row["kept"] for row in found["settings"]]
+    assert kept == ["everything", "0 sinks", "40 as it is", "designated 40"]
+    refused = run(*asked, "--sinks=-1").exception
+    assert isinstance(refused, SinkscopeError) and "-1 first tokens cannot be kept" in str(refused)
+    asked_for = run(*asked, "--designated", 255).exception
+    assert "Position 255 is to be kept, and the text has 60 tokens" in str(asked_for)
+
+
 def test_an_interruption_says_how_to_go_on(folder, tmp_path, monkeypatch) -> None:
     from sinkscope.experiments import streaming_context as experiment
 
