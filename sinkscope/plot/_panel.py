@@ -10,6 +10,7 @@ import ipywidgets as w
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.plot import _figure, _labels
+from sinkscope.plot._prompt_box import PromptBox
 from sinkscope.plot._whatif import INTERVENTIONS
 
 if TYPE_CHECKING:
@@ -47,10 +48,7 @@ class Panel:
             options=["before", "after", "change"], style={"button_width": "5.5em"}
         )
         self.about, self.said = w.HTML(), w.HTML()
-        self.text = w.Textarea(
-            placeholder="Type a prompt, and measure it", layout=w.Layout(width="28em")
-        )
-        self.run = w.Button(description="Measure", icon="play")
+        self.ask = PromptBox()
         self.what = w.Dropdown(
             description="Intervention", options=list(INTERVENTIONS), style=_FIELD,
             layout=w.Layout(width="30em"),
@@ -108,7 +106,7 @@ class Panel:
     def _listen(self) -> None:
         for name in ("metric", "epsilon", "layer", "head", "prompt", "shown"):
             getattr(self, name).observe(self._chooser(name), "value")
-        self.run.on_click(lambda _: self._do("Measuring …", self._measure))
+        self.ask.on_sent(lambda text: self._do("Measuring …", lambda: self._explorer.measure(text)))
         self.apply.on_click(lambda _: self._do("Measuring …", self._intervene))
 
     def _chooser(self, name: str) -> Callable[[dict[str, Any]], None]:
@@ -117,9 +115,6 @@ class Panel:
                 self._explorer.choose(**{name: change["new"]})
 
         return chosen
-
-    def _measure(self) -> None:
-        self._explorer.measure(self.text.value)
 
     def _intervene(self) -> None:
         self._explorer.intervene(self.what.value, self.position.value)
@@ -135,11 +130,11 @@ class Panel:
     @contextmanager
     def _busy(self, saying: str) -> Iterator[None]:
         self.said.value = saying
-        self.run.disabled = self.apply.disabled = True
+        self.ask.disabled = self.apply.disabled = True
         try:
             yield
         finally:
-            self.run.disabled = self.apply.disabled = False
+            self.ask.disabled = self.apply.disabled = False
 
     def _laid_out(self) -> w.Widget:
         figures = self._explorer.figures
@@ -154,7 +149,7 @@ class Panel:
             *(_cell([figure]) for figure in below),
         ]
         if self._explorer.model is not None:
-            rows.insert(2, w.Box([self.text, self.run], layout=wrap))
+            rows.insert(2, self.ask)
             rows.insert(3, w.Box([self.what, self.position, self.apply], layout=wrap))
         return w.VBox(rows)
 

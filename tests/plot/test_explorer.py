@@ -36,6 +36,11 @@ def click(explorer, layer: int, column: int) -> None:
     trace._dispatch_on_click(points, InputDeviceState(0, 0, 1, 0, 0, 0))
 
 
+def send(explorer, text: str) -> None:
+    """What the page sends when Measure is clicked with this text in the box."""
+    explorer.panel.ask._handle_custom_msg({"text": text}, [])
+
+
 def test_starts_at_the_strongest_head_with_every_figure_but_the_pattern(explorer):
     mean = explorer.report.sink_attention.mean(0)
     assert (explorer.layer, explorer.head) == divmod(int(mean.argmax()), 6)
@@ -235,8 +240,15 @@ def test_every_intervention_runs_or_says_why_not(with_model, name):
 
 def test_a_prompt_that_cannot_be_measured_is_said_beside_the_controls(with_model):
     before = with_model.before
-    with_model.panel.text.value = "hello"
-    with_model.panel.run.click()  # this model has no tokenizer
+    send(with_model, "hello")  # this model has no tokenizer
     assert with_model.panel.said.value.startswith("<b>")
     assert with_model.before is before
-    assert not with_model.panel.run.disabled
+    assert not with_model.panel.ask.disabled
+
+
+def test_the_text_that_comes_with_the_click_is_measured(explorer, monkeypatch):
+    measured = []
+    monkeypatch.setattr(explorer, "measure", measured.append)
+    send(explorer, "first")
+    send(explorer, "second")
+    assert measured == ["first", "second"]
