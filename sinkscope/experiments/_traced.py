@@ -84,10 +84,11 @@ class PeakTrace(Result):
         return int(torch.diff(self.peak.mean(0), prepend=self.peak.new_zeros(1)).argmax())
 
     def needed(self, mode: str = "zero") -> list[tuple[int, str, float]]:
-        """The (block, part, share left) without which less than half of the peak is left.
+        """The (block, part, share left) without which surely less than half of the peak is left.
 
-        The one that writes it comes first, the others by how little is left without them. None
-        where the sink is no peak.
+        Surely: the 95 % interval over prompts ends below half; of a single prompt, its own share
+        does. The one that writes it comes first, the others by how little is left without them.
+        None where the sink is no peak.
         """
         if not self.is_peak:
             return []
@@ -95,8 +96,24 @@ class PeakTrace(Result):
         found = [
             (self.blocks[row], self.parts[column], float(left[row, column]))
             for row, column in (left < _NEEDED).nonzero().tolist()
+            if not self.share_left(mode, row, column).high >= _NEEDED  # nan of a single prompt
         ]
         return sorted(found, key=lambda one: (one[0] != self.written_in, one[2]))
+
+    def share_left(self, mode: str, row: int, column: int) -> _result.Estimate:
+        """Share of the peak that is left without one part, with its interval over prompts.
+
+        Args:
+            mode: What took its place.
+            row: Its block's place in `blocks`.
+            column: Its place in `parts`.
+        """
+        return _result.estimate(self.left_by_prompt(mode)[row, column])
+
+    def least(self, mode: str = "zero") -> tuple[int, str, _result.Estimate]:
+        """The (block, part, share left) without which least of the peak is left, sure or not."""
+        row, column = divmod(int(self.left(mode).argmin()), len(self.parts))
+        return self.blocks[row], self.parts[column], self.share_left(mode, row, column)
 
     def readers(self, mode: str = "zero", n: int = 5) -> list[dict[str, Any]]:
         """The heads that lose most of their sink attention without the block that writes the peak.
@@ -142,8 +159,8 @@ class PeakTrace(Result):
                 {
                     "block": block,
                     "part": part,
-                    "peak_left": _result.estimate(
-                        self.left_by_prompt(mode)[self.blocks.index(block), self.parts.index(part)]
+                    "peak_left": self.share_left(
+                        mode, self.blocks.index(block), self.parts.index(part)
                     ),
                     **self._paid(self._without(block, part, mode)),
                 }

@@ -63,17 +63,14 @@ def _sentences(found: PeakTrace, facts: dict[str, Any], mode: str) -> list[str]:
     how = f"replaced by {_MODES[mode]}" if mode != "zero" else "set to zero"
     needed = facts[mode]["needed"]
     if not needed:
-        least = 100 * facts[mode]["least_left"]
-        return [
-            f"Whatever single part is {how}, at least {least:.0f} % of the peak is left"
-            + (": it hardly depends on the text." if mode == "mean" and least > 90 else ".")
-        ]
+        return [_none_needed(found, mode, how)]
     first, *others = needed
     was, now = (x["attention_after_peak"].mean for x in (facts, first))
     writes = "writes" if first["block"] == facts["written_in"] else "is needed for"
     text = (
-        f"The {_named(first)} {writes} the peak: {how}, it leaves {_percent(first['peak_left'])} "
-        f"of it, and attention to position {found.sink} falls by {100 * (1 - now / was):.0f} %."
+        f"The {_named(first)} {writes} the peak: {how}, it leaves {_left(first['peak_left'])}, and "
+        f"attention to position {found.sink} {'falls' if now <= was else 'rises'} by "
+        f"{100 * abs(1 - now / was):.0f} %."
     )
     if others:
         text += f" The peak also needs {_result.listed(_grouped(others))}."
@@ -84,6 +81,28 @@ def _sentences(found: PeakTrace, facts: dict[str, Any], mode: str) -> list[str]:
         for one in facts[mode]["readers"]
     ]
     return [f"{text} Heads that lose most: {_result.listed(heads)}."]
+
+
+def _none_needed(found: PeakTrace, mode: str, how: str) -> str:
+    """That no part is surely needed, and how little may be left."""
+    block, part, share = found.least(mode)
+    if share.mean >= 0.5:
+        least = 100 * share.mean
+        return f"Whatever single part is {how}, at least {least:.0f} % of the peak is left" + (
+            ": it hardly depends on the text." if mode == "mean" and least > 90 else "."
+        )
+    return (
+        f"No single part is surely needed for the peak: {how}, the "
+        f"{_named({'block': block, 'part': part})} leaves least, {_left(share)}, and that interval "
+        "does not end below half; more prompts may tell."
+    )
+
+
+def _left(share: _result.Estimate) -> str:
+    """What is left of the peak; less than nothing is a norm below that of the others."""
+    if round(100 * share.mean) < 0:
+        return f"nothing of it (less than the others have: {_percent(share)})"
+    return f"{_percent(share)} of it"
 
 
 def _named(one: dict[str, Any]) -> str:

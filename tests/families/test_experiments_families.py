@@ -159,6 +159,52 @@ def test_a_planted_writer_is_found() -> None:
     assert by_name["the peak's dims set to 0"] < 0.2 * float(parts.peak[0].mean())
 
 
+def test_a_part_is_named_only_where_its_interval_ends_below_half() -> None:
+    """Shares left of 10 over 1: -90 % and 70 % by turns; surely 20 %; surely below the others."""
+    from sinkscope.experiments.trace_peak import PeakTrace
+
+    def traced(*without: list[float]) -> PeakTrace:
+        now = torch.tensor(without)[:, None, None, :, None]  # [removed part mode prompt layer]
+        prompts = now.shape[3]
+        return PeakTrace(
+            about="synthetic",
+            sink=0,
+            blocks=tuple(range(len(without))),
+            parts=("ffn",),
+            modes=("zero",),
+            peak=torch.full((prompts, 1), 11.0),
+            peak_ratio=torch.full((prompts, 1), 11.0),
+            attention=torch.full((prompts, 1, 2), 0.5),
+            peak_without=now,
+            peak_ratio_without=now,
+            attention_without=torch.full((len(without), 1, 1, prompts, 1, 2), 0.4),
+        )
+
+    unsure, sure, below = [-8.0, 8.0] * 2, [3.0, 2.9, 3.1, 3.0], [-1.0, -1.1, -1.2, -1.0]
+    found = traced(unsure, sure)
+    assert [one[:2] for one in found.needed()] == [(1, "ffn")]
+    assert "needed for the peak: set to zero, it leaves 20 % [19, 21] of it" in found.summary()
+    text = traced(unsure).summary()
+    assert "No single part is surely needed" in text and "writes the peak" not in text
+    assert "leaves least, nothing of it (less than the others have: -10 % [" in text
+    assert "leaves nothing of it (less than the others have: -2" in traced(below).summary()
+    assert traced([3.0]).needed() == [(0, "ffn", pytest.approx(0.2))], "one prompt has no interval"
+
+
+def test_peaks_are_over_the_median_of_an_even_number_as_numpy_takes_it() -> None:
+    family = BY_NAME["llama"]
+    tokens = family.tokens(prompts=3)
+    others = [i for i in range(24) if i not in (0, P)]
+    assert len(others) % 2 == 0
+    norm = norms(reference(family.build(), tokens, parts=family.parts)["resid_post"])
+    want = norm[:, :, 0] / np.median(norm[:, :, others], axis=-1)  # [layer prompt]
+    model, texts = ss.load_model(family.build()), ss.token_ids(tokens)
+    parts = which_part(model, texts, P, start="given", progress=False)
+    np.testing.assert_allclose(parts.peak[0].numpy(), want.max(0), rtol=1e-4)
+    found = structured_mask(model, texts, P, starts=["given"], progress=False)
+    np.testing.assert_allclose(found.peak(0, 0).numpy(), want.T, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bert"])
 def test_position_norms(name: str) -> None:
     family = BY_NAME[name]
