@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinkscope.experiments import _result
+from sinkscope.experiments import _measure, _result
 from sinkscope.experiments._result import Estimate, Result
 from sinkscope.metrics import ffn
 
@@ -80,9 +80,7 @@ class Conditions(Result):
     def peak(self, index: int, position: int) -> Float[Tensor, "prompt layer"]:
         """‖h‖ at a position over the median of all others but 0 and `position` [ratio]."""
         norm = self.residual_norm[index]
-        others = torch.ones(norm.shape[-1], dtype=torch.bool)
-        others[[0, self.position]] = False
-        return norm[..., position] / norm[..., others].median(-1).values
+        return norm[..., position] / _measure.median_of_others(norm, [0, self.position])
 
     def highest_peak(self, index: int, position: int) -> Float[Tensor, "prompt"]:
         """`peak` after the layer where it is highest on average [ratio]."""
@@ -107,7 +105,7 @@ class Conditions(Result):
             share: In at least this share of prompts.
         """
         x = self.ffn_output[index, :, :, target]
-        median = x.abs().median(-1).values
+        median = ffn.median_over_dims(x)
         passes = ffn.nonmixture_dims(x, self.ffn_mixed_max[index], median).float().mean(0)
         return [
             (layer, dim, float(x[:, layer, dim].mean()))

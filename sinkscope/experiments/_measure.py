@@ -119,6 +119,18 @@ def _no_gram(layer: int) -> Tensor:
     raise NotImplementedError("no quantity here goes through W_O")
 
 
+def median_of_others(
+    norms: Float[Tensor, "prompt layer position"], positions: list[int]
+) -> Float[Tensor, "prompt layer"]:
+    """Median norm of all positions but these, see `metrics.residual.median_of_others`."""
+    real = torch.ones(len(norms), norms.shape[-1], dtype=torch.bool)
+    taken = torch.zeros_like(real)
+    taken[:, positions] = True
+    return torch.stack(
+        [residual.median_of_others(layer, taken, real) for layer in norms.unbind(1)], dim=1
+    )
+
+
 def losses(model: Any, texts: Texts) -> Float[Tensor, "prompt query"] | None:
     """Loss of each query's prediction of the next token [nat]; nan at the last one.
 

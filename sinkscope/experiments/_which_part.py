@@ -116,7 +116,7 @@ class _Sink:
         growth = torch.diff(norm[:, 0], prepend=norm.new_zeros(1))
         layer = int(growth.argmax())
         x = found["ffn"][:, layer]
-        stands = ffn.nonmixture_dims(x, found["mixed"][:, layer], x.abs().median(-1).values)
+        stands = ffn.nonmixture_dims(x, found["mixed"][:, layer], ffn.median_over_dims(x))
         dims = tuple((stands.float().mean(0) >= 0.5).nonzero()[:, 0].tolist())
         by_rule = bool(dims)
         if not dims:
@@ -128,7 +128,7 @@ class _Sink:
             written=x.mean(0)[list(dims)],
             held=found["resid"][:, layer].mean(0)[list(dims)],
             norm=float(norm[layer, 0]),
-            usual=float(norm[layer, 1:].median()),
+            usual=float(_measure.median_of_others(norm[None], [0])[0, layer]),
         )
 
 
@@ -206,9 +206,8 @@ def _read(model: Any, case: Condition, position: int) -> dict[str, Any]:
         found = _measure.measure(model, case.texts, wanted)
         loss = _measure.losses(model, case.texts)
     norm = found["norm"]
-    others = torch.ones(norm.shape[-1], dtype=torch.bool)
-    others[[0, position]] = False
-    ratio = norm[..., [0, position]] / norm[..., others].median(-1).values[..., None]
+    median = _measure.median_of_others(norm, [0, position])
+    ratio = norm[..., [0, position]] / median[..., None]
     later = norm.shape[1] // 2
     return {
         "peak": ratio.amax(1),

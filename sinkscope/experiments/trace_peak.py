@@ -20,7 +20,6 @@ from sinkscope.experiments import _measure, _result
 from sinkscope.experiments._traced import PeakTrace
 from sinkscope.interventions import RemoveOutput, SetActivation
 from sinkscope.interventions._base import check_layers, check_mode
-from sinkscope.metrics import residual
 from sinkscope.models import load_model
 from sinkscope.texts import Texts
 
@@ -97,15 +96,9 @@ def _read(model: Any, prompts: Texts, sink: int) -> dict[str, Tensor]:
     wanted = {"norm": _measure.RESIDUAL_NORM, "attention": _measure.TO_SINKS}
     found = _measure.measure(model, prompts, wanted, [sink])
     norm = found["norm"]
-    sinks = torch.zeros_like(prompts.mask).cpu()
-    sinks[:, sink] = True
-    median = torch.stack(
-        [residual.median_of_others(layer, sinks, prompts.mask.cpu()) for layer in norm.unbind(1)],
-        dim=1,
-    )
     return {
         "peak": norm[..., sink],
-        "peak_ratio": norm[..., sink] / median,
+        "peak_ratio": norm[..., sink] / _measure.median_of_others(norm, [sink]),
         "attention": found["attention"],
     }
 
