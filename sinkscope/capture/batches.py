@@ -228,15 +228,15 @@ def cut(
     real, at_sinks = real[:, :length], sinks.cpu().numpy()[index, :length]
     number = at_sinks.sum(axis=1)
     one_each = bool((number == 1).all())
-    ids, real_, sinks_ = (
-        sent(torch.from_numpy(np.ascontiguousarray(x)), device)
-        for x in (tokens.cpu().numpy()[index, :length], real, at_sinks)
-    )
+
+    def there(x: np.ndarray) -> Tensor:
+        return sent(torch.from_numpy(np.ascontiguousarray(x)), device)
+
     return Batch(
         rows=rows,
-        tokens=ids,
-        mask=real_,
-        sinks=sinks_,
+        tokens=there(tokens.cpu().numpy()[index, :length]),
+        mask=there(real),
+        sinks=there(at_sinks),
         causal=causal,
         ragged=not bool(real.all()),
         most_sinks=int(number.max()),
