@@ -55,12 +55,24 @@ class Package:
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A line of `packaged_models`: what there is, and what of it is on this machine."""
+    """A line of `packaged_models`: what there is, and what of it is on this machine.
+
+    Attributes:
+        name: What `load_model` calls it.
+        description: One line for people.
+        installed: Whether the package is in this Python.
+        cached: Whether its converted weights are in the user's cache, which all Pythons share.
+    """
 
     name: str
     description: str
     installed: bool
     cached: bool
+
+    @property
+    def ready(self) -> bool:
+        """Whether `load_model` finds it: a converted model no longer needs its package."""
+        return self.installed or self.cached
 
 
 BUILT_IN = MappingProxyType(

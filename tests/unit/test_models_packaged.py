@@ -134,11 +134,15 @@ def test_listing(package: Package, site: Path, weights: Path) -> None:
     def line():
         return next(model for model in packaged_models() if model.name == "tiny")
 
-    assert (line().installed, line().cached) == (False, False)
-    put_in(site, weights)
-    assert (line().installed, line().cached) == (True, False)
+    assert (line().installed, line().cached, line().ready) == (False, False, False)
+    placed = put_in(site, weights)
+    assert (line().installed, line().cached, line().ready) == (True, False, True)
     packaged_folder("tiny")
-    assert (line().installed, line().cached) == (True, True)
+    assert (line().installed, line().cached, line().ready) == (True, True, True)
+    # Another Python of the same user: it lacks the package and loads the model all the same.
+    placed.unlink()
+    assert (line().installed, line().cached, line().ready) == (False, True, True)
+    assert load_model("tiny", device="cpu").cfg.n_layers == 3
     assert [model.name for model in packaged_models()] == ["tiny", "bb-3l"]
 
 
