@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -120,10 +119,10 @@ def test_sources(name: str, request: pytest.FixtureRequest) -> None:
     assert sha256(published(name)) == PACKAGES[name].sha256
 
 
-def test_second_load_takes_seconds(smollm2) -> None:
-    start = time.perf_counter()
+def test_second_load_converts_nothing(smollm2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conversion is what takes long, about 15 s; the copy in the cache loads in 1.5 s."""
+    monkeypatch.delattr("sinkscope._convert.convert_gguf")
     again = load_model("smollm2-135m", device="cpu")
-    assert time.perf_counter() - start < 10, "about 1.5 s on an idle machine"
     tokens = torch.arange(100, 120)[None]
     with torch.no_grad():
         assert torch.equal(again(tokens), smollm2(tokens))
