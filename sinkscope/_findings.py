@@ -164,16 +164,22 @@ def provenance(report: SinkReport) -> str:
 
 
 def uniform(report: SinkReport) -> float:
-    """Importance that the sinks would have if every query spread its attention evenly."""
-    from sinkscope.metrics.positions import uniform_received
+    """`sink_attention` if every query spread its attention evenly over the keys that it sees."""
+    from sinkscope.metrics._reduce import sliding_sum
+    from sinkscope.metrics.attention import sink_attention
+    from sinkscope.metrics.positions import reach, visible_keys
 
-    windows = Counter(report.settings.windows or (None,))
-    at_sinks = report.sink_mask.to(report.mask.device)
-    total = sum(
-        layers * float(uniform_received(report.mask, report.settings.causal, w)[at_sinks].mean())
-        for w, layers in windows.items()
-    )
-    return total / windows.total()
+    mask, causal = report.mask, report.settings.causal
+    sinks = report.sink_mask.to(mask.device)
+
+    def in_layer(window: int | None) -> torch.Tensor:
+        sinks_seen = sliding_sum(sinks.float(), *reach(causal, window))
+        even = sinks_seen / visible_keys(mask, causal, window)
+        return sink_attention(even[:, None], sinks, mask, causal)
+
+    layers = Counter(report.settings.windows or (None,))
+    total = sum(count * in_layer(window) for window, count in layers.items())
+    return float((total / layers.total()).nanmean())
 
 
 def _positions(report: SinkReport) -> str:

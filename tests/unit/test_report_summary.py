@@ -13,6 +13,9 @@ from sinkscope._findings import number, uniform
 from sinkscope.compare import compare
 from sinkscope.errors import ReportError
 from sinkscope.report import MassiveActivations
+from sinkscope.scan import scan
+from sinkscope.texts import token_ids
+from tests.families.architectures import BY_NAME
 from tests.unit.report_factory import only, synthetic_report
 
 HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m[bold]&\ud800\0"
@@ -120,12 +123,47 @@ def test_sinks_found_automatically_are_listed():
     assert line(repr(report), "Sinks").startswith("positions found: 0 (×3), 5 (×1)")
 
 
-def test_the_uniform_baseline_is_that_of_uniform_attention():
-    """Causal, lengths 3 and 1: α_0 = (1 + 1/2 + 1/3)/3 and 1; bidirectional: 1/3 and 1."""
-    report = synthetic_report(2, positions=3, lengths=[3, 1])
-    assert uniform(report) == pytest.approx(((1 + 1 / 2 + 1 / 3) / 3 + 1) / 2)
-    both_ways = synthetic_report(2, positions=3, lengths=[3, 1], settings={"causal": False})
-    assert uniform(both_ways) == pytest.approx((1 / 3 + 1) / 2)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("places", [[0], [0, 1, 2], [4], [1, 6]])
+def test_the_uniform_baseline_is_that_of_the_figure_beside_it(causal: bool, places: list[int]):
+    """The share of sinks among the keys of each query after the sinks, counted one by one."""
+    lengths, windows = [9, 7], (None, 3, 3)
+    sinks = torch.zeros(2, 9, dtype=torch.bool)
+    sinks[:, places] = True
+    settings = {"causal": causal, "windows": windows}
+    report = synthetic_report(
+        2, layers=3, positions=9, lengths=lengths, sink_mask=sinks, settings=settings
+    )
+    means = []
+    for length in lengths:
+        for window in windows:
+            shares = []
+            for query in set(range(length)) - set(places):
+                if causal and query < places[0]:
+                    continue
+                keys = [key for key in range(length) if not causal or key <= query]
+                keys = [key for key in keys if window is None or abs(query - key) < window]
+                shares.append(len(set(keys) & set(places)) / len(keys))
+            means.append(np.mean(shares))
+    assert uniform(report) == pytest.approx(np.mean(means))
+
+
+@pytest.mark.parametrize("sinks", [[0], [0, 1, 2, 3, 4, 5], [10]])
+def test_a_model_with_uniform_attention_has_the_uniform_baseline(sinks: list[int]):
+    family = BY_NAME["llama"]
+    model = family.build()
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
+    report = scan(model, token_ids(family.tokens()), sinks=sinks, progress=False)
+    mean = report.sink_attention.mean().item()
+    assert uniform(report) == pytest.approx(mean, rel=1e-5)
+    assert line(repr(report), "Sinks").endswith(f"uniform attention would give {number(mean)}")
+
+
+def test_a_prompt_without_queries_after_the_sink_has_no_baseline():
+    assert uniform(synthetic_report(2, positions=3, lengths=[3, 1])) == pytest.approx(
+        (1 / 2 + 1 / 3) / 2
+    )
 
 
 def test_hostile_tokens_stay_text():
