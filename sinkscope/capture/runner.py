@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope._out_of_memory import ran_out_of_memory
+from sinkscope._reach import refuse_short_prompts
 from sinkscope.capture import batches
 from sinkscope.capture._support import is_heard
 from sinkscope.capture.batches import Batch
@@ -58,7 +59,9 @@ def run(
 
     Raises:
         ModelError: If not even one prompt at a time fits in memory, or what was found so far.
+        TextError: If a prompt does not reach a position that an intervention in force changes.
     """
+    refuse_short_prompts(model, texts.mask)
     device = input_device(model)
     order = batches.by_length(texts.mask)
     size = batch if isinstance(batch, int) else _first_size(model, texts, path)
@@ -68,6 +71,7 @@ def run(
     with (
         torch.inference_mode(),
         evaluating(model),
+        torch.autocast(device.type, enabled=False),  # the model as it is, reductions in fp32
         path.opened(),
         model.hooks(fwd_hooks=path.hooks(listener.wanted, listener.current, listener.emit)),
         tqdm(total=len(order), unit="prompt", disable=not progress, leave=False) as bar,

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sinkscope import _reach
 from sinkscope.capabilities import capabilities
 from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
 
@@ -30,7 +31,12 @@ class Intervention(AbstractContextManager):
 
     Args:
         model: A TransformerBridge.
+
+    Attributes:
+        positions: Those that every prompt must have.
     """
+
+    positions: tuple[int, ...] = ()
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -43,6 +49,7 @@ class Intervention(AbstractContextManager):
                 f"This {type(self).__name__} is in use already; make a second one to nest it."
             )
         with ExitStack() as undo:
+            undo.enter_context(_reach.needing(self.model, self.positions))
             self._begin(undo)
             self._undo = undo.pop_all()
         return self

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sinkscope._reach import refuse_short_prompts
 from sinkscope.capabilities import capabilities
 from sinkscope.capture import batches, paths, runner
 from sinkscope.capture.batches import Batch
@@ -27,9 +28,13 @@ def run_through(model: Any, texts: Any, listeners: dict[str, Listener]) -> None:
         model: A bridge.
         texts: Anything that a scan takes.
         listeners: Hook name to what is called with the activation and the batch it belongs to.
+
+    Raises:
+        TextError: If a prompt does not reach a position that an intervention in force changes.
     """
     can = capabilities(model)
     prompts = as_texts(texts).tokenize(model).right_padded()
+    refuse_short_prompts(model, prompts.mask)
     order = batches.by_length(prompts.mask)
     size = max(1, _TOKENS_A_BATCH // prompts.tokens.shape[1])
     device = runner.input_device(model)

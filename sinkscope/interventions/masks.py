@@ -84,7 +84,7 @@ class ShiftSinkLogit(MaskIntervention):
         if not math.isfinite(shift):
             raise UnsupportedError(f"A logit cannot be shifted by {shift}; pass a finite number.")
         self.shift = float(shift)
-        (self.position,) = check_positions(position)
+        self.positions = (self.position,) = check_positions(position)
         self.heads = check_indices(heads, self.can.n_heads, "head")
         if any(name != "attention_mask" for name, _ in self._names.values()):
             raise UnsupportedError(

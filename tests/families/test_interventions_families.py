@@ -34,6 +34,7 @@ from sinkscope.interventions import (
     ShiftSinkLogit,
     ZeroValue,
 )
+from sinkscope.texts import Texts
 
 from .architectures import BY_NAME, N_LAYERS, Family
 from .oracle import expected
@@ -609,6 +610,40 @@ def test_a_look_at_the_model_sees_no_intervention(family: Family) -> None:
         inside = ss.capabilities(model)
     assert inside == plain
     assert ss.capabilities(model) == before
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", ["mask", "shift", "value", "set", "scale"])
+def test_a_prompt_that_ends_before_the_position_is_refused(kind: str, batch: int) -> None:
+    """Whatever else is in its batch; where all reach it, each is measured as if it were alone."""
+    family = BY_NAME["llama"]
+    model, tokens = ss.load_model(family.build()), family.tokens(prompts=3, length=24)
+    make = {
+        "mask": lambda: SelfOnlyMask(model, 15),
+        "shift": lambda: ShiftSinkLogit(model, 2.0, 15),
+        "value": lambda: ZeroValue(model, [0, 15]),
+        "set": lambda: SetActivation(model, 0, 1, 15),
+        "scale": lambda: ScaleActivation(model, 0, 15, 2.0),
+    }[kind]
+
+    def ends_after(length: int) -> Texts:
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask[0, length:] = False
+        return Texts(tokens.masked_fill(~mask, 0), mask, bos="", source="")
+
+    def measure(texts: object) -> Tensor:
+        with make():
+            report = ss.scan(model, texts, metrics="sink_attention", batch=batch, progress=False)
+        return report.sink_attention
+
+    with pytest.raises(TextError, match="position 15, .* 0 to 14"):
+        measure(ends_after(15))
+    with make(), pytest.raises(TextError, match="position 15, .* 0 to 14"):
+        AblateHeads(model, HEADS, "mean", calibration=ends_after(15))
+    together = measure(ends_after(16))
+    alone = [measure(ss.token_ids(tokens[:1, :16])), measure(ss.token_ids(tokens[1:]))]
+    torch.testing.assert_close(together, torch.cat(alone))
+    ss.scan(model, ends_after(15), metrics="sink_attention", progress=False)  # nothing is left
 
 
 def test_refusals() -> None:
