@@ -1,4 +1,4 @@
-"""The sentences of a report's summary, one function each; None where nothing was measured."""
+"""The sentences of a report's summary, one function each; None where there is nothing to say."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def text(report: SinkReport) -> str:
 def sinks(report: SinkReport) -> str:
     """Which positions, which tokens, and how much attention they get beside uniform attention."""
     parts = [f"{_positions(report)}{_sink_tokens(report)}"]
-    if report.sink_attention is not None:
+    if report.sink_attention is not None and not report.sink_attention.isnan().all():
         per_prompt = report.sink_attention.float().nanmean((1, 2))
         mean, low, high = (float(end) for end in bootstrap(per_prompt))
         interval = "" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]"
@@ -83,6 +83,8 @@ def value_drain(report: SinkReport) -> str | None:
     if report.value_drain is None:
         return None
     drain = report.mean("value_drain")
+    if bool(drain.isnan().all()):
+        return None
     low = int(drain.nan_to_num(torch.inf).argmin())
     layer, kv_head = divmod(low, drain.shape[1])
     return (

@@ -125,8 +125,8 @@ def facts_of(report: SinkReport) -> list[Fact]:
 
 
 def heads_of(report: SinkReport) -> tuple[list[str], list[list[str]]]:
-    """Column titles and cells of the table of the strongest heads; no rows without the field."""
-    if report.sink_attention is None:
+    """Column titles and cells of the table of the strongest heads; no rows without a figure."""
+    if report.sink_attention is None or report.sink_attention.isnan().all():
         return [], []
     records = [_with_interval(record) for record in report.top_heads(_HEADS)]
     names = [name for name in _TITLES if name in records[0]]

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import plotly.graph_objects as go
+from torch import Tensor
 
 from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
@@ -97,6 +98,26 @@ def nanmean(figures: np.ndarray, axis: int) -> np.ndarray:
     counts = known.sum(axis=axis)
     sums = np.where(known, figures, 0).sum(axis=axis)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).astype(figures.dtype)
+
+
+def known(report: SinkReport, name: str) -> bool:
+    """Whether a field was measured and some prompt defines it."""
+    figures = getattr(report, name)
+    return figures is not None and not (isinstance(figures, Tensor) and figures.isnan().all())
+
+
+def require_known(report: SinkReport, name: str) -> None:
+    """Refuse a field that was not measured, or that no prompt defines.
+
+    Raises:
+        ReportError: with the reason.
+    """
+    report._require(name)
+    if not known(report, name):
+        raise ReportError(
+            f"{name} is nan in every prompt, so there is nothing to draw: it sets the sinks beside "
+            "other positions; scan prompts that have some."
+        )
 
 
 def sink_positions(report: SinkReport) -> list[int]:

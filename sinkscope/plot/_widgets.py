@@ -81,7 +81,7 @@ def plain_views(report: SinkReport, reason: str, theme: Theme) -> PlainViews:
         "sink_importance": lambda: rates.sink_rate(report, theme=theme),
         "received_peak": lambda: strip.token_strip(report, theme=theme),
     }
-    made = {name: make() for name, make in draw.items() if getattr(report, name) is not None}
+    made = {name: make() for name, make in draw.items() if _figure.known(report, name)}
     return PlainViews(reason, made)
 
 

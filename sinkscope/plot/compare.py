@@ -105,7 +105,7 @@ def head_change(
     else:
         change = _figure.mean(after, metric) - _figure.mean(before, metric)
         low = high = np.full_like(change, np.nan)
-    reach = float(np.nanmax(np.abs(change))) or 1.0
+    reach = float(np.nanmax(np.abs(change), initial=0)) or 1.0
     colours = palette(theme)
     label = f"change of {_labels.axis_label(variable)}"
     figure = go.Figure(

@@ -37,7 +37,8 @@ def nonmixture_dims(
         theme: "light", "dark", or the default.
 
     Raises:
-        ReportError: If FFN outputs were not measured, or there is no such layer.
+        ReportError: If FFN outputs were not measured, there is no such layer, or, without a layer
+            asked for, no prompt has a mixed position.
     """
     layer = _figure.choose(report, "layer", layer)
     layer = standout_layer(report) if layer is None else layer
@@ -87,6 +88,7 @@ def standout_layer(report: SinkReport) -> int:
     found = report.nonmixture_dims()
     if found:
         return found[0]["layer"]
+    _figure.require_known(report, "ffn_mixed_max")
     sink = to_numpy(report["ffn_sink"].float().abs().amax(dim=2).nanmean(dim=0))
     mixed = to_numpy(report["ffn_mixed_max"].float().amax(dim=2).nanmean(dim=0))
     return int(np.nanargmax(sink / mixed))

@@ -92,10 +92,11 @@ def residual_norms(report: SinkReport, *, theme: Theme = None) -> go.Figure:
     """Norm of the residual state after each block: the sink's and the median of the others.
 
     Raises:
-        ReportError: If residual norms were not measured.
+        ReportError: If residual norms were not measured, or no prompt has another position.
     """
+    _figure.require_known(report, "residual_peak")
     peak = _figure.mean(report, "residual_peak")
-    highest = int(np.nanargmax(peak)) if np.isfinite(peak).any() else 0
+    highest = int(np.nanargmax(peak))
     title = (
         f"Residual norm: the sink stands {_labels.number(peak[highest])} × above the others "
         f"after layer {highest}"
@@ -116,10 +117,11 @@ def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) 
         theme: "light", "dark", or the default.
 
     Raises:
-        ReportError: If drains were not measured.
+        ReportError: If drains were not measured, or no prompt has another position.
     """
     metric = "value_drain_out" if out else "value_drain"
-    kind = _labels.words(report._require(metric).dims[-1])
+    _figure.require_known(report, metric)
+    kind = _labels.words(report.variables()[metric].dims[-1])
     heads = _figure.interval(report, metric)
     colours = palette(theme)
     layers, per_layer = heads.mean.shape

@@ -26,7 +26,8 @@ _COLUMNS = (
 def page_data(report: SinkReport) -> dict[str, Any]:
     """Arrays, figures of both themes, tokens and tables of a report."""
     pack = Pack()
-    metrics = [_metric(report, pack, name) for name in _ordered(heads.head_metrics(report))]
+    fields = [name for name in heads.head_metrics(report) if _figure.known(report, name)]
+    metrics = [_metric(report, pack, name) for name in _ordered(fields)]
     names = [metric["name"] for metric in metrics]
     drawn = {theme: views.views(report, pack, names, theme) for theme in ("light", "dark")}
     linked = any(name in drawn["light"] for name in ("received", "values", "residual"))

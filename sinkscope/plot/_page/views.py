@@ -31,7 +31,7 @@ View = dict[str, Any]
 
 
 def views(report: SinkReport, pack: Pack, metrics: list[str], theme: Theme) -> dict[str, View]:
-    """Every figure that the report has the fields for, by name.
+    """Every figure that the report has the fields for, defined in some prompt, by name.
 
     Args:
         report: What a scan gave.
@@ -43,12 +43,12 @@ def views(report: SinkReport, pack: Pack, metrics: list[str], theme: Theme) -> d
     if metrics:
         made["map"] = _map(report, metrics[0], theme)
     for name, (field, at) in _LINKED.items():
-        if getattr(report, field) is not None:
+        if _figure.known(report, field):
             made[name] = _linked(report, pack, field, at, theme)
-    if report.received_by_distance is not None:
+    if _figure.known(report, "received_by_distance"):
         made["queries"] = _queries(report, pack, theme)
     for name, (fields, draw) in _STATIC.items():
-        if all(getattr(report, field) is not None for field in fields):
+        if all(_figure.known(report, field) for field in fields):
             made[name] = view(draw(report, theme=theme))
     if "rate" in made:  # the script draws the line at the threshold
         made["rate"]["layout"] |= dict(shapes=[], annotations=[])
