@@ -124,11 +124,9 @@ def exact(ids: Any, mask: Any, source: str) -> Texts:
             raise TextError("A mask needs ids of equal length; leave it out for ragged lists.")
         tokens, real = pack(rows)
     if mask is not None:
-        real = torch.as_tensor(mask, device=tokens.device)
-        if not ((real == 0) | (real == 1)).all():
-            raise TextError("A mask holds True for a real token and False for padding.")
-        real = real.bool()
+        real = _mask(mask).to(tokens.device)
     _check_tensors(tokens, real)
+    tokens = torch.where(real, tokens.long(), 0)  # under the mask may stand anything, such as -100
     return Texts(tokens, real, bos="as given", source=source)
 
 
@@ -140,7 +138,7 @@ def read_token_ids(path: str | Path) -> Texts:
     """
     try:
         ids = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, no JSON, a number too long
         raise TextError(f"{path} cannot be read as JSON: {error}.") from error
     try:
         return exact(ids, None, Path(path).name)
@@ -207,7 +205,22 @@ def _rows(ids: Any) -> list[list[int]]:
         raise TextError("Token ids should be a list of lists of integers, one list a prompt.")
     if not all(type(id) is int for row in rows for id in row):
         raise TextError("Token ids should be integers; for text pass a list of strings to texts().")
+    if not all(-(2**63) <= id < 2**63 for row in rows for id in row):
+        raise TextError("A token id is out of range: it does not fit into 64 bits.")
     return [list(row) for row in rows]
+
+
+def _mask(mask: Any) -> Bool[Tensor, "..."]:
+    """`mask` as a tensor of True and False."""
+    try:
+        real = torch.as_tensor(mask)
+    except (RuntimeError, TypeError, ValueError):
+        raise TextError(
+            "A mask should be lists of True and False, one list a prompt and all of equal length."
+        ) from None
+    if not ((real == 0) | (real == 1)).all():
+        raise TextError("A mask holds True for a real token and False for padding.")
+    return real.bool()
 
 
 def _check_tensors(tokens: Tensor, mask: Tensor) -> None:

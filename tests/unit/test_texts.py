@@ -228,6 +228,12 @@ def test_padded_ids_come_with_a_mask():
         ([[5, 6, 7]], [[1, 0, 1]], "padding between"),
         ([[5, 6, 7]], [[0, 1, 0]], "padding between or on both sides"),
         ([[5, 6]], [[0, 0]], "one has no token"),
+        ([[5, 6]], [[1], [1, 1]], "lists of True and False, one list a prompt"),
+        ([[5, 6]], [["yes", "no"]], "lists of True and False"),
+        ([[5, 6]], [[1, None]], "lists of True and False"),
+        ([[5, 6]], "11", "lists of True and False"),
+        ([[5, 2**63]], None, "does not fit into 64 bits"),
+        ([[-(2**63) - 1]], None, "does not fit into 64 bits"),
     ],
 )
 def test_ids_that_are_none(ids: object, mask: object, sentence: str):
@@ -239,6 +245,24 @@ def test_ids_that_are_none(ids: object, mask: object, sentence: str):
 def test_ids_out_of_range_are_found(wrong: int):
     with pytest.raises(TextError, match=rf"Token id {wrong} at prompt 1, position 2 .* 0 to 39"):
         token_ids([[5], [5, 6, wrong]]).tokenize(model(words()))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_ids_of_any_integer_type_can_be_embedded(dtype: torch.dtype):
+    given = torch.tensor([[5, 6], [7, 8]])
+    result = token_ids(given.to(dtype)).tokenize(model(words()))
+    table = torch.rand(WORDS, 3)
+    assert torch.equal(torch.nn.functional.embedding(result.tokens, table), table[given])
+
+
+@pytest.mark.parametrize("pad", [-100, -1, WORDS, 10**9])
+@pytest.mark.parametrize("as_ids", [list, torch.tensor])
+def test_what_stands_under_the_mask_does_not_matter(pad: int, as_ids):
+    ids = as_ids([[5, 6, pad], [7, 8, 9]])
+    result = token_ids(ids, [[1, 1, 0], [1, 1, 1]]).tokenize(model(words()))
+    assert result.tokens.tolist() == [[5, 6, 0], [7, 8, 9]]
+    with pytest.raises(TextError, match=f"Token id {pad} at prompt 0, position 2 is out of range"):
+        token_ids(ids).tokenize(model(words()))
 
 
 def test_too_many_exact_ids_are_refused():
@@ -259,6 +283,10 @@ def test_a_json_file_of_ids(tmp_path: Path):
     path.write_text("[[5,")
     with pytest.raises(TextError, match="cannot be read as JSON"):
         read_token_ids(path)
+    for digits in (20, 5000):  # Python itself refuses to read the longer one
+        path.write_text(f"[[5, {'9' * digits}]]")
+        with pytest.raises(TextError, match=r"tokens\.json"):
+            read_token_ids(path)
     with pytest.raises(TextError, match=r"cannot be read as JSON: .*No such file"):
         read_token_ids(tmp_path / "none.json")
 
