@@ -73,7 +73,7 @@ class StreamedContext(Result):
         return float(self._loss(setting, start, stop).mean().exp())
 
     def interval(self, setting: int, start: int = 0) -> tuple[float, float]:
-        """95 % bootstrap interval of the perplexity, over blocks of 128 tokens."""
+        """95 % bootstrap interval of the perplexity, over blocks of at least 128 tokens."""
         found = _over_blocks(self._loss(setting, start))
         low, high = torch.tensor([found.low, found.high]).exp().tolist()
         return low, high
@@ -167,7 +167,7 @@ class StreamedContext(Result):
         return (
             f"{self.tokens:,} tokens, whose keys and values would fill "
             f"{float(self.full_bytes.max()) / 1e6:,.1f} MB. Perplexity from token {self.after:,} "
-            f"on, {left}{over}. 95 % intervals over blocks of {BLOCK} tokens."
+            f"on, {left}{over}. 95 % intervals over blocks of at least {BLOCK} tokens."
         )
 
     def _table(self, rows: list[dict[str, Any]], full: bool) -> str:
@@ -245,9 +245,11 @@ class StreamedContext(Result):
 
 
 def _over_blocks(x: Float[Tensor, "query"]) -> Estimate:
-    """The mean, and its interval over blocks; without whole blocks there is no interval."""
-    blocks = [block.mean() for block in x.split(BLOCK) if len(block) == BLOCK]
-    if len(blocks) < 2:
-        return Estimate(float(x.mean()), float("nan"), float("nan"))
+    """The mean, and its interval over blocks of `BLOCK` tokens or more, as equal as can be.
+
+    Every token is in a block: an interval over whole blocks of `BLOCK` alone would be that of
+    another mean. Fewer tokens than two blocks have no interval.
+    """
+    blocks = [block.mean() for block in x.tensor_split(max(1, len(x) // BLOCK))]
     _, low, high = bootstrap(torch.stack(blocks))
     return Estimate(float(x.mean()), float(low), float(high))

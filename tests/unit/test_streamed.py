@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sinkscope.experiments._streamed import StreamedContext
+from sinkscope.experiments._streamed import StreamedContext, _over_blocks
 
 TOKENS, AFTER = 1024, 256
 KEPT = ["everything", "0 sinks", "4 sinks", "9 as it is", "designated 9", "0 sinks"]
@@ -60,6 +60,22 @@ def test_differences_are_taken_token_by_token(found: StreamedContext) -> None:
     against = [row["loss_over_no_sinks"] for row in rows]
     assert against[1] is None and against[5] is None
     assert [a.mean for a in against[2:5]] == pytest.approx([-0.6, -0.05, -0.65], abs=1e-5)
+
+
+@pytest.mark.parametrize("rest", [1, 64, 126, 127])
+def test_an_interval_is_that_of_its_own_mean_where_the_text_ends_within_a_block(rest: int) -> None:
+    losses = np.r_[np.ones(256), np.zeros(rest)]
+    found = _over_blocks(torch.from_numpy(losses))
+    assert found.mean == pytest.approx(losses.mean())
+    half = (len(losses) + 1) // 2  # of two blocks, one or the other is drawn twice now and then
+    ends = losses[half:].mean(), losses[:half].mean()
+    assert (found.low, found.high) == pytest.approx(ends)
+    assert found.low <= found.mean <= found.high
+
+
+def test_there_is_no_interval_of_fewer_tokens_than_two_blocks() -> None:
+    found = _over_blocks(torch.arange(255.0))
+    assert found.mean == 127 and np.isnan([found.low, found.high]).all()
 
 
 def test_words_name_what_is_spared_in_the_same_window(found: StreamedContext) -> None:
