@@ -189,8 +189,11 @@ class NonMixture(Result):
         from sinkscope.plot import nonmixture_dims
 
         layers = sorted({record["layer"] for record in self.found}) or [None]
+        rule = {"over_median": self.over_median, "over_mixed": self.over_mixed}
         return {
-            "ffn" if layer is None else f"ffn-layer-{layer}": nonmixture_dims(self.report, layer)
+            "ffn" if layer is None else f"ffn-layer-{layer}": nonmixture_dims(
+                self.report, layer, **rule
+            )
             for layer in layers
         }
 

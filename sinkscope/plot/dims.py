@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
 
 def nonmixture_dims(
-    report: SinkReport, layer: int | None = None, *, top: int = 10, theme: Theme = None
+    report: SinkReport,
+    layer: int | None = None,
+    *,
+    over_median: float = 100.0,
+    over_mixed: float = 10.0,
+    share: float = 0.5,
+    top: int = 10,
+    theme: Theme = None,
 ) -> go.Figure:
     """FFN output of a layer at the sink against all mixed positions (Yan et al., Fig. 1).
 
@@ -33,6 +40,8 @@ def nonmixture_dims(
         report: What a scan gave.
         layer: Which layer; by default the one with the largest dim that passes the rule, or else
             where the sink stands out most from the mixed positions.
+        over_median, over_mixed, share: The rule's thresholds, as `SinkReport.nonmixture_dims` takes
+            them.
         top: Dims on the right.
         theme: "light", "dark", or the default.
 
@@ -41,8 +50,9 @@ def nonmixture_dims(
             asked for, no prompt has a mixed position.
     """
     layer = _figure.choose(report, "layer", layer)
-    layer = standout_layer(report) if layer is None else layer
-    passing = {r["dim"] for r in report.nonmixture_dims() if r["layer"] == layer}
+    found = report.nonmixture_dims(over_median, over_mixed, share)
+    layer = standout_layer(report, found) if layer is None else layer
+    passing = {r["dim"] for r in found if r["layer"] == layer}
     sink = report["ffn_sink"][:, layer].float()
     mixed = report["ffn_mixed_max"][:, layer].float()
     value = to_numpy(sink.nanmean(dim=0))
@@ -78,14 +88,13 @@ def nonmixture_dims(
     figure.update_yaxes(title_text="|FFN output| [activation]", type="log", dtick=1, col=2)
     figure.update_annotations(font_size=13)
     figure.update_layout(legend=dict(y=1.07))
-    found = ", ".join(map(str, sorted(passing))) or "none"
-    title = f"Non-mixture dims of layer {layer}: {found}"
+    listed = ", ".join(map(str, sorted(passing))) or "none"
+    title = f"Non-mixture dims of layer {layer}: {listed}"
     return _figure.finish(figure, title, report.settings, theme, height=480)
 
 
-def standout_layer(report: SinkReport) -> int:
-    """The layer whose FFN output stands out most at the sink."""
-    found = report.nonmixture_dims()
+def standout_layer(report: SinkReport, found: list[dict[str, Any]]) -> int:
+    """The layer whose FFN output stands out most at the sink, given the dims that pass the rule."""
     if found:
         return found[0]["layer"]
     _figure.require_known(report, "ffn_mixed_max")

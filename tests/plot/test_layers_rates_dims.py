@@ -6,6 +6,7 @@ import torch
 
 import sinkscope.plot as plot
 from sinkscope.errors import ReportError
+from sinkscope.experiments._nonmixture import NonMixture
 from tests.unit.report_factory import only, synthetic_report
 
 
@@ -158,6 +159,39 @@ def test_nonmixture_dims_of_a_chosen_layer():
     assert figure.layout.title.text == "Non-mixture dims of layer 2: none"
     with pytest.raises(ReportError, match="no layer 9"):
         plot.nonmixture_dims(synthetic_report(), 9)
+
+
+def report_of_a_dim_that_hardly_stands_out():
+    """Dim 5 of layer 2: 40 and 60 over a median of 1, in positions that reach 5."""
+    ffn_sink = torch.ones(2, 4, 12)
+    ffn_sink[:, 2, 5] = torch.tensor([40.0, 60.0])
+    return synthetic_report(
+        prompts=2, ffn_sink=ffn_sink, ffn_mixed_max=5 * torch.ones(2, 4, 12),
+        ffn_sink_median=torch.ones(2, 4),
+    )  # fmt: skip
+
+
+def test_nonmixture_dims_follow_the_thresholds_asked_for():
+    report = report_of_a_dim_that_hardly_stands_out()
+    for rule, dims in (
+        ({}, "none"),
+        ({"over_median": 20.0, "over_mixed": 5.0}, "5"),
+        ({"over_median": 50.0, "over_mixed": 5.0}, "5"),  # in half the prompts
+        ({"over_median": 50.0, "over_mixed": 5.0, "share": 0.6}, "none"),
+    ):
+        figure = plot.nonmixture_dims(report, **rule)
+        assert figure.layout.title.text == f"Non-mixture dims of layer 2: {dims}"
+        assert line(figure, "sink").x[0] == ("5" if dims == "none" else "<b>5</b>")
+
+
+def test_figures_of_the_waiver_experiment_follow_its_thresholds():
+    found = NonMixture(
+        about="synthetic", report=report_of_a_dim_that_hardly_stands_out(), position=0,
+        masked=False, causal=True, over_median=20.0, over_mixed=5.0,
+    )  # fmt: skip
+    ((name, figure),) = found.figures().items()
+    assert name == "ffn-layer-2" and found.found[0]["dim"] == 5
+    assert figure.layout.title.text == "Non-mixture dims of layer 2: 5"
 
 
 def test_thousands_of_dims_keep_the_largest():
