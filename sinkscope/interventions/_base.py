@@ -68,6 +68,20 @@ class Intervention(AbstractContextManager):
         """Take effect, and leave in `undo` all it takes to undo that."""
         raise NotImplementedError
 
+    def _follow_hooks(self, undo: ExitStack, layer: int = 0) -> None:
+        """Be in force when the bridge's hooks are, for an edit that is none of them.
+
+        Whoever puts the hooks of a bridge aside, to look at the model itself, means us too.
+        """
+        self._point = self.model.hook_dict[f"blocks.{layer}.hook_in"]
+        undo.enter_context(self.model.hooks(fwd_hooks=[(self._point.name, self._witness)]))
+
+    def _in_force(self) -> bool:
+        return any(handle.user_hook == self._witness for handle in self._point.fwd_hooks)
+
+    def _witness(self, x: Tensor, hook: Any) -> None:
+        """Does nothing; its presence says that hooks are in force."""
+
 
 class HookedIntervention(Intervention):
     """An intervention that edits activations where they fire."""

@@ -53,24 +53,18 @@ class MaskIntervention(Intervention):
     def _begin(self, undo: ExitStack) -> None:
         undo.enter_context(self.cursor.following(self.model))
         undo.callback(self._edited.clear)
-        # Whoever puts the hooks of a bridge aside, to look at the model itself, means us too.
-        point = self.model.hook_dict[f"blocks.{self.layers[0]}.hook_in"]
-        undo.enter_context(self.model.hooks(fwd_hooks=[(point.name, self._witness)]))
+        self._follow_hooks(undo, self.layers[0])
         for layer in self.layers:
-            before = functools.partial(self._before, layer, point)
+            before = functools.partial(self._before, layer)
             handle = self.model.blocks[layer].attn.register_forward_pre_hook(
                 before, with_kwargs=True
             )
             undo.callback(handle.remove)
 
-    def _witness(self, x: Tensor, hook: Any) -> None:
-        """Does nothing; its presence says that hooks are in force."""
-
     def _before(
-        self, layer: int, point: Any, attn: nn.Module, args: tuple, kwargs: dict[str, Any]
+        self, layer: int, attn: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        in_force = any(handle.user_hook == self._witness for handle in point.fwd_hooks)
-        if not in_force or not self.touches():
+        if not self._in_force() or not self.touches():
             return None
         name, place = self._names[layer]
         given = args[place] if len(args) > place else kwargs.get(name)

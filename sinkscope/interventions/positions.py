@@ -46,6 +46,7 @@ class PositionEmbeddingEdit(Intervention):
         self._source, self._target = (
             first + _in_table(position, size) for position in (source, target)
         )
+        self.positions = (self._target - first,)
 
     def _begin(self, undo: ExitStack) -> None:
         rows = [self._source, self._target]
@@ -72,8 +73,10 @@ class PositionIdEdit(Intervention):
         mode: "replace", or "swap" to rotate `source` as `target` as well.
 
     Raises:
-        UnsupportedError: If the model is not rotary, or computes its angles where no one can see.
-        TextError: If a position is not a whole number from 0.
+        UnsupportedError: If the model is not rotary, computes its angles where no one can see, or
+            has others for a longer text, so that one far id would turn every token.
+        TextError: If a position is not a whole number from 0, or (when it runs) a prompt does not
+            reach one that is to change.
     """
 
     def __init__(self, model: Any, source: int, target: int, mode: str = "replace") -> None:
@@ -87,30 +90,54 @@ class PositionIdEdit(Intervention):
             if type(position) is not int or position < 0:
                 raise TextError(f"Position {position!r} is not a whole number from 0.")
         self.source, self.target = source, target
+        self.positions = (target, source) if mode == "swap" else (target,)
         self._rotaries = [m for m in model.modules() if isinstance(m, RotaryEmbeddingBridge)]
         if self.can.positions != "rotary" or not self._rotaries:
             raise UnsupportedError(
                 f"{self.can.architecture} has no rotary position ids to edit (its positions are "
                 f"{self.can.positions}); for learned ones use PositionEmbeddingEdit."
             )
+        if kinds := _kinds(self._rotaries) & {"dynamic", "longrope"}:
+            raise UnsupportedError(
+                f"The rotary angles of {self.can.architecture} change with the largest position id "
+                f"({', '.join(sorted(kinds))}), so editing one would turn other tokens too."
+            )
 
     def _begin(self, undo: ExitStack) -> None:
+        self._follow_hooks(undo)
         for rotary in self._rotaries:
             handle = rotary.register_forward_pre_hook(self._before, with_kwargs=True)
             undo.callback(handle.remove)
 
     def _before(
         self, rotary: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        if not self._in_force():
+            return None
         if "position_ids" in kwargs:
             return args, {**kwargs, "position_ids": self._edit(kwargs["position_ids"])}
         return (args[0], self._edit(args[1]), *args[2:]), kwargs
 
     def _edit(self, ids: Int[Tensor, "_ position"]) -> Int[Tensor, "_ position"]:
+        last = int(ids.max())
+        if max(self.positions) > last:
+            raise TextError(
+                f"Position {max(self.positions)} lies outside the tokens that this forward pass "
+                f"reaches, 0 to {last}; use longer prompts or an earlier position."
+            )
         edited = ids.masked_fill(ids == self.target, self.source)
         if self.mode == "swap":
             edited = edited.masked_fill(ids == self.source, self.target)
         return edited
+
+
+def _kinds(rotaries: list[Any]) -> set[str]:
+    """The ways in which rotary embeddings make their angles, by transformers' names."""
+    kinds: set[str] = set()
+    for rotary in rotaries:
+        kind = getattr(rotary.original_component, "rope_type", "default")
+        kinds |= set(kind.values()) if isinstance(kind, dict) else {kind}  # one a layer type
+    return kinds
 
 
 def position_table(model: Any) -> tuple[Float[Tensor, "row dim"], int]:

@@ -7,9 +7,10 @@ sinkscope takes part.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 import torch
 from einops import repeat
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import sinkscope as ss
 from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
@@ -520,6 +521,67 @@ def test_position_id_edit(family: Family, path: str, mode: str) -> None:
     assert torch.equal(run(model, tokens, path), before)
 
 
+@pytest.mark.parametrize("target, source, mode", [(24, 0, "replace"), (3, 24, "swap")])
+def test_a_position_id_that_no_token_has_is_refused(
+    path: str, target: int, source: int, mode: str
+) -> None:
+    """Source 24 may be given to a token (a plain model shows what comes out), but not swapped."""
+    family = BY_NAME["llama"]
+    model, plain, tokens = ss.load_model(family.build()), family.build(), family.tokens(length=24)
+    edit = PositionIdEdit(model, source, target, mode)
+    with pytest.raises(TextError, match="24 lies outside .* 0 to 23"), edit:
+        run(model, tokens, path)
+    with pytest.raises(TextError, match="0 to 23"), edit:
+        ss.scan(model, ss.token_ids(tokens), path=path, progress=False)
+    ids, real = list(range(24)), torch.ones_like(tokens)
+    ids[3] = 24
+    with torch.no_grad():
+        want = plain(tokens, attention_mask=real, position_ids=torch.tensor([ids])).logits
+    with PositionIdEdit(model, 24, 3):
+        assert_close(run(model, tokens, path), want)
+
+
+ROPES = {
+    "dynamic": {"factor": 2.0},
+    "longrope": {
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+    },
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 32},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_position_ids_that_turn_other_tokens_are_refused(kind: str) -> None:
+    """Where an id beyond the trained length changes what plain transformers does before it."""
+    config = LlamaConfig(
+        **{"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48},
+        **{"num_attention_heads": 4, "max_position_embeddings": 32, "pad_token_id": 0},
+        initializer_range=0.3,
+        rope_parameters={"rope_type": kind, "rope_theta": 1e4, **ROPES[kind]},
+    )
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    tokens = BY_NAME["llama"].tokens(length=24)
+    ids, real = torch.arange(24)[None], torch.ones_like(tokens)
+    far = ids.masked_fill(ids == 15, 40)
+    with torch.no_grad():
+        first, second = (
+            plain(tokens, attention_mask=real, position_ids=i).logits for i in (ids, far)
+        )
+    others_turn = bool((first[:, :15] - second[:, :15]).abs().max() > 1e-4)
+    assert others_turn == (kind != "yarn")
+    model = ss.load_model(copy.deepcopy(plain))
+    if others_turn:
+        with pytest.raises(UnsupportedError, match=kind):
+            PositionIdEdit(model, 40, 15)
+    else:
+        with PositionIdEdit(model, 40, 15):
+            assert_close(run(model, tokens, "stock"), second)
+
+
 # -- manners ------------------------------------------------------------------------------------
 
 
@@ -606,7 +668,13 @@ def test_a_look_at_the_model_sees_no_intervention(family: Family) -> None:
     with ss.streaming(model):
         plain = ss.capabilities(model)
     before = ss.capabilities(model)
-    with SelfOnlyMask(model, 3), ShiftSinkLogit(model, 2.0), ss.streaming(model):
+    interventions = [SelfOnlyMask(model, 3), ShiftSinkLogit(model, 2.0)]
+    if family.positions == "rotary":
+        interventions.append(PositionIdEdit(model, 0, 20))  # beyond the probe's tokens
+    with ExitStack() as stack:
+        for intervention in interventions:
+            stack.enter_context(intervention)
+        stack.enter_context(ss.streaming(model))
         inside = ss.capabilities(model)
     assert inside == plain
     assert ss.capabilities(model) == before
