@@ -12,7 +12,7 @@ from sinkscope._bootstrap import bootstrap
 from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels
-from sinkscope.plot._bins import bins
+from sinkscope.plot._bins import Bins, bins
 from sinkscope.plot._scales import LOG_BAR
 from sinkscope.plot.theme import Palette, Theme, palette
 
@@ -59,11 +59,13 @@ def nonmixture_dims(
     reach = to_numpy(mixed.nanmean(dim=0))
     largest = np.argsort(-np.nan_to_num(np.abs(value)))[:top]
     colours = palette(theme)
+    places = bins(len(value))
+    every = f"every dim, maxima of {len(places.first):,} bins" if places.binned else "every dim"
     figure = make_subplots(
         1, 2, column_widths=[0.62, 0.38], horizontal_spacing=0.1,
-        subplot_titles=["every dim", f"the {len(largest)} largest, in size"],
+        subplot_titles=[every, f"the {len(largest)} largest, in size"],
     )  # fmt: skip
-    _every_dim(figure, value, reach, colours)
+    _every_dim(figure, places, value, reach, colours)
     for dim in largest[:3]:
         text = f"<b>{dim}</b>" if dim in passing else str(dim)
         figure.add_annotation(
@@ -151,12 +153,17 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
     return _figure.finish(figure, title, report.settings, theme, height=height)
 
 
-def _every_dim(figure: go.Figure, value: np.ndarray, reach: np.ndarray, colours: Palette) -> None:
-    """The sink's FFN output over all dims, and the reach of the mixed positions behind it."""
-    dims = bins(len(value)).argmax(np.abs(value))
+def _every_dim(
+    figure: go.Figure, places: Bins, value: np.ndarray, reach: np.ndarray, colours: Palette
+) -> None:
+    """The sink's FFN output over all dims, and the reach of the mixed positions behind it.
+
+    Of a bin each draws its own largest dim: they need not be the same.
+    """
+    dims, reached = places.argmax(np.abs(value)), places.argmax(reach)
     for sign, name in ((1, "largest of the mixed positions, either way"), (-1, "")):
         figure.add_scatter(
-            x=dims, y=sign * reach[dims], mode="lines", name=name, showlegend=sign > 0,
+            x=reached, y=sign * reach[reached], mode="lines", name=name, showlegend=sign > 0,
             line=dict(color=colours.other, width=1), hoverinfo="skip", row=1, col=1,
         )  # fmt: skip
     figure.add_bar(

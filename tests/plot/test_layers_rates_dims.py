@@ -201,6 +201,24 @@ def test_thousands_of_dims_keep_the_largest():
     assert 3 in every.x and max(every.y) == 400
 
 
+def test_among_thousands_of_dims_the_mixed_positions_reach_as_far_as_they_do():
+    ffn_mixed = torch.rand(2, 4, 4096, generator=torch.Generator().manual_seed(0))
+    ffn_mixed[:, 1, 2000] = 900
+    figure = plot.nonmixture_dims(
+        synthetic_report(prompts=2, dims=4096, ffn_mixed_max=ffn_mixed), layer=1
+    )
+    mean = ffn_mixed[:, 1].double().mean(0).tolist()
+    reach = line(figure, "largest of the mixed positions, either way")
+    (below,) = [trace for trace in figure.data if trace.name == ""]
+    assert max(reach.y) == 900 and min(below.y) == -900 and len(reach.x) <= 1100
+    assert 2000 in reach.x
+    for one in (reach, below):
+        assert [abs(y) for y in one.y] == pytest.approx([mean[dim] for dim in one.x])
+    assert f"every dim, maxima of {len(reach.x):,} bins" in {
+        note.text for note in figure.layout.annotations
+    }
+
+
 def test_massive_activations_are_mapped_over_layers_and_dims():
     report = synthetic_report(prompts=3)
     figure = plot.massive_activations(report)
