@@ -10,13 +10,15 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sinkscope._metric_of import metric_of
+
 if TYPE_CHECKING:
     from sinkscope.capabilities import Capabilities
 
 
 def describe(capabilities: Capabilities) -> RenderableType:
     """Tables for a terminal or a notebook: what the model is, what can be measured, and where."""
-    return Group(_structure(capabilities), _metrics(capabilities), _signals(capabilities))
+    return Group(_structure(capabilities), _figures(capabilities), _signals(capabilities))
 
 
 def as_text(renderable: RenderableType, width: int = 100) -> str:
@@ -81,14 +83,19 @@ def _runs(values: tuple[int | float | None, ...]) -> str:
     return " · ".join(parts)
 
 
-def _metrics(can: Capabilities) -> Table:
-    table = Table(title="Metrics on the stock path", title_justify="left")
+def _figures(can: Capabilities) -> Table:
+    table = Table(
+        title="Figures on the stock path",
+        caption="metric: what a scan is asked for to measure it",
+        title_justify="left",
+    )
+    table.add_column("figure", no_wrap=True)
     table.add_column("metric", no_wrap=True)
     table.add_column("")
-    for metric in can.available:
-        table.add_row(metric, Text("yes", style="green"))
-    for metric, reason in can.unavailable.items():
-        table.add_row(metric, Text(f"no: {reason}", style="yellow"))
+    for figure in can.available:
+        table.add_row(figure, metric_of(figure) or "-", Text("yes", style="green"))
+    for figure, reason in can.unavailable.items():
+        table.add_row(figure, metric_of(figure) or "-", Text(f"no: {reason}", style="yellow"))
     return table
 
 

@@ -46,7 +46,11 @@ METRIC_SIGNALS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "loss": (),
     }
 )
-"""The signals that each metric reads on the stock path."""
+"""The signals that each figure is made of on the stock path.
+
+A figure is what a report or an experiment tells; a scan is asked for metrics, each of which
+measures one figure or several (`models show` names the metric beside the figure).
+"""
 
 NO_SOFTMAX = (
     "attention is not a softmax of the scores here, so its rows are no distribution, and have no "
@@ -64,7 +68,7 @@ STREAMED = frozenset({"pattern", "scores", "query", "key", "value"})
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a model is, which hook points carry what, and which metrics follow.
+    """What a model is, which hook points carry what, and which figures follow.
 
     Attributes:
         architecture: The model's class, for example "LlamaForCausalLM".
@@ -92,7 +96,7 @@ class Capabilities:
         positions: "rotary", "learned", "alibi", "none" or another word of TransformerLens.
         lm_head: Whether the output head is trained, so that its logits mean something.
         signals: Signal name to hook name with ``{layer}``, for the stock bridge.
-        unavailable: Metric name to the reason why the stock path cannot measure it.
+        unavailable: Figure to the reason why the stock path cannot measure it.
         hooks: All hook points that fire; those in every block once, with ``{layer}``.
     """
 
@@ -122,8 +126,8 @@ class Capabilities:
 
     @property
     def available(self) -> tuple[str, ...]:
-        """Metrics that the stock path can measure."""
-        return tuple(metric for metric in METRIC_SIGNALS if metric not in self.unavailable)
+        """Figures that the stock path can measure."""
+        return tuple(figure for figure in METRIC_SIGNALS if figure not in self.unavailable)
 
     def hook(self, signal: str, layer: int) -> str:
         """Name of the hook point that carries ``signal`` in ``layer``.
@@ -275,15 +279,15 @@ def _is_parallel(model: Any, found: Findings, seen: Probe) -> bool:
 
 
 def _unavailable(model: Any, anatomy: Anatomy, found: Findings, causal: bool) -> dict[str, str]:
-    """Why each metric that cannot be measured on the stock path cannot."""
+    """Why each figure that cannot be measured on the stock path cannot."""
     reasons: dict[str, str] = {}
     # The streaming path has q·k and no other term of the scores.
     streamed = STREAMED if anatomy.positions != "alibi" and _streams(model) else frozenset()
-    for metric, signals in METRIC_SIGNALS.items():
+    for figure, signals in METRIC_SIGNALS.items():
         for signal in signals:
             if signal in found.reasons:
                 hint = '; path="streaming" measures it' if signal in streamed else ""
-                reasons[metric] = found.reasons[signal] + hint
+                reasons[figure] = found.reasons[signal] + hint
     if not found.softmax:
         reasons.setdefault("attention_entropy", NO_SOFTMAX)
     if not any(sink is not None for sink in anatomy.sinks):

@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinkscope._metric_of import metric_of
 from sinkscope.capabilities import GATED, NO_SOFTMAX, Capabilities, capabilities
 from sinkscope.capture import paths, runner
 from sinkscope.capture.observers import CORE, OBSERVERS, Observer, Scope
@@ -121,6 +122,8 @@ def choose_metrics(metrics: Metrics, can: Capabilities, path: paths.Path) -> tup
     asked = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     wanted = [name for group in asked for name in groups.get(group, (group,))]
     for name in wanted:
+        if name not in OBSERVERS and (metric := metric_of(name)):
+            raise UnsupportedError(f"{name} is a figure of the metric {metric!r}; ask for that.")
         if name not in OBSERVERS:
             raise UnsupportedError(
                 f'There is no metric {name!r}; choose "all", "core", or some of '

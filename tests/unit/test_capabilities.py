@@ -232,7 +232,9 @@ def test_description_says_it_all() -> None:
         assert hook in text
     page = StringIO()
     Console(width=100, file=page).print(can)
-    assert "Metrics on the stock path" in page.getvalue()
+    assert "Figures on the stock path" in page.getvalue()
+    (row,) = [row for row in text.splitlines() if "honor" in row]
+    assert "head_outputs" in row
 
 
 def test_description_of_special_attention() -> None:

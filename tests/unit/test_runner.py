@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -223,6 +225,26 @@ def test_bad_arguments_end_in_one_sentence(model, tokens, arguments, kind, messa
     with pytest.raises(kind, match=message) as caught:
         ss.scan(model, tokens, progress=False, **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_figure_asked_for_as_a_metric_leads_to_the_metric_that_has_it(model, tokens) -> None:
+    """What is named in the sentence is asked for, and the report has to hold the figure then."""
+    found = {}
+    for figure in ss.capabilities(model).available:
+        try:
+            report = ss.scan(model, tokens, metrics=[figure], progress=False)
+        except UnsupportedError as error:
+            named = re.search(rf"^{figure} is a figure of the metric '(\w+)'; ask", str(error))
+            if named is None:
+                assert f"There is no metric {figure!r}" in str(error)
+                continue
+            report = ss.scan(model, tokens, metrics=[named[1]], progress=False)
+        parts = {"sink_logit_parts": "sink_query_norm"}
+        held = getattr(report, parts.get(figure, figure))
+        assert (held() if callable(held) else held) is not None
+        found[figure] = report.settings.metrics
+    assert found["residual_norm"] == ("residual",) and found["sink_rate"] == ("received",)
+    assert set(ss.capabilities(model).available) - set(found) == {"neurons", "loss"}
 
 
 def test_core_measures_what_it_says_and_no_more(model, tokens) -> None:
