@@ -121,7 +121,8 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
     frame = report.to_frame("massive")
     value, ratio = "value [activation]", "ratio [ratio]"
     frame["size"] = frame[value].abs()
-    dims = frame.groupby("dim")["size"].max().nlargest(top).index.tolist()
+    largest = frame.groupby("dim")["size"].max()
+    dims = largest.nlargest(top).index.tolist()
     cells = frame[frame["dim"].isin(dims)].groupby(["dim", "layer"])
     prompts = report.sizes["prompt"]
     grid = np.full((len(dims), report.settings.n_layers), np.nan)
@@ -142,10 +143,14 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
             hovertemplate="layer %{x}, dim %{y}<br>%{text}<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_xaxes(title_text="layer", range=[-0.5, grid.shape[1] - 0.5], showgrid=False)
+    figure.update_xaxes(
+        title_text="layer", range=[-0.5, grid.shape[1] - 0.5], showgrid=False,
+        **_figure.layer_ticks(grid.shape[1]),
+    )  # fmt: skip
     figure.update_yaxes(title_text="dim", type="category", autorange="reversed", showgrid=False)
+    drawn = f", the {len(dims)} largest drawn" if len(dims) < len(largest) else ""
     title = (
-        f"Massive activations: {int(report.massive.count.sum()):,} in {len(dims)} dims"
+        f"Massive activations: {int(report.massive.count.sum()):,} in {len(largest)} dims{drawn}"
         if len(frame)
         else "Massive activations: none passes the rule"
     )

@@ -7,6 +7,7 @@ import torch
 import sinkscope.plot as plot
 from sinkscope.errors import ReportError
 from sinkscope.experiments._nonmixture import NonMixture
+from sinkscope.report import MassiveActivations
 from tests.unit.report_factory import only, synthetic_report
 
 
@@ -229,6 +230,19 @@ def test_massive_activations_are_mapped_over_layers_and_dims():
     assert np.isnan(np.asarray(cells.z)[:, [0, 2, 3]]).all()
     assert "3 of 3 prompts, position 0" in cells.text[0][1]
     assert "6 in 2 dims" in figure.layout.title.text
+
+
+def test_massive_activations_count_the_dims_that_are_not_drawn_too():
+    dims = torch.arange(25)
+    one = torch.ones(25, dtype=torch.int64)
+    massive = MassiveActivations(
+        prompt=0 * one, layer=one, position=0 * one, dim=dims,
+        value=200.0 + dims, ratio=2000.0 + dims, count=torch.tensor([[0, 25, 0, 0]]),
+    )  # fmt: skip
+    figure = plot.massive_activations(synthetic_report(prompts=1, massive=massive))
+    assert figure.layout.title.text == "Massive activations: 25 in 25 dims, the 20 largest drawn"
+    assert list(figure.data[0].y) == [str(dim) for dim in range(24, 4, -1)]
+    assert figure.layout.xaxis.dtick == 1, "a tick at layer 0.5 names no layer"
 
 
 def test_figures_of_what_was_not_measured_say_what_to_measure():
