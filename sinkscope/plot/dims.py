@@ -40,8 +40,10 @@ def nonmixture_dims(
         report: What a scan gave.
         layer: Which layer; by default the one with the largest dim that passes the rule, or else
             where the sink stands out most from the mixed positions.
-        over_median, over_mixed, share: The rule's thresholds, as `SinkReport.nonmixture_dims` takes
-            them.
+        over_median: The rule's thresholds, as `SinkReport.nonmixture_dims` takes them: over the
+            median of the dims,
+        over_mixed: over the largest of the mixed positions,
+        share: and the share of prompts in which a dim has to pass both.
         top: Dims on the right.
         theme: "light", "dark", or the default.
 
@@ -148,9 +150,11 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
         **_figure.layer_ticks(grid.shape[1]),
     )  # fmt: skip
     figure.update_yaxes(title_text="dim", type="category", autorange="reversed", showgrid=False)
+    passing = int(report.massive.count.sum())
+    kept = f", the {len(frame):,} largest" if len(frame) < passing else ""
     drawn = f", the {len(dims)} largest drawn" if len(dims) < len(largest) else ""
     title = (
-        f"Massive activations: {int(report.massive.count.sum()):,} in {len(largest)} dims{drawn}"
+        f"Massive activations: {passing:,}{kept} in {len(largest)} dims{drawn}"
         if len(frame)
         else "Massive activations: none passes the rule"
     )
