@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 
 from sinkscope._bootstrap import bootstrap
 from sinkscope.errors import ReportError
+from sinkscope.metrics.positions import uniform_received
 from sinkscope.plot import _figure, _labels, _series
 from sinkscope.plot.theme import Theme, palette
 
@@ -69,8 +71,9 @@ def sink_rate_by_length(
 ) -> go.Figure:
     """Sink rate of the first sink against T, one report a point, one line a model.
 
-    The same text looks less of a sink the longer it is, uniform attention falling as ln T / T; the
-    dotted line is what uniform attention gives the first token.
+    The same text looks less of a sink the longer it is: causal attention that is uniform falls as
+    ln T / T, bidirectional as 1 / T. A dotted line a model is what uniform attention would give the
+    first sink, mean over layers (their windows count) and prompts.
 
     Args:
         reports: Scans at several lengths; of several models if you like.
@@ -88,19 +91,19 @@ def sink_rate_by_length(
     for index, model in enumerate(dict.fromkeys(report.settings.model for report in reports)):
         own = sorted((r for r in reports if r.settings.model == model), key=_length)
         points = [_rate_at(report, np.array([epsilon])) for report in own]
+        name, colour = _labels.escape(model), colours.series[index % len(colours.series)]
+        lengths = [_length(report) for report in own]
         _series.band(
-            figure, [_length(report) for report in own],
-            tuple(np.concatenate(end) for end in zip(*points, strict=True)),
-            name=_labels.escape(model), colour=colours.series[index % len(colours.series)],
-            label="sink rate [share]", along="T =",
+            figure, lengths, tuple(np.concatenate(end) for end in zip(*points, strict=True)),
+            name=name, colour=colour, label="sink rate [share]", along="T =",
+        )  # fmt: skip
+        figure.add_scatter(
+            x=lengths, y=[_uniform(report) for report in own], mode="lines",
+            name=f"{name}: attention of the first sink, were it uniform",
+            line=dict(color=colour, dash="dot"),
+            hovertemplate="T = %{x}<br>uniform attention: %{y:.3~g}<extra></extra>",
         )  # fmt: skip
     lengths = sorted({_length(report) for report in reports})
-    uniform = [float(np.mean(1 / np.arange(1, length + 1))) for length in lengths]
-    figure.add_scatter(
-        x=lengths, y=uniform, mode="lines", name="attention of the first token, were it uniform",
-        line=dict(color=colours.faint, dash="dot"),
-        hovertemplate="T = %{x}: %{y:.3~g}<extra></extra>",
-    )  # fmt: skip
     figure.update_xaxes(title_text="T [positions]", type="log", tickvals=lengths, ticktext=lengths)
     figure.update_yaxes(title_text="sink rate [share of heads]", range=[0, 1.02], tickformat=".0%")
     title = f"Sink rate against the length of the text, ε = {epsilon:g}"
@@ -114,6 +117,17 @@ def _rate_at(report: SinkReport, epsilons: np.ndarray) -> _figure.Interval:
     above = torch.where(importance.isnan(), torch.nan, above)
     rates = above.nanmean(dim=(1, 2))
     return _figure.remembered(report, ("rate", *epsilons), lambda: bootstrap(rates))
+
+
+def _uniform(report: SinkReport) -> float:
+    """What the first sink would receive, as `sink_importance` counts it, of uniform attention."""
+    first = report.sink_mask & (report.sink_mask.cumsum(dim=1) == 1)
+    layers = Counter(report.settings.windows or (None,))
+    levels = [
+        float(uniform_received(report.mask, report.settings.causal, window)[first].mean())
+        for window in layers
+    ]
+    return float(np.average(levels, weights=list(layers.values())))
 
 
 def _other_positions(figure: go.Figure, report: SinkReport, colour: str) -> None:

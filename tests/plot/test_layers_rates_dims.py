@@ -132,12 +132,48 @@ def test_sink_rate_by_length_has_a_point_a_report_and_the_uniform_level():
     assert list(drawn.x) == [8, 16]
     for report, rate in zip(reversed(reports), drawn.y, strict=True):
         assert rate == pytest.approx(float((report.sink_importance > 0.5).float().mean()))
-    uniform = figure.data[-1]
+    uniform = line(figure, "synthetic: attention of the first sink, were it uniform")
+    assert list(uniform.x) == [8, 16]
     assert list(uniform.y) == pytest.approx(
         [sum(1 / (i + 1) for i in range(n)) / n for n in (8, 16)]
     )
     with pytest.raises(ReportError, match="no report"):
         plot.sink_rate_by_length([])
+
+
+def spread_evenly(length: int, sink: int, causal: bool, window: int | None) -> float:
+    """What a key receives from the queries that see it, each spread over the keys it sees."""
+    far = length if window is None else window
+
+    def sees(query: int, key: int) -> bool:
+        return abs(query - key) < far and (key <= query or not causal)
+
+    seers = [query for query in range(length) if sees(query, sink)]
+    shares = [1 / sum(sees(query, key) for key in range(length)) for query in seers]
+    return sum(shares) / len(shares)
+
+
+def test_each_model_has_the_uniform_level_of_its_own_attention():
+    def scan(model: str, length: int, causal: bool, windows, sink: int = 0):
+        sinks = (torch.arange(length) == sink).expand(3, length)
+        settings = dict(model=model, causal=causal, windows=windows)
+        return synthetic_report(positions=length, sink_mask=sinks, settings=settings)
+
+    every, some = (None,) * 4, (None, 4, 4, 4)
+    kinds = {"both ways": (False, every, 0), "windows": (True, some, 0), "later": (True, every, 3)}
+    figure = plot.sink_rate_by_length(
+        [scan(m, n, causal, at, sink) for m, (causal, at, sink) in kinds.items() for n in (16, 32)]
+    )
+    for model, (causal, windows, sink) in kinds.items():
+        uniform = line(figure, f"{model}: attention of the first sink, were it uniform")
+        assert list(uniform.x) == [16, 32]
+        expected = [
+            np.mean([spread_evenly(n, sink, causal, window) for window in windows])
+            for n in (16, 32)
+        ]
+        assert list(uniform.y) == pytest.approx(expected), model
+    both = line(figure, "both ways: attention of the first sink, were it uniform")
+    assert list(both.y) == pytest.approx([1 / 16, 1 / 32])
 
 
 def test_nonmixture_dims_show_the_sink_against_the_mixed_positions():
@@ -242,6 +278,9 @@ def test_massive_activations_count_the_dims_that_are_not_drawn_too():
     figure = plot.massive_activations(synthetic_report(prompts=1, massive=massive))
     assert figure.layout.title.text == "Massive activations: 25 in 25 dims, the 20 largest drawn"
     assert list(figure.data[0].y) == [str(dim) for dim in range(24, 4, -1)]
+    more = dataclasses.replace(massive, count=10 * massive.count)
+    figure = plot.massive_activations(synthetic_report(prompts=1, massive=more))
+    assert "250, the 25 largest in 25 dims" in figure.layout.title.text
     assert figure.layout.xaxis.dtick == 1, "a tick at layer 0.5 names no layer"
 
 
