@@ -17,8 +17,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from sinkscope._tokens import context_size
+
 PROBE_LENGTH = 12
-"""Positions of the probe: enough for patterns to differ, and longer than a tiny model's window."""
+"""Positions of the probe: enough for patterns to differ, and longer than a tiny model's window.
+
+A model whose context is shorter is probed with all of that.
+"""
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,9 @@ def probe(bridge: Any, wanted: Callable[[str], bool]) -> Probe:
 def probe_tokens(bridge: Any) -> Int[Tensor, "prompt position"]:
     """Two prompts of unlike, ordinary ids; the second differs in its last token only."""
     vocabulary = bridge.cfg.d_vocab
+    length = min(PROBE_LENGTH, context_size(bridge) or PROBE_LENGTH)
     # Special ids sit at either end of a vocabulary: take the middle half.
-    ids = torch.linspace(vocabulary // 4, 3 * vocabulary // 4, PROBE_LENGTH + 1).long()
+    ids = torch.linspace(vocabulary // 4, 3 * vocabulary // 4, length + 1).long()
     return torch.stack([ids[:-1], torch.cat([ids[:-2], ids[-1:]])])
 
 

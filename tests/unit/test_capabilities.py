@@ -17,6 +17,7 @@ from sinkscope._signals import CANDIDATES, find_signals, is_causal
 from sinkscope.capabilities import capabilities
 from sinkscope.errors import UnsupportedError
 from sinkscope.models import load_model
+from sinkscope.scan import scan
 from tests.families.architectures import BY_NAME
 
 from .model_files import TOKENS, tiny_llama
@@ -106,6 +107,20 @@ def test_causality_shows_without_a_pattern() -> None:
     for name in ("llama", "mistral", "gpt_oss", "opt", "bert"):
         seen = probe(load_model(BY_NAME[name].build()), lambda hook: hook.endswith("resid_post"))
         assert is_causal(seen, 3, 2e-3) == BY_NAME[name].causal
+
+
+@pytest.mark.parametrize("context", [1, 2, 8])
+def test_a_context_shorter_than_the_probe_is_probed_as_it_is(context: int) -> None:
+    family = BY_NAME["gpt2"]
+    hf = replace(family, settings=family.settings | dict(n_positions=context)).build()
+    tokens = family.tokens(length=context)
+    with torch.no_grad():
+        patterns = torch.stack(hf(tokens, output_attentions=True).attentions)
+    bridge = load_model(hf)
+    report = scan(bridge, tokens, progress=False)
+    received = patterns[..., 0].mean(-1)  # every query sees the first key
+    torch.testing.assert_close(report.sink_importance, received.transpose(0, 1))
+    assert capabilities(bridge).causal and capabilities(bridge).n_ctx == context
 
 
 def test_an_active_intervention_does_not_mislead(bridge: TransformerBridge) -> None:
