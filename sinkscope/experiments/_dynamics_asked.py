@@ -13,12 +13,10 @@ from typing import Any
 from torch import nn
 
 from sinkscope._settings import library_versions
-from sinkscope.experiments._partial import digest
+from sinkscope.experiments._partial import digest, weights_of
 from sinkscope.texts import Texts, TextSource
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "config.json")
-_SAMPLE = 1024
-"""Numbers of each weight that a model in memory is known by."""
 
 
 def asked_of(
@@ -50,7 +48,7 @@ def asked_of(
 
 def _checkpoint(model: str | Path | None, checkpoint: Any, options: dict[str, Any]) -> str:
     if isinstance(checkpoint, nn.Module):
-        return _in_memory(checkpoint)
+        return f"{type(checkpoint).__name__} with weights {weights_of(checkpoint)}"
     if isinstance(checkpoint, int):
         return f"step {checkpoint} of {model}"
     if callable(checkpoint):
@@ -71,14 +69,6 @@ def _on_disk(path: Path) -> str:
     size = sum(each.st_size for each in found)
     written = datetime.fromtimestamp(max((each.st_mtime for each in found), default=0))
     return f"{path}, {size:,} bytes of {written:%Y-%m-%d %H:%M:%S.%f}"
-
-
-def _in_memory(model: nn.Module) -> str:
-    content = hashlib.sha256()
-    for weight in getattr(model, "original_model", model).parameters():
-        content.update(repr(tuple(weight.shape)).encode())
-        content.update(weight.detach().flatten()[:_SAMPLE].double().cpu().numpy().tobytes())
-    return f"{type(model).__name__} with weights {content.hexdigest()[:16]}"
 
 
 def _dtype(checkpoint: Any, options: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from sinkscope import _netcdf
 from sinkscope._labelled import Labelled
 from sinkscope._settings import library_versions
 from sinkscope.errors import ReportError
+from sinkscope.experiments._in_force import hooked
 from sinkscope.models import model_source
 from sinkscope.texts import Texts
 
@@ -20,6 +21,23 @@ R = TypeVar("R", bound=Labelled)
 
 _EVERY = 5.0
 """Seconds between two writes."""
+_COLUMNS = 4
+"""Numbers of each row of each weight that a model's weights are known by."""
+
+
+def kept_in(place: str | Path | None, model: Any) -> Path | None:
+    """Where figures are to be kept, if anywhere.
+
+    Raises:
+        ReportError: If hooks are in force. What they do cannot be written down, so that the place
+            would hand these figures on as those of the model without them.
+    """
+    if place is not None and hooked(model):
+        raise ReportError(
+            f"{place} keeps figures of a model as it is, and hooks or interventions are in force "
+            "on this one; measure under them without a file or folder."
+        )
+    return None if place is None else Path(place)
 
 
 def asked_of(model: Any, texts: Texts, **asked: Any) -> dict[str, Any]:
@@ -35,6 +53,7 @@ def asked_of(model: Any, texts: Texts, **asked: Any) -> dict[str, Any]:
         "model": source.name,
         "revision": source.revision,
         "dtype": dtype_of(model),
+        "weights": weights_of(model),
         "texts": texts.source,
         "bos": texts.bos,
         "tokens": digest(texts),
@@ -46,6 +65,17 @@ def asked_of(model: Any, texts: Texts, **asked: Any) -> dict[str, Any]:
 def dtype_of(model: Any) -> str:
     """The weights' dtype, as `Settings.dtype` says it."""
     return str(next(model.original_model.parameters()).dtype).removeprefix("torch.")
+
+
+def weights_of(model: Any) -> str:
+    """A hash of a few numbers of every row of every weight."""
+    content = hashlib.sha256()
+    for weight in getattr(model, "original_model", model).parameters():
+        content.update(repr(tuple(weight.shape)).encode())
+        if not weight.is_meta:
+            rows = weight.detach() if weight.ndim < 2 else weight.detach().flatten(1)[:, :_COLUMNS]
+            content.update(rows.double().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]
 
 
 def digest(texts: Texts) -> str:
@@ -83,7 +113,7 @@ class Growing(Generic[R]):
         self._written = time.monotonic()
         if file is not None and file.exists():
             self.result = _netcdf.load(type(empty), file)
-            _check_same(self.result, empty, file)
+            check_same(_asked(self.result), _asked(empty), file)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -104,10 +134,19 @@ class Growing(Generic[R]):
         self._written = time.monotonic()
 
 
-def _check_same(found: Any, wanted: Any, file: Path) -> None:
-    for name, value in wanted.asked.items():
-        if found.asked.get(name) != value:
+def _asked(result: Any) -> dict[str, Any]:
+    return result.asked
+
+
+def check_same(found: dict[str, Any], wanted: dict[str, Any], file: Path) -> None:
+    """Refuse to continue what was asked for otherwise.
+
+    Raises:
+        ReportError: If anything that was asked differs.
+    """
+    for name, value in wanted.items():
+        if found.get(name) != value:
             raise ReportError(
-                f"{file} was begun with another {name} ({found.asked.get(name)!r}, now {value!r}); "
+                f"{file} was begun with another {name} ({found.get(name)!r}, now {value!r}); "
                 "name another folder, or delete that file."
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +21,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinkscope.capabilities import capabilities
-from sinkscope.errors import ReportError, TextError
+from sinkscope.errors import TextError
 from sinkscope.experiments import _partial, _result
 from sinkscope.experiments._dormancy import Dormancy
 from sinkscope.experiments._partway import with_loss
 from sinkscope.experiments._statistics import max_t
 from sinkscope.experiments.removal import MODES, Removal, removal
 from sinkscope.interventions._base import check_mode
-from sinkscope.models import load_model, model_source
+from sinkscope.models import load_model
 from sinkscope.report import SinkReport, load_report
 from sinkscope.scan import scan
 from sinkscope.texts import Texts, TextSource, as_texts, texts
@@ -102,19 +103,21 @@ def dormancy(
         TextError: With fewer than two domains, or two prompts of one.
         UnsupportedError: If the model cannot show what the scores need; or, with `remove`, has no
             loss or cannot start at any of its blocks.
-        ReportError: If the folder holds results of another model, text or setting.
+        ReportError: If the folder holds results of another model, text or setting; or hooks or
+            interventions are in force, which a folder cannot tell apart.
     """
     model = load_model(model)
+    folder = _partial.kept_in(out, model)
     modes = tuple(check_mode(mode, MODES) for mode in _names(remove))
     if modes:
         with_loss(capabilities(model))
     recipes = sources(domains, prompts=prompts, length=length, bos=bos, seed=seed)
     kinds = {name: recipe.tokenize(model).right_padded() for name, recipe in recipes.items()}
     _check(kinds)
-    folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    request = _Request(sinks, seed, folder, progress)
+    once = isinstance(sinks, Iterable) and not isinstance(sinks, str)
+    request = _Request(list(sinks) if once else sinks, seed, folder, progress)
     reports = {name: _report(model, name, kind, request) for name, kind in kinds.items()}
     found = Dormancy(
         about=_about(model, kinds),
@@ -202,39 +205,24 @@ def _about(model: Any, kinds: Mapping[str, Texts]) -> str:
 def _report(model: Any, name: str, kind: Texts, request: _Request) -> SinkReport:
     """Scan a domain, unless that has been done."""
     file = request.file(name)
-    if file is not None and file.exists():
-        report = load_report(file)
-        _check_same(report, model, kind, request, file)
-        return report
-    report = scan(model, kind, metrics=METRICS, sinks=request.sinks, progress=request.progress).to(
-        "cpu"
-    )
-    if file is not None:
-        report.save(file)
+    if file is None:
+        return _scanned(model, kind, request)
+    asked = _partial.asked_of(model, kind, sinks=str(request.sinks))
+    beside = file.with_suffix(".asked.json")
+    if file.exists():
+        found = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        _partial.check_same(found, asked, file)
+        return load_report(file)
+    report = _scanned(model, kind, request)
+    # The report comes last: where it is, what was asked is too.
+    _partial.write_whole(beside, json.dumps(asked, indent=1))
+    report.save(file)
     return report
 
 
-def _check_same(report: SinkReport, model: Any, kind: Texts, request: _Request, file: Path) -> None:
-    source = model_source(model)
-    sinks = request.sinks if request.sinks == "auto" else ",".join(map(str, request.sinks))
-    found = report.settings
-    tokens = Texts(report.tokens, report.mask, bos="", source="")
-    pairs = {
-        "model": (_named(found.model, found.revision), _named(source.name, source.revision)),
-        "dtype": (found.dtype, _partial.dtype_of(model)),
-        "text": (_partial.digest(tokens), _partial.digest(kind)),
-        "sinks": (found.sinks, sinks),
-    }
-    for what, (then, now) in pairs.items():
-        if then != now:
-            raise ReportError(
-                f"{file} was measured with another {what} ({then}, now {now}); name another "
-                "folder, or delete it."
-            )
-
-
-def _named(model: str, revision: str) -> str:
-    return f"{model} {revision}".strip()
+def _scanned(model: Any, kind: Texts, request: _Request) -> SinkReport:
+    report = scan(model, kind, metrics=METRICS, sinks=request.sinks, progress=request.progress)
+    return report.to("cpu")
 
 
 def _p_values(

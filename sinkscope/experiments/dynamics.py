@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
 
 from sinkscope.capabilities import capabilities
 from sinkscope.errors import ModelError, ReportError, UnsupportedError
@@ -141,8 +142,10 @@ class _Checkpoints:
         """Whether the report that an earlier run left, if it did, is the one asked for.
 
         Raises:
-            ReportError: If it is not.
+            ReportError: If it is not, or hooks are in force on the checkpoint.
         """
+        if isinstance(checkpoint, TransformerBridge):
+            _partial.kept_in(self._folder, checkpoint)
         file = self._file(step)
         if file is None:
             return

@@ -73,9 +73,11 @@ def removal(
         UnsupportedError: If the model has no loss, if starting partway is not exact for it, or if a
             head does not exist.
         TextError: If "resample" gets prompts of several lengths, or a single prompt.
-        ReportError: If the file was begun with other settings.
+        ReportError: If the file was begun with other settings; or hooks or interventions are in
+            force, which a file cannot tell apart.
     """
     model = load_model(model)
+    file = _partial.kept_in(file, model)
     partway = Partway(model)
     can = partway.can
     prompts = as_texts(texts).tokenize(model).right_padded()
@@ -97,7 +99,7 @@ def removal(
         loss=torch.full((len(prompts),), torch.nan),
         loss_without=torch.full(shape, torch.nan),
     )
-    growing = _partial.Growing(empty, None if file is None else Path(file))
+    growing = _partial.Growing(empty, file)
     with growing.kept(), partway.opened():
         _Run(partway, prompts, mode, standing_in, seed, batch).fill(growing, wanted, progress)
     return growing.result

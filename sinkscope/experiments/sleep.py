@@ -72,9 +72,11 @@ def sleep(
     Raises:
         UnsupportedError: If the model has no loss or cannot show what the scores need, or there is
             no such score.
-        ReportError: If the file was begun with other settings.
+        ReportError: If the file was begun with other settings; or hooks or interventions are in
+            force, which a file cannot tell apart.
     """
     model = load_model(model)
+    file = _partial.kept_in(file, model)
     partway = Partway(model)
     prompts = as_texts(texts).tokenize(model).right_padded()
     names, shares = tuple(scores), tuple(sorted(set(map(float, shares))))
@@ -99,7 +101,7 @@ def sleep(
         loss_asleep=torch.full(shape, torch.nan),
         share_removed=torch.full(shape, torch.nan),
     )
-    growing = _partial.Growing(empty, None if file is None else Path(file))
+    growing = _partial.Growing(empty, file)
     if not growing.result.loss_asleep.isnan().any():
         return growing.result
     report = scan(model, prompts, metrics=_METRICS, progress=progress).to("cpu")

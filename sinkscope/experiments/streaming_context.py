@@ -25,7 +25,7 @@ from sinkscope.errors import UnsupportedError
 from sinkscope.experiments import _result
 from sinkscope.experiments._heap import trim
 from sinkscope.experiments._long_text import long_text
-from sinkscope.experiments._partial import Growing, asked_of
+from sinkscope.experiments._partial import Growing, asked_of, kept_in
 from sinkscope.experiments._stream_settings import AUTO, Setting, check_lengths, plan
 from sinkscope.experiments._streamed import StreamedContext
 from sinkscope.experiments._window_cache import COUNTED, Layout, Turner, WindowCache
@@ -80,15 +80,17 @@ def streaming_context(
         UnsupportedError: If the model is bidirectional, has no trained head, has sliding windows,
             or takes no cache; or if its positions cannot be counted as asked.
         TextError: If the text is too short, or a number of sinks or a position is none.
-        ReportError: If the file holds something that was asked for otherwise.
+        ReportError: If the file holds something that was asked for otherwise; or hooks or
+            interventions are in force, which a file cannot tell apart.
     """
     model = load_model(model)
+    file = kept_in(file, model)
     can = _check(capabilities(model))
     prompts = long_text(model, text, tokens, bos=bos, seed=seed)
     settings = plan(windows, sinks, designated, counted, full, tokens, can)
     check_lengths(settings, tokens, can)
     turner = Turner(model, can) if any(s.counted == "cache" for s in settings) else None
-    growing = Growing(_empty(model, prompts, settings), None if file is None else Path(file))
+    growing = Growing(_empty(model, prompts, settings), file)
     result = growing.result
     missing = [i for i in range(len(settings)) if bool(result.seconds[i].isnan())]
     total = len(missing) * tokens

@@ -238,12 +238,12 @@ def test_a_folder_is_continued_or_refused(model, tmp_path, monkeypatch) -> None:
             first.removals["zero"][domain].loss_without,
         )
     swapped = dict(zip(("high", "low"), domains().values(), strict=True))
-    with pytest.raises(ReportError, match="another text"):
+    with pytest.raises(ReportError, match="another tokens"):
         dormancy(model, swapped, out=tmp_path, progress=False)
     with pytest.raises(ReportError, match="another sinks"):
         dormancy(model, domains(), sinks=(1,), out=tmp_path, progress=False)
     half = ss.load_model(LLAMA.build(SEED).to(torch.bfloat16))
-    with pytest.raises(ReportError, match=r"another dtype \(float32, now bfloat16\)"):
+    with pytest.raises(ReportError, match=r"another dtype \('float32', now 'bfloat16'\)"):
         dormancy(half, domains(), out=tmp_path, progress=False)
 
 
