@@ -39,13 +39,12 @@ def softmax_with_spare(scores: Scores, spare: Float[Tensor, "*#row 1"]) -> Patte
 
 def relu(scores: Scores) -> Pattern:
     """max(s_j, 0) / (number of visible keys): the ReLU attention of Guo et al. 2024."""
-    return torch.relu(scores) / _visible(scores).sum(-1, keepdim=True)
+    return torch.relu(scores) / _number(scores)
 
 
 def sigmoid(scores: Scores) -> Pattern:
     """σ(s_j − ln n) with n visible keys (Ramapuram et al. 2024): starts at softmax's 1/n."""
-    count = _visible(scores).sum(-1, keepdim=True)
-    return torch.sigmoid(scores - count.log())
+    return torch.sigmoid(scores - _number(scores).log())
 
 
 def softpick(scores: Scores, eps: float = 1e-8) -> Pattern:
@@ -63,6 +62,11 @@ def nothing(scores: Scores) -> Pattern:
 
 def _visible(scores: Scores) -> Tensor:
     return scores > HIDDEN
+
+
+def _number(scores: Scores) -> Tensor:
+    """Visible keys of each row, or 1 where there are none: nothing over nothing is nothing."""
+    return _visible(scores).sum(-1, keepdim=True).clamp(min=1)
 
 
 PLAIN: dict[str, Callable[[Scores], Pattern]] = {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkscope.capture import streaming
@@ -26,14 +26,14 @@ def sigmoid(
     scores: Float[Tensor, "prompt head query key"], seen: Bool[Tensor, "prompt head query key"]
 ) -> Float[Tensor, "prompt head query key"]:
     """σ(s_ij − ln n_i), with n_i the keys that query i sees: near 1/n_i each where s is 0."""
-    return torch.sigmoid(scores - seen.sum(-1, keepdim=True).log()) * seen
+    return torch.sigmoid(scores.masked_fill(~seen, 0) - _number(seen).log()) * seen
 
 
 def relu(
     scores: Float[Tensor, "prompt head query key"], seen: Bool[Tensor, "prompt head query key"]
 ) -> Float[Tensor, "prompt head query key"]:
     """ReLU(s_ij) / n_i, with n_i the keys that query i sees (Guo et al. 2410.13835)."""
-    return torch.relu(scores.masked_fill(~seen, 0)) / seen.sum(-1, keepdim=True)
+    return torch.relu(scores.masked_fill(~seen, 0)) / _number(seen)
 
 
 def off_by_one(
@@ -45,14 +45,21 @@ def off_by_one(
     return torch.cat([scores, zero], dim=-1).softmax(-1)[..., :-1]
 
 
+def _number(
+    seen: Bool[Tensor, "prompt head query key"],
+) -> Int[Tensor, "prompt head query 1"]:
+    """Keys that each query sees, or 1 where a pad sees none: nothing over nothing is nothing."""
+    return seen.sum(-1, keepdim=True).clamp(min=1)
+
+
 OPERATORS: dict[str, Operator] = {"sigmoid": sigmoid, "relu": relu, "off_by_one": off_by_one}
 
 
 class ReplaceSoftmax(HookedIntervention):
     """Turns scores into attention weights by another operator.
 
-    The pattern is materialised in the layers concerned. What sinkscope computes from a log-sum-exp
-    assumes a softmax, so a scan inside needs ``path="stock"``; the streaming path refuses.
+    The pattern is materialised in the layers concerned, and a scan inside reads it there, on either
+    path. No log-sum-exp says what they attend to: whoever hooks ``hook_lse`` is refused.
 
     Args:
         model: A bridge whose scores and pattern are really used (not stock BERT or OPT).
@@ -107,8 +114,8 @@ class ReplaceSoftmax(HookedIntervention):
         if self.model in streaming._streams:
             if attn.hook_lse.has_hooks():
                 raise UnsupportedError(
-                    "Under ReplaceSoftmax attention has no log-sum-exp to measure it by; scan with "
-                    'path="stock".'
+                    "Under ReplaceSoftmax attention has no log-sum-exp to measure it by; hook "
+                    "hook_pattern instead."
                 )
         elif kind_of(attn) == "delegated" or layer not in self._scores:
             raise UnsupportedError(

@@ -34,6 +34,7 @@ from sinkscope.interventions import (
     SetActivation,
     ShiftSinkLogit,
     ZeroValue,
+    softmax,
 )
 from sinkscope.texts import Texts
 
@@ -292,20 +293,50 @@ def test_replace_softmax(family: Family, path: str) -> None:
             for i in range(len(seen)):
                 shifted = scores[:, :, i] - np.log(int(seen[i].sum()))
                 weights[:, :, i] = torch.sigmoid(shifted) * seen[i]
+            kept.append(weights[:, :, 1:, 0].mean(-1))
             return torch.einsum("bhqk,bhkd->bqhd", weights, value), weights
 
         return attend
 
+    kept: list[torch.Tensor] = []
     with attention(plain, change), torch.no_grad():
         want = plain(tokens).logits
     before = run(model, tokens, path)
     with ReplaceSoftmax(model, "sigmoid"):
         got = run(model, tokens, path)
-        if path == "streaming":
-            with pytest.raises(UnsupportedError, match="log-sum-exp"):
-                ss.scan(model, ss.token_ids(tokens), path="streaming", progress=False)
+        report = ss.scan(model, ss.token_ids(tokens), path=path, progress=False)
+        with ss.streaming(model), pytest.raises(UnsupportedError, match="log-sum-exp"):
+            model.run_with_hooks(
+                tokens, fwd_hooks=[("blocks.0.attn.hook_lse", lambda x, hook: None)]
+            )
+    assert_close(report.sink_attention, torch.stack(kept, dim=1))
     assert_close(got, want)
     assert torch.equal(run(model, tokens, path), before)
+
+
+@pytest.mark.parametrize("operator", ["sigmoid", "relu", "off_by_one"])
+def test_replace_softmax_beside_left_pads(path: str, operator: str) -> None:
+    """A padded prompt is what it is alone: rotary positions only say how far apart tokens are."""
+    model, tokens = ss.load_model(BY_NAME["llama"].build()), BY_NAME["llama"].tokens(2, 12)
+    real = torch.ones_like(tokens)
+    real[0, :4] = 0
+    with ReplaceSoftmax(model, operator):
+        alone = run(model, tokens[:1, 4:], path), run(model, tokens[1:], path)
+        with ss.streaming(model) if path == "streaming" else nullcontext(), torch.no_grad():
+            padded = model(tokens, attention_mask=real)
+    assert_close(padded[:1, 4:], alone[0])
+    assert_close(padded[1:], alone[1])
+
+
+@pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo().min])
+def test_operators_pay_what_is_seen_and_nothing_where_nothing_is(hidden: float) -> None:
+    scores = [[0.5, hidden, -1.5], [hidden, hidden, hidden]]
+    given = torch.tensor(scores)[None, None]
+    by_hand = {"sigmoid": lambda s: 1 / (1 + 2 * np.exp(-s)), "relu": lambda s: max(s, 0) / 2}
+    for name, formula in by_hand.items():
+        want = [[formula(0.5), 0, formula(-1.5)], [0, 0, 0]]
+        got = softmax.OPERATORS[name](given, given > torch.finfo().min / 2)
+        torch.testing.assert_close(got[0, 0], torch.tensor(want, dtype=torch.float32))
 
 
 # -- heads --------------------------------------------------------------------------------------

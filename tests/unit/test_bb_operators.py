@@ -69,6 +69,12 @@ def test_hiding_a_key_equals_not_having_it(name):
     torch.testing.assert_close(whole[[0, 2, 3]], short)
 
 
+@pytest.mark.parametrize("name", ["relu", "sigmoid", "softpick", "off-by-one", "spare"])
+def test_a_row_without_a_visible_key_pays_nobody(name):
+    """Rows of left pads; a plain softmax alone has to put its 1 somewhere."""
+    assert CASES[name][0](torch.full((2, 5), MASKED)).tolist() == [[0.0] * 5] * 2
+
+
 def test_spare_logit_takes_what_the_row_lacks():
     pattern = op.softmax_with_spare(scores(), torch.tensor([2.5]))
     spare = math.exp(2.5) / (math.exp(2.5) + sum(math.exp(t) for t in seen()))
