@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sinkscope._tokens import context_size
 from sinkscope.errors import UnsupportedError
 
 
@@ -23,7 +24,8 @@ class Anatomy:
         architecture: The model's class, for example "LlamaForCausalLM".
         n_layers: Number of blocks.
         d_model: Residual channels.
-        n_ctx: Longest context in positions, ``None`` where the config states none.
+        n_ctx: Longest context in positions, ``None`` where the config states none. Rows of
+            a position table that no position uses (RoBERTa's first) do not count.
         windows: Sliding window of each layer in positions, a position itself counted; ``None`` is
             full attention.
         softcap: Scores are ``softcap * tanh(scores / softcap)`` where not ``None``.
@@ -62,7 +64,7 @@ def read_anatomy(bridge: Any) -> Anatomy:
         architecture=name,
         n_layers=len(blocks),
         d_model=cfg.d_model,
-        n_ctx=_context(cfg, config),
+        n_ctx=context_size(bridge),
         windows=_windows(config, len(blocks), name),
         softcap=float(softcap) if softcap else None,
         sinks=tuple(_sinks(module) for module in modules),
@@ -155,11 +157,3 @@ def _positions(bridge: Any) -> str:
     table = getattr(bridge, "pos_embed", None)
     learned = table is not None and any(True for _ in table.parameters())
     return "learned" if learned else "sinusoidal"
-
-
-def _context(cfg: Any, config: Any) -> int | None:
-    longest = getattr(cfg, "n_ctx", None)
-    if longest and getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
-        # These number positions from pad_token_id + 1, which uses up the table's first rows.
-        return longest - config.pad_token_id - 1
-    return longest

@@ -15,10 +15,10 @@ from sinkscope._anatomy import read_anatomy
 from sinkscope._probe import probe
 from sinkscope._signals import CANDIDATES, find_signals, is_causal
 from sinkscope.capabilities import capabilities
-from sinkscope.errors import UnsupportedError
+from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.models import load_model
 from sinkscope.scan import scan
-from tests.families.architectures import BY_NAME
+from tests.families.architectures import BY_NAME, COMMON, SPECIAL, Family
 
 from .model_files import TOKENS, tiny_llama
 
@@ -121,6 +121,25 @@ def test_a_context_shorter_than_the_probe_is_probed_as_it_is(context: int) -> No
     received = patterns[..., 0].mean(-1)  # every query sees the first key
     torch.testing.assert_close(report.sink_importance, received.transpose(0, 1))
     assert capabilities(bridge).causal and capabilities(bridge).n_ctx == context
+
+
+@pytest.mark.parametrize("pad", [0, 1, 3])
+def test_the_context_of_roberta_is_what_its_positions_leave(pad: int) -> None:
+    """Positions are numbered from pad + 1: of 24 rows that many are no position's."""
+    settings = COMMON | SPECIAL | dict(max_position_embeddings=24, pad_token_id=pad)
+    family = Family("roberta", "RobertaForMaskedLM", settings | dict(type_vocab_size=1))
+    hf = family.build()
+    longest = family.tokens(1, length=24 - pad - 1)
+    with torch.no_grad():
+        patterns = torch.stack(hf(longest, output_attentions=True).attentions)
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            hf(family.tokens(1, length=24 - pad))
+    bridge = load_model(hf)
+    assert capabilities(bridge).n_ctx == longest.shape[1]
+    report = scan(bridge, longest, progress=False)
+    torch.testing.assert_close(report.sink_attention, patterns[..., 1:, 0].mean(-1).transpose(0, 1))
+    with pytest.raises(TextError, match=f"{24 - pad} tokens are more than the {23 - pad} posit"):
+        scan(bridge, family.tokens(1, length=24 - pad), progress=False)
 
 
 def test_an_active_intervention_does_not_mislead(bridge: TransformerBridge) -> None:
