@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
+
 from sinkscope import _netcdf
 from sinkscope._labelled import Labelled
 from sinkscope._settings import library_versions
@@ -74,15 +76,21 @@ def weights_of(model: Any) -> str:
         content.update(repr(tuple(weight.shape)).encode())
         if not weight.is_meta:
             rows = weight.detach() if weight.ndim < 2 else weight.detach().flatten(1)[:, :_COLUMNS]
-            content.update(rows.double().cpu().contiguous().numpy().tobytes())
+            content.update(digest_of(rows).encode())
     return content.hexdigest()[:16]
 
 
 def digest(texts: Texts) -> str:
     """A hash of exact token ids and mask."""
-    content = hashlib.sha256(repr(tuple(texts.tokens.shape)).encode())
-    for tensor in (texts.tokens.long(), texts.mask.long()):
-        content.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest_of(texts.tokens.long(), texts.mask.long())
+
+
+def digest_of(*tensors: Tensor) -> str:
+    """A hash of exact numbers and of their shapes."""
+    content = hashlib.sha256()
+    for tensor in tensors:
+        content.update(repr(tuple(tensor.shape)).encode())
+        content.update(tensor.double().cpu().contiguous().numpy().tobytes())
     return content.hexdigest()[:16]
 
 

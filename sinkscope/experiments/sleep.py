@@ -89,7 +89,8 @@ def sleep(
         shares=list(shares),
         draws=draws,
         seed=seed,
-        thresholds=None if thresholds is None else thresholds.settings.source,
+        also={name: _partial.digest_of(score) for name, score in further.items()},
+        thresholds=None if thresholds is None else _digest(thresholds, names),
     )
     shape = len(names) + len(further) + 1, len(shares), len(prompts)
     empty = Sleeping(
@@ -109,6 +110,12 @@ def sleep(
     with growing.kept(), partway.opened():
         _fill(growing, PromptLosses(partway, prompts, batch), choose, progress)
     return growing.result
+
+
+def _digest(report: SinkReport, names: tuple[str, ...]) -> str:
+    """A hash of the scores that thresholds are taken from."""
+    scores = report.inactivity_scores()
+    return _partial.digest_of(*(scores[name] for name in names))
 
 
 def _check(names: tuple[str, ...], shares: tuple[float, ...], draws: int) -> None:

@@ -180,6 +180,35 @@ def test_an_interrupted_run_continues(model, tmp_path, monkeypatch) -> None:
         sleep(model, texts, file=file, **(options | dict(draws=3)))
 
 
+def test_a_file_knows_its_thresholds_and_scores(model, tmp_path) -> None:
+    """By their numbers: by name and source alone, other ones would come back as these."""
+    texts, options = ss.token_ids(TOKENS), dict(scores=["AHON-LN"], shares=[0.3], progress=False)
+    own = [torch.arange(48.0).reshape(4, 3, 4), torch.arange(48.0).flip(0).reshape(4, 3, 4)]
+    reports = [
+        ss.scan(model, ss.token_ids(LLAMA.tokens(prompts=1, seed=s)), progress=False)
+        for s in (5, 7)
+    ]
+    assert reports[0].settings.source == reports[1].settings.source
+    by_hand = scores_by_hand()["AHON-LN"]
+    for index, (report, mine) in enumerate(zip(reports, own, strict=True)):
+        file = tmp_path / f"{index}.nc"
+        asked = options | dict(thresholds=report, also={"mine": mine}, file=file)
+        for found in (sleep(model, texts, **asked), sleep(model, texts, **asked)):
+            source = report.inactivity_scores()["AHON-LN"].double().numpy()
+            flags = by_hand < np.quantile(source, 0.3)
+            np.testing.assert_allclose(
+                found.loss_asleep[0, 0].numpy(), asleep_by_hand(flags), atol=1e-5
+            )
+            flags = mine.numpy() < np.quantile(mine.numpy(), 0.3)
+            np.testing.assert_allclose(
+                found.loss_asleep[1, 0].numpy(), asleep_by_hand(flags), atol=1e-5
+            )
+        with pytest.raises(ReportError, match="another also"):
+            sleep(model, texts, **(asked | dict(also={"mine": own[1 - index]})))
+        with pytest.raises(ReportError, match="another thresholds"):
+            sleep(model, texts, **(asked | dict(thresholds=reports[1 - index])))
+
+
 def test_the_frame_is_what_the_figure_takes(model) -> None:
     found = sleep(model, ss.token_ids(TOKENS), scores=["AWFT"], shares=SHARES, progress=False)
     frame = found.frame()
