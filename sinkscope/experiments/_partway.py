@@ -22,8 +22,9 @@ from sinkscope._probe import probe_tokens
 from sinkscope.capabilities import Capabilities, capabilities
 from sinkscope.capture import batches, paths, runner
 from sinkscope.capture._overrides import Overrides
-from sinkscope.errors import UnsupportedError
+from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments._pieces import in_pieces
+from sinkscope.texts import Texts
 
 Hooks = Sequence[tuple[str, Callable[..., Tensor | None]]]
 Residual = Float[Tensor, "row position dim"]
@@ -56,6 +57,25 @@ def with_loss(can: Capabilities) -> Capabilities:
             f"{can.architecture} has no loss to compare: {can.unavailable['loss']}."
         )
     return can
+
+
+def with_predictions(prompts: Texts, name: str = "") -> Texts:
+    """The same prompts, if every one has a token to predict.
+
+    Args:
+        prompts: Right-padded.
+        name: What to call them.
+
+    Raises:
+        TextError: If one has not.
+    """
+    shortest = int(prompts.lengths.min())
+    if shortest < 2:
+        raise TextError(
+            f"A prompt of {name or prompts.source} has {shortest} token, which leaves none to "
+            "predict; give every prompt two tokens or more."
+        )
+    return prompts
 
 
 class Partway:

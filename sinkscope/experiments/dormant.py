@@ -24,7 +24,7 @@ from sinkscope.capabilities import capabilities
 from sinkscope.errors import TextError
 from sinkscope.experiments import _partial, _result
 from sinkscope.experiments._dormancy import Dormancy
-from sinkscope.experiments._partway import with_loss
+from sinkscope.experiments._partway import with_loss, with_predictions
 from sinkscope.experiments._statistics import max_t
 from sinkscope.experiments.removal import MODES, Removal, removal
 from sinkscope.interventions._base import check_mode
@@ -100,7 +100,7 @@ def dormancy(
         progress: Whether to draw progress bars.
 
     Raises:
-        TextError: With fewer than two domains, or two prompts of one.
+        TextError: With fewer than two domains, or two prompts of one; or if a prompt has a single token.
         UnsupportedError: If the model cannot show what the scores need; or, with `remove`, has no
             loss or cannot start at any of its blocks.
         ReportError: If the folder holds results of another model, text or setting; or hooks or
@@ -177,11 +177,11 @@ def _check(kinds: Mapping[str, Texts]) -> None:
             "dormancy compares kinds of text; name at least two, such as prose and code."
         )
     for name, kind in kinds.items():
-        if len(kind) < 2 or int(kind.lengths.min()) < 2:
+        if len(kind) < 2:
             raise TextError(
-                f"dormancy needs at least two prompts of each kind, of two tokens or more; {name} "
-                f"is {kind!r}."
+                f"dormancy needs at least two prompts of each kind; {name} is {kind!r}."
             )
+        with_predictions(kind, name)
 
 
 def _to_remove(

@@ -27,7 +27,7 @@ from sinkscope.experiments import _partial
 from sinkscope.experiments._dynamics import Dynamics
 from sinkscope.experiments._dynamics_asked import asked_of
 from sinkscope.experiments._losses import PromptLosses
-from sinkscope.experiments._partway import Partway
+from sinkscope.experiments._partway import Partway, with_predictions
 from sinkscope.models import load_model
 from sinkscope.report import SinkReport, load_report
 from sinkscope.scan import scan
@@ -75,6 +75,7 @@ def dynamics(
     Raises:
         ModelError: If a checkpoint's step cannot be told, two have the same, or one cannot be
             loaded.
+        TextError: If a prompt has a single token, and the model a loss.
         ReportError: If the folder holds reports of other checkpoints, texts or settings.
     """
     named = _by_step(checkpoints)
@@ -288,4 +289,4 @@ def _loss(model: Any, prompts: Texts) -> float | None:
     except UnsupportedError:
         return None
     with partway.opened():
-        return float(PromptLosses(partway, prompts)().mean())
+        return float(PromptLosses(partway, with_predictions(prompts))().mean())

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from sinkscope.capture import batches
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments import _partial, _result
-from sinkscope.experiments._partway import Hooks, Partway, Track
+from sinkscope.experiments._partway import Hooks, Partway, Track, with_predictions
 from sinkscope.experiments._pieces import in_pieces
 from sinkscope.experiments._removed import Removal
 from sinkscope.interventions import _calibration
@@ -72,7 +72,8 @@ def removal(
     Raises:
         UnsupportedError: If the model has no loss, if starting partway is not exact for it, or if a
             head does not exist.
-        TextError: If "resample" gets prompts of several lengths, or a single prompt.
+        TextError: If a prompt has a single token; or "resample" gets prompts of several lengths,
+            or a single prompt.
         ReportError: If the file was begun with other settings; or hooks or interventions are in
             force, which a file cannot tell apart.
     """
@@ -80,7 +81,7 @@ def removal(
     file = _partial.kept_in(file, model)
     partway = Partway(model)
     can = partway.can
-    prompts = as_texts(texts).tokenize(model).right_padded()
+    prompts = with_predictions(as_texts(texts).tokenize(model).right_padded())
     check_mode(mode, MODES)
     shape = len(prompts), can.n_layers, can.n_heads
     wanted = _wanted(heads, shape)

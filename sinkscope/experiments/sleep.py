@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from sinkscope.errors import ReportError, SinkscopeError, UnsupportedError
 from sinkscope.experiments import _partial, _result
 from sinkscope.experiments._losses import Flags, PromptLosses
-from sinkscope.experiments._partway import Partway
+from sinkscope.experiments._partway import Partway, with_predictions
 from sinkscope.experiments._sleeping import RANDOM, Sleeping
 from sinkscope.metrics.heads import INACTIVE_IF, Direction, inactivity_threshold
 from sinkscope.models import load_model
@@ -72,13 +72,14 @@ def sleep(
     Raises:
         UnsupportedError: If the model has no loss or cannot show what the scores need, or there is
             no such score.
+        TextError: If a prompt has a single token.
         ReportError: If the file was begun with other settings; or hooks or interventions are in
             force, which a file cannot tell apart.
     """
     model = load_model(model)
     file = _partial.kept_in(file, model)
     partway = Partway(model)
-    prompts = as_texts(texts).tokenize(model).right_padded()
+    prompts = with_predictions(as_texts(texts).tokenize(model).right_padded())
     names, shares = tuple(scores), tuple(sorted(set(map(float, shares))))
     _check(names, shares, draws)
     further = dict(also or {})

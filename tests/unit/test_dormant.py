@@ -252,6 +252,8 @@ def test_what_is_refused(model) -> None:
         dormancy(model, {"low": domains()["low"]}, progress=False)
     with pytest.raises(TextError, match="two prompts of each kind"):
         dormancy(model, domains(1), progress=False)
+    with pytest.raises(TextError, match="short has 1 token"):
+        dormancy(model, domains() | {"short": ss.token_ids([[5], [5, 6]])}, progress=False)
     with pytest.raises(UnsupportedError, match="no mode"):
         dormancy(model, domains(), remove="median", progress=False)
     bert = BY_NAME["bert"]

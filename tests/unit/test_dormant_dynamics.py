@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.errors import ModelError, ReportError
+from sinkscope.errors import ModelError, ReportError, TextError
 from sinkscope.experiments import dynamics as module
 from sinkscope.experiments.dynamics import dynamics
 from tests.families.architectures import BY_NAME, N_HEADS, N_LAYERS
@@ -225,6 +225,8 @@ def test_what_is_refused(folders, tmp_path) -> None:
         dynamics(None, [LLAMA.build()], texts, progress=False)
     with pytest.raises(ModelError, match="no step twice"):
         dynamics(None, ["a/step-3", "b/step-3"], texts, progress=False)
+    with pytest.raises(TextError, match="two tokens or more"):
+        dynamics(None, folders, ss.token_ids([[5], [5, 6, 7]]), progress=False)
     with pytest.raises(ModelError, match="name the model"):
         dynamics(None, [1000], texts, progress=False)
     with pytest.raises(ModelError, match="no step twice"):

@@ -143,6 +143,8 @@ def test_what_is_refused(model, texts) -> None:
         removal(model, texts, heads=[])
     with pytest.raises(UnsupportedError, match="prompt layer head"):
         removal(model, texts, heads=torch.ones(2, 3, 4, dtype=torch.bool))
+    with pytest.raises(TextError, match="two tokens or more"):
+        removal(model, ss.token_ids([[5], [5, 6, 7]]), progress=False)
     with pytest.raises(TextError, match="at least two"):
         removal(model, ss.token_ids([[5, 6, 7]]), "resample")
     with pytest.raises(TextError, match="equal length"):

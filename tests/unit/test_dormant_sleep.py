@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.errors import ReportError, SinkscopeError, UnsupportedError
+from sinkscope.errors import ReportError, SinkscopeError, TextError, UnsupportedError
 from sinkscope.experiments._losses import PromptLosses
 from sinkscope.experiments._sleeping import RANDOM, last_within
 from sinkscope.experiments.sleep import _Chooser, sleep
@@ -225,6 +225,8 @@ def test_the_frame_is_what_the_figure_takes(model) -> None:
 
 def test_what_is_refused(model) -> None:
     texts = ss.token_ids(TOKENS)
+    with pytest.raises(TextError, match="token ids has 1 token, .* two tokens or more"):
+        sleep(model, ss.token_ids([[5], [5, 6, 7]]), progress=False)
     with pytest.raises(UnsupportedError, match="no score 'HONOR'"):
         sleep(model, texts, scores=["HONOR"], progress=False)
     with pytest.raises(SinkscopeError, match="between 0 and 1"):
