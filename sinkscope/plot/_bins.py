@@ -41,10 +41,15 @@ class Bins(NamedTuple):
         return np.fmax.reduceat(values, self.first, axis=axis)
 
     def argmax(self, values: np.ndarray) -> np.ndarray:
-        """Where each bin's largest value is [bin]; values that are not a number lose."""
+        """Where each bin's largest value is [... bin]; values that are not a number lose."""
         filled = np.where(np.isnan(values), -np.inf, values)
         ends = zip(self.first, self.last + 1, strict=True)
-        return np.array([start + filled[start:end].argmax() for start, end in ends])
+        found = [start + filled[..., start:end].argmax(axis=-1) for start, end in ends]
+        return np.stack(found, axis=-1)
+
+    def edges(self) -> np.ndarray:
+        """Where the bins begin and end on an axis of positions [bin + 1]."""
+        return np.append(self.first, self.size) - 0.5
 
     def names(self) -> list[str]:
         """Each bin in words: "position 3", "positions 64 to 71"."""

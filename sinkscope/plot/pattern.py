@@ -64,17 +64,19 @@ def attention_pattern(
     low, high = value_range(drawn, "probability" if np.nanmin(drawn) >= 0 else None)
     # Cells nobody may see stay empty: the triangle is the mask's, not a row of zeros.
     unseen = (keys.first[None, :] > queries.last[:, None]) & (np.nan_to_num(drawn) == 0)
+    near = "about " if queries.binned or keys.binned else ""
     figure = go.Figure(
         go.Heatmap(
-            x=keys.first,
-            y=queries.first,
+            x=keys.edges(),
+            y=queries.edges(),
             z=np.where(unseen, np.nan, drawn),
             zmin=low,
             zmax=high,
             colorscale=colour_scale(low < 0, palette(theme)),
             hoverongaps=False,
             colorbar=dict(title=dict(text="attention [probability]", side="right")),
-            hovertemplate="query %{y}, key %{x}<br>attention [probability]: %{z:.3~g}"
+            hovertemplate=f"query {near}%{{y}}, key {near}%{{x}}<br>"
+            "attention [probability]: %{z:.3~g}"
             "<extra></extra>",
         )
     )
@@ -83,7 +85,7 @@ def attention_pattern(
         title_text="query", autorange="reversed", showgrid=False, zeroline=False,
         **_axis(queries, tokens),
     )  # fmt: skip
-    if queries.binned or keys.binned:
+    if near:
         title += f" (maxima of bins; {figures.shape[0]:,} × {figures.shape[1]:,} cells)"
     return _figure.finish(figure, _labels.escape(title), about, theme, height=620)
 

@@ -13,7 +13,7 @@ from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels
 from sinkscope.plot._bars import add_uniform, bars, hover_names, uniform_level
-from sinkscope.plot._bins import bins
+from sinkscope.plot._bins import Bins, bins
 from sinkscope.plot._scales import (
     LOG_BAR,
     colour_scale,
@@ -107,11 +107,8 @@ def position_map(
         ReportError: If the metric was not measured or has no positions.
     """
     variable = _positional(report, metric)
-    figures = _figure.mean(report, metric)
-    if figures.ndim == 3:
-        figures = _figure.nanmean(figures, 1)
-    places = bins(figures.shape[-1], _COLUMNS, keep=_figure.sink_positions(report))
-    binned = places.maximum(figures)
+    places = map_bins(report)
+    binned = places.maximum(mean_over_heads(report, metric))
     logarithmic = metric not in _LINEAR_MAPS
     z, low, high = (
         log_colours(binned) if logarithmic else (binned, *value_range(binned, variable.unit))
@@ -122,7 +119,7 @@ def position_map(
         colorbar |= LOG_BAR
     figure = go.Figure(
         go.Heatmap(
-            x=places.first,
+            x=places.edges(),
             z=z,
             zmin=low,
             zmax=high,
@@ -144,6 +141,17 @@ def position_map(
     title = f"{_labels.heading(metric)} by layer and position{heads}{note}"
     height = max(380, min(900, 210 + 16 * len(z)))
     return _figure.finish(figure, title, report.settings, theme, height=height)
+
+
+def map_bins(report: SinkReport) -> Bins:
+    """The columns of `position_map`."""
+    return bins(report.sizes["position"], _COLUMNS, keep=_figure.sink_positions(report))
+
+
+def mean_over_heads(report: SinkReport, metric: str) -> np.ndarray:
+    """A metric of positions, mean over prompts and heads [layer position]."""
+    figures = _figure.mean(report, metric)
+    return _figure.nanmean(figures, 1) if figures.ndim == 3 else figures
 
 
 def position_embedding_norms(

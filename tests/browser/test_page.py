@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 import sinkscope as ss
 from sinkscope.plot import to_html
@@ -52,14 +53,20 @@ def quiet(opened: Opened) -> None:
 
 def click_cell(opened: Opened, layer: int, head: int) -> None:
     """Click the middle of a cell of the head map."""
+    click_at(opened, "map", head, layer)
+
+
+def click_at(opened: Opened, view: str, x: float, y: float) -> None:
+    """Click a place of a figure, in the figures of its axes."""
+    opened.page.locator(f'[data-view="{view}"]').scroll_into_view_if_needed()
     place = opened.page.evaluate(
-        """([x, y]) => {
-            const map = document.querySelector('[data-view="map"]');
+        """([view, x, y]) => {
+            const map = document.querySelector(`[data-view="${view}"]`);
             const {xaxis, yaxis} = map._fullLayout;
             const {left, top} = map.getBoundingClientRect();
             return [left + xaxis._offset + xaxis.d2p(x), top + yaxis._offset + yaxis.d2p(y)];
         }""",
-        [head, layer],
+        [view, x, y],
     )
     opened.page.mouse.move(*place)
     opened.page.wait_for_timeout(80)  # Plotly rate-limits hovering, and clicks what is hovered
@@ -313,6 +320,35 @@ def test_page_of_a_real_model_is_small_and_ready_soon(smollm2, open_page, record
     click_cell(page, 18, 7)
     page.page.wait_for_function("document.getElementById('layer').value === '18'")
     assert page.text("#chosen").startswith("Layer 18, head 7: sink attention [probability] 0.99")
+
+
+def test_of_several_positions_drawn_as_one_the_largest_is_named_and_chosen(open_page):
+    spike, length = 2002, 4096
+    received = torch.full((4, 6, length), 1e-4)
+    received[..., 0] = 0.5
+    received[3, :, spike] = torch.linspace(0.3, 0.5, 6)
+    norms = torch.ones(4, length)
+    norms[3, spike + 1] = 40
+    page = open_page(
+        to_html(
+            synthetic_report(positions=length, received_attention=received, residual_norm=norms)
+        )
+    )
+    page.page.wait_for_selector("html[data-ready]")
+    click_at(page, "positions", spike, 3)
+    assert page.text("#token-chosen").startswith(f"Position {spike}, ")
+    said = page.page.locator('[data-view="positions"] .hoverlayer').text_content()
+    first, last = map(int, re.search(r"layer 3, positions (\d+) to (\d+)", said).groups())
+    assert first <= spike <= last and last - first < 20 and "0.4" in said
+    page.page.fill("#layer", "3")
+    page.page.keyboard.press("Tab")
+    for view, at, height in (("received", spike, 0.2), ("residual", spike + 1, 1)):
+        click_at(page, view, at, height)
+        said = page.page.locator(f'[data-view="{view}"] .hoverlayer').text_content()
+        first, last = map(int, re.search(r"positions (\d+) to (\d+)", said).groups())
+        assert first <= at <= last
+        assert page.text("#token-chosen").startswith(f"Position {at}, "), view
+    quiet(page)
 
 
 @pytest.mark.slow

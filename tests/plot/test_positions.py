@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -111,6 +112,19 @@ def test_position_map_is_the_log_of_the_mean_over_heads():
     np.testing.assert_allclose(10.0 ** np.asarray(cells.z), mean, rtol=1e-5)
     np.testing.assert_allclose(cells.customdata, mean, rtol=1e-5)
     assert cells.colorbar.tickprefix == "10<sup>"
+
+
+def test_cells_of_a_map_of_bins_lie_where_their_positions_are():
+    report = synthetic_report(prompts=1, positions=4096)
+    (cells,) = plot.position_map(report).data
+    names = [re.findall(r"\d+", text.split(":")[0]) for text in cells.text[0]]
+    ends = [(int(name[0]), int(name[-1])) for name in names]
+    assert [first - 0.5 for first, _ in ends] == list(cells.x[:-1])
+    assert [last + 0.5 for _, last in ends] == list(cells.x[1:])
+    mean = report.received_attention.double().mean(1).numpy()
+    for column, (first, last) in enumerate(ends):
+        largest = mean[:, first : last + 1].max(1)
+        assert cells.customdata[:, column] == pytest.approx(largest, rel=1e-5)
 
 
 def test_cosine_map_is_linear_and_signed():

@@ -53,7 +53,7 @@ def views(report: SinkReport, pack: Pack, metrics: list[str], theme: Theme) -> d
     if "rate" in made:  # the script draws the line at the threshold
         made["rate"]["layout"] |= dict(shapes=[], annotations=[])
     if "positions" in made:
-        made["positions"]["data"][0] |= _plain_map(report)
+        _name_columns(report, pack, made["positions"])
     return made
 
 
@@ -102,7 +102,8 @@ def _map(report: SinkReport, metric: str, theme: Theme) -> View:
 def _linked(report: SinkReport, pack: Pack, field: str, at: tuple[str, ...], theme: Theme) -> View:
     """Bars over positions of the chosen layer and head."""
     places = page_bins(report)
-    figures = places.maximum(_figure.mean(report, field))
+    every = _figure.mean(report, field)
+    figures = places.maximum(every)
     pack.add(field, figures)
     _pack_names(report, pack, places)
     variable = report.variables()[field]
@@ -119,7 +120,10 @@ def _linked(report: SinkReport, pack: Pack, field: str, at: tuple[str, ...], the
         trace["text"] = {"$list": take}
     if levels[0] is not None:
         made["data"][2]["y"] = pack.ref(f"{field}.uniform", "layer")
-    made["note"] = f"Maxima of {len(places.first):,} bins." if places.binned else ""
+    if places.binned:  # a click on a bin chooses its largest position
+        pack.add(f"{field}.peak", places.argmax(every))
+        made["peak"] = f"{field}.peak"
+        made["note"] = f"Maxima of {len(places.first):,} bins."
     return made
 
 
@@ -127,15 +131,18 @@ def _pack_names(report: SinkReport, pack: Pack, places: Bins) -> None:
     sinks = np.isin(places.first, _figure.sink_positions(report))
     pack.add("sinks", np.flatnonzero(sinks))
     pack.add("others", np.flatnonzero(~sinks))
-    pack.add("first", places.first)
 
 
 def names(report: SinkReport) -> dict[str, list[str]]:
-    """What each bar is called in its hover: the sinks', and the others'."""
+    """What hovers call each bar, the sinks' and the others', and each column of the map."""
     places = page_bins(report)
     sinks = np.isin(places.first, _figure.sink_positions(report))
     called = np.array(hover_names(report, places), dtype=object)
-    return {"sinks": called[sinks].tolist(), "others": called[~sinks].tolist()}
+    return {
+        "sinks": called[sinks].tolist(),
+        "others": called[~sinks].tolist(),
+        "columns": hover_names(report, positions.map_bins(report)),
+    }
 
 
 def _queries(report: SinkReport, pack: Pack, theme: Theme) -> View:
@@ -153,13 +160,14 @@ def _queries(report: SinkReport, pack: Pack, theme: Theme) -> View:
     return made
 
 
-def _plain_map(report: SinkReport) -> dict[str, Any]:
-    """The map's hover without every token: names by column would be most of the file."""
-    return dict(
-        text=None,
-        hovertemplate="layer %{y}, position %{x}<br>received attention: %{customdata:.3~g}"
-        "<extra></extra>",
-    )
+def _name_columns(report: SinkReport, pack: Pack, made: View) -> None:
+    """The map's hover by column: a name a cell would be most of the file."""
+    made["data"][0]["text"] = {"$list": "columns"}
+    places = positions.map_bins(report)
+    if places.binned:
+        figures = positions.mean_over_heads(report, "received_attention")
+        pack.add("map.peak", places.argmax(figures))
+        made["peak"] = "map.peak"
 
 
 _LINKED: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -16,6 +16,7 @@ function draw(element) {
   layout.template = page.themes[state.theme].template;
   layout.shapes = [...(layout.shapes ?? []), ...marks(name)];
   if (name === "map") fillMap(data, layout);
+  if (name === "positions") data[0].text = Array(page.sizes.layer).fill(data[0].text);
   if (name in state.log) setScale(layout.yaxis, state.log[name]);
   keepZoom(element, layout);
   if (touch.matches) layout.dragmode = false;
@@ -131,13 +132,24 @@ function headAt(column) {
   return metric().dim === "kv_head" ? column * (page.sizes.head / page.sizes.kv_head) : column;
 }
 
+// The position of a bar or of a cell; where it stands for several, the one whose value it shows.
+function positionAt(name, { x, curveNumber, pointNumber }) {
+  const view = page.views.light[name];
+  if (!view.peak) return x;
+  if (name === "positions") return rows(view.peak)[pointNumber[0]][pointNumber[1]];
+  const bin = array(["sinks", "others"][curveNumber]).values[pointNumber];
+  return slice(view.peak, view.depends)[bin];
+}
+
 function listen(element) {
   const name = element.dataset.view;
   element.on("plotly_click", ({ points: [point] }) => {
     if (name === "map") choose({ layer: point.y, head: headAt(point.x) });
     if (name === "layers" || name === "drains") choose({ layer: Math.round(point.x) });
-    if (name === "positions") choose({ layer: point.y, position: point.x });
-    if (["received", "values", "residual"].includes(name)) choose({ position: point.x });
+    if (name === "positions") choose({ layer: point.y, position: positionAt(name, point) });
+    if (["received", "values", "residual"].includes(name)) {
+      choose({ position: positionAt(name, point) });
+    }
   });
 }
 

@@ -3,7 +3,9 @@
 const page = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 
-const READERS = { float32: [Float32Array, 4], int32: [Int32Array, 4], uint8: [Uint8Array, 1] };
+const READERS = {
+  float32: [Float32Array, 4], int32: [Int32Array, 4], uint16: [Uint16Array, 2], uint8: [Uint8Array, 1],
+};
 
 // An array of the page: its numbers in one run, with its shape. Files are little-endian, and so is
 // every machine that runs a browser today.
