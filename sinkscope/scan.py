@@ -190,13 +190,13 @@ def _sink_mask(sinks: Sinks, texts: Texts) -> Bool[Tensor, "prompt position"]:
 
 
 def _positions(sinks: Any) -> tuple[int, ...] | Literal["auto"]:
-    """Sinks as they were asked for, checked."""
+    """Sinks as they were asked for, checked; each position once, in order."""
     if isinstance(sinks, str) and sinks == "auto":
         return "auto"
     wanted = tuple(sinks) if isinstance(sinks, Iterable) and not isinstance(sinks, str) else ()
     if not wanted or any(isinstance(p, bool) or not isinstance(p, Integral) for p in wanted):
         raise TextError(f'sinks is {sinks!r}; expected positions such as [0], or "auto".')
-    return tuple(int(position) for position in wanted)
+    return tuple(sorted({int(position) for position in wanted}))
 
 
 def _check(metrics: Any, epsilon: Any, batch: Any) -> None:

@@ -159,6 +159,17 @@ def test_massive_activations_looked_at_late(model, tokens, late, monkeypatch) ->
 
     def massive_at_0(x: torch.Tensor, hook: object) -> torch.Tensor:
         x = x.clone()
+def test_positions_are_a_set(model, tokens) -> None:
+    """Told in whatever order and however often, they are the same sinks."""
+    asked = [[0, 3], [3, 0], [3, 0, 3]]
+    reports = [ss.scan(model, tokens, sinks=p, metrics="core", progress=False) for p in asked]
+    assert {report.settings.sinks for report in reports} == {"0,3"}
+    merged = reports[0].merge(reports[1]).merge(reports[2])
+    assert len(merged.sink_attention) == 3 * len(tokens)
+    once = ss.scan(model, tokens, sinks=[0, 0], metrics="core", progress=False)
+    assert "Sinks             position 0;" in repr(once)
+
+
         x[:, 0, 3] = 1e4
         return x
 
