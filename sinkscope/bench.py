@@ -104,13 +104,16 @@ def run_bench(
         The bare model's row of every size, then size by size the others.
 
     Raises:
-        SinkscopeError: If a way, the device or the dtype does not exist, or a size is not positive.
+        SinkscopeError: If a way, the device or the dtype does not exist, or a size or `repeats` is
+            not positive.
         TextError: If a prompt is longer than the model's context.
         ModelError: If the model cannot be loaded, does not fit, or is none of transformers.
     """
     unknown = [way for way in ways if way not in WAYS]
     if unknown:
         raise SinkscopeError(f"There is no way {unknown[0]!r}; choose from {', '.join(WAYS)}.")
+    if repeats < 1:
+        raise SinkscopeError(f"repeats is {repeats}; expected 1 or more timed batches.")
     _check_sizes(sizes, None)  # before a large model is loaded
     what = subject(shape, device, dtype)
     _check_sizes(sizes, what.context)

@@ -114,6 +114,7 @@ def test_refuses_ways_and_devices_that_do_not_exist(tiny_shape: str) -> None:
         (dict(sizes=[(1, 8), (0, 16)]), "batch of 0 prompts of 16 tokens"),
         (dict(sizes=[(1, 8), (2, 0)]), "batch of 2 prompts of 0 tokens"),
         (dict(sizes=[(1, 8), (2, 33)]), "33 tokens are more than the 32 positions"),
+        (dict(repeats=0), "repeats is 0; expected 1 or more"),
         (dict(shape="bb-3l"), "bb-3l is not a model of transformers"),
     ],
 )
