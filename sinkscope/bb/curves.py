@@ -6,9 +6,11 @@ half of the loop held still (see `holds`) and shows what the other half then doe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +18,7 @@ from sinkscope.bb.checkpoint import load_checkpoint
 from sinkscope.bb.config import TrainConfig
 from sinkscope.bb.holds import HOLDS
 from sinkscope.bb.log import Log
-from sinkscope.bb.training import CHECKPOINT, LOG, Run, train
+from sinkscope.bb.training import CHECKPOINT, LOG, MAY_CHANGE, Run, train
 from sinkscope.errors import ModelError
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ def dynamics(
         metrics: which curves; None for everything measured.
 
     Returns:
-        run, seed, step, metric, layer, head, value: what `plot.training_curves` draws.
+        run, seed, step, metric, layer, head, value: what `plot.training_curves` draws. No two runs
+        share both name and seed, see `run_names`.
 
     Raises:
         ModelError: when a folder holds no run.
@@ -47,11 +50,11 @@ def dynamics(
     import pandas as pd
 
     several = [runs] if isinstance(runs, Run | str | Path) else list(runs)
-    frames = []
-    for one in several:
-        config, frame = _read(one)
-        frames.append(frame.assign(run=run_name(config), seed=config.seed))
-    frame = pd.concat(frames, ignore_index=True)
+    configs, logs = zip(*map(_read, several), strict=True)
+    named = zip(run_names(configs), configs, logs, strict=True)
+    frame = pd.concat(
+        [log.assign(run=name, seed=config.seed) for name, config, log in named], ignore_index=True
+    )
     if metrics is not None:
         frame = frame.loc[frame["metric"].isin(metrics)]
     columns = ["run", "seed", "step", "metric", "layer", "head", "value"]
@@ -63,6 +66,33 @@ def run_name(config: TrainConfig) -> str:
     model = config.model
     held = f", hold {'+'.join(config.hold)}" if config.hold else ""
     return f"{model.layers}L {model.attention} {config.optimizer}{held}"
+
+
+def run_names(configs: Sequence[TrainConfig]) -> list[str]:
+    """`run_name` of each run, and in which settings it differs from others of that name.
+
+    Runs that differ in their seed alone share a name: "1L softmax adamw, learning rate 0.003". A
+    number tells apart those that do not even differ in that, but in their source, say.
+    """
+    names = [run_name(config) for config in configs]
+    settings = [_settings(config) for config in configs]
+    found: list[str] = []
+    times: Counter[tuple[str, int]] = Counter()
+    for name, config, own in zip(names, configs, settings, strict=True):
+        alike = [other for n, other in zip(names, settings, strict=True) if n == name]
+        differing = [key for key in own if any(other[key] != own[key] for other in alike)]
+        full = ", ".join([name, *(f"{key.replace('_', ' ')} {own[key]}" for key in differing)])
+        times[full, config.seed] += 1
+        again = times[full, config.seed]
+        found.append(full if again == 1 else f"{full}, run {again}")
+    return found
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What decides a run, its seed left out, in one flat dictionary."""
+    settings = asdict(config)
+    settings |= settings.pop("model")
+    return {key: value for key, value in settings.items() if key not in (*MAY_CHANGE, "seed")}
 
 
 def reinforcement(

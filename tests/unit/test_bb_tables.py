@@ -136,6 +136,24 @@ def test_dynamics_reads_runs_from_memory_and_disk_alike(tmp_path):
         dynamics(tmp_path / "absent")
 
 
+def test_runs_of_one_kind_keep_apart_in_the_table(tmp_path):
+    """Each run, looked up by its name and seed, is its own log and nothing else."""
+    slow = TINY.replace(learning_rate=1e-4)
+    configs = [TINY, slow, TINY.replace(seed=1), slow.replace(attention="relu"), slow]
+    runs = [train(one, device="cpu", progress=False) for one in configs]
+    train(slow, tmp_path, device="cpu", progress=False)
+    table = dynamics([*runs, tmp_path], metrics=None)
+    fast, slow_name = (f"1L softmax adamw, learning rate {rate}" for rate in (3e-4, 1e-4))
+    numbered = [f"{slow_name}, run {number}" for number in (2, 3)]
+    names = [(fast, 42), (slow_name, 42), (fast, 1), ("1L relu adamw", 42)]
+    names += [(name, 42) for name in numbered]
+    groups = dict(iter(table.groupby(["run", "seed"])))
+    assert set(groups) == set(names)
+    for name, run in zip(names, [*runs, runs[1]], strict=True):
+        own = groups[name][run.frame().columns].reset_index(drop=True)
+        pd.testing.assert_frame_equal(own, run.frame())
+
+
 def test_reinforcement_names_what_was_held():
     curves = reinforcement(TINY, holds=("sink",), seeds=(1,), device="cpu", progress=False)
     assert set(curves.run) == {"1L softmax adamw", "1L softmax adamw, hold sink"}
