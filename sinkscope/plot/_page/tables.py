@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 _ROWS = 200  # of a table of records
 _TOKENS = 2**15  # that the page carries, over all prompts
+_LEFT_OUT = (
+    "Without the last quarter of each prompt, which few queries see; sinks are never left out."
+)
 QUANTITIES = ("received_peak", "residual_outlier")
 
 Table = dict[str, Any]
@@ -95,13 +98,23 @@ def _strongest_tokens(report: SinkReport) -> Table:
     if not measured:
         return _table(columns, [], 0)
     values = [np.nan_to_num(to_numpy(report[name]), nan=-np.inf) for name in measured]
-    strongest = np.argsort(-values[0], axis=None)[: min(50, int(report.mask.sum()))]
+    seen, about = to_numpy(report.mask), ""
+    if report.settings.causal:  # as `rates.sink_rate` has it
+        seen, about = seen & ~_last_quarters(seen) | to_numpy(report.sink_mask), _LEFT_OUT
+    received = np.where(seen, values[0], -np.inf)
+    strongest = np.argsort(-received, axis=None, kind="stable")[: min(50, int(seen.sum()))]
     rows = []
     for prompt, position in zip(*np.unravel_index(strongest, values[0].shape), strict=True):
         where = {"prompt": int(prompt), "position": int(position)}
         figures = [float(value[prompt, position]) for value in values]
         rows.append([*where.values(), _text(report, where), *figures])
-    return _table(columns, rows, len(rows))
+    return _table(columns, rows, len(rows)) | {"about": about}
+
+
+def _last_quarters(mask: np.ndarray) -> np.ndarray:
+    """The last quarter of every prompt's real positions [prompt position]."""
+    lengths = mask.sum(axis=1, keepdims=True)
+    return np.arange(mask.shape[1]) >= lengths - lengths // 4
 
 
 def _text(report: SinkReport, record: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ function compare(column, direction) {
 }
 
 // Fill a card with a table. `pick` says what a row chooses when it is clicked.
-function fill(card, { columns, kinds, rows: all, of }, { sortBy = null, pick = null } = {}) {
+function fill(card, { columns, kinds, rows: all, of, about }, { sortBy = null, pick = null } = {}) {
   let column = sortBy;
   let direction = -1;
   let shown = ROWS_SHOWN;
@@ -58,6 +58,12 @@ function fill(card, { columns, kinds, rows: all, of }, { sortBy = null, pick = n
   button.type = "button";
   more.append(button, note);
   scroll.append(table);
+  if (about) {
+    const said = document.createElement("p");
+    said.className = "about";
+    said.textContent = about;
+    card.append(said);
+  }
   card.append(scroll, more);
 
   columns.forEach((title, index) => {
