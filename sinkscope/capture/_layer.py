@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -78,6 +79,9 @@ class StreamingLayer:
         **options: Any,
     ) -> Float[Tensor, "prompt query head d_value"]:
         """What transformers' module calls instead of its own attention function."""
+        if torch.is_autocast_enabled(query.device.type):
+            # Rotary embedding leaves queries and keys wider than values; kernels want one dtype.
+            query, key = query.to(value.dtype), key.to(value.dtype)
         query = self.attn.hook_rot_q(query)
         if not self._keys_have_fired:
             key, value = self._fire_keys(key, value)
@@ -89,7 +93,7 @@ class StreamingLayer:
     ) -> Float[Tensor, "prompt query head d_value"]:
         attn = self.attn
         self._calls[self._index] = call
-        if dropout or is_heard(attn.hook_attn_scores) or is_heard(attn.hook_pattern):
+        if dropout or materialises(attn):
             hooks = attn.hook_attn_scores, attn.hook_pattern
             z, lse = attend_densely(query, key, value, call, *hooks, dropout)
         else:
@@ -167,6 +171,11 @@ class StreamingLayer:
         n_heads = attn.config.n_heads
         per_head = rearrange(o.hook_in(z), "b q (h d) -> b q h d", h=n_heads)
         return attn._compute_per_head_result(per_head, n_heads, per_head.shape[-1])
+
+
+def materialises(attn: AttentionBridge) -> bool:
+    """Whether somebody hooked the scores or the pattern."""
+    return is_heard(attn.hook_attn_scores) or is_heard(attn.hook_pattern)
 
 
 def describe(

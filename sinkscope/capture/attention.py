@@ -75,7 +75,7 @@ class PatternReader:
     Attributes:
         batch: The batch, on the layer's device.
         pattern: Attention probabilities.
-        value: Values, as the attention weights mix them.
+        value: Values as the attention weights mix them, or None where the bridge shows none.
         scores: Pre-softmax scores, or None where the bridge does not show true ones.
         query: Queries as they enter the dot product (post-rotary), or None.
         key: Keys as they enter the dot product, or None.
@@ -84,7 +84,7 @@ class PatternReader:
 
     batch: Batch
     pattern: Float[Tensor, "prompt head query key"]
-    value: Float[Tensor, "prompt position kv_head d_head"]
+    value: Float[Tensor, "prompt position kv_head d_head"] | None = None
     scores: Float[Tensor, "prompt head query key"] | None = None
     query: Float[Tensor, "prompt position head d_head"] | None = None
     key: Float[Tensor, "prompt position kv_head d_head"] | None = None
@@ -120,9 +120,7 @@ class PatternReader:
                 'architecture does not show; measure it with path="streaming".'
             )
         b = self.batch
-        gap, valid = attention.logit_gap_rows(
-            self.scores.float(), b.sinks, b.mask, b.causal, self.window
-        )
+        gap, valid = attention.logit_gap_rows(self.scores, b.sinks, b.mask, b.causal, self.window)
         return attention.sink_logit_gap(gap, valid)
 
     def learned_sink_mass(self) -> Float[Tensor, "prompt head"]:
@@ -146,7 +144,16 @@ class PatternReader:
         )
 
     def value_weighted_share(self) -> Float[Tensor, "prompt head"]:
-        """See `metrics.attention.value_weighted_share`."""
+        """See `metrics.attention.value_weighted_share`.
+
+        Raises:
+            UnsupportedError: If the stock bridge shows no true values here.
+        """
+        if self.value is None:
+            raise UnsupportedError(
+                "value_weighted_sink_share needs values as the attention weights mix them, which "
+                'the stock bridge of this architecture does not show; use path="streaming".'
+            )
         b, norm = self.batch, values.norms(self.value)
         return attention.value_weighted_share(self._pattern, norm, b.sinks, b.mask, b.causal)
 
@@ -161,7 +168,9 @@ class StreamReader:
         key: Keys as they enter the dot product.
         value: Values, as the attention weights mix them.
         lse: Log of each softmax's denominator, a learned sink included.
-        call: Scale, softcap, window and mask of this call.
+        call: Scale, softcap and mask of this call.
+        window: Sliding window of this layer in tokens, or None. The call need not know it: where
+            transformers builds a dense mask, the window is in there.
         statistics: Which of "received" and "entropy" will be asked for; both share one pass.
     """
 
@@ -171,13 +180,9 @@ class StreamReader:
     value: Float[Tensor, "prompt position kv_head d_head"]
     lse: Float[Tensor, "prompt head query"]
     call: AttentionCall
+    window: int | None = None
     statistics: frozenset[str] = frozenset()
     _paid: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def window(self) -> int | None:
-        """Sliding window of this layer in tokens, or None."""
-        return self.call.window
 
     @property
     def _attended(self) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
@@ -226,16 +231,20 @@ class StreamReader:
         return _columns.row_entropy(*self._attended)
 
     def logit_gap(self) -> Float[Tensor, "prompt head"]:
-        """By prefix sums of keys where scores are linear in them; a softcap needs every score."""
-        b = self.batch
-        if self.call.softcap is None:
+        """By prefix sums of keys where scores are linear in them; otherwise score by score.
+
+        Linear they are not under a softcap, nor where a mask, an intervention's say, hides or
+        shifts some besides causality, window and padding.
+        """
+        b, mask = self.batch, self.call.mask
+        if self.call.softcap is None and (mask is None or mask.ndim == 2):
             if self._angles is not None:
                 return self._angles.gap
             gap, valid = geometry.logit_gap_rows(
                 self.query, self.key, self.call.scale, b.sinks, b.mask, b.causal, self.window
             )
         else:
-            gap, valid = logit_gap_in_tiles(*self._attended, b.sinks, b.mask)
+            gap, valid = logit_gap_in_tiles(*self._attended, b.sinks, b.mask, b.causal)
         return attention.sink_logit_gap(gap, valid)
 
     def learned_sink_mass(self) -> Float[Tensor, "prompt head"]:

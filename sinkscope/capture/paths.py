@@ -60,16 +60,38 @@ _READ = frozenset({"scores", "query", "key"})
 
 
 class _LayerInputs:
-    """Tensors of one layer that its reader will need, until the last of them has fired."""
+    """Tensors of one layer that its reader will need, until the last of them has fired.
 
-    def __init__(self) -> None:
-        self._held: dict[int, dict[str, Tensor]] = {}
+    They are held by the batch, and go with it: after running out of memory, scores of the batch
+    that was too large would stand beside those of the next.
+    """
+
+    def __init__(self, batch: Callable[[], Batch]) -> None:
+        self._batch = batch
 
     def hold(self, layer: int, name: str, x: Tensor) -> None:
-        self._held.setdefault(layer, {})[name] = x
+        self._of(layer)[name] = x
 
     def take(self, layer: int) -> dict[str, Tensor]:
-        return self._held.pop(layer, {})
+        held = dict(self._of(layer))
+        self._of(layer).clear()
+        return held
+
+    def _of(self, layer: int) -> dict[str, Tensor]:
+        return self._batch().once(("inputs of a reader", layer), dict)
+
+
+def _pattern_hook(
+    layer: int, inputs: _LayerInputs, window: int | None, batch: Callable[[], Batch], emit: Emit
+) -> Callable[..., None]:
+    """What emits a layer's attention where its pattern fires."""
+
+    def hook_fn(x: Tensor, hook: object) -> None:
+        held = inputs.take(layer)
+        reader = PatternReader(batch=batch().on(x.device), pattern=x, window=window, **held)
+        emit("attention", layer, reader)
+
+    return hook_fn
 
 
 class StockPath:
@@ -91,7 +113,7 @@ class StockPath:
 
     def hooks(self, wanted: Wanted, batch: Callable[[], Batch], emit: Emit) -> Hooks:
         """A reader is ready when a layer's pattern fires: all else it reads fired before."""
-        inputs = _LayerInputs()
+        inputs = _LayerInputs(batch)
         can, signals = self._capabilities, wanted.signals
         held = {name for name in ("scores", "query", "key", "value") if name in can.signals}
         held = held if "attention" in signals else set()
@@ -105,24 +127,13 @@ class StockPath:
 
             return hook_fn
 
-        def pattern(layer: int) -> Callable[..., None]:
-            def hook_fn(x: Tensor, hook: object) -> None:
-                reader = PatternReader(
-                    batch=batch().on(x.device),
-                    pattern=x,
-                    window=can.windows[layer],
-                    **inputs.take(layer),
-                )
-                emit("attention", layer, reader)
-
-            return hook_fn
-
         found: Hooks = []
         for layer in range(can.n_layers):
             for signal in sorted((signals | held) - {"attention"}):
                 found.append((can.signals[signal].format(layer=layer), heard(layer, signal)))
             if "attention" in signals:
-                found.append((can.signals["pattern"].format(layer=layer), pattern(layer)))
+                hook = _pattern_hook(layer, inputs, can.windows[layer], batch, emit)
+                found.append((can.signals["pattern"].format(layer=layer), hook))
         return found
 
 
@@ -151,9 +162,14 @@ class StreamingPath:
                 self._stream = None
 
     def hooks(self, wanted: Wanted, batch: Callable[[], Batch], emit: Emit) -> Hooks:
-        """A reader is ready when a layer's log-sum-exp fires, the last of its four tensors."""
-        inputs = _LayerInputs()
-        signals = wanted.signals
+        """A reader is ready when a layer's log-sum-exp fires, the last of its four tensors.
+
+        A layer whose scores or pattern somebody else hooked has both materialised, and perhaps
+        edited: then no product of queries and keys says what it attends to, but the pattern does.
+        """
+        assert self._stream is not None, "the path is not open"
+        inputs, calls = _LayerInputs(batch), self._stream.calls
+        can, signals = self._capabilities, wanted.signals
         names = {"query": "hook_rot_q", "key": "hook_rot_k", "value": "hook_rot_v"}
 
         def holding(layer: int, signal: str) -> Callable[..., None]:
@@ -167,11 +183,11 @@ class StreamingPath:
 
         def ready(layer: int) -> Callable[..., None]:
             def hook_fn(x: Tensor, hook: object) -> None:
-                assert self._stream is not None
                 reader = StreamReader(
                     batch=batch().on(x.device),
                     lse=x,
-                    call=self._stream.calls[layer],
+                    call=calls[layer],
+                    window=can.windows[layer],
                     statistics=wanted.statistics,
                     **inputs.take(layer),
                 )
@@ -183,16 +199,19 @@ class StreamingPath:
             return lambda x, hook: emit(signal, layer, x)
 
         found: Hooks = []
-        for layer in range(self._capabilities.n_layers):
+        for layer in range(can.n_layers):
             block = f"blocks.{layer}.attn"
             for signal, hook in names.items():
                 if "attention" in signals or signal in signals:
                     found.append((f"{block}.{hook}", holding(layer, signal)))
-            if "attention" in signals:
+            if "attention" in signals and self._stream.materialises(layer):
+                hook = _pattern_hook(layer, inputs, can.windows[layer], batch, emit)
+                found.append((f"{block}.hook_attn_scores", holding(layer, "scores")))
+                found.append((f"{block}.hook_pattern", hook))
+            elif "attention" in signals:
                 found.append((f"{block}.hook_lse", ready(layer)))
             for signal in sorted(signals - {"attention", *names}):
-                template = self._capabilities.signals[signal]
-                found.append((template.format(layer=layer), passing(layer, signal)))
+                found.append((can.signals[signal].format(layer=layer), passing(layer, signal)))
         return found
 
 

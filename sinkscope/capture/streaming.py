@@ -26,7 +26,7 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from sinkscope.capture._calls import AttentionCall
-from sinkscope.capture._layer import StreamingLayer
+from sinkscope.capture._layer import StreamingLayer, materialises
 from sinkscope.capture._masks import MaskSpec, streaming_mask
 from sinkscope.capture._norms import skip_unread_statistics
 from sinkscope.capture._overrides import Overrides
@@ -98,6 +98,10 @@ class Stream:
         self._attention = attention_of(bridge)
         # One object for each point, so that a user's hooks outlive the pause that a copy makes.
         self._points = [_missing_points(attn) for attn in self._attention]
+
+    def materialises(self, layer: int) -> bool:
+        """Whether a layer computes scores and pattern, because somebody hooked one of them."""
+        return materialises(self._attention[layer])
 
     def _begin(self) -> None:
         _streams[self.bridge] = self

@@ -168,29 +168,31 @@ def logit_gap_rows(
     mask: Bool[Tensor, "prompt key"],
     causal: bool,
     window: int | None = None,
-) -> tuple[Float[Tensor, "prompt head query"], Bool[Tensor, "prompt query"]]:
+) -> tuple[Float[Tensor, "prompt head query"], Bool[Tensor, "prompt head query"]]:
     """How far each query's sink logit stands above its other logits [logit], and where that holds.
 
     Δ_i = mean_{s∈S_i} s_is - mean_{j∈O_i} s_ij, where S_i are the sinks that query i sees and O_i
     the other keys it sees, itself left out. With the one sink 0 under a causal mask this is
     s_i0 - mean_{1≤j<i} s_ij (Guo et al. 2410.13835). Valid for queries after the sink with
-    neither set empty; nan elsewhere. Masked scores may hold anything.
+    neither set empty; nan elsewhere. Masked scores may hold anything, and what an intervention
+    masked besides (a score at the dtype's minimum, or -inf) is not seen either.
     """
-    seen = visible(mask, causal, window)
+    seen = visible(mask, causal, window)[:, None] & (scores > torch.finfo(scores.dtype).min / 2)
     itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    to_sinks = seen & sinks[:, None, :]
-    to_others = seen & ~sinks[:, None, :] & ~itself
-    valid = queries_after(sinks, mask, causal) & to_sinks.any(dim=-1) & to_others.any(dim=-1)
-    gap = masked_mean(scores, to_sinks[:, None], dim=-1)
-    gap = gap - masked_mean(scores, to_others[:, None], dim=-1)
-    return torch.where(valid[:, None, :], gap, torch.nan), valid
+    at_sinks = sinks[:, None, None, :]
+    to_sinks, to_others = seen & at_sinks, seen & ~at_sinks & ~itself
+    after = queries_after(sinks, mask, causal)[:, None]
+    valid = after & to_sinks.any(dim=-1) & to_others.any(dim=-1)
+    scores = at_least_fp32(scores)
+    gap = masked_mean(scores, to_sinks, dim=-1) - masked_mean(scores, to_others, dim=-1)
+    return torch.where(valid, gap, torch.nan), valid
 
 
 def sink_logit_gap(
-    gap: Float[Tensor, "prompt head query"], valid: Bool[Tensor, "prompt query"]
+    gap: Float[Tensor, "prompt head query"], valid: Bool[Tensor, "prompt #head query"]
 ) -> Float[Tensor, "prompt head"]:
     """Δlogit: the gap of :func:`logit_gap_rows` averaged over the queries that have one [logit]."""
-    return masked_mean(gap, valid[:, None, :], dim=-1)
+    return masked_mean(gap, valid, dim=-1)
 
 
 def learned_sink_mass(

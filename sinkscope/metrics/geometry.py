@@ -89,16 +89,16 @@ def logit_gap_rows(
     mask: Bool[Tensor, "prompt position"],
     causal: bool,
     window: int | None = None,
-) -> tuple[Float[Tensor, "prompt head position"], Bool[Tensor, "prompt position"]]:
+) -> tuple[Float[Tensor, "prompt head position"], Bool[Tensor, "prompt 1 position"]]:
     """The gap of :func:`sinkscope.metrics.attention.logit_gap_rows`, linear in length [logit].
 
     Δ_i = scale · q_i · (mean sink key - mean other key). See the module for where that holds.
     """
     sees_sink, sees_other = _sees(sinks, mask, causal, window)
-    valid = queries_after(sinks, mask, causal) & sees_sink & sees_other
+    valid = (queries_after(sinks, mask, causal) & sees_sink & sees_other)[:, None, :]
     difference = mean_key(k, sinks & mask, causal, window)
     difference = difference - mean_key(k, mask & ~sinks, causal, window, itself=False)
-    return torch.where(valid[:, None, :], scale * products(q, difference), torch.nan), valid
+    return torch.where(valid, scale * products(q, difference), torch.nan), valid
 
 
 def mean_key(

@@ -161,7 +161,7 @@ def test_logit_gap(causal: bool, window: int | None, sinks: int) -> None:
                 expected[p, h, i] = mean([s[j] for j in to_sinks]) - mean([s[j] for j in others])
     mask, is_sink = tensor(case.mask), tensor(case.sinks)
     gap, valid = at.logit_gap_rows(tensor(case.scores), is_sink, mask, causal, window)
-    same(valid, where)
+    same(valid, np.broadcast_to(where[:, None], valid.shape))
     same(gap, np.where(where[:, None], expected, nan))
     means = [[mean(list(expected[p, h, where[p]])) for h in case.heads] for p in case]
     same(at.sink_logit_gap(gap, valid), means)
@@ -174,7 +174,7 @@ def test_logit_gap_is_guos_formula() -> None:
     mask = torch.ones(1, 4, dtype=torch.bool)
     sinks = tensor([[True, False, False, False]])
     gap, valid = at.logit_gap_rows(scores, sinks, mask, causal=True)
-    assert valid.tolist() == [[False, False, True, True]]
+    assert valid.tolist() == [[[False, False, True, True]]]
     same(gap, [[[nan, nan, 4 - 2, 7 - (1 + 3) / 2]]])
     same(at.sink_logit_gap(gap, valid), [[3.5]])
 
@@ -189,6 +189,21 @@ def test_logit_gap_takes_either_way_of_masking(blank: float) -> None:
     args = tensor(case.sinks), tensor(case.mask), True, 4
     expected = at.sink_logit_gap(*at.logit_gap_rows(tensor(case.scores), *args))
     same(at.sink_logit_gap(*at.logit_gap_rows(scores, *args)), expected, rtol=1e-5)
+
+
+def test_logit_gap_of_keys_that_a_mask_hid_from_one_head() -> None:
+    """Query 2 sees itself alone in head 0; query 3 has lost key 1 there; head 1 sees all."""
+    blank = torch.finfo(torch.float16).min
+    rows = [[0, 0, 0, 0], [5, 1, 0, 0], [4, 2, 9, 0], [7, 1, 3, 8.0]]
+    scores = torch.tensor([[rows, rows]], dtype=torch.float16)
+    scores[0, 0, 2, :2] = blank
+    scores[0, 0, 3, 1] = -math.inf
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    sinks = tensor([[True, False, False, False]])
+    gap, valid = at.logit_gap_rows(scores, sinks, mask, causal=True)
+    assert valid.tolist() == [[[False, False, False, True], [False, False, True, True]]]
+    same(gap, [[[nan, nan, nan, 7 - 3], [nan, nan, 4 - 2, 7 - (1 + 3) / 2]]])
+    same(at.sink_logit_gap(gap, valid), [[4, 3.5]])
 
 
 def test_learned_sink_mass_is_what_the_hidden_column_took() -> None:

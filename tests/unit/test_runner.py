@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -101,6 +103,29 @@ def test_out_of_memory_halves_the_batch_and_changes_no_figure(model, tokens, mon
         )
 
 
+@pytest.mark.parametrize("path", ["stock", "streaming"])
+def test_a_batch_that_was_too_large_leaves_nothing_in_memory(model, tokens, path) -> None:
+    """A layer's scores wait for its pattern: there memory runs out, before the pattern is read."""
+    too_large, left = [], []
+
+    def scores(x, hook):
+        if len(x) > 3:
+            too_large.append(weakref.ref(x))
+
+    def pattern(x, hook):
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+    def first(x, hook):
+        gc.collect()
+        left.extend(kept for kept in too_large if kept() is not None)
+
+    points = {"blocks.1.attn.hook_attn_scores": scores, "blocks.1.attn.hook_pattern": pattern}
+    with model.hooks(fwd_hooks=[*points.items(), ("blocks.0.hook_resid_pre", first)]):
+        ss.scan(model, tokens, batch=6, path=path, progress=False)
+    assert too_large and not left
+
+
 def test_a_cpu_that_runs_out_of_memory_backs_off_too(model, tokens, monkeypatch) -> None:
     real, sizes = runner.forward, []
 
@@ -134,6 +159,17 @@ def test_positions_may_come_from_any_iterable(model, tokens) -> None:
         assert torch.equal(found.sink_attention, wanted.sink_attention)
 
 
+def test_positions_are_a_set(model, tokens) -> None:
+    """Told in whatever order and however often, they are the same sinks."""
+    asked = [[0, 3], [3, 0], [3, 0, 3]]
+    reports = [ss.scan(model, tokens, sinks=p, metrics="core", progress=False) for p in asked]
+    assert {report.settings.sinks for report in reports} == {"0,3"}
+    merged = reports[0].merge(reports[1]).merge(reports[2])
+    assert len(merged.sink_attention) == 3 * len(tokens)
+    once = ss.scan(model, tokens, sinks=[0, 0], metrics="core", progress=False)
+    assert "Sinks             position 0;" in repr(once)
+
+
 def test_hooks_that_edit_in_place_change_nothing_seen_before(model, tokens, monkeypatch) -> None:
     """Massive activations are looked at late on a GPU; here, too, since the hook is ours."""
 
@@ -159,17 +195,6 @@ def test_massive_activations_looked_at_late(model, tokens, late, monkeypatch) ->
 
     def massive_at_0(x: torch.Tensor, hook: object) -> torch.Tensor:
         x = x.clone()
-def test_positions_are_a_set(model, tokens) -> None:
-    """Told in whatever order and however often, they are the same sinks."""
-    asked = [[0, 3], [3, 0], [3, 0, 3]]
-    reports = [ss.scan(model, tokens, sinks=p, metrics="core", progress=False) for p in asked]
-    assert {report.settings.sinks for report in reports} == {"0,3"}
-    merged = reports[0].merge(reports[1]).merge(reports[2])
-    assert len(merged.sink_attention) == 3 * len(tokens)
-    once = ss.scan(model, tokens, sinks=[0, 0], metrics="core", progress=False)
-    assert "Sinks             position 0;" in repr(once)
-
-
         x[:, 0, 3] = 1e4
         return x
 
