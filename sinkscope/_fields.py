@@ -181,7 +181,12 @@ class SinkFields(Labelled):
         "largest over layers of the norm of a residual state over its layer's median norm", "ratio"
     )
     cosine_to_sink: Float[Tensor, "layer position"] | None = measured(
-        "cosine of a residual state to the sink's, mean over prompts", "1", weight="prompts_at"
+        "cosine of a residual state to the sink's, mean over prompts that have one",
+        "1",
+        weight="prompts_with_sink_at",
+    )
+    prompts_with_sink_at: Int[Tensor, "position"] | None = measured(
+        "prompts with a sink that reach this position", "count"
     )
     massive: MassiveActivations | None = None
 

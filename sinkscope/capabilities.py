@@ -88,6 +88,8 @@ class Capabilities:
             place that is no key may take a share).
         gated: Whether a gate multiplies each head's mixture of values before W_O; ``z`` is what
             W_O reads, the gated one.
+        even_kv_heads: Whether all layers have the same number of KV heads.
+        split_output: Whether every layer's W_O comes apart into its heads.
         windows: Sliding window of each layer in positions, the query's own counted; ``None`` is
             full attention.
         softcap: Bound on the scores, or ``None``.
@@ -95,6 +97,8 @@ class Capabilities:
         parallel_blocks: Whether the FFN ignores what attention writes in the same block.
         positions: "rotary", "learned", "alibi", "none" or another word of TransformerLens.
         lm_head: Whether the output head is trained, so that its logits mean something.
+        stock_differs: In what the stock bridge computes something else than the model, so that
+            nothing it shows is the model's; ``None`` where it does not.
         signals: Signal name to hook name with ``{layer}``, for the stock bridge.
         unavailable: Figure to the reason why the stock path cannot measure it.
         hooks: All hook points that fire; those in every block once, with ``{layer}``.
@@ -114,12 +118,15 @@ class Capabilities:
     learned_sinks: bool
     softmax: bool
     gated: bool
+    even_kv_heads: bool
+    split_output: bool
     windows: tuple[int | None, ...]
     softcap: float | None
     scales: tuple[float, ...]
     parallel_blocks: bool
     positions: str
     lm_head: bool
+    stock_differs: str | None
     signals: Mapping[str, str]
     unavailable: Mapping[str, str]
     hooks: tuple[str, ...]
@@ -245,16 +252,33 @@ def _assemble(
         learned_sinks=any(sink is not None for sink in anatomy.sinks),
         softmax=found.softmax,
         gated=found.gated,
+        even_kv_heads=len({_kv_groups(block) for block in model.blocks}) == 1,
+        split_output=all(map(_splits_output, model.blocks)),
         windows=anatomy.windows,
         softcap=anatomy.softcap,
         scales=found.scales,
         parallel_blocks=_is_parallel(model, found, seen),
         positions=anatomy.positions,
         lm_head=model_source(model).trained_head,
+        stock_differs=found.stock_differs,
         signals=MappingProxyType(dict(found.signals)),
         unavailable=MappingProxyType(_unavailable(model, anatomy, found, causal)),
         hooks=_fired(seen, anatomy.n_layers),
     )
+
+
+def _kv_groups(block: Any) -> int | None:
+    """Query heads that share a KV head in a block, as transformers' modules say."""
+    attn = getattr(block.attn, "original_component", block.attn)
+    return getattr(attn, "num_key_value_groups", None)
+
+
+def _splits_output(block: Any) -> bool:
+    """Whether the bridge hands out W_O head by head; where layers differ, it may not know how."""
+    try:
+        return block.attn.W_O.ndim in (2, 3)
+    except Exception:  # whatever a bridge may raise: then no metric can have it either
+        return False
 
 
 def _is_parallel(model: Any, found: Findings, seen: Probe) -> bool:
@@ -280,9 +304,12 @@ def _is_parallel(model: Any, found: Findings, seen: Probe) -> bool:
 
 def _unavailable(model: Any, anatomy: Anatomy, found: Findings, causal: bool) -> dict[str, str]:
     """Why each figure that cannot be measured on the stock path cannot."""
-    reasons: dict[str, str] = {}
     # The streaming path has q·k and no other term of the scores.
     streamed = STREAMED if anatomy.positions != "alibi" and _streams(model) else frozenset()
+    if found.stock_differs is not None:
+        hint = '; path="streaming" measures it' if streamed else ""
+        return dict.fromkeys(METRIC_SIGNALS, found.stock_differs + hint)
+    reasons: dict[str, str] = {}
     for figure, signals in METRIC_SIGNALS.items():
         for signal in signals:
             if signal in found.reasons:

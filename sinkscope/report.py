@@ -37,8 +37,9 @@ class SinkReport(SinkFields):
     Attributes are tensors on the scan's device, or None where the scan did not measure them; the
     list is in `sinkscope._fields`. Figures that are cheap to keep for every prompt have a prompt
     dimension, so that `interval` can say how sure their mean is; the others are means over prompts,
-    and `prompts_at` (for positions) and `prompts_in_bucket` say over how many. A figure that a
-    prompt does not define (a mean over the queries after the sink, where there is none) is nan.
+    and `prompts_at` (for positions), `prompts_with_sink_at` (for `cosine_to_sink`) and
+    `prompts_in_bucket` say over how many. A figure that a prompt does not define (a mean over the
+    queries after the sink, where there is none) is nan.
 
     Example:
         >>> report = scan(model, texts("prose"))                        # doctest: +SKIP
@@ -122,8 +123,8 @@ class SinkReport(SinkFields):
     def merge(self, other: SinkReport) -> SinkReport:
         """The report of both reports' prompts, as if they had been scanned together.
 
-        Prompts are laid end to end; means over prompts are weighted by `prompts_at` and
-        `prompts_in_bucket`. Prompts of the two may differ in length.
+        Prompts are laid end to end; means over prompts are weighted by how many they are over.
+        Prompts of the two may differ in length.
 
         Raises:
             ReportError: where a setting that changes the meaning of the figures differs (the

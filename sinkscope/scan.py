@@ -142,6 +142,10 @@ def _missing(metric: str, can: Capabilities, path: paths.Path) -> str | None:
         return f"{NO_SOFTMAX}."
     if metric == "through_output" and can.gated:
         return f"{GATED}."
+    if metric == "through_output" and not can.split_output:
+        return f"the output projections of {can.architecture} do not come apart into heads."
+    if metric == "values" and not can.even_kv_heads:
+        return f"the layers of {can.architecture} have different numbers of KV heads."
     for observer in OBSERVERS[metric]:
         for signal in sorted(observer.reads()):
             if not path.shows(signal):

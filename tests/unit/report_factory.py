@@ -100,6 +100,7 @@ def synthetic_report(
         epsilon=EPSILONS,
         sink_rate_curve=(received[..., None, :] > EPSILONS[:, None]).float().mean((0, 1)),
         prompts_at=mask.sum(0),
+        prompts_with_sink_at=mask.sum(0),
         bucket=by_bucket,
         received_by_distance=rand(layers, heads, len(by_bucket)),
         prompts_in_bucket=(torch.tensor(lengths)[:, None] > by_bucket).sum(0),

@@ -24,7 +24,7 @@ from tests.unit.report_factory import only, synthetic_report, synthetic_settings
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Lone surrogates, NUL, newlines: what a byte-level tokenizer may call a token.
 HOSTILE = st.text(st.characters(exclude_categories=()), max_size=6)
-INTEGERS = ("tokens", "prompts_at", "prompts_in_bucket", "bucket")
+INTEGERS = ("tokens", "prompts_at", "prompts_with_sink_at", "prompts_in_bucket", "bucket")
 INTEGERS += ("prompt", "layer", "position", "dim", "count")
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkscope.capture._reduce import all_layers
 from sinkscope.capture._waiting import Coming
 from sinkscope.capture.batches import Batch
-from sinkscope.capture.folds import Fold, OverLayers
+from sinkscope.capture.folds import Fold, OverLayers, OverPrompts
 from sinkscope.capture.observers.base import Folded, Observer, Scope
 from sinkscope.errors import ModelError
 from sinkscope.metrics import ffn, residual
@@ -110,6 +110,16 @@ class CosineToSink(Observer):
     def observe(self, layer: int, x: Float[Tensor, "prompt position dim"], batch: Batch) -> None:
         """One cosine a token."""
         self.keep(layer, cosine_to_sink=residual.cosine_to_sink(x, batch.sinks))
+
+    def where(self, name: str, batch: Batch) -> Bool[Tensor, "prompt position"]:
+        """A prompt counts if it has a sink; with `sinks="auto"` it may have none."""
+        return batch.mask & batch.sinks.any(dim=1, keepdim=True)
+
+    def results(self, order: Int[Tensor, "prompt"]) -> Folded:
+        """The field, and the prompts that it is a mean over."""
+        fold = self._folds["cosine_to_sink"]
+        assert isinstance(fold, OverPrompts)
+        return super().results(order) | {"prompts_with_sink_at": fold.count}
 
 
 class FfnOutput(Observer):
