@@ -351,6 +351,23 @@ def test_of_several_positions_drawn_as_one_the_largest_is_named_and_chosen(open_
     quiet(page)
 
 
+def test_of_many_prompts_the_page_holds_the_first_and_says_so(open_page):
+    strong = 0.1 * torch.rand(150, 16, generator=torch.Generator().manual_seed(0))
+    strong[140, 3], strong[7, 5] = 0.9, 0.8
+    page = open_page(to_html(synthetic_report(prompts=150, received_peak=strong)))
+    page.page.wait_for_selector("html[data-ready]")
+    assert page.text("#prompts-held") == "The page holds the first 128 of 150 prompts."
+    assert page.page.locator("#prompt option").count() == 128
+    rows = page.page.locator('[data-table="tokens"] tbody tr')
+    for row, prompt in ((0, 140), (1, 7)):  # the first is not held: nothing to show of it
+        assert rows.nth(row).locator("td").first.inner_text() == str(prompt)
+        rows.nth(row).click()
+        assert page.page.input_value("#prompt") == ("0" if row == 0 else "7")
+    assert page.text("#token-chosen").startswith("Position 5, ")
+    assert "last quarter" in page.text('[data-table="tokens"]')
+    quiet(page)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [4096, 32768])
 def test_long_texts_open_without_freezing(open_page, length, record_property):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+
+import numpy as np
+import pytest
 import torch
 
 from sinkscope.plot._page import tables
@@ -40,3 +44,18 @@ def test_a_sink_is_listed_wherever_it_is_and_bidirectional_prompts_whole():
     places, about = listed(settings={"causal": False})
     assert places == {(p, k) for p, length in enumerate(LENGTHS) for k in range(length)}
     assert about == ""
+
+
+@pytest.mark.parametrize(("prompts", "length"), [(4, 40), (200, 64), (700, 64), (300, 600)])
+def test_the_page_carries_so_many_tokens_and_no_more(prompts: int, length: int):
+    report = synthetic_report(prompts=prompts, positions=length)
+    carried = tables.tokens(report)
+    assert carried["of"] == prompts
+    held = len(carried["prompts"])
+    assert sum(map(len, carried["prompts"])) <= 2**15
+    assert len(carried["lengths"]) == held == min(prompts, 128)
+    for stored, name in zip(carried["quantities"], tables.QUANTITIES, strict=True):
+        shape = stored["values"]["shape"]
+        assert shape == [held, min(length, 256)]
+        values = np.frombuffer(base64.b64decode(stored["values"]["data"]), "<f4").reshape(shape)
+        np.testing.assert_array_equal(values, report[name][: shape[0], : shape[1]].numpy())

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _ROWS = 200  # of a table of records
 _TOKENS = 2**15  # that the page carries, over all prompts
+_LEAST = 256  # of a long prompt: of many prompts the page carries the first, not a word of each
 _LEFT_OUT = (
     "Without the last quarter of each prompt, which few queries see; sinks are never left out."
 )
@@ -56,15 +57,18 @@ def tables(report: SinkReport) -> dict[str, Table]:
 def tokens(report: SinkReport) -> dict[str, Any] | None:
     """The prompts' tokens and what each receives; None where nothing was measured of tokens.
 
-    Of long texts the beginning: `shown` positions of each prompt.
+    Of many prompts the first, `of` says how many there were; of long texts the beginning, `shown`
+    positions of each prompt.
     """
     measured = [name for name in QUANTITIES if getattr(report, name) is not None]
     if not measured:
         return None
-    prompts, length = report.mask.shape
-    shown = min(length, max(256, _TOKENS // prompts))
-    lengths = report.mask.sum(dim=1).tolist()
+    of, length = report.mask.shape
+    prompts = min(of, _TOKENS // _LEAST)
+    shown = min(length, _TOKENS // prompts)
+    lengths = report.mask[:prompts].sum(dim=1).tolist()
     return {
+        "of": of,
         "shown": shown,
         "lengths": lengths,
         "prompts": [
@@ -79,7 +83,7 @@ def tokens(report: SinkReport) -> dict[str, Any] | None:
                 "name": name,
                 "label": _labels.axis_label(report.variables()[name]),
                 "about": report.variables()[name].about,
-                "values": packed(to_numpy(report[name])[:, :shown]),
+                "values": packed(to_numpy(report[name])[:prompts, :shown]),
             }
             for name in measured
         ],

@@ -116,9 +116,10 @@ function fill(card, { columns, kinds, rows: all, of, about }, { sortBy = null, p
 function startTables() {
   const tables = { ...page.tables };
   if (page.columns.length > 0) tables.heads = headsTable();
+  const held = page.tokens?.prompts.length ?? 0;
   const options = {
     heads: { sortBy: 2, pick: ([layer, head]) => ({ layer, head }) },
-    tokens: { pick: ([prompt, position]) => ({ prompt, position }) },
+    tokens: { pick: ([prompt, position]) => (prompt < held ? { prompt, position } : {}) },
   };
   for (const card of document.querySelectorAll("[data-table]")) {
     const table = tables[card.dataset.table];

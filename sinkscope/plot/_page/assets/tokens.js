@@ -42,6 +42,7 @@ function colour(share) {
 }
 
 function drawTokens() {
+  byId("prompt").value = state.prompt;
   const tokens = page.tokens.prompts[state.prompt];
   const values = tokenValues();
   const scale = scaleOf(values.subarray(0, tokens.length));
@@ -133,7 +134,12 @@ function moveAmongTokens(event) {
 
 function startTokens() {
   if (!page.tokens) return;
-  for (const index of page.tokens.prompts.keys()) byId("prompt").add(new Option(index, index));
+  const { prompts, of } = page.tokens;
+  for (const index of prompts.keys()) byId("prompt").add(new Option(index, index));
+  if (prompts.length < of) {
+    byId("prompts-held").textContent =
+      `The page holds the first ${prompts.length} of ${of.toLocaleString("en-US")} prompts.`;
+  }
   page.tokens.quantities.forEach((one, index) => byId("quantity").add(new Option(one.label, index)));
   byId("prompt").addEventListener("change", ({ target }) => {
     firstToken = 0;
