@@ -52,7 +52,11 @@ def compare(
         progress: as in `train`.
 
     Returns:
-        one row per run: attention, optimizer, seed and the entries of `headline`.
+        one row per run: attention, optimizer, seed and the entries of `headline`, all of them at
+        the same step.
+
+    Raises:
+        ModelError: as in `train`, when `folder` holds other runs, or longer ones.
     """
     import pandas as pd
 

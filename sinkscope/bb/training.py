@@ -75,7 +75,8 @@ def train(
         the run: its model (in eval mode, fp32), task and log.
 
     Raises:
-        ModelError: when `folder` holds a run of another configuration or source.
+        ModelError: when `folder` holds a run of another configuration or source, or one that has
+            gone on for more steps.
     """
     config = config if config is not None else TrainConfig()
     chosen = device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,6 +143,11 @@ class Trainer:
             raise ModelError(
                 f"{self.folder} holds a run that differs in {', '.join(differing)}: "
                 f"give another folder, or the same configuration to go on with it"
+            )
+        if saved.metadata["step"] > self.config.steps:
+            raise ModelError(
+                f"{self.folder} holds a run of {saved.metadata['step']} steps, beyond the "
+                f"{self.config.steps} asked for: give another folder, or ask for as many"
             )
 
     def run(self, progress: bool) -> None:

@@ -104,6 +104,16 @@ def test_compare_trains_each_combination_and_resumes(tmp_path):
     assert len(kept) == 8
 
 
+def test_compare_puts_no_runs_of_different_lengths_into_one_table(tmp_path):
+    same = dict(seeds=(1,), config=TINY, folder=tmp_path, device="cpu", progress=False)
+    longer = compare(("softmax",), **same)
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ModelError, match="softmax-adamw-1 holds a run of 6 steps, beyond the 3"):
+        compare(("softmax", "relu"), **{**same, "config": TINY.replace(steps=3)})
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert list(longer.step) == [6] == list(compare(("relu",), **same).step)
+
+
 def test_summary_decides_only_when_the_interval_does():
     runs = pd.DataFrame(
         {
