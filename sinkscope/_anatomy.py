@@ -30,6 +30,7 @@ class Anatomy:
             full attention.
         softcap: Scores are ``softcap * tanh(scores / softcap)`` where not ``None``.
         sinks: Each layer's learned sink logits [head], or ``None``.
+        stated_scales: The factor on q·k that each layer's module states, or ``None``.
         scales: For each layer, the factors that q·k may be scaled by, the likeliest first.
         moe: Whether any block's FFN is a mixture of experts.
         positions: "rotary", "learned", "sinusoidal", "alibi", "none", or TransformerLens' word.
@@ -42,6 +43,7 @@ class Anatomy:
     windows: tuple[int | None, ...]
     softcap: float | None
     sinks: tuple[Tensor | None, ...]
+    stated_scales: tuple[float | None, ...]
     scales: tuple[tuple[float, ...], ...]
     moe: bool
     positions: str
@@ -68,6 +70,7 @@ def read_anatomy(bridge: Any) -> Anatomy:
         windows=_windows(config, len(blocks), name),
         softcap=float(softcap) if softcap else None,
         sinks=tuple(_sinks(module) for module in modules),
+        stated_scales=tuple(map(_stated_scale, modules)),
         scales=tuple(_scales(module, cfg.d_head, i) for i, module in enumerate(modules)),
         moe=any(_is_moe(block) for block in blocks),
         positions=_positions(bridge),
@@ -135,6 +138,12 @@ def _windows(config: Any, n_layers: int, name: str) -> tuple[int | None, ...]:
 def _sinks(module: Any) -> Tensor | None:
     sinks = getattr(module, "sinks", None)
     return sinks.detach().float().cpu() if isinstance(sinks, Tensor) else None
+
+
+def _stated_scale(module: Any) -> float | None:
+    """The factor on q·k under the name that transformers gives it, and no divisor."""
+    scale = getattr(module, "scaling", None)
+    return float(scale) if isinstance(scale, int | float) else None
 
 
 def _scales(module: Any, d_head: int, layer: int) -> tuple[float, ...]:

@@ -57,6 +57,7 @@ class Findings:
 
     Attributes:
         scales: The factor on q·k in each layer.
+        stock_differs: In what the stock bridge computes something else than the model, or None.
         signals: Signal name to hook template, for the signals that passed.
         reasons: Signal name to why it is not offered.
         softmax: Whether the pattern is a softmax of the scores, of which a place that is no key (a
@@ -65,6 +66,7 @@ class Findings:
     """
 
     scales: tuple[float, ...]
+    stock_differs: str | None = None
     signals: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     softmax: bool = True
@@ -169,7 +171,7 @@ class _Checks:
             scales = [self.scale(i, query[i], key[i]) for i in range(len(query))]
             fitting = tuple(scale for scale in scales if scale is not None)
             if len(fitting) == len(scales):
-                self.findings.scales = fitting
+                self.compare_scales(fitting)
                 self.findings.accept(query=query_hook, key=key_hook)
                 self.products = list(map(self.scaled, query, key, fitting))
                 return
@@ -180,12 +182,31 @@ class _Checks:
             reason += " (a position bias is added to their products)"
         self.findings.reject(reason, "query", "key")
 
+    def compare_scales(self, fitting: tuple[float, ...]) -> None:
+        """Keep the scales that fit, unless the model's own modules state others.
+
+        Stated scales are tried first: where another one fits, the bridge does not use the model's.
+        """
+        model = tuple(
+            fits if stated is None else stated
+            for fits, stated in zip(fitting, self.anatomy.stated_scales, strict=True)
+        )
+        self.findings.scales = model
+        for layer, (fits, stated) in enumerate(zip(fitting, model, strict=True)):
+            if fits != stated:
+                self.findings.stock_differs = (
+                    f"the stock bridge scales q·k by {fits:.3g} in layer {layer}, where the model "
+                    f"scales it by {stated:.3g}"
+                )
+                return
+
     def scale(self, layer: int, query: Tensor, key: Tensor) -> float | None:
-        """The first scale that fits this layer."""
-        for scale in self.anatomy.scales[layer]:
-            scores = self.scaled(query, key, scale)
-            if self.explains_pattern(layer, scores) or self.are_scores(layer, scores):
-                return scale
+        """The first scale that fits this layer; scores tell scales apart, even patterns do not."""
+        products = {scale: self.scaled(query, key, scale) for scale in self.anatomy.scales[layer]}
+        for fits in (self.are_scores, self.explains_pattern):
+            for scale, scores in products.items():
+                if fits(layer, scores):
+                    return scale
         return None
 
     def scaled(self, query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -142,6 +142,38 @@ def test_the_context_of_roberta_is_what_its_positions_leave(pad: int) -> None:
         scan(bridge, family.tokens(1, length=24 - pad), progress=False)
 
 
+@pytest.mark.parametrize("std", [0.02, 0.2])
+def test_a_stock_bridge_that_scales_other_than_its_model_is_found_out(std: float) -> None:
+    """TransformerLens divides by sqrt(d_head) what this GPT-2 does not; at 0.02 it hardly shows."""
+    family = BY_NAME["gpt2"]
+    hf = replace(family, settings=family.settings | dict(scale_attn_weights=False)).build()
+    for name, weight in hf.named_parameters():
+        if name.endswith("c_attn.weight"):
+            torch.nn.init.normal_(weight, std=std)
+    tokens = family.tokens()
+    with torch.no_grad():
+        patterns = torch.stack(hf(tokens, output_attentions=True).attentions)
+    expected = patterns[..., 1:, 0].mean(-1).transpose(0, 1)
+    bridge = load_model(hf)
+    can = capabilities(bridge)
+    assert can.scales == (1.0, 1.0, 1.0)
+    assert "scales q·k by 0.354 in layer 0, where the model scales it by 1" in can.stock_differs
+    assert not can.available and 'path="streaming" measures' in can.unavailable["residual_norm"]
+    report = scan(bridge, tokens, progress=False)
+    assert report.settings.path == "streaming"
+    torch.testing.assert_close(report.sink_attention, expected)
+
+
+def test_a_stock_bridge_that_scales_as_its_model_does_is_believed() -> None:
+    family = BY_NAME["gpt2"]
+    by_layer = replace(
+        family, settings=family.settings | dict(scale_attn_by_inverse_layer_idx=True)
+    )
+    can = capabilities(load_model(by_layer.build()))
+    assert can.stock_differs is None
+    assert can.scales == pytest.approx([8**-0.5 / (layer + 1) for layer in range(3)])
+
+
 def test_an_active_intervention_does_not_mislead(bridge: TransformerBridge) -> None:
     clean = capabilities(load_model(tiny_llama()))
     uniform = lambda p, hook: torch.full_like(p, 1 / p.shape[-1])  # noqa: E731
