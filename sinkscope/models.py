@@ -20,6 +20,7 @@ from sinkscope._checkpoint import (
     has_tokenizer,
     one_sentence,
 )
+from sinkscope._device import chosen_device
 from sinkscope._gguf import read_gguf
 from sinkscope._hub import find_on_hub
 from sinkscope._memory import (
@@ -117,7 +118,7 @@ def load_model(
             "a name or path to load one from."
         )
     request = _Request(
-        device=None if device_map or (in_memory and device is None) else _device(device),
+        device=None if device_map or (in_memory and device is None) else chosen_device(device),
         dtype=_dtype(dtype, default=None if in_memory else torch.float32),
         device_map=device_map,
         trust_remote_code=trust_remote_code,
@@ -252,20 +253,6 @@ def _revision_of(spec: str, revision: str | None, checkpoint: int) -> str:
         raise ModelError("Pass either revision or checkpoint, not both.")
     with one_sentence(f"checkpoint {checkpoint} of {spec}"):
         return _resolve_checkpoint_to_revision(spec, None, checkpoint)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch says "no CUDA" with an assertion
-        said = str(error).splitlines()[0]
-        raise ModelError(
-            f"There is no device {str(device)!r} here ({said}); try device='cpu'."
-        ) from error
-    return chosen
 
 
 def _dtype(dtype: str | torch.dtype | None, default: torch.dtype | None) -> torch.dtype | None:

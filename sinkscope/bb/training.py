@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from sinkscope._device import chosen_device
 from sinkscope.bb.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sinkscope.bb.config import TrainConfig
 from sinkscope.bb.holds import Holds
@@ -76,11 +77,11 @@ def train(
 
     Raises:
         ModelError: when `folder` holds a run of another configuration or source, or one that has
-            gone on for more steps.
+            gone on for more steps; when there is no such device.
     """
     config = config if config is not None else TrainConfig()
-    chosen = device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = Trainer(config, BigramBackcopy(source, config.triggers, config.bos), start, chosen)
+    task = BigramBackcopy(source, config.triggers, config.bos)
+    trainer = Trainer(config, task, start, chosen_device(device))
     if folder is not None:
         trainer.attach(Path(folder))
     trainer.run(progress)

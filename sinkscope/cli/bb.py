@@ -25,7 +25,7 @@ Steps = Annotated[
     int | None,
     typer.Option(min=1, help="Optimiser steps; default: 2,000, or 10,000 with --paper."),
 ]
-Seed = Annotated[int, typer.Option(help="Draws the first weights and every batch.")]
+Seed = Annotated[int, typer.Option(min=0, help="Draws the first weights and every batch.")]
 Paper = Annotated[
     bool, typer.Option("--paper", help="The paper's settings (a GPU's work), not the classroom's.")
 ]

@@ -1,0 +1,51 @@
+"""`sinkscope bb`: what it refuses, it refuses in a sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sinkscope.bb import ModelConfig, TrainConfig, growth_laws, train
+
+from .test_cli import run
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (("train", "--seed", -1), "Invalid value for '--seed'"),
+        (("train", "--device", "foo"), "sinkscope: There is no device 'foo'"),
+        (("compare", "--device", "foo"), "sinkscope: There is no device 'foo'"),
+        (("train", "--device", f"cuda:{torch.cuda.device_count()}"), "There is no device 'cuda:"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(command, sentence, tmp_path, capsys):
+    code, out, err = run("bb", *command, "--steps", 2, "--out", tmp_path, capsys=capsys)
+    assert code == 2 and out == ""
+    assert sentence in err and "Traceback" not in err
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_growth_laws_are_those_of_each_run(tmp_path, capsys):
+    """Two runs that differ in their learning rate alone: what is fitted to each by itself."""
+    config = TrainConfig(
+        model=ModelConfig(width=8, context=12), batch=4, length=12, steps=400, measure_every=50,
+        measure_prompts=8,
+    )  # fmt: skip
+    folders, want = [], []
+    for rate in (3e-3, 1e-4):
+        folders.append(tmp_path / str(rate))
+        one = config.replace(learning_rate=rate)
+        fits, _ = growth_laws(
+            train(one, folders[-1], device="cpu", progress=False).frame(), start=200
+        )
+        name = f"1L softmax adamw, learning rate {rate}"
+        want += [(name, *row) for row in fits[["metric", "law", "slope"]].itertuples(index=False)]
+    code, out, _ = run("bb", "dynamics", *folders, "--json", capsys=capsys)
+    assert code == 0
+    laws = json.loads(out)["laws"]
+    got = [(law["run"], law["metric"], law["law"], law["slope"]) for law in laws]
+    assert [row[:3] for row in got] == [row[:3] for row in want]
+    assert [row[3] for row in got] == pytest.approx([row[3] for row in want])
