@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from sinkscope.errors import SinkscopeError
+
 if TYPE_CHECKING:
     from sinkscope.report import Settings, SinkReport
+
+_SHAPE = ("architecture", "n_layers", "n_heads", "n_kv_heads")
 
 
 def scanned(model: Any, texts: Any) -> tuple[Any, SinkReport]:
@@ -16,6 +20,34 @@ def scanned(model: Any, texts: Any) -> tuple[Any, SinkReport]:
     model = ss.load_model(model)
     texts = ss.texts("prose", prompts=4, length=128) if texts is None else texts
     return model, ss.scan(model, texts, progress=False)
+
+
+def model_of(report: SinkReport, model: Any) -> Any:
+    """The loaded model, where it is the one that the report is of.
+
+    Raises:
+        SinkscopeError: If it is another.
+    """
+    import sinkscope as ss
+    from sinkscope._source import model_source
+    from sinkscope.capabilities import capabilities
+
+    model = ss.load_model(model)
+    can, source, settings = capabilities(model), model_source(model), report.settings
+    same_shape = all(getattr(can, name) == getattr(settings, name) for name in _SHAPE)
+    revisions = {source.revision, settings.revision} - {""}  # models in memory have none
+    if same_shape and len(revisions) < 2:
+        return model
+    theirs, own = (
+        f"{name} ({it.architecture}, {it.n_layers} layers × {it.n_heads} heads, {it.n_kv_heads} KV "
+        f"heads{', revision ' + revision.removeprefix('sha256:')[:12] if revision else ''})"
+        for name, it, revision in (
+            (settings.model, settings, settings.revision), (source.name, can, source.revision),
+        )
+    )  # fmt: skip
+    raise SinkscopeError(
+        f"This report is of {theirs}, and the model is {own}; pass the model that was scanned."
+    )
 
 
 def scanned_text(model: Any, text: str, settings: Settings) -> SinkReport:

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from sinkscope.errors import ReportError, SinkscopeError
 from sinkscope.plot import _figure, compare, heads, positions, strip
-from sinkscope.plot._explored import head_pattern, scanned, scanned_again, scanned_text
+from sinkscope.plot._explored import head_pattern, model_of, scanned, scanned_again, scanned_text
 from sinkscope.plot._whatif import INTERVENTIONS, Where
 from sinkscope.plot._widgets import (
     PlainViews,
@@ -45,7 +45,8 @@ def explore(
     Args:
         report_or_model: A report, or a model (anything that `load_model` takes), which is scanned.
         texts: What to scan a model on; by default four prompts of prose.
-        model: The model of a report, for patterns, prompts and interventions.
+        model: The model of a report, for patterns, prompts and interventions; anything that
+            `load_model` takes.
         theme: "light", "dark", or the default.
         widgets: Whether to use widgets; by default where they work. Elsewhere come plain figures
             that say why.
@@ -54,12 +55,14 @@ def explore(
         The explorer, which a notebook shows; or plain figures.
 
     Raises:
-        SinkscopeError: If the model or the texts cannot be measured.
+        SinkscopeError: If the model or the texts cannot be measured, or the model is not the one
+            that the report is of.
     """
     from sinkscope.report import SinkReport
 
     if isinstance(report_or_model, SinkReport):
         report = report_or_model
+        model = None if model is None else model_of(report, model)
     else:
         model, report = scanned(report_or_model, texts)
     reason = why_not() if widgets is None else None if widgets else "widgets=False asked for them."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -223,6 +224,35 @@ def test_a_prompt_is_measured_as_the_shown_report_was():
     assert (new.settings.epsilon, new.settings.sinks) == (0.2, "2")
     assert new.settings.metrics == first.settings.metrics
     assert new.sink_mask.nonzero().tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (dict(n_layers=30), "tiny .LlamaForCausalLM, 30 layers × 4 heads, 2 KV heads., and the"),
+        (dict(n_kv_heads=4), "and the model is tiny .LlamaForCausalLM, 3 layers × 4 heads, 2 KV"),
+        (dict(architecture="GPT2LMHeadModel"), "This report is of tiny .GPT2LMHeadModel"),
+    ],
+)
+def test_a_model_that_the_report_is_not_of_is_refused(with_model, changed, said):
+    report = with_model.report
+    settings = dataclasses.replace(report.settings, **changed)
+    with pytest.raises(SinkscopeError, match=f"{said}.*pass the model that was scanned"):
+        ss.explore(dataclasses.replace(report, settings=settings), model=with_model.model)
+
+
+def test_another_revision_is_refused_and_none_is_taken(model, with_model):
+    from sinkscope._source import ModelSource, attach_source, model_source
+
+    source, report = model_source(model), with_model.report
+    try:
+        attach_source(model, ModelSource("tiny", "hub", "a" * 40))
+        ss.explore(report, model=model, widgets=True)  # a report without one
+        settings = dataclasses.replace(report.settings, revision="b" * 40)
+        with pytest.raises(SinkscopeError, match="revision bbbbbbbbbbbb.*revision aaaaaaaaaaaa"):
+            ss.explore(dataclasses.replace(report, settings=settings), model=model)
+    finally:
+        attach_source(model, source)
 
 
 @pytest.mark.parametrize("name", INTERVENTIONS)
