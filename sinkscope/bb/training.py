@@ -1,12 +1,14 @@
 """Train a laboratory model and watch the three phenomena while it trains.
 
-A run is a function of its configuration alone: weights come from the seed, batch t from (seed, t).
+A run is a function of its configuration, its source and the start that it was given, if any: other
+weights come from the seed, batch t from (seed, t).
 A run that was killed and resumed on the same machine ends on the same bits as one that was not.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,8 +78,8 @@ def train(
         the run: its model (in eval mode, fp32), task and log.
 
     Raises:
-        ModelError: when `folder` holds a run of another configuration or source, or one that has
-            gone on for more steps; when there is no such device.
+        ModelError: when `folder` holds a run of another configuration, source or start, or one
+            that has gone on for more steps; when there is no such device.
     """
     config = config if config is not None else TrainConfig()
     task = BigramBackcopy(source, config.triggers, config.bos)
@@ -104,6 +106,7 @@ class Trainer:
         self.model = BackcopyTransformer(config.model, seed=config.seed)
         if start is not None:
             self.model.load_state_dict(start.state_dict())
+        self.start = None if start is None else _fingerprint(self.model)
         self.model.to(self.device)
         self.holds = Holds(config.hold, self.model, task) if config.hold else None
         self.optimizers = make_optimizers(self.model, config)
@@ -138,12 +141,16 @@ class Trainer:
         kept = asdict(TrainConfig.from_dict(saved.metadata["config"]))
         ours = asdict(self.config)
         differing = [k for k in ours if k not in MAY_CHANGE and ours[k] != kept[k]]
-        if not torch.equal(saved.source.transition, self.task.source.transition):
+        theirs, source = saved.source, self.task.source
+        tables = (theirs.marginal, source.marginal), (theirs.transition, source.transition)
+        if not all(torch.equal(one, other) for one, other in tables):
             differing.append("source")
+        if saved.metadata.get("start") != self.start:
+            differing.append("start")
         if differing:
             raise ModelError(
                 f"{self.folder} holds a run that differs in {', '.join(differing)}: "
-                f"give another folder, or the same configuration to go on with it"
+                f"give another folder, or the same ones to go on with it"
             )
         if saved.metadata["step"] > self.config.steps:
             raise ModelError(
@@ -201,12 +208,20 @@ class Trainer:
             self.model.state_dict(),
             self.optimizers.tensors(),
             self.task.source,
-            {"step": self.step, "config": asdict(self.config)},
+            {"step": self.step, "config": asdict(self.config), "start": self.start},
         )
         if self.step in self.config.snapshots:
             weights_only = dataclasses.replace(state, optimizer={})
             save_checkpoint(self.folder / f"step-{self.step:06d}.safetensors", weights_only)
         save_checkpoint(self.folder / CHECKPOINT, state)
+
+
+def _fingerprint(model: BackcopyTransformer) -> str:
+    """Hexadecimal SHA-256 of a model's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def next_token_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -128,6 +129,27 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
     (tmp_path / LOG).unlink()
     with pytest.raises(ModelError, match="missing beside its checkpoint"):
         train(TINY.replace(steps=2), tmp_path, device="cpu", progress=False)
+
+
+def test_a_run_goes_on_from_its_own_start_and_source_only(tmp_path):
+    """Held values are those of the start; the marginal says how sequences begin."""
+    start = BackcopyTransformer(TINY.model, seed=7)
+    source = BigramSource.synthetic(65, seed=1)
+    turned = BigramSource(source.marginal.flip(0), source.transition)
+    config = TINY.replace(hold=("values",), triggers=(1, 2, 3), steps=12)
+    given = dict(source=source, start=start, device="cpu", progress=False)
+    at_once = train(config, **given)
+    train(config.replace(steps=5), tmp_path, **given)
+    for name, other in (
+        ("start", {"start": None}),
+        ("start", {"start": BackcopyTransformer(TINY.model, seed=8)}),
+        ("source", {"source": turned}),
+    ):
+        with pytest.raises(ModelError, match=f"differs in {name}:"):
+            train(config, tmp_path, **{**given, **other})
+    same = {"start": copy.deepcopy(start), "source": BigramSource.synthetic(65, seed=1)}
+    resumed = train(config, tmp_path, **{**given, **same})
+    assert torch.equal(weights(resumed.model), weights(at_once.model))
 
 
 def test_a_broken_checkpoint_is_one_sentence(tmp_path):
