@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from sinkscope._device import chosen_device
+from sinkscope.bb._interrupt import waiting_interrupt
 from sinkscope.bb.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sinkscope.bb.config import TrainConfig
 from sinkscope.bb.holds import Holds
@@ -159,19 +160,26 @@ class Trainer:
             )
 
     def run(self, progress: bool) -> None:
-        """Measure, save and step until the last step is done."""
+        """Measure, save and step until the last step is done.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C, once the running step is done and saved.
+        """
         config = self.config
         bar = tqdm(
             total=config.steps, initial=self.step, disable=not progress, unit="step", leave=False
         )
         loss: Tensor | None = None
-        with bar:
+        with bar, waiting_interrupt() as interrupted:
             while True:
                 if config.measures_at(self.step) and self.step not in self.log:
                     bar.set_postfix_str(self._measure(loss))
-                last = self.step >= config.steps
-                if last or self.step % config.save_every == 0 or self.step in config.snapshots:
+                last, stop = self.step >= config.steps, interrupted()
+                due = self.step % config.save_every == 0 or self.step in config.snapshots
+                if last or stop or due:
                     self._save()
+                if stop:
+                    raise KeyboardInterrupt
                 if last:
                     break
                 loss = self._train_step(self.batches[self.step])

@@ -75,6 +75,39 @@ def test_killed_and_resumed_ends_on_the_same_bits(tmp_path, optimizer):
     assert resumed.log.rows == straight.log.rows
 
 
+def test_an_interrupted_run_is_saved_where_it_was(tmp_path, monkeypatch):
+    """Ctrl-C in the middle of step 17; saves of its own come at 0 and at the end only."""
+    config = TINY.replace(save_every=1000)
+    straight = train(config, device="cpu", progress=False)
+    step = Trainer._train_step
+
+    def interrupted(self, tokens):
+        if self.step == 16:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, tokens)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_train_step", interrupted)
+        train(config, tmp_path, device="cpu", progress=False)
+    assert reached(tmp_path) == 17
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = train(config, tmp_path, device="cpu", progress=False)
+    assert torch.equal(weights(resumed.model), weights(straight.model))
+    assert resumed.log.rows == straight.log.rows
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path, monkeypatch):
+    def stuck(self, tokens):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(Trainer, "_train_step", stuck)
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, tmp_path, device="cpu", progress=False)
+    assert reached(tmp_path) == 0
+
+
 def test_a_run_is_a_function_of_its_configuration(tmp_path):
     one = train(TINY, device="cpu", progress=False)
     same = train(TINY, tmp_path, device="cpu", progress=False)
