@@ -215,7 +215,9 @@ def _check(metrics: Any, epsilon: Any, batch: Any) -> None:
 def _position_embedding_norm(model: Any, can: Capabilities) -> Float[Tensor, "context"] | None:
     if can.positions != "learned":
         return None
-    return positions.position_embedding_norm(model.W_pos.detach())
+    # RoBERTa's table begins with rows that no position uses, of which the bridge cuts two at most.
+    table = model.W_pos.detach()[-(can.n_ctx or 0) :]
+    return positions.position_embedding_norm(table)
 
 
 def _settings(

@@ -219,10 +219,10 @@ def choose(model: Any, capabilities: Capabilities, path: str) -> Path:
     """The path asked for; "auto" takes the streaming one wherever it is exact.
 
     Raises:
-        UnsupportedError: If `path` is unknown, or "streaming" cannot be exact for this model.
+        UnsupportedError: If `path` is unknown, or cannot be exact for this model.
     """
     if path == "stock":
-        return StockPath(capabilities)
+        return _stock(capabilities)
     if path not in ("auto", "streaming"):
         raise UnsupportedError(f'There is no path {path!r}; choose "auto", "streaming" or "stock".')
     try:
@@ -231,5 +231,15 @@ def choose(model: Any, capabilities: Capabilities, path: str) -> Path:
     except UnsupportedError:
         if path == "streaming":
             raise
-        return StockPath(capabilities)
+        return _stock(capabilities)
     return StreamingPath(model, capabilities)
+
+
+def _stock(capabilities: Capabilities) -> StockPath:
+    """The stock path, unless the bridge computes something else than its model there."""
+    if capabilities.stock_differs is not None:
+        raise UnsupportedError(
+            f"The stock path cannot be exact for {capabilities.architecture}: "
+            f"{capabilities.stock_differs}."
+        )
+    return StockPath(capabilities)

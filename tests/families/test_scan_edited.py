@@ -18,7 +18,7 @@ from torch import Tensor
 import sinkscope as ss
 from sinkscope.errors import UnsupportedError
 
-from .architectures import BY_NAME, FULL, GROUPED, SLIDING, Family
+from .architectures import BY_NAME, COMMON, FULL, GROUPED, SLIDING, Family
 
 EDITABLE = ["llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bert"]
 METRICS = ("sink_attention", "received", "entropy", "logit_gap", "value_share")
@@ -207,6 +207,17 @@ def test_where_the_stock_bridge_shows_no_values_attention_is_still_measured() ->
         torch.testing.assert_close(report.sink_attention, want, atol=1e-5, rtol=0)
     with pytest.raises(UnsupportedError, match="value"):
         ss.scan(model, tokens, path="stock", metrics=["value_share"])
+
+
+@pytest.mark.parametrize("pad", [0, 1, 3])
+def test_rows_that_no_position_uses_are_no_positions(pad: int) -> None:
+    """RoBERTa numbers positions from its padding id on."""
+    family = Family("roberta", "RobertaForMaskedLM", COMMON | dict(pad_token_id=pad), causal=False)
+    original = family.build()
+    table = original.roberta.embeddings.position_embeddings.weight.detach()
+    model = ss.load_model(original, device="cpu")
+    report = ss.scan(model, family.tokens(), metrics="core", progress=False)
+    torch.testing.assert_close(report.position_embedding_norm, table[pad + 1 :].norm(dim=-1))
 
 
 def test_layers_of_different_geometry_are_measured_but_for_what_has_no_table() -> None:
