@@ -67,7 +67,9 @@ def scanned_again(model: Any, before: SinkReport) -> SinkReport:
     rows = zip(before.tokens, before.mask, strict=True)
     tokens = ss.token_ids([tokens[real].tolist() for tokens, real in rows])
     after = _scanned_like(model, tokens, before.settings)
-    return dataclasses.replace(after, token_text=before.token_text)
+    text = {name: getattr(before.settings, name) for name in ("source", "bos", "seed")}
+    settings = dataclasses.replace(after.settings, **text)
+    return dataclasses.replace(after, settings=settings, token_text=before.token_text)
 
 
 def _scanned_like(model: Any, texts: Any, settings: Settings) -> SinkReport:
@@ -80,6 +82,7 @@ def _scanned_like(model: Any, texts: Any, settings: Settings) -> SinkReport:
         metrics=settings.metrics,
         sinks=sinks if sinks == "auto" else [int(sink) for sink in sinks.split(",")],
         epsilon=settings.epsilon,
+        path="stock" if settings.path == "stock" else "auto",  # an intervention may need the stock
         progress=False,
     )
 
