@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,32 @@ def value_range(figures: np.ndarray, unit: str | None) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-LOG_BAR = dict(tickprefix="10<sup>", ticksuffix="</sup>", dtick=1)
-"""Colour bar of logarithms, labelled with what they are logarithms of."""
+def log_bar(low: float, high: float, pixels: int = 250) -> dict[str, Any]:
+    """Ticks of a colour bar of logarithms, labelled with what they are logarithms of.
 
+    Both ends, and between them 1, 2, 5 of each decade, of more than two decades 1 alone, as far as
+    there is room for their labels on so many pixels.
+    """
+    steps = (1, 2, 5) if high - low <= 2 else (1,)
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    gap = _LABEL / pixels * (high - low)
+    ticks = [low]
+    for tick in (decade + math.log10(step) for decade in decades for step in steps):
+        if ticks[-1] + gap < tick < high - gap:
+            ticks.append(tick)
+    ticks.append(high)
+    return dict(tickvals=ticks, ticktext=[_three_digits(10**tick) for tick in ticks])
+
+
+def _three_digits(figure: float) -> str:
+    """Three digits: 0.00123, 22,800, and from a million or a ten-thousandth on a power of ten."""
+    if 1e-4 <= figure < 1e6:
+        return f"{float(f'{figure:.3g}'):,.10g}"
+    digits, power = f"{figure:.2e}".split("e")
+    return f"{float(digits):g} × 10<sup>{int(power)}</sup>".removeprefix("1 × ")
+
+
+_LABEL = 18  # pixels of a colour bar that a label takes
 _SIGNED = ("logit", "1")  # units of figures that may lie on either side of zero
 _DECADES = 5  # that a logarithmic scale spans at most
 
@@ -92,6 +116,7 @@ WHOLE = ",~g"
 """Tick format: 20,000 rather than 20k, and 0.5 where Plotly writes a logarithmic axis's 5."""
 
 _LOG_TICKS = "D2"  # 1, 2, 5 of each decade
+_ROOMY = 2.5  # decades whose 1, 2, 5 fit beside each other
 
 
 def y_scale(logarithmic: bool) -> dict[str, str]:
@@ -100,8 +125,14 @@ def y_scale(logarithmic: bool) -> dict[str, str]:
     return scale | dict(tickformat=WHOLE)
 
 
-def log_scale(figures: np.ndarray) -> dict[str, str]:
-    """Type and ticks of a logarithmic axis: 1, 2, 5 of each decade, more of them within one."""
+def log_scale(figures: np.ndarray) -> dict[str, Any]:
+    """Type and ticks of a logarithmic axis: 1, 2, 5 of each decade, as many as there is room for.
+
+    Within a decade Plotly finds more of them; of more than two and a half only powers of ten stay.
+    """
     positive = figures[np.isfinite(figures) & (figures > 0)]
-    decade = positive.size > 0 and positive.max() >= 10 * positive.min()
-    return dict(type="log", tickformat=WHOLE) | (dict(dtick=_LOG_TICKS) if decade else {})
+    decades = float(np.log10(positive.max() / positive.min())) if positive.size else 0.0
+    if decades > _ROOMY:
+        return dict(type="log", dtick=1, exponentformat="power")
+    ticks = dict(dtick=_LOG_TICKS) if decades >= 1 else {}
+    return dict(type="log", tickformat=WHOLE) | ticks

@@ -13,7 +13,7 @@ from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels
 from sinkscope.plot._bins import Bins, bins
-from sinkscope.plot._scales import LOG_BAR
+from sinkscope.plot._scales import log_bar, log_colours
 from sinkscope.plot.theme import Palette, Theme, palette
 
 if TYPE_CHECKING:
@@ -131,17 +131,19 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
     hover = np.full(grid.shape, "", dtype=object)
     for (dim, layer), rows in cells:
         place = dims.index(dim), int(layer)
-        grid[place] = np.log10(rows["size"].max())
+        grid[place] = rows["size"].max()
         at = ", ".join(str(p) for p in sorted(rows["position"].unique())[:6])
         hover[place] = (
             f"largest value: {_labels.number(rows.loc[rows['size'].idxmax(), value])}<br>"
             f"{rows['prompt'].nunique()} of {prompts} prompts, position {at}<br>"
             f"up to {_labels.number(rows[ratio].max())} × the median"
         )
+    z, low, high = log_colours(grid)
+    bar = dict(title=dict(text="largest |value| [activation]", side="right"))
     figure = go.Figure(
         go.Heatmap(
-            y=[str(dim) for dim in dims], z=grid, text=hover, xgap=1, ygap=1, hoverongaps=False,
-            colorbar=dict(title=dict(text="largest |value| [activation]", side="right"), **LOG_BAR),
+            y=[str(dim) for dim in dims], z=z, zmin=low, zmax=high, text=hover,
+            xgap=1, ygap=1, hoverongaps=False, colorbar=bar | log_bar(low, high),
             hovertemplate="layer %{x}, dim %{y}<br>%{text}<extra></extra>",
         )
     )  # fmt: skip

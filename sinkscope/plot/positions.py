@@ -15,8 +15,8 @@ from sinkscope.plot import _figure, _labels
 from sinkscope.plot._bars import add_uniform, bars, hover_names, uniform_level
 from sinkscope.plot._bins import Bins, bins
 from sinkscope.plot._scales import (
-    LOG_BAR,
     colour_scale,
+    log_bar,
     log_colours,
     log_switch,
     value_range,
@@ -116,7 +116,7 @@ def position_map(
     label = _labels.axis_label(variable)
     colorbar: dict[str, Any] = dict(title=dict(text=label, side="right"))
     if logarithmic:
-        colorbar |= LOG_BAR
+        colorbar |= log_bar(low, high)
     figure = go.Figure(
         go.Heatmap(
             x=places.edges(),

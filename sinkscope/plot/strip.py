@@ -10,13 +10,14 @@ import plotly.graph_objects as go
 
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels, _tokens
-from sinkscope.plot._scales import LOG_BAR, log_colours, value_range
+from sinkscope.plot._scales import log_bar, log_colours, value_range
 from sinkscope.plot.theme import Theme
 
 if TYPE_CHECKING:
     from sinkscope.report import SinkReport
 
 _CELL = 8  # characters that fit a cell
+_ROW = 30  # pixels
 
 
 def token_strip(
@@ -71,7 +72,7 @@ def token_strip(
     # A strip may be low: the title says what it is, the bar the unit.
     colorbar: dict[str, Any] = dict(title=dict(text=variable.unit or "", side="right"))
     if log:
-        colorbar |= LOG_BAR
+        colorbar |= log_bar(low, high, _ROW * rows)
     hovers = [
         f"position {start + i}: {_labels.plotly_token(word)}<br>{label}: {_labels.number(value)}"
         for i, (word, value) in enumerate(zip(words, values.tolist(), strict=True))
@@ -95,7 +96,7 @@ def token_strip(
     )
     part = "" if stop - start == length else f", positions {start} to {stop - 1} of {length:,}"
     title = f"{_labels.heading(metric)}: tokens of prompt {prompt}{part}"
-    height = 190 + 30 * rows
+    height = 190 + _ROW * rows
     return _figure.finish(figure, title, report.settings, theme, height=height)
 
 
