@@ -14,56 +14,14 @@ from rich.console import RenderableType
 from sinkscope._algebra import close
 from sinkscope._anatomy import Anatomy, read_anatomy
 from sinkscope._describe import as_text, describe
+from sinkscope._hook_points import CANDIDATES, B, Findings
 from sinkscope._probe import Probe, evaluating, only_hooks, probe
-from sinkscope._signals import CANDIDATES, B, Findings, find_signals, is_causal
+from sinkscope._signals import find_signals, is_causal
 from sinkscope._source import model_source
+from sinkscope._unavailable import METRIC_SIGNALS, unavailable
 from sinkscope.errors import UnsupportedError
 
 __all__ = ["METRIC_SIGNALS", "Capabilities", "capabilities", "describe"]
-
-METRIC_SIGNALS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "sink_attention": ("pattern",),
-        "received_attention": ("pattern",),
-        "sink_rate": ("pattern",),
-        "uniform_ratio": ("pattern",),
-        "attention_entropy": ("pattern",),
-        "learned_sink_mass": ("pattern",),
-        "sink_logit_gap": ("scores",),
-        "sink_logit_parts": ("query", "key"),
-        "value_norm": ("value",),
-        "value_drain": ("value",),
-        "value_weighted_sink_share": ("pattern", "value"),
-        "head_output_norm": ("z",),
-        "honor": ("z",),
-        "residual_norm": ("resid_post",),
-        "residual_peak": ("resid_post",),
-        "cosine_to_sink": ("resid_post",),
-        "massive_activations": ("resid_post",),
-        "nonmixture_dims": ("mlp_out",),
-        "neurons": ("neurons",),
-        "position_embedding_norm": (),
-        "loss": (),
-    }
-)
-"""The signals that each figure is made of on the stock path.
-
-A figure is what a report or an experiment tells; a scan is asked for metrics, each of which
-measures one figure or several (`models show` names the metric beside the figure).
-"""
-
-NO_SOFTMAX = (
-    "attention is not a softmax of the scores here, so its rows are no distribution, and have no "
-    "entropy"
-)
-GATED = (
-    "a gate stands between the values and W_O, so W_O alone does not say what a value adds to the "
-    "residual stream"
-)
-"""Why a figure is not defined on a model."""
-
-STREAMED = frozenset({"pattern", "scores", "query", "key", "value"})
-"""Signals that the streaming path gets out of the model's own attention function."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +220,7 @@ def _assemble(
         lm_head=model_source(model).trained_head,
         stock_differs=found.stock_differs,
         signals=MappingProxyType(dict(found.signals)),
-        unavailable=MappingProxyType(_unavailable(model, anatomy, found, causal)),
+        unavailable=MappingProxyType(unavailable(model, anatomy, found, causal)),
         hooks=_fired(seen, anatomy.n_layers),
     )
 
@@ -300,43 +258,6 @@ def _is_parallel(model: Any, found: Findings, seen: Probe) -> bool:
         with torch.no_grad():
             model(seen.tokens.to(model.cfg.device), return_type=None, stop_at_layer=1)
     return close(without[0], seen.kept[mlp_hook], 1e-4)
-
-
-def _unavailable(model: Any, anatomy: Anatomy, found: Findings, causal: bool) -> dict[str, str]:
-    """Why each figure that cannot be measured on the stock path cannot."""
-    # The streaming path has q·k and no other term of the scores.
-    streamed = STREAMED if anatomy.positions != "alibi" and _streams(model) else frozenset()
-    if found.stock_differs is not None:
-        hint = '; path="streaming" measures it' if streamed else ""
-        return dict.fromkeys(METRIC_SIGNALS, found.stock_differs + hint)
-    reasons: dict[str, str] = {}
-    for figure, signals in METRIC_SIGNALS.items():
-        for signal in signals:
-            if signal in found.reasons:
-                hint = '; path="streaming" measures it' if signal in streamed else ""
-                reasons[figure] = found.reasons[signal] + hint
-    if not found.softmax:
-        reasons.setdefault("attention_entropy", NO_SOFTMAX)
-    if not any(sink is not None for sink in anatomy.sinks):
-        reasons["learned_sink_mass"] = "the model has no learned sink"
-    if anatomy.positions != "learned":
-        reasons["position_embedding_norm"] = f"positions are {anatomy.positions}, not learned"
-    if not model_source(model).trained_head:
-        reasons["loss"] = "the checkpoint has no output head, and an untrained one stands in for it"
-    elif not causal:
-        reasons["loss"] = "a bidirectional model predicts no next token"
-    return reasons
-
-
-def _streams(model: Any) -> bool:
-    """Whether the streaming path takes this model."""
-    from sinkscope.capture._support import attention_of
-
-    try:
-        attention_of(model)
-    except UnsupportedError:
-        return False
-    return True
 
 
 def _fired(seen: Probe, n_layers: int) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinkscope._metric_of import metric_of
-from sinkscope.capabilities import GATED, NO_SOFTMAX, Capabilities, capabilities
+from sinkscope._unavailable import GATED, NO_SOFTMAX
+from sinkscope.capabilities import Capabilities, capabilities
 from sinkscope.capture import paths, runner
 from sinkscope.capture.observers import CORE, OBSERVERS, Observer, Scope
 from sinkscope.capture.observers.discovery import FindSinks

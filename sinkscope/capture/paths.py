@@ -13,7 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from sinkscope.capabilities import STREAMED, Capabilities
+from sinkscope._unavailable import STREAMED
+from sinkscope.capabilities import Capabilities
 from sinkscope.capture.attention import PatternReader, StreamReader
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.streaming import Stream, streaming

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from sinkscope._anatomy import read_anatomy
+from sinkscope._hook_points import CANDIDATES
 from sinkscope._probe import probe
-from sinkscope._signals import CANDIDATES, find_signals
+from sinkscope._signals import find_signals
 from sinkscope.bb import (
     BackcopyTransformer,
     BigramBackcopy,

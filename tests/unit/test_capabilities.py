@@ -12,8 +12,9 @@ from rich.console import Console
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
 
 from sinkscope._anatomy import read_anatomy
+from sinkscope._hook_points import CANDIDATES
 from sinkscope._probe import probe
-from sinkscope._signals import CANDIDATES, find_signals, is_causal
+from sinkscope._signals import find_signals, is_causal
 from sinkscope.capabilities import capabilities
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.models import load_model
