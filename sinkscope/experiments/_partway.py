@@ -2,14 +2,15 @@
 
 The model's own forward pass runs, so that masks, positions, final norm, output head and softcap
 are what they always are. Blocks that come before the wanted one do not compute: each hands on the
-residual state that it was given for them. Whether that is exact is tried on every model before it
-is relied on (a model may pass more from block to block than one residual stream).
+residual state that it was given for them, whatever hooks there make of it. Whether that is exact is
+tried on every model before it is relied on (a model may pass more from block to block than one
+residual stream). Interventions in force hold meanwhile as they do in whole passes, each once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkscope._algebra import close
-from sinkscope._probe import probe_tokens
+from sinkscope._probe import only_hooks, probe_tokens
 from sinkscope.capabilities import Capabilities, capabilities
 from sinkscope.capture import batches, paths, runner
 from sinkscope.capture._overrides import Overrides
 from sinkscope.errors import TextError, UnsupportedError
+from sinkscope.experiments._in_force import hooked
 from sinkscope.experiments._pieces import in_pieces
 from sinkscope.texts import Texts
 
@@ -38,7 +40,7 @@ class Track:
     """The residual stream of some prompts, block by block.
 
     Attributes:
-        before: The residual state that each block reads.
+        before: The residual state that each block is given, before hooks on its input.
         final: The residual state after the last block.
     """
 
@@ -95,7 +97,7 @@ class Partway:
         self.device = runner.input_device(model)
         self._path = paths.choose(model, self.can, path)
         self._outputs: list[int | None] = []
-        with self.opened():
+        with self._hooks_aside(), self.opened():
             self._check()
 
     @contextmanager
@@ -117,8 +119,10 @@ class Partway:
             return lambda x, hook: kept.__setitem__(layer, x)
 
         n_layers = self.can.n_layers
-        listening = [(self.can.hook("resid_pre", i), keep(i)) for i in range(n_layers)]
-        listening.append((self.can.hook("resid_post", n_layers - 1), keep(n_layers)))
+        # What a block puts out rather than what the next one reads: edits of a block's input come
+        # after what it is given, and are made anew when the model starts there.
+        listening = [(self.can.hook("resid_post", i), keep(i + 1)) for i in range(n_layers)]
+        listening.append((self.can.hook("resid_pre", 0), keep(0)))
         self._run(tokens, mask, [*hooks, *listening])
         return Track(tuple(kept[i] for i in range(n_layers)), kept[n_layers])
 
@@ -136,7 +140,7 @@ class Partway:
             tokens: What the residual belongs to.
             mask: True at real tokens.
             layer: The first block that runs.
-            residual: What it reads; None with ``layer=0``, where the embedding says it.
+            residual: What it is given; None with ``layer=0``, where the embedding says it.
             hooks: Edits, as `TransformerBridge.hooks` takes them.
         """
         kept: list[Tensor] = []
@@ -154,22 +158,27 @@ class Partway:
         """Mean loss of each row's next-token predictions [nat]; nan where it predicts none.
 
         The output head runs on a few positions at a time: logits over a vocabulary would be the
-        largest tensor by far.
+        largest tensor by far. Hooks behind the blocks, on the final norm or the logits, have to
+        meet every position at once; what those inside do is in the residual state already.
         """
+        names = hooked(self.model)
+        inside = {name for name in names if name.startswith("blocks.")}
+        whole = names != inside
         room = _LOGITS["cuda" if final.is_cuda else "cpu"] // self.can.d_vocab
         length = tokens.shape[1] - 1
-        width = max(1, min(room, length))
+        width = max(1, length if whole else min(room, length))
         columns = []
         for start in range(0, length, width):
-            at = slice(start, min(start + width, length))
-            here, after = tokens[:, at], tokens[:, start + 1 : at.stop + 1]
+            at = slice(start, min(start + width, length) + whole)
+            here, after = tokens[:, at], tokens[:, start + 1 : start + width + 1]
 
             def score(rows: slice, at: slice = at, here: Tensor = here, after: Tensor = after):
-                logits = self._logits(here[rows], final[rows, at]).float()
+                logits = self._logits(here[rows], final[rows, at])[:, : after.shape[1]].float()
                 told = logits.gather(-1, after[rows, :, None].to(logits.device))[..., 0]
                 return (logits.logsumexp(-1) - told).to(tokens.device)
 
-            columns.append(in_pieces(len(tokens), max(1, room // width), score))
+            with self._hooks_aside(inside):
+                columns.append(in_pieces(len(tokens), max(1, room // width), score))
         real = mask[:, 1:]
         if not columns:
             return torch.full((len(tokens),), torch.nan, device=tokens.device)
@@ -198,7 +207,12 @@ class Partway:
     @contextmanager
     def _handing_on(self, layer: int, residual: Residual | None) -> Iterator[None]:
         """Inside, the blocks below ``layer`` hand on ``residual`` instead of computing."""
-        overrides = Overrides()
+        overrides, handles = Overrides(), []
+
+        def hand_on(block: Any, given: Any, output: Any) -> Any:
+            # Hooks have edited once more what their edits are in already.
+            return (residual, *output[1:]) if isinstance(output, tuple) else residual
+
         try:
             for block, outputs in zip(self.model.blocks[:layer], self._outputs, strict=False):
                 # Blocks return a tensor, or a tuple that begins with it.
@@ -206,9 +220,18 @@ class Partway:
                 overrides.attribute(
                     block.original_component, "forward", lambda *args, out=out, **options: out
                 )
+                handles.append(block.register_forward_hook(hand_on))
             yield
         finally:
             overrides.undo()
+            for handle in handles:
+                handle.remove()
+
+    def _hooks_aside(self, names: Iterable[str] | None = None) -> AbstractContextManager[None]:
+        """Put somebody's hooks aside: those on the points of these names, or all."""
+        points = self.model.hook_dict
+        chosen = [points[name] for name in (points if names is None else names)]
+        return only_hooks(chosen, (), lambda x, hook: None)
 
     def _check(self) -> None:
         """Refuse a model that is not the same when it starts partway.

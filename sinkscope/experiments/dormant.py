@@ -100,7 +100,8 @@ def dormancy(
         progress: Whether to draw progress bars.
 
     Raises:
-        TextError: With fewer than two domains, or two prompts of one; or if a prompt has a single token.
+        TextError: With fewer than two domains, or two prompts of one; or if a prompt has a single
+            token.
         UnsupportedError: If the model cannot show what the scores need; or, with `remove`, has no
             loss or cannot start at any of its blocks.
         ReportError: If the folder holds results of another model, text or setting; or hooks or

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 import sinkscope as ss
 from sinkscope.errors import ModelError, ReportError, TextError, UnsupportedError
+from sinkscope.experiments import _partway
 from sinkscope.experiments._partway import Partway
 from sinkscope.experiments._pieces import in_pieces
 from sinkscope.experiments.removal import removal
+from sinkscope.interventions import (
+    AblateHeads,
+    PositionIdEdit,
+    ScaleActivation,
+    SelfOnlyMask,
+    SetActivation,
+    ShiftSinkLogit,
+    ZeroValue,
+)
 from tests.families.architectures import BY_NAME
 
 LLAMA = BY_NAME["llama"]
+removal_module = sys.modules["sinkscope.experiments.removal"]  # a name that the function hides
 
 
 @pytest.fixture
@@ -57,8 +74,6 @@ def test_some_heads_on_some_prompts(model, texts) -> None:
 
 def test_resampling_takes_another_prompt_and_the_same_for_all_heads(model, texts) -> None:
     """Each head's loss is that of a run in which some other prompt's output stands in."""
-    from sinkscope.interventions import AblateHeads
-
     got = removal(model, texts, "resample", seed=3, progress=False)
     partway = Partway(model)
     fits = torch.zeros(5, 5, dtype=torch.bool)  # [prompt, who may stand in]
@@ -75,6 +90,54 @@ def test_resampling_takes_another_prompt_and_the_same_for_all_heads(model, texts
     assert fits.sum(dim=1).tolist() == [1] * 5, "one prompt stands in for each"
     assert not fits.diagonal().any(), "and never the prompt itself"
     assert fits.sum(dim=0).tolist() == [1] * 5
+
+
+HEADS = [(0, 1), (0, 2), (1, 0), (1, 3), (2, 1)]
+IN_FORCE: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
+    "SelfOnlyMask": lambda m: SelfOnlyMask(m, 18),
+    "SelfOnlyMask in some layers": lambda m: SelfOnlyMask(m, 13, layers=[0, 2]),
+    "ShiftSinkLogit": lambda m: ShiftSinkLogit(m, 2.0, 15),
+    "PositionIdEdit": lambda m: PositionIdEdit(m, 3, 17),
+    "ZeroValue": lambda m: ZeroValue(m, 15),
+    "AblateHeads": lambda m: AblateHeads(m, [(0, 1), (2, 0)]),
+    "SetActivation": lambda m: SetActivation(m, 2, range(8), 5, 1.0),
+    "SetActivation far along": lambda m: SetActivation(m, 0, range(8), 17, 1.0),
+    "ScaleActivation": lambda m: ScaleActivation(m, 0, 5, 3.0),
+    "ScaleActivation of an input": lambda m: ScaleActivation(m, 1, 15, 0.3, at="resid_pre"),
+    "ScaleActivation of what attention adds": lambda m: ScaleActivation(
+        m, 2, 16, 3.0, at="attn_out"
+    ),
+    "the final norm": lambda m: m.hooks(fwd_hooks=[("ln_final.hook_out", _third)]),
+}
+
+
+def _third(x: torch.Tensor, hook: Any) -> torch.Tensor:
+    return torch.cat([x[:, :3], 3 * x[:, 3:4], x[:, 4:-1], -x[:, -1:]], dim=1)
+
+
+@pytest.mark.parametrize(("path", "logits"), [("auto", 8 * 97), ("stock", 2**23)])
+@pytest.mark.parametrize("what", IN_FORCE)
+def test_interventions_hold_as_in_whole_passes(model, monkeypatch, what, path, logits) -> None:
+    """Heads against AblateHeads and the loss of a whole pass; with logits in pieces, too."""
+    monkeypatch.setitem(_partway._LOGITS, "cpu", logits)
+    monkeypatch.setattr(removal_module, "Partway", functools.partial(Partway, path=path))
+    tokens = LLAMA.tokens(prompts=3, length=20)
+
+    def loss() -> torch.Tensor:
+        with torch.no_grad():
+            told = model(tokens)[:, :-1].double().log_softmax(-1)
+        return -told.gather(-1, tokens[:, 1:, None]).mean(dim=(1, 2)).float()
+
+    plain = loss()
+    with IN_FORCE[what](model):
+        got = removal(model, ss.token_ids(tokens), heads=HEADS, progress=False)
+        assert (got.loss - plain).abs().max() > 1e-3, "the intervention does nothing"
+        torch.testing.assert_close(got.loss, loss(), atol=1e-5, rtol=0)
+        for layer, head in HEADS:
+            with AblateHeads(model, [(layer, head)]):
+                want = loss()
+            torch.testing.assert_close(got.loss_without[:, layer, head], want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss(), plain)
 
 
 def test_the_model_comes_out_as_it_went_in(model, texts, monkeypatch) -> None:
