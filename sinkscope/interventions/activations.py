@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -63,8 +63,8 @@ class SetActivation(_AtPositions):
         dims: Which residual channels; None for all of them.
         positions: Where.
         mode: "zero"; "mean", the mean over the calibration prompts at that same position and dim;
-            a number; or a tensor that broadcasts to [position dim], in the order of ``positions``
-            and ``dims``.
+            a number; or a tensor or nested list that broadcasts to [position dim], in the order of
+            ``positions`` and ``dims``.
         at: "resid_pre", "attn_out", "mlp_out" (what a half adds to the stream) or "resid_post".
         calibration: Texts for "mean"; measured now, on the model as it is now.
 
@@ -80,7 +80,7 @@ class SetActivation(_AtPositions):
         layer: int,
         dims: int | Iterable[int] | None,
         positions: int | Iterable[int],
-        mode: str | float | Float[Tensor, "..."] = "zero",
+        mode: str | float | Sequence[Any] | Float[Tensor, "..."] = "zero",
         *,
         at: str = "resid_post",
         calibration: Any = None,
@@ -98,15 +98,20 @@ class SetActivation(_AtPositions):
         if mode == "mean":
             texts = needs_calibration(mode, calibration)
             return mean_at(self.model, texts, self.hook, self.positions)[:, self._chosen]
-        value = 0.0 if isinstance(mode, str) else mode
         try:
-            given = torch.as_tensor(value, dtype=torch.float32).expand(shape)
-            return given[[self._given.index(position) for position in self.positions]]
+            value = torch.as_tensor(0.0 if isinstance(mode, str) else mode, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            raise UnsupportedError(
+                f'The value is {mode!r}; pass "zero", "mean", a number or a tensor.'
+            ) from None
+        try:
+            given = value.expand(shape)
         except RuntimeError:
             raise UnsupportedError(
                 f"The value has the shape {tuple(value.shape)}, which does not broadcast to "
                 f"[position dim] = {list(shape)}."
             ) from None
+        return given[[self._given.index(position) for position in self.positions]]
 
     def new(self, old: Float[Tensor, "prompt row dim"], first: int) -> Tensor:
         """The value in the chosen dims, the old activation in the others."""

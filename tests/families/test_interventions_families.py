@@ -770,6 +770,13 @@ def test_refusals() -> None:
         SetActivation(model, 0, 1, 0, "median")
     with pytest.raises(UnsupportedError, match="broadcast"):
         SetActivation(model, 0, [1, 2], 0, torch.zeros(3))
+    with pytest.raises(UnsupportedError, match=r"shape \(3,\), .* broadcast .* \[1, 2\]"):
+        SetActivation(model, 0, [1, 2], 0, [1.0, 2.0, 3.0])
+    for value in ([[1.0], [2.0, 3.0]], [None]):
+        with pytest.raises(UnsupportedError, match="a number or a tensor"):
+            SetActivation(model, 0, [1, 2], 0, value)
+    held = SetActivation(model, 0, [1, 2], [9, 4], [[1.0, 2.0], [3.0, 4.0]])
+    assert held.value.tolist() == [[3.0, 4.0], [1.0, 2.0]]  # in the order of the positions 4, 9
     with pytest.raises(TextError, match="No calibration prompt reaches"):
         SetActivation(model, 0, 1, 9, "mean", calibration=ss.token_ids(tokens))
     with pytest.raises(UnsupportedError, match="finite"):
