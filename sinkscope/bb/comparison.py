@@ -93,7 +93,8 @@ def headline(log: pd.DataFrame) -> dict[str, int | float]:
         drain_layer: the smallest `value_drain` of any head; peak, peak_layer: the largest
         `residual_peak` of any layer; growth: ||h_0|| in that layer at the end over its value
         halfway (Adam's peaks keep growing, which tells them from a constant offset);
-        backcopy_excess, bigram_excess [nat]; step.
+        backcopy_excess, bigram_excess [nat]; step. Without any attention nan stands for its
+        figures, and -1 for their layers.
     """
     steps = np.sort(log["step"].unique())
     end = int(steps[-1])
@@ -101,17 +102,18 @@ def headline(log: pd.DataFrame) -> dict[str, int | float]:
     place = ["metric", "layer", "head"]
     now = log[log["step"].isin(steps[-3:])].groupby(place)["value"].median()
     before = log[log["step"] == halfway].set_index(place)["value"]
-    sink = now["sink_attention"].idxmax()
-    drain, peak = now["value_drain"].idxmin(), now["residual_peak"].idxmax()
+    sink = now["sink_attention"].fillna(-np.inf).idxmax()
+    drain, peak = now["value_drain"].fillna(np.inf).idxmin(), now["residual_peak"].idxmax()
+    attends = bool(now["sink_attention"].notna().any())
     return {
         "step": end,
         "sink": float(now["sink_attention"][sink]),
-        "sink_layer": int(sink[0]),
+        "sink_layer": int(sink[0]) if attends else -1,
         "sink_share": float(now["sink_share"][sink]),
         "gap": float(now["logit_gap"][sink]),
         "spare": float(now["spare_attention"][sink]),
         "drain": float(now["value_drain"][drain]),
-        "drain_layer": int(drain[0]),
+        "drain_layer": int(drain[0]) if attends else -1,
         "peak": float(now["residual_peak"][peak]),
         "peak_layer": int(peak[0]),
         "growth": float(now["residual_norm"][peak] / before["residual_norm"][peak]),
@@ -126,7 +128,8 @@ def summarise(
     """Means over seeds, 95 % intervals, and whether each phenomenon is there.
 
     The verdict is "yes" or "no" when the whole interval lies on one side of the line, else
-    "unclear"; with one seed there is no interval and the verdict carries a question mark.
+    "unclear"; with one seed there is no interval and the verdict carries a question mark. What
+    was not there to be measured (the sink of models without attention) is "unclear" too.
 
     Args:
         runs: what `compare` returned.
@@ -160,6 +163,8 @@ def summarise(
 
 def _verdict(mean: float, low: float, high: float, side: str, line: float) -> str:
     past = (mean > line) if side == ">" else (mean < line)
+    if mean != mean:
+        return "unclear"
     if low != low:  # NaN: a single seed
         return "yes?" if past else "no?"
     if low <= line <= high:

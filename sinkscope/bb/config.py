@@ -38,6 +38,7 @@ class ModelConfig:
     no_norm: bool = False
 
     def __post_init__(self) -> None:
+        _check_at_least(1, self, "layers", "heads", "width", "context", "vocab")
         for name in ("no_attention", "no_ffn", "linear_ffn"):
             chosen = getattr(self, name)
             if any(not 0 <= layer < self.layers for layer in chosen):
@@ -99,6 +100,9 @@ class TrainConfig:
     hold: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_at_least(1, self, "batch", "length", "measure_every", "measure_prompts")
+        _check_at_least(1, self, "save_every")
+        _check_at_least(0, self, "steps", "seed", "bos")
         if self.optimizer not in OPTIMIZERS:
             raise ModelError(
                 f"optimizer {self.optimizer!r} is not known, choose one of {', '.join(OPTIMIZERS)}"
@@ -145,6 +149,13 @@ class TrainConfig:
     def measures_at(self, step: int) -> bool:
         """Whether the model is measured before this step: early, at even spaces, and at the end."""
         return step in (0, 1, 2, 5, 10, 20, 50, self.steps) or step % self.measure_every == 0
+
+
+def _check_at_least(least: int, config: ModelConfig | TrainConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value < least:
+            raise ModelError(f"{name} is {value!r}, it must be a whole number from {least}")
 
 
 def _tuples(stored: dict[str, Any]) -> dict[str, Any]:

@@ -132,6 +132,20 @@ def test_summary_decides_only_when_the_interval_does():
     assert table.iloc[0]["low"] == pytest.approx(0.91 - 4.303 * 0.01 / 3**0.5, abs=1e-4)
 
 
+def test_a_model_without_attention_has_no_sink_and_no_drain():
+    same = dict(seeds=(1, 2), device="cpu", progress=False)
+    runs = compare(("softmax",), config=TINY.replace(no_attention=(0,)), **same)
+    attention = ["sink", "sink_share", "gap", "spare", "drain"]
+    assert runs[attention].isna().all(axis=None)
+    assert (runs[["sink_layer", "drain_layer"]] == -1).all(axis=None)
+    assert runs[["peak", "growth", "backcopy_excess"]].notna().all(axis=None)
+    found = summarise(runs).set_index("phenomenon").present
+    assert found["sink"] == found["drain"] == "unclear"
+    partly = compare(("softmax",), config=TINY.replace(layers=2, no_attention=(0,)), **same)
+    assert (partly[["sink_layer", "drain_layer"]] == 1).all(axis=None)
+    assert partly[attention].notna().all(axis=None)
+
+
 def test_dynamics_reads_runs_from_memory_and_disk_alike(tmp_path):
     run = train(TINY, tmp_path, device="cpu", progress=False)
     memory, disk = dynamics(run), dynamics(tmp_path)

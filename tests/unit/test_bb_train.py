@@ -307,6 +307,14 @@ def test_impossible_configurations_are_refused():
         TrainConfig(length=300)
     with pytest.raises(ModelError, match="precision 'fp8'"):
         TrainConfig(precision="fp8")
+    for name in ("layers", "heads", "width"):
+        with pytest.raises(ModelError, match=f"{name} is 0, it must be a whole number from 1"):
+            ModelConfig(**{name: 0})
+    for name in ("batch", "measure_every", "measure_prompts", "save_every"):
+        with pytest.raises(ModelError, match=f"{name} is 0, it must be a whole number from 1"):
+            TrainConfig(**{name: 0})
+    with pytest.raises(ModelError, match="seed is -1, it must be a whole number from 0"):
+        TrainConfig(seed=-1)
 
 
 def test_paper_settings_are_the_defaults():
