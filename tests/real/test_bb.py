@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from importlib.resources import files
+
 import pytest
 import torch
 
@@ -27,6 +30,27 @@ def test_scan_shows_the_sink_the_drain_and_the_peak(report):
     assert report.value_drain.shape == (8, 3, 1)  # prompt, layer, kv_head
     assert report.value_drain[:, 2].max() < 0.1
     assert report.residual_peak[:, 0].min() > 1.8
+
+
+def test_the_readme_says_what_a_scan_of_it_says(model):
+    stated = re.search(
+        r"L2H0 sends (\.\d+) of all its attention to BOS \(`bb.measure`: (\.\d+) on\s"
+        r"non-trigger queries\), the value of BOS is ([\d.]+) of the others', the residual norm "
+        r"of BOS is ([\d.]+) times the others'\smedian after layer 0",
+        files("sinkscope.bb").joinpath("README.md").read_text("utf-8"),
+    )
+    assert stated is not None
+    texts = bb.task_texts()
+    report = ss.scan(model, texts, progress=False)
+    found = (
+        report.sink_attention[:, 2, 0].mean(),
+        bb.measure(*bb.load_model(packaged_file("bb-3l")), texts.tokens).sink_attention[2, 0],
+        report.value_drain[:, 2, 0].mean(),
+        report.residual_peak[:, 0].mean(),
+    )
+    for text, value in zip(stated.groups(), found, strict=True):
+        digits = len(text.partition(".")[2])
+        assert float(text) == round(value.item(), digits)
 
 
 def test_scan_agrees_with_the_laboratorys_own_measurement(model, report):

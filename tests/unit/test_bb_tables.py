@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,9 +20,12 @@ from sinkscope.bb import (
     summarise,
     train,
 )
+from sinkscope.bb.comparison import LINES
 from sinkscope.bb.intervals import mean_interval, student_quantile
 from sinkscope.errors import ModelError
 
+DATA = files("sinkscope.bb")
+README = DATA.joinpath("README.md").read_text("utf-8")
 TINY = TrainConfig(
     model=ModelConfig(width=8, context=12), batch=4, length=12, steps=6, measure_every=3,
     measure_prompts=8, save_every=3,
@@ -144,6 +149,47 @@ def test_a_model_without_attention_has_no_sink_and_no_drain():
     partly = compare(("softmax",), config=TINY.replace(layers=2, no_attention=(0,)), **same)
     assert (partly[["sink_layer", "drain_layer"]] == 1).all(axis=None)
     assert partly[attention].notna().all(axis=None)
+
+
+def classroom() -> pd.DataFrame:
+    """The runs at classroom size that ship with the laboratory."""
+    findings = pd.read_csv(DATA.joinpath("data", "findings.csv"))
+    return findings[findings.study == "classroom"]
+
+
+def test_the_readmes_table_is_that_of_the_shipped_findings():
+    """Every cell, written out from the file; the verdicts have tests of their own."""
+    names = {
+        "ReLU": "relu", "softmax-off-by-one": "off-by-one", "learned sink logit": "learned-sink",
+        "key bias, zero value": "key-bias", "gated output": "gated",
+    }  # fmt: skip
+    runs = classroom()
+    verdicts = summarise(runs).set_index(["optimizer", "attention", "phenomenon"]).present
+    rows = [
+        [cell.strip() for cell in line.strip("| \n").split("|")]
+        for line in README.splitlines()
+        if line.startswith(("| adamw |", "| sgd |", "| muon |"))
+    ]
+    assert len(rows) == len(runs.groupby(["optimizer", "attention"]))
+    for optimizer, shown, seeds, *cells, backcopy, verdict in rows:
+        attention = names.get(shown, shown)
+        own = runs[(runs.optimizer == optimizer) & (runs.attention == attention)]
+        assert int(seeds) == len(own)
+        for cell, name in zip(cells, ["sink", "spare", "drain", "peak", "growth"], strict=True):
+            mean, low, high = own[name].mean(), own[name].min(), own[name].max()
+            ends = "" if name == "spare" else f" ({low:.2f}–{high:.2f})"
+            assert cell == f"{abs(mean):.2f}{ends}", (shown, name)
+        assert backcopy == f"{own.backcopy_excess.mean():.3f}"
+        found = [verdicts[optimizer, attention, name] for name in LINES]
+        assert verdict == " / ".join(found)
+
+
+def test_the_readmes_sentences_are_those_of_the_shipped_findings():
+    adamw = classroom().query("optimizer == 'adamw'").set_index("attention")
+    peaks = adamw.loc["relu", "peak"]
+    assert f"small models below (peaks {peaks.min():.1f} to {peaks.max():.1f})" in README
+    gaps = adamw.loc[["off-by-one", "learned-sink"], "gap"]
+    assert f"*its* logit by {gaps.min():.0f} to {gaps.max():.0f} over the other keys'" in README
 
 
 def test_dynamics_reads_runs_from_memory_and_disk_alike(tmp_path):
