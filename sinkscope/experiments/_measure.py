@@ -131,13 +131,18 @@ def median_of_others(
     )
 
 
+def has_loss(model: Any) -> bool:
+    """Whether a model predicts next tokens with a trained output head."""
+    can = capabilities(model)
+    return can.causal and can.lm_head
+
+
 def losses(model: Any, texts: Texts) -> Float[Tensor, "prompt query"] | None:
     """Loss of each query's prediction of the next token [nat]; nan at the last one.
 
     None for a model that does not predict next tokens or has no trained output head.
     """
-    can = capabilities(model)
-    if not can.causal or not can.lm_head:
+    if not has_loss(model):
         return None
     rows = max(1, LOSS_TOKENS // texts.tokens.shape[1])
     device = runner.input_device(model)
@@ -145,7 +150,7 @@ def losses(model: Any, texts: Texts) -> Float[Tensor, "prompt query"] | None:
     with (
         torch.inference_mode(),
         runner.evaluating(model),
-        paths.choose(model, can, "auto").opened(),
+        paths.choose(model, capabilities(model), "auto").opened(),
     ):
         for tokens in texts.tokens.split(rows):
             tokens = tokens.to(device)
@@ -158,11 +163,17 @@ def losses(model: Any, texts: Texts) -> Float[Tensor, "prompt query"] | None:
     return torch.cat(found)
 
 
-def even(model: Any, texts: Any, position: int | None = None) -> Texts:
+def even(model: Any, texts: Any, position: int | None = None, after: int = 1) -> Texts:
     """Prompts of one length, which reach a position and go beyond it.
 
+    Args:
+        model: A bridge.
+        texts: The prompts.
+        position: The position.
+        after: How many tokens there should be after it.
+
     Raises:
-        TextError: If they differ in length, or end at the position or before.
+        TextError: If they differ in length, or end at the position or too soon after it.
     """
     prompts = as_texts(texts).tokenize(model).right_padded()
     length = prompts.tokens.shape[1]
@@ -171,9 +182,10 @@ def even(model: Any, texts: Any, position: int | None = None) -> Texts:
             "This experiment needs prompts of equal length; these have "
             f"{int(prompts.lengths.min())} to {length} tokens."
         )
-    if position is not None and not 0 <= position < length - 1:
+    if position is not None and not 0 <= position < length - after:
+        wanted = "a token" if after == 1 else f"{after} tokens"
         raise TextError(
-            f"Position {position} should have tokens after it, and these prompts have {length} "
-            f"tokens; choose one from 0 to {length - 2}, or longer prompts."
+            f"Position {position} should have {wanted} after it, and these prompts have {length} "
+            f"tokens; choose one from 0 to {length - after - 1}, or longer prompts."
         )
     return prompts

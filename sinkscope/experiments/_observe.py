@@ -123,6 +123,17 @@ def started(
     return made
 
 
+def designated(model: Any, texts: Any, position: int | None) -> tuple[Texts, int]:
+    """The prompts, and the position to act upon: one with queries after it that predict a token.
+
+    Raises:
+        TextError: If prompts differ in length or hardly go beyond the position.
+    """
+    prompts = _measure.even(model, texts)
+    position = default_position(prompts.tokens.shape[1], position)
+    return _measure.even(model, prompts, position, after=1 + _measure.has_loss(model)), position
+
+
 def default_position(length: int, position: int | None) -> int:
     """The paper's 255 where prompts are long enough, else two thirds of the way.
 
@@ -130,7 +141,7 @@ def default_position(length: int, position: int | None) -> int:
         TextError: If the position is the first one.
     """
     if position is None:
-        return 255 if length > 272 else max(1, 2 * length // 3)
+        return 255 if length > 272 else max(1, min(2 * length // 3, length - 3))
     if position < 1:
         raise TextError(
             f"Position {position} cannot be made a sink beside position 0; choose one from 1."

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sinkscope.capabilities import capabilities
 from sinkscope.errors import UnsupportedError
-from sinkscope.experiments import _measure, _observe, _result
+from sinkscope.experiments import _observe, _result
 from sinkscope.experiments._conditions import Conditions
 from sinkscope.experiments._observe import Condition
 from sinkscope.experiments._result import Result
@@ -141,10 +141,8 @@ def position_embeddings(
         TextError: If prompts differ in length or end before the position.
     """
     model = load_model(model)
-    prompts = _measure.even(model, texts)
+    prompts, position = _observe.designated(model, texts, position)
     length = prompts.tokens.shape[1]
-    position = _observe.default_position(length, position)
-    _measure.even(model, prompts, position)
     edits = {
         change: _edit(model, check_mode(change, CHANGES), position, length) for change in changes
     }

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-from sinkscope.experiments import _measure, _observe
+from sinkscope.experiments import _observe
 from sinkscope.experiments._conditions import Conditions
 from sinkscope.experiments._observe import Condition
 from sinkscope.interventions import SelfOnlyMask
@@ -46,9 +46,7 @@ def structured_mask(
         TextError: If prompts differ in length or end before the position.
     """
     model = load_model(model)
-    prompts = _measure.even(model, texts)
-    position = _observe.default_position(prompts.tokens.shape[1], position)
-    _measure.even(model, prompts, position)
+    prompts, position = _observe.designated(model, texts, position)
     masked = functools.partial(SelfOnlyMask, model, position, layers=layers)
     conditions = []
     for start, with_start in _observe.started(model, prompts, starts, False, seed).items():

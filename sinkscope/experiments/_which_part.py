@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.capabilities import capabilities
+from sinkscope.errors import UnsupportedError
 from sinkscope.experiments import _measure, _observe, _result
 from sinkscope.experiments._observe import Condition
 from sinkscope.experiments._parts import WhichPart
@@ -51,12 +52,12 @@ def which_part(
         progress: Whether to draw a progress bar.
 
     Raises:
+        UnsupportedError: If a number of first layers is none.
         TextError: If prompts differ in length or end before the position.
     """
     model = load_model(model)
-    prompts = _measure.even(model, texts)
-    position = _observe.default_position(prompts.tokens.shape[1], position)
-    _measure.even(model, prompts, position)
+    first_layers = _counts(first_layers)
+    prompts, position = _observe.designated(model, texts, position)
     prompts = _observe.started(model, prompts, [start], False, seed)[start]
     sink = _Sink.look(model, prompts, position)
     cases = [*_natural(model, sink), *_designated(model, position, sink, first_layers)]
@@ -78,6 +79,22 @@ def which_part(
         peak=torch.stack([one["peak"][:, at] for one, at in zip(found, aimed, strict=True)]),
         loss=torch.stack(losses) if losses else None,
     )
+
+
+def _counts(first_layers: Iterable[int]) -> tuple[int, ...]:
+    """Numbers of first layers to mask.
+
+    Raises:
+        UnsupportedError: If one is not a whole number from 1.
+    """
+    wanted = tuple(first_layers)
+    for n in wanted:
+        if type(n) is not int or n < 1:
+            raise UnsupportedError(
+                f"{n!r} first layers cannot be masked alone; expected whole numbers from 1, such "
+                "as (1, 2)."
+            )
+    return wanted
 
 
 @dataclass(frozen=True)

@@ -273,14 +273,46 @@ def test_results_come_as_words_tables_figures_and_files(tmp_path) -> None:
     assert at["value"].tolist() == pytest.approx([float(mask.residual_norm[1, 1, 2, P])])
 
 
+@pytest.mark.parametrize("length", [4, 5, 24])
+def test_the_last_position_that_is_taken_has_a_loss_after_it(length: int) -> None:
+    """By default in short prompts, and where it is named; the loss by transformers' own."""
+    family = BY_NAME["llama"]
+    tokens = family.tokens(prompts=2, length=length)
+    model, last = ss.load_model(family.build()), length - 3
+    with torch.no_grad():
+        logits = family.build()(tokens).logits[:, last + 1]
+    want = -logits.log_softmax(-1)[range(2), tokens[:, -1]].numpy()
+    texts, options = ss.token_ids(tokens), dict(starts=["given"], progress=False)
+    named = last if length == 24 else None
+    mask = structured_mask(model, texts, named, **options)
+    assert mask.position == last
+    np.testing.assert_allclose(mask.loss[0, :, last + 1].numpy(), want, atol=1e-4)
+    after = mask.findings()[mask.names[1]]["loss_change"]["after_it"]
+    plain = family.build()
+    with attention(plain, masked(plain, family, [last])), torch.no_grad():
+        logits = plain(tokens).logits[:, last + 1]
+    masked_loss = -logits.log_softmax(-1)[range(2), tokens[:, -1]].numpy()
+    assert after.mean == pytest.approx((masked_loss - want).mean(), abs=1e-4)
+    assert "nan" not in mask.summary()
+    parts = which_part(model, texts, named, start="given", progress=False)
+    np.testing.assert_allclose(parts.loss[0].numpy(), want, atol=1e-4)
+    bert = BY_NAME["bert"]
+    found = structured_mask(
+        bert.build(), ss.token_ids(bert.tokens(prompts=2, length=length)), length - 2, **options
+    )
+    assert found.position == length - 2, "without a loss, one token after it is enough"
+
+
 def test_refusals() -> None:
     family = BY_NAME["llama"]
     model = ss.load_model(family.build())
     ragged = ss.token_ids([[5] * 9, [6] * 12])
     with pytest.raises(TextError, match="equal length"):
         structured_mask(model, ragged, 4, starts=["given"], progress=False)
-    with pytest.raises(TextError, match="from 0 to 22"):
-        structured_mask(model, ss.token_ids(family.tokens()), 23, starts=["given"], progress=False)
+    with pytest.raises(TextError, match="2 tokens after it, .* from 0 to 21"):
+        structured_mask(model, ss.token_ids(family.tokens()), 22, starts=["given"], progress=False)
+    with pytest.raises(UnsupportedError, match="0 first layers"):
+        which_part(model, ss.token_ids([[5, 6]]), start="given", first_layers=(1, 0))
     with pytest.raises(TextError, match="beside position 0"):
         structured_mask(model, ss.token_ids(family.tokens()), 0, starts=["given"], progress=False)
     with pytest.raises(TextError, match="no tokenizer"):
