@@ -87,7 +87,7 @@ def nonmixture_dims(
             "<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(title_text="dim", col=1)
-    figure.update_xaxes(title_text="dim", type="category", col=2)
+    figure.update_xaxes(title_text="dim", type="category", dtick=1, col=2)
     figure.update_yaxes(title_text="FFN output [activation]", col=1)
     figure.update_yaxes(title_text="|FFN output| [activation]", type="log", dtick=1, col=2)
     figure.update_annotations(font_size=13)
@@ -139,11 +139,12 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
             f"up to {_labels.number(rows[ratio].max())} × the median"
         )
     z, low, high = log_colours(grid)
+    rows = 24 * max(len(dims), 4)  # pixels
     bar = dict(title=dict(text="largest |value| [activation]", side="right"))
     figure = go.Figure(
         go.Heatmap(
             y=[str(dim) for dim in dims], z=z, zmin=low, zmax=high, text=hover,
-            xgap=1, ygap=1, hoverongaps=False, colorbar=bar | log_bar(low, high),
+            xgap=1, ygap=1, hoverongaps=False, colorbar=bar | log_bar(low, high, rows),
             hovertemplate="layer %{x}, dim %{y}<br>%{text}<extra></extra>",
         )
     )  # fmt: skip
@@ -160,8 +161,7 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
         if len(frame)
         else "Massive activations: none passes the rule"
     )
-    height = 230 + 24 * max(len(dims), 4)
-    return _figure.finish(figure, title, report.settings, theme, height=height)
+    return _figure.finish(figure, title, report.settings, theme, height=230 + rows)
 
 
 def _every_dim(

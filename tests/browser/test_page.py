@@ -251,6 +251,13 @@ def test_phone_has_no_sideways_scroll_and_can_choose_heads(open_page):
     assert width <= 390
     page.page.locator('[data-view="map"]').scroll_into_view_if_needed()
     assert page.page.locator('[data-view="map"] .modebar-btn').count() == 0
+    page.page.locator('[data-view="dims"]').scroll_into_view_if_needed()
+    panels = page.page.locator('[data-view="dims"] .barlayer').evaluate_all(
+        "all => all.map(it => it.getBoundingClientRect()).map(({top, bottom}) => [top, bottom])"
+    )
+    assert panels[0][1] < panels[1][0], "one above the other"
+    named = page.page.locator('[data-view="dims"] .x2tick text').count()
+    assert named == 10, "every bar bears its dim"
     page.page.select_option("#metric", "honor")
     assert "honor" in page.text("#chosen").lower()
     quiet(page)
@@ -267,6 +274,12 @@ def test_print_is_light_and_without_controls(open_page):
         """[...document.querySelectorAll('.js-plotly-plot')].map(one => one._fullLayout.width)"""
     )
     on_paper = page.page.evaluate(widths)
+    for card in page.page.locator(".scroll").all():
+        cut = card.evaluate("it => it.scrollWidth > it.parentElement.clientWidth")
+        assert not cut, "paper does not scroll"
+    assert not page.page.locator(".head label").first.is_visible()
+    left = """one => document.querySelector(one).getBoundingClientRect().left"""
+    assert page.page.evaluate(left, "h1") == page.page.evaluate(left, "main .card")
     assert len(on_paper) > 5 and all(500 < width <= 680 for width in on_paper), "A4 and Letter"
     page.page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.page.get_attribute("html", "data-theme") == "dark"
@@ -297,8 +310,30 @@ def test_a_page_shows_what_there_is_and_nothing_else(open_page, kept):
     quiet(page)
     views = page.page.locator("[data-view]").evaluate_all("all => all.map(one => one.dataset.view)")
     assert ("map" in views) == ("sink_attention" in kept)
+    for view, field in (("received", "received_attention"), ("residual", "residual_norm")):
+        assert (view in views) == (field in kept), "linked figures need no map"
     assert all(page.data(view) for view in views)
     assert page.page.locator("h2").first.inner_text() == "Summary"
+
+
+def test_without_a_map_a_head_is_chosen_by_its_numbers(open_page):
+    report = synthetic_report()
+    page = open_page(to_html(only(report, "received_attention", "value_norm", "residual_norm")))
+    page.page.wait_for_selector("html[data-ready]")
+    for box, index in (("#layer", "2"), ("#head", "5")):
+        page.page.fill(box, index)
+        page.page.keyboard.press("Tab")
+    for name, expected in {
+        "received": report.received_attention[2, 5],
+        "values": report.value_norm[2, 1],
+        "residual": report.residual_norm[2],
+    }.items():
+        sink, others = page.data(name)[:2]
+        assert sink["y"] + others["y"] == pytest.approx(expected.tolist()), name
+    assert page.page.locator("h3 [data-where]").first.inner_text() == "layer 2, head 5"
+    width = page.page.locator('[data-view="received"]').evaluate("it => it.clientWidth")
+    assert width > 1000, "what stood beside the map has its room"
+    quiet(page)
 
 
 @pytest.mark.slow

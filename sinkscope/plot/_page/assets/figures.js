@@ -21,7 +21,19 @@ function draw(element) {
   keepZoom(element, layout);
   if (touch.matches) layout.dragmode = false;
   if (narrow.matches) Object.assign(layout.margin, { l: 44, r: 6 });
+  if (narrow.matches && layout.xaxis2) stack(layout);
   return Plotly.react(element, data, layout, config());
+}
+
+// Two panels side by side become one above the other; their titles are notes on the paper.
+function stack(layout) {
+  const titles = layout.annotations.filter(({ xref }) => xref === "paper");
+  [["xaxis", "yaxis", [0.58, 1]], ["xaxis2", "yaxis2", [0, 0.4]]].forEach(([x, y, domain], panel) => {
+    layout[x].domain = [0, 1];
+    layout[y].domain = domain;
+    Object.assign(titles[panel], { x: 0.5, y: domain[1] });
+  });
+  layout.height *= 1.5;
 }
 
 // Zoom stays when another head is drawn into the same axes.
@@ -87,6 +99,15 @@ function fillMap(data, layout) {
 const tick = (size) => [1, 2, 5, 10, 20, 50, 100].find((step) => size <= 20 * step) ?? 1000;
 
 function describeHead() {
+  byId("layer").value = state.layer;
+  byId("head").value = state.head;
+  byId("chosen").textContent = metric() ? aboutHead() : "";
+  for (const span of document.querySelectorAll("[data-where]")) {
+    span.textContent = where(span.dataset.where.split(" "));
+  }
+}
+
+function aboutHead() {
   const { name, dim, label, interval } = metric();
   const cells = rows(`${name}.mean`);
   const [layer, column] = [state.layer, chosen(dim)];
@@ -95,12 +116,7 @@ function describeHead() {
     const ends = rows(`${name}.ends`)[layer].subarray(2 * column, 2 * column + 2);
     if (Number.isFinite(ends[0])) text += `, 95 % interval ${number(ends[0])} to ${number(ends[1])}`;
   }
-  byId("chosen").textContent = `${text[0].toUpperCase()}${text.slice(1)}.`;
-  byId("layer").value = state.layer;
-  byId("head").value = state.head;
-  for (const span of document.querySelectorAll("[data-where]")) {
-    span.textContent = where(span.dataset.where.split(" "));
-  }
+  return `${text[0].toUpperCase()}${text.slice(1)}.`;
 }
 
 function describeCount() {

@@ -55,10 +55,7 @@ function fitPaper(printing) {
   }
 }
 
-function startControls() {
-  for (const one of page.metrics) byId("metric").add(new Option(one.heading, one.name));
-  byId("metric").addEventListener("change", ({ target }) => choose({ metric: target.value }));
-  byId("epsilon").addEventListener("input", ({ target }) => choose({ epsilon: Number(target.value) }));
+function startChoice() {
   for (const dim of ["layer", "head"]) {
     byId(dim).max = page.sizes[dim] - 1;
     byId(dim).addEventListener("change", ({ target }) =>
@@ -69,12 +66,18 @@ function startControls() {
     box.checked = state.log[name];
     box.addEventListener("change", () => choose({ log: { ...state.log, [name]: box.checked } }));
   }
+  watch(["metric", "layer", "head"], describeHead);
+  describeHead();
+}
+
+function startMap() {
+  for (const one of page.metrics) byId("metric").add(new Option(one.heading, one.name));
+  byId("metric").addEventListener("change", ({ target }) => choose({ metric: target.value }));
+  byId("epsilon").addEventListener("input", ({ target }) => choose({ epsilon: Number(target.value) }));
   document.querySelector('[data-view="map"]').addEventListener("keydown", moveOnMap);
   watch(["metric"], startMetric);
-  watch(["metric", "layer", "head"], describeHead);
   watch(["metric", "epsilon"], describeCount);
   startMetric();
-  describeHead();
 }
 
 // Beside what its arrays depend on, every figure moves with the marks that are drawn on it.
@@ -101,7 +104,8 @@ async function start() {
   startTheme();
   startTables();
   removeMissing();
-  if (page.metrics.length > 0) startControls();
+  if (byId("layer")) startChoice();
+  if (page.metrics.length > 0) startMap();
   startTokens();
   await startFigures();
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
