@@ -108,6 +108,17 @@ def test_click_on_the_map_changes_every_linked_figure(opened):
     quiet(opened)
 
 
+def test_value_norms_follow_the_head_within_a_layer(opened):
+    report = plain_report()
+    opened.page.fill("#layer", "2")
+    for head in ("1", "5"):
+        opened.page.fill("#head", head)
+        opened.page.keyboard.press("Tab")
+        sink, others = opened.data("values")[:2]
+        expected = report.value_norm[2, int(head) // 3].tolist()
+        assert sink["y"] + others["y"] == pytest.approx(expected), head
+
+
 def test_hover_shows_value_unit_and_interval(opened):
     opened.page.locator('[data-view="map"]').scroll_into_view_if_needed()
     click_cell(opened, 1, 4)

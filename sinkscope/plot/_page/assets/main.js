@@ -94,7 +94,8 @@ async function startFigures() {
     const heading = element.closest(".card").querySelector("h3");
     if (heading && heading.textContent === "") heading.textContent = view.title;
     if (view.note) element.insertAdjacentText("afterend", view.note);
-    watch(["theme", "log", ...view.depends, ...(MARKED_BY[name] ?? [])], () => draw(element));
+    const depends = view.depends.map((dim) => (dim === "kv_head" ? "head" : dim));
+    watch(["theme", "log", ...depends, ...(MARKED_BY[name] ?? [])], () => draw(element));
     await draw(element);
     listen(element);
   }
