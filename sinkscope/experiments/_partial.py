@@ -118,6 +118,7 @@ class Growing(Generic[R]):
     def __init__(self, empty: R, file: Path | None) -> None:
         self.result: R = empty
         self._file = file
+        self._news = False
         self._written = time.monotonic()
         if file is not None and file.exists():
             self.result = _netcdf.load(type(empty), file)
@@ -125,7 +126,11 @@ class Growing(Generic[R]):
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Write what there is when the block ends, by an exception or Ctrl-C too."""
+        """Write what there is when the block ends, by an exception or Ctrl-C too.
+
+        Where nothing was measured, nothing is written: an empty file would stand in the way of
+        another request.
+        """
         try:
             yield
         finally:
@@ -133,13 +138,14 @@ class Growing(Generic[R]):
 
     def grown(self) -> None:
         """Say that there is more; it is written down every few seconds."""
+        self._news = True
         if time.monotonic() - self._written > _EVERY:
             self._write()
 
     def _write(self) -> None:
-        if self._file is not None:
+        if self._file is not None and self._news:
             _netcdf.save(self.result, self._file)
-        self._written = time.monotonic()
+        self._news, self._written = False, time.monotonic()
 
 
 def _asked(result: Any) -> dict[str, Any]:

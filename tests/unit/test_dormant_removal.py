@@ -183,6 +183,16 @@ def test_an_interrupted_run_continues_and_comes_to_the_same(
     assert len(calls) == done, "nothing is left to measure"
 
 
+def test_what_is_refused_leaves_no_file_in_the_way(model, tmp_path) -> None:
+    file, ragged = tmp_path / "removal.nc", ss.token_ids([[5, 6, 7], [5, 6]])
+    with pytest.raises(TextError, match="equal length"):
+        removal(model, ragged, "resample", file=file, progress=False)
+    assert not file.exists()
+    kept = removal(model, ragged, "zero", file=file, progress=False)
+    again = removal(model, ragged, "zero", file=file, progress=False)
+    assert file.exists() and torch.equal(again.loss_without, kept.loss_without)
+
+
 @pytest.mark.parametrize("other", ["mode", "tokens", "seed"])
 def test_a_file_of_other_settings_is_refused(model, texts, tmp_path, other) -> None:
     file = tmp_path / "removal.nc"
