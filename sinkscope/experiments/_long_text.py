@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +31,11 @@ def long_text(model: Any, source: Any, tokens: int, *, bos: str = "auto", seed: 
     Raises:
         TextError: If the text is shorter, or the model has no tokenizer to read it with.
     """
-    if isinstance(source, Texts):
-        ids = source.right_padded().tokens[0, : int(source.lengths[0])]
-        return _texts(model, ids, tokens, source.bos, source.source)
-    recipe = text_source(source, bos=bos, seed=seed) if isinstance(source, str | list) else source
+    given = isinstance(source, str | Path | list | tuple)
+    recipe = text_source(source, bos=bos, seed=seed) if given else source
+    if isinstance(recipe, Texts):
+        ids = recipe.right_padded().tokens[0, : int(recipe.lengths[0])]
+        return _texts(model, ids, tokens, recipe.bos, recipe.source)
     if not isinstance(recipe, Windows | OwnLength):
         raise TextError("A long text should be text or token ids, not a recipe for random tokens.")
     tokenizer = getattr(model, "tokenizer", None)

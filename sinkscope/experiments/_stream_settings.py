@@ -50,7 +50,11 @@ def plan(
     tokens: int,
     can: Capabilities,
 ) -> list[Setting]:
-    """Every run that was asked for, the model that sees everything first."""
+    """Every run that was asked for, the model that sees everything first.
+
+    Raises:
+        TextError: If there is none, or a window shows nothing.
+    """
     sinks, chosen = _counts(sinks), _designated(designated, tokens)
     found: list[Setting] = []
     fits = can.n_ctx is None or tokens <= can.n_ctx
@@ -67,6 +71,11 @@ def plan(
             for p in chosen:
                 found.append(Setting(f"{p} as it is", (p,), window, way))
                 found.append(Setting(f"designated {p}", (p,), window, way, (p,)))
+    if not found:
+        raise TextError(
+            "Nothing is asked for: name a window and what to keep beside it, or run the model that "
+            "sees everything (full=True)."
+        )
     return found
 
 

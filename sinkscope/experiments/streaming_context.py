@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from sinkscope.capabilities import Capabilities, capabilities
 from sinkscope.capture import paths, runner
-from sinkscope.errors import UnsupportedError
+from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments import _result
 from sinkscope.experiments._heap import trim
 from sinkscope.experiments._long_text import long_text
@@ -79,13 +79,16 @@ def streaming_context(
     Raises:
         UnsupportedError: If the model is bidirectional, has no trained head, has sliding windows,
             or takes no cache; or if its positions cannot be counted as asked.
-        TextError: If the text is too short, or a number of sinks or a position is none.
+        TextError: If the text is too short; a number of sinks, a chunk or a position is none; or
+            no window is asked for, nor the model that sees everything.
         ReportError: If the file holds something that was asked for otherwise; or hooks or
             interventions are in force, which a file cannot tell apart.
     """
     model = load_model(model)
     file = kept_in(file, model)
     can = _check(capabilities(model))
+    if chunk < 1:
+        raise TextError(f"Texts cannot go through in chunks of {chunk} tokens; use 1 or more.")
     prompts = long_text(model, text, tokens, bos=bos, seed=seed)
     settings = plan(windows, sinks, designated, counted, full, tokens, can)
     check_lengths(settings, tokens, can)

@@ -7,6 +7,7 @@ where the cache counts them to be.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -224,6 +225,22 @@ def test_an_interrupted_run_goes_on(tmp_path) -> None:
         streaming_context(model, text, file=file, **{**asked, "windows": [9]})
 
 
+def test_a_text_is_given_in_every_way_that_texts_takes(tmp_path) -> None:
+    """A path as a string or a `Path`, strings, and exact ids in a file are the same tokens."""
+    from sinkscope.experiments._long_text import long_text
+    from tests.unit.tiny_tokenizers import words
+
+    model = ss.load_model(BY_NAME["llama"].build(), tokenizer=words(bos=True))
+    spelt = " ".join(f"w{4 + i * i % 31}" for i in range(30))
+    want = model.tokenizer(spelt, add_special_tokens=False)["input_ids"][:20]
+    assert len(set(want)) > 5
+    (tmp_path / "text.txt").write_text(spelt)
+    (tmp_path / "ids.json").write_text(json.dumps([want]))
+    path = tmp_path / "text.txt"
+    for source in (path, str(path), [spelt], (spelt,), tmp_path / "ids.json"):
+        assert long_text(model, source, 20, bos="never").tokens[0].tolist() == want, source
+
+
 def test_refusals() -> None:
     model = ss.load_model(BY_NAME["llama"].build())
     text = ss.token_ids(BY_NAME["llama"].tokens(prompts=1, length=TOKENS))
@@ -233,5 +250,9 @@ def test_refusals() -> None:
         streaming_context(model, text, tokens=TOKENS, designated=TOKENS, progress=False)
     with pytest.raises(TextError, match="shows nothing"):
         streaming_context(model, text, tokens=TOKENS, designated=1, windows=[0], progress=False)
+    with pytest.raises(TextError, match="chunks of 0 tokens"):
+        streaming_context(model, text, tokens=TOKENS, chunk=0, progress=False)
+    with pytest.raises(TextError, match="Nothing is asked for"):
+        streaming_context(model, text, tokens=TOKENS, windows=[], full=False, progress=False)
     with pytest.raises(TextError, match="no tokenizer"):
         streaming_context(model, "prose", tokens=TOKENS, progress=False)
