@@ -16,7 +16,8 @@ from sinkscope.capture.attention import AttentionReader
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.folds import Fold, PerPrompt
 from sinkscope.capture.observers import Observer, Scope
-from sinkscope.errors import TextError
+from sinkscope.errors import TextError, UnsupportedError
+from sinkscope.interventions._base import check_mode
 from sinkscope.metrics import attention, ffn, residual, values
 from sinkscope.texts import Texts, as_texts
 
@@ -129,6 +130,23 @@ def median_of_others(
     return torch.stack(
         [residual.median_of_others(layer, taken, real) for layer in norms.unbind(1)], dim=1
     )
+
+
+def chosen(names: Iterable[str], choices: tuple[str, ...], what: str) -> tuple[str, ...]:
+    """Some of these choices, at least one.
+
+    Args:
+        names: Which.
+        choices: What there is.
+        what: What they are, in the plural.
+
+    Raises:
+        UnsupportedError: If one is unknown, or none is named.
+    """
+    found = tuple(check_mode(name, choices) for name in names)
+    if not found:
+        raise UnsupportedError(f"No {what} are named; name some of {', '.join(choices)}.")
+    return found
 
 
 def has_loss(model: Any) -> bool:

@@ -18,7 +18,6 @@ from sinkscope.capture.batches import Batch
 from sinkscope.errors import TextError
 from sinkscope.experiments import _measure, _result
 from sinkscope.interventions import ReplaceEnd, ReplaceStart
-from sinkscope.interventions._base import check_mode
 from sinkscope.metrics.positions import masked_mean
 from sinkscope.texts import Texts
 
@@ -109,12 +108,11 @@ def started(
     """The prompts with each kind of start token, and of end token as well where `ends`.
 
     Raises:
-        UnsupportedError: If a start is unknown.
+        UnsupportedError: If a start is unknown, or none is named.
         TextError: If the model's tokenizer has no special token.
     """
     made: dict[str, Texts] = {}
-    for start in starts:
-        check_mode(start, STARTS)
+    for start in _measure.chosen(starts, STARTS, "starts"):
         made[start] = texts
         if start != "given":
             made[start] = ReplaceStart(model, start, seed=seed)(made[start])

@@ -100,8 +100,8 @@ def dormancy(
         progress: Whether to draw progress bars.
 
     Raises:
-        TextError: With fewer than two domains, or two prompts of one; or if a prompt has a single
-            token.
+        TextError: With fewer than two domains, or two prompts of one; if a prompt has a single
+            token, or heads are to be removed on no prompt.
         UnsupportedError: If the model cannot show what the scores need; or, with `remove`, has no
             loss or cannot start at any of its blocks.
         ReportError: If the folder holds results of another model, text or setting; or hooks or
@@ -112,6 +112,10 @@ def dormancy(
     modes = tuple(check_mode(mode, MODES) for mode in _names(remove))
     if modes:
         with_loss(capabilities(model))
+    if remove_prompts is not None and remove_prompts < 1:
+        raise TextError(
+            f"Heads cannot be removed on {remove_prompts} prompts; give 1 or more, or None for all."
+        )
     recipes = sources(domains, prompts=prompts, length=length, bos=bos, seed=seed)
     kinds = {name: recipe.tokenize(model).right_padded() for name, recipe in recipes.items()}
     _check(kinds)

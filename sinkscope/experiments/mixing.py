@@ -39,7 +39,6 @@ from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments import _measure, _result
 from sinkscope.experiments._mixed import Mixing
 from sinkscope.interventions import ShiftSinkLogit
-from sinkscope.interventions._base import check_mode
 from sinkscope.metrics import mixing as definitions
 from sinkscope.metrics.residual import residual_norms
 from sinkscope.models import load_model
@@ -75,8 +74,8 @@ def mixing(
 
     Raises:
         TextError: If the prompts differ in length, end at the changed position, or carry BOS.
-        UnsupportedError: If "bos" is asked for and the model has none, or "no sink" of a model
-            whose logits cannot be shifted.
+        UnsupportedError: If no condition is named; if "bos" is asked for and the model has none,
+            or "no sink" of a model whose logits cannot be shifted.
     """
     model = load_model(model)
     prompts = _measure.even(model, texts)
@@ -87,7 +86,7 @@ def mixing(
             f"The changed position {changed} should have tokens before and after it; prompts run "
             f"from 0 to {length - 1}."
         )
-    names = tuple(check_mode(name, CONDITIONS) for name in conditions)
+    names = _measure.chosen(conditions, CONDITIONS, "conditions")
     front = _front(model, prompts)
     if "bos" in names and front is None:
         raise UnsupportedError('This model has no BOS token, so there is no condition "bos".')

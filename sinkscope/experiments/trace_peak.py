@@ -19,7 +19,7 @@ from sinkscope.capabilities import capabilities
 from sinkscope.experiments import _measure, _result
 from sinkscope.experiments._traced import PeakTrace
 from sinkscope.interventions import RemoveOutput, SetActivation
-from sinkscope.interventions._base import check_layers, check_mode
+from sinkscope.interventions._base import check_layers
 from sinkscope.models import load_model
 from sinkscope.texts import Texts
 
@@ -57,14 +57,15 @@ def trace_peak(
 
     Raises:
         TextError: If the prompts differ in length or end before the sink.
-        UnsupportedError: If the model shows no attention or FFN outputs.
+        UnsupportedError: If the model shows no attention or FFN outputs; or a part or mode is
+            unknown, or none is named.
     """
     model = load_model(model)
     can = capabilities(model)
     prompts = _measure.even(model, texts, sink)
     chosen = check_layers(None if blocks is None else tuple(blocks), can.n_layers)
-    parts = tuple(check_mode(part, tuple(PARTS)) for part in parts)
-    modes = tuple(check_mode(mode, MODES) for mode in modes)
+    parts = _measure.chosen(parts, tuple(PARTS), "parts")
+    modes = _measure.chosen(modes, MODES, "modes")
     outputs = _typical(model, prompts, sink, parts)
     untouched = _read(model, prompts, sink)
     without: list[dict[str, Tensor]] = []

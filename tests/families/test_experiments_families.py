@@ -317,5 +317,11 @@ def test_refusals() -> None:
         structured_mask(model, ss.token_ids(family.tokens()), 0, starts=["given"], progress=False)
     with pytest.raises(TextError, match="no tokenizer"):
         structured_mask(model, ss.token_ids(family.tokens()), progress=False)
+    with pytest.raises(UnsupportedError, match="No starts are named"):
+        structured_mask(model, ss.token_ids(family.tokens()), 5, starts=[], progress=False)
+    with pytest.raises(UnsupportedError, match="No modes are named"):
+        trace_peak(model, ss.token_ids(family.tokens()), modes=(), progress=False)
+    with pytest.raises(UnsupportedError, match="No parts are named"):
+        trace_peak(model, ss.token_ids(family.tokens()), parts=(), progress=False)
     with pytest.raises(UnsupportedError, match="no mode"):
         trace_peak(model, ss.token_ids(family.tokens()), modes=["median"], progress=False)

@@ -256,6 +256,8 @@ def test_what_is_refused(model) -> None:
         dormancy(model, domains() | {"short": ss.token_ids([[5], [5, 6]])}, progress=False)
     with pytest.raises(UnsupportedError, match="no mode"):
         dormancy(model, domains(), remove="median", progress=False)
+    with pytest.raises(TextError, match="removed on 0 prompts"):
+        dormancy(model, domains(), remove="zero", remove_prompts=0, progress=False)
     bert = BY_NAME["bert"]
     with pytest.raises(UnsupportedError, match="no loss"):
         dormancy(ss.load_model(bert.build()), domains(), remove="zero", progress=False)

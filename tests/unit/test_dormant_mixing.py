@@ -149,3 +149,5 @@ def test_what_is_refused(model, texts) -> None:
         mixing(model, ss.token_ids([[1, 5, 6, 7, 8]]), changed=2, progress=False)
     with pytest.raises(UnsupportedError, match="no mode"):
         mixing(model, texts, conditions=["no head"], progress=False)
+    with pytest.raises(UnsupportedError, match="No conditions are named"):
+        mixing(model, texts, conditions=[], progress=False)
