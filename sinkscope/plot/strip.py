@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale, unlabel_rgb
 
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels, _tokens
-from sinkscope.plot._scales import log_bar, log_colours, value_range
-from sinkscope.plot.theme import Theme
+from sinkscope.plot._scales import colour_scale, log_bar, log_colours, value_range
+from sinkscope.plot.theme import Palette, Theme, palette
 
 if TYPE_CHECKING:
     from sinkscope.report import SinkReport
 
 _CELL = 8  # characters that fit a cell
 _ROW = 30  # pixels
+_BRIGHT = 100  # of 255: viridis that black is read on better than white
 
 
 def token_strip(
@@ -77,22 +79,27 @@ def token_strip(
         f"position {start + i}: {_labels.plotly_token(word)}<br>{label}: {_labels.number(value)}"
         for i, (word, value) in enumerate(zip(words, values.tolist(), strict=True))
     ]
+    lines = [str(start + row * columns) for row in range(rows)]
     figure = go.Figure(
         go.Heatmap(
-            y=[str(start + row * columns) for row in range(rows)],
+            y=lines,
             z=_grid(z.tolist(), rows, columns, np.nan).astype(float),
             zmin=low, zmax=high, xgap=2, ygap=2, hoverongaps=False,
-            text=_grid([_short(word) for word in words], rows, columns, ""),
-            texttemplate="%{text}",
-            textfont=dict(size=11),
             customdata=_grid(hovers, rows, columns, ""),
             hovertemplate="%{customdata}<extra></extra>",
             colorbar=colorbar,
         )
     )  # fmt: skip
-    figure.update_xaxes(visible=False)
+    # A heatmap writes all its cells in one colour, or in Plotly's grey.
+    figure.add_scatter(
+        x=[index % columns for index in range(len(words))],
+        y=[lines[index // columns] for index in range(len(words))],
+        text=[_short(word) for word in words], mode="text", hoverinfo="skip", showlegend=False,
+        textfont=dict(size=11, color=_legible((z - low) / (high - low), palette(theme))),
+    )  # fmt: skip
+    figure.update_xaxes(visible=False, range=[-0.5, columns - 0.5])
     figure.update_yaxes(
-        title_text="position", type="category", autorange="reversed", showgrid=False
+        title_text="position", type="category", range=[rows - 0.5, -0.5], showgrid=False
     )
     part = "" if stop - start == length else f", positions {start} to {stop - 1} of {length:,}"
     title = f"{_labels.heading(metric)}: tokens of prompt {prompt}{part}"
@@ -111,6 +118,15 @@ def _colours(
     if unit in ("probability", "share"):
         low, high = 0.0, float(finite.max()) if finite.size else 1.0
     return values, low, high
+
+
+def _legible(shares: np.ndarray, colours: Palette) -> list[str]:
+    """Black or white, whichever is read on the scale's colour there; ink where there is none."""
+    scale = colour_scale(False, colours)
+    known = np.clip(np.nan_to_num(shares), 0, 1).tolist()
+    rgb = np.array([unlabel_rgb(one) for one in sample_colorscale(scale, known)])
+    bright = rgb @ (0.299, 0.587, 0.114) > _BRIGHT
+    return np.where(np.isnan(shares), colours.ink, np.where(bright, "#000", "#fff")).tolist()
 
 
 def _grid(items: list[Any], rows: int, columns: int, empty: Any) -> np.ndarray:

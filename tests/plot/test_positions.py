@@ -2,6 +2,7 @@ import itertools
 import re
 
 import numpy as np
+import plotly.colors
 import pytest
 import torch
 
@@ -167,9 +168,35 @@ def test_strange_layers_heads_and_metrics_are_refused():
 
 def strip_cells(figure) -> list[tuple[str, float]]:
     """Text and colour value of the token cells in reading order."""
-    (cells,) = figure.data
-    pairs = zip(np.ravel(cells.text), np.ravel(cells.z), strict=True)
-    return [(text, value) for text, value in pairs if text]
+    cells, words = figure.data
+    assert np.isnan(np.ravel(cells.z)[len(words.text) :]).all()
+    return list(zip(words.text, np.ravel(cells.z).tolist(), strict=False))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_words_are_read_on_every_colour_of_the_strip(theme):
+    values = torch.linspace(0.001, 1, 100).log()[None].sub(torch.tensor(0.001).log())
+    values[0, 99] = torch.nan
+    report = synthetic_report(prompts=1, positions=100, received_peak=values)
+    cells, words = plot.token_strip(report, log=False, theme=theme).data
+    scale = plotly.colors.get_colorscale("Viridis")
+
+    def luminance(colour: str) -> float:  # WCAG 2
+        if colour.startswith("#"):
+            parts = [int(c, 16) / 15 for c in colour[1:]]
+        else:
+            parts = [part / 255 for part in plotly.colors.unlabel_rgb(colour)]
+        red, green, blue = [
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts
+        ]
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    for value, ink in list(zip(np.ravel(cells.z), words.textfont.color, strict=True))[:99]:
+        share = (value - cells.zmin) / (cells.zmax - cells.zmin)
+        (under,) = plotly.colors.sample_colorscale(scale, [float(share)])
+        dark, bright = sorted([luminance(ink), luminance(under)])
+        assert (bright + 0.05) / (dark + 0.05) > 4.5, (share, ink)
+    assert words.textfont.color[99] == plot.theme.palette(theme).ink
 
 
 def test_token_strip_shows_each_token_with_its_figure():

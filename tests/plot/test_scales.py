@@ -39,7 +39,7 @@ def test_a_colour_bar_names_both_its_ends_and_round_numbers_between(low, high, b
 @pytest.mark.parametrize("rows", [1, 2, 3, 20])
 def test_labels_of_a_colour_bar_do_not_touch_on_a_low_figure(rows):
     report = synthetic_report(prompts=1, positions=200)
-    (cells,) = plot.token_strip(report, tokens=10 * rows).data
+    cells, _ = plot.token_strip(report, tokens=10 * rows).data
     ends = cells.colorbar.tickvals[-1] - cells.colorbar.tickvals[0]
     apart = np.diff(cells.colorbar.tickvals) / ends * 30 * rows  # pixels
     assert len(apart) == 1 or apart.min() > 15

@@ -57,7 +57,7 @@ function drawTokens() {
     span.setAttribute("aria-selected", String(position === state.position));
     span.title = `position ${position}: ${quantity().label} ${number(values[position])}`;
     span.style.backgroundColor = `rgb(${r}, ${g}, ${b})`;
-    span.style.color = 0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#000" : "#fff";
+    span.style.color = 0.299 * r + 0.587 * g + 0.114 * b > 100 ? "#000" : "#fff";
     parts.push(span);
     if (tokens[position].includes("⏎")) parts.push(document.createElement("br"));
   }
