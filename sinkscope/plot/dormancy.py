@@ -281,7 +281,7 @@ def _beside(along: np.ndarray, named: np.ndarray) -> list[str]:
 
 
 def _diagonal(figure: go.Figure, values: np.ndarray, unit: str | None, colour: str) -> None:
-    """The line on which both domains agree; and equal ranges on both axes."""
+    """The line on which both domains agree."""
     finite = values[np.isfinite(values)]
     if finite.size == 0:
         raise ReportError("domain_scatter was given no figure that is a number.")

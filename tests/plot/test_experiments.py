@@ -94,6 +94,16 @@ def test_peak_trace_of_some_blocks_has_a_row_for_each_of_them_and_no_other():
     np.testing.assert_allclose(figure.data[1].z[0], [1, 0.1, 0.1, 0.1])
 
 
+def test_peak_trace_says_in_words_which_part_is_gone():
+    trace = frames.trace()
+    both = trace[trace["part"] == "ffn"].assign(part="both")
+    figure = plot.peak_trace(pd.concat([trace, both]), about=ABOUT)
+    said = [cells.hovertemplate.split(" of block")[0] for cells in figure.data]
+    parts = ["attention", "FFN", "attention and FFN"]
+    assert said == [f"without the {part}" for part in parts]
+    assert [title.text for title in figure.layout.annotations] == parts
+
+
 def test_domain_scatter_names_the_heads_that_differ():
     figure = plot.domain_scatter(frames.domains(), "prose", "code", about=ABOUT)
     (dots,) = figure.data
