@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sinkscope._reach import refuse_short_prompts
 from sinkscope.capture import batches
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments import _partial, _result
@@ -72,8 +73,8 @@ def removal(
     Raises:
         UnsupportedError: If the model has no loss, if starting partway is not exact for it, or if a
             head does not exist.
-        TextError: If a prompt has a single token; or "resample" gets prompts of several lengths,
-            or a single prompt.
+        TextError: If a prompt has a single token, or ends before a position that an intervention
+            changes; or "resample" gets prompts of several lengths, or a single prompt.
         ReportError: If the file was begun with other settings; or hooks or interventions are in
             force, which a file cannot tell apart.
     """
@@ -82,6 +83,7 @@ def removal(
     partway = Partway(model)
     can = partway.can
     prompts = with_predictions(as_texts(texts).tokenize(model).right_padded())
+    refuse_short_prompts(model, prompts.mask)
     check_mode(mode, MODES)
     shape = len(prompts), can.n_layers, can.n_heads
     wanted = _wanted(heads, shape)

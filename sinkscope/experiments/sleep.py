@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sinkscope._reach import refuse_short_prompts
 from sinkscope.errors import ReportError, SinkscopeError, UnsupportedError
 from sinkscope.experiments import _partial, _result
 from sinkscope.experiments._losses import Flags, PromptLosses
@@ -72,7 +73,8 @@ def sleep(
     Raises:
         UnsupportedError: If the model has no loss or cannot show what the scores need, or there is
             no such score.
-        TextError: If a prompt has a single token.
+        TextError: If a prompt has a single token, or ends before a position that an intervention
+            changes.
         ReportError: If the file was begun with other settings; or hooks or interventions are in
             force, which a file cannot tell apart.
     """
@@ -80,6 +82,7 @@ def sleep(
     file = _partial.kept_in(file, model)
     partway = Partway(model)
     prompts = with_predictions(as_texts(texts).tokenize(model).right_padded())
+    refuse_short_prompts(model, prompts.mask)
     names, shares = tuple(scores), tuple(sorted(set(map(float, shares))))
     _check(names, shares, draws)
     further = dict(also or {})

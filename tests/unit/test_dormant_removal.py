@@ -54,6 +54,12 @@ def test_ragged_prompts_cost_what_they_cost_alone(model) -> None:
         )
 
 
+def test_a_prompt_that_ends_before_an_intervention_is_refused(model) -> None:
+    ids = LLAMA.tokens(prompts=2, length=20).tolist()
+    with ZeroValue(model, 15), pytest.raises(TextError, match="outside the shortest prompt"):
+        removal(model, ss.token_ids([ids[0][:9], ids[1]]), progress=False)
+
+
 def test_some_heads_on_some_prompts(model, texts) -> None:
     whole = removal(model, texts, progress=False)
     few = removal(model, texts, heads=[(0, 3), (2, 1)], progress=False)
