@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,12 @@ def test_help_and_import_stay_light() -> None:
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_python_runs_the_package_as_the_command() -> None:
+    script = [sys.executable, "-m", "sinkscope", "--version"]
+    out = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == version("sinkscope")
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
