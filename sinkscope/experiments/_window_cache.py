@@ -10,7 +10,6 @@ window, chunk and kept elements.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache
 
-from sinkscope.capabilities import Capabilities
-from sinkscope.capture._support import core_module
-from sinkscope.errors import UnsupportedError
+from sinkscope.experiments._turner import Turner
 
 COUNTED = ("cache", "absolute")
 """How positions are counted: inside the cache, as StreamingLLM does, or from the text's start."""
@@ -171,51 +168,3 @@ def _last(
         return x
     size = min(layout.window - 1, x.shape[2])
     return x[:, :, x.shape[2] - size :].clone()
-
-
-class Turner:
-    """Rotates keys on by a number of positions, the way their own model rotates them.
-
-    Args:
-        model: A bridge.
-        can: Its capabilities.
-
-    Raises:
-        UnsupportedError: If the model is not rotary, its angles change with the text's length, or
-            its rotation cannot be found.
-    """
-
-    def __init__(self, model: Any, can: Capabilities) -> None:
-        from transformer_lens.model_bridge.generalized_components.rotary_embedding import (
-            RotaryEmbeddingBridge,
-        )
-
-        found = [m for m in model.modules() if isinstance(m, RotaryEmbeddingBridge)]
-        core = core_module(model.blocks[0].attn)
-        home = sys.modules[type(core).__module__] if core is not None else None
-        self._rotate = getattr(home, "apply_rotary_pos_emb", None)
-        if can.positions != "rotary" or len(found) != 1 or self._rotate is None:
-            raise UnsupportedError(
-                f"Positions can be counted in the cache where they are rotary; {can.architecture} "
-                f'has {can.positions} ones that cannot be turned; count them as "absolute".'
-            )
-        self._angles: Any = found[0].original_component
-        kind = getattr(self._angles, "rope_type", "default")
-        if kind in ("dynamic", "longrope"):
-            raise UnsupportedError(
-                f"The rotary angles of {can.architecture} change with the length of the text "
-                f'({kind}), so keys in a cache cannot be turned; count positions as "absolute".'
-            )
-
-    def turn(
-        self,
-        key: Float[Tensor, "prompt kv_head kept d_head"],
-        by: Int[Tensor, "query kept"],
-    ) -> Float[Tensor, "prompt kv_head copy d_head"]:
-        """A copy of every key for every query, query after query, each rotated on by `by`."""
-        wide = repeat(key.float(), "b h k d -> b h (q k) d", q=len(by))
-        ids = rearrange(by, "q k -> 1 (q k)").to(key.device)
-        cos, sin = self._angles(wide, ids)
-        scale = getattr(self._angles, "attention_scaling", 1.0)
-        assert self._rotate is not None
-        return self._rotate(wide, wide, cos / scale, sin / scale)[1].to(key.dtype)

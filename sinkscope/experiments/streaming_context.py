@@ -28,7 +28,8 @@ from sinkscope.experiments._long_text import long_text
 from sinkscope.experiments._partial import Growing, asked_of, kept_in
 from sinkscope.experiments._stream_settings import AUTO, Setting, check_lengths, plan
 from sinkscope.experiments._streamed import StreamedContext
-from sinkscope.experiments._window_cache import COUNTED, Layout, Turner, WindowCache
+from sinkscope.experiments._turner import Turner
+from sinkscope.experiments._window_cache import COUNTED, Layout, WindowCache
 from sinkscope.models import load_model
 from sinkscope.texts import Texts
 
