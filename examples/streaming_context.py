@@ -6,11 +6,11 @@ printed, with Python 3.11 (the text of its manual differs a little between versi
 
 smollm2-135m · T = 1,536 · BOS: auto (none) · 1 × prose · from token 260 on
 everything      perplexity 16.9, 70.8 MB of keys and values
-0 sinks         perplexity 31.2, 11.8 MB of keys and values, loss +0.61 [+0.48, +0.69] nat
-1 sink          perplexity 18.7, 11.8 MB of keys and values, loss +0.10 [+0.01, +0.19] nat
-4 sinks         perplexity 18.7, 11.9 MB of keys and values, loss +0.10 [+0.01, +0.18] nat
-200 as it is    perplexity 31.2, 11.8 MB of keys and values, loss +0.61 [+0.49, +0.69] nat
-designated 200  perplexity 18.7, 11.8 MB of keys and values, loss +0.10 [+0.01, +0.18] nat
+0 sinks         perplexity 31.2, 11.8 MB of keys and values, loss +0.61 [+0.49, +0.74] nat
+1 sink          perplexity 18.7, 11.8 MB of keys and values, loss +0.10 [+0.04, +0.17] nat
+4 sinks         perplexity 18.7, 11.9 MB of keys and values, loss +0.10 [+0.04, +0.17] nat
+200 as it is    perplexity 31.2, 11.8 MB of keys and values, loss +0.61 [+0.49, +0.73] nat
+designated 200  perplexity 18.7, 11.8 MB of keys and values, loss +0.10 [+0.03, +0.17] nat
 
 (Loss: a token's, over that of the model that sees everything.) A single sink is enough, and it need
 not be the beginning of the text: a token from the middle, made to see itself alone when it was
