@@ -99,7 +99,7 @@ def sink_rate_by_length(
         )  # fmt: skip
         figure.add_scatter(
             x=lengths, y=[_uniform(report) for report in own], mode="lines",
-            name=f"{name}: attention of the first sink, were it uniform",
+            name=f"{name}, uniform attention",
             line=dict(color=colour, dash="dot"),
             hovertemplate="T = %{x}<br>uniform attention: %{y:.3~g}<extra></extra>",
         )  # fmt: skip
@@ -107,7 +107,11 @@ def sink_rate_by_length(
     figure.update_xaxes(title_text="T [positions]", type="log", tickvals=lengths, ticktext=lengths)
     figure.update_yaxes(title_text="sink rate [share of heads]", range=[0, 1.02], tickformat=".0%")
     title = f"Sink rate against the length of the text, ε = {epsilon:g}"
-    return _figure.finish(figure, title, _differences(list(reports)), theme)
+    _figure.finish(figure, title, _differences(list(reports)), theme, height=480)
+    # Two names a model may need two lines: below, where no title is.
+    return figure.update_layout(
+        legend=dict(yref="container", y=0.01), margin=dict(t=_figure.ROOM, b=108)
+    )
 
 
 def _rate_at(report: SinkReport, epsilons: np.ndarray) -> _figure.Interval:

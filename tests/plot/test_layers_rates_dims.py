@@ -132,7 +132,7 @@ def test_sink_rate_by_length_has_a_point_a_report_and_the_uniform_level():
     assert list(drawn.x) == [8, 16]
     for report, rate in zip(reversed(reports), drawn.y, strict=True):
         assert rate == pytest.approx(float((report.sink_importance > 0.5).float().mean()))
-    uniform = line(figure, "synthetic: attention of the first sink, were it uniform")
+    uniform = line(figure, "synthetic, uniform attention")
     assert list(uniform.x) == [8, 16]
     assert list(uniform.y) == pytest.approx(
         [sum(1 / (i + 1) for i in range(n)) / n for n in (8, 16)]
@@ -165,14 +165,14 @@ def test_each_model_has_the_uniform_level_of_its_own_attention():
         [scan(m, n, causal, at, sink) for m, (causal, at, sink) in kinds.items() for n in (16, 32)]
     )
     for model, (causal, windows, sink) in kinds.items():
-        uniform = line(figure, f"{model}: attention of the first sink, were it uniform")
+        uniform = line(figure, f"{model}, uniform attention")
         assert list(uniform.x) == [16, 32]
         expected = [
             np.mean([spread_evenly(n, sink, causal, window) for window in windows])
             for n in (16, 32)
         ]
         assert list(uniform.y) == pytest.approx(expected), model
-    both = line(figure, "both ways: attention of the first sink, were it uniform")
+    both = line(figure, "both ways, uniform attention")
     assert list(both.y) == pytest.approx([1 / 16, 1 / 32])
 
 
