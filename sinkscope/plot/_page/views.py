@@ -25,7 +25,8 @@ _TOP = 8  # pixels above a plot or its legend: titles stand in the page's own he
 RESAMPLES = 500
 """Of the intervals in the page's hovers: there are many, and each shows three digits."""
 _CELLS = 400_000
-"""Layers × heads × bins of received attention that the page carries: at most about 2 MB."""
+"""Layers × heads × bins of received attention that the page carries: about 2 MB, and 1 MB for where
+in its bin each figure is."""
 
 View = dict[str, Any]
 
