@@ -137,7 +137,14 @@ def _windows(config: Any, n_layers: int, name: str) -> tuple[int | None, ...]:
 
 def _sinks(module: Any) -> Tensor | None:
     sinks = getattr(module, "sinks", None)
-    return sinks.detach().float().cpu() if isinstance(sinks, Tensor) else None
+    if not isinstance(sinks, Tensor):
+        return None
+    if sinks.is_meta:
+        raise UnsupportedError(
+            f"The learned sinks of {type(module).__name__} are offloaded, and sinkscope has to "
+            "read them; load the model with all of its weights on devices."
+        )
+    return sinks.detach().float().cpu()
 
 
 def _stated_scale(module: Any) -> float | None:

@@ -47,7 +47,8 @@ class Capabilities:
         gated: Whether a gate multiplies each head's mixture of values before W_O; ``z`` is what
             W_O reads, the gated one.
         even_kv_heads: Whether all layers have the same number of KV heads.
-        split_output: Whether every layer's W_O comes apart into its heads.
+        split_output: Whether the bridge hands out every layer's W_O head by head; it does not where
+            layers differ in geometry or weights are offloaded.
         windows: Sliding window of each layer in positions, the query's own counted; ``None`` is
             full attention.
         softcap: Bound on the scores, or ``None``.
@@ -232,7 +233,7 @@ def _kv_groups(block: Any) -> int | None:
 
 
 def _splits_output(block: Any) -> bool:
-    """Whether the bridge hands out W_O head by head; where layers differ, it may not know how."""
+    """Whether the bridge hands out W_O head by head."""
     try:
         return block.attn.W_O.ndim in (2, 3)
     except Exception:  # whatever a bridge may raise: then no metric can have it either

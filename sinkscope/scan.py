@@ -144,7 +144,10 @@ def _missing(metric: str, can: Capabilities, path: paths.Path) -> str | None:
     if metric == "through_output" and can.gated:
         return f"{GATED}."
     if metric == "through_output" and not can.split_output:
-        return f"the output projections of {can.architecture} do not come apart into heads."
+        return (
+            f"TransformerLens does not hand out W_O of this {can.architecture} head by head, which "
+            "it cannot where layers differ in geometry or weights are offloaded."
+        )
     if metric == "values" and not can.even_kv_heads:
         return f"the layers of {can.architecture} have different numbers of KV heads."
     for observer in OBSERVERS[metric]:
