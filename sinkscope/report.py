@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sinkscope._bootstrap import Interval, bootstrap, mean_over_prompts
 from sinkscope._fields import MassiveActivations, SinkFields
+from sinkscope._metric_of import metric_of
 from sinkscope._settings import Settings, library_versions
 from sinkscope.errors import ReportError
 
@@ -297,15 +298,11 @@ class SinkReport(SinkFields):
     def _not_measured(self, name: str) -> str:
         from sinkscope.capture.observers import OBSERVERS
 
-        metrics = [
-            metric
-            for metric, observers in OBSERVERS.items()
-            if metric == name or any(name in observer.fields for observer in observers)
-        ]
-        if not metrics or metrics[0] in self.settings.metrics:
+        metric = name if name in OBSERVERS else metric_of(name)
+        if metric is None or metric in self.settings.metrics:
             return f"{name} was not measured: it does not exist for this model."
         return (
-            f"{name} was not measured: scan again with the metric {metrics[0]!r} among metrics= "
+            f"{name} was not measured: scan again with the metric {metric!r} among metrics= "
             f"(this scan had {', '.join(self.settings.metrics) or 'none'})."
         )
 
