@@ -152,6 +152,11 @@ def _from_name(
     if spec in BUILT_IN:
         from sinkscope.bb import load_packaged
 
+        if request.device_map is not None or request.tokenizer is not None:
+            raise ModelError(
+                f"{spec} fits on any device and has a tokenizer of its own; pass neither "
+                "device_map nor tokenizer."
+            )
         bridge = load_packaged(spec, request.device, request.dtype)
         return bridge, replace(model_source(bridge), kind="packaged")
     if spec in PACKAGES:
