@@ -81,6 +81,12 @@ def subject(
             f"{name} is not a model of transformers, so there is no bare one to time beside it; "
             f"choose one that is, or a shape: {', '.join(SHAPES)}."
         )
+    places = sorted({str(weight.device) for weight in original.parameters()})
+    if len(places) > 1:
+        raise ModelError(
+            f"{name} lies on {', '.join(places)}; the bare model beside it would lie on one device "
+            "alone, so load it without device_map."
+        )
     weight = next(original.parameters())
     config = copy.deepcopy(original.config)
     config.dtype = weight.dtype

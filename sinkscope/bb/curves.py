@@ -45,11 +45,13 @@ def dynamics(
         share both name and seed, see `run_names`.
 
     Raises:
-        ModelError: when a folder holds no run.
+        ModelError: when there are no runs, or a folder holds none.
     """
     import pandas as pd
 
     several = [runs] if isinstance(runs, Run | str | Path) else list(runs)
+    if not several:
+        raise ModelError("there are no runs to draw curves of; pass at least one, or its folder")
     configs, logs = zip(*map(_read, several), strict=True)
     named = zip(run_names(configs), configs, logs, strict=True)
     frame = pd.concat(

@@ -88,7 +88,13 @@ class BigramBackcopy:
     def sample(
         self, prompts: int, length: int, seed: int = 0, device: str | torch.device = "cpu"
     ) -> Int[Tensor, "prompt position"]:
-        """Draw sequences of `length` tokens, BOS included; equal seeds on equal devices agree."""
+        """Draw sequences of `length` tokens, BOS included; equal seeds on equal devices agree.
+
+        Raises:
+            TextError: if there is no prompt or no token to draw.
+        """
+        if min(prompts, length) < 1:
+            raise TextError(f"cannot draw {prompts} prompts of {length} tokens; ask for 1 or more")
         generator = torch.Generator(device).manual_seed(seed)
         draws = torch.rand(
             (length, prompts), generator=generator, device=device, dtype=torch.float64

@@ -54,6 +54,8 @@ def bench(
 
 
 def _sizes(sizes: str | None, lengths: str | None) -> tuple[tuple[int, int], ...] | None:
+    if sizes is not None and lengths is not None:
+        raise SinkscopeError("Pass either --sizes or --lengths, not both.")
     try:
         if sizes is not None:
             pairs = [size.lower().replace("×", "x").split("x") for size in sizes.split(",")]

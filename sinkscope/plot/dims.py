@@ -94,7 +94,9 @@ def nonmixture_dims(
     figure.update_layout(legend=dict(y=1.07))
     listed = ", ".join(map(str, sorted(passing))) or "none"
     title = f"Non-mixture dims of layer {layer}: {listed}"
-    return _figure.finish(figure, title, report.settings, theme, height=480)
+    rule = f"over {over_median:g} × the median dim and {over_mixed:g} × any mixed position"
+    about = f"{_labels.plain_about(report.settings)} · {rule}"
+    return _figure.finish(figure, title, about, theme, height=480)
 
 
 def standout_layer(report: SinkReport, found: list[dict[str, Any]]) -> int:

@@ -218,6 +218,9 @@ def test_nonmixture_dims_follow_the_thresholds_asked_for():
     ):
         figure = plot.nonmixture_dims(report, **rule)
         assert figure.layout.title.text == f"Non-mixture dims of layer 2: {dims}"
+        median, mixed = rule.get("over_median", 100), rule.get("over_mixed", 10)
+        said = f"over {median:g} × the median dim and {mixed:g} × any mixed position"
+        assert figure.layout.title.subtitle.text.endswith(said)
         assert line(figure, "sink").x[0] == ("5" if dims == "none" else "<b>5</b>")
 
 

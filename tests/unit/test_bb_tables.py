@@ -204,6 +204,8 @@ def test_dynamics_reads_runs_from_memory_and_disk_alike(tmp_path):
     assert sorted(memory.step.unique()) == [0, 1, 2, 3, 5, 6]
     with pytest.raises(ModelError, match="holds no training run"):
         dynamics(tmp_path / "absent")
+    with pytest.raises(ModelError, match="no runs to draw"):
+        dynamics([])
 
 
 def test_runs_of_one_kind_keep_apart_in_the_table(tmp_path):

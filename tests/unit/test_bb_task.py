@@ -220,3 +220,6 @@ def test_impossible_tasks_are_refused(source):
         BigramBackcopy(source, bos=-1)
     with pytest.raises(TextError, match="two distinct characters"):
         BigramSource.from_text("aaaa")
+    for prompts, length in ((2, 0), (0, 5), (-1, 5)):
+        with pytest.raises(TextError, match=f"{prompts} prompts of {length} tokens"):
+            BigramBackcopy(source).sample(prompts, length)

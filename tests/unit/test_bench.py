@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from sinkscope import bench
 from sinkscope.errors import ModelError, SinkscopeError, TextError
+from sinkscope.models import load_model
 
 TINY = dict(
     vocab_size=300,
@@ -127,6 +128,14 @@ def test_bad_arguments_end_in_a_sentence_before_anything_is_measured(
     )
     with pytest.raises(SinkscopeError, match=message):
         next(bench.run_bench(**(usual | arguments)))
+
+
+def test_a_model_in_several_places_has_no_bare_twin() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+    bridge = load_model(model)
+    model.lm_head.to("meta")
+    with pytest.raises(ModelError, match="lies on cpu, meta; .* load it without device_map"):
+        next(bench.run_bench(bridge, [(1, 8)], repeats=1))
 
 
 def test_a_loaded_model_is_held_to_its_context() -> None:

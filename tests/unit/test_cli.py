@@ -108,6 +108,7 @@ REFUSED = {
     "truncated gguf": (["scan", "{gguf}"], "gguf|GGUF"),
     "unwritable out": (["scan", "{folder}", "--tokens", "{ids}", "--out", "/proc/x"], "--out"),
     "bad sinks": (["scan", "{folder}", "--tokens", "{ids}", "--sinks", "first"], "--sinks first"),
+    "sizes and lengths": (["bench", "--sizes", "1x8", "--lengths", "8"], "--sizes or --lengths"),
     "text without tokenizer": (["scan", "{folder}", "--texts", "prose"], "tokenizer"),
 }
 

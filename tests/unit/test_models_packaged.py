@@ -220,6 +220,12 @@ def test_what_comes_with_sinkscope_needs_no_installation() -> None:
     assert install_packaged("bb-3l").is_dir()
 
 
+@pytest.mark.parametrize("choice", [dict(device_map="auto"), dict(tokenizer="gpt2")])
+def test_what_comes_with_sinkscope_is_as_it_comes(choice: dict[str, str]) -> None:
+    with pytest.raises(ModelError, match="bb-3l fits on any device .* pass neither"):
+        load_model("bb-3l", **choice)
+
+
 def test_pinned_packages_are_complete() -> None:
     assert set(PACKAGES) == {"smollm2-135m", "minilm-l6"}
     for package in PACKAGES.values():
