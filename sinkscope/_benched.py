@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from sinkscope._device import chosen_device
 from sinkscope._out_of_memory import ran_out_of_memory
 from sinkscope._tokens import context_size
 from sinkscope.errors import ModelError, SinkscopeError
@@ -64,8 +65,9 @@ def subject(
     """The models of a shape by name, or of whatever `load_model` takes.
 
     Raises:
-        SinkscopeError: If the device or the dtype does not exist.
-        ModelError: If the model cannot be loaded, does not fit, or is none of transformers.
+        SinkscopeError: If the dtype does not exist.
+        ModelError: If the device is not there, or the model cannot be loaded, does not fit, lies on
+            several devices, or is none of transformers.
     """
     where, kind = chosen_device(device), chosen_dtype(dtype)
     if isinstance(shape, str) and shape in SHAPES:
@@ -111,26 +113,6 @@ def random_model(config: Any, kind: type[PreTrainedModel], device: torch.device,
             raise
         raise ModelError(f"The weights of {name} do not fit in the memory of {device}.") from error
     return model.eval().requires_grad_(False)
-
-
-def chosen_device(device: str | torch.device | None) -> torch.device:
-    """The device, a GPU if there is one.
-
-    Raises:
-        SinkscopeError: If it is not there.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen).item()  # some devices exist only in name
-    except (RuntimeError, AssertionError) as error:  # torch says "no CUDA" with an assertion
-        is_cuda = str(device).startswith("cuda") and not torch.cuda.is_available()
-        what = "no GPU" if is_cuda else "no such device"
-        raise SinkscopeError(
-            f"There is {what} for device={str(device)!r}; leave it out, or say 'cpu'."
-        ) from error
-    return chosen
 
 
 def chosen_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -104,10 +104,11 @@ def run_bench(
         The bare model's row of every size, then size by size the others.
 
     Raises:
-        SinkscopeError: If a way, the device or the dtype does not exist, or a size or `repeats` is
-            not positive.
+        SinkscopeError: If a way or the dtype does not exist, or a size or `repeats` is not
+            positive.
         TextError: If a prompt is longer than the model's context.
-        ModelError: If the model cannot be loaded, does not fit, or is none of transformers.
+        ModelError: If the device is not there, or the model cannot be loaded, does not fit, lies on
+            several devices, or is none of transformers.
     """
     unknown = [way for way in ways if way not in WAYS]
     if unknown:

@@ -102,14 +102,15 @@ def test_refuses_ways_and_devices_that_do_not_exist(tiny_shape: str) -> None:
     with pytest.raises(SinkscopeError, match="no way 'fast'"):
         next(bench.run_bench(tiny_shape, ways=["fast"]))
     if not torch.cuda.is_available():
-        with pytest.raises(SinkscopeError, match="no GPU"):
+        with pytest.raises(SinkscopeError, match="There is no device 'cuda'"):
             next(bench.run_bench(tiny_shape, device="cuda"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(device="foo"), "no such device for device='foo'"),
+        (dict(device="foo"), "There is no device 'foo'"),
+        (dict(device="meta"), "There is no device 'meta'"),
         (dict(dtype=torch.int8), "dtype is int8; choose from float32"),
         (dict(dtype="float"), "dtype is float; choose from float32"),
         (dict(sizes=[(1, 8), (0, 16)]), "batch of 0 prompts of 16 tokens"),
