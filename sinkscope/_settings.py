@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -23,14 +24,16 @@ def library_versions() -> dict[str, str]:
     Returns:
         Library name (``transformer_lens`` with an underscore) to version; "" where not installed.
     """
-    versions = {"python": platform.python_version()}
-    for library in _LIBRARIES:
-        try:
-            version = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            version = ""
-        versions[library.replace("-", "_")] = version
-    return versions
+    installed = {library.replace("-", "_"): _version(library) for library in _LIBRARIES}
+    return {"python": platform.python_version()} | installed
+
+
+@cache  # reading four files would show in the time of a short scan
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
