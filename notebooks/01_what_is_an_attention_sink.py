@@ -259,8 +259,9 @@ assert ratio < 0.4 and share < 0.8 * attention
 # ## What to take with you
 #
 # * A softmax row sums to one, so a head that has nothing to do must park its attention.
-# * In SmolLM2 about three heads in four park a large part of it on the first token. It is the first
-#   by position, not by meaning; random tokens will do.
+# * On this short story about three heads in four of SmolLM2 park a large part of it on the first
+#   token; over 256 tokens, about half. It is the first by position, not by meaning; random tokens
+#   will do.
 # * One token repeated leaves no sink: the first position is special only because it averages
 #   nothing.
 # * Parking does little harm since the sink's value is small. High attention is not high importance.
@@ -332,7 +333,7 @@ answer_2 = (1 / torch.arange(2, 1025)).mean().item()  # about ln(T) / T
 check(2, answer_2)
 
 # %% [markdown]
-# **3.** Layer 11, head 6 is one of the few heads without a sink. Which *position* of the story
+# **3.** Layer 11, head 6 is in the quarter of heads without a sink. Which *position* of the story
 # receives the most attention from it?
 
 # %%
