@@ -89,7 +89,7 @@ def value_drain(report: SinkReport) -> str | None:
     layer, kv_head = divmod(low, drain.shape[1])
     return (
         f"the sink's value norm is {number(float(drain.nanmedian()))} × the others' (median); "
-        f"least {number(float(drain[layer, kv_head]))} × in layer {layer}, kv_head {kv_head}"
+        f"least {number(float(drain[layer, kv_head]))} × in layer {layer}, KV head {kv_head}"
     )
 
 
