@@ -30,7 +30,14 @@ def dynamics(
         ),
     ] = None,
     prompts: common.Prompts = 16,
-    length: common.Length = 256,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of each prompt, BOS included; default: 256, and for the laboratory's "
+            "snapshots their context.",
+        ),
+    ] = None,
     bos: common.Bos = "auto",
     seed: common.Seed = 0,
     device: common.Device = None,
@@ -49,15 +56,18 @@ def dynamics(
     }
     with common.quiet_stdout():
         import sinkscope as ss
+        from sinkscope.experiments._checkpoints import by_step, usual_texts
         from sinkscope.experiments.dynamics import dynamics as follow
 
-        source = None
-        if texts is not None or not all(map(_of_the_laboratory, checkpoints)):
-            recipe = dict(prompts=prompts, length=length, bos=bos, seed=seed)
-            source = ss.texts(texts or "prose", **recipe)
+        named = by_step([int(n) if re.fullmatch(r"\d+", n) else n for n in checkpoints])
+        recipe: dict[str, Any] = dict(prompts=prompts, length=length, bos=bos, seed=seed)
+        if texts is None:
+            source = usual_texts(next(iter(named.values())), **recipe)
+        else:
+            source = ss.texts(texts, **(recipe | {"length": length or 256}))
         found = follow(
             model,
-            [int(name) if re.fullmatch(r"\d+", name) else name for name in checkpoints],
+            named,
             source,
             out=folder,
             progress=common.progress_wanted(),
@@ -70,7 +80,3 @@ def dynamics(
     typer.echo(repr(found))
     for file in written:
         typer.echo(f"wrote {file}")
-
-
-def _of_the_laboratory(checkpoint: str) -> bool:
-    return checkpoint.endswith(".safetensors")

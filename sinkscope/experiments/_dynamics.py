@@ -120,7 +120,7 @@ class Dynamics(Result):
         for name, curve in self.overview().items():
             first, last = (_result.number(float(value)) for value in (curve[0], curve[-1]))
             when = "" if half[name] is None else f", half-way by step {half[name]:,}"
-            lines.append(f"  {name} {first} → {last}{when}")
+            lines.append(f"  {name.replace('_', ' ')} {first} → {last}{when}")
         return "\n".join(lines)
 
     def figures(self) -> dict[str, go.Figure]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinkscope.capabilities import capabilities
 from sinkscope.errors import ModelError, ReportError, UnsupportedError
 from sinkscope.experiments import _partial
+from sinkscope.experiments._checkpoints import (
+    by_step,
+    is_snapshot,
+    laboratory_model,
+    usual_texts,
+)
 from sinkscope.experiments._dynamics import Dynamics
 from sinkscope.experiments._dynamics_asked import asked_of
 from sinkscope.experiments._losses import PromptLosses
@@ -32,7 +37,6 @@ from sinkscope.models import load_model
 from sinkscope.report import SinkReport, load_report
 from sinkscope.scan import scan
 from sinkscope.texts import Texts, as_texts
-from sinkscope.texts import texts as make_texts
 
 __all__ = ["Dynamics", "dynamics"]
 
@@ -78,12 +82,12 @@ def dynamics(
         TextError: If a prompt has a single token, and the model a loss.
         ReportError: If the folder holds reports of other checkpoints, texts or settings.
     """
-    named = _by_step(checkpoints)
+    named = by_step(checkpoints)
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     if texts is None:
-        texts = _usual_texts(next(iter(named.values())))
+        texts = usual_texts(next(iter(named.values())))
     run = _Checkpoints(model, texts, sinks, folder, options)
     for step, checkpoint in named.items():
         run.check(step, checkpoint)
@@ -91,33 +95,6 @@ def dynamics(
     for step, checkpoint in bar:
         run.measure(step, checkpoint)
     return Dynamics(about=run.about(), reports=run.reports, loss=run.loss, parked=parked)
-
-
-def _by_step(checkpoints: Mapping[int, Any] | Iterable[Any]) -> dict[int, Any]:
-    """Checkpoints by training step, rising."""
-    if isinstance(checkpoints, Mapping):
-        found = list(checkpoints.items())
-    else:
-        found = [(_step_of(checkpoint), checkpoint) for checkpoint in checkpoints]
-    steps = [step for step, _ in found]
-    if not steps or len(set(steps)) < len(steps):
-        raise ModelError(
-            f"Checkpoints have the steps {steps}; name at least one, and no step twice."
-        )
-    return dict(sorted(found))
-
-
-def _step_of(checkpoint: Any) -> int:
-    if isinstance(checkpoint, int):
-        return checkpoint
-    name = Path(checkpoint).name if isinstance(checkpoint, str | Path) else ""
-    numbers = re.findall(r"\d+", name)
-    if not numbers:
-        raise ModelError(
-            f"The training step of checkpoint {checkpoint!r} cannot be told from its name; pass a "
-            "mapping such as {500: checkpoint}."
-        )
-    return int(numbers[-1])
 
 
 class _Checkpoints:
@@ -200,8 +177,8 @@ class _Checkpoints:
             return load_model(checkpoint)
         if isinstance(checkpoint, int):
             return load_model(self._named(checkpoint), checkpoint=checkpoint, **self._options)
-        if _is_snapshot(checkpoint):
-            return _laboratory_model(Path(checkpoint), **self._options)
+        if is_snapshot(checkpoint):
+            return laboratory_model(Path(checkpoint), **self._options)
         if self._model is not None and not Path(checkpoint).exists():
             return load_model(self._model, revision=str(checkpoint), **self._options)
         return load_model(checkpoint, **self._options)
@@ -256,30 +233,6 @@ class _Checkpoints:
 def _beside(report: Path) -> dict[str, Any]:
     """What is kept with a report: the loss, and what was asked."""
     return json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
-
-
-def _is_snapshot(checkpoint: Any) -> bool:
-    return isinstance(checkpoint, str | Path) and Path(checkpoint).suffix == ".safetensors"
-
-
-def _usual_texts(checkpoint: Any) -> Any:
-    """What a model is looked at on when nobody says: prose, or the task that a snapshot learnt."""
-    if not _is_snapshot(checkpoint):
-        return make_texts("prose")
-    from sinkscope import bb
-
-    model, task = bb.load_model(checkpoint)
-    return bb.task_texts(length=model.config.context, task=task)
-
-
-def _laboratory_model(file: Path, device: Any = "cpu", **options: Any) -> Any:
-    """A snapshot that `sinkscope.bb.train` left, as a bridge."""
-    from sinkscope import bb
-
-    if options:
-        raise ModelError(f"{file.name} is a laboratory's; of the options it takes device alone.")
-    model, task = bb.load_model(file)
-    return bb.to_bridge(model.to(device), name=file.stem, task=task)
 
 
 def _loss(model: Any, prompts: Texts) -> float | None:

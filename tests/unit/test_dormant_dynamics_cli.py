@@ -9,9 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import sinkscope as ss
 from sinkscope import bb
 from sinkscope.cli import app
-from sinkscope.errors import SinkscopeError
+from sinkscope.errors import SinkscopeError, TextError
 from sinkscope.experiments.dynamics import dynamics
 
 
@@ -55,6 +56,28 @@ def test_words_come_without_json(folder) -> None:
     done = run("dynamics", folder / "step-000004.safetensors")
     assert done.exit_code == 0, done.output
     assert "One checkpoint, step 4:" in done.output and "bigram-backcopy" in done.output
+
+
+def test_prompts_and_length_hold_for_snapshots_too(folder, tmp_path) -> None:
+    file = folder / "step-000004.safetensors"
+    done = run("dynamics", file, "--prompts", 3, "--length", 20, "--seed", 5, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "T = 20 " in done.output and " 3 × bigram-backcopy" in done.output
+    report = ss.load_report(tmp_path / "step-4.nc")
+    assert torch.equal(report.tokens, bb.load_model(file)[1].sample(3, 20, 5))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--length", 65), "whose context is 64; give 2 to 64"),
+        (("--bos", "never"), "has a BOS policy of its own; leave out 'never'"),
+    ],
+)
+def test_what_a_snapshots_task_cannot_be(options, reason, folder) -> None:
+    done = run("dynamics", folder / "step-000004.safetensors", *options)
+    assert isinstance(done.exception, TextError)
+    assert reason in str(done.exception)
 
 
 @pytest.mark.parametrize(
