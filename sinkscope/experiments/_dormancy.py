@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinkscope._bootstrap import bootstrap
@@ -101,6 +101,10 @@ class Dormancy(Result):
             in all rows of a head) and p (the smallest over pairs); after a removal
             ``loss_change_MODE`` with its interval.
         """
+        return self._table({})
+
+    def _table(self, prompts: Mapping[str, Any]) -> pd.DataFrame:
+        """`frame`, of each domain on some of its prompts; on all where none are named."""
         import pandas as pd
 
         pieces = []
@@ -110,26 +114,35 @@ class Dormancy(Result):
             differs[head["layer"], head["head"]] = True
         for domain, report in self.reports.items():
             layers, heads = differs.shape
+            some = prompts.get(domain, slice(None))
             columns = _result.grid(domain=[domain], layer=range(layers), head=range(heads))
             for name, figures in _per_head(report).items():
-                columns |= _with_ends(name, figures)
+                columns |= _with_ends(name, figures[some])
             columns["dormant"] = self.dormant(domain).flatten().numpy()
             columns["differs"], columns["p"] = differs.flatten().numpy(), _result.flat(p)
             for mode, removed in self.removals.items():
-                columns |= _with_ends(f"loss_change_{mode}", removed[domain].loss_change)
+                columns |= _with_ends(f"loss_change_{mode}", removed[domain].loss_change[some])
             pieces.append(pd.DataFrame(columns))
         return pd.concat(pieces, ignore_index=True)
 
     def removal_frame(self, mode: str) -> pd.DataFrame:
         """`frame`, with one mode's costs as loss_change, as `plot.removal_cost` takes it.
 
+        Costs and figures are of the prompts on which every head was removed, as in `prediction`.
+
         Raises:
             ReportError: If heads were not removed in this mode.
         """
-        self._removed(mode)
         prefix = f"loss_change_{mode}"
         names = {f"{prefix}{end}": f"loss_change{end}" for end in ("", "_low", "_high")}
-        return self.frame().rename(columns=names).assign(mode=mode)
+        return self._table(self._whole(mode)).rename(columns=names).assign(mode=mode)
+
+    def _whole(self, mode: str) -> dict[str, Bool[Tensor, "prompt"]]:
+        """The prompts of each domain on which every head was removed."""
+        return {
+            domain: ~removed.loss_change.flatten(1).isnan().any(dim=1)
+            for domain, removed in self._removed(mode).items()
+        }
 
     def prediction(self, mode: str, of: str = "cost") -> pd.DataFrame:
         """How well each figure ranks heads by what their removal does.
@@ -151,10 +164,9 @@ class Dormancy(Result):
         if of not in ("cost", "effect"):
             raise ReportError(f"There is no {of!r} of a removal; ask for its cost or its effect.")
         rows = []
-        for domain, removed in self._removed(mode).items():
-            change = removed.loss_change.flatten(1)
+        for domain, whole in self._whole(mode).items():
+            change = self.removals[mode][domain].loss_change.flatten(1)
             change = change if of == "cost" else change.abs()
-            whole = ~change.isnan().any(dim=1)  # prompts on which every head was removed
             for name, figures in _per_head(self.reports[domain]).items():
                 if name in FIELDS[1:]:
                     continue
@@ -175,9 +187,8 @@ class Dormancy(Result):
             ReportError: If heads were not removed in this mode.
         """
         found = {}
-        for domain, removed in self._removed(mode).items():
-            effect = removed.loss_change.flatten(1).abs()
-            whole = ~effect.isnan().any(dim=1)
+        for domain, whole in self._whole(mode).items():
+            effect = self.removals[mode][domain].loss_change.flatten(1).abs()
             found[domain] = float(effect[whole].median(dim=1).values.mean())
         return found
 
@@ -198,7 +209,9 @@ class Dormancy(Result):
             for one, other in self.p_values
         }
         for mode in self.removals:
-            line = f"{self.about} · removed: {mode}"
+            counts = {int(whole.sum()) for whole in self._whole(mode).values()}
+            on = f"{' or '.join(map(str, sorted(counts)))} prompt{'' if counts == {1} else 's'}"
+            line = f"{self.about} · removed: {mode}, on {on} of each"
             figures[f"removal-{mode}"] = removal_cost(self.removal_frame(mode), about=line)
         return figures
 

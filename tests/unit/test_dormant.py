@@ -195,6 +195,24 @@ def test_prediction_is_a_rank_correlation_over_heads(model) -> None:
         found.prediction("mean")
 
 
+def test_the_figure_of_costs_is_on_the_prompts_that_its_sentence_counts(model) -> None:
+    found = dormancy(model, domains(), **BOUNDS, remove="zero", remove_prompts=3, progress=False)
+    assert found.differing(), "heads that were removed on all prompts are what the case is about"
+    title = found.figures()["removal-zero"].layout.title
+    assert "on 3 prompts of each" in title.subtitle.text
+    dots = {trace.name: trace for trace in found.figures()["removal-zero"].data}
+    for domain in ("low", "high"):
+        attention = sink_attention_by_hand(kinds()[domain])[:3].mean(0).flatten()
+        cost = found.removals["zero"][domain].loss_change[:3].double().mean(0).flatten().numpy()
+        np.testing.assert_allclose(dots[domain].x, attention, atol=1e-5)
+        np.testing.assert_allclose(dots[domain].customdata[:, 2], cost, atol=1e-9)
+        ordered = [z.argsort().argsort() for z in (attention, cost)]
+        rho = f"{np.corrcoef(*ordered)[0, 1]:.2f}"
+        assert f"{domain} ρ = {rho}" in title.text
+        row = found.prediction("zero").query("domain == @domain and score == 'sink_attention'")
+        assert f"{row.iloc[0]['rho']:.2f}" == rho
+
+
 def test_words_figures_and_json(model, tmp_path) -> None:
     found = dormancy(model, domains(), **BOUNDS, remove="zero", progress=False)
     text = found.summary()
