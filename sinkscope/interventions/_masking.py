@@ -32,13 +32,19 @@ Mask = Shaped[Tensor, "_ _ query key"]
 
 
 class MaskIntervention(Intervention):
-    """Base: edits the mask of some layers."""
+    """Base: edits the mask of some layers.
+
+    Attributes:
+        layers: Which.
+        cursor: Which positions the running pass holds.
+        masks: Name and place of each layer's mask among the arguments of its attention.
+    """
 
     def __init__(self, model: Any, layers: int | Iterable[int] | None) -> None:
         super().__init__(model)
         self.layers = check_layers(layers, self.can.n_layers)
         self.cursor = Cursor()
-        self._names = {layer: _mask_name(model, layer) for layer in self.layers}
+        self.masks = {layer: _mask_name(model, layer) for layer in self.layers}
         self._edited: dict[Any, tuple[Any, Any]] = {}
         self._pass = -1
 
@@ -50,7 +56,12 @@ class MaskIntervention(Intervention):
         """Whether this forward pass holds anything to edit."""
         raise NotImplementedError
 
+    def _prove(self) -> None:
+        """Refuse a model whose attention does not take the edit as it is meant."""
+        raise NotImplementedError
+
     def _begin(self, undo: ExitStack) -> None:
+        self._prove()
         undo.enter_context(self.cursor.following(self.model))
         undo.callback(self._edited.clear)
         self._follow_hooks(undo, self.layers[0])
@@ -66,7 +77,7 @@ class MaskIntervention(Intervention):
     ) -> tuple[tuple, dict[str, Any]] | None:
         if not self._in_force() or not self.touches():
             return None
-        name, place = self._names[layer]
+        name, place = self.masks[layer]
         given = args[place] if len(args) > place else kwargs.get(name)
         edited = self._once(given, layer, hidden_states(args, kwargs).device)
         if len(args) > place:

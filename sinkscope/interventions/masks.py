@@ -11,6 +11,7 @@ import torch
 from sinkscope.errors import UnsupportedError
 from sinkscope.interventions._base import check_indices, check_positions
 from sinkscope.interventions._masking import Mask, MaskIntervention, additive, hidden
+from sinkscope.interventions._proving import prove
 
 
 class SelfOnlyMask(MaskIntervention):
@@ -38,6 +39,9 @@ class SelfOnlyMask(MaskIntervention):
     ) -> None:
         super().__init__(model, layers)
         self.positions = check_positions(position)
+
+    def _prove(self) -> None:
+        prove(self, lambda layer: SelfOnlyMask(self.model, 1, layer))
 
     def touches(self) -> bool:
         """Whether one of the positions runs in this pass."""
@@ -86,9 +90,18 @@ class ShiftSinkLogit(MaskIntervention):
         self.shift = float(shift)
         self.positions = (self.position,) = check_positions(position)
         self.heads = check_indices(heads, self.can.n_heads, "head")
-        if any(name != "attention_mask" for name, _ in self._names.values()):
+        if any(name != "attention_mask" for name, _ in self.masks.values()):
             raise UnsupportedError(
                 f"{self.can.architecture} takes masks that only hide, so no logit can be shifted."
+            )
+
+    def _prove(self) -> None:
+        # Upwards and downwards: one of them shows, whether the probe's first token is a sink or no.
+        for shift in (3.0, -3.0):
+            prove(
+                self,
+                lambda layer, by=shift: ShiftSinkLogit(self.model, by, 0, layer, self.heads),
+                (shift, self.heads is None),
             )
 
     def touches(self) -> bool:
