@@ -39,6 +39,7 @@ def attend(
     call: AttentionCall,
 ) -> Attended:
     """Attention of one layer; the pattern is never held beyond a bounded piece."""
+    query, key, value = _rows(query), _rows(key), _rows(value)
     if call.learned_sink is not None and needs_gradient(query, key, value, call.learned_sink):
         # No fused kernel differentiates the log-sum-exp, on which the sink's share depends.
         z, lse = attend_in_tiles(query, key, value, call)
@@ -51,6 +52,14 @@ def attend(
     if call.learned_sink is not None:
         z, lse = _share_with_sink(z, lse, call.learned_sink)
     return Attended(z, lse)
+
+
+def _rows(x: Float[Tensor, "prompt _ _ d"]) -> Float[Tensor, "prompt _ _ d"]:
+    """The same tensor; copied if a row's numbers do not lie side by side.
+
+    A hook may hand back any layout, and library kernels take rows for contiguous without looking.
+    """
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def is_plainly_causal(call: AttentionCall, n_queries: int, n_keys: int) -> bool:

@@ -6,8 +6,9 @@ activations under their name, and one "attention" signal a layer with an `Attent
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -104,9 +105,22 @@ class StockPath:
     def __init__(self, capabilities: Capabilities) -> None:
         self._capabilities = capabilities
 
-    def opened(self) -> AbstractContextManager[Any]:
-        """Nothing to prepare."""
-        return nullcontext()
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Refuses an edit that the bridge shows to later hooks and withholds from the model.
+
+        TransformerLens warns of one: transformers' module has used its pattern when hooks see it.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*this attention delegates", UserWarning)
+            try:
+                yield
+            except UserWarning as warning:
+                raise UnsupportedError(
+                    f"The stock path of {self._capabilities.architecture} ignores edits of "
+                    "hook_attn_scores and hook_pattern, so a scan there would not measure what the "
+                    'model does; use path="streaming" where the model has it.'
+                ) from warning
 
     def shows(self, signal: str) -> bool:
         """What the probe of this very model saw fire; readers are made where a pattern fires."""

@@ -235,3 +235,38 @@ def test_layers_of_different_geometry_are_measured_but_for_what_has_no_table() -
     assert report.value_norm is None
     with pytest.raises(UnsupportedError, match="different numbers of KV heads"):
         ss.scan(model, tokens, metrics=["values"])
+
+
+def columns_side_by_side(x: Tensor, hook: object) -> Tensor:
+    """The same numbers in another layout, as a product of matrices may leave them."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bert"])
+@pytest.mark.parametrize("point", ["hook_rot_q", "hook_rot_k", "hook_rot_v"])
+def test_the_layout_that_a_hook_leaves_changes_nothing(name: str, point: str) -> None:
+    family = BY_NAME[name]
+    model, tokens = ss.load_model(family.build()), family.tokens()
+    want = ss.scan(model, tokens, path="streaming", progress=False)
+    with (
+        ss.streaming(model),
+        model.hooks(fwd_hooks=[(f"blocks.1.attn.{point}", columns_side_by_side)]),
+    ):
+        got = ss.scan(model, tokens, path="streaming", progress=False)
+    for field in want.measured():
+        torch.testing.assert_close(got[field], want[field], rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["bert", "opt"])
+@pytest.mark.parametrize("point", ["hook_attn_scores", "hook_pattern"])
+def test_an_edit_that_the_stock_bridge_ignores_is_refused(name: str, point: str) -> None:
+    family = BY_NAME[name]
+    model, tokens = ss.load_model(family.build()), family.tokens()
+    name = f"blocks.1.attn.{point}"
+    want = ss.scan(model, tokens, path="stock", progress=False)
+    with model.hooks(fwd_hooks=[(name, halve_pattern)]):
+        with pytest.raises(UnsupportedError, match="ignores edits of hook_attn_scores"):
+            ss.scan(model, tokens, path="stock", progress=False)
+        ss.scan(model, tokens, path="streaming", progress=False)
+    with model.hooks(fwd_hooks=[(name, lambda x, hook: None)]):  # who only looks may
+        assert ss.scan(model, tokens, path="stock", progress=False).equals(want)

@@ -99,7 +99,7 @@ def test_what_it_would_do_otherwise_is_refused(name: str, edit: Any) -> None:
 
 
 def test_hooks_of_others_do_not_disturb_the_proof() -> None:
-    """Without anything to attend by, patterns are even: the proof must not see that, nor undo it."""
+    """Without anything to attend by, patterns are even: the proof must not see that."""
     model = bridge("GPTJ")
     with (
         model.hooks(fwd_hooks=[("blocks.0.attn.hook_in", lambda x, hook: torch.zeros_like(x))]),
