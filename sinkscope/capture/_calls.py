@@ -32,6 +32,8 @@ class AttentionCall:
         mask: None, or real keys [prompt key] (True = visible), or whatever the caller passed
             [prompt|1 head|1 query key]: bool (True = visible), or a float added to the scores.
         offset: Keys before the first query: the length of a KV cache.
+        prescale: What the module had multiplied its queries by already, as OPT does; such queries
+            enter the dot product, and ``hook_rot_q`` shows them.
     """
 
     scale: float
@@ -41,6 +43,7 @@ class AttentionCall:
     learned_sink: Float[Tensor, "head"] | None = None
     mask: Shaped[Tensor, "prompt key"] | Shaped[Tensor, "_ _ query key"] | None = None
     offset: int = 0
+    prescale: float = 1.0
     _keys: weakref.ref | None = field(default=None, repr=False, compare=False)
 
     @property

@@ -205,6 +205,7 @@ def describe(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         learned_sink=s_aux,
+        prescale=getattr(core, "scaling", None) or 1.0 if scaling == 1.0 else 1.0,
         _keys=weakref.ref(key),
     )
     n_queries, n_keys = query.shape[2], key.shape[2]

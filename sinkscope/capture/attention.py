@@ -256,10 +256,12 @@ class StreamReader:
         """See `metrics.geometry.sink_logit_decomposition`."""
         b, angles = self.batch, self._angles
         if angles is not None:
-            return SinkLogit(*angles[:4])
-        return geometry.sink_logit_decomposition(
-            self.query, self.key, b.sinks, b.mask, b.causal, self.window
-        )
+            parts = SinkLogit(*angles[:4])
+        else:
+            parts = geometry.sink_logit_decomposition(
+                self.query, self.key, b.sinks, b.mask, b.causal, self.window
+            )
+        return parts._replace(query_norm=parts.query_norm / self.call.prescale)
 
     def value_weighted_share(self) -> Float[Tensor, "prompt head"]:
         """Both sums are attention calls whose values are the norms."""

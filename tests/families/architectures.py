@@ -70,6 +70,7 @@ class Family:
         learned_sinks: Whether heads have a learned sink logit.
         parallel_blocks: Whether attention and FFN read the same residual.
         stock_scores: Whether the stock bridge's ``hook_attn_scores`` holds true scores.
+        prescale: What its queries are multiplied by before they reach the attention function.
         stock_rotated: Whether the stock bridge shows queries and keys as attention uses them.
         length: Suggested number of positions, longer than any window.
     """
@@ -89,6 +90,7 @@ class Family:
     parallel_blocks: bool = False
     stock_scores: bool = True
     stock_rotated: bool = True
+    prescale: float = 1.0
     length: int = 24
 
     def build(self, seed: int = 0) -> PreTrainedModel:
@@ -235,6 +237,7 @@ FAMILIES: tuple[Family, ...] = (
         positions="learned",
         n_kv_heads=N_HEADS,
         stock_scores=False,
+        prescale=(D_MODEL // N_HEADS) ** -0.5,
     ),
     Family("phi3", "Phi3ForCausalLM", GROUPED, stock_rotated=False),
     Family(

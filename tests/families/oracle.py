@@ -10,7 +10,9 @@ import numpy as np
 from torch import Tensor
 
 
-def expected(ref: dict[str, Tensor], mask: np.ndarray, causal: bool, sink: int = 0) -> dict:
+def expected(
+    ref: dict[str, Tensor], mask: np.ndarray, causal: bool, sink: int = 0, prescale: float = 1.0
+) -> dict:
     """Every field of a report for prompts of one sink each, as float64 arrays.
 
     Args:
@@ -18,8 +20,10 @@ def expected(ref: dict[str, Tensor], mask: np.ndarray, causal: bool, sink: int =
         mask: True at real tokens [prompt position]; right-padded.
         causal: Whether attention is.
         sink: The sink position.
+        prescale: What the model's queries were multiplied by before they were recorded.
     """
     a = {name: tensor.double().numpy() for name, tensor in ref.items()}
+    a["queries"] = a["queries"] / prescale
     lengths = mask.sum(axis=1)
     prompts = [_prompt(a, p, int(n), causal, sink) for p, n in enumerate(lengths)]
     found = {
@@ -86,6 +90,19 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
             entropy[layer, head] = np.mean(entropies)
             share[layer, head] = np.mean(shares)
 
+    query, key = a["queries"][:, p, :n], a["keys"][:, p, :n].repeat(group, axis=2)
+    size, length = np.linalg.norm(query, axis=-1), np.linalg.norm(key, axis=-1)
+    angle = np.einsum("lihd,ljhd->lhij", query / size[..., None], key / length[..., None])
+    to_sink, to_others = np.zeros((n_layers, n_heads)), np.zeros((n_layers, n_heads))
+    for layer in range(n_layers):
+        rows = [i for i in queries if visible[layer, i, sink]]
+        to_sink[layer] = angle[layer][:, rows, sink].mean(axis=-1)
+        means = []
+        for i in queries:
+            seen = [j for j in others if visible[layer, i, j] and j != i]
+            means += [angle[layer][:, i, seen].mean(axis=-1)] if seen else []
+        to_others[layer] = np.mean(means, axis=0)
+
     norm = np.linalg.norm(resid, axis=-1)
     at_sink, median = norm[:, sink], np.median(norm[:, others], axis=1)
     cosine = np.einsum("ltd,ld->lt", resid, resid[:, sink]) / (norm * at_sink[:, None])
@@ -95,6 +112,10 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
         "sink_importance": received[:, :, sink],
         "attention_entropy": entropy,
         "sink_logit_gap": gap,
+        "sink_query_norm": size[:, queries].mean(axis=1),
+        "sink_key_norm": length[:, sink],
+        "sink_cosine": to_sink,
+        "other_cosine": to_others,
         "value_weighted_sink_share": share,
         "learned_sink_mass": (1 - pattern.sum(axis=-1)).mean(axis=-1),
         "value_drain": value[:, sink] / value[:, others].mean(axis=1),
