@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 LONGEST = 1024
 """Bins of a line or of bars: about as many as a screen has columns for."""
+_KEPT = 4  # columns of a map that a kept position takes
 
 
 class Bins(NamedTuple):
@@ -50,6 +52,29 @@ class Bins(NamedTuple):
     def edges(self) -> np.ndarray:
         """Where the bins begin and end on an axis of positions [bin + 1]."""
         return np.append(self.first, self.size) - 0.5
+
+    def columns(self, keep: Sequence[int] = ()) -> np.ndarray:
+        """Where the bins begin and end on a map that draws all of them equally wide [bin + 1].
+
+        Drawn to scale, one position of thousands would be thinner than a pixel. The positions in
+        `keep` are four times as wide, so that a sink is seen on a telephone too.
+        """
+        if not self.binned:
+            return self.edges()
+        width = np.where(np.isin(self.first, keep), _KEPT, 1)
+        return np.append(0, np.cumsum(width)) - 0.5
+
+    def ticks(self, columns: np.ndarray) -> dict[str, Any]:
+        """Ticks of an axis whose bins lie at `columns`: at round positions, which they name."""
+        if not self.binned:
+            return dict(dtick=1) if self.size <= 10 else {}
+        round_numbers = (n * 10**power for power in itertools.count() for n in (1, 2, 5))
+        step = next(number for number in round_numbers if self.size <= 10 * number)
+        at = np.arange(0, self.size, step)
+        middles = np.interp(at, self.edges(), columns)
+        return dict(
+            tickvals=middles.tolist(), ticktext=[f"{position:,}" for position in at.tolist()]
+        )
 
     def names(self) -> list[str]:
         """Each bin in words: "position 3", "positions 64 to 71"."""

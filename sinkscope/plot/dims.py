@@ -94,7 +94,7 @@ def nonmixture_dims(
     figure.update_layout(legend=dict(y=1.07))
     listed = ", ".join(map(str, sorted(passing))) or "none"
     title = f"Non-mixture dims of layer {layer}: {listed}"
-    rule = f"over {over_median:g} × the median dim and {over_mixed:g} × any mixed position"
+    rule = f"over {over_median:g} × median, {over_mixed:g} × mixed"
     about = f"{_labels.plain_about(report.settings)} · {rule}"
     return _figure.finish(figure, title, about, theme, height=480)
 

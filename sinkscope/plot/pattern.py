@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-LARGEST = 512
-"""Rows and columns that are drawn; larger patterns are cut into bins, the maximum of each shown."""
-_LABELLED = 32  # positions whose tokens still fit on an axis
+_LARGEST = 512  # rows and columns that are drawn one by one
+_COARSE = 200  # of a larger pattern: wider than a pixel, so that the column of a sink is seen
+_LABELLED = 32  # positions whose tokens all fit on an axis
 
 
 def attention_pattern(
@@ -34,13 +34,13 @@ def attention_pattern(
 ) -> go.Figure:
     """Which key each query attends to, in one head.
 
-    Above 512 queries or keys, cells are cut into bins of neighbours whose maximum is drawn, so that
-    a sink stays as strong as it is; the title says so.
+    More than 512 queries or keys are cut into 200 bins of neighbours whose maximum is drawn, so
+    that a sink stays as strong as it is; the title says so.
 
     Args:
         pattern: One head's attention [query key] [probability]; keys that a query does not see
             are 0 or nan.
-        tokens: Text of each position, for axes and hover.
+        tokens: Text of each position, for axes and hover; of bins neither has any.
         about: Settings of a report, or a line that says model, T, BOS and ε.
         title: Such as "Layer 11, head 4"; plain text.
         theme: "light", "dark", or the default.
@@ -59,41 +59,59 @@ def attention_pattern(
             f"attention_pattern was given {len(tokens)} tokens for a pattern of shape "
             f"{tuple(figures.shape)}."
         )
-    queries, keys = (bins(size, LARGEST) for size in figures.shape)
+    queries, keys = (_bins(size) for size in figures.shape)
     drawn = keys.maximum(queries.maximum(figures, axis=0), axis=1)
     low, high = value_range(drawn, "probability" if np.nanmin(drawn) >= 0 else None)
     # Cells nobody may see stay empty: the triangle is the mask's, not a row of zeros.
     unseen = (keys.first[None, :] > queries.last[:, None]) & (np.nan_to_num(drawn) == 0)
-    near = "about " if queries.binned or keys.binned else ""
     figure = go.Figure(
         go.Heatmap(
-            x=keys.edges(),
-            y=queries.edges(),
+            x=_places(keys, tokens),
+            y=_places(queries, tokens),
             z=np.where(unseen, np.nan, drawn),
             zmin=low,
             zmax=high,
             colorscale=colour_scale(low < 0, palette(theme)),
             hoverongaps=False,
             colorbar=dict(title=dict(text="attention [probability]", side="right")),
-            hovertemplate=f"query {near}%{{y}}, key {near}%{{x}}<br>"
-            "attention [probability]: %{z:.3~g}"
+            hovertemplate="query %{y}, key %{x}<br>attention [probability]: %{z:,.3~r}"
             "<extra></extra>",
         )
     )
-    figure.update_xaxes(title_text="key", showgrid=False, zeroline=False, **_axis(keys, tokens))
-    figure.update_yaxes(
-        title_text="query", autorange="reversed", showgrid=False, zeroline=False,
-        **_axis(queries, tokens),
-    )  # fmt: skip
-    if near:
+    plain = dict(showgrid=False, zeroline=False)
+    figure.update_xaxes(title_text="key", **plain, **_axis(keys, tokens))
+    figure.update_yaxes(title_text="query", autorange="reversed", **plain, **_axis(queries, tokens))
+    if queries.binned or keys.binned:
         title += f" (maxima of bins; {figures.shape[0]:,} × {figures.shape[1]:,} cells)"
     return _figure.finish(figure, _labels.escape(title), about, theme, height=620)
 
 
+def _bins(size: int) -> Bins:
+    """Single positions, or bins of equal width: one of a single position would not be seen."""
+    if size <= _LARGEST:
+        return bins(size, _LARGEST)
+    first = np.linspace(0, size, _COARSE, endpoint=False).astype(int)
+    return Bins(first, np.append(first[1:], size) - 1)
+
+
+def _places(positions: Bins, tokens: Sequence[str] | None) -> list[str] | list[int]:
+    """What axis and hover call each row or column."""
+    ends = zip(positions.first.tolist(), positions.last.tolist(), strict=True)
+    if positions.binned:
+        return [f"{first} to {last}" if first < last else str(first) for first, last in ends]
+    if tokens is None:
+        return positions.first.tolist()
+    return [f"{first} {_labels.plotly_token(tokens[first])}" for first, _ in ends]
+
+
 def _axis(positions: Bins, tokens: Sequence[str] | None) -> dict[str, Any]:
-    """Tokens as ticks, where they fit."""
-    at = positions.first
-    if tokens is None or positions.binned or len(at) > _LABELLED:
-        return {}
-    names = [f"{i} {_labels.plotly_token(tokens[i])}" for i in at]
-    return dict(tickvals=at, ticktext=names, tickfont_size=11)
+    """An axis of positions, of positions with their tokens, or of bins with round positions."""
+    if positions.binned:
+        columns = np.arange(len(positions.first) + 1) - 0.5
+        return dict(type="category") | positions.ticks(columns)
+    if tokens is None:
+        return positions.ticks(positions.edges())
+    size = len(positions.first)
+    return dict(type="category", tickfont_size=11) | (
+        dict(dtick=1) if size <= _LABELLED else dict(nticks=_LABELLED // 2)
+    )

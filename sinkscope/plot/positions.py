@@ -98,6 +98,9 @@ def position_map(
 ) -> go.Figure:
     """Layer × position map of what each position receives or holds, mean over a layer's heads.
 
+    Beyond 512 positions each column is the largest of a few neighbours and the title says so; the
+    first sixteen positions and the sinks have columns of their own, the sinks' wider than others.
+
     Args:
         report: What a scan gave.
         metric: A field with the dimensions layer and position, with or without heads.
@@ -108,6 +111,7 @@ def position_map(
     """
     variable = _positional(report, metric)
     places = map_bins(report)
+    columns = places.columns(_figure.sink_positions(report))
     binned = places.maximum(mean_over_heads(report, metric))
     logarithmic = metric not in _LINEAR_MAPS
     z, low, high = (
@@ -119,7 +123,7 @@ def position_map(
         colorbar |= log_bar(low, high)
     figure = go.Figure(
         go.Heatmap(
-            x=places.edges(),
+            x=columns,
             z=z,
             zmin=low,
             zmax=high,
@@ -131,13 +135,15 @@ def position_map(
             f"{label}: %{{customdata:.4~g}}<extra></extra>",
         )
     )
-    figure.update_xaxes(title_text="position", showgrid=False, zeroline=False)
+    figure.update_xaxes(
+        title_text="position", showgrid=False, zeroline=False, **places.ticks(columns)
+    )
     figure.update_yaxes(
         title_text="layer", autorange="reversed", showgrid=False, zeroline=False,
         dtick=_figure.tick(len(z)),
     )  # fmt: skip
     heads = "" if len(variable.dims) == 2 else f", mean over {_labels.words(variable.dims[1])}s"
-    note = f", maxima of {len(places.first)} bins" if places.binned else ""
+    note = f", maxima of {len(places.first)} columns" if places.binned else ""
     title = f"{_labels.heading(metric)} by layer and position{heads}{note}"
     height = max(380, min(900, 210 + 16 * len(z)))
     return _figure.finish(figure, title, report.settings, theme, height=height)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 import torch
 
@@ -100,6 +102,59 @@ def test_every_figure_is_drawn_quietly_at_notebook_width(open_page, theme):
         })"""
     )
     assert overlapping == []
+
+
+def pixels(page, at: list[list[float]]) -> list[list[int]]:
+    """Red, green, blue of some places of what is on the screen."""
+    picture = base64.b64encode(page.page.screenshot()).decode()
+    return page.page.evaluate(
+        """async ([picture, at]) => {
+            const image = new Image();
+            image.src = "data:image/png;base64," + picture;
+            await image.decode();
+            const canvas = new OffscreenCanvas(image.width, image.height).getContext("2d");
+            canvas.drawImage(image, 0, 0);
+            return at.map(([x, y]) => [...canvas.getImageData(x, y, 1, 1).data.slice(0, 3)]);
+        }""",
+        [picture, at],
+    )
+
+
+@pytest.mark.parametrize("width", [390, 900])
+@pytest.mark.parametrize("figure", ["map", "pattern"])
+def test_the_sink_of_a_long_text_is_painted(open_page, width, figure):
+    length = 4096
+    if figure == "map":
+        received = torch.full((4, 6, length), 1e-4)
+        received[..., 0] = 0.5
+        drawn = plot.position_map(synthetic_report(positions=length, received_attention=received))
+    else:
+        attention = torch.full((length, length), 0.1 / length).tril()
+        attention[:, 0] = 0.99
+        drawn = plot.attention_pattern(attention, about=ABOUT)
+    page = open_page(drawn.to_html(config=CONFIG), width=width)
+    page.page.wait_for_selector(".heatmaplayer image")
+    box = page.page.locator(".nsewdrag").first.bounding_box()
+    low = box["y"] + 0.8 * box["height"]
+    sink, others = pixels(page, [[box["x"] + 0.5, low], [box["x"] + 0.4 * box["width"], low]])
+    assert sink[0] > 200 and sink[1] > 200 and sink[2] < 80, "yellow, as the top of the scale"
+    assert max(others) < 100
+
+
+def test_the_hover_of_a_pattern_names_both_tokens(open_page):
+    length = 48
+    attention = torch.ones(length, length).tril() / torch.arange(1, length + 1)[:, None]
+    tokens = [f" w{position}" for position in range(length)]
+    page = open_page(plot.attention_pattern(attention, tokens, about=ABOUT).to_html(config=CONFIG))
+    page.page.wait_for_selector(".heatmaplayer image")
+    box = page.page.locator(".nsewdrag").first.bounding_box()
+    for query, key in ((47, 0), (30, 11)):
+        across, down = (key + 0.5) / length, (query + 0.5) / length
+        page.page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"])
+        page.page.wait_for_timeout(300)
+        said = page.page.locator(".hoverlayer").text_content().translate({0x2068: "", 0x2069: ""})
+        assert f"query {query} ␣w{query}, key {key} ␣w{key}" in said
+        assert f"{1 / (query + 1):.3g}" in said
 
 
 def test_threshold_slider_works_without_a_kernel(open_page):

@@ -122,7 +122,8 @@ def test_sink_rates_of_several_reports_say_what_differs():
     figure = plot.sink_rate(reports)
     assert "T = 8, 16" in figure.layout.title.subtitle.text
     assert "never" in figure.layout.title.subtitle.text
-    assert line(figure, "short &lt;s&gt;") is not None
+    short = next(trace for trace in figure.data if "ε =" in (trace.hovertemplate or ""))
+    assert short.hovertemplate.startswith("short &lt;s&gt;, ε = ")
 
 
 def test_sink_rate_by_length_has_a_point_a_report_and_the_uniform_level():
@@ -219,7 +220,7 @@ def test_nonmixture_dims_follow_the_thresholds_asked_for():
         figure = plot.nonmixture_dims(report, **rule)
         assert figure.layout.title.text == f"Non-mixture dims of layer 2: {dims}"
         median, mixed = rule.get("over_median", 100), rule.get("over_mixed", 10)
-        said = f"over {median:g} × the median dim and {mixed:g} × any mixed position"
+        said = f"over {median:g} × median, {mixed:g} × mixed"
         assert figure.layout.title.subtitle.text.endswith(said)
         assert line(figure, "sink").x[0] == ("5" if dims == "none" else "<b>5</b>")
 

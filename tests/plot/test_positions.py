@@ -117,17 +117,39 @@ def test_position_map_is_the_log_of_the_mean_over_heads():
     )
 
 
-def test_cells_of_a_map_of_bins_lie_where_their_positions_are():
-    report = synthetic_report(prompts=1, positions=4096)
-    (cells,) = plot.position_map(report).data
+def test_columns_of_a_map_are_the_maxima_of_their_positions_and_bear_ticks_where_these_are():
+    sinks = torch.zeros(1, 4096, dtype=torch.bool)
+    sinks[0, [0, 3001]] = True
+    report = synthetic_report(prompts=1, positions=4096, sink_mask=sinks)
+    figure = plot.position_map(report)
+    (cells,) = figure.data
     names = [re.findall(r"\d+", text.split(":")[0]) for text in cells.text[0]]
     ends = [(int(name[0]), int(name[-1])) for name in names]
-    assert [first - 0.5 for first, _ in ends] == list(cells.x[:-1])
-    assert [last + 0.5 for _, last in ends] == list(cells.x[1:])
+    assert [k for first, last in ends for k in range(first, last + 1)] == list(range(4096))
     mean = report.received_attention.double().mean(1).numpy()
     for column, (first, last) in enumerate(ends):
         largest = mean[:, first : last + 1].max(1)
         assert cells.customdata[:, column] == pytest.approx(largest, rel=1e-5)
+    axis = figure.layout.xaxis
+    assert list(axis.ticktext) == [f"{position:,}" for position in range(0, 4096, 500)]
+    for at, text in zip(axis.tickvals, axis.ticktext, strict=True):
+        column = np.searchsorted(cells.x, at) - 1
+        first, last = ends[column]
+        assert first <= int(text.replace(",", "")) <= last
+
+
+@pytest.mark.parametrize("sink", [0, 3001])
+def test_a_sink_in_a_map_of_bins_is_wider_than_a_pixel(sink):
+    sinks = torch.arange(4096)[None] == sink
+    report = synthetic_report(prompts=1, positions=4096, sink_mask=sinks)
+    (cells,) = plot.position_map(report).data
+    (column,) = [i for i, text in enumerate(cells.text[0]) if text.startswith(f"position {sink}:")]
+    edges = np.asarray(cells.x)
+    telephone = 300  # pixels of a map
+    assert (edges[column + 1] - edges[column]) / (edges[-1] - edges[0]) * telephone > 2
+    np.testing.assert_allclose(
+        cells.customdata[:, column], report.received_attention[:, :, sink].mean(1), rtol=1e-5
+    )
 
 
 def test_cosine_map_is_linear_and_signed():
@@ -257,18 +279,26 @@ def test_attention_pattern_leaves_out_what_no_query_sees():
     z = np.asarray(cells.z)
     assert np.isnan(z[np.triu_indices(8, 1)]).all()
     np.testing.assert_allclose(z[np.tril_indices(8)], pattern(8).numpy()[np.tril_indices(8)])
-    assert figure.layout.xaxis.ticktext[2] == "2 \u2068c\u2069"
+    for axis, places in ((figure.layout.xaxis, cells.x), (figure.layout.yaxis, cells.y)):
+        assert places[2] == "2 \u2068c\u2069"
+        assert (axis.type, axis.dtick) == ("category", 1), "every token has its tick"
     assert figure.layout.title.text == "L1 &lt;H2&gt;"
 
 
-def test_large_pattern_is_cut_into_bins_of_maxima():
-    figure = plot.attention_pattern(pattern(1500), about="x")
+@pytest.mark.parametrize("size", [513, 1500, 4096])
+def test_large_pattern_is_cut_into_bins_of_maxima(size):
+    attention = pattern(size)
+    attention[size // 2, 7] = 0.95
+    figure = plot.attention_pattern(attention, about="x")
     (cells,) = figure.data
-    z = np.asarray(cells.z)
-    assert max(z.shape) <= 512
-    assert np.nanmax(z) == 1.0
-    assert (z[:, 0] > 0.9).all()
-    assert "maxima of bins; 1,500 × 1,500 cells" in figure.layout.title.text
+    ends = [[int(end) for end in name.split(" to ")] for name in cells.x]
+    assert [k for name in ends for k in range(name[0], name[-1] + 1)] == list(range(size))
+    assert list(cells.x) == list(cells.y) and len(ends) == 200
+    for row, column in ((0, 0), (199, 0), (99, 0), (100, 1), (100, 4), (180, 90), (9, 180)):
+        (top, bottom), (left, right) = [(ends[i][0], ends[i][-1] + 1) for i in (row, column)]
+        largest = max(float(x) for line in attention[top:bottom] for x in line[left:right])
+        assert cells.z[row][column] == pytest.approx(largest) or left >= bottom
+    assert f"maxima of bins; {size:,} × {size:,} cells" in figure.layout.title.text
 
 
 def test_pattern_of_another_shape_is_refused():
