@@ -48,7 +48,8 @@ def sink_logit_decomposition(
 
     In LLaMA3-8B the angle makes the sink, not the norms: the first key is several times shorter
     than the others. Each cosine is averaged over those of the queries after the sinks that see
-    such a key. mean_j cos(q_i, k_j) = q̂_i · mean_j k̂_j, so no pair is ever formed.
+    such a key, by causality, window and padding: a key that an intervention hides still has its
+    angle. mean_j cos(q_i, k_j) = q̂_i · mean_j k̂_j, so no pair is ever formed.
     """
     queries = queries_after(sinks, mask, causal)
     sees_sink, sees_other = _sees(sinks, mask, causal, window)
@@ -57,11 +58,12 @@ def sink_logit_decomposition(
     others = mean_key(unit, mask & ~sinks, causal, window, itself=False)
     to_others = products(q, others) / query_norm
     key_norm = masked_mean(norms(k), (sinks & mask)[:, None, :], dim=-1)
+    points = query_norm > 0  # a query of length 0 points nowhere
     return SinkLogit(
         query_norm=masked_mean(query_norm, queries[:, None, :], dim=-1),
         key_norm=per_query_head(key_norm, q.shape[2]),
-        cosine=masked_mean(to_sinks, (queries & sees_sink)[:, None, :], dim=-1),
-        other_cosine=masked_mean(to_others, (queries & sees_other)[:, None, :], dim=-1),
+        cosine=masked_mean(to_sinks, points & (queries & sees_sink)[:, None, :], dim=-1),
+        other_cosine=masked_mean(to_others, points & (queries & sees_other)[:, None, :], dim=-1),
     )
 
 

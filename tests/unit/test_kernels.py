@@ -173,6 +173,7 @@ def test_angles(kernels, sinks: list[int], length: int, dtype: torch.dtype) -> N
     """Ragged prompts over several blocks; the definitions in `metrics.geometry` are the oracle."""
     generator = torch.Generator().manual_seed(1)
     query, key = (torch.randn(2, length, h, 20, generator=generator) for h in (4, 2))
+    query[0, length // 2, 1] = 0  # one that points nowhere
     query, key = query.to(DEVICE, dtype), key.to(DEVICE, dtype)
     mask = torch.ones(2, length, dtype=torch.bool)
     mask[1, max(1, length - 3) :] = False

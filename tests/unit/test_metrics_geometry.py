@@ -52,6 +52,26 @@ def test_sink_logit_decomposition(causal: bool, window: int | None, sinks: int) 
             same(got.other_cosine[p, h], mean(to_others), atol=1e-9)
 
 
+def test_a_query_that_points_nowhere_has_no_angle() -> None:
+    case = random_case(True, None, sinks=1)
+    q, k, is_sink, mask = inputs(case)
+    last = int(case.queries_after(0)[-1])
+    q[0, last] = 0
+    got = geometry.sink_logit_decomposition(q, k, is_sink, mask, True)
+    for h in case.heads:
+        keys, queries = case.k[0, :, case.kv(h)], case.queries_after(0)[:-1]
+        (sink,) = np.flatnonzero(case.sinks[0])
+        same(got.cosine[0, h], mean([cosine(case.q[0, i, h], keys[sink]) for i in queries]))
+        sizes = [np.linalg.norm(case.q[0, i, h]) for i in queries]
+        same(got.query_norm[0, h], sum(sizes) / (len(sizes) + 1))
+        others = [
+            mean([cosine(case.q[0, i, h], keys[j]) for j in split(case, 0, i)[1]])
+            for i in queries
+            if split(case, 0, i)[1]
+        ]
+        same(got.other_cosine[0, h], mean(others))
+
+
 @cases
 @counts
 def test_other_logit_mean(causal: bool, window: int | None, sinks: int) -> None:

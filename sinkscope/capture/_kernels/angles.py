@@ -96,6 +96,9 @@ def angle_kernel(
         both = near & far
         totals += _at(0, slot, asked, q_norm)
         totals += _at(1, slot, sink, k_norm)
+        # A query of length 0 has a gap, but points nowhere.
+        near = near & (q_norm > 0)
+        far = far & (q_norm > 0)
         totals += _at(2, slot, near, sink_cosine / q_norm)
         totals += _at(3, slot, far, other_cosine / q_norm)
         totals += _at(4, slot, both, (to_sink - to_other) * scale)
