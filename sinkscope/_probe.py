@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from sinkscope._out_of_memory import ran_out_of_memory
 from sinkscope._tokens import context_size
 
 PROBE_LENGTH = 12
@@ -83,6 +84,25 @@ def probe(bridge: Any, wanted: Callable[[str], bool]) -> Probe:
     with only_hooks(names, names, record), evaluating(bridge), torch.no_grad():
         bridge(tokens.to(bridge.cfg.device), return_type="logits")
     return result
+
+
+def fails_without_cache(bridge: Any) -> str | None:
+    """What TransformerLens trips over when no KV cache is made, as a scan makes none; or None.
+
+    Some of its attention mixes float32 weights with half-precision values there.
+    """
+    backbone = getattr(bridge.original_model, "base_model", None)
+    if backbone is None:
+        return None
+    aside = only_hooks(set(bridge.hook_dict.values()), (), lambda x, hook: None)
+    with aside, evaluating(bridge), torch.no_grad():
+        try:
+            backbone(input_ids=probe_tokens(bridge).to(bridge.cfg.device), use_cache=False)
+        except RuntimeError as error:
+            if ran_out_of_memory(error):
+                raise
+            return str(error).splitlines()[0]
+    return None
 
 
 def probe_tokens(bridge: Any) -> Int[Tensor, "prompt position"]:

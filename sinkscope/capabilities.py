@@ -15,7 +15,7 @@ from sinkscope._algebra import close
 from sinkscope._anatomy import Anatomy, read_anatomy
 from sinkscope._describe import as_text, describe
 from sinkscope._hook_points import CANDIDATES, B, Findings
-from sinkscope._probe import Probe, evaluating, only_hooks, probe
+from sinkscope._probe import Probe, evaluating, fails_without_cache, only_hooks, probe
 from sinkscope._signals import find_signals, is_causal
 from sinkscope._source import model_source
 from sinkscope._unavailable import METRIC_SIGNALS, unavailable
@@ -166,6 +166,8 @@ def _look(model: Any) -> Capabilities:
     tolerance = 3e-2 if half else 2e-3  # the tighter one still leaves room for TF32 on a GPU
     causal = is_causal(seen, anatomy.n_layers, tolerance)
     found = find_signals(seen, anatomy, causal, tolerance)
+    if half and found.stock_differs is None and (why := fails_without_cache(model)):
+        found.stock_differs = f"it does not run without a KV cache in this dtype ({why})"
     _refuse_unmeasurable(anatomy, found, seen)
     return _assemble(model, anatomy, seen, found, causal)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sinkscope._algebra import close
+from sinkscope._out_of_memory import ran_out_of_memory
 from sinkscope._probe import only_hooks, probe_tokens
 from sinkscope.capabilities import Capabilities
 from sinkscope.capture import runner
@@ -90,7 +91,12 @@ class Turner:
             half = model.cfg.dtype in (torch.float16, torch.bfloat16)
             # Wrong turns miss by the size of a key; half precision by 3 % in SmolLM2's last layers.
             tolerance = 0.2 if half else 1e-3
-            return all(
-                close(self.turn(keys[:, :, :1], by).float(), keys.float(), tolerance)
-                for keys in (layer.keys for layer in cache.layers)
-            )
+            try:
+                return all(
+                    close(self.turn(keys[:, :, :1], by).float(), keys.float(), tolerance)
+                    for keys in (layer.keys for layer in cache.layers)
+                )
+            except RuntimeError as error:  # angles of another width than the keys they turn
+                if ran_out_of_memory(error):
+                    raise
+                return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -86,11 +87,25 @@ class ReplaceSoftmax(HookedIntervention):
         self.operator = operator
         self.layers = check_layers(layers, self.can.n_layers)
         self._scores: dict[int, Tensor] = {}
+        self._keeps = {layer: self._keep(layer) for layer in self.layers}
+
+    def _begin(self, undo: ExitStack) -> None:
+        super()._begin(undo)
+        handle = self.model.blocks[0].register_forward_pre_hook(self._look_last)
+        undo.callback(handle.remove)
+
+    def _look_last(self, *_: Any) -> None:
+        """Keep the scores after all edits of this pass, whenever those were hooked."""
+        for layer, keep in self._keeps.items():
+            point = self.model.hook_dict[f"blocks.{layer}.attn.hook_attn_scores"]
+            for handle in point.fwd_hooks:
+                if handle.user_hook is keep:
+                    point._forward_hooks.move_to_end(handle.hook.id)
 
     def _hooks(self) -> Hooks:
         hooks: Hooks = []
         for layer in self.layers:
-            hooks.append((f"blocks.{layer}.attn.hook_attn_scores", self._keep(layer)))
+            hooks.append((f"blocks.{layer}.attn.hook_attn_scores", self._keeps[layer]))
             hooks.append((f"blocks.{layer}.attn.hook_pattern", self._replace(layer)))
         return hooks
 

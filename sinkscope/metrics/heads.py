@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
+import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -87,7 +87,8 @@ def inactivity_threshold(
     data set; a threshold found on one text may then be used on another.
     """
     at = quantile if inactive_if == "below" else 1 - quantile
-    return float(torch.nanquantile(score.float(), at))
+    # torch's own nanquantile takes no more than 2^24 numbers.
+    return float(np.nanquantile(score.double().cpu().numpy(), at))
 
 
 def flag_inactive(

@@ -270,3 +270,32 @@ def test_an_edit_that_the_stock_bridge_ignores_is_refused(name: str, point: str)
         ss.scan(model, tokens, path="streaming", progress=False)
     with model.hooks(fwd_hooks=[(name, lambda x, hook: None)]):  # who only looks may
         assert ss.scan(model, tokens, path="stock", progress=False).equals(want)
+
+
+@pytest.mark.parametrize("path", ["stock", "streaming"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
+def test_scores_edited_after_another_operator_was_entered_are_the_ones_it_takes(
+    name: str, path: str
+) -> None:
+    """σ(s − ln n) by hand, of the scores as the last edit left them."""
+    family = BY_NAME[name]
+    model, tokens = ss.load_model(family.build()), family.tokens()
+    layers = range(model.cfg.n_layers)
+    edits = [(f"blocks.{i}.attn.hook_attn_scores", lower_scores) for i in layers]
+    with ss.ReplaceSoftmax(model, "sigmoid"), model.hooks(fwd_hooks=edits):
+        scores, pattern, _ = seen_after(model, tokens)
+        report = ss.scan(model, tokens, path=path, metrics=list(METRICS[:2]), progress=False)
+    seen = scores > -1e30
+    logits = np.where(seen, scores, 0) - np.log(seen.sum(-1, keepdims=True))
+    by_hand = seen / (1 + np.exp(-logits))
+    np.testing.assert_allclose(pattern, by_hand, atol=1e-5)
+    want = by_hand[:, :, :, 1:, 0].mean(-1).swapaxes(0, 1)
+    np.testing.assert_allclose(report.sink_attention.numpy(), want, atol=1e-5)
+
+
+def test_a_stock_bridge_that_does_not_run_in_half_precision_is_refused() -> None:
+    family = BY_NAME["olmo2"]
+    model, tokens = ss.load_model(family.build().to(torch.bfloat16)), family.tokens()
+    with pytest.raises(UnsupportedError, match="does not run without a KV cache in this dtype"):
+        ss.scan(model, tokens, path="stock", progress=False)
+    assert ss.scan(model, tokens, progress=False).settings.path == "streaming"

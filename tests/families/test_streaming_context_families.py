@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -258,6 +259,17 @@ def test_a_text_is_given_in_every_way_that_texts_takes(tmp_path) -> None:
     path = tmp_path / "text.txt"
     for source in (path, str(path), [spelt], (spelt,), tmp_path / "ids.json"):
         assert long_text(model, source, 20, bos="never").tokens[0].tolist() == want, source
+
+
+def test_keys_that_cannot_be_turned_are_refused() -> None:
+    """gpt-oss hands out angles for half a key's width."""
+    family = BY_NAME["gpt_oss"]
+    settings = dict(family.settings, layer_types=["full_attention"] * 3)
+    model = ss.load_model(replace(family, settings=settings).build())
+    text = ss.token_ids(family.tokens(prompts=1, length=40))
+    asked = dict(tokens=40, windows=[4], sinks=[1], progress=False)
+    with pytest.raises(UnsupportedError, match='count positions as "absolute"'):
+        streaming_context(model, text, counted=["cache"], **asked)
 
 
 def test_refusals() -> None:

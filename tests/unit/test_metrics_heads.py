@@ -78,3 +78,9 @@ def test_dormancy() -> None:
     there = tensor([[[0.2, 0.8, 0.1, 0.6]]])
     assert heads.is_active_dormant(here, there).tolist() == [[True, False, False, True]]
     assert torch.equal(heads.is_active_dormant(there, here), torch.zeros(1, 4, dtype=torch.bool))
+
+
+def test_thresholds_of_more_scores_than_torch_has_a_quantile_for() -> None:
+    score = torch.arange(2**24 + 1, dtype=torch.float32).flip(0)
+    assert heads.inactivity_threshold(score, 0.25, "below") == 2**22
+    assert int(heads.flag_inactive(score, 0.25, "above").sum()) == 2**22
