@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _intervals: WeakKeyDictionary[SinkReport, dict[Hashable, Interval]] = WeakKeyDictionary()
 
 ROOM = 76  # pixels above the plot for the title and the line under it
+_WIDTH = 800  # pixels of a plot in a figure 900 wide, between its margins
+_KEY, _LETTER, _SMALL = 45, 8, 6  # pixels of a legend's key, and of a letter there and in `about`
+_ROW, _LINE = 20, 15  # pixels of a row of the legend, and of a further line of `about`
+_DOT = " · "
 
 
 class Interval(NamedTuple):
@@ -49,21 +53,48 @@ def finish(
         theme: "light", "dark" or the default.
         height: in pixels; the width follows the page.
     """
+    line = _broken(labels.about_line(about))
     figure.update_layout(
-        template=template(theme),
-        title=dict(text=title, subtitle=dict(text=labels.about_line(about))),
-        height=height,
+        template=template(theme), title=dict(text=title, subtitle=dict(text=line)), height=height
     )
-    legend, panels = _has_legend(figure), _has_panels(figure)
-    if legend and panels:  # panels have titles where the legend would be
-        figure.update_layout(legend=dict(yref="container", y=0.01), margin_b=96)
-    return figure.update_layout(margin_t=ROOM + (22 if panels else 24 if legend else 0))
+    above = ROOM + _LINE * line.count("<br>")
+    rows, panels = _legend_rows(figure), _has_panels(figure)
+    if rows > 1 or (rows and panels):  # no room between the title and what is below it
+        figure.update_layout(
+            legend=dict(yref="container", y=0.01),
+            margin_b=76 + _ROW * rows,
+            height=height + _ROW * (rows - 1),
+        )
+    elif rows:
+        above += 24
+    return figure.update_layout(margin_t=above + (22 if panels else 0))
 
 
-def _has_legend(figure: go.Figure) -> bool:
-    """Whether Plotly draws a legend."""
+def _broken(line: str) -> str:
+    """A line about a figure as Plotly text, on as many lines as `_WIDTH` needs."""
+    lines = [""]
+    for part in line.split(_DOT):
+        longer = f"{lines[-1]}{_DOT}{part}" if lines[-1] else part
+        if len(longer) <= _WIDTH // _SMALL or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return "<br>".join(lines)
+
+
+def _legend_rows(figure: go.Figure) -> int:
+    """Rows that the legend takes in a figure as wide as `plot.save` writes it; 0 without one.
+
+    Plotly puts all entries in one row, or gives each as much room as the longest needs.
+    """
     lines = [trace for trace in figure.data if trace.type in ("scatter", "bar")]
-    return len(lines) > 1 and any(trace.showlegend is not False for trace in lines)
+    names = {t.legendgroup or t.name: len(t.name or "") for t in lines if t.showlegend is not False}
+    if len(lines) < 2 or not names:
+        return 0
+    widths = [_KEY + _LETTER * length for length in names.values()]
+    if sum(widths) <= _WIDTH:
+        return 1
+    return -(-len(widths) // max(1, _WIDTH // max(widths)))
 
 
 def _has_panels(figure: go.Figure) -> bool:

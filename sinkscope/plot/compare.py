@@ -67,7 +67,8 @@ def head_scatter(
     figure.update_yaxes(title_text=label_y)
     figure.update_layout(updatemenus=[log_switch(False)])
     rank = _rank_correlation(across.ravel(), up.ravel())
-    title = f"{_labels.heading(x)} and {_labels.words(y)} of {layers * heads} heads: ρ = {rank:.2f}"
+    of = f"{across.size} head{'' if across.size == 1 else 's'}"
+    title = f"{_labels.heading(x)} and {_labels.words(y)} of {of}: ρ = {rank:.2f}"
     return _figure.finish(figure, title, report.settings, theme, height=520)
 
 

@@ -36,6 +36,7 @@ def before_after(
     positions: Sequence[int] | None = None,
     log: bool | None = None,
     columns: int = 2,
+    title: str | None = None,
     theme: Theme = None,
 ) -> go.Figure:
     """One panel a condition: what an intervention did to every sequence.
@@ -68,6 +69,8 @@ def before_after(
             in any condition.
         log: Whether y is logarithmic; by default for residual norms and peaks.
         columns: Panels in a row.
+        title: What the figure shows; the metric and what runs along x by default. Say more where a
+            page has several figures of one metric.
         theme: "light", "dark", or the default.
 
     Raises:
@@ -103,7 +106,8 @@ def before_after(
     if log if log is not None else metric in LOG_METRICS:
         downwards = figure.layout.yaxis.type == "category"
         (figure.update_xaxes if downwards else figure.update_yaxes)(**y_scale(True))
-    return finish(figure, f"{labels.heading(metric)} by condition", about, theme, height=height)
+    title = f"{labels.heading(metric)} by {by}" if title is None else title
+    return finish(figure, labels.escape(title), about, theme, height=height)
 
 
 def _positions(

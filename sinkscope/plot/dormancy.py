@@ -101,9 +101,8 @@ def domain_scatter(
     label = labels.words(metric)
     figure.update_xaxes(title_text=labels.with_unit(f"{label} on {labels.escape(x)}", unit))
     figure.update_yaxes(title_text=labels.with_unit(f"{label} on {labels.escape(y)}", unit))
-    title = f"{labels.heading(metric)} of {len(one)} heads: {labels.escape(x)} against " + (
-        labels.escape(y)
-    )
+    of = f"{len(one)} head{'' if len(one) == 1 else 's'}"
+    title = f"{labels.heading(metric)} of {of}: {labels.escape(x)} against {labels.escape(y)}"
     if "differs" in one:
         title += f", {int(differs.sum())} dormant on one only"
     return finish(figure, title, about, theme, height=560)
@@ -236,7 +235,7 @@ def sleeping_heads(
     figure.update_yaxes(title_text="change of the loss", **ticks(drawn, _PERCENT, "{:+.0%}".format))
     finish(figure, "How many heads can sleep", about, theme, height=560)
     legend = dict(orientation="v", x=1.02, xanchor="left", y=1, yanchor="top", yref="paper")
-    return figure.update_layout(legend=legend, margin_t=ROOM)
+    return figure.update_layout(legend=legend, height=560, margin=dict(t=ROOM, b=56))
 
 
 def _relative(frame: pd.DataFrame) -> pd.DataFrame:

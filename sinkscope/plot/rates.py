@@ -27,7 +27,7 @@ def sink_rate(reports: SinkReport | Mapping[str, SinkReport], *, theme: Theme = 
 
     Of one report: the first sink, and thin lines for the other positions with the highest rates
     (in a causal model, of the first three quarters: the last keys are seen by few queries).
-    Of several: one line a report, of its first sink.
+    Of several: one line a report, of its first sink; the legend has each one's rate.
 
     Args:
         reports: A report, or reports by name.
@@ -41,27 +41,27 @@ def sink_rate(reports: SinkReport | Mapping[str, SinkReport], *, theme: Theme = 
     if first is None:
         raise ReportError("sink_rate was given no report.")
     colours = palette(theme)
-    epsilons = np.linspace(0, 1, 101)
+    epsilon, epsilons = first.settings.epsilon, np.linspace(0, 1, 101)
     figure = go.Figure()
     for index, (name, report) in enumerate(named.items()):
+        name = _labels.escape(name)
+        rate = f"{report.sink_rate_at(epsilon):.1%} at {epsilon:g}"
         _series.band(
-            figure, epsilons, _rate_at(report, epsilons), name=_labels.escape(name),
+            figure, epsilons, _rate_at(report, epsilons), name=name,
+            entry=f"{name}, {rate}" if isinstance(reports, Mapping) else name,
             colour=colours.series[index % len(colours.series)], label="sink rate [share]",
             along="ε =",
         )  # fmt: skip
     if not isinstance(reports, Mapping):
         _other_positions(figure, reports, colours.faint)
-    epsilon = first.settings.epsilon
     figure.add_vline(
         epsilon, line=dict(color=colours.faint, dash="dot"), annotation_text=f"ε = {epsilon:g}"
     )
     figure.update_xaxes(title_text="threshold ε [probability]", range=[0, 1])
     figure.update_yaxes(title_text="sink rate [share of heads]", range=[0, 1.02], tickformat=".0%")
-    at = ", ".join(
-        f"{_labels.escape(name)} {report.sink_rate_at(epsilon):.1%}"
-        for name, report in named.items()
-    )
-    title = f"Sink rate against ε (at {epsilon:g}: {at})"
+    title = "Sink rate against ε"
+    if not isinstance(reports, Mapping):
+        title += f" (at {epsilon:g}: first sink {first.sink_rate_at(epsilon):.1%})"
     about = first.settings if len(named) == 1 else _differences(list(named.values()))
     return _figure.finish(figure, title, about, theme)
 
@@ -107,11 +107,7 @@ def sink_rate_by_length(
     figure.update_xaxes(title_text="T [positions]", type="log", tickvals=lengths, ticktext=lengths)
     figure.update_yaxes(title_text="sink rate [share of heads]", range=[0, 1.02], tickformat=".0%")
     title = f"Sink rate against the length of the text, ε = {epsilon:g}"
-    _figure.finish(figure, title, _differences(list(reports)), theme, height=480)
-    # Two names a model may need two lines: below, where no title is.
-    return figure.update_layout(
-        legend=dict(yref="container", y=0.01), margin=dict(t=_figure.ROOM, b=108)
-    )
+    return _figure.finish(figure, title, _differences(list(reports)), theme, height=480)
 
 
 def _rate_at(report: SinkReport, epsilons: np.ndarray) -> _figure.Interval:

@@ -17,6 +17,7 @@ from sinkscope.plot.theme import Theme, palette
 if TYPE_CHECKING:
     import pandas as pd
 
+_MOST = 2  # where the colours of shares end: 1, "nothing lost", is half-way
 COLUMNS = ("removed", "part", "mode", "layer", "metric", "value")
 
 
@@ -39,7 +40,7 @@ def peak_trace(
     removed  int   block whose part was removed at the sink; -1 for the untouched model
     part     str   "attention", "ffn" or "both"; "none" for the untouched model
     mode     str   what took its place, such as "zero"; "none" for the untouched model
-    layer    int   block after which the figure was read
+    layer    int   block in which the figure was read; after it, for residual norms
     metric   str   "sink_residual_norm", "residual_peak", "sink_attention", …
     value    float the figure; several rows of one cell (prompts) are averaged
     ======== ===== ===============================================================================
@@ -54,7 +55,8 @@ def peak_trace(
         theme: "light", "dark", or the default.
 
     Returns:
-        One panel a part; rows are removed blocks, columns read layers.
+        One panel a part; rows are removed blocks, columns read layers. The colours of shares end
+        at 2, and say so where some are above it.
 
     Raises:
         ReportError: If a column or the rows asked for are missing.
@@ -70,6 +72,7 @@ def peak_trace(
     if relative:
         tables = {part: table / baseline[table.columns] for part, table in tables.items()}
 
+    read = f"read {'after' if 'residual' in metric else 'in'} block"
     label = "share that is left" if relative else frames.label_of(metric)
     figure = make_subplots(
         1, len(parts), shared_yaxes=True, horizontal_spacing=0.03,
@@ -80,22 +83,23 @@ def peak_trace(
         figure.add_heatmap(
             x=table.columns, y=table.index.map(str), z=table.to_numpy(), customdata=untouched,
             coloraxis="coloraxis", row=1, col=column,
-            hovertemplate=f"without the {_PARTS[part]} of block %{{y}}, read after block %{{x}}<br>"
+            hovertemplate=f"without the {_PARTS[part]} of block %{{y}}, {read} %{{x}}<br>"
             f"{label}: %{{z:.3~g}}<br>"
             "untouched: %{customdata:.4~g}<extra></extra>",
         )  # fmt: skip
     rows_drawn = max(len(table) for table in tables.values())
-    figure.update_xaxes(title_text="read after block", showgrid=False)
+    figure.update_xaxes(title_text=read, showgrid=False)
     # Names rather than numbers: not every block need have been removed.
     figure.update_yaxes(
         type="category", autorange="reversed", dtick=tick(rows_drawn), showgrid=False
     )
     figure.update_yaxes(title_text="removed block", col=1)
     # 1 is "nothing lost", the colour of the page; what is lost is blue, what grows is orange.
-    scale = dict(cmin=0, cmid=1, cmax=2, colorscale=colour_scale(True, palette(theme)))
-    figure.update_layout(
-        coloraxis=dict(colorbar_title=dict(text=label, side="right"), **(scale if relative else {}))
-    )
+    scale = dict(cmin=0, cmid=1, cmax=_MOST, colorscale=colour_scale(True, palette(theme)))
+    bar = dict(title=dict(text=label, side="right"))
+    if relative and any((table > _MOST).any(axis=None) for table in tables.values()):
+        bar |= dict(tickvals=[0, 0.5, 1, 1.5, _MOST], ticktext=["0", "0.5", "1", "1.5", "≥ 2"])
+    figure.update_layout(coloraxis=dict(colorbar=bar, **(scale if relative else {})))
     title = f"{labels.heading(metric)} without one block's part, set to {_set_to(mode)}"
     height = max(380, min(900, 210 + 16 * rows_drawn))
     return finish(figure, title, about, theme, height=height)

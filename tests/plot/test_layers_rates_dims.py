@@ -53,7 +53,8 @@ def test_residual_norms_are_logarithmic_and_say_where_the_peak_is():
     figure = plot.residual_norms(report)
     assert figure.layout.yaxis.type == "log"
     assert figure.layout.yaxis.title.text == "residual norm [activation]"
-    assert "40 × above the others after layer 2" in figure.layout.title.text
+    expected = "the sink's is 1 × to 40 × the others', most after layer 2"
+    assert expected in figure.layout.title.text
     expected = report.sink_residual_norm.double().mean(0).tolist()
     assert list(line(figure, "sink residual norm").y) == pytest.approx(expected, rel=1e-5)
 
