@@ -130,6 +130,16 @@ class Conditions(Result):
             "of_all_other_queries": _result.estimate(without.mean(1)),
         }
 
+    @property
+    def where(self) -> str:
+        """The later layers in words."""
+        return f"layers {self.layers[0]} to {self.layers[-1]}"
+
+    @property
+    def seeing(self) -> str:
+        """The queries whose attention is compared, in words."""
+        return f"the queries {'after' if self.causal else 'other than 0 and'} {self.position}"
+
     def findings(self) -> dict[str, Any]:
         """The figures of every condition."""
         found: dict[str, Any] = {"position": self.position, "layers": self.layers}
@@ -168,7 +178,8 @@ class Conditions(Result):
         """Rows of condition, prompt, layer, position, metric and value, as figures take them.
 
         Every position as its mean over the later layers (layer -1), position 0 and the position
-        in every layer, and each prompt's loss.
+        in every layer, and each prompt's loss. `sink_attention` is that of the queries that
+        `seeing` names.
 
         Args:
             layers: Which layers the means are over; the later ones by default.
@@ -191,6 +202,13 @@ class Conditions(Result):
                 position=[0, self.position],
             )
             pieces.append(_rows(columns, metric, x[..., [0, self.position]]))
+        columns = _result.grid(
+            condition=self.names,
+            prompt=range(prompts),
+            layer=range(self.paid.shape[2]),
+            position=[0, self.position],
+        )
+        pieces.append(_rows(columns, "sink_attention", self.paid.mean(3)))
         if self.loss is not None:
             columns = _result.grid(
                 condition=self.names, prompt=range(prompts), layer=[-1], position=[-1]
@@ -204,17 +222,24 @@ class Conditions(Result):
 
         frame = self._in_order(self.frame())
         averaged, layered = frame[frame["layer"] < 0], frame[frame["layer"] >= 0]
-        panels = dict(about=self.about, positions=(0, self.position))
+        panels: dict[str, Any] = dict(about=self.about, positions=(0, self.position))
         if len(set(self.changes)) > 2:
             panels["columns"] = len(set(self.starts))
+        title = f"Attention of {self.seeing}, by layer"
         drawn = {
-            f"{metric}-by-position": before_after(averaged, metric, **panels)
-            for metric in BY_POSITION
+            "attention-by-layer": before_after(
+                layered, "sink_attention", by="layer", title=title, **panels
+            )
         }
-        drawn |= {
-            f"{metric}-by-layer": before_after(layered, metric, by="layer", **panels)
-            for metric in BY_POSITION
-        }
+        for metric in BY_POSITION:
+            told = f"{self.about} · mean over {self.where}"
+            if metric == "received_attention":  # which is not what words and table count
+                told += ", of all queries that see a position"
+            drawn[f"{metric}-by-position"] = before_after(
+                averaged, metric, **(panels | {"about": told})
+            )
+        for metric in BY_POSITION[1:]:
+            drawn[f"{metric}-by-layer"] = before_after(layered, metric, by="layer", **panels)
         if self.loss is not None:
             drawn["loss"] = before_after(averaged, "loss", about=self.about, by="condition")
         return drawn

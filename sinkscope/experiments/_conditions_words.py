@@ -29,13 +29,11 @@ def summary(found: Conditions) -> str:
 
 
 def _head(found: Conditions) -> str:
-    layers = found.layers
-    where = f"layers {layers[0]} to {layers[-1]}"
     return (
-        f"Attention: what the queries {'after' if found.causal else 'other than 0 and'} "
-        f"{found.position} pay to a position, mean over heads and {where}. Peak: residual norm "
-        "over the median of the other positions, after the layer where it is highest. Drain: "
-        f"value norm over the mean of the others, mean over {where}. 95 % intervals over prompts."
+        f"Attention: what {found.seeing} pay to a position, mean over heads and {found.where}. "
+        "Peak: residual norm over the median of the other positions, after the layer where it is "
+        f"highest. Drain: value norm over the mean of the others, mean over {found.where}. "
+        "95 % intervals over prompts."
     )
 
 

@@ -61,8 +61,9 @@ def observe(
             with condition.enter():
                 found.append(_observe(model, condition, position))
     stacked = {name: torch.stack([one[name] for one in found]) for name in found[0]}
+    own = all(condition.start == "given" for condition in conditions)
     return {
-        "about": _result.about(model, prompts),
+        "about": _result.about(model, prompts, None if own else "as each condition says"),
         "position": position,
         "starts": tuple(condition.start for condition in conditions),
         "changes": tuple(condition.change for condition in conditions),

@@ -116,10 +116,15 @@ class WhichPart(Result):
         from sinkscope.plot import before_after
 
         frame = self.frame()
+        shown = {"sink_attention": "Attention to", "residual_peak": "Residual peak at"}
         return {
             f"{metric}-at-{target}": before_after(
-                frame[frame["position"] == target], metric, about=self.about, by="condition"
+                frame[frame["position"] == target],
+                metric,
+                about=self.about,
+                by="condition",
+                title=f"{what} position {target}, by condition",
             )
             for target in (self.position, 0)
-            for metric in ("sink_attention", "residual_peak")
+            for metric, what in shown.items()
         }

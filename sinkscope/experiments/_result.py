@@ -184,12 +184,12 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def about(model: Any, texts: Texts) -> str:
-    """The line under a figure's title."""
+def about(model: Any, texts: Texts, bos: str | None = None) -> str:
+    """The line under a figure's title; `bos` says what stands in the place of the texts' own."""
     parts = (
         model_source(model).name,
         f"T = {texts.tokens.shape[1]:,}",
-        f"BOS: {texts.bos}",
+        f"BOS: {texts.bos if bos is None else bos}",
         f"{len(texts)} × {texts.source}",
     )
     return " · ".join(parts)

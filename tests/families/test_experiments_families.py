@@ -267,6 +267,9 @@ def test_results_come_as_words_tables_figures_and_files(tmp_path) -> None:
         assert not result.frame().empty
         assert repr(result).startswith("LlamaForCausalLM · T = 24")
     mask = results["mask"]
+    assert " · BOS: as each condition says · " in mask.about, (
+        "the starts differ from the texts' own"
+    )
     frame = mask.frame()
     at = frame[(frame["metric"] == "residual_norm") & (frame["position"] == P)]
     at = at[(at["condition"] == mask.names[1]) & (at["layer"] == 2) & (at["prompt"] == 1)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sinkscope.plot as plot
-from sinkscope.experiments.waiver import Designation, PositionEdit, PositionNorms
+from sinkscope.experiments.waiver import Designation, PositionEdit, PositionNorms, WhichPart
 
 P = 3
 CHANGES = ("unchanged", "first replaced", "last replaced")
@@ -58,6 +58,44 @@ def test_one_change_stands_beside_the_unchanged() -> None:
     assert figure.layout.yaxis.title.text == "received attention [probability]"
 
 
+def test_the_attention_that_words_count_is_drawn_and_the_other_says_whose_it_is() -> None:
+    """`paid` is the attention of the queries after P; `received_attention` is that of all."""
+    found = conditions(Designation, ("unchanged", "designated"))
+    layers = found.paid.shape[2]
+    to_p = torch.arange(layers) * 0.1 + 0.05
+    found.paid[1, ..., 1] = to_p[:, None]
+    drawn = found.figures()
+    figure = drawn["attention-by-layer"]
+    assert figure.layout.title.text == f"Attention of the queries after {P}, by layer"
+    (line,) = [t for t in figure.data if t.name == f"position {P}" and t.xaxis == "x2"]
+    assert list(line.y) == pytest.approx(to_p.tolist())
+    assert float(found.attention_to(1, 1).mean()) == pytest.approx(line.y[found.layers].mean())
+    told = drawn["received_attention-by-position"].layout.title.subtitle.text.replace("<br>", " · ")
+    first, last = found.layers[0], found.layers[-1]
+    assert f"mean over layers {first} to {last}, of all queries that see a position" in told
+    said = [figure.layout.title.text for figure in drawn.values()]
+    assert len(set(said)) == len(said)
+
+
+def test_parts_name_the_position_in_each_title() -> None:
+    cases = ("untouched", "masked")
+    found = WhichPart(
+        about="synthetic",
+        position=P,
+        peak_layer=0,
+        dims=(1,),
+        dims_by_rule=True,
+        cases=(*cases, *cases),
+        targets=(0, 0, P, P),
+        paid=torch.rand(4, 3),
+        peak=torch.rand(4, 3),
+    )
+    assert [figure.layout.title.text for figure in found.figures().values()] == [
+        f"Attention to position {P}, by condition", f"Residual peak at position {P}, by condition",
+        "Attention to position 0, by condition", "Residual peak at position 0, by condition",
+    ]  # fmt: skip
+
+
 def test_many_cases_run_downwards() -> None:
     """Seven names do not fit side by side."""
     rows = [
@@ -88,5 +126,5 @@ def test_norms_of_position_vectors_mark_the_first_and_the_median() -> None:
         for x, y in zip(bar.x, bar.y, strict=True)
     }
     assert heights == {i: pytest.approx(float(x)) for i, x in enumerate(norm)}
-    assert list(figure.data[0].x) == [0] and figure.data[0].name == "sink"
+    assert list(figure.data[0].x) == [0] and figure.data[0].name == "the first"
     assert "5 × the median" in figure.layout.title.text
