@@ -11,7 +11,7 @@ from sinkscope._tidy import to_numpy
 from sinkscope.metrics.positions import uniform_received
 from sinkscope.plot import _figure, _labels, _tokens
 from sinkscope.plot._bins import Bins
-from sinkscope.plot.theme import Theme, palette
+from sinkscope.plot.theme import Palette, Theme, faded, palette
 
 if TYPE_CHECKING:
     from sinkscope._labelled import Variable
@@ -28,7 +28,7 @@ def bars(
     """A bar a bin; the first trace holds the sinks, the second all others.
 
     Args:
-        report: Whose sinks and tokens; without one, position 0 and no tokens.
+        report: Whose sinks and tokens; without one, position 0 stands out and there are no tokens.
         variable: What is drawn, for its name and unit.
         places: The bins.
         values: Their heights [bin].
@@ -36,11 +36,12 @@ def bars(
     """
     colours = palette(theme)
     sinks = [0] if report is None else _figure.sink_positions(report)
+    first = "the first" if report is None else "sink"
     names = places.names() if report is None else hover_names(report, places)
     is_sink = np.isin(places.first, sinks)
     figure = go.Figure()
     for chosen, name, colour, outline in (
-        (is_sink, "sink", colours.sink, 2),  # seen where a bar is thinner than a pixel
+        (is_sink, first, colours.sink, 2),  # seen where a bar is thinner than a pixel
         (~is_sink, "other positions", colours.other, 0),
     ):
         figure.add_bar(
@@ -52,12 +53,13 @@ def bars(
             marker=dict(color=colour, line=dict(width=outline, color=colour)),
             text=[name for name, wanted in zip(names, chosen, strict=True) if wanted],
             textposition="none",
-            hovertemplate=f"%{{text}}<br>{_labels.axis_label(variable)}: %{{y:.4~g}}"
+            hovertemplate=f"%{{text}}<br>{_labels.axis_label(variable)}: %{{y:,.4~r}}"
             "<extra></extra>",
         )
     figure.update_xaxes(
         title_text="position of the key" if "attention" in variable.name else "position",
         range=[-0.5 - 0.012 * places.size, places.size - 0.5],
+        dtick=1 if places.size <= 10 else None,
     )
     figure.update_yaxes(title_text=_labels.axis_label(variable))
     return figure.update_layout(bargap=0, barmode="overlay")
@@ -69,6 +71,28 @@ def add_uniform(figure: go.Figure, places: Bins, level: np.ndarray, theme: Theme
         x=places.first, y=places.maximum(level), mode="lines", name="uniform attention",
         line=dict(color=palette(theme).faint, dash="dot", width=1.5), hoverinfo="skip",
     )  # fmt: skip
+
+
+def mark_few(figure: go.Figure, report: SinkReport, colours: Palette) -> None:
+    """Shade the last quarter of a causal text, whose keys few queries see, and say so."""
+    if (start := few_from(report)) is not None:
+        figure.add_vrect(
+            x0=start - 0.5, x1=report.sizes["position"] - 0.5, layer="below", line_width=0,
+            fillcolor=faded(colours.faint, 0.16),
+        )  # fmt: skip
+        figure.update_xaxes(title_text=f"position of the key; {FEW.format(start)}")
+
+
+def few_from(report: SinkReport) -> int | None:
+    """Where the last quarter of a causal text begins; None of another, or of a very short one.
+
+    What its keys receive is an average over few queries, above all their own.
+    """
+    size = report.sizes["position"]
+    return size - size // 4 if report.settings.causal and size >= 4 else None
+
+
+FEW = "from {:,} on seen by few queries"
 
 
 def uniform_level(report: SinkReport, metric: str, layer: int) -> np.ndarray | None:

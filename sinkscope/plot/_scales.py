@@ -90,9 +90,10 @@ def greyed(scale: Scale, cut: float, colours: Palette) -> Scale:
     return grey + [list(stop) for stop in zip(points, above, strict=True)]
 
 
-def log_switch(logarithmic: bool) -> dict[str, Any]:
-    """Two buttons that make y linear or logarithmic."""
+def log_switch(logarithmic: bool, ends: list[float] | None = None) -> dict[str, Any]:
+    """Two buttons that make y linear or logarithmic, the latter perhaps with these ends."""
     ticks = {"linear": None, "log": _LOG_TICKS}
+    ranges = {"linear": None, "log": ends}
     return dict(
         type="buttons",
         direction="right",
@@ -105,7 +106,10 @@ def log_switch(logarithmic: bool) -> dict[str, Any]:
         buttons=[
             dict(
                 label=kind, method="relayout",
-                args=[{"yaxis.type": kind, "yaxis.dtick": tick, "yaxis.tickformat": WHOLE}],
+                args=[
+                    {"yaxis.type": kind, "yaxis.dtick": tick, "yaxis.tickformat": WHOLE}
+                    | ({"yaxis.range": at} if (at := ranges[kind]) else {"yaxis.autorange": True})
+                ],
             )
             for kind, tick in ticks.items()
         ],
@@ -116,6 +120,7 @@ WHOLE = ",~g"
 """Tick format: 20,000 rather than 20k, and 0.5 where Plotly writes a logarithmic axis's 5."""
 
 _LOG_TICKS = "D2"  # 1, 2, 5 of each decade
+_WIDE = 20.0
 _ROOMY = 2.5  # decades whose 1, 2, 5 fit beside each other
 
 
@@ -123,6 +128,23 @@ def y_scale(logarithmic: bool) -> dict[str, str]:
     """Type and ticks of a y axis that `log_switch` changes."""
     scale = dict(type="log", dtick=_LOG_TICKS) if logarithmic else dict(type="linear")
     return scale | dict(tickformat=WHOLE)
+
+
+def is_wide(figures: np.ndarray) -> bool:
+    """Whether bars of these figures need a logarithmic axis: the largest is 20 × the smallest."""
+    positive = figures[np.isfinite(figures) & (figures > 0)]
+    return bool(positive.size) and bool(positive.max() > _WIDE * positive.min())
+
+
+def log_range(figures: np.ndarray) -> list[float] | None:
+    """Ends of a logarithmic axis of bars: a decade below the smallest, whose bar would be nothing.
+
+    None where no figure is positive.
+    """
+    positive = figures[np.isfinite(figures) & (figures > 0)]
+    if not positive.size:
+        return None
+    return [math.log10(float(positive.min())) - 1, math.log10(float(positive.max())) + 0.05]
 
 
 def log_scale(figures: np.ndarray) -> dict[str, Any]:

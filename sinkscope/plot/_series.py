@@ -44,7 +44,7 @@ def band(
     x = np.asarray(x)
     middle, low, high = (np.asarray(end, dtype=float) for end in interval)
     known = np.isfinite(low) & np.isfinite(high)
-    hover = f"{name}, {along} %{{x}}<br>{label}: %{{y:.4~g}}"
+    hover = f"{name}, {along} %{{x}}<br>{label}: %{{y:,.4~r}}"
     shown: dict[str, Any] = dict(hovertemplate=f"{hover}<extra></extra>")
     if known.any():
         figure.add_scatter(
@@ -53,7 +53,7 @@ def band(
             fill="toself", fillcolor=faded(colour, 0.18), mode="lines", line_width=0,
             hoverinfo="skip", showlegend=False, legendgroup=entry, **place,
         )  # fmt: skip
-        ends = "<br>95 % interval: %{customdata[0]:.4~g} to %{customdata[1]:.4~g}"
+        ends = "<br>95 % interval: %{customdata[0]:,.4~r} to %{customdata[1]:,.4~r}"
         shown = dict(
             customdata=np.stack([low, high], axis=-1), hovertemplate=f"{hover}{ends}<extra></extra>"
         )

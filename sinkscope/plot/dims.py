@@ -13,7 +13,7 @@ from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels
 from sinkscope.plot._bins import Bins, bins
-from sinkscope.plot._scales import log_bar, log_colours
+from sinkscope.plot._scales import WHOLE, log_bar, log_colours, log_range, log_scale
 from sinkscope.plot.theme import Palette, Theme, palette
 
 if TYPE_CHECKING:
@@ -82,14 +82,21 @@ def nonmixture_dims(
         mean, low, high = (to_numpy(end) for end in bootstrap(figures))
         figure.add_bar(
             x=names, y=mean, name=name, showlegend=False, marker_color=colour, row=1, col=2,
-            error_y=dict(symmetric=False, array=high - mean, arrayminus=mean - low, thickness=1),
-            hovertemplate=f"{name}, dim %{{x}}<br>|FFN output| [activation]: %{{y:.4~g}}"
+            error_y=dict(
+                symmetric=False, array=high - mean, arrayminus=mean - low, thickness=1,
+                color=colours.ink,
+            ),
+            hovertemplate=f"{name}, dim %{{x}}<br>|FFN output| [activation]: %{{y:,.4~r}}"
             "<extra></extra>",
         )  # fmt: skip
-    figure.update_xaxes(title_text="dim", col=1)
+    figure.update_xaxes(title_text="dim", tickformat=WHOLE, col=1)
     figure.update_xaxes(title_text="dim", type="category", dtick=1, col=2)
-    figure.update_yaxes(title_text="FFN output [activation]", col=1)
-    figure.update_yaxes(title_text="|FFN output| [activation]", type="log", dtick=1, col=2)
+    figure.update_yaxes(title_text="FFN output [activation]", tickformat=WHOLE, col=1)
+    means = np.stack([np.abs(value[largest]), reach[largest]])
+    figure.update_yaxes(
+        title_text="|FFN output| [activation]", col=2,
+        **log_scale(np.append(means, means.min() / 10)), range=log_range(means),
+    )  # fmt: skip
     figure.update_annotations(font_size=13)
     figure.update_layout(legend=dict(y=1.07))
     listed = ", ".join(map(str, sorted(passing))) or "none"
@@ -141,6 +148,7 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
             f"up to {_labels.number(rows[ratio].max())} × the median"
         )
     z, low, high = log_colours(grid)
+    low = min(low, high - 1)  # a decade at least, or a hundredth more is as far as blue from yellow
     rows = 24 * max(len(dims), 4)  # pixels
     bar = dict(title=dict(text="largest |value| [activation]", side="right"))
     figure = go.Figure(
@@ -155,15 +163,28 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
         **_figure.layer_ticks(grid.shape[1]),
     )  # fmt: skip
     figure.update_yaxes(title_text="dim", type="category", autorange="reversed", showgrid=False)
+    if not dims:
+        _empty(figure)
     passing = int(report.massive.count.sum())
     kept = f", the {len(frame):,} largest" if len(frame) < passing else ""
     drawn = f", the {len(dims)} largest drawn" if len(dims) < len(largest) else ""
+    word = "dim" if len(largest) == 1 else "dims"
     title = (
-        f"Massive activations: {passing:,}{kept} in {len(largest)} dims{drawn}"
+        f"Massive activations: {passing:,}{kept} in {len(largest)} {word}{drawn}"
         if len(frame)
         else "Massive activations: none passes the rule"
     )
     return _figure.finish(figure, title, report.settings, theme, height=230 + rows)
+
+
+def _empty(figure: go.Figure) -> None:
+    """A sentence where there is nothing to draw."""
+    figure.data = ()
+    figure.update_xaxes(visible=False).update_yaxes(visible=False)
+    figure.add_annotation(
+        text="No activation is above 100 and above 1,000 times the median of its hidden state.",
+        showarrow=False, x=0, xref="paper", xanchor="left", y=1, yref="paper", yanchor="top",
+    )  # fmt: skip
 
 
 def _every_dim(
@@ -182,6 +203,6 @@ def _every_dim(
     figure.add_bar(
         x=dims, y=value[dims], name="sink, mean over prompts", marker_color=colours.sink,
         width=max(1.0, len(value) / 300), row=1, col=1, customdata=reach[dims],
-        hovertemplate="dim %{x}<br>FFN output at the sink [activation]: %{y:.4~g}<br>"
-        "largest of the mixed positions: %{customdata:.4~g}<extra></extra>",
+        hovertemplate="dim %{x}<br>FFN output at the sink [activation]: %{y:,.4~r}<br>"
+        "largest of the mixed positions: %{customdata:,.4~r}<extra></extra>",
     )  # fmt: skip

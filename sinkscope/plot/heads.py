@@ -113,12 +113,12 @@ def heatmap(figures: Interval, variable: Variable) -> go.Heatmap:
     unit = f" {variable.unit}" if variable.unit not in (None, "1") else ""
     hover = (
         f"layer %{{y}}, {labels.words(variable.dims[-1])} %{{x}}<br>"
-        f"{labels.words(variable.name)}: %{{z:.4~g}}{unit}"
+        f"{labels.words(variable.name)}: %{{z:,.4~r}}{unit}"
     )
     shown: dict[str, Any] = dict(hovertemplate=f"{hover}<extra></extra>")
     if not np.isnan(figures.low).all():
         shown["customdata"] = np.stack([figures.low, figures.high], axis=-1)
-        interval_text = "<br>95 % interval: %{customdata[0]:.4~g} to %{customdata[1]:.4~g}"
+        interval_text = "<br>95 % interval: %{customdata[0]:,.4~r} to %{customdata[1]:,.4~r}"
         shown["hovertemplate"] = f"{hover}{interval_text}<extra></extra>"
     low, high = value_range(figures.mean, variable.unit)
     return go.Heatmap(

@@ -34,7 +34,8 @@ def by_layer(
             "other_cosine".
         log: Whether y starts logarithmic; where nothing is negative a button changes it.
         title: Instead of the metrics' names.
-        axis: Title of y, without the unit; by default the words that the metrics' names end in.
+        axis: Title of y, without the unit; by default the words that the metrics' names end in,
+            or else the names.
         theme: "light", "dark", or the default.
 
     Raises:
@@ -66,7 +67,7 @@ def by_layer(
             label=_labels.axis_label(variable),
             along="layer",
         )
-    axis = axis or _shared(metrics)
+    axis = axis or _shared(metrics) or ", ".join(_labels.words(name) for name in metrics)
     figure.update_xaxes(title_text="layer", **_figure.layer_ticks(report.sizes["layer"]))
     figure.update_yaxes(
         title_text=_labels.with_unit(axis, variables[0].unit).strip(),
@@ -96,10 +97,10 @@ def residual_norms(report: SinkReport, *, theme: Theme = None) -> go.Figure:
     """
     _figure.require_known(report, "residual_peak")
     peak = _figure.mean(report, "residual_peak")
-    highest = int(np.nanargmax(peak))
+    lowest, highest = int(np.nanargmin(peak)), int(np.nanargmax(peak))
+    ends = [f"{_labels.number(peak[layer])} ×" for layer in dict.fromkeys((lowest, highest))]
     title = (
-        f"Residual norm: the sink stands {_labels.number(peak[highest])} × above the others "
-        f"after layer {highest}"
+        f"Residual norm: the sink's is {' to '.join(ends)} the others', most after layer {highest}"
     )
     return by_layer(
         report, "sink_residual_norm", "median_residual_norm", log=True, title=title,
@@ -132,8 +133,9 @@ def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) 
         customdata=np.stack(
             [np.tile(np.arange(per_layer), layers), heads.low.ravel(), heads.high.ravel()], axis=-1
         ),
-        hovertemplate=f"layer %{{x}}, {kind} %{{customdata[0]}}<br>value drain [ratio]: %{{y:.3~g}}"
-        "<br>95 % interval: %{customdata[1]:.3~g} to %{customdata[2]:.3~g}<extra></extra>",
+        hovertemplate=f"layer %{{x}}, {kind} %{{customdata[0]}}"
+        "<br>value drain [ratio]: %{y:,.3~r}"
+        "<br>95 % interval: %{customdata[1]:,.3~r} to %{customdata[2]:,.3~r}<extra></extra>",
     )  # fmt: skip
     _series.band(
         figure, np.arange(layers), _over_heads(report, metric), name="mean of the layer",
@@ -180,7 +182,7 @@ def attention_by_query(
             x=buckets, y=line, mode="lines+markers", name=name, line=dict(color=colour),
             showlegend=len(lines) <= 8,
             hovertemplate=f"{name}, queries from %{{x}}<br>attention to the sink [probability]: "
-            "%{y:.3~g}<extra></extra>",
+            "%{y:,.3~r}<extra></extra>",
         )  # fmt: skip
     if len(lines) > 8:
         _key(figure, "layer" if layer is None else "head", scale)

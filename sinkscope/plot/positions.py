@@ -12,12 +12,22 @@ from sinkscope._fields import SinkFields
 from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels
-from sinkscope.plot._bars import add_uniform, bars, hover_names, uniform_level
+from sinkscope.plot._bars import (
+    FEW,
+    add_uniform,
+    bars,
+    few_from,
+    hover_names,
+    mark_few,
+    uniform_level,
+)
 from sinkscope.plot._bins import Bins, bins
 from sinkscope.plot._scales import (
     colour_scale,
+    is_wide,
     log_bar,
     log_colours,
+    log_range,
     log_switch,
     value_range,
     y_scale,
@@ -35,7 +45,7 @@ POSITION_DIMS = (
     ("layer", "kv_head", "position"),
     ("layer", "position"),
 )
-LOG_METRICS = ("residual_norm",)  # as bars
+LOG_METRICS = ("residual_norm",)  # as bars, where they differ widely
 _LINEAR_MAPS = ("cosine_to_sink",)
 _COLUMNS = 512  # of a map; more are binned
 
@@ -53,7 +63,8 @@ def by_position(
 
     Beyond 1,024 positions each bar is the largest of a few neighbours and the title says so; the
     first sixteen positions and the sinks are always drawn alone. A dotted line shows what uniform
-    attention would give.
+    attention would give. What the last quarter of a causal text receives is
+    shaded: few queries see its keys, and an average over few is seldom small.
 
     Args:
         report: What a scan gave.
@@ -61,7 +72,8 @@ def by_position(
             attention", "uniform_ratio", "value_norm", "value_norm_out", "residual_norm", ….
         layer: Which layer.
         head: Which head (or kv_head); None is the mean over the layer's heads.
-        log: Whether y is logarithmic; by default for residual norms. A button changes it.
+        log: Whether y is logarithmic; by default for residual norms whose largest is more than 20
+            times the smallest. A button changes it.
         theme: "light", "dark", or the default.
 
     Raises:
@@ -82,9 +94,11 @@ def by_position(
     figure = bars(report, variable, places, places.maximum(figures), theme)
     if (level := uniform_level(report, metric, layer)) is not None:
         add_uniform(figure, places, level, theme)
-    logarithmic = log if log is not None else metric in LOG_METRICS
-    figure.update_yaxes(**y_scale(logarithmic))
-    figure.update_layout(updatemenus=[log_switch(logarithmic)])
+        mark_few(figure, report, palette(theme))
+    logarithmic = log if log is not None else metric in LOG_METRICS and is_wide(figures)
+    ends = log_range(figures if level is None else np.append(figures, level))
+    figure.update_yaxes(**y_scale(logarithmic), range=ends if logarithmic else None)
+    figure.update_layout(updatemenus=[log_switch(logarithmic, ends)])
     note = f" (maxima of {len(places.first):,} bins)" if places.binned else ""
     title = f"{_labels.heading(metric)}: {where}{note}"
     return _figure.finish(figure, title, report.settings, theme)
@@ -132,12 +146,12 @@ def position_map(
             colorbar=colorbar,
             text=np.broadcast_to(np.array(hover_names(report, places), dtype=object), z.shape),
             hovertemplate="layer %{y}, %{text}<br>"
-            f"{label}: %{{customdata:.4~g}}<extra></extra>",
+            f"{label}: %{{customdata:,.4~r}}<extra></extra>",
         )
     )
-    figure.update_xaxes(
-        title_text="position", showgrid=False, zeroline=False, **places.ticks(columns)
-    )
+    start = few_from(report) if "attention" in metric or metric == "uniform_ratio" else None
+    title = "position" if start is None else f"position; {FEW.format(start)}"
+    figure.update_xaxes(title_text=title, showgrid=False, zeroline=False, **places.ticks(columns))
     figure.update_yaxes(
         title_text="layer", autorange="reversed", showgrid=False, zeroline=False,
         dtick=_figure.tick(len(z)),

@@ -11,6 +11,7 @@ from plotly.colors import sample_colorscale, unlabel_rgb
 
 from sinkscope.errors import ReportError
 from sinkscope.plot import _figure, _labels, _tokens
+from sinkscope.plot._bars import FEW
 from sinkscope.plot._scales import colour_scale, log_bar, log_colours, value_range
 from sinkscope.plot.theme import Palette, Theme, palette
 
@@ -104,7 +105,11 @@ def token_strip(
     part = "" if stop - start == length else f", positions {start} to {stop - 1} of {length:,}"
     title = f"{_labels.heading(metric)}: tokens of prompt {prompt}{part}"
     height = 190 + _ROW * rows
-    return _figure.finish(figure, title, report.settings, theme, height=height)
+    about = _labels.plain_about(report.settings)
+    few = length - length // 4
+    if metric == "received_peak" and report.settings.causal and few < stop:
+        about += f" · {FEW.format(few)}"
+    return _figure.finish(figure, title, about, theme, height=height)
 
 
 def _colours(

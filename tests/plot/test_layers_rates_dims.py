@@ -59,6 +59,18 @@ def test_residual_norms_are_logarithmic_and_say_where_the_peak_is():
     assert list(line(figure, "sink residual norm").y) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_sink_that_never_stands_out_is_not_said_to_stand_above():
+    peaks = torch.tensor([[0.7, 0.8, 0.9, 0.6]] * 3)
+    title = plot.residual_norms(synthetic_report(residual_peak=peaks)).layout.title.text
+    assert "the sink's is 0.6 × to 0.9 × the others', most after layer 2" in title
+
+
+def test_an_axis_of_metrics_without_a_word_in_common_names_them():
+    figure = plot.by_layer(synthetic_report(), "sink_attention", "sink_importance")
+    said = figure.layout.yaxis.title.text
+    assert said == "sink attention, sink importance [probability]"
+
+
 def test_value_drains_show_every_head_and_count_the_drained():
     report = synthetic_report()
     drains = report.value_drain.double().mean(0).numpy()
@@ -271,6 +283,27 @@ def test_massive_activations_are_mapped_over_layers_and_dims():
     assert np.isnan(np.asarray(cells.z)[:, [0, 2, 3]]).all()
     assert "3 of 3 prompts, position 0" in cells.text[0][1]
     assert "6 in 2 dims" in figure.layout.title.text
+
+
+def test_a_map_without_massive_activations_is_a_sentence():
+    nowhere, nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    none = MassiveActivations(
+        prompt=nowhere, layer=nowhere, position=nowhere, dim=nowhere,
+        value=nothing, ratio=nothing, count=torch.zeros(2, 4, dtype=torch.int64),
+    )  # fmt: skip
+    figure = plot.massive_activations(synthetic_report(prompts=2, massive=none))
+    assert len(figure.data) == 0 and figure.layout.xaxis.visible is False
+    assert "No activation is above 100" in figure.layout.annotations[0].text
+    assert figure.layout.title.text == "Massive activations: none passes the rule"
+
+
+def test_the_bars_of_dims_begin_a_decade_below_the_smallest():
+    report = synthetic_report()
+    figure = plot.nonmixture_dims(report, 2)
+    bars = [trace for trace in figure.data if trace.type == "bar" and trace.xaxis == "x2"]
+    smallest = min(float(y) for trace in bars for y in trace.y)
+    assert 10 ** figure.layout.yaxis2.range[0] == pytest.approx(smallest / 10, rel=1e-3)
+    assert bars[0].error_y.color == "#1b1f24", "seen on the paper of its theme"
 
 
 def test_massive_activations_count_the_dims_that_are_not_drawn_too():

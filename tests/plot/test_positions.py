@@ -96,8 +96,73 @@ def test_bins_cover_every_position_once(size):
     assert places.binned == (size > 1024)
 
 
+def test_residual_norms_are_linear_unless_they_differ_widely():
+    norms = torch.full((1, 16), 12.0)
+    norms[0, 0] = 8.0
+    narrow = plot.by_position(
+        synthetic_report(layers=1, residual_norm=norms), "residual_norm", layer=0
+    )
+    assert narrow.layout.yaxis.type == "linear" and narrow.layout.yaxis.range is None
+    norms[0, 0] = 12.0 * 21
+    wide = plot.by_position(
+        synthetic_report(layers=1, residual_norm=norms), "residual_norm", layer=0
+    )
+    assert wide.layout.yaxis.type == "log"
+
+
+def test_the_smallest_bar_of_a_logarithmic_axis_is_a_decade_high():
+    norms = torch.full((1, 16), 12.0)
+    norms[0, 0] = 8.0
+    report = synthetic_report(layers=1, residual_norm=norms)
+    figure = plot.by_position(report, "residual_norm", layer=0, log=True)
+    low, high = figure.layout.yaxis.range
+    assert 10**low == pytest.approx(0.8) and 12 < 10**high < 14
+    linear, log = (button.args[0] for button in figure.layout.updatemenus[0].buttons)
+    assert log["yaxis.range"] == [low, high] and linear["yaxis.autorange"] is True
+    received = plot.by_position(report, layer=0, log=True)
+    heights = [*drawn(received).values(), *received.data[2].y]
+    assert 10 ** received.layout.yaxis.range[0] == pytest.approx(min(heights) / 10, rel=1e-4)
+    assert 10 ** received.layout.yaxis.range[1] > max(heights)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_last_quarter_of_a_causal_text_is_shaded_where_attention_is_drawn(causal):
+    report = synthetic_report(positions=12, settings={"causal": causal})
+    for metric in ("received_attention", "uniform_ratio"):
+        figure = plot.by_position(report, metric, layer=0)
+        ends = [(shape.x0, shape.x1) for shape in figure.layout.shapes if shape.type == "rect"]
+        assert ends == ([(8.5, 11.5)] if causal else [])
+        assert ("from 9 on seen by few queries" in figure.layout.xaxis.title.text) == causal
+    assert not plot.by_position(report, "value_norm", layer=0).layout.shapes
+    said = plot.position_map(report).layout.xaxis.title.text
+    assert ("from 9 on seen by few queries" in said) == causal
+    assert plot.position_map(report, "residual_norm").layout.xaxis.title.text == "position"
+
+
+def test_a_strip_says_where_its_prompt_is_seen_by_few_queries():
+    report = synthetic_report(prompts=2, lengths=[16, 12])
+    for prompt, metric, tokens, said in (
+        (0, "received_peak", 16, "from 12 on seen by few queries"),
+        (1, "received_peak", 16, "from 9 on seen by few queries"),
+        (0, "received_peak", 12, None),
+        (0, "residual_outlier", 16, None),
+    ):
+        figure = plot.token_strip(report, prompt, metric, tokens=tokens)
+        line = figure.layout.title.subtitle.text
+        assert line.endswith(said) if said else "few" not in line
+
+
+def test_three_positions_have_three_ticks():
+    report = synthetic_report(positions=3)
+    assert plot.by_position(report, layer=0).layout.xaxis.dtick == 1
+    assert plot.position_map(report).layout.xaxis.dtick == 1
+
+
 def test_log_switch_changes_the_axis_and_its_ticks():
-    figure = plot.by_position(synthetic_report(), "residual_norm", layer=1)
+    norms = 10 ** torch.linspace(0, 3, 64).reshape(4, 16)
+    figure = plot.by_position(
+        synthetic_report(residual_norm=norms.T.reshape(4, 16)), "residual_norm", layer=1
+    )
     assert figure.layout.yaxis.type == "log"
     linear, log = figure.layout.updatemenus[0].buttons
     assert linear.args[0]["yaxis.type"] == "linear" and linear.args[0]["yaxis.dtick"] is None

@@ -11,10 +11,10 @@ import numpy as np
 import plotly.graph_objects as go
 
 from sinkscope.plot import _figure, dims, heads, layers, positions, rates
-from sinkscope.plot._bars import add_uniform, bars, hover_names, uniform_level
+from sinkscope.plot._bars import add_uniform, bars, hover_names, mark_few, uniform_level
 from sinkscope.plot._bins import Bins, bins
 from sinkscope.plot._page.pack import Pack
-from sinkscope.plot._scales import y_scale
+from sinkscope.plot._scales import is_wide, y_scale
 from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:
@@ -112,8 +112,9 @@ def _linked(report: SinkReport, pack: Pack, field: str, at: tuple[str, ...], the
     levels = [uniform_level(report, field, layer) for layer in range(report.settings.n_layers)]
     if levels[0] is not None:
         add_uniform(figure, places, levels[0], theme)
+        mark_few(figure, report, palette(theme))
         pack.add(f"{field}.uniform", places.maximum(np.stack(levels)))
-    figure.update_yaxes(**y_scale(field in positions.LOG_METRICS))
+    figure.update_yaxes(**y_scale(field in positions.LOG_METRICS and is_wide(every)))
     _figure.finish(figure, "", report.settings, theme, height=330)
     made = view(figure, at)
     for trace, take in zip(made["data"], ("sinks", "others"), strict=False):
@@ -154,7 +155,7 @@ def _queries(report: SinkReport, pack: Pack, theme: Theme) -> View:
     made = view(figure, ("layer", "head"))
     trace = made["data"][0]
     trace["y"] = pack.ref("received_by_distance", "layer", "head")
-    trace["hovertemplate"] = "queries from %{x}<br>attention to the sink: %{y:.3~g}<extra></extra>"
+    trace["hovertemplate"] = "queries from %{x}<br>attention to the sink: %{y:,.3~r}<extra></extra>"
     trace["line"] = dict(color=palette(theme).sink)
     made["layout"]["yaxis"] |= dict(range=[0, 1.02])
     made["layout"]["showlegend"] = False
