@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -171,6 +172,20 @@ def test_help_of_the_laboratory_names_every_operator(command, capsys, monkeypatc
     missing = [name for name in (*bb.ATTENTIONS, *bb.OPTIMIZERS) if name not in out]
     assert not missing
     assert "texts are cut" not in out
+
+
+@pytest.mark.parametrize("command", ["scan", "dormant", "stream", "trace-peak", "waiver"])
+def test_paragraphs_of_help_fill_an_80_column_terminal(command, capsys, monkeypatch) -> None:
+    """Where a line ends, the next word would not have fitted."""
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(command, "--help", capsys=capsys)
+    words = out.partition("{model}")[2].partition("╭")[0]
+    lines = [line.strip() for line in words.splitlines()]
+    paragraphs = [list(group) for there, group in itertools.groupby(lines, bool) if there]
+    assert any(len(paragraph) > 1 for paragraph in paragraphs)
+    for paragraph in paragraphs:
+        for line, following in itertools.pairwise(paragraph):
+            assert len(line) + 1 + len(following.split()[0]) > 78, line
 
 
 def test_functions_are_not_hidden_by_modules_of_their_name() -> None:
