@@ -95,7 +95,7 @@ def number(value: SupportsFloat) -> str:
     value = float(value)
     if math.isnan(value):
         return "–"
-    if value == 0 or 0.001 <= abs(value) < 1e7:
+    if value == 0 or 1e-4 <= abs(value) < 1e7:
         return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
     return f"{value:.2e}"
 

@@ -1,4 +1,4 @@
-"""Scales: colours that suit a figure, grey below a threshold, axes linear or logarithmic."""
+"""Scales: colours that suit a figure, none below a threshold, axes linear or logarithmic."""
 
 from __future__ import annotations
 
@@ -77,17 +77,17 @@ def colour_scale(signed: bool, colours: Palette) -> Scale:
     return plotly.colors.get_colorscale(SEQUENTIAL)
 
 
-def greyed(scale: Scale, cut: float, colours: Palette) -> Scale:
-    """A colour scale that is grey up to a share of its range."""
+def emptied(scale: Scale, cut: float, colours: Palette) -> Scale:
+    """A colour scale that is the paper's colour up to a share of its range."""
     if cut <= 0:
         return scale
     cut = min(cut, 1.0)
-    grey = [[0.0, colours.muted[0]], [cut, colours.muted[1]]]
+    empty = [[0.0, colours.muted[1]], [cut, colours.muted[1]]]
     if cut == 1:
-        return grey
+        return empty
     points = np.linspace(cut, 1, 16).tolist()
     above = plotly.colors.sample_colorscale(scale, points)
-    return grey + [list(stop) for stop in zip(points, above, strict=True)]
+    return empty + [list(stop) for stop in zip(points, above, strict=True)]
 
 
 def log_switch(logarithmic: bool, ends: list[float] | None = None) -> dict[str, Any]:

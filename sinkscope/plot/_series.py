@@ -8,7 +8,11 @@ import numpy as np
 import plotly.colors
 import plotly.graph_objects as go
 
-from sinkscope.plot.theme import LIGHT, SEQUENTIAL, Palette, faded
+from sinkscope.plot.theme import DARK, LIGHT, SEQUENTIAL, Palette, faded
+
+_POINTS = 80  # that are drawn as symbols
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "triangle-down")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "8px,2px", "2px,6px")
 
 
 def band(
@@ -27,6 +31,9 @@ def band(
 ) -> None:
     """Add a line with its 95 % interval as a band behind it.
 
+    Each colour of the palette has a symbol of its own, or a dash where there are too many points
+    for symbols, so that lines are told apart without colours too.
+
     Args:
         figure: to add to.
         x: where [point].
@@ -36,11 +43,14 @@ def band(
         label: of y, with its unit, for the hover.
         along: word for x in the hover.
         showlegend: whether the line is in the legend.
-        dash: Plotly's name of a dash.
+        dash: Plotly's name of a dash, instead of the colour's own.
         entry: name in the legend, where it is not the hover's.
         place: row and col of a subplot.
     """
     entry = name if entry is None else entry
+    few = len(x) <= _POINTS
+    index = next((s.index(colour) for s in (LIGHT.series, DARK.series) if colour in s), 0)
+    dash = dash or (None if few else _DASHES[index])
     x = np.asarray(x)
     middle, low, high = (np.asarray(end, dtype=float) for end in interval)
     known = np.isfinite(low) & np.isfinite(high)
@@ -58,8 +68,8 @@ def band(
             customdata=np.stack([low, high], axis=-1), hovertemplate=f"{hover}{ends}<extra></extra>"
         )
     figure.add_scatter(
-        x=x, y=middle, mode="lines+markers" if len(x) <= 80 else "lines", name=entry,
-        legendgroup=entry, showlegend=showlegend, marker_size=5,
+        x=x, y=middle, mode="lines+markers" if few else "lines", name=entry,
+        legendgroup=entry, showlegend=showlegend, marker=dict(size=6, symbol=_SYMBOLS[index]),
         line=dict(color=colour, width=2, dash=dash), **shown, **place,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from sinkscope.errors import ReportError
 from sinkscope.metrics.heads import INACTIVE_IF
 from sinkscope.plot import _labels as labels
 from sinkscope.plot._figure import Interval, finish, interval, remembered, tick
-from sinkscope.plot._scales import colour_scale, greyed, value_range
+from sinkscope.plot._scales import colour_scale, emptied, value_range
 from sinkscope.plot.theme import Palette, Theme, palette
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def head_map(
 ) -> go.Figure:
     """Layer × head map of any figure that each head has, with a threshold to slide.
 
-    Heads at or below the threshold turn grey and the title counts those above it; the slider works
+    Heads at or below the threshold are empty and the title counts those above it; the slider works
     wherever the figure is shown, with no kernel behind it.
 
     Args:
@@ -39,7 +39,7 @@ def head_map(
         metric: A field with the dimensions layer and head (or kv_head), with or without prompts;
             or one of the thirteen inactivity scores, such as "AHON-LN".
         threshold: Where the slider starts; by default ε for probabilities, and below the smallest
-            value, so that nothing is grey, for everything else.
+            value, so that nothing is empty, for everything else.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -55,7 +55,7 @@ def head_map(
     colours = palette(theme)
     steps, start = _thresholds(figures.mean, threshold, variable.unit)
     cells = heatmap(figures, variable)
-    figure = empty_map(cells, variable)
+    figure = empty_map(cells, variable, colours)
     changes = [_step(cells, figures.mean, variable, step, colours) for step in steps]
     figure.update_layout(sliders=[_slider(changes, steps, start, variable)])
     figure.update_traces(colorscale=changes[start][0]["colorscale"][0])
@@ -109,7 +109,7 @@ def head_metrics(report: SinkReport) -> list[str]:
 
 
 def heatmap(figures: Interval, variable: Variable) -> go.Heatmap:
-    """The cells of a head map, none of them grey."""
+    """The cells of a head map, none of them empty."""
     unit = f" {variable.unit}" if variable.unit not in (None, "1") else ""
     hover = (
         f"layer %{{y}}, {labels.words(variable.dims[-1])} %{{x}}<br>"
@@ -132,11 +132,15 @@ def heatmap(figures: Interval, variable: Variable) -> go.Heatmap:
     )
 
 
-def empty_map(cells: go.Heatmap, variable: Variable) -> go.Figure:
-    """A head map with its axes, as yet without threshold and title."""
+def empty_map(cells: go.Heatmap, variable: Variable, colours: Palette) -> go.Figure:
+    """A head map with its axes and outlines, as yet without threshold and title."""
     layers, columns = cells.z.shape
-    plain = dict(showgrid=False, zeroline=False)
+    plain = dict(
+        showgrid=False, zeroline=False, showline=True, mirror=True, linecolor=colours.muted[0]
+    )
     figure = go.Figure(cells)
+    figure.update_layout(plot_bgcolor=colours.muted[0])  # seen between the cells
+    figure.update_traces(colorbar=dict(outlinewidth=1, outlinecolor=colours.muted[0]))
     figure.update_xaxes(title_text=labels.words(variable.dims[-1]), dtick=tick(columns), **plain)
     figure.update_yaxes(title_text="layer", autorange="reversed", dtick=tick(layers), **plain)
     return figure
@@ -145,7 +149,7 @@ def empty_map(cells: go.Heatmap, variable: Variable) -> go.Figure:
 def _thresholds(
     figures: np.ndarray, threshold: float | None, unit: str | None
 ) -> tuple[list[float | None], int]:
-    """The slider's stops, the first of which greys nothing, and where it starts."""
+    """The slider's stops, the first of which empties nothing, and where it starts."""
     finite = figures[np.isfinite(figures)]
     low, high = value_range(figures, unit)
     if unit not in ("probability", "share") and finite.size:
@@ -172,9 +176,12 @@ def _step(
         return {"colorscale": [scale]}, {"title.text": f"{name} of every {kind[:-1]}"}
     defined = np.isfinite(figures)
     share = (figures > threshold)[defined].mean() if defined.any() else 0.0
-    title = f"{name}: {share:.0%} of {int(defined.sum())} {kind} above {threshold:g}"
+    number = int(defined.sum())
+    title = (
+        f"{name}: {share:.0%} of {number} {kind if number != 1 else kind[:-1]} above {threshold:g}"
+    )
     cut = (threshold - cells.zmin) / (cells.zmax - cells.zmin)
-    return {"colorscale": [greyed(scale, cut, colours)]}, {"title.text": title}
+    return {"colorscale": [emptied(scale, cut, colours)]}, {"title.text": title}
 
 
 def _slider(

@@ -74,8 +74,8 @@ def _settings(report: SinkReport) -> list[tuple[str, str]]:
 
 def _shown(value: object) -> str:
     if isinstance(value, list):
-        distinct = list(dict.fromkeys(value))
+        distinct = ["none" if one is None else one for one in dict.fromkeys(value)]
         if len(distinct) == 1:
             return f"{distinct[0]}, in all {len(value)}" if len(value) > 1 else str(distinct[0])
-        return ", ".join(map(str, value))
+        return ", ".join("none" if one is None else str(one) for one in value)
     return "" if value is None else str(value)

@@ -1,7 +1,7 @@
 """How figures look: a light and a dark template, and colours that colour-blind eyes tell apart.
 
 A figure takes everything from its template: background, text, grid, and the order of its colours.
-Sequential scales are viridis (van der Walt and Smith 2015), beside which grey is clearly no value;
+Sequential scales are viridis (van der Walt and Smith 2015);
 signed figures get blue against orange, both of which leave the background evenly in lightness.
 Lines use the colours of Okabe and Ito, lightened for the dark theme. Plotly's upload button is
 taken away: a prompt is not one click from somebody else's server.
@@ -37,7 +37,8 @@ class Palette:
         faint: secondary text and axes.
         grid: grid lines.
         button: text of buttons.
-        muted: what lies below a threshold, from lowest to highest.
+        muted: the outline of what lies below a threshold, and its inside, which is empty: any grey
+            would be one of the scale's colours to whoever sees, or prints, no colours.
         sink: the sink, in every figure.
         other: the positions that are not the sink, in every figure.
         series: further lines, in order; the sink and the others come first.
@@ -62,7 +63,7 @@ LIGHT = Palette(
     faint="#57606a",
     grid="#e4e7eb",
     button="#1b1f24",
-    muted=("#b3b8be", "#d5d8dc"),
+    muted=("#a4abb3", "#ffffff"),
     sink="#d55e00",
     other="#0072b2",
     series=("#d55e00", "#0072b2", "#009e73", "#b5508a", "#7a6a00", "#3d8fc4", "#8a4b08", "#4b4f56"),
@@ -76,7 +77,7 @@ DARK = Palette(
     faint="#9aa4af",
     grid="#2b313a",
     button="#77828e",
-    muted=("#262b32", "#49515c"),
+    muted=("#3d444d", "#14171c"),
     sink="#ff9d4d",
     other="#5cb3ec",
     series=("#ff9d4d", "#5cb3ec", "#3fc79a", "#e796c2", "#e8d95a", "#9fd0f2", "#d6a06a", "#b8bec6"),

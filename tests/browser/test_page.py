@@ -135,15 +135,68 @@ def test_hover_shows_value_unit_and_interval(opened):
     assert float(found[3]) == pytest.approx(high, abs=0.02)
 
 
-def test_threshold_counts_heads_and_turns_them_grey(opened):
+def test_threshold_counts_heads_and_empties_the_others(opened):
     mean = plain_report().sink_attention.double().mean(0).numpy()
     assert opened.text("#count").startswith(f"{(mean > 0.3).sum()} of 24 heads")
     opened.page.locator("#epsilon").fill("0.62")
     assert opened.text("#count").startswith(f"{(mean > 0.62).sum()} of 24 heads")
-    grey = opened.data("map")[1]["z"]
-    below = np.array([[cell == 1 for cell in row] for row in grey])
+    empty = opened.data("map")[1]["z"]
+    below = np.array([[cell == 1 for cell in row] for row in empty])
     np.testing.assert_array_equal(below, mean <= 0.62)
     quiet(opened)
+
+
+def test_a_figure_without_a_threshold_says_so(opened):
+    opened.page.select_option("#metric", "attention_entropy")
+    assert opened.text("#count") == "24 heads, no threshold"
+    opened.page.locator("#epsilon").fill("2")
+    entropy = plain_report().attention_entropy.double().mean(0)
+    assert opened.text("#count").startswith(f"{int((entropy > 2).sum())} of 24 heads")
+    opened.page.select_option("#metric", "value_drain_out")
+    assert "_" not in opened.text("#metric-about").replace("W_O", "")
+
+
+def test_screen_readers_are_told_what_each_figure_is(opened):
+    names = opened.page.locator(".figure").evaluate_all(
+        """all => all.map(one => [one.getAttribute("role"), one.getAttribute("aria-label")
+            ?? document.getElementById(one.getAttribute("aria-labelledby")).textContent])"""
+    )
+    assert len(names) > 8 and all(role in ("img", "application") and name for role, name in names)
+    assert len({name for _, name in names}) == len(names)
+
+
+def test_log_bars_stand_on_a_decade_of_their_own(open_page):
+    norms = torch.full((4, 16), 12.0)
+    norms[:, 0] = 8.0
+    page = open_page(to_html(synthetic_report(residual_norm=norms)))
+    page.page.wait_for_selector("html[data-ready]")
+    axis = """document.querySelector('[data-view="residual"]')._fullLayout.yaxis"""
+    assert not page.page.locator('[data-log="residual"]').is_checked(), "8 and 12 differ little"
+    assert page.page.evaluate(f"{axis}.type") == "linear"
+    assert page.page.evaluate(f"{axis}.range")[0] == 0
+    page.page.locator('[data-log="residual"]').check()
+    low, high = page.page.evaluate(f"{axis}.range")
+    assert 10**low == pytest.approx(0.8, rel=1e-3) and 10**high > 12
+    assert page.page.locator('[data-view="residual"] .ytick').count() >= 2
+    norms[2, 0] = 800.0
+    wide = open_page(to_html(synthetic_report(residual_norm=norms)))
+    wide.page.wait_for_selector("html[data-ready]")
+    assert wide.page.locator('[data-log="residual"]').is_checked()
+
+
+def test_the_tokens_that_few_queries_see_are_named(open_page):
+    for causal, expected in (
+        (True, "From position 9 on, keys are seen by few queries"),
+        (False, ""),
+    ):
+        report = synthetic_report(prompts=2, lengths=[16, 12], settings={"causal": causal})
+        page = open_page(to_html(report))
+        page.page.wait_for_selector("html[data-ready]")
+        page.page.select_option("#prompt", "1")
+        assert page.page.text_content("#few").startswith(expected)
+        assert causal or page.page.text_content("#few") == ""
+        page.page.select_option("#quantity", "1")
+        assert page.page.text_content("#few") == ""
 
 
 def test_every_metric_can_be_chosen(opened):
@@ -183,7 +236,7 @@ def test_token_choice_marks_the_position_in_the_figures(opened):
     shapes = opened.page.evaluate(
         """document.querySelector('[data-view="received"]').layout.shapes.map(one => one.x0)"""
     )
-    assert shapes == [5]
+    assert shapes == [11.5, 5], "the last quarter, which few queries see, and the position"
     opened.page.keyboard.press("Escape")
     opened.page.focus("#strip")
     opened.page.keyboard.press("ArrowRight")
@@ -279,6 +332,10 @@ def test_print_is_light_and_without_controls(open_page):
     page.page.wait_for_selector("html[data-ready]")
     page.page.emulate_media(media="print")
     assert not page.page.locator("#metric").is_visible()
+    key = page.page.locator("#key")
+    assert key.is_visible() and page.page.locator("#scale-bar").is_visible()
+    assert key.inner_text() == "Prompt 0, mean received attention [probability], logarithmic:"
+    assert page.page.locator('[data-view="rate"] .annotation-text').text_content() == "ε = 0.3"
     page.page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.page.get_attribute("html", "data-theme") == "light"
     widths = (

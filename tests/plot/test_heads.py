@@ -49,13 +49,17 @@ def test_threshold_starts_at_epsilon_and_counts_heads_at_every_stop():
     assert figure.layout.title.text == slider_counts(figure)["0.4"]
 
 
-def test_heads_below_the_threshold_are_grey_and_those_above_keep_their_colour():
-    figure = plot.head_map(synthetic_report(), threshold=0.5)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_heads_below_the_threshold_are_empty_and_those_above_keep_their_colour(theme):
+    figure = plot.head_map(synthetic_report(), threshold=0.5, theme=theme)
     scale = dict(figure.data[0].colorscale)
-    grey = [colour for at, colour in scale.items() if at < 0.5]
-    assert all(len({c[i : i + 2] for i in (1, 3, 5)}) <= 3 for c in grey)
+    assert {colour for at, colour in scale.items() if at < 0.5} == {
+        figure.layout.template.layout.paper_bgcolor
+    }
+    assert figure.layout.plot_bgcolor != figure.layout.template.layout.paper_bgcolor, "no outline"
+    assert figure.data[0].xgap == figure.data[0].ygap == 1
     plain = plot.head_map(synthetic_report(), threshold=None, metric="attention_entropy")
-    assert plain.data[0].colorscale[0][1] == "#440154"  # viridis begins here: nothing is grey
+    assert plain.data[0].colorscale[0][1] == "#440154"  # viridis begins here: nothing is empty
     assert scale[1.0] in ("rgb(253, 231, 37)", "#fde725")
 
 
@@ -96,6 +100,8 @@ def test_undefined_heads_are_left_out_of_the_count():
         type(report)(**{**vars(report), "sink_attention": attention}), threshold=0.5
     )
     assert figure.layout.title.text == "Sink attention: 50% of 2 heads above 0.5"
+    one = only(synthetic_report(prompts=1, layers=1, heads=1, kv_heads=1), "sink_attention")
+    assert "of 1 head above" in plot.head_map(one).layout.title.text
 
 
 def test_metric_without_heads_is_refused_with_names_that_work():

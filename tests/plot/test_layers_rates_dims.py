@@ -39,6 +39,18 @@ def test_the_axis_has_the_words_that_names_share_and_no_logarithm_of_negative_fi
     assert len(positive.layout.updatemenus) == 1
 
 
+def test_lines_of_a_panel_are_told_apart_without_colours():
+    names = ("sink_attention", "sink_importance", "learned_sink_mass", "first_token_attention")
+    report = synthetic_report()
+    known = [name for name in names if getattr(report, name) is not None]
+    lines = [one for one in plot.by_layer(report, *known).data if one.name]
+    assert len(lines) == len(known) > 1
+    assert len({one.marker.symbol for one in lines}) == len(lines)
+    reports = {name: synthetic_report(seed=seed) for seed, name in enumerate("abcd")}
+    rates = [one for one in plot.sink_rate(reports).data if one.showlegend]
+    assert len(rates) == 4 and len({one.line.dash for one in rates}) == 4, "101 points each"
+
+
 def test_metrics_of_two_units_do_not_share_an_axis():
     with pytest.raises(ReportError, match=r"\[probability\] and attention_entropy \[nat\]"):
         plot.by_layer(synthetic_report(), "sink_attention", "attention_entropy")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sinkscope._fields import SinkFields
 from sinkscope.plot import _figure, _labels, heads
 from sinkscope.plot._page import tables, views
 from sinkscope.plot._page.pack import Pack
@@ -33,6 +35,7 @@ def page_data(report: SinkReport) -> dict[str, Any]:
     linked = any(name in drawn["light"] for name in ("received", "values", "residual"))
     return {
         "epsilon": report.settings.epsilon,
+        "causal": report.settings.causal,
         "sizes": {
             "layer": report.settings.n_layers,
             "head": report.settings.n_heads,
@@ -71,7 +74,7 @@ def _metric(report: SinkReport, pack: Pack, name: str) -> dict[str, Any]:
         "name": name,
         "heading": _labels.heading(name),
         "label": _labels.axis_label(variable),
-        "about": variable.about,
+        "about": _named(variable.about),
         "dim": variable.dims[-1],
         "interval": known,
         "range": [low, high],
@@ -82,6 +85,12 @@ def _metric(report: SinkReport, pack: Pack, name: str) -> dict[str, Any]:
         "scale": "diverging" if low < 0 else "sequential",
         "hover": cells.hovertemplate,
     }
+
+
+def _named(about: str) -> str:
+    """A sentence with the fields' names in words."""
+    names = sorted(SinkFields.variables(), key=len, reverse=True)
+    return re.sub(rf"\b({'|'.join(names)})\b", lambda name: _labels.words(name[0]), about)
 
 
 def _strongest_head(report: SinkReport, metrics: list[str]) -> dict[str, Any]:
@@ -103,6 +112,7 @@ def _theme(name: str) -> dict[str, Any]:
         "sequential": colour_scale(False, colours),
         "diverging": colour_scale(True, colours),
         "ink": colours.ink,
+        "paper": colours.paper,
         "faint": colours.faint,
         "sink": colours.sink,
     }

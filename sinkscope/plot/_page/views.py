@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sinkscope.report import SinkReport
 
 _TOP = 8  # pixels above a plot or its legend: titles stand in the page's own headings
+_BUTTONS = 22  # pixels of Plotly's buttons, which would lie on a colour bar's topmost label
 
 RESAMPLES = 500
 """Of the intervals in the page's hovers: there are many, and each shows three digits."""
@@ -73,8 +74,10 @@ def view(figure: go.Figure, depends: tuple[str, ...] = ()) -> View:
     for name in ("template", "updatemenus", "sliders"):
         layout.pop(name, None)
     title = layout.pop("title", {}).get("text", "")
-    layout.get("margin", {}).update(t=layout["margin"]["t"] - _figure.ROOM + _TOP)
-    layout["height"] -= _figure.ROOM - _TOP
+    bars = any(trace["type"] == "heatmap" for trace in spec["data"])
+    top = _TOP + (_BUTTONS if bars else 0)
+    layout.get("margin", {}).update(t=layout["margin"]["t"] - _figure.ROOM + top)
+    layout["height"] -= _figure.ROOM - top
     return {
         "data": spec["data"],
         "layout": layout,
@@ -87,7 +90,7 @@ def _map(report: SinkReport, metric: str, theme: Theme) -> View:
     """The head map's frame; the script fills in the metric, the threshold and the choice."""
     variable = report.variables()[metric]
     figures = _figure.interval(report, metric, RESAMPLES)
-    figure = heads.empty_map(heads.heatmap(figures, variable), variable)
+    figure = heads.empty_map(heads.heatmap(figures, variable), variable, palette(theme))
     height = int(np.clip(150 + 19 * report.settings.n_layers, 320, 900)) + _figure.ROOM - _TOP
     _figure.finish(figure, "", report.settings, theme, height=height)
     made = view(figure, ("metric", "epsilon", "layer", "head"))

@@ -17,7 +17,8 @@ function draw(element) {
   layout.shapes = [...(layout.shapes ?? []), ...marks(name)];
   if (name === "map") fillMap(data, layout);
   if (name === "positions") data[0].text = Array(page.sizes.layer).fill(data[0].text);
-  if (name in state.log) setScale(layout.yaxis, state.log[name]);
+  if (name in state.log) setScale(layout.yaxis, state.log[name], data);
+  if (name === "rate") layout.annotations = layout.shapes.map(nameThreshold);
   keepZoom(element, layout);
   if (touch.matches) layout.dragmode = false;
   if (narrow.matches) Object.assign(layout.margin, { l: 44, r: 6 });
@@ -42,10 +43,23 @@ function keepZoom(element, layout) {
   layout.uirevision = name === "map" ? state.metric : String(state.log[name]);
 }
 
-function setScale(axis, logarithmic) {
+// On a logarithmic axis the smallest bar is a decade high: at its very foot it would be nothing.
+function setScale(axis, logarithmic, data) {
   axis.type = logarithmic ? "log" : "linear";
   axis.dtick = logarithmic ? "D2" : null;
   axis.tickformat = ",~g";
+  const known = data.flatMap(({ y }) => Array.from(y)).filter((x) => x > 0);
+  const [least, most] = [known.reduce((a, b) => Math.min(a, b), Infinity), known.reduce((a, b) => Math.max(a, b), 0)];
+  const fits = logarithmic && known.length > 0;
+  axis.range = fits ? [Math.log10(least) - 1, Math.log10(most) + 0.05] : undefined;
+  axis.autorange = !fits;
+}
+
+function nameThreshold({ x0 }) {
+  return {
+    x: x0, y: 1, yref: "paper", xanchor: "left", yanchor: "top", xshift: 3, showarrow: false,
+    text: `ε = ${number(x0)}`,
+  };
 }
 
 // Lines and frames that show what is chosen elsewhere.
@@ -57,10 +71,11 @@ function marks(name) {
   });
   if (name === "map") {
     const column = chosen(metric().dim);
-    return [{
-      type: "rect", line,
+    const frame = {
+      type: "rect",
       x0: column - 0.5, x1: column + 0.5, y0: state.layer - 0.5, y1: state.layer + 0.5,
-    }];
+    };
+    return [{ ...frame, line: { color: colours.paper, width: 5 } }, { ...frame, line }];
   }
   if (name === "positions") {
     return [{
@@ -76,7 +91,7 @@ function marks(name) {
   return [];
 }
 
-// The head map: the chosen metric's cells, those at or below the threshold grey.
+// The head map: the chosen metric's cells, those at or below the threshold empty.
 function fillMap(data, layout) {
   const { name, label, dim, hover, range, scale, interval } = metric();
   const cells = rows(`${name}.mean`);
@@ -84,7 +99,7 @@ function fillMap(data, layout) {
   above.z = cells;
   [above.zmin, above.zmax] = range;
   above.colorscale = page.themes[state.theme][scale];
-  above.colorbar = { title: { text: label, side: "right" } };
+  above.colorbar = { ...above.colorbar, title: { text: label, side: "right" } };
   above.hovertemplate = hover;
   if (interval) {
     const ends = rows(`${name}.ends`);
@@ -125,9 +140,11 @@ function describeCount() {
   const known = values.filter((x) => !Number.isNaN(x));
   const above = known.filter((x) => x > state.epsilon).length;
   const share = known.length ? Math.round((100 * above) / known.length) : 0;
-  byId("epsilon-shown").textContent = number(state.epsilon);
-  byId("count").textContent =
-    `${above} of ${known.length} ${DIM_WORDS[dim]}s (${share} %) above ${number(state.epsilon)}`;
+  const heads = `${known.length.toLocaleString("en-US")} ${DIM_WORDS[dim]}${known.length === 1 ? "" : "s"}`;
+  const none = state.epsilon < metric().slider[0];
+  byId("epsilon-shown").textContent = none ? "none" : number(state.epsilon);
+  byId("count").textContent = none ? `${heads}, no threshold`
+    : `${above} of ${heads} (${share} %) above ${number(state.epsilon)}`;
 }
 
 // A metric's threshold starts at ε for probabilities, and below everything for other figures.

@@ -21,7 +21,6 @@ function startTheme() {
   const show = () => {
     document.documentElement.dataset.theme = state.theme;
     button.textContent = state.theme === "dark" ? "Light" : "Dark";
-    button.setAttribute("aria-pressed", String(state.theme === "dark"));
   };
   watch(["theme"], show);
   state.theme = system.matches ? "dark" : "light";
@@ -87,12 +86,20 @@ const MARKED_BY = {
   layers: ["layer"], drains: ["layer"], positions: ["layer"], rate: ["epsilon"],
 };
 
+// To a screen reader a figure is a picture called as its heading is.
+function nameAsPicture(element, heading) {
+  heading.id = `heading-${element.dataset.view}`;
+  element.setAttribute("role", "img");
+  element.setAttribute("aria-labelledby", heading.id);
+}
+
 async function startFigures() {
   for (const element of figures.filter((one) => one.isConnected)) {
     const name = element.dataset.view;
     const view = page.views.light[name];
     const heading = element.closest(".card").querySelector("h3");
     if (heading && heading.textContent === "") heading.textContent = view.title;
+    if (heading) nameAsPicture(element, heading);
     if (view.note) element.insertAdjacentText("afterend", view.note);
     const depends = view.depends.map((dim) => (dim === "kv_head" ? "head" : dim));
     watch(["theme", "log", ...depends, ...(MARKED_BY[name] ?? [])], () => draw(element));

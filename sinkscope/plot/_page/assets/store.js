@@ -28,7 +28,9 @@ const state = {
   quantity: 0,
   position: null, // chosen in a figure or among the tokens
   epsilon: null,
-  log: { received: false, values: false, residual: true }, // which y axes are logarithmic
+  log: { // which y axes are logarithmic
+    received: false, values: false, residual: page.views.light.residual?.layout.yaxis.type === "log",
+  },
 };
 
 const watchers = [];
@@ -91,7 +93,7 @@ const metric = () => page.metrics.find((one) => one.name === state.metric);
 function number(x) {
   if (x === null || !Number.isFinite(x)) return "–";
   const size = Math.abs(x);
-  if (size !== 0 && (size < 0.001 || size >= 1e7)) return x.toExponential(2);
+  if (size !== 0 && (size < 1e-4 || size >= 1e7)) return x.toExponential(2);
   if (size >= 100) return Math.round(x).toLocaleString("en-US");
   return String(Number(x.toPrecision(3)));
 }

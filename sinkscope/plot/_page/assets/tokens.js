@@ -63,6 +63,7 @@ function drawTokens() {
   }
   strip.replaceChildren(...parts);
   drawScale(scale);
+  describeColours();
   describePages(tokens.length, end);
   describeToken();
 }
@@ -76,6 +77,18 @@ function drawScale({ low, high }) {
     context.fillStyle = `rgb(${colour(x / (canvas.width - 1)).join(", ")})`;
     context.fillRect(x, 0, 1, canvas.height);
   }
+}
+
+// What the fields above the tokens say, for paper; and which tokens few queries see.
+function describeColours() {
+  const kind = byId("log-tokens").checked ? "logarithmic" : "linear";
+  byId("key").textContent = `Prompt ${state.prompt}, ${quantity().label}, ${kind}:`;
+  const length = page.tokens.lengths[state.prompt];
+  const start = length - Math.floor(length / 4);
+  byId("few").textContent = page.causal && quantity().name === "received_peak" && start < length
+    ? `From position ${start.toLocaleString("en-US")} on, keys are seen by few queries, above all by their own: ` +
+      "what they receive is an average over these few."
+    : "";
 }
 
 function describePages(shown, end) {
