@@ -31,6 +31,8 @@ _MODULES = """
 
 _BLOCK = 1 << 20  # characters of a text file that make one document
 
+_NAME_IT = "in Python, texts(..., key=...) names another key; the command line takes 'text' alone"
+
 
 def prose(seed: int) -> Iterator[str]:
     """Running English prose: the topics of Python's ``help()`` without their code."""
@@ -122,7 +124,7 @@ def _text_of(line: str, key: str, where: str) -> str:
         raise TextError(f"{where} is not JSON: {error}.") from error
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
         keys = ", ".join(record) if isinstance(record, dict) else "no keys"
-        raise TextError(f"{where} has no text under {key!r} (it has {keys}); pass key=.")
+        raise TextError(f"{where} has no text under {key!r} (it has {keys}); {_NAME_IT}.")
     return record[key]
 
 
@@ -151,7 +153,7 @@ def data_set(address: str, key: str, seed: int) -> Iterator[str]:
     if not isinstance(first.get(key), str):
         raise TextError(
             f"The data set hf:{address} has no text under {key!r} (it has {', '.join(first)}); "
-            "pass key=."
+            f"{_NAME_IT}."
         )
     yield first[key]
     yield from (row[key] for row in rows)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -95,13 +96,13 @@ class Texts:
 
 
 def token_ids(
-    ids: Sequence[Sequence[int]] | Tensor,
-    mask: Sequence[Sequence[bool | int]] | Tensor | None = None,
+    ids: Sequence[Sequence[int] | Tensor | np.ndarray] | Tensor | np.ndarray,
+    mask: Sequence[Sequence[bool | int]] | Tensor | np.ndarray | None = None,
 ) -> Texts:
     """Exact token ids; nothing is added to them.
 
     Args:
-        ids: one list of ids a prompt (lengths may differ), or a tensor [prompt position].
+        ids: one list of ids a prompt (lengths may differ), or a tensor or array [prompt position].
         mask: whether a position is real [prompt position], for ids that are padded already.
 
     Returns:
@@ -116,6 +117,13 @@ def token_ids(
 
 def exact(ids: Any, mask: Any, source: str) -> Texts:
     """`token_ids` of anything: whatever is no ids, or no mask of theirs, is refused."""
+    if isinstance(ids, Mapping) and "input_ids" in ids:
+        raise TextError(
+            f"Token ids should be the ids alone, not a {type(ids).__name__}; of what a tokenizer "
+            'returned, pass token_ids(x["input_ids"], x["attention_mask"]).'
+        )
+    if isinstance(ids, np.ndarray):
+        ids = _tensor(ids)
     if isinstance(ids, Tensor):
         tokens, real = ids, torch.ones_like(ids, dtype=torch.bool)
     else:
@@ -198,13 +206,21 @@ def _token_text(tokenizer: Any, id: int, piece: str | None) -> str:
     return tokenizer.decode([id], clean_up_tokenization_spaces=False)
 
 
+def _tensor(ids: np.ndarray) -> Tensor:
+    """The same integers as a tensor of its own, whatever their width, order and strides."""
+    if ids.dtype.kind not in "iu":
+        raise TextError(f"Token ids should be integers, not {ids.dtype}.")
+    return torch.from_numpy(ids.astype(np.int64, order="C"))
+
+
 def _rows(ids: Any) -> list[list[int]]:
     """`ids` as rows of plain integers."""
-    rows = ids if isinstance(ids, list | tuple) else None
-    if rows is None or not all(isinstance(row, list | tuple) for row in rows):
+    rows = ids if isinstance(ids, list | tuple) else [None]
+    rows = [row.tolist() if isinstance(row, np.ndarray | Tensor) else row for row in rows]
+    if not all(isinstance(row, list | tuple) for row in rows):
         raise TextError("Token ids should be a list of lists of integers, one list a prompt.")
     if not all(type(id) is int for row in rows for id in row):
-        raise TextError("Token ids should be integers; for text pass a list of strings to texts().")
+        raise TextError("Token ids should be integers; text goes to texts() or --texts.")
     if not all(-(2**63) <= id < 2**63 for row in rows for id in row):
         raise TextError("A token id is out of range: it does not fit into 64 bits.")
     return [list(row) for row in rows]
@@ -224,7 +240,12 @@ def _mask(mask: Any) -> Bool[Tensor, "..."]:
 
 
 def _check_tensors(tokens: Tensor, mask: Tensor) -> None:
-    if tokens.ndim != 2 or tokens.shape != mask.shape:
+    if tokens.ndim != 2:
+        raise TextError(
+            f"Token ids should be [prompt position], but have the shape {tuple(tokens.shape)}; "
+            "a prompt alone is ids[None]."
+        )
+    if tokens.shape != mask.shape:
         raise TextError(
             f"Tokens and mask should both be [prompt position], but have the shapes "
             f"{tuple(tokens.shape)} and {tuple(mask.shape)}."

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from sinkscope._documents import DOMAINS, data_set, json_lines, text_file
@@ -79,7 +80,9 @@ def texts(
     """
     if isinstance(source, str | Path):
         if Path(source).suffix == ".json":
-            return _exact(source, prompts, length)
+            return _exact(
+                source, prompts=prompts, length=length, bos=None if bos == "auto" else bos
+            )
         documents, name = _documents(source, key, seed)
         windows, exact = windows is None or windows, False
     else:
@@ -143,11 +146,10 @@ def as_texts(value: Any) -> TextSource | Texts:
         return value
     if isinstance(value, str | Path):
         return texts(value)
-    if isinstance(value, Tensor):
-        return token_ids(value)
-    if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple):
-        return exact(value, None, "token ids")
-    return texts(_checked(value))
+    array = Tensor | np.ndarray
+    whole = isinstance(value, array) or (isinstance(value, Mapping) and "input_ids" in value)
+    rows = isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple | array)
+    return exact(value, None, "token ids") if whole or rows else texts(_checked(value))
 
 
 def _documents(source: str | Path, key: str, seed: int) -> tuple[Callable[[], Iterator[str]], str]:
@@ -183,11 +185,14 @@ def _strings(source: Sequence[str]) -> tuple[Callable[[], Iterator[str]], str]:
     return lambda: iter(strings), "strings"
 
 
-def _exact(path: str | Path, prompts: int | None, length: int | None) -> Texts:
-    if prompts is not None or length is not None:
+def _exact(path: str | Path, **given: Any) -> Texts:
+    """The ids of a ``.json`` file, and no option that would change them."""
+    if not Path(path).is_file():
+        raise TextError(_unknown(path))
+    if useless := [name for name, value in given.items() if value is not None]:
         raise TextError(
-            f"{path} holds exact token ids, which are used as they are; leave out prompts and "
-            "length."
+            f"{path} holds exact token ids, which are used as they are; leave out "
+            f"{', '.join(useless)}."
         )
     return read_token_ids(path)
 
@@ -200,5 +205,5 @@ def _unknown(source: str | Path) -> str:
     hint = f"did you mean {close[0]!r}?" if close else packaged
     return (
         f"There is no text source or file named {source!r}; {hint} To measure that text itself, "
-        "pass it in a list."
+        "put it into a file and name that (in Python, a list of strings does too)."
     )

@@ -116,7 +116,7 @@ def test_json_lines_with_another_key(tmp_path: Path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"body": "one"}\n\n{"body": "two"}\n')
     assert list(json_lines(path, "body")) == ["one", "two"]
-    with pytest.raises(TextError, match=r"Line 1 of .* no text under 'text' \(it has body\)"):
+    with pytest.raises(TextError, match=r"Line 1 of .* under 'text' \(it has body\); in Python,"):
         list(json_lines(path, "text"))
     path.write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(TextError, match=r"Line 2 of .* is not JSON"):
