@@ -39,7 +39,8 @@ def model(report: SinkReport) -> str:
     s = report.settings
     heads = f"{s.n_layers} layers × {s.n_heads} heads"
     shared = f" ({s.n_kv_heads} KV heads)" if s.n_kv_heads != s.n_heads else ""
-    return f"{plain(s.architecture)}, {heads}{shared}, {s.dtype}"
+    under = f", under {plain(' and '.join(s.interventions))}" if s.interventions else ""
+    return f"{plain(s.architecture)}, {heads}{shared}, {s.dtype}{under}"
 
 
 def text(report: SinkReport) -> str:
@@ -59,7 +60,9 @@ def sinks(report: SinkReport) -> str:
         per_prompt = report.sink_attention.float().nanmean((1, 2))
         mean, low, high = (float(end) for end in bootstrap(per_prompt))
         interval = "" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]"
-        parts.append(f"mean attention {mean:.3f}{interval}")
+        without = int((~report.sink_mask).all(1).sum())
+        over = f" over the {len(per_prompt) - without} prompts with a sink" if without else ""
+        parts.append(f"mean attention {mean:.3f}{interval}{over}")
         parts.append(f"uniform attention would give {number(uniform(report))}")
     return "; ".join(parts)
 

@@ -20,6 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sinkscope._seeded import seeded_weights
 from sinkscope.errors import ModelError, UnsupportedError
 
+_BRIDGE = "_sinkscope_bridge"
+
 
 def bridge_in_memory(model: PreTrainedModel, tokenizer: Any, name: str) -> TransformerBridge:
     """Wrap a transformers model, which is changed in place, and needs no tokenizer.
@@ -48,6 +50,16 @@ def bridge_in_memory(model: PreTrainedModel, tokenizer: Any, name: str) -> Trans
         tokenizer=None if tokenizer is None else self_contained(tokenizer),
         model_name=name,
     )
+
+
+def remember(model: PreTrainedModel, bridge: TransformerBridge) -> None:
+    """Let a model that was given once be given again: whoever scans it never saw the bridge."""
+    model.__dict__[_BRIDGE] = bridge  # past nn.Module, which would register it
+
+
+def bridge_of(model: PreTrainedModel) -> TransformerBridge | None:
+    """The bridge that a transformers model was wrapped in by `load_model`, or None."""
+    return model.__dict__.get(_BRIDGE)
 
 
 def is_headless(model: PreTrainedModel) -> bool:

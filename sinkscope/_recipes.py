@@ -24,6 +24,11 @@ from sinkscope.errors import TextError
 # distinct places, without reading a whole corpus.
 _SPREAD = 4
 
+_NO_TOKENIZER = (
+    "This model has no tokenizer, so it cannot take text; load it with "
+    "load_model(..., tokenizer=...), or pass exact ids with token_ids(...), or random_tokens(...)."
+)
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -35,10 +40,7 @@ class Vocabulary:
     def encode(self, documents: list[str]) -> list[list[int]]:
         """Ids of each document, without special tokens, whole."""
         if self.tokenizer is None:
-            raise TextError(
-                "This model has no tokenizer, so it cannot take text; pass exact ids with "
-                "token_ids(...), or random_tokens(...)."
-            )
+            raise TextError(_NO_TOKENIZER)
         return self.tokenizer(
             documents, add_special_tokens=False, truncation=False, padding=False, verbose=False
         )["input_ids"]
@@ -54,6 +56,8 @@ class Vocabulary:
     def special(self, policy: str) -> SpecialTokens:
         """The BOS policy resolved; without a tokenizer only "never" can be."""
         if self.tokenizer is None:
+            if policy == "auto":  # nobody asked for it: what is missing is missing for the text too
+                raise TextError(_NO_TOKENIZER)
             if policy != "never":
                 raise TextError(f"bos={policy!r} needs a tokenizer and this model has none.")
             return SpecialTokens((), (), policy)
@@ -118,8 +122,8 @@ class TextSource(ABC):
         check_length(self.length, n_ctx)
         if self.length <= special.count:
             raise TextError(
-                f"length={self.length} leaves no room for text beside the {special.count} special "
-                f"token(s) of bos={special.label!r}; pass a longer length."
+                f"A length of {self.length} leaves no room for text beside the {special.count} "
+                f"special token(s) of the BOS policy {special.label!r}; ask for a longer one."
             )
         return self.length - special.count
 
@@ -168,19 +172,19 @@ class Windows(TextSource):
         if available == 0:
             return f"{self.name} is empty; pass text that has at least one word."
         special = (self.length or 0) - room
-        beside = f" beside the special token(s) of bos={self.bos!r}" if special else ""
+        beside = f" beside the special token(s) of the BOS policy {self.bos!r}" if special else ""
         longest = available // (self.prompts or 1)
         if available < room:
             return (
                 f"{self.name} is shorter than asked: it has {available} tokens, and a prompt of "
-                f"length={self.length} needs {room}{beside}; pass length={available + special} or "
-                "less, or windows=False."
+                f"length {self.length} needs {room}{beside}; ask for a length of "
+                f"{available + special} or less, or give a longer text."
             )
         return (
             f"{self.name} is shorter than asked: its {available} tokens give "
-            f"{available // room} prompts of length={self.length}, not {self.prompts}; pass "
-            f"prompts={available // room}"
-            + (f" or length={longest + special}." if longest else ".")
+            f"{available // room} prompts of length {self.length}, not {self.prompts}; ask for "
+            f"{available // room}"
+            + (f", or a length of {longest + special}." if longest else ".")
         )
 
 
@@ -199,8 +203,8 @@ class OwnLength(TextSource):
             raise TextError(f"{self.name} is empty; pass at least one text.")
         if self.prompts is not None and len(documents) < self.prompts:
             raise TextError(
-                f"{self.name} has {len(documents)} texts, not {self.prompts}; pass "
-                f"prompts={len(documents)}."
+                f"{self.name} has {len(documents)} texts, not {self.prompts}; ask for "
+                f"{len(documents)}."
             )
         bodies = vocabulary.encode(documents)
         for index, body in enumerate(bodies):

@@ -56,6 +56,7 @@ class Settings:
         windows: each layer's sliding window in positions, None for a layer that sees everything.
         metrics: what was asked of the scan.
         seed: of the texts and of anything random in the scan; None where merged reports differ.
+        interventions: those in force while it was measured, the outermost first; not hooks.
         versions: see `library_versions`.
     """
 
@@ -77,6 +78,7 @@ class Settings:
     n_kv_heads: int
     revision: str = ""
     seed: int | None = 0
+    interventions: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=library_versions)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +92,11 @@ class Settings:
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Settings:
         """Undo `to_dict`."""
-        tuples = {name: tuple(plain[name]) for name in ("windows", "metrics")}
+        tuples = {
+            name: tuple(plain[name])
+            for name in ("windows", "metrics", "interventions")
+            if name in plain  # reports of earlier versions lack the last
+        }
         return cls(**{**plain, **tuples})
 
     def merge(self, other: Settings) -> Settings:

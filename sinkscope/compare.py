@@ -24,8 +24,8 @@ def compare(before: SinkReport, after: SinkReport) -> Comparison:
 
     Args:
         before: the baseline.
-        after: the same prompts under an intervention, in another dtype, or in another model with
-            as many layers and heads.
+        after: the same prompts under an intervention, in another dtype, or in another model. Of one
+            with other layers or heads only the figures without those can be compared.
 
     Raises:
         ReportError: where one is no report, or the tokens differ, so that prompts cannot be paired.
@@ -43,6 +43,17 @@ def compare(before: SinkReport, after: SinkReport) -> Comparison:
             "the same texts both times."
         )
     return Comparison(before, after)
+
+
+def _words(value: Any) -> str:
+    """A setting in words."""
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+
+
+def _place(coordinate: Any) -> str:
+    """A coordinate in words: thresholds are fractions that float32 has rounded."""
+    rounded = hasattr(coordinate, "dtype") and coordinate.dtype.kind == "f"
+    return f"{coordinate:g}" if rounded else plain(str(coordinate))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,6 +80,15 @@ class Comparison:
             and name in self.before.measured()
             and self.before[name].is_floating_point()
             and self.before[name].shape == self.after[name].shape
+        )
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The figures that both reports have, of different sizes."""
+        return tuple(
+            name
+            for name in self.before.measured()
+            if name in self.after.measured() and self.before[name].shape != self.after[name].shape
         )
 
     @property
@@ -128,7 +148,8 @@ class Comparison:
         from sinkscope._summary import table_as_text
 
         columns, rows = self._table()
-        return f"{self._title()}\n{table_as_text(columns, rows) if rows else _UNCHANGED}"
+        table = table_as_text(columns, rows) if rows else _UNCHANGED
+        return "\n".join(filter(None, [self._title(), table, self._note()]))
 
     def _repr_html_(self) -> str:
         import html
@@ -137,15 +158,21 @@ class Comparison:
 
         columns, rows = self._table()
         table = table_as_html(columns, rows) if rows else f"<div>{_UNCHANGED}</div>"
-        return f"<strong>{html.escape(self._title())}</strong>{table}"
+        note = f"<div>{html.escape(self._note())}</div>" if self._note() else ""
+        return f"<strong>{html.escape(self._title())}</strong>{table}{note}"
 
     def _title(self) -> str:
         model = plain(self.before.settings.model)
         changed = ", ".join(
-            f"{name}: {plain(str(old))} → {plain(str(new))}"
+            f"{name}: {plain(_words(old))} → {plain(_words(new))}"
             for name, (old, new) in self.changed_settings.items()
         )
         return f"Before and after, {model}" + (f" ({changed})" if changed else "")
+
+    def _note(self) -> str:
+        """What is not in the table and why, or nothing."""
+        names = ", ".join(self.left_out)
+        return f"Left out, since their sizes differ: {names}." if names else ""
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         """Each figure that changed: its mean over everything, and where it changed most."""
@@ -159,7 +186,10 @@ class Comparison:
             top = int(torch.where(defined, change.abs(), -1).argmax())
             place = torch.unravel_index(torch.tensor(top), change.shape)
             dims = [dim for dim in self.before.variables()[name].dims if dim != "prompt"]
-            where = ", ".join(f"{dim} {int(i)}" for dim, i in zip(dims, place, strict=True))
+            where = ", ".join(
+                f"{dim} {_place(coordinate(self.before, dim)[int(i)])}"
+                for dim, i in zip(dims, place, strict=True)
+            )
             rows.append(
                 [
                     self.before.variables()[name].label,

@@ -25,8 +25,10 @@ from sinkscope._gguf import read_gguf
 from sinkscope._hub import find_on_hub
 from sinkscope._memory import (
     bridge_in_memory,
+    bridge_of,
     is_headless,
     place,
+    remember,
     self_contained,
     with_untrained_head,
 )
@@ -75,7 +77,8 @@ def load_model(
     Args:
         spec: A packaged model ("smollm2-135m", "minilm-l6", "bb-3l"), a Hugging Face Hub id, a
             model folder, a ``.gguf`` file, a transformers model in memory (which is wrapped, and
-            thereby changed, in place), or a bridge (which is returned as it is).
+            thereby changed, in place; the next time it is given, its bridge is returned), or a
+            bridge (which is returned as it is).
         device: Where to put it; a GPU if there is one. A model in memory stays where it is.
         dtype: "float32" (the default, whatever the checkpoint's), "bfloat16", "float16", or "auto"
             for the checkpoint's own. A model in memory keeps its own.
@@ -112,6 +115,14 @@ def load_model(
     if device is not None and device_map is not None:
         raise ModelError("Pass either device or device_map, not both.")
     in_memory = isinstance(spec, PreTrainedModel)
+    if in_memory and (known := bridge_of(spec)) is not None:
+        asked = (device, dtype, revision, checkpoint, device_map, tokenizer, name)
+        if any(choice is not None for choice in asked):
+            raise ModelError(
+                f"This {type(spec).__name__} has been loaded already, as it was then; pass it "
+                "alone, or load it with these arguments first."
+            )
+        return known
     if not in_memory and not isinstance(spec, str | os.PathLike):
         raise ModelError(
             f"A {type(spec).__name__} is neither a transformers model nor a TransformerBridge, nor "
@@ -135,6 +146,8 @@ def load_model(
     bridge.cfg.model_name = request.name
     check_finite(bridge.original_model, request.name)
     attach_source(bridge, replace(source, name=request.name))
+    if in_memory:
+        remember(spec, bridge)
     return bridge.eval()
 
 

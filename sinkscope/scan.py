@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinkscope._in_force import in_force
 from sinkscope._metric_of import metric_of
 from sinkscope._unavailable import GATED, NO_SOFTMAX
 from sinkscope.capabilities import Capabilities, capabilities
@@ -42,7 +44,8 @@ def scan(
     """Measure the sinks of a model on some texts, in one forward pass a batch.
 
     Args:
-        model: A bridge, or anything that `load_model` takes.
+        model: A bridge, or anything that `load_model` takes; a transformers model is wrapped in
+            place.
         texts: What `texts()` gives, exact `token_ids`, or a list of strings.
         metrics: "all", "core" (what costs next to nothing at any length), or names from
             `sinkscope.capture.observers.OBSERVERS`; a list may hold "core" beside names. With
@@ -70,7 +73,9 @@ def scan(
     can = capabilities(model)
     prompts = as_texts(texts).tokenize(model).right_padded()
     how = paths.choose(model, can, path)
-    chosen = choose_metrics(metrics, can, how)
+    interventions = in_force(model)
+    softmax = can.softmax and all(one.softmax for one in interventions)
+    chosen = choose_metrics(metrics, replace(can, softmax=softmax), how)
 
     scope = Scope(
         epsilon=epsilon,
@@ -254,4 +259,5 @@ def _settings(
         n_heads=can.n_heads,
         n_kv_heads=can.n_kv_heads,
         seed=texts.seed,
+        interventions=tuple(map(repr, in_force(model))),
     )

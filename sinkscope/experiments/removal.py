@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope._reach import refuse_short_prompts
+from sinkscope._in_force import refuse_short_prompts
 from sinkscope.capture import batches
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments import _partial, _result

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope._reach import refuse_short_prompts
+from sinkscope._in_force import refuse_short_prompts
 from sinkscope.errors import ReportError, SinkscopeError, UnsupportedError
 from sinkscope.experiments import _partial, _result
 from sinkscope.experiments._losses import Flags, PromptLosses

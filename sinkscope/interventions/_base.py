@@ -8,6 +8,7 @@ last word.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sinkscope import _reach
+from sinkscope._in_force import enforced
 from sinkscope.capabilities import capabilities
 from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
 
@@ -34,9 +35,24 @@ class Intervention(AbstractContextManager):
 
     Attributes:
         positions: Those that every prompt must have.
+        softmax: Whether rows of attention stay a softmax's: weights that sum to one at most.
     """
 
     positions: tuple[int, ...] = ()
+    softmax = True
+    _asked: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Keep what was asked for, whatever a subclass makes of it: reports name it."""
+        new = super().__new__(cls)
+        new._asked = args, kwargs
+        return new
+
+    def __repr__(self) -> str:
+        args, kwargs = self._asked
+        asked = inspect.signature(type(self)).bind(*args, **kwargs).arguments
+        words = [f"{name}={_plain(value)}" for name, value in asked.items() if name != "model"]
+        return f"{type(self).__name__}({', '.join(words)})"
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -49,7 +65,7 @@ class Intervention(AbstractContextManager):
                 f"This {type(self).__name__} is in use already; make a second one to nest it."
             )
         with ExitStack() as undo:
-            undo.enter_context(_reach.needing(self.model, self.positions))
+            undo.enter_context(enforced(self.model, self))
             self._begin(undo)
             self._undo = undo.pop_all()
         return self
@@ -143,6 +159,15 @@ class Cursor:
                     f"0 to {end - 1}; use longer prompts or an earlier position."
                 )
         return [position - self.past for position in positions if position >= self.past]
+
+
+def _plain(value: Any) -> str:
+    """An argument in words; what is no plain value by its kind alone, such as texts or tensors."""
+    if isinstance(value, list | tuple | set | frozenset | range):
+        listed = ", ".join(map(_plain, value))
+        return f"({listed})" if isinstance(value, tuple) else f"[{listed}]"
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return repr(value) if plain else type(value).__name__
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinkscope._reach import refuse_short_prompts
+from sinkscope._in_force import refuse_short_prompts
 from sinkscope.capabilities import capabilities
 from sinkscope.capture import batches, paths, runner
 from sinkscope.capture.batches import Batch

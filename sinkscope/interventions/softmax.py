@@ -85,6 +85,7 @@ class ReplaceSoftmax(HookedIntervention):
                 "no other operator says how."
             )
         self.operator = operator
+        self.softmax = operator is off_by_one
         self.layers = check_layers(layers, self.can.n_layers)
         self._scores: dict[int, Tensor] = {}
         self._keeps = {layer: self._keep(layer) for layer in self.layers}

@@ -6,11 +6,14 @@ import copy
 
 import pytest
 import torch
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from sinkscope.capabilities import capabilities
 from sinkscope.errors import ModelError
+from sinkscope.interventions import SelfOnlyMask
 from sinkscope.models import load_model, model_source
+from sinkscope.scan import scan
 
 from .model_files import TOKENS, logits, tiny_llama, tokenizer
 
@@ -97,9 +100,28 @@ def test_copies_know_their_source() -> None:
 
 def test_a_model_is_wrapped_once() -> None:
     model = tiny_llama()
-    load_model(model)
+    weights = set(model.state_dict())
+    bridge = load_model(model)
+    assert load_model(model) is bridge
+    with pytest.raises(ModelError, match="has been loaded already, as it was then"):
+        load_model(model, dtype="float64")
+    copied = copy.deepcopy(bridge)
+    assert load_model(copied.original_model) is copied is not bridge
+    assert len(weights) <= len(model.state_dict()) == len(copied.original_model.state_dict())
+    by_hand = tiny_llama()
+    build_bridge_from_module(by_hand, "LlamaForCausalLM", hf_config=by_hand.config)
     with pytest.raises(ModelError, match="inside a TransformerBridge already"):
-        load_model(model)
+        load_model(by_hand)
+
+
+def test_a_model_in_memory_is_scanned_again_and_again() -> None:
+    model, tokens = tiny_llama(), torch.arange(5, 25)[None]
+    first, second = (scan(model, tokens, progress=False) for _ in range(2))
+    torch.testing.assert_close(first.sink_attention, second.sink_attention)
+    with SelfOnlyMask(load_model(model), position=5):
+        masked = scan(model, tokens, progress=False)
+    assert masked.settings.interventions == ("SelfOnlyMask(position=5)",)
+    assert float((masked.sink_attention - first.sink_attention).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,32 @@ def test_models_of_other_sizes_are_compared_where_they_agree(pair):
     assert "sink_rate" in comparison.names and "sink_attention" not in comparison.names
     with pytest.raises(ReportError, match="cannot be compared: it has the shape"):
         comparison.difference("sink_attention")
+    left_out = repr(comparison).splitlines()[-1]
+    assert left_out.startswith("Left out, since their sizes differ: ")
+    assert "sink_attention" in left_out and "sink_rate," not in left_out
+
+
+def test_the_largest_change_is_named_by_its_threshold(pair):
+    before, _, _ = pair
+    curve = before.sink_rate_curve.clone()
+    curve[2] += 0.25
+    after = dataclasses.replace(before, sink_rate_curve=curve)
+    threshold = before.to_frame("sink_rate_curve")["epsilon"].unique()[2]
+    (row,) = [line for line in repr(compare(before, after)).splitlines() if "epsilon" in line]
+    assert f"at epsilon {threshold:g}" in row
+
+
+def test_a_report_names_what_was_in_force():
+    report = synthetic_report()
+    under = dataclasses.replace(
+        report.settings, interventions=("ZeroValue(positions=0)", "SelfOnlyMask(position=5)")
+    )
+    masked = dataclasses.replace(report, settings=under)
+    words = " ".join(repr(masked).split())
+    assert "float32, under ZeroValue(positions=0) and SelfOnlyMask(position=5)" in words
+    assert "interventions: none → ZeroValue(positions=0), Self" in repr(compare(report, masked))
+    with pytest.raises(ReportError, match="cannot be merged because their interventions differs"):
+        report.merge(masked)
 
 
 def test_text_stays_text_where_rich_would_draw_it_in_the_notebook(monkeypatch, capsys):
