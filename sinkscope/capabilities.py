@@ -132,7 +132,7 @@ def capabilities(model: Any) -> Capabilities:
     """
     if not hasattr(model, "hook_dict"):
         raise UnsupportedError(
-            f"capabilities() needs a TransformerBridge and got {type(model).__name__}; "
+            f"A TransformerBridge is needed here, not a {type(model).__name__}; "
             "sinkscope.load_model makes one."
         )
     state = _attention_state(model)

@@ -129,10 +129,12 @@ class SinkReport(SinkFields):
 
         Raises:
             ReportError: where a setting that changes the meaning of the figures differs (the
-                sentence names the first), or only one report has a field.
+                sentence names the first), only one report has a field, or `other` is no report.
         """
         from sinkscope._merge import merged_fields
 
+        if not isinstance(other, SinkReport):
+            raise ReportError(f"merge() takes a report of a scan, not {other!r:.80}.")
         settings = self.settings.merge(other.settings)
         if (self.massive is None) != (other.massive is None):
             raise ReportError(

@@ -32,7 +32,7 @@ from sinkscope.capture._norms import skip_unread_statistics
 from sinkscope.capture._overrides import Overrides
 from sinkscope.capture._shortcuts import take_shortcuts
 from sinkscope.capture._support import attention_of
-from sinkscope.errors import UnsupportedError
+from sinkscope.errors import ModelError, UnsupportedError
 
 __all__ = ["AttentionCall", "Stream", "streaming"]
 
@@ -67,11 +67,17 @@ def streaming(bridge: TransformerBridge) -> Iterator[Stream]:
 
     Raises:
         UnsupportedError: On entry, if the architecture's attention cannot be streamed exactly.
+        ModelError: On entry, if it is no bridge.
 
     Examples:
         >>> with streaming(bridge) as stream:  # doctest: +SKIP
         ...     bridge.run_with_hooks(tokens, fwd_hooks=[("blocks.0.attn.hook_lse", read)])
     """
+    if not isinstance(bridge, TransformerBridge):
+        raise ModelError(
+            f"streaming() takes a TransformerBridge, not a {type(bridge).__name__}; load_model(...) "
+            "makes one."
+        )
     if bridge in _streams:
         yield _streams[bridge]
         return
