@@ -41,6 +41,8 @@ class Dormancy(Result):
         level: Probability of naming even one head wrongly.
     """
 
+    QUESTION = "Which heads sleep on one kind of text and work on another?"
+
     reports: dict[str, SinkReport]
     p_values: dict[tuple[str, str], Tensor]
     removals: dict[str, dict[str, Removal]]
@@ -210,7 +212,7 @@ class Dormancy(Result):
         }
         for mode in self.removals:
             counts = {int(whole.sum()) for whole in self._whole(mode).values()}
-            on = f"{' or '.join(map(str, sorted(counts)))} prompt{'' if counts == {1} else 's'}"
+            on = " or ".join(_result.counted(n, "prompt") for n in sorted(counts))
             line = f"{self.about} · removed: {mode}, on {on} of each"
             figures[f"removal-{mode}"] = removal_cost(self.removal_frame(mode), about=line)
         return figures

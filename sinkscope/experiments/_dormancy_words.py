@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sinkscope.experiments._result import listed, number
+from sinkscope.experiments._result import counted, listed, number
 
 if TYPE_CHECKING:
     from sinkscope.experiments._dormancy import Dormancy
@@ -30,8 +30,8 @@ def summary(found: Dormancy) -> str:
 
 def _pair(found: Dormancy, pair: str, n: int) -> str:
     return (
-        f"{pair}: sink attention differs in {n} heads (max-t permutation test over prompts, "
-        f"{found.level:.0%} at most to name even one wrongly)."
+        f"{pair}: sink attention differs in {counted(n, 'head')} (max-t permutation test over "
+        f"prompts, {found.level:.0%} at most to name even one wrongly)."
     )
 
 

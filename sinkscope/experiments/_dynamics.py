@@ -32,6 +32,8 @@ class Dynamics(Result):
         parked: Mean sink attention above which a head counts as dormant [probability].
     """
 
+    QUESTION = "When in training do sinks, drains and peaks grow?"
+
     reports: dict[int, SinkReport]
     loss: dict[int, float]
     parked: float

@@ -37,6 +37,8 @@ class Mixing(Result):
         matrix_entropy: Of the same positions, over its largest possible value [share].
     """
 
+    QUESTION = "How far does one changed token spread, with and without a sink?"
+
     conditions: tuple[str, ...]
     changed: int
     hidden_after: int

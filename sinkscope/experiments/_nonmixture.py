@@ -47,6 +47,8 @@ class NonMixture(Result):
         contribution_of_all: What all neurons add together.
     """
 
+    QUESTION = "Which FFN dims mark the element that mixes nothing?"
+
     report: SinkReport
     position: int
     masked: bool

@@ -34,6 +34,8 @@ class WhichPart(Result):
         loss: Mean loss of the queries after the position [nat]; None without a trained head.
     """
 
+    QUESTION = "Which part of what makes the sink is enough, and which is needed?"
+
     position: int
     peak_layer: int
     dims: tuple[int, ...]

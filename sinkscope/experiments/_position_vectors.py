@@ -37,6 +37,8 @@ class PositionNorms(Result):
         norm: ‖p_t‖ of every position [activation].
     """
 
+    QUESTION = "Does the first position's vector stand out?"
+
     norm: Float[Tensor, "position"]
 
     def findings(self) -> dict[str, Any]:
@@ -109,6 +111,8 @@ def position_norms(model: Any) -> PositionNorms:
 
 class PositionEdit(Conditions):
     """What another position's vector does; conditions are {start and end} × {changes}."""
+
+    QUESTION = "Does another position's vector make a sink?"
 
 
 def position_embeddings(

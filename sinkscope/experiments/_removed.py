@@ -29,6 +29,8 @@ class Removal(Result):
         loss_without: The same without the head; nan where it was not removed.
     """
 
+    QUESTION = "What does it cost to remove a head?"
+
     mode: str
     asked: dict[str, Any]
     loss: Float[Tensor, "prompt"]
@@ -86,8 +88,9 @@ class Removal(Result):
         return (
             f"The loss is {found['loss']} nat. Without one of {found['heads']} heads "
             f"({self.mode}) it rises by {number(found['median_cost'])} in the median; by most "
-            f"without {_result.listed(dearest)}. {found['dear']} heads cost something for sure, "
-            f"{found['harmful']} do harm for sure (95 % intervals over prompts, head by head)."
+            f"without {_result.listed(dearest)}. Heads that are "
+            f"missed for sure: {found['dear']}; that do harm for sure: {found['harmful']} (95 % "
+            "intervals over prompts, head by head)."
         )
 
     def figures(self) -> dict[str, go.Figure]:

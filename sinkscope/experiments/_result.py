@@ -34,7 +34,10 @@ class Result(Labelled):
 
     Attributes:
         about: Model, T, BOS and texts in one line, for figures.
+        QUESTION: What the experiment asks; the heading of its page.
     """
+
+    QUESTION = ""
 
     about: str
 
@@ -74,28 +77,17 @@ class Result(Labelled):
         contents = {
             "json": json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n",
             "csv": self.frame().to_csv(index=False),
-            "html": self.to_html(name),
+            "html": self.to_html(),
         }
         return [
             _write(Path(folder) / f"{name}.{suffix}", text) for suffix, text in contents.items()
         ]
 
-    def to_html(self, title: str) -> str:
-        """One page with the summary and every figure, which needs no network."""
-        from html import escape
+    def to_html(self) -> str:
+        """One page with the question, the summary and every figure, which needs no network."""
+        from sinkscope.experiments._page import to_html
 
-        from sinkscope.plot.export import CONFIG
-
-        parts = [
-            figure.to_html(full_html=False, include_plotlyjs=not index, config=CONFIG)
-            for index, figure in enumerate(self.figures().values())
-        ]
-        return _PAGE.format(
-            title=escape(title),
-            about=escape(self.about),
-            summary=escape(self.summary()),
-            figures="\n".join(parts),
-        )
+        return to_html(self)
 
     def __repr__(self) -> str:
         lines = f"{self.about}\n{self.summary()}".splitlines()
@@ -109,17 +101,6 @@ def _wrapped(line: str) -> str:
     whole = line.strip().replace(" %", "\N{NO-BREAK SPACE}%")
     text = textwrap.fill(whole, WIDTH, initial_indent=indent, subsequent_indent=later)
     return text.replace("\N{NO-BREAK SPACE}%", " %")
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body{{font-family:system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}}
-pre{{white-space:pre-wrap;line-height:1.45}}</style></head>
-<body><h1>{title}</h1><p>{about}</p><pre>{summary}</pre>
-{figures}
-</body></html>
-"""
 
 
 def _write(path: Path, text: str) -> Path:
@@ -208,6 +189,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def counted(n: int, noun: str) -> str:
+    """So many of something: 1 head, 2 heads."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def listed(items: list[str]) -> str:

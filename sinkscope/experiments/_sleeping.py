@@ -35,6 +35,8 @@ class Sleeping(Result):
         share_removed: Share of each prompt's heads that were flagged.
     """
 
+    QUESTION = "How many heads can sleep at once?"
+
     scores: list[str]
     asked: dict[str, Any]
     quantile: Float[Tensor, "quantile"]

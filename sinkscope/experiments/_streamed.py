@@ -42,6 +42,8 @@ class StreamedContext(Result):
         full_bytes: What a cache of the whole text would hold.
     """
 
+    QUESTION = "What are a few kept sinks worth when a long text passes through a window?"
+
     asked: dict[str, Any]
     kept: list[str]
     windows: list[int]

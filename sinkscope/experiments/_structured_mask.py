@@ -16,6 +16,8 @@ from sinkscope.models import load_model
 class Designation(Conditions):
     """What designating a position does; conditions are {start} × {unchanged, designated}."""
 
+    QUESTION = "Does an element become the sink when it mixes nothing?"
+
 
 def structured_mask(
     model: Any,

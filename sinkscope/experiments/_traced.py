@@ -44,6 +44,8 @@ class PeakTrace(Result):
         attention_without: `attention` when a part is removed.
     """
 
+    QUESTION = "Which blocks write the residual peak, and which heads read it?"
+
     sink: int
     blocks: tuple[int, ...]
     parts: tuple[str, ...]

@@ -24,7 +24,7 @@ _intervals: WeakKeyDictionary[SinkReport, dict[Hashable, Interval]] = WeakKeyDic
 ROOM = 76  # pixels above the plot for the title and the line under it
 _WIDTH = 800  # pixels of a plot in a figure 900 wide, between its margins
 _KEY, _LETTER, _SMALL = 45, 8, 6  # pixels of a legend's key, and of a letter there and in `about`
-_ROW, _LINE = 20, 15  # pixels of a row of the legend, and of a further line of `about`
+_ROW, LINE = 20, 15  # pixels of a row of the legend, and of a further line of `about`
 _DOT = " · "
 
 
@@ -57,7 +57,7 @@ def finish(
     figure.update_layout(
         template=template(theme), title=dict(text=title, subtitle=dict(text=line)), height=height
     )
-    above = ROOM + _LINE * line.count("<br>")
+    above = ROOM + LINE * line.count("<br>")
     rows, panels = _legend_rows(figure), _has_panels(figure)
     if rows > 1 or (rows and panels):  # no room between the title and what is below it
         figure.update_layout(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 COLUMNS = ("condition", "prompt", "layer", "position", "metric", "value")
 _ABREAST = 6  # conditions whose names fit side by side
 _PANEL, _GAP = 190, 50  # pixels of a panel, and between two of them
+_SHORT = 36  # characters of a panel's title that fit over it in a figure 640 pixels wide
 LOG_METRICS = ("residual_norm", "residual_peak", "sink_residual_norm")
 
 
@@ -101,7 +102,8 @@ def before_after(
         if by == "layer":
             figure.update_xaxes(**layer_ticks(rows["layer"].nunique()))
         figure.update_yaxes(title_text=frames.label_of(metric), row=(lines + 1) // 2, col=1)
-        figure.update_annotations(font_size=13)
+        longest = max(len(str(condition)) for condition in conditions)
+        figure.update_annotations(font_size=13 if longest <= _SHORT else 11)
         height = 170 + (_PANEL + _GAP) * lines
     if log if log is not None else metric in LOG_METRICS:
         downwards = figure.layout.yaxis.type == "category"

@@ -263,7 +263,8 @@ def test_results_come_as_words_tables_figures_and_files(tmp_path) -> None:
         files = result.save(tmp_path, name)
         assert [file.suffix for file in files] == [".json", ".csv", ".html"]
         page = files[2].read_text()
-        assert page.count("Plotly.newPlot") == len(result.figures())
+        assert page.count('<div class="figure"') == len(result.figures())
+        assert f"<h1>{result.QUESTION}</h1>" in page and result.QUESTION.endswith("?")
         assert not result.frame().empty
         assert repr(result).startswith("LlamaForCausalLM · T = 24")
     mask = results["mask"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sinkscope.cli import app
+from sinkscope.cli.waiver import QUESTIONS
 from sinkscope.errors import SinkscopeError
 from tests.families.architectures import BY_NAME
 from tests.unit.tiny_tokenizers import words
@@ -38,6 +40,9 @@ def test_waiver_answers_what_it_can_and_says_what_it_cannot(folder, tmp_path) ->
     assert set(found) == {"nonmixture", "mask", "positions", "parts", "refused"}
     assert "no learned position vectors" in found["refused"]["norms"]
     assert found["mask"]["position"] == 10, "two thirds along"
+    for name in set(found) - {"refused"}:
+        asked_there = html.escape(QUESTIONS[name].partition(" (")[0])
+        assert f"<h1>{asked_there}</h1>" in (tmp_path / f"{name}.html").read_text()
     for name in ("nonmixture", "mask", "positions", "parts"):
         assert json.loads((tmp_path / f"{name}.json").read_text())["about"].endswith("text.txt")
         assert (tmp_path / f"{name}.csv").exists() and (tmp_path / f"{name}.html").exists()
