@@ -10,7 +10,7 @@ import numpy as np
 
 LONGEST = 1024
 """Bins of a line or of bars: about as many as a screen has columns for."""
-_KEPT = 4  # columns of a map that a kept position takes
+_KEPT = 6  # columns of a map that a kept position takes
 
 
 class Bins(NamedTuple):
@@ -57,7 +57,7 @@ class Bins(NamedTuple):
         """Where the bins begin and end on a map that draws all of them equally wide [bin + 1].
 
         Drawn to scale, one position of thousands would be thinner than a pixel. The positions in
-        `keep` are four times as wide, so that a sink is seen on a telephone too.
+        `keep` are six times as wide, so that a sink is seen on a telephone too.
         """
         if not self.binned:
             return self.edges()

@@ -98,9 +98,9 @@ def sink_rate_by_length(
             name=name, colour=colour, label="sink rate [share]", along="T =",
         )  # fmt: skip
         figure.add_scatter(
-            x=lengths, y=[_uniform(report) for report in own], mode="lines",
+            x=lengths, y=[_uniform(report) for report in own], mode="lines+markers",
             name=f"{name}, uniform attention",
-            line=dict(color=colour, dash="dot"),
+            line=dict(color=colour, dash="dot"), marker=dict(symbol="square-open"),
             hovertemplate="T = %{x}<br>uniform attention: %{y:.3~g}<extra></extra>",
         )  # fmt: skip
     lengths = sorted({_length(report) for report in reports})

@@ -2,7 +2,6 @@ import itertools
 import re
 
 import numpy as np
-import plotly.colors
 import pytest
 import torch
 
@@ -139,19 +138,6 @@ def test_the_last_quarter_of_a_causal_text_is_shaded_where_attention_is_drawn(ca
     assert plot.position_map(report, "residual_norm").layout.xaxis.title.text == "position"
 
 
-def test_a_strip_says_where_its_prompt_is_seen_by_few_queries():
-    report = synthetic_report(prompts=2, lengths=[16, 12])
-    for prompt, metric, tokens, said in (
-        (0, "received_peak", 16, "from 12 on seen by few queries"),
-        (1, "received_peak", 16, "from 9 on seen by few queries"),
-        (0, "received_peak", 12, None),
-        (0, "residual_outlier", 16, None),
-    ):
-        figure = plot.token_strip(report, prompt, metric, tokens=tokens)
-        line = figure.layout.title.subtitle.text
-        assert line.endswith(said) if said else "few" not in line
-
-
 def test_three_positions_have_three_ticks():
     report = synthetic_report(positions=3)
     assert plot.by_position(report, layer=0).layout.xaxis.dtick == 1
@@ -251,123 +237,3 @@ def test_strange_layers_heads_and_metrics_are_refused():
         plot.by_position(report, "honor", layer=0)
     with pytest.raises(ReportError, match="was not measured"):
         plot.position_embedding_norms(only(report, "residual_norm"))
-
-
-def strip_cells(figure) -> list[tuple[str, float]]:
-    """Text and colour value of the token cells in reading order."""
-    cells, words = figure.data
-    assert np.isnan(np.ravel(cells.z)[len(words.text) :]).all()
-    return list(zip(words.text, np.ravel(cells.z).tolist(), strict=False))
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_words_are_read_on_every_colour_of_the_strip(theme):
-    values = torch.linspace(0.001, 1, 100).log()[None].sub(torch.tensor(0.001).log())
-    values[0, 99] = torch.nan
-    report = synthetic_report(prompts=1, positions=100, received_peak=values)
-    cells, words = plot.token_strip(report, log=False, theme=theme).data
-    scale = plotly.colors.get_colorscale("Viridis")
-
-    def luminance(colour: str) -> float:  # WCAG 2
-        if colour.startswith("#"):
-            parts = [int(c, 16) / 15 for c in colour[1:]]
-        else:
-            parts = [part / 255 for part in plotly.colors.unlabel_rgb(colour)]
-        red, green, blue = [
-            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts
-        ]
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    for value, ink in list(zip(np.ravel(cells.z), words.textfont.color, strict=True))[:99]:
-        share = (value - cells.zmin) / (cells.zmax - cells.zmin)
-        (under,) = plotly.colors.sample_colorscale(scale, [float(share)])
-        dark, bright = sorted([luminance(ink), luminance(under)])
-        assert (bright + 0.05) / (dark + 0.05) > 4.5, (share, ink)
-    assert words.textfont.color[99] == plot.theme.palette(theme).ink
-
-
-def test_token_strip_shows_each_token_with_its_figure():
-    report = synthetic_report(prompts=2, lengths=[16, 13])
-    cells = strip_cells(plot.token_strip(report, 1, log=False))
-    assert [text.strip("\u2068\u2069") for text, _ in cells] == report.token_text[1]
-    assert [value for _, value in cells] == pytest.approx(report.received_peak[1, :13].tolist())
-
-
-def test_token_strip_is_logarithmic_by_default():
-    report = synthetic_report()
-    cells = strip_cells(plot.token_strip(report, 0, "residual_outlier"))
-    expected = report.residual_outlier[0].double().log10().tolist()
-    assert [value for _, value in cells] == pytest.approx(expected, rel=1e-5)
-
-
-def test_token_strip_of_a_long_prompt_says_which_part_it_shows():
-    report = synthetic_report(prompts=1, layers=1, positions=1000)
-    figure = plot.token_strip(report, start=500, tokens=100)
-    assert len(strip_cells(figure)) == 100
-    assert "positions 500 to 599 of 1,000" in figure.layout.title.text
-    assert "position 500: " in figure.data[0].customdata[0][0]
-    with pytest.raises(ReportError, match="no position 1000"):
-        plot.token_strip(report, start=1000)
-
-
-@pytest.mark.parametrize(
-    ("token", "shown"),
-    [
-        ("<b>x</b>", "&lt;b&gt;x&lt;/b&gt;"),
-        (" the", "␣the"),
-        ("a ", "a␣"),
-        ("\n\t\x00", "⏎⇥␀"),
-        ("", "∅"),
-        ("\u202eevil", "⟨U+202E⟩evil"),
-        ("שלום", "שלום"),
-        ("x" * 40, "x" * 31 + "…"),
-        ("\ud800", "⟨U+D800⟩"),
-    ],
-)
-def test_token_text_is_data(token, shown):
-    report = synthetic_report(prompts=1, positions=2, token_text=[[token, "b"]])
-    hover = plot.token_strip(report).data[0].customdata[0][0]
-    assert hover.startswith(f"position 0: \u2068{shown}\u2069<br>")
-
-
-def pattern(size: int) -> torch.Tensor:
-    """Causal attention, nine tenths of it to key 0."""
-    mask = torch.ones(size, size).tril()
-    uniform = 0.1 * mask / mask.sum(1, keepdim=True)
-    uniform[:, 0] += 0.9
-    return uniform
-
-
-def test_attention_pattern_leaves_out_what_no_query_sees():
-    figure = plot.attention_pattern(pattern(8), list("abcdefgh"), about="x", title="L1 <H2>")
-    (cells,) = figure.data
-    z = np.asarray(cells.z)
-    assert np.isnan(z[np.triu_indices(8, 1)]).all()
-    np.testing.assert_allclose(z[np.tril_indices(8)], pattern(8).numpy()[np.tril_indices(8)])
-    for axis, places in ((figure.layout.xaxis, cells.x), (figure.layout.yaxis, cells.y)):
-        assert places[2] == "2 \u2068c\u2069"
-        assert (axis.type, axis.dtick) == ("category", 1), "every token has its tick"
-    assert figure.layout.title.text == "L1 &lt;H2&gt;"
-
-
-@pytest.mark.parametrize("size", [513, 1500, 4096])
-def test_large_pattern_is_cut_into_bins_of_maxima(size):
-    attention = pattern(size)
-    attention[size // 2, 7] = 0.95
-    figure = plot.attention_pattern(attention, about="x")
-    (cells,) = figure.data
-    ends = [[int(end) for end in name.split(" to ")] for name in cells.x]
-    assert [k for name in ends for k in range(name[0], name[-1] + 1)] == list(range(size))
-    assert list(cells.x) == list(cells.y) and len(ends) == 200
-    for row, column in ((0, 0), (199, 0), (99, 0), (100, 1), (100, 4), (180, 90), (9, 180)):
-        (top, bottom), (left, right) = [(ends[i][0], ends[i][-1] + 1) for i in (row, column)]
-        largest = max(float(x) for line in attention[top:bottom] for x in line[left:right])
-        assert cells.z[row][column] == pytest.approx(largest) or left >= bottom
-    assert f"maxima of bins; {size:,} × {size:,} cells" in figure.layout.title.text
-
-
-def test_pattern_of_another_shape_is_refused():
-    with pytest.raises(ReportError, match="expected one head's"):
-        plot.attention_pattern(torch.zeros(2, 3, 3), about="x")
-    with pytest.raises(ReportError, match="2 tokens for a pattern"):
-        plot.attention_pattern(torch.zeros(3, 3), ["a", "b"], about="x")
