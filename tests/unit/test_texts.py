@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,12 +85,14 @@ def test_length_counts_special_tokens(corpus: Path):
 def test_a_text_shorter_than_asked_says_what_there_is(tmp_path: Path):
     path = tmp_path / "short.txt"
     path.write_text(numbered(20))
-    with pytest.raises(TextError, match=r"it has 20 tokens, .* needs 30; pass length=20 or less"):
+    with pytest.raises(
+        TextError, match=r"it has 20 tokens, .* needs 30; ask for a length of 20 or "
+    ):
         texts(path, prompts=1, length=30).tokenize(model(words()))
-    with pytest.raises(TextError, match=r"20 tokens give 2 prompts .* pass prompts=2 or length=6"):
+    with pytest.raises(TextError, match=r"give 2 prompts .* ask for 2, or a length of 6\."):
         texts(path, prompts=3, length=8).tokenize(model(words()))
     # What it proposes works, special tokens included.
-    with pytest.raises(TextError, match=r"needs 29 beside .* pass length=21 or less"):
+    with pytest.raises(TextError, match=r"needs 29 beside .* a length of 21 or less"):
         texts(path, prompts=1, length=30, bos="always").tokenize(model(words()))
     assert len(texts(path, 1, 21, bos="always").tokenize(model(words()))) == 1
     assert len(texts(path, 3, 6).tokenize(model(words()))) == 3
@@ -110,7 +113,7 @@ def test_a_length_beyond_the_context_is_refused_exactly(corpus: Path):
 
 
 def test_a_length_without_room_for_text_is_refused(corpus: Path):
-    with pytest.raises(TextError, match="length=2 leaves no room"):
+    with pytest.raises(TextError, match="length of 2 leaves no room"):
         texts(corpus, 1, 2).tokenize(model(bert_like()))
     for wrong in (0, -1, True):
         with pytest.raises(TextError, match="should be a whole number above 0"):
@@ -159,7 +162,7 @@ def test_a_list_can_be_cut_into_windows():
 def test_the_first_prompts_of_a_list():
     result = texts(["w4", "w5", "w6"], prompts=2).tokenize(model(words()))
     assert result.tokens.tolist() == [[4], [5]]
-    with pytest.raises(TextError, match="strings has 1 texts, not 3; pass prompts=1"):
+    with pytest.raises(TextError, match="strings has 1 texts, not 3; ask for 1"):
         texts(["w4"], prompts=3).tokenize(model(words()))
 
 
@@ -218,10 +221,15 @@ def test_padded_ids_come_with_a_mask():
         ([5, 6], None, "list of lists of integers"),
         ("w4", None, "list of lists of integers"),
         ([[1.5]], None, "should be integers"),
-        ([["w4"]], None, "for text pass a list of strings"),
+        ([["w4"]], None, "text goes to texts.. or --texts"),
         ([[True]], None, "should be integers"),
         (torch.rand(2, 3), None, "should be integers, not torch.float32"),
-        (torch.zeros(3, dtype=torch.int64), None, r"\[prompt position\]"),
+        (torch.zeros(3, dtype=torch.int64), None, r"shape \(3,\); a prompt alone is ids\[None\]"),
+        (np.zeros(3, np.int32), None, r"shape \(3,\); a prompt alone is ids\[None\]"),
+        (np.zeros((2, 3)), None, "should be integers, not float64"),
+        (np.array([["w4"]]), None, "should be integers, not <U2"),
+        (np.ones((2, 3), bool), None, "should be integers, not bool"),
+        ({"input_ids": [[5]]}, None, r'not a dict; .*x\["input_ids"\], x\["att'),
         ([[5, 6]], [[1]], "have the shapes"),
         ([[5, 6]], [[1, 2]], "True for a real token"),
         ([[5, 6], [7]], [[1, 1], [1, 0]], "needs ids of equal length"),
@@ -255,6 +263,26 @@ def test_ids_of_any_integer_type_can_be_embedded(dtype: torch.dtype):
     assert torch.equal(torch.nn.functional.embedding(result.tokens, table), table[given])
 
 
+@pytest.mark.parametrize("dtype", ["u1", "i2", "<i4", ">i4", "i8", "u8"])
+def test_numpy_ids_of_any_integer_type_are_taken_as_tensors_are(dtype: str):
+    array = np.array([[5, 6, 7], [7, 8, 9]], dtype)
+    array.flags.writeable = False
+    for ids in (array, array[:, ::-1], array.T):
+        assert token_ids(ids).tokens.tolist() == ids.tolist()
+        assert as_texts(ids).tokens.tolist() == ids.tolist()
+    ragged = [array[0], array[1, :2]]
+    assert token_ids(ragged).tokens.tolist() == as_texts(ragged).tokens.tolist()
+    assert token_ids(ragged).tokens.tolist() == [[5, 6, 7], [7, 8, 0]]
+
+
+def test_what_a_tokenizer_returns_is_told_apart():
+    found = words()(["w4 w5", "w6"], padding=True, return_tensors="np")
+    with pytest.raises(TextError, match=r'not a BatchEncoding; .* token_ids\(x\["input_ids"\]'):
+        as_texts(found)
+    taken = token_ids(found["input_ids"], found["attention_mask"])
+    assert taken.right_padded().tokens.tolist() == [[4, 5], [6, 0]]
+
+
 @pytest.mark.parametrize("pad", [-100, -1, WORDS, 10**9])
 @pytest.mark.parametrize("as_ids", [list, torch.tensor])
 def test_what_stands_under_the_mask_does_not_matter(pad: int, as_ids):
@@ -277,6 +305,10 @@ def test_a_json_file_of_ids(tmp_path: Path):
     assert isinstance(texts(path), Texts) and texts(path).source == "tokens.json"
     with pytest.raises(TextError, match="used as they are"):
         texts(path, length=5)
+    with pytest.raises(TextError, match="leave out prompts, bos"):
+        texts(path, 5, bos="always")
+    with pytest.raises(TextError, match="There is no text file 'none.json'"):
+        texts("none.json", length=5)
     path.write_text('{"text": 1}')
     with pytest.raises(TextError, match=r"tokens\.json: Token ids should be a list of lists"):
         read_token_ids(path)
