@@ -5,9 +5,11 @@ from __future__ import annotations
 import html
 import io
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from sinkscope import _findings as findings
+from sinkscope._width import line_width
 
 if TYPE_CHECKING:
     from sinkscope.report import SinkReport
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 Fact = tuple[str, str]
 
 _HEADS = 8
-_WIDTH = 100
+_UNDEFINED = "–"
+_UNLIMITED = 10_000
 _TITLES = {
     "layer": "layer",
     "head": "head",
@@ -35,7 +38,7 @@ _TABLE = "border-collapse:collapse;margin:.5em 0;color:inherit"
 
 
 def as_text(report: SinkReport) -> str:
-    """The summary as plain text, at most 100 columns wide."""
+    """The summary as plain text, at most `line_width` columns wide."""
     from rich.table import Table
     from rich.text import Text
 
@@ -44,7 +47,7 @@ def as_text(report: SinkReport) -> str:
     facts.add_column()
     for label, text in facts_of(report):
         facts.add_row(Text(label), Text(text))
-    parts = [title_of(report), _printed(facts)]
+    parts = [title_of(report), _printed(facts, line_width())]
     columns, rows = heads_of(report)
     if rows:
         parts += [f"Strongest sink heads\n{table_as_text(columns, rows)}"]
@@ -67,7 +70,20 @@ def as_html(report: SinkReport) -> str:
 
 
 def table_as_text(columns: list[str], rows: list[list[str]]) -> str:
-    """A table of text cells for the terminal, figures right-justified."""
+    """A table of text cells for the terminal, figures right-justified.
+
+    Where it would be too wide, each word of a title has a line of its own.
+    """
+    from rich.cells import cell_len
+
+    wide = _printed(_table(columns, rows), _UNLIMITED)
+    if max(map(cell_len, wide.splitlines())) <= line_width():
+        return wide
+    broken = [re.sub(" (?!%)", "\n", column) for column in columns]
+    return _printed(_table(broken, rows), line_width())
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> Any:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -77,7 +93,7 @@ def table_as_text(columns: list[str], rows: list[list[str]]) -> str:
         table.add_column(Text(column), justify="right" if index else "left")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    return _printed(table)
+    return table
 
 
 def table_as_html(columns: list[str], rows: list[list[str]]) -> str:
@@ -90,12 +106,12 @@ def table_as_html(columns: list[str], rows: list[list[str]]) -> str:
     return f'<table style="{_TABLE}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def _printed(renderable: Any) -> str:
+def _printed(renderable: Any, width: int) -> str:
     from rich.console import Console
 
     out = io.StringIO()
     console = Console(
-        file=out, width=_WIDTH, color_system=None, legacy_windows=False, force_jupyter=False
+        file=out, width=width, color_system=None, legacy_windows=False, force_jupyter=False
     )
     console.print(renderable)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
@@ -138,9 +154,11 @@ def heads_of(report: SinkReport) -> tuple[list[str], list[list[str]]]:
 
 def _with_interval(record: dict[str, Any]) -> dict[str, Any]:
     low, high = record["low"], record["high"]
-    interval = "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+    interval = _UNDEFINED if math.isnan(low) else f"{low:.3f} to {high:.3f}"
     return record | {"interval": interval}
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return _UNDEFINED if math.isnan(value) else f"{value:.3f}"

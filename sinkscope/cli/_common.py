@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sinkscope._width import as_wide_as_the_terminal
 from sinkscope.errors import ReportError
 
 Model = Annotated[
@@ -84,6 +85,12 @@ def _umask() -> int:
 def print_json(value: Any) -> None:
     """One JSON object on stdout; nan and infinity must be gone by now."""
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def show(found: Any) -> None:
+    """Print a result in words and tables that the terminal shows whole."""
+    with as_wide_as_the_terminal():
+        typer.echo(repr(found))
 
 
 def finite(value: Any) -> Any:

@@ -83,7 +83,8 @@ def dormant(
         common.print_json(common.finite({name: one.to_dict() for name, one in found.items()}))
         return
     for one in found.values():
-        typer.echo(f"{one!r}\n")
+        common.show(one)
+        typer.echo()
     for file in written:
         typer.echo(f"wrote {file}")
 

@@ -69,7 +69,7 @@ def scan(
     if json:
         common.print_json(report.to_dict())
         return
-    typer.echo(repr(report))
+    common.show(report)
     for file in written:
         typer.echo(f"wrote {file}")
     if folder is not None and folder / HEADS not in written:

@@ -80,7 +80,7 @@ def stream(
     if json:
         common.print_json(common.finite(found.to_dict()))
         return
-    typer.echo(repr(found))
+    common.show(found)
     if designated == "auto" and "designated 255" not in found.kept:
         typer.echo("The text hardly goes beyond 255, so a position two thirds along is designated.")
     for file in written:

@@ -50,6 +50,6 @@ def trace_peak(
     if json:
         common.print_json(found.to_dict())
         return
-    typer.echo(repr(found))
+    common.show(found)
     for file in written:
         typer.echo(f"wrote {file}")

@@ -72,7 +72,9 @@ def waiver(
         common.print_json(common.finite({**answered, "refused": refused}))
         return
     for name, one in found.items():
-        typer.echo(f"{QUESTIONS[name]}\n{one!r}\n")
+        typer.echo(QUESTIONS[name])
+        common.show(one)
+        typer.echo()
     for name, reason in refused.items():
         typer.echo(f"{QUESTIONS[name]}\n{reason}\n")
     for file in written:
