@@ -211,17 +211,19 @@ class StreamedContext(Result):
         rows = self.frame().drop(columns=["perplexity", "perplexity_low", "perplexity_high"])
         rows = rows.rename(columns=lambda name: name.replace("perplexity_after", "perplexity"))
         drawn = {}
-        for counted in dict.fromkeys(
-            c for c, w in zip(self.counted, self.windows, strict=True) if w > 0
-        ):
+        ways = dict.fromkeys(c for c, w in zip(self.counted, self.windows, strict=True) if w > 0)
+        for counted in ways:
             about = f"{self.about} · {_COUNTED[counted]}"
+            one_of_two = f", {_COUNTED[counted]}" if len(ways) > 1 else ""
             chosen = rows[(rows["positions"] == counted) | (rows["window"] < 0)]
             drawn[f"perplexity-{counted}"] = perplexity_by_window(
                 chosen, about=f"{about} · from token {self.after:,} on"
-            )
+            ).update_layout(title_text=f"Perplexity of a long text through a window{one_of_two}")
             for window in sorted(chosen[chosen["window"] > 0]["window"].unique().tolist()):
                 drawn[f"along-{counted}-{window}"] = perplexity_along(
                     self._along(counted, window), about=f"{about} · window {window:,}"
+                ).update_layout(
+                    title_text=f"Perplexity along a long text, window {window:,}{one_of_two}"
                 )
         return drawn
 

@@ -97,6 +97,9 @@ def test_a_text_that_ends_too_soon_is_not_said_to_have_moved_on(found: StreamedC
 def test_figures_show_blocks_along_the_text_and_each_window(found: StreamedContext) -> None:
     drawn = found.figures()
     assert set(drawn) == {"perplexity-cache", "along-cache-64", "along-cache-128"}
+    titles = {name: figure.layout.title.text for name, figure in drawn.items()}
+    assert titles["along-cache-128"] == "Perplexity along a long text, window 128"
+    assert len(set(titles.values())) == len(titles)
     everything, none, four, *_ = drawn["along-cache-128"].data
     assert [line.name for line in (everything, none, four)] == KEPT[:3]
     blocks = np.split(found.loss[1].double().numpy()[: 7 * 128], 7)
