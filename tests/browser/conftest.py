@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.browser.pages import plain_html
+
 ARGUMENTS = ["--no-sandbox", "--disable-background-networking", "--disable-gpu"]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HINT = (
@@ -114,3 +116,11 @@ def open_page(chromium: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
     yield opener
     for context in contexts:
         context.close()
+
+
+@pytest.fixture
+def opened(open_page: Callable[..., Opened]) -> Opened:
+    """The page of a plain report, drawn."""
+    page = open_page(plain_html())
+    page.page.wait_for_selector("html[data-ready]")
+    return page

@@ -62,6 +62,14 @@ function nameThreshold({ x0 }) {
   };
 }
 
+// A frame about the chosen layer, dark within light or light within dark: seen on every colour.
+function framed(columns) {
+  const { ink, paper } = page.themes[state.theme];
+  return [[paper, 5], [ink, 2]].map(([color, width]) => ({
+    type: "rect", ...columns, y0: state.layer - 0.5, y1: state.layer + 0.5, line: { color, width },
+  }));
+}
+
 // Lines and frames that show what is chosen elsewhere.
 function marks(name) {
   const colours = page.themes[state.theme];
@@ -71,17 +79,10 @@ function marks(name) {
   });
   if (name === "map") {
     const column = chosen(metric().dim);
-    const frame = {
-      type: "rect",
-      x0: column - 0.5, x1: column + 0.5, y0: state.layer - 0.5, y1: state.layer + 0.5,
-    };
-    return [{ ...frame, line: { color: colours.paper, width: 5 } }, { ...frame, line }];
+    return framed({ x0: column - 0.5, x1: column + 0.5 });
   }
   if (name === "positions") {
-    return [{
-      type: "rect", line, xref: "paper", x0: 0, x1: 1,
-      y0: state.layer - 0.5, y1: state.layer + 0.5,
-    }];
+    return framed({ xref: "paper", x0: 0, x1: 1 });
   }
   if (name === "layers" || name === "drains") return [vertical(state.layer, "dot")];
   if (name === "rate" && metric()?.threshold !== null && metric()) return [vertical(state.epsilon)];
