@@ -276,7 +276,7 @@ def test_native_models_have_no_true_scores() -> None:
 
 
 def test_only_bridges(bridge: TransformerBridge) -> None:
-    with pytest.raises(UnsupportedError, match="TransformerBridge is needed and got Linear"):
+    with pytest.raises(UnsupportedError, match="A TransformerBridge is needed here, not a Linear"):
         capabilities(torch.nn.Linear(2, 2))
     with pytest.raises(UnsupportedError, match="no hook point for 'nonsense'; it has attn_out"):
         capabilities(bridge).hook("nonsense", 0)
