@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkscope.errors import ModelError, TextError
+from sinkscope.packaged import BUILT_IN, PACKAGES
 from sinkscope.texts import texts as make_texts
 
 
@@ -33,7 +34,8 @@ def _step_of(checkpoint: Any) -> int:
     if isinstance(checkpoint, int):
         return checkpoint
     name = Path(checkpoint).name if isinstance(checkpoint, str | Path) else ""
-    numbers = re.findall(r"\d+", name)
+    packaged = name in PACKAGES or name in BUILT_IN  # their numbers are sizes
+    numbers = [] if packaged else re.findall(r"\d+", name)
     if not numbers:
         raise ModelError(
             f"The training step of checkpoint {checkpoint!r} cannot be told from its name; pass a "

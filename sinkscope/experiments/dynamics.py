@@ -20,7 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinkscope.capabilities import capabilities
+from sinkscope.capabilities import Capabilities, capabilities
 from sinkscope.errors import ModelError, ReportError, UnsupportedError
 from sinkscope.experiments import _partial
 from sinkscope.experiments._checkpoints import (
@@ -156,6 +156,7 @@ class _Checkpoints:
     def _scanned(self, step: int, checkpoint: Any) -> SinkReport:
         asked = self._asked(checkpoint)  # before a model in memory is wrapped
         model = self._load(checkpoint)
+        self._check_shape(step, capabilities(model))
         prompts = self._prompts(model)
         loss = _loss(model, prompts)
         softmax = capabilities(model).softmax
@@ -169,6 +170,17 @@ class _Checkpoints:
         if loss is not None:
             self.loss[step] = loss
         return report
+
+    def _check_shape(self, step: int, can: Capabilities) -> None:
+        """Curves over training are of one model: as many layers and heads in every checkpoint."""
+        for first, report in list(self.reports.items())[:1]:
+            there = (report.settings.n_layers, report.settings.n_heads)
+            if (can.n_layers, can.n_heads) != there:
+                raise ModelError(
+                    f"Checkpoint {step} has {can.n_layers} layers of {can.n_heads} heads and "
+                    f"checkpoint {first} has {there[0]} of {there[1]}; name checkpoints of one "
+                    "model."
+                )
 
     def _load(self, checkpoint: Any) -> Any:
         if callable(checkpoint) and not isinstance(checkpoint, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -231,3 +232,19 @@ def test_what_is_refused(folders, tmp_path) -> None:
         dynamics(None, [1000], texts, progress=False)
     with pytest.raises(ModelError, match="no step twice"):
         dynamics(None, [], texts, progress=False)
+
+
+def test_checkpoints_are_of_one_model(folders, tmp_path) -> None:
+    """The number in a packaged model's name is a size, and two shapes make no curve."""
+    for names in (["smollm2-135m", "minilm-l6"], ["bb-3l"]):
+        with pytest.raises(ModelError, match="cannot be told from its name"):
+            dynamics(None, names, progress=False)
+    wide = {0: folders[1], 50: _of_layers(2)}
+    with pytest.raises(ModelError, match=f"50 has 2 layers of .* 0 has {N_LAYERS} of {N_HEADS}"):
+        dynamics(None, wide, ss.token_ids(TOKENS), out=tmp_path, progress=False)
+    assert (tmp_path / "step-0.nc").exists(), "what is done stays"
+
+
+def _of_layers(layers: int):
+    family = replace(LLAMA, settings=dict(LLAMA.settings, num_hidden_layers=layers))
+    return family.build()
