@@ -80,7 +80,8 @@ def train(
 
     Raises:
         ModelError: when `folder` holds a run of another configuration, source or start, or one
-            that has gone on for more steps; when there is no such device.
+            that has gone on for more steps; when a snapshot is asked for that the run does not come
+            to; when there is no such device.
     """
     config = config if config is not None else TrainConfig()
     task = BigramBackcopy(source, config.triggers, config.bos)
@@ -129,10 +130,12 @@ class Trainer:
         """Use this folder, and go on from the checkpoint in it if there is one."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        if not (folder / CHECKPOINT).exists():
+        saved = load_checkpoint(folder / CHECKPOINT) if (folder / CHECKPOINT).exists() else None
+        if saved is not None:
+            self._refuse_another_run(saved)
+        self._refuse_missed_snapshots(0 if saved is None else saved.metadata["step"])
+        if saved is None:
             return
-        saved = load_checkpoint(folder / CHECKPOINT)
-        self._refuse_another_run(saved)
         self.model.load_state_dict(saved.weights)
         self.optimizers.load(saved.optimizer)
         self.step = saved.metadata["step"]
@@ -158,6 +161,20 @@ class Trainer:
                 f"{self.folder} holds a run of {saved.metadata['step']} steps, beyond the "
                 f"{self.config.steps} asked for: give another folder, or ask for as many"
             )
+
+    def _refuse_missed_snapshots(self, begun: int) -> None:
+        """Refuse steps that a run from step `begun` on does not come to, unless they are kept."""
+        for step in self.config.snapshots:
+            if step > self.config.steps:
+                raise ModelError(
+                    f"snapshot {step} lies beyond the run's {self.config.steps} steps: leave it "
+                    f"out, or ask for more steps"
+                )
+            if step < begun and not self._snapshot(step).exists():
+                raise ModelError(
+                    f"{self.folder} holds a run that is past snapshot {step}, at step {begun}: "
+                    f"leave it out, or give another folder"
+                )
 
     def run(self, progress: bool) -> None:
         """Measure, save and step until the last step is done.
@@ -220,8 +237,12 @@ class Trainer:
         )
         if self.step in self.config.snapshots:
             weights_only = dataclasses.replace(state, optimizer={})
-            save_checkpoint(self.folder / f"step-{self.step:06d}.safetensors", weights_only)
+            save_checkpoint(self._snapshot(self.step), weights_only)
         save_checkpoint(self.folder / CHECKPOINT, state)
+
+    def _snapshot(self, step: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"step-{step:06d}.safetensors"
 
 
 def _fingerprint(model: BackcopyTransformer) -> str:

@@ -10,12 +10,20 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sinkscope._width import as_wide_as_the_terminal
-from sinkscope.errors import ReportError
+from sinkscope.errors import ReportError, SinkscopeError, TextError
+
+if TYPE_CHECKING:
+    from typer import Context
+
+    from sinkscope.texts import Texts as Tokens
+    from sinkscope.texts import TextSource
+else:
+    Context = typer.Context.__base__  # the class of what typer really hands over
 
 Model = Annotated[
     str,
@@ -35,6 +43,92 @@ Prompts = Annotated[int, typer.Option(min=1, help="How many prompts.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens of each prompt, BOS included.")]
 Bos = Annotated[str, typer.Option(help="auto, always, never, or random (an ordinary first token).")]
 Seed = Annotated[int, typer.Option(help="Where the texts are cut.")]
+
+
+def listed(option: str) -> tuple[str, ...]:
+    """An option of names with commas between them."""
+    return tuple(name.strip() for name in option.split(",") if name.strip())
+
+
+def some(option: str, text: str) -> tuple[str, ...]:
+    """At least one name, with commas between them.
+
+    Raises:
+        SinkscopeError: If there is none.
+    """
+    if names := listed(text):
+        return names
+    raise SinkscopeError(f"{option} {text!r} names nothing; see --help for what it takes.")
+
+
+RECIPE = ("prompts", "length", "bos", "seed")
+"""Options that say how prompts are made of text."""
+
+
+def prompts_of(
+    context: Context, texts: str, void: tuple[str, ...] = RECIPE, **recipe: Any
+) -> TextSource | Tokens:
+    """What --texts names: a recipe, or the exact token ids of a .json file.
+
+    Args:
+        context: The command's.
+        texts: The option.
+        void: Options that count for nothing beside exact ids.
+        recipe: What `texts` takes.
+
+    Raises:
+        TextError: If there is no such text, or an option is given that counts for nothing.
+    """
+    import sinkscope as ss
+
+    return exact_ids(context, texts, void) if is_exact(texts) else ss.texts(texts, **recipe)
+
+
+def exact_ids(context: Context, file: str | Path, void: tuple[str, ...]) -> Tokens:
+    """The token ids that a file holds, if no option is given that they make void.
+
+    Raises:
+        TextError: If there is no such file, or one of these options is given.
+    """
+    import sinkscope as ss
+
+    found = ss.read_token_ids(file)
+    refuse_beside_ids(context, str(file), void)
+    return found
+
+
+def is_exact(texts: str) -> bool:
+    """Whether --texts names a file of exact token ids."""
+    return Path(texts).suffix == ".json"
+
+
+def refuse_beside_ids(context: Context, ids: str, void: tuple[str, ...]) -> None:
+    """Refuse options that stand on the command line and count for nothing beside exact token ids.
+
+    Raises:
+        TextError: If there are any.
+    """
+    if given := [f"--{name}" for name in void if _given(context, name)]:
+        raise TextError(
+            f"{ids} holds exact token ids, which are used as they are; leave out "
+            f"{', '.join(given)}."
+        )
+
+
+def _given(context: Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+@contextlib.contextmanager
+def interruptible(kept: Path | None) -> Iterator[None]:
+    """After Ctrl-C, say that the same command goes on from what is kept, if that is there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept is not None and kept.exists():
+            typer.echo(f"Interrupted; the same command goes on from {kept}.", err=True)
+        raise
 
 
 def writable_folder(out: Path | None) -> Path | None:
@@ -102,6 +196,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value.item() if hasattr(value, "item") else value
+
+
+def number(value: float | None, form: str) -> str:
+    """A figure; a dash where it is undefined."""
+    return "–" if value is None or math.isnan(value) else format(value, form)
 
 
 @contextlib.contextmanager

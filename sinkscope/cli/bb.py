@@ -60,12 +60,14 @@ def train(
         from sinkscope import bb
         from sinkscope.bb import curves
         from sinkscope.bb.comparison import headline
+        from sinkscope.bb.training import CHECKPOINT
 
         config = _config(paper, layers, steps).replace(
             attention=attention, optimizer=optimizer, learning_rate=_rate(paper, optimizer),
             seed=seed, snapshots=kept,
         )  # fmt: skip
-        run = bb.train(config, folder, device=device, progress=common.progress_wanted())
+        with common.interruptible(None if folder is None else folder / CHECKPOINT):
+            run = bb.train(config, folder, device=device, progress=common.progress_wanted())
         found = headline(run.frame())
     if json:
         common.print_json(common.finite(found))
@@ -94,18 +96,19 @@ def compare(
     with common.quiet_stdout():
         from sinkscope import bb
 
-        names = list(bb.ATTENTIONS) if attention == "all" else attention.split(",")
-        optimizers = optimizer.split(",")
-        runs = bb.compare(
-            names,
-            optimizers,
-            range(42, 42 + seeds),
-            config=_config(paper, layers, steps),
-            rates={name: _rate(paper, name) for name in optimizers},
-            folder=folder,
-            device=device,
-            progress=common.progress_wanted(),
-        )
+        names = list(bb.ATTENTIONS) if attention == "all" else common.some("--attention", attention)
+        optimizers = common.some("--optimizer", optimizer)
+        with common.interruptible(folder):
+            runs = bb.compare(
+                names,
+                optimizers,
+                range(42, 42 + seeds),
+                config=_config(paper, layers, steps),
+                rates={name: _rate(paper, name) for name in optimizers},
+                folder=folder,
+                device=device,
+                progress=common.progress_wanted(),
+            )
         table = bb.summarise(runs)
         if folder is not None:
             common.write_text(folder / "runs.csv", runs.to_csv(index=False))
@@ -160,7 +163,7 @@ def dynamics(
                 "curve": f"{row['metric']}, layer {row['layer']}",
                 "law": row["law"],
                 "slope": row["slope"],
-                "95 %": f"{row['slope_low']:.3g} to {row['slope_high']:.3g}",
+                "95 %": _interval(row["slope_low"], row["slope_high"], ".3g"),
                 "R²": row["r_squared"],
                 "run": f"{row['run']}, seed {row['seed']}",
             }
@@ -176,7 +179,7 @@ def _steps(snapshots: str, out: Path | None) -> tuple[int, ...]:
     Raises:
         SinkscopeError: If they are no numbers, or nothing is kept.
     """
-    names = [name.strip() for name in snapshots.split(",") if name.strip()]
+    names = common.listed(snapshots)
     if not all(name.isdecimal() for name in names):
         raise SinkscopeError(
             f"--snapshots {snapshots} names no steps; expected such as 50,100,500."
@@ -189,6 +192,7 @@ def _steps(snapshots: str, out: Path | None) -> tuple[int, ...]:
 def _in_words(found: dict[str, int | float]) -> list[dict[str, Any]]:
     """A run's end as rows: what, where, how much."""
     layers = {name: found[f"{name}_layer"] for name in ("sink", "drain", "peak")}
+    layers = {name: "–" if layer < 0 else layer for name, layer in layers.items()}
     rows = (
         ("attention to BOS of non-trigger queries, largest of any head", "sink", ""),
         ("… of the attention that it pays to any position", "sink_share", ""),
@@ -204,7 +208,7 @@ def _in_words(found: dict[str, int | float]) -> list[dict[str, Any]]:
         {
             "at the end of training": text,
             "layer": layers.get(name, ""),
-            "value": f"{found[name]:.3g} {unit}".rstrip(),
+            "value": f"{common.number(found[name], '.3g')} {unit}".rstrip(),
         }
         for text, name, unit in rows
     ]
@@ -216,9 +220,13 @@ def _a_row_each(summary: list[dict[str, Any]]) -> list[dict[str, str]]:
     for cell in summary:
         name = f"{cell['attention']} {cell['optimizer']}"
         row = found.setdefault(name, {"run": name})
-        ends = "" if math.isnan(cell["low"]) else f"\n{cell['low']:.2f} to {cell['high']:.2f}"
-        row[cell["phenomenon"]] = f"{cell['present']}, {cell['mean']:.2f}{ends}"
+        ends = _interval(cell["low"], cell["high"], ".2f")
+        row[cell["phenomenon"]] = f"{cell['present']}, {common.number(cell['mean'], '.2f')}\n{ends}"
     return list(found.values())
+
+
+def _interval(low: float, high: float, form: str) -> str:
+    return common.number(low, form) if math.isnan(low) else f"{low:{form}} to {high:{form}}"
 
 
 def _config(paper: bool, layers: int, steps: int | None) -> Any:
@@ -244,6 +252,6 @@ def _print_rows(rows: list[dict[str, Any]], title: str) -> None:
 
     table = Table(*(str(name) for name in rows[0]), title=title)
     for row in rows:
-        cells = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+        cells = (common.number(v, ".4g") if isinstance(v, float) else str(v) for v in row.values())
         table.add_row(*cells)
     Console().print(table)

@@ -90,14 +90,10 @@ def _table(rows: list[Any], machine: str) -> Any:
         table.add_row(
             f"{row.prompts}×{row.length}",
             row.way if row.note is None else f"{row.way}: {row.note}",
-            _number(row.milliseconds, ".1f"),
-            _number(row.ratio, ".2f"),
-            _number(row.memory, ".2f"),
-            _number(row.tokens_per_second, ",.0f"),
-            _number(row.first_milliseconds, ".0f"),
+            common.number(row.milliseconds, ".1f"),
+            common.number(row.ratio, ".2f"),
+            common.number(row.memory, ".2f"),
+            common.number(row.tokens_per_second, ",.0f"),
+            common.number(row.first_milliseconds, ".0f"),
         )
     return table
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def dormant(
+    context: common.Context,
     model: common.Model,
     domains: Annotated[
         str, typer.Option(help="Kinds of text with commas between them; each as for --texts.")
@@ -45,40 +46,32 @@ def dormant(
     there are dormant.json, dormant.csv and dormant.html, and likewise sleep-KIND.*.
     """
     folder = common.writable_folder(out)
-    kinds, modes = listed(domains), listed(remove)
-    try:
-        with common.quiet_stdout():
-            import sinkscope as ss
-            from sinkscope.experiments.dormant import dormancy, sources
-            from sinkscope.experiments.sleep import sleep as put_to_sleep
+    kinds, modes = common.listed(domains), common.listed(remove)
+    if kinds and all(map(common.is_exact, kinds)):
+        common.refuse_beside_ids(context, domains, ("prompts", "length", "bos"))
+    with common.quiet_stdout(), common.interruptible(folder):
+        import sinkscope as ss
+        from sinkscope.experiments.dormant import dormancy, sources
+        from sinkscope.experiments.sleep import sleep as put_to_sleep
 
-            bridge = ss.load_model(model, device=device, dtype=dtype)
-            texts = sources(kinds, prompts=prompts, length=length, bos=bos, seed=seed)
-            shared: dict[str, Any] = dict(seed=seed, progress=common.progress_wanted())
-            found: dict[str, Result] = {
-                "dormant": dormancy(
-                    bridge,
-                    texts,
-                    remove=modes,
-                    remove_prompts=remove_prompts,
-                    out=folder,
-                    **shared,
-                )
-            }
-            for kind, source in texts.items() if sleep else ():
-                name = f"sleep-{plain(kind)}"
-                file = None if folder is None else folder / f"{name}.nc"
-                found[name] = put_to_sleep(bridge, source, file=file, **shared)
-            written = write(found, folder) if folder is not None else []
-    except KeyboardInterrupt:
-        if folder is None:
-            raise
-        typer.echo(
-            f"sinkscope: interrupted; {folder} keeps what was measured, and the same command "
-            "continues.",
-            err=True,
-        )
-        raise typer.Exit(130) from None
+        bridge = ss.load_model(model, device=device, dtype=dtype)
+        texts = sources(kinds, prompts=prompts, length=length, bos=bos, seed=seed)
+        shared: dict[str, Any] = dict(seed=seed, progress=common.progress_wanted())
+        found: dict[str, Result] = {
+            "dormant": dormancy(
+                bridge,
+                texts,
+                remove=modes,
+                remove_prompts=remove_prompts,
+                out=folder,
+                **shared,
+            )
+        }
+        for kind, source in texts.items() if sleep else ():
+            name = f"sleep-{plain(kind)}"
+            file = None if folder is None else folder / f"{name}.nc"
+            found[name] = put_to_sleep(bridge, source, file=file, **shared)
+        written = write(found, folder) if folder is not None else []
     if json:
         common.print_json(common.finite({name: one.to_dict() for name, one in found.items()}))
         return
@@ -87,11 +80,6 @@ def dormant(
         typer.echo()
     for file in written:
         typer.echo(f"wrote {file}")
-
-
-def listed(option: str) -> tuple[str, ...]:
-    """An option of names with commas between them."""
-    return tuple(name.strip() for name in option.split(",") if name.strip())
 
 
 def plain(kind: str) -> str:

@@ -10,7 +10,7 @@ app = typer.Typer(help="List, install and describe models.", invoke_without_comm
 
 
 @app.callback()
-def list_models(context: typer.Context) -> None:
+def list_models(context: common.Context) -> None:
     """List the packaged models: real ones that need no hub."""
     if context.invoked_subcommand is not None:
         return

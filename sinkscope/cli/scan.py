@@ -18,6 +18,7 @@ HEADS = "heads.csv"
 
 
 def scan(
+    context: common.Context,
     model: common.Model,
     texts: common.Texts = "prose",
     prompts: common.Prompts = 16,
@@ -50,15 +51,15 @@ def scan(
     with common.quiet_stdout():
         import sinkscope as ss
 
-        source: Any = (
-            ss.read_token_ids(tokens)
-            if tokens is not None
-            else ss.texts(texts, prompts=prompts, length=length, bos=bos, seed=seed)
+        source = (
+            common.prompts_of(context, texts, prompts=prompts, length=length, bos=bos, seed=seed)
+            if tokens is None
+            else common.exact_ids(context, tokens, ("texts", *common.RECIPE))
         )
         report = ss.scan(
             ss.load_model(model, device=device, dtype=dtype),
             source,
-            metrics=[name.strip() for name in metrics.split(",")],
+            metrics=common.some("--metrics", metrics),
             sinks=where,
             epsilon=epsilon,
             path=path,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +11,7 @@ from sinkscope.errors import SinkscopeError
 
 
 def stream(
+    context: common.Context,
     model: common.Model,
     tokens: Annotated[int, typer.Option(min=2, help="How much of the text.")] = 4096,
     windows: Annotated[
@@ -60,7 +58,10 @@ def stream(
         import sinkscope as ss
         from sinkscope.experiments.streaming_context import streaming_context
 
-        with _told_how_to_go_on(folder):
+        if common.is_exact(texts):
+            common.refuse_beside_ids(context, texts, ("bos", "seed"))
+        file = None if folder is None else folder / "stream.nc"
+        with common.interruptible(file):
             found = streaming_context(
                 ss.load_model(model, device=device, dtype=dtype),
                 texts,
@@ -68,12 +69,12 @@ def stream(
                 windows=numbers("--windows", windows),
                 sinks=numbers("--sinks", sinks),
                 designated=_designated(designated),
-                counted=counted.split(","),
+                counted=common.some("--counted", counted),
                 full=full,
                 chunk=chunk,
                 bos=bos,
                 seed=seed,
-                file=None if folder is None else folder / "stream.nc",
+                file=file,
                 progress=common.progress_wanted(),
             )
         written = found.save(folder, "stream") if folder is not None else []
@@ -85,17 +86,6 @@ def stream(
         typer.echo("The text hardly goes beyond 255, so a position two thirds along is designated.")
     for file in written:
         typer.echo(f"wrote {file}")
-
-
-@contextlib.contextmanager
-def _told_how_to_go_on(folder: Path | None) -> Iterator[None]:
-    """Ctrl-C says that nothing is lost."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if folder is not None:
-            typer.echo(f"Interrupted; the same command goes on from {folder}/stream.nc.", err=True)
-        raise
 
 
 def _designated(option: str) -> list[int] | str | None:

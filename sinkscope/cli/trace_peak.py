@@ -10,6 +10,7 @@ from sinkscope.cli import _common as common
 
 
 def trace_peak(
+    context: common.Context,
     model: common.Model,
     sink: Annotated[int, typer.Option(min=0, help="The sink position.")] = 0,
     modes: Annotated[
@@ -41,9 +42,9 @@ def trace_peak(
 
         found = trace(
             ss.load_model(model, device=device, dtype=dtype),
-            ss.texts(texts, prompts=prompts, length=length, bos=bos, seed=seed),
+            common.prompts_of(context, texts, prompts=prompts, length=length, bos=bos, seed=seed),
             sink=sink,
-            modes=modes.split(","),
+            modes=common.some("--modes", modes),
             progress=common.progress_wanted(),
         )
         written = found.save(folder, "trace-peak") if folder is not None else []

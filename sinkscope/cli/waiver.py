@@ -23,6 +23,7 @@ QUESTIONS = {
 
 
 def waiver(
+    context: common.Context,
     model: common.Model,
     ask: Annotated[
         str,
@@ -55,7 +56,10 @@ def waiver(
         import sinkscope as ss
 
         loaded = ss.load_model(model, device=device, dtype=dtype)
-        source = ss.texts(texts, prompts=prompts, length=length, bos=bos, seed=seed)
+        void = ("prompts", "length", "bos")  # the seed also draws what is put in
+        source = common.prompts_of(
+            context, texts, void, prompts=prompts, length=length, bos=bos, seed=seed
+        )
         answers = _answers(loaded, source, position, seed)
         found: dict[str, Result] = {}
         refused: dict[str, str] = {}
@@ -89,7 +93,7 @@ def questions(ask: str) -> tuple[str, ...]:
     """
     if ask == "all":
         return tuple(QUESTIONS)
-    wanted = tuple(ask.split(","))
+    wanted = common.some("--ask", ask)
     for question in wanted:
         if question not in QUESTIONS:
             raise SinkscopeError(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 
 from sinkscope.bb import ModelConfig, TrainConfig, growth_laws, train
+from sinkscope.bb.checkpoint import load_checkpoint
+from sinkscope.bb.training import Trainer
 
 from .test_cli import run
 
@@ -16,6 +20,8 @@ from .test_cli import run
     ("command", "sentence"),
     [
         (("train", "--seed", -1), "Invalid value for '--seed'"),
+        (("train", "--snapshots", "1, 5"), "snapshot 5 lies beyond the run's 2 steps"),
+        (("compare", "--attention", ","), "--attention ',' names nothing"),
         (("train", "--device", "foo"), "sinkscope: There is no device 'foo'"),
         (("compare", "--device", "foo"), "sinkscope: There is no device 'foo'"),
         (("train", "--device", f"cuda:{torch.cuda.device_count()}"), "There is no device 'cuda:"),
@@ -26,6 +32,36 @@ def test_what_cannot_be_is_refused_in_a_sentence(command, sentence, tmp_path, ca
     assert code == 2 and out == ""
     assert sentence in err and "Traceback" not in err
     assert not list(tmp_path.rglob("*.*"))
+
+
+def test_ctrl_c_says_from_where_the_run_goes_on(tmp_path, capsys, monkeypatch):
+    """What is said is true: the run ends as one that nobody interrupted."""
+    asked = ("bb", "train", "--steps", 6, "--layers", 1, "--json")
+    _, whole, _ = run(*asked, capsys=capsys)
+    step = Trainer._train_step
+
+    def pressed(self: Trainer, tokens: torch.Tensor) -> torch.Tensor:
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, tokens)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_train_step", pressed)
+        code, out, err = run(*asked, "--out", tmp_path / "run", capsys=capsys)
+    assert (code, out) == (130, "")
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    assert f"the same command goes on from {checkpoint}." in err and "Traceback" not in err
+    assert load_checkpoint(checkpoint).metadata["step"] == 4
+    code, out, _ = run(*asked, "--out", tmp_path / "run", capsys=capsys)
+    assert code == 0 and json.loads(out) == json.loads(whole)
+
+
+def test_several_operators_may_have_spaces_between_them_and_no_figure_is_a_dash(capsys):
+    code, out, _ = run(
+        "bb", "compare", "--attention", "softmax, relu", "--steps", 2, "--seeds", 1, "--layers", 1,
+        capsys=capsys,
+    )  # fmt: skip
+    assert code == 0 and "relu adamw" in out and "–" in out and "nan" not in out
 
 
 def test_growth_laws_are_those_of_each_run(tmp_path, capsys):

@@ -152,6 +152,19 @@ def test_checkpoint_holds_model_task_and_configuration(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_snapshot_that_never_comes_is_refused(tmp_path):
+    config = TINY.replace(steps=4)
+    with pytest.raises(ModelError, match="snapshot 5 lies beyond the run's 4 steps"):
+        train(config.replace(snapshots=(2, 5)), tmp_path, device="cpu", progress=False)
+    assert not list(tmp_path.iterdir())
+    train(config.replace(snapshots=(2,)), tmp_path, device="cpu", progress=False)
+    train(config.replace(snapshots=(2, 4, 6), steps=6), tmp_path, device="cpu", progress=False)
+    kept = {file.name for file in tmp_path.glob("step-*")}
+    assert kept == {f"step-00000{step}.safetensors" for step in (2, 4, 6)}
+    with pytest.raises(ModelError, match="is past snapshot 3, at step 6"):
+        train(config.replace(snapshots=(2, 3), steps=6), tmp_path, device="cpu", progress=False)
+
+
 def test_another_run_in_the_folder_is_refused(tmp_path):
     train(TINY.replace(steps=2), tmp_path, device="cpu", progress=False)
     with pytest.raises(ModelError, match="differs in seed, batch|differs in batch, seed"):

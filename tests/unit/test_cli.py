@@ -90,6 +90,17 @@ def test_out_writes_three_files_that_agree(folder, ids, tmp_path, capsys) -> Non
     assert row["sink_attention [probability]"] == pytest.approx(want, rel=1e-6)
 
 
+def test_a_file_of_ids_may_be_named_as_texts(folder, ids, capsys) -> None:
+    """The defaults of --prompts and --length, which nobody asked for, are no reason to refuse."""
+    found = []
+    for option in ("--tokens", "--texts"):
+        asked = (option, ids, "--metrics", "sink_attention, values", "--json")
+        code, out, _ = run("scan", folder, *asked, capsys=capsys)
+        assert code == 0
+        found.append(json.loads(out))
+    assert found[0] == found[1] and found[0]["settings"]["source"] == "tokens.json"
+
+
 def test_without_a_figure_per_head_there_is_no_table_of_heads(
     folder, ids, tmp_path, capsys
 ) -> None:
@@ -109,6 +120,20 @@ REFUSED = {
     "truncated gguf": (["scan", "{gguf}"], "gguf|GGUF"),
     "unwritable out": (["scan", "{folder}", "--tokens", "{ids}", "--out", "/proc/x"], "--out"),
     "bad sinks": (["scan", "{folder}", "--tokens", "{ids}", "--sinks", "first"], "--sinks first"),
+    "prompts of ids": (
+        ["scan", "{folder}", "--tokens", "{ids}", "--bos", "auto", "--seed", "0"],
+        "tokens.json holds exact token ids, .* leave out --bos, --seed.$",
+    ),
+    "texts beside ids": (
+        ["scan", "{folder}", "--tokens", "{ids}", "--texts", "code"],
+        "out --texts",
+    ),
+    "length of ids": (["scan", "{folder}", "--texts", "{ids}", "--length", "9"], "out --length.$"),
+    "no such ids": (["scan", "{folder}", "--texts", "none.json", "--length", "9"], "No such file"),
+    "no metrics": (
+        ["scan", "{folder}", "--tokens", "{ids}", "--metrics", ","],
+        "--metrics ',' names",
+    ),
     "sizes and lengths": (["bench", "--sizes", "1x8", "--lengths", "8"], "--sizes or --lengths"),
     "text without tokenizer": (["scan", "{folder}", "--texts", "prose"], "tokenizer"),
 }

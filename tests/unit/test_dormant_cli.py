@@ -46,6 +46,13 @@ def test_exact_ids_keep_their_own_length(app, folder) -> None:
     assert "T = 12" in json.loads(done.stdout)["dormant"]["about"]
 
 
+def test_options_that_exact_ids_make_void_are_refused(app, folder) -> None:
+    kinds = f"{folder / 'one.json'}, {folder / 'two.json'}"
+    done = run(app, folder / "model", "--domains", kinds, "--length", 128, "--bos", "never")
+    assert isinstance(done.exception, SinkscopeError)
+    assert str(done.exception).endswith("used as they are; leave out --length, --bos.")
+
+
 def test_an_interruption_says_what_is_kept(app, folder, tmp_path, monkeypatch) -> None:
     from sinkscope.experiments import dormant as experiment
 
@@ -57,7 +64,7 @@ def test_an_interruption_says_what_is_kept(app, folder, tmp_path, monkeypatch) -
     out = tmp_path / "out"
     done = run(app, folder / "model", "--domains", kinds, "--remove", "zero", "--out", out)
     assert done.exit_code == 130
-    assert "the same command continues" in done.stderr
+    assert f"the same command goes on from {out}" in done.stderr
     assert len(list(out.glob("*.nc"))) == 2
 
 

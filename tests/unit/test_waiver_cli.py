@@ -46,7 +46,7 @@ def test_waiver_answers_what_it_can_and_says_what_it_cannot(folder, tmp_path) ->
     for name in ("nonmixture", "mask", "positions", "parts"):
         assert json.loads((tmp_path / f"{name}.json").read_text())["about"].endswith("text.txt")
         assert (tmp_path / f"{name}.csv").exists() and (tmp_path / f"{name}.html").exists()
-    told = run(*asked, "--ask", "mask,nonmixture", "--position", 7)
+    told = run(*asked, "--ask", "mask, nonmixture", "--position", 7)
     assert "Does an element become the sink when it mixes nothing?" in told.stdout
     assert "special, designated" in told.stdout and "after 7" in told.stdout
     assert max(map(len, told.stdout.splitlines())) <= 100
@@ -55,13 +55,39 @@ def test_waiver_answers_what_it_can_and_says_what_it_cannot(folder, tmp_path) ->
 
 
 def test_trace_peak_writes_what_it_prints(folder, tmp_path) -> None:
-    asked = ("trace-peak", folder / "model", "--texts", folder / "text.txt", "--modes", "zero")
+    asked = (
+        "trace-peak",
+        folder / "model",
+        "--texts",
+        folder / "text.txt",
+        "--modes",
+        "zero, mean",
+    )
     done = run(*asked, "--prompts", 2, "--length", 12, "--out", tmp_path, "--json")
     assert done.exit_code == 0, done.output
-    assert set(json.loads(done.stdout)) >= {"peak", "written_in", "zero", "summary"}
+    assert set(json.loads(done.stdout)) >= {"peak", "written_in", "zero", "mean", "summary"}
     table = pd.read_csv(tmp_path / "trace-peak.csv")
     assert set(table["part"]) == {"none", "attention", "ffn"}
     assert set(table["removed"]) == {-1, 0, 1, 2}
+
+
+def test_exact_ids_are_taken_from_a_file_and_nothing_beside_them(folder, tmp_path) -> None:
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(BY_NAME["llama"].tokens(prompts=2, length=12).tolist()))
+    for command in (("waiver", "--ask", "mask"), ("trace-peak", "--modes", "zero")):
+        asked = (command[0], folder / "model", *command[1:], "--texts", ids)
+        done = run(*asked, "--json")
+        assert done.exit_code == 0, done.output
+        assert "T = 12" in done.stdout and "ids.json" in done.stdout
+        refused = str(run(*asked, "--prompts", 2).exception)
+        assert refused.endswith(
+            "ids.json holds exact token ids, which are used as they are; leave out --prompts."
+        )
+    assert (
+        run("waiver", folder / "model", "--ask", "mask", "--texts", ids, "--seed", 1).exit_code == 0
+    )
+    done = run("stream", folder / "model", "--texts", ids, "--tokens", 10, "--bos", "never")
+    assert "leave out --bos." in str(done.exception)
 
 
 def test_stream_reads_a_file_longer_than_the_context(folder, tmp_path) -> None:
@@ -101,13 +127,23 @@ def test_stream_designates_what_a_short_text_has(folder) -> None:
 
 
 def test_an_interruption_says_how_to_go_on(folder, tmp_path, monkeypatch) -> None:
+    """Only where something is kept: after the first of two settings, and not before."""
     from sinkscope.experiments import streaming_context as experiment
 
-    def stop(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
+    whole, left = experiment.stream, [1]
+
+    def stop(*args, **options):
+        left[-1] -= 1
+        if left[-1] < 0:
+            raise KeyboardInterrupt
+        return whole(*args, **options)
 
     monkeypatch.setattr(experiment, "stream", stop)
     asked = ("--texts", folder / "text.txt", "--tokens", 60, "--designated", "none")
-    done = run("stream", folder / "model", *asked, "--out", tmp_path)
+    asked += ("--windows", "8, 16", "--sinks", "0", "--no-full", "--out", tmp_path)
+    done = run("stream", folder / "model", *asked)
     assert done.exit_code == 130
-    assert f"the same command goes on from {tmp_path}/stream.nc" in done.stderr
+    assert f"the same command goes on from {tmp_path}/stream.nc." in done.stderr
+    (tmp_path / "stream.nc").unlink()
+    done = run("stream", folder / "model", *asked)
+    assert done.exit_code == 130 and "goes on" not in done.stderr
