@@ -31,6 +31,7 @@ def plain_about(about: Settings) -> str:
         f"ε = {about.epsilon:g}",
         f"sink: {about.sinks}",
         about.source,
+        *(f"under {intervention}" for intervention in about.interventions),
     )
     return readable(" · ".join(parts))
 
