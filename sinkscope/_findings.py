@@ -27,11 +27,11 @@ def plain(text: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, thousands apart: 0.0123, 1.23, 12 300."""
+    """Three significant digits, thousands apart: 0.0123, 1.23, 12,300."""
     if not math.isfinite(value):
         return str(value)
     rounded = float(f"{value:.3g}")
-    return f"{rounded:.3g}" if abs(rounded) < 1000 else f"{rounded:,.0f}".replace(",", " ")
+    return f"{rounded:.3g}" if abs(rounded) < 1000 else f"{rounded:,.0f}"
 
 
 def model(report: SinkReport) -> str:
@@ -149,7 +149,7 @@ def marked_tokens(report: SinkReport) -> str | None:
         return None
     marked = report.token_mask()
     found = Counter(marked.nonzero()[:, 1].tolist())
-    real = f"{int(report.mask.sum()):,}".replace(",", " ")
+    real = f"{int(report.mask.sum()):,}"
     if not found:
         return f"token_mask() marks none of {real} tokens as sink or outlier"
     shown = [f"{position} (×{count})" for position, count in found.most_common(_SHOWN)]
