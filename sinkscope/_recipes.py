@@ -183,8 +183,7 @@ class Windows(TextSource):
         return (
             f"{self.name} is shorter than asked: its {available} tokens give "
             f"{available // room} prompts of length {self.length}, not {self.prompts}; ask for "
-            f"{available // room}"
-            + (f", or a length of {longest + special}." if longest else ".")
+            f"{available // room}" + (f", or a length of {longest + special}." if longest else ".")
         )
 
 

@@ -19,6 +19,8 @@ Fact = tuple[str, str]
 _HEADS = 8
 _UNDEFINED = "–"
 _UNLIMITED = 10_000
+_GLUE = "\ue000"
+"""Stands for a space that no line is broken at; Rich breaks lines at no-break spaces too."""
 _TITLES = {
     "layer": "layer",
     "head": "head",
@@ -46,7 +48,7 @@ def as_text(report: SinkReport) -> str:
     facts.add_column(no_wrap=True)
     facts.add_column()
     for label, text in facts_of(report):
-        facts.add_row(Text(label), Text(text))
+        facts.add_row(Text(label), Text(re.sub(r"(?<=\d) (?=[%×])", _GLUE, text)))
     parts = [title_of(report), _printed(facts, line_width())]
     columns, rows = heads_of(report)
     if rows:
@@ -114,7 +116,7 @@ def _printed(renderable: Any, width: int) -> str:
         file=out, width=width, color_system=None, legacy_windows=False, force_jupyter=False
     )
     console.print(renderable)
-    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    lines = [line.rstrip() for line in out.getvalue().replace(_GLUE, " ").splitlines()]
     return "\n".join(line for line in lines if line)
 
 

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope._out_of_memory import ran_out_of_memory
 from sinkscope._in_force import refuse_short_prompts
+from sinkscope._out_of_memory import ran_out_of_memory
 from sinkscope.capture import batches
 from sinkscope.capture._support import is_heard
 from sinkscope.capture.batches import Batch

@@ -75,8 +75,8 @@ def streaming(bridge: TransformerBridge) -> Iterator[Stream]:
     """
     if not isinstance(bridge, TransformerBridge):
         raise ModelError(
-            f"streaming() takes a TransformerBridge, not a {type(bridge).__name__}; load_model(...) "
-            "makes one."
+            f"streaming() takes a TransformerBridge, not a {type(bridge).__name__}; "
+            "load_model(...) makes one."
         )
     if bridge in _streams:
         yield _streams[bridge]

@@ -28,6 +28,18 @@ def test_a_summary_fits_the_terminal_without_losing_a_figure(monkeypatch) -> Non
     assert line_width() == 100, "and files keep their width"
 
 
+def test_no_line_begins_with_a_unit(monkeypatch) -> None:
+    """The rate stands where 80 columns end, so that only its unit would go to the next line."""
+    report = synthetic_report(sink_importance=torch.full((3, 4, 6), 0.4))
+    fact = "24 of 24 have mean importance above ε = 0.3; sink rate 100.0 %"
+    assert len(f"{'Sink heads':18}{fact}") == 80
+    monkeypatch.setattr("sinkscope._findings.sink_heads", lambda _: f"x{fact}")
+    monkeypatch.setenv("COLUMNS", "80")
+    with as_wide_as_the_terminal():
+        lines = [line.strip() for line in as_text(report).splitlines()]
+    assert "100.0 %" in lines and not any(line.startswith(("%", "×")) for line in lines)
+
+
 def test_a_table_breaks_titles_only_if_it_has_to(monkeypatch) -> None:
     columns, rows = ["head", *["95 % long title"] * 5], [["0", *["0.123"] * 5]]
     monkeypatch.setenv("COLUMNS", "80")
