@@ -11,6 +11,7 @@ from sinkscope.cli import _common as common
 
 
 def dynamics(
+    context: common.Context,
     checkpoints: Annotated[
         list[str],
         typer.Argument(
@@ -54,8 +55,7 @@ def dynamics(
     options: dict[str, Any] = {
         name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None
     }
-    with common.quiet_stdout():
-        import sinkscope as ss
+    with common.quiet_stdout(), common.interruptible(folder):
         from sinkscope.experiments._checkpoints import by_step, usual_texts
         from sinkscope.experiments.dynamics import dynamics as follow
 
@@ -64,7 +64,8 @@ def dynamics(
         if texts is None:
             source = usual_texts(next(iter(named.values())), **recipe)
         else:
-            source = ss.texts(texts, **(recipe | {"length": length or 256}))
+            recipe |= {"length": length or 256}
+            source = common.prompts_of(context, texts, **recipe)
         found = follow(
             model,
             named,
@@ -77,6 +78,6 @@ def dynamics(
     if json:
         common.print_json(common.finite(found.to_dict()))
         return
-    typer.echo(repr(found))
+    common.show(found)
     for file in written:
         typer.echo(f"wrote {file}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sinkscope._bootstrap import bootstrap
 from sinkscope._labelled import Labelled
+from sinkscope._width import line_width
 from sinkscope.errors import ReportError
 from sinkscope.models import model_source
 from sinkscope.texts import Texts
@@ -22,10 +23,6 @@ from sinkscope.texts import Texts
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-
-WIDTH = 100
-"""Characters of a line of words on the terminal, as wide as tables are."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -91,15 +88,16 @@ class Result(Labelled):
 
     def __repr__(self) -> str:
         lines = f"{self.about}\n{self.summary()}".splitlines()
-        return "\n".join(line if len(line) <= WIDTH else _wrapped(line) for line in lines)
+        width = line_width()
+        return "\n".join(line if len(line) <= width else _wrapped(line, width) for line in lines)
 
 
-def _wrapped(line: str) -> str:
+def _wrapped(line: str, width: int) -> str:
     """A sentence on lines that a terminal shows whole; those of a list are set in."""
     indent = " " * (len(line) - len(line.lstrip()))
     later = f"{indent}  " if indent else ""
     whole = line.strip().replace(" %", "\N{NO-BREAK SPACE}%")
-    text = textwrap.fill(whole, WIDTH, initial_indent=indent, subsequent_indent=later)
+    text = textwrap.fill(whole, width, initial_indent=indent, subsequent_indent=later)
     return text.replace("\N{NO-BREAK SPACE}%", " %")
 
 
