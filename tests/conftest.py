@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before anything imports a hub client: tests never reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,6 +35,13 @@ def smollm2():
 def minilm():
     """MiniLM-L6 on the CPU; treat as read-only."""
     return packaged("minilm-l6")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    """Ctrl-C interrupts also in a run that a script put into the background, as it would not."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

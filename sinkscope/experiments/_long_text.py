@@ -25,7 +25,7 @@ def long_text(model: Any, source: Any, tokens: int, *, bos: str = "auto", seed: 
         source: What `texts()` takes, read from its beginning without a gap; or exact `token_ids`,
             of which the first prompt is taken.
         tokens: How many, special ones in front included.
-        bos: See `texts`; ids are taken as they are.
+        bos: See `texts`; `token_ids` are taken as they are.
         seed: Of the order of documents, and of the first token where `bos` is "random".
 
     Raises:

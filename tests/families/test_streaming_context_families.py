@@ -257,8 +257,11 @@ def test_a_text_is_given_in_every_way_that_texts_takes(tmp_path) -> None:
     (tmp_path / "text.txt").write_text(spelt)
     (tmp_path / "ids.json").write_text(json.dumps([want]))
     path = tmp_path / "text.txt"
-    for source in (path, str(path), [spelt], (spelt,), tmp_path / "ids.json"):
+    for source in (path, str(path), [spelt], (spelt,)):
         assert long_text(model, source, 20, bos="never").tokens[0].tolist() == want, source
+    assert long_text(model, tmp_path / "ids.json", 20).tokens[0].tolist() == want
+    with pytest.raises(TextError, match="exact token ids, which are used as they are; leave out"):
+        long_text(model, tmp_path / "ids.json", 20, bos="never")
 
 
 def test_keys_that_cannot_be_turned_are_refused() -> None:
