@@ -34,6 +34,7 @@ from sinkscope._memory import (
 )
 from sinkscope._quiet import quiet
 from sinkscope._source import ModelSource, attach_source, model_source
+from sinkscope.capture._kv_cache import reads_both_names
 from sinkscope.errors import ModelError
 from sinkscope.packaged import (
     BUILT_IN,
@@ -111,7 +112,7 @@ def load_model(
                 "A TransformerBridge is used as it is: move or cast it with bridge.to(...) before "
                 "passing it, and pass no other arguments."
             )
-        return spec
+        return reads_both_names(spec)
     if device is not None and device_map is not None:
         raise ModelError("Pass either device or device_map, not both.")
     in_memory = isinstance(spec, PreTrainedModel)
@@ -148,7 +149,7 @@ def load_model(
     attach_source(bridge, replace(source, name=request.name))
     if in_memory:
         remember(spec, bridge)
-    return bridge.eval()
+    return reads_both_names(bridge).eval()
 
 
 Loaded = tuple[TransformerBridge, ModelSource]

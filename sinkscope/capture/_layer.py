@@ -34,6 +34,7 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 from sinkscope.capture._attend import attend
 from sinkscope.capture._calls import AttentionCall
 from sinkscope.capture._dense import attend_densely
+from sinkscope.capture._kv_cache import cache_in
 from sinkscope.capture._masks import MaskSpec
 from sinkscope.capture._norms import show_as_stock
 from sinkscope.capture._overrides import Overrides
@@ -118,7 +119,7 @@ class StreamingLayer:
             if rotary is not None:
                 rotary = self.attn._apply_position_embedding_hooks(rotary)
                 kwargs["position_embeddings"] = rotary
-        with self._keys_fire_into(kwargs.get("past_key_values")):
+        with self._keys_fire_into(cache_in(kwargs)):
             return AttentionBridge.forward(self.attn, *args, **kwargs)
 
     @contextmanager

@@ -22,6 +22,7 @@ from transformer_lens.model_bridge import generalized_components as components
 from transformer_lens.model_bridge.generalized_components import block
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from sinkscope.capture._kv_cache import cache_in
 from sinkscope.capture._norms import runs_natively
 from sinkscope.capture._overrides import Overrides
 from sinkscope.capture._support import hooks_of, is_heard, kind_of
@@ -168,7 +169,7 @@ class _AttentionShortcut(Shortcut):
     __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not None:
+        if cache_in(kwargs) is not None:
             return self._component(*args, **kwargs)
         return super().__call__(*args, **kwargs)
 

@@ -26,6 +26,7 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from sinkscope.capture._calls import AttentionCall
+from sinkscope.capture._kv_cache import reads_both_names
 from sinkscope.capture._layer import StreamingLayer, materialises
 from sinkscope.capture._masks import MaskSpec, streaming_mask
 from sinkscope.capture._norms import skip_unread_statistics
@@ -57,7 +58,8 @@ def streaming(bridge: TransformerBridge) -> Iterator[Stream]:
     ``hook_pattern`` are materialised in the layers where somebody hooked them.
 
     A context inside another on the same bridge does nothing, a copy taken inside is a plain bridge,
-    and on exit, also by an exception, the bridge is as it was.
+    and on exit, also by an exception, the bridge is as it was (but for finding its KV cache where
+    transformers has renamed it).
 
     Args:
         bridge: Any bridge of a causal or bidirectional transformers model.
@@ -81,7 +83,7 @@ def streaming(bridge: TransformerBridge) -> Iterator[Stream]:
     if bridge in _streams:
         yield _streams[bridge]
         return
-    stream = Stream(bridge)
+    stream = Stream(reads_both_names(bridge))
     stream._begin()
     try:
         yield stream

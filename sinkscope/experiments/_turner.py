@@ -16,6 +16,7 @@ from sinkscope._out_of_memory import ran_out_of_memory
 from sinkscope._probe import only_hooks, probe_tokens
 from sinkscope.capabilities import Capabilities
 from sinkscope.capture import runner
+from sinkscope.capture._kv_cache import cache_argument
 from sinkscope.capture._support import core_module
 from sinkscope.errors import UnsupportedError
 
@@ -86,7 +87,8 @@ class Turner:
         cache = DynamicCache()
         aside = only_hooks(model.hook_dict.values(), (), lambda x, hook: None)
         with torch.inference_mode(), runner.evaluating(model), aside:
-            model.original_model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            given = {cache_argument(model.original_model): cache}
+            model.original_model(input_ids=tokens, use_cache=True, **given)
             by = torch.arange(tokens.shape[1])[:, None]
             half = model.cfg.dtype in (torch.float16, torch.bfloat16)
             # Wrong turns miss by the size of a key; half precision by 3 % in SmolLM2's last layers.

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from sinkscope.capabilities import Capabilities, capabilities
 from sinkscope.capture import paths, runner
+from sinkscope.capture._kv_cache import cache_argument
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments import _result
 from sinkscope.experiments._heap import trim
@@ -160,8 +161,8 @@ def stream(
                 input_ids=tokens[:, start:stop],
                 position_ids=torch.arange(start, stop, device=device)[None],
                 attention_mask=seen if streams else _additive(seen, model.cfg.dtype),
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_argument(model.original_model): cache},
             ).logits[0]
             told = tokens[0, start + 1 : stop + 1].to(logits.device)
             loss = torch.nn.functional.cross_entropy(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sinkscope._in_force import enforced
 from sinkscope.capabilities import capabilities
+from sinkscope.capture._kv_cache import reads_both_names
 from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
 
 Hooks = list[tuple[str, Callable[..., Tensor | None]]]
@@ -55,7 +56,7 @@ class Intervention(AbstractContextManager):
         return f"{type(self).__name__}({', '.join(words)})"
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model = reads_both_names(model)
         self.can = capabilities(model)
         self._undo: ExitStack | None = None
 
