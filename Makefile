@@ -2,30 +2,47 @@
 #   make demo    scan a real pretrained model and draw its sinks
 #   make test    every check that CI runs
 #
-# TORCH says what to install as torch; `make test TORCH=torch==2.13.0` pins it.
+# Versions are those of constraints.txt, but for torch: TORCH says what to install as torch.
+# Left to itself, Linux without an NVIDIA GPU takes the CPU build, where pip finds one.
 PYTHON ?= python3
 VENV   ?= .venv
-TORCH  ?= torch>=2.11,<3
+TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+EXACT  := --constraint constraints.txt
 MODELS := smollm2-135m minilm-l6
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup models demo test lint types notebooks-html clean
+.PHONY: setup models demo test test-latest constraints lint types notebooks-html clean
 
 setup: $(VENV)/.installed
 
-# One stamp file: pip runs again only when pyproject.toml has changed.
-$(VENV)/.installed: pyproject.toml
+# Stamp files: pip runs again only when one of these has changed. The demo needs no more than this.
+$(VENV)/.runs: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet "$(TORCH)"
-	$(PIP) install --quiet --editable ".[dev,notebook]"
+	$(PIP) install $(EXACT) "$(TORCH)"
+	$(PIP) install $(EXACT) --editable .
 	touch $@
+
+$(VENV)/.installed: $(VENV)/.runs
+	$(PIP) install $(EXACT) --editable ".[dev,notebook]"
+	touch $@
+
+# Writes down what .venv holds, once its tests are green. torch and what its CUDA builds bring along
+# are left to TORCH.
+constraints:
+	$(PIP) freeze --exclude-editable \
+	  | grep -ivE '^(torch|triton|nvidia-.*|cuda-.*|setuptools|pip)(==| @)' > constraints.new
+	{ echo "# The tested environment, less torch, which TORCH in the Makefile chooses."; \
+	  echo "# Made by \`make constraints\`; what is asked for, and why, is in pyproject.toml."; \
+	  cat constraints.new; } > constraints.txt
+	rm constraints.new
+	touch $(VENV)/.runs $(VENV)/.installed
 
 models: setup
 	for model in $(MODELS); do $(BIN)/sinkscope models install $$model || exit 1; done
 
-demo: setup
+demo: $(VENV)/.runs
 	$(BIN)/sinkscope models install smollm2-135m
 	$(BIN)/sinkscope scan smollm2-135m --texts prose --prompts 16 --length 256 --out out/demo
 
@@ -39,10 +56,20 @@ types: setup
 test: models lint types
 	$(BIN)/python -m pytest
 
+# The newest of everything, beyond the bounds of pyproject.toml too, in an environment of its own:
+# finds on purpose what the next release of a dependency breaks.
+test-latest:
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --upgrade "$(TORCH)" --editable ".[dev,notebook]"
+	.venv-latest/bin/python -m pip install --upgrade "$(TORCH)" transformers transformer-lens plotly
+	.venv-latest/bin/python -m pip freeze --exclude-editable | diff constraints.txt - || true
+	for model in $(MODELS); do .venv-latest/bin/sinkscope models install $$model || exit 1; done
+	.venv-latest/bin/python -m pytest
+
 # Runs the six lessons from fresh kernels, some minutes, and draws them as pages that need no network.
 notebooks-html: models
 	$(BIN)/jupyter nbconvert --execute --to html --config notebooks/html/nbconvert_config.py \
 	  --output-dir out/notebooks notebooks/0*.ipynb
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) .venv-latest out
