@@ -15,7 +15,7 @@ matter less there and two matter more: sink attention is a hint, removal is the 
 """
 
 import sinkscope as ss
-from sinkscope.experiments.removal import removal
+from sinkscope.experiments.ablation import removal
 
 model = ss.load_model("smollm2-135m")
 kinds = {name: ss.texts(name, prompts=24, length=96) for name in ("prose", "code")}

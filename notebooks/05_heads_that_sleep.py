@@ -31,7 +31,7 @@ from einops import repeat
 
 import sinkscope as ss
 from sinkscope.experiments.dormant import dormancy
-from sinkscope.experiments.sleep import sleep
+from sinkscope.experiments.inactive_heads import sleep
 from sinkscope.interventions import AblateHeads
 
 model = ss.load_model("smollm2-135m")

@@ -15,7 +15,7 @@ import pytest
 def packaged(name: str):
     """A packaged model, or a skip; in CI its absence is a failure."""
     from sinkscope.errors import ModelError
-    from sinkscope.models import load_model
+    from sinkscope.models.load import load_model
 
     try:
         return load_model(name)

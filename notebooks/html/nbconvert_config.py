@@ -17,7 +17,7 @@ from nbconvert.preprocessors import Preprocessor
 from nbformat import NotebookNode
 from plotly.offline import get_plotlyjs
 
-from sinkscope.plot._page.pack import script_json
+from sinkscope.html.pack import script_json
 from sinkscope.plot.export import CONFIG
 from sinkscope.plot.theme import DARK, LIGHT
 

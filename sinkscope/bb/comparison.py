@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from sinkscope.bb.config import TrainConfig
-from sinkscope.bb.intervals import mean_interval
 from sinkscope.bb.source import BigramSource
 from sinkscope.bb.training import train
+from sinkscope.statistics import mean_interval
 
 if TYPE_CHECKING:
     import pandas as pd

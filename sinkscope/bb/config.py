@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from sinkscope.bb.operators import ATTENTIONS
+from sinkscope.attention.operators import ATTENTIONS
 from sinkscope.errors import ModelError
 
 LEARNING_RATES = {"adamw": 3e-4, "sgd": 3e-2, "muon": 3e-4}
@@ -20,7 +20,7 @@ class ModelConfig:
     Attributes:
         layers, heads, width, context: blocks, heads per block, residual dims, longest sequence.
         vocab: token ids, BOS and delimiter included.
-        attention: one of `sinkscope.bb.operators.ATTENTIONS`.
+        attention: one of `sinkscope.attention.operators.ATTENTIONS`.
         no_attention, no_ffn, linear_ffn: layers without attention, without feed-forward, or with
             one plain matrix for it (the paper's minimal structures).
         no_norm: leave out every LayerNorm. (The reference code's flag drops only the final one.)

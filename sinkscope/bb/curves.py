@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinkscope.bb.checkpoint import load_checkpoint
+from sinkscope.bb.checkpoint import Log, load_checkpoint
 from sinkscope.bb.config import TrainConfig
 from sinkscope.bb.holds import HOLDS
-from sinkscope.bb.log import Log
 from sinkscope.bb.training import CHECKPOINT, LOG, MAY_CHANGE, Run, train
 from sinkscope.errors import ModelError
 

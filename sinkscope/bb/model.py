@@ -19,8 +19,8 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sinkscope.attention.operators import PLAIN, SPARE, softmax_with_spare
 from sinkscope.bb.config import ModelConfig
-from sinkscope.bb.operators import PLAIN, SPARE, softmax_with_spare
 from sinkscope.errors import UnsupportedError
 
 Tap = Callable[[str, Tensor], Tensor]
@@ -33,7 +33,7 @@ def no_tap(name: str, value: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with a choice of operator; see `sinkscope.bb.operators`."""
+    """Causal self-attention with a choice of operator; see `sinkscope.attention.operators`."""
 
     def __init__(self, config: ModelConfig, operator: str) -> None:
         super().__init__()

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinkscope.bb.bridge import to_bridge
-from sinkscope.bb.checkpoint import Checkpoint, save_checkpoint
-from sinkscope.bb.log import COLUMNS
+from sinkscope.bb.checkpoint import COLUMNS, Checkpoint, save_checkpoint
 from sinkscope.bb.task import BigramBackcopy
 from sinkscope.bb.training import Run, load_model
 from sinkscope.errors import ModelError
@@ -20,7 +19,7 @@ from sinkscope.errors import ModelError
 if TYPE_CHECKING:
     from transformer_lens import TransformerBridge
 
-    from sinkscope.texts import Texts
+    from sinkscope.prompts.tokens import Texts
 
 PACKAGED = ("bb-3l",)
 
@@ -41,7 +40,7 @@ def load_packaged(
     Raises:
         ModelError: when there is no such model.
     """
-    from sinkscope._source import ModelSource, attach_source
+    from sinkscope.models.provenance import ModelSource, attach_source
 
     path = packaged_file(name)
     model, task = load_model(path)
@@ -120,7 +119,7 @@ def task_texts(
         seed: what they are drawn with.
         task: the packaged model's task when left out.
     """
-    from sinkscope.texts import Texts
+    from sinkscope.prompts.tokens import Texts
 
     task = task if task is not None else packaged_task()
     tokens = task.sample(prompts, length, seed)

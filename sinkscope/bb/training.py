@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from contextlib import nullcontext
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,21 +24,49 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from sinkscope._device import chosen_device
-from sinkscope.bb._interrupt import waiting_interrupt
-from sinkscope.bb.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from sinkscope.bb.checkpoint import Checkpoint, Log, load_checkpoint, save_checkpoint
 from sinkscope.bb.config import TrainConfig
 from sinkscope.bb.holds import Holds
-from sinkscope.bb.log import Log
 from sinkscope.bb.measurement import Phenomena, measure
 from sinkscope.bb.model import BackcopyTransformer, Tap, no_tap
 from sinkscope.bb.optimizers import make_optimizers
 from sinkscope.bb.source import BigramSource
 from sinkscope.bb.task import Batches, BigramBackcopy, mixed_seed
+from sinkscope.devices import chosen_device
 from sinkscope.errors import ModelError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+# --- A Ctrl-C that waits until a training step is over, so that what is saved is whole.
+
+
+@contextmanager
+def waiting_interrupt() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C only answers the question that is yielded; a second one stops all.
+
+    Where Ctrl-C would not raise KeyboardInterrupt (other threads, other handlers), nothing changes.
+    """
+    came = False
+
+    def note(*_: object) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: came
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.csv"
 MAY_CHANGE = ("steps", "measure_every", "save_every", "snapshots")  # between a run and its resume

@@ -1,6 +1,10 @@
 """From a running model to small tensors: observers on hook points, reduced inside the hook.
 
-`attention` says what a layer's attention looked like, `streaming` makes that cheap, `observers`
-turn it into the quantities of a report, `folds` merge them over layers and batches, and `runner`
-feeds the batches.
+`scan` is the entrance; `observers` turn signals into the fields of a report; `aggregate` merges
+them over layers and batches; `runner` feeds the batches; `readers` and `paths` say how attention is
+read.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.capture._waiting import sent
+from sinkscope.devices import sent
 from sinkscope.metrics import positions
 
 Shared = TypeVar("Shared")

@@ -14,13 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from sinkscope._unavailable import STREAMED
-from sinkscope.capabilities import Capabilities
-from sinkscope.capture._support import attention_of
-from sinkscope.capture.attention import PatternReader, StreamReader
+from sinkscope.attention.streaming import Stream, streaming
+from sinkscope.attention.support import attention_of
 from sinkscope.capture.batches import Batch
-from sinkscope.capture.streaming import Stream, streaming
+from sinkscope.capture.readers import PatternReader, StreamReader
 from sinkscope.errors import UnsupportedError
+from sinkscope.models.capabilities import STREAMED, Capabilities
 
 Emit = Callable[[str, int, Any], None]
 Hooks = list[tuple[str, Callable[..., None]]]

@@ -16,15 +16,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope._in_force import refuse_short_prompts
-from sinkscope._out_of_memory import ran_out_of_memory
+from sinkscope.attention.support import is_heard
 from sinkscope.capture import batches
-from sinkscope.capture._support import is_heard
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers.base import Observer
 from sinkscope.capture.paths import Path, Wanted
+from sinkscope.devices import ran_out_of_memory
 from sinkscope.errors import ModelError
-from sinkscope.texts import Texts
+from sinkscope.models.active import refuse_short_prompts
+from sinkscope.prompts.tokens import Texts
 
 _TOKENS_A_BATCH = {"cuda": 2**16, "cpu": 2**12}
 _PATTERN_BYTES = 2**30

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sinkscope._width import as_wide_as_the_terminal
 from sinkscope.errors import ReportError, SinkscopeError, TextError
+from sinkscope.output import as_json, as_wide_as_the_terminal
 
 if TYPE_CHECKING:
     from typer import Context
 
-    from sinkscope.texts import Texts as Tokens
-    from sinkscope.texts import TextSource
+    from sinkscope.prompts.recipes import TextSource
+    from sinkscope.prompts.tokens import Texts as Tokens
 else:
     Context = typer.Context.__base__  # the class of what typer really hands over
 
@@ -150,57 +147,15 @@ def writable_folder(out: Path | None) -> Path | None:
     return out
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none: a reader never meets half of one.
-
-    Raises:
-        ReportError: If it cannot be written.
-    """
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise ReportError(f"{path} cannot be written ({error.strerror}).") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def print_json(value: Any) -> None:
-    """One JSON object on stdout; nan and infinity must be gone by now."""
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+    """One JSON object on stdout; nan and infinity are null."""
+    sys.stdout.write(as_json(value) + "\n")
 
 
 def show(found: Any) -> None:
     """Print a result in words and tables that the terminal shows whole."""
     with as_wide_as_the_terminal():
         typer.echo(repr(found))
-
-
-def finite(value: Any) -> Any:
-    """The same value with nan and infinity, which JSON has not, as None."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value.item() if hasattr(value, "item") else value
-
-
-def number(value: float | None, form: str) -> str:
-    """A figure; a dash where it is undefined."""
-    return "–" if value is None or math.isnan(value) else format(value, form)
 
 
 @contextlib.contextmanager

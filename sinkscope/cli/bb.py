@@ -10,6 +10,7 @@ import typer
 
 from sinkscope.cli import _common as common
 from sinkscope.errors import SinkscopeError
+from sinkscope.output import number, write_file
 
 LAWS_FROM = 200
 """First step that growth laws are fitted to."""
@@ -70,7 +71,7 @@ def train(
             run = bb.train(config, folder, device=device, progress=common.progress_wanted())
         found = headline(run.frame())
     if json:
-        common.print_json(common.finite(found))
+        common.print_json(found)
         return
     _print_rows(_in_words(found), f"{curves.run_name(config)}, seed {seed}, step {found['step']:,}")
 
@@ -111,11 +112,11 @@ def compare(
             )
         table = bb.summarise(runs)
         if folder is not None:
-            common.write_text(folder / "runs.csv", runs.to_csv(index=False))
-            common.write_text(folder / "summary.csv", table.to_csv(index=False))
+            write_file(folder / "runs.csv", runs.to_csv(index=False))
+            write_file(folder / "summary.csv", table.to_csv(index=False))
     rows = table.to_dict("records")
     if json:
-        common.print_json(common.finite({"runs": runs.to_dict("records"), "summary": rows}))
+        common.print_json({"runs": runs.to_dict("records"), "summary": rows})
         return
     _print_rows(_a_row_each(rows), f"is it there? mean over {seeds} seeds, 95 % interval")
 
@@ -151,11 +152,11 @@ def dynamics(
                 curves, about="Bigram-Backcopy", laws=pd.concat(laws, ignore_index=True)
             )
             plot.save(figure, folder / "dynamics.html")
-            common.write_text(folder / "curves.csv", curves.to_csv(index=False))
-            common.write_text(folder / "laws.csv", fit.to_csv(index=False))
+            write_file(folder / "curves.csv", curves.to_csv(index=False))
+            write_file(folder / "laws.csv", fit.to_csv(index=False))
     rows = fit.to_dict("records")
     if json:
-        common.print_json({"laws": common.finite(rows)})
+        common.print_json({"laws": rows})
         return
     _print_rows(
         [
@@ -208,7 +209,7 @@ def _in_words(found: dict[str, int | float]) -> list[dict[str, Any]]:
         {
             "at the end of training": text,
             "layer": layers.get(name, ""),
-            "value": f"{common.number(found[name], '.3g')} {unit}".rstrip(),
+            "value": f"{number(found[name], '.3g')} {unit}".rstrip(),
         }
         for text, name, unit in rows
     ]
@@ -221,12 +222,12 @@ def _a_row_each(summary: list[dict[str, Any]]) -> list[dict[str, str]]:
         name = f"{cell['attention']} {cell['optimizer']}"
         row = found.setdefault(name, {"run": name})
         ends = _interval(cell["low"], cell["high"], ".2f")
-        row[cell["phenomenon"]] = f"{cell['present']}, {common.number(cell['mean'], '.2f')}\n{ends}"
+        row[cell["phenomenon"]] = f"{cell['present']}, {number(cell['mean'], '.2f')}\n{ends}"
     return list(found.values())
 
 
 def _interval(low: float, high: float, form: str) -> str:
-    return common.number(low, form) if math.isnan(low) else f"{low:{form}} to {high:{form}}"
+    return number(low, form) if math.isnan(low) else f"{low:{form}} to {high:{form}}"
 
 
 def _config(paper: bool, layers: int, steps: int | None) -> Any:
@@ -252,6 +253,6 @@ def _print_rows(rows: list[dict[str, Any]], title: str) -> None:
 
     table = Table(*(str(name) for name in rows[0]), title=title)
     for row in rows:
-        cells = (common.number(v, ".4g") if isinstance(v, float) else str(v) for v in row.values())
+        cells = (number(v, ".4g") if isinstance(v, float) else str(v) for v in row.values())
         table.add_row(*cells)
     Console().print(table)

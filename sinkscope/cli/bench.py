@@ -9,6 +9,7 @@ import typer
 
 from sinkscope.cli import _common as common
 from sinkscope.errors import SinkscopeError
+from sinkscope.output import number, write_file
 
 
 def bench(
@@ -44,7 +45,7 @@ def bench(
     if folder is not None:
         import json as json_module
 
-        common.write_text(Path(folder) / "bench.json", json_module.dumps(plain, indent=1))
+        write_file(Path(folder) / "bench.json", json_module.dumps(plain, indent=1))
     if json:
         common.print_json(plain)
         return
@@ -90,10 +91,10 @@ def _table(rows: list[Any], machine: str) -> Any:
         table.add_row(
             f"{row.prompts}×{row.length}",
             row.way if row.note is None else f"{row.way}: {row.note}",
-            common.number(row.milliseconds, ".1f"),
-            common.number(row.ratio, ".2f"),
-            common.number(row.memory, ".2f"),
-            common.number(row.tokens_per_second, ",.0f"),
-            common.number(row.first_milliseconds, ".0f"),
+            number(row.milliseconds, ".1f"),
+            number(row.ratio, ".2f"),
+            number(row.memory, ".2f"),
+            number(row.tokens_per_second, ",.0f"),
+            number(row.first_milliseconds, ".0f"),
         )
     return table

@@ -11,7 +11,7 @@ from sinkscope.cli import _common as common
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sinkscope.experiments._result import Result
+    from sinkscope.experiments.result import Result
 
 
 def dormant(
@@ -52,7 +52,7 @@ def dormant(
     with common.quiet_stdout(), common.interruptible(folder):
         import sinkscope as ss
         from sinkscope.experiments.dormant import dormancy, sources
-        from sinkscope.experiments.sleep import sleep as put_to_sleep
+        from sinkscope.experiments.inactive_heads import sleep as put_to_sleep
 
         bridge = ss.load_model(model, device=device, dtype=dtype)
         texts = sources(kinds, prompts=prompts, length=length, bos=bos, seed=seed)
@@ -73,7 +73,7 @@ def dormant(
             found[name] = put_to_sleep(bridge, source, file=file, **shared)
         written = write(found, folder) if folder is not None else []
     if json:
-        common.print_json(common.finite({name: one.to_dict() for name, one in found.items()}))
+        common.print_json({name: one.to_dict() for name, one in found.items()})
         return
     for one in found.values():
         common.show(one)

@@ -56,7 +56,7 @@ def dynamics(
         name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None
     }
     with common.quiet_stdout(), common.interruptible(folder):
-        from sinkscope.experiments._checkpoints import by_step, usual_texts
+        from sinkscope.experiments.dynamics import by_step, usual_texts
         from sinkscope.experiments.dynamics import dynamics as follow
 
         named = by_step([int(n) if re.fullmatch(r"\d+", n) else n for n in checkpoints])
@@ -76,7 +76,7 @@ def dynamics(
         )
         written = found.save(folder, "dynamics") if folder is not None else []
     if json:
-        common.print_json(common.finite(found.to_dict()))
+        common.print_json(found.to_dict())
         return
     common.show(found)
     for file in written:

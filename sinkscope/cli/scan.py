@@ -9,9 +9,10 @@ import typer
 
 from sinkscope.cli import _common as common
 from sinkscope.errors import TextError
+from sinkscope.output import write_file
 
 if TYPE_CHECKING:
-    from sinkscope.report import SinkReport
+    from sinkscope.report.report import SinkReport
 
 PER_HEAD = ("prompt", "layer", "head")
 HEADS = "heads.csv"
@@ -98,7 +99,7 @@ def write(report: SinkReport, folder: Path) -> list[Path]:
     report.save(folder / "report.nc")
     written = [folder / "report.nc"]
     if per_head := report.measured(*PER_HEAD):
-        common.write_text(folder / HEADS, report.to_frame(*per_head).to_csv(index=False))
+        write_file(folder / HEADS, report.to_frame(*per_head).to_csv(index=False))
         written.append(folder / HEADS)
-    common.write_text(folder / "report.html", report.to_html())
+    write_file(folder / "report.html", report.to_html())
     return [*written, folder / "report.html"]

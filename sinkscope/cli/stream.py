@@ -79,7 +79,7 @@ def stream(
             )
         written = found.save(folder, "stream") if folder is not None else []
     if json:
-        common.print_json(common.finite(found.to_dict()))
+        common.print_json(found.to_dict())
         return
     common.show(found)
     if designated == "auto" and "designated 255" not in found.kept:

@@ -11,7 +11,7 @@ from sinkscope.cli import _common as common
 from sinkscope.errors import SinkscopeError, UnsupportedError
 
 if TYPE_CHECKING:
-    from sinkscope.experiments._result import Result
+    from sinkscope.experiments.result import Result
 
 QUESTIONS = {
     "nonmixture": "Which FFN dims mark the element that mixes nothing? (Yan et al., Fig. 1)",
@@ -73,7 +73,7 @@ def waiver(
         written = [file for name, one in found.items() for file in _save(one, folder, name)]
     if json:
         answered = {name: one.to_dict() for name, one in found.items()}
-        common.print_json(common.finite({**answered, "refused": refused}))
+        common.print_json({**answered, "refused": refused})
         return
     for name, one in found.items():
         typer.echo(QUESTIONS[name])

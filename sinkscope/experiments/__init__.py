@@ -1,18 +1,10 @@
 """Experiments: a paper's question, asked of any model.
 
-Each module has one or a few functions that take a model and texts and return a result with
-``summary()`` (words), ``frame()`` (a tidy table), ``figures()`` (Plotly), ``to_dict()`` and
-``save()``. Modules are imported when they are first used.
+Each module is one question: a function that takes a model and texts, and the result that it
+returns, with ``summary()`` (words), ``to_frame()`` (a tidy table), ``figures()`` (Plotly),
+``to_dict()`` and ``save()``.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-import importlib
-import importlib.util
-from types import ModuleType
-
-
-def __getattr__(name: str) -> ModuleType:
-    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,34 +11,250 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinkscope.capabilities import Capabilities, capabilities
-from sinkscope.errors import ModelError, ReportError, UnsupportedError
-from sinkscope.experiments import _partial
-from sinkscope.experiments._checkpoints import (
-    by_step,
-    is_snapshot,
-    laboratory_model,
-    usual_texts,
-)
-from sinkscope.experiments._dynamics import Dynamics
-from sinkscope.experiments._dynamics_asked import asked_of
-from sinkscope.experiments._losses import PromptLosses
-from sinkscope.experiments._partway import Partway, with_predictions
-from sinkscope.models import load_model
-from sinkscope.report import SinkReport, load_report
-from sinkscope.scan import scan
-from sinkscope.texts import Texts, as_texts
+from sinkscope.capture.scan import scan
+from sinkscope.errors import ModelError, ReportError, TextError, UnsupportedError
+from sinkscope.experiments import result as _result
+from sinkscope.experiments import resume as _partial
+from sinkscope.experiments.partial_forward import Partway, PromptLosses, with_predictions
+from sinkscope.experiments.result import Result
+from sinkscope.experiments.resume import checkpoint_configuration
+from sinkscope.metrics.heads import is_dormant
+from sinkscope.models.capabilities import Capabilities, capabilities
+from sinkscope.models.load import load_model
+from sinkscope.models.packaged import BUILT_IN, PACKAGES
+from sinkscope.output import number, write_file
+from sinkscope.prompts.texts import as_texts
+from sinkscope.prompts.texts import texts as make_texts
+from sinkscope.prompts.tokens import Texts
+from sinkscope.report.report import SinkReport, load_report
 
-__all__ = ["Dynamics", "dynamics"]
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+
+# --- What a checkpoint may be, its training step, and the texts that it is usually looked at on.
+
+
+def by_step(checkpoints: Mapping[int, Any] | Iterable[Any]) -> dict[int, Any]:
+    """Checkpoints by training step, rising.
+
+    Raises:
+        ModelError: If a step cannot be told, or two checkpoints have the same.
+    """
+    if isinstance(checkpoints, Mapping):
+        found = list(checkpoints.items())
+    else:
+        found = [(_step_of(checkpoint), checkpoint) for checkpoint in checkpoints]
+    steps = [step for step, _ in found]
+    if not steps or len(set(steps)) < len(steps):
+        raise ModelError(
+            f"Checkpoints have the steps {steps}; name at least one, and no step twice."
+        )
+    return dict(sorted(found))
+
+
+def _step_of(checkpoint: Any) -> int:
+    if isinstance(checkpoint, int):
+        return checkpoint
+    name = Path(checkpoint).name if isinstance(checkpoint, str | Path) else ""
+    packaged = name in PACKAGES or name in BUILT_IN  # their numbers are sizes
+    numbers = [] if packaged else re.findall(r"\d+", name)
+    if not numbers:
+        raise ModelError(
+            f"The training step of checkpoint {checkpoint!r} cannot be told from its name; pass a "
+            "mapping such as {500: checkpoint}."
+        )
+    return int(numbers[-1])
+
+
+def is_snapshot(checkpoint: Any) -> bool:
+    """Whether this is a snapshot of the Bigram-Backcopy laboratory."""
+    return isinstance(checkpoint, str | Path) and Path(checkpoint).suffix == ".safetensors"
+
+
+def usual_texts(
+    checkpoint: Any,
+    *,
+    prompts: int = 16,
+    length: int | None = None,
+    bos: str = "auto",
+    seed: int = 0,
+) -> Any:
+    """What a model is looked at on when nobody says: prose, or the task that a snapshot learnt.
+
+    Args:
+        checkpoint: The first one.
+        prompts: How many.
+        length: Tokens of each; by default 256 of prose, and of a task the snapshot's context.
+        bos: For prose; a task begins as it was learnt.
+        seed: Where prose is cut, and what a task is drawn with.
+
+    Raises:
+        TextError: If a task is to begin otherwise, or to be longer than the snapshot's context.
+    """
+    if not is_snapshot(checkpoint):
+        return make_texts("prose", prompts=prompts, length=length or 256, bos=bos, seed=seed)
+    from sinkscope import bb
+
+    model, task = bb.load_model(checkpoint)
+    context = model.config.context
+    if bos != "auto":
+        raise TextError(
+            "A laboratory snapshot is looked at on the task that it learnt, which has a BOS policy "
+            f"of its own; leave out {bos!r}, or name texts."
+        )
+    if length is not None and not 1 < length <= context:
+        raise TextError(
+            f"Prompts of {length} tokens do not fit {Path(checkpoint).name}, whose context is "
+            f"{context}; give 2 to {context}."
+        )
+    return bb.task_texts(prompts, length or context, seed, task)
+
+
+def laboratory_model(file: Path, device: Any = "cpu", **options: Any) -> Any:
+    """A snapshot that `sinkscope.bb.train` left, as a bridge.
+
+    Raises:
+        ModelError: If anything but a device is asked of it.
+    """
+    from sinkscope import bb
+
+    if options:
+        raise ModelError(f"{file.name} is a laboratory's; of the options it takes device alone.")
+    model, task = bb.load_model(file)
+    return bb.to_bridge(model.to(device), name=file.stem, task=task)
+
+
+# --- What `dynamics` finds: a curve for each phenomenon, a table, words and a figure.
+
+PER_HEAD = ("sink_attention", "sink_importance", "attention_entropy", "value_drain", "honor")
+PER_LAYER = ("residual_peak", "sink_residual_norm")
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Dynamics(Result):
+    """The reports of a model's checkpoints.
+
+    Attributes:
+        reports: By training step, rising.
+        loss: Mean next-token loss by step [nat]; without steps where the model has none.
+        parked: Mean sink attention above which a head counts as dormant [probability].
+    """
+
+    QUESTION = "When in training do sinks, drains and peaks grow?"
+
+    reports: dict[int, SinkReport]
+    loss: dict[int, float]
+    parked: float
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The training steps."""
+        return tuple(self.reports)
+
+    def stacked(self, name: str) -> Float[Tensor, "step ..."]:
+        """Mean over prompts of a field of the report, step by step."""
+        return torch.stack([report.mean(name) for report in self.reports.values()])
+
+    def overview(self) -> dict[str, Float[Tensor, "step"]]:
+        """One curve for each phenomenon.
+
+        Returns:
+            sink_rate, of the first sink [share]; sink_attention, mean over heads [probability];
+            dormant_share, of heads [share]; value_drain, median over layers and kv_heads [ratio];
+            residual_peak, largest over layers [ratio]; and loss [nat] where there is one.
+        """
+        attention = self.stacked("sink_attention").flatten(1)
+        rates = [report.sink_rate_at(report.settings.epsilon) for report in self.reports.values()]
+        curves = {
+            "sink_rate": torch.tensor(rates),
+            "sink_attention": attention.mean(dim=1),
+            "dormant_share": is_dormant(attention, self.parked).float().mean(dim=1),
+            "value_drain": self.stacked("value_drain").flatten(1).median(dim=1).values,
+            "residual_peak": self.stacked("residual_peak").amax(dim=1),
+        }
+        if self.loss:
+            curves["loss"] = torch.tensor([self.loss[step] for step in self.steps])
+        return curves
+
+    def frame(self) -> pd.DataFrame:
+        """One row a step, metric, layer and head: step, metric, layer, head, value.
+
+        layer and head are -1 for the curves of `overview`, head alone for figures of a layer;
+        value_drain has a kv_head in `head`. What one of the checkpoints cannot have (entropy
+        without a softmax) is left out.
+        """
+        import pandas as pd
+
+        pieces = [
+            self._rows(name, curve[:, None, None], layers=[-1], heads=[-1])
+            for name, curve in self.overview().items()
+        ]
+        for name in PER_LAYER:
+            x = self.stacked(name)[:, :, None]
+            pieces.append(self._rows(name, x, range(x.shape[1]), [-1]))
+        for name in PER_HEAD:
+            if any(getattr(report, name) is None for report in self.reports.values()):
+                continue
+            x = self.stacked(name)
+            pieces.append(self._rows(name, x, range(x.shape[1]), range(x.shape[2])))
+        return pd.concat(pieces, ignore_index=True)
+
+    def _rows(
+        self, metric: str, x: Float[Tensor, "step layer head"], layers: Any, heads: Any
+    ) -> pd.DataFrame:
+        import pandas as pd
+
+        columns = _result.grid(metric=[metric], step=self.steps, layer=layers, head=heads)
+        return pd.DataFrame(columns | {"value": _result.flat(x)})
+
+    def findings(self) -> dict[str, Any]:
+        """The curves, and when each phenomenon appears."""
+        curves = {name: curve.tolist() for name, curve in self.overview().items()}
+        return {"step": list(self.steps), "curves": curves, "half_way": self.half_way()}
+
+    def half_way(self) -> dict[str, int | None]:
+        """The first step at which each curve has come half of its way from first to last value."""
+        found: dict[str, int | None] = {}
+        for name, curve in self.overview().items():
+            way = (curve - curve[0]) / (curve[-1] - curve[0])
+            there = (way >= 0.5).nonzero()[:, 0]
+            found[name] = self.steps[int(there[0])] if len(there) else None
+        return found
+
+    def summary(self) -> str:
+        """First and last value of each curve, and when it was half-way between."""
+        half = self.half_way()
+        lines = [f"{len(self.steps)} checkpoints, steps {self.steps[0]:,} to {self.steps[-1]:,}:"]
+        if len(self.steps) == 1:
+            lines = [f"One checkpoint, step {self.steps[0]:,}:"]
+        for name, curve in self.overview().items():
+            first, last = (number(float(value)) for value in (curve[0], curve[-1]))
+            when = "" if half[name] is None else f", half-way by step {half[name]:,}"
+            lines.append(f"  {name.replace('_', ' ')} {first} → {last}{when}")
+        return "\n".join(lines)
+
+    def figures(self) -> dict[str, go.Figure]:
+        """One panel a phenomenon against the step."""
+        from sinkscope.plot import training_curves
+
+        frame = self.frame()
+        curves = frame[(frame["layer"] == -1) & (frame["head"] == -1)]
+        return {"dynamics": training_curves(curves, about=self.about, log_steps=False)}
+
 
 METRICS = ("sink_attention", "values", "head_outputs", "residual", "entropy", "received")
 """Of these, `entropy` is left out where attention is no softmax."""
@@ -136,7 +352,9 @@ class _Checkpoints:
                 )
 
     def _asked(self, checkpoint: Any) -> dict[str, str]:
-        return asked_of(self._model, checkpoint, self._source, self._sinks, self._options)
+        return checkpoint_configuration(
+            self._model, checkpoint, self._source, self._sinks, self._options
+        )
 
     def _file(self, step: int) -> Path | None:
         """Where an earlier run left the report, if it did."""
@@ -165,7 +383,7 @@ class _Checkpoints:
         if self._folder is not None:
             # The report comes last: where it is, the loss is too.
             beside = json.dumps({"loss": loss, "asked": asked}, indent=1)
-            _partial.write_whole(self._folder / f"step-{step}.json", beside)
+            write_file(self._folder / f"step-{step}.json", beside)
             report.save(self._folder / f"step-{step}.nc")
         if loss is not None:
             self.loss[step] = loss

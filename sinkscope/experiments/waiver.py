@@ -17,26 +17,234 @@ Each returns a result with ``summary()``, ``frame()``, ``figures()``, ``to_dict(
 
 from __future__ import annotations
 
-from sinkscope.experiments._nonmixture import NonMixture, nonmixture
-from sinkscope.experiments._parts import WhichPart
-from sinkscope.experiments._position_vectors import (
-    PositionEdit,
-    PositionNorms,
-    position_embeddings,
-    position_norms,
-)
-from sinkscope.experiments._structured_mask import Designation, structured_mask
-from sinkscope.experiments._which_part import which_part
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Designation",
-    "NonMixture",
-    "PositionEdit",
-    "PositionNorms",
-    "WhichPart",
-    "nonmixture",
-    "position_embeddings",
-    "position_norms",
-    "structured_mask",
-    "which_part",
-]
+from jaxtyping import Float
+from torch import Tensor
+
+from sinkscope.errors import UnsupportedError
+from sinkscope.experiments import conditions as _observe
+from sinkscope.experiments import result as _result
+from sinkscope.experiments.conditions import Condition, Conditions
+from sinkscope.experiments.result import Result
+from sinkscope.interventions import PositionEmbeddingEdit, PositionIdEdit, SelfOnlyMask
+from sinkscope.interventions.base import check_mode
+from sinkscope.interventions.positions import position_table
+from sinkscope.metrics.positions import position_embedding_norm
+from sinkscope.models.capabilities import capabilities
+from sinkscope.models.load import load_model
+from sinkscope.models.provenance import model_source
+from sinkscope.output import number
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+
+# --- Position vectors: their norms (Fig. 2), and a position that is given another one's (Fig. 4).
+
+CHANGES = ("first replaced", "last replaced", "first swapped", "last swapped")
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class PositionNorms(Result):
+    """Norms of a model's learned position vectors.
+
+    Attributes:
+        norm: ‖p_t‖ of every position [activation].
+    """
+
+    QUESTION = "Does the first position's vector stand out?"
+
+    norm: Float[Tensor, "position"]
+
+    def findings(self) -> dict[str, Any]:
+        """The first norm, the last, the largest, and what they all but the first are like."""
+        others = self.norm[1:]
+        return {
+            "first": float(self.norm[0]),
+            "last": float(self.norm[-1]),
+            "largest": float(self.norm.max()),
+            "largest_at": int(self.norm.argmax()),
+            "median_of_others": float(others.median()),
+            "largest_of_others": float(others.max()),
+            "largest_of_others_at": int(others.argmax()) + 1,
+            "first_over_median": float(self.norm[0] / others.median()),
+            "deviations": float((self.norm[0] - others.mean()) / others.std()),
+        }
+
+    def summary(self) -> str:
+        """Whether the first vector stands out."""
+        found = self.findings()
+        first = (
+            f"position 0, {number(found['first'])}: {number(found['first_over_median'])} times "
+            f"the median of the others, {number(found['deviations'])} of their standard "
+            "deviations from their mean"
+        )
+        second = f"position {found['largest_of_others_at']}, {number(found['largest_of_others'])}"
+        if found["largest_of_others_at"] == len(self.norm) - 1:
+            second += ", the last one"
+        if found["largest_at"] == 0:
+            return (
+                f"The longest of {len(self.norm)} position vectors is that of {first}. The longest "
+                f"of the others is that of {second}."
+            )
+        return (
+            f"The longest of {len(self.norm)} position vectors is not the first but that of "
+            f"{second}. That of {first}."
+        )
+
+    def frame(self) -> pd.DataFrame:
+        """One row a position."""
+        import pandas as pd
+
+        columns = _result.grid(position=range(len(self.norm)))
+        return pd.DataFrame(columns | {"metric": "norm", "value": _result.flat(self.norm)})
+
+    def figures(self) -> dict[str, go.Figure]:
+        """Norm by position, in the shape of the paper's figure 2."""
+        from sinkscope.plot import position_embedding_norms
+
+        return {"norms": position_embedding_norms(self.norm, about=self.about)}
+
+
+def position_norms(model: Any) -> PositionNorms:
+    """L2 norm of every learned position vector (Yan et al. 2407.01601, Fig. 2).
+
+    Raises:
+        UnsupportedError: If the model has no learned position vectors.
+    """
+    model = load_model(model)
+    can = capabilities(model)
+    if can.positions != "learned":
+        raise UnsupportedError(
+            f"{can.architecture} has no learned position vectors; its positions are "
+            f"{can.positions}."
+        )
+    table, first = position_table(model)
+    norm = position_embedding_norm(table.detach()[first:]).cpu()
+    return PositionNorms(about=model_source(model).name, norm=norm)
+
+
+class PositionEdit(Conditions):
+    """What another position's vector does; conditions are {start and end} × {changes}."""
+
+    QUESTION = "Does another position's vector make a sink?"
+
+
+def position_embeddings(
+    model: Any,
+    texts: Any,
+    position: int | None = None,
+    *,
+    starts: Iterable[str] = ("special", "random"),
+    changes: Iterable[str] = CHANGES,
+    seed: int = 0,
+    progress: bool = True,
+) -> PositionEdit:
+    """Give a position the first or the last position's vector (Yan et al. 2407.01601, Fig. 4).
+
+    Whether the paper replaced or swapped is not public; both are offered. On rotary models position
+    ids stand in for vectors: "first" rotates the element as if it stood at 0, "last" as at the last
+    position of the prompt.
+
+    Args:
+        model: A bridge, or anything that `load_model` takes.
+        texts: Prompts of equal length that go beyond `position`.
+        position: Which element; 255 by default, or two thirds of the way in short prompts.
+        starts: Of "special", "random" (start and end tokens both) and "given".
+        changes: Of `CHANGES`; the unchanged model always comes first.
+        seed: Of the random tokens.
+        progress: Whether to draw a progress bar.
+
+    Raises:
+        UnsupportedError: If positions are neither learned nor rotary.
+        TextError: If prompts differ in length or end before the position.
+    """
+    model = load_model(model)
+    prompts, position = _observe.designated(model, texts, position)
+    length = prompts.tokens.shape[1]
+    edits = {
+        change: _edit(model, check_mode(change, CHANGES), position, length) for change in changes
+    }
+    conditions = []
+    for start, with_start in _observe.started(model, prompts, starts, True, seed).items():
+        title = f"{start} start and end · {position}"
+        conditions.append(Condition(f"{title} unchanged", start, "unchanged", with_start))
+        for change, enter in edits.items():
+            conditions.append(Condition(f"{title}: {change}", start, change, with_start, enter))
+    return PositionEdit(**_observe.observe(model, prompts, conditions, position, progress))
+
+
+def _edit(model: Any, change: str, position: int, length: int) -> Any:
+    """The intervention of a change, ready to be made."""
+    which, how = change.split()
+    mode = {"replaced": "replace", "swapped": "swap"}[how]
+    if capabilities(model).positions == "learned":
+        source = {"first": 0, "last": -1}[which]
+        make = functools.partial(PositionEmbeddingEdit, model, source, position, mode)
+    else:
+        source = {"first": 0, "last": length - 1}[which]
+        make = functools.partial(PositionIdEdit, model, source, position, mode)
+    make()  # refuses now what it would refuse later
+    return make
+
+
+# --- The structured mask: let one element mix nothing, and see whether it becomes the sink.
+
+
+class Designation(Conditions):
+    """What designating a position does; conditions are {start} × {unchanged, designated}."""
+
+    QUESTION = "Does an element become the sink when it mixes nothing?"
+
+
+def structured_mask(
+    model: Any,
+    texts: Any,
+    position: int | None = None,
+    *,
+    starts: Iterable[str] = ("special", "random"),
+    layers: Iterable[int] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Designation:
+    """Designate a position as the waiver element by a self-only mask (Yan et al., Fig. 3).
+
+    Every prompt runs with a special and with a random start token, as it is and with `position`
+    seeing itself alone. The paper's mask is not public; a self-only row is our reading of it, and
+    what Li et al. (2605.06611) found to make a sink.
+
+    Args:
+        model: A bridge, or anything that `load_model` takes.
+        texts: Prompts of equal length that go beyond `position`.
+        position: Which element; 255 by default, or two thirds of the way in short prompts.
+        starts: Of "special", "random" and "given" (the prompts as they are).
+        layers: Where the mask holds; all by default.
+        seed: Of the random tokens.
+        progress: Whether to draw a progress bar.
+
+    Raises:
+        TextError: If prompts differ in length or end before the position.
+    """
+    model = load_model(model)
+    prompts, position = _observe.designated(model, texts, position)
+    masked = functools.partial(SelfOnlyMask, model, position, layers=layers)
+    conditions = []
+    for start, with_start in _observe.started(model, prompts, starts, False, seed).items():
+        conditions.append(
+            Condition(f"{start} start · {position} unchanged", start, "unchanged", with_start)
+        )
+        conditions.append(
+            Condition(
+                f"{start} start · {position} designated",
+                start,
+                "designated",
+                with_start,
+                masked,
+            )
+        )
+    return Designation(**_observe.observe(model, prompts, conditions, position, progress))

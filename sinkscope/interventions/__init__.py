@@ -18,7 +18,7 @@ from sinkscope.interventions.heads import AblateHeads, ScaleValue, ZeroValue
 from sinkscope.interventions.masks import SelfOnlyMask, ShiftSinkLogit
 from sinkscope.interventions.positions import PositionEmbeddingEdit, PositionIdEdit
 from sinkscope.interventions.softmax import ReplaceSoftmax
-from sinkscope.interventions.tokens import ReplaceEnd, ReplaceStart
+from sinkscope.prompts.replace import ReplaceEnd, ReplaceStart
 
 __all__ = [
     "AblateHeads",

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinkscope.errors import UnsupportedError
-from sinkscope.interventions._base import (
+from sinkscope.interventions.base import (
     HookedIntervention,
     Hooks,
     check_indices,
@@ -18,7 +18,7 @@ from sinkscope.interventions._base import (
     check_mode,
     check_positions,
 )
-from sinkscope.interventions._calibration import mean_at, needs_calibration
+from sinkscope.interventions.calibration import mean_at, needs_calibration
 
 PLACES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 """Where an activation can be edited: a block's input, what its halves add, and its output."""

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinkscope.errors import TextError, UnsupportedError
-from sinkscope.interventions import _calibration
-from sinkscope.interventions._base import (
+from sinkscope.interventions import calibration as _calibration
+from sinkscope.interventions.base import (
     HookedIntervention,
     Hooks,
     check_indices,

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sinkscope._probe import probe
 from sinkscope.errors import TextError, UnsupportedError
-from sinkscope.interventions._base import Intervention, check_mode
+from sinkscope.interventions.base import Intervention, check_mode
+from sinkscope.models.probe import probe
 
 _MODES = ("replace", "swap")
 

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.capture import streaming
-from sinkscope.capture._support import kind_of
+from sinkscope.attention import streaming
+from sinkscope.attention.support import kind_of
 from sinkscope.errors import UnsupportedError
-from sinkscope.interventions._base import HookedIntervention, Hooks, check_layers, check_mode
+from sinkscope.interventions.base import HookedIntervention, Hooks, check_layers, check_mode
 
 Operator = Callable[
     [Float[Tensor, "prompt head query key"], Bool[Tensor, "prompt head query key"]],

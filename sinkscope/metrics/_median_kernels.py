@@ -16,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinkscope._on_device import on_its_device
+from sinkscope.devices import on_its_device
 
 DIGITS: dict[torch.dtype, tuple[tuple[int, int], ...]] = {
     torch.bfloat16: ((7, 8), (0, 7)),

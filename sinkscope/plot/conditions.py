@@ -10,12 +10,11 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sinkscope.plot import _frames as frames
-from sinkscope.plot import _labels as labels
-from sinkscope.plot._bins import bins
-from sinkscope.plot._figure import finish, layer_ticks
-from sinkscope.plot._scales import y_scale
-from sinkscope.plot._series import band
+from sinkscope.plot import figure as labels
+from sinkscope.plot import frames
+from sinkscope.plot.figure import finish, layer_ticks
+from sinkscope.plot.marks import band
+from sinkscope.plot.scales import bins, y_scale
 from sinkscope.plot.theme import Palette, Theme, palette
 
 if TYPE_CHECKING:

@@ -8,16 +8,16 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sinkscope._bootstrap import bootstrap
-from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
-from sinkscope.plot import _figure, _labels
-from sinkscope.plot._bins import Bins, bins
-from sinkscope.plot._scales import WHOLE, log_bar, log_colours, log_range, log_scale
+from sinkscope.output import number
+from sinkscope.plot import figure as _figure
+from sinkscope.plot.scales import WHOLE, Bins, bins, log_bar, log_colours, log_range, log_scale
 from sinkscope.plot.theme import Palette, Theme, palette
+from sinkscope.report.labelled import to_numpy
+from sinkscope.statistics import bootstrap
 
 if TYPE_CHECKING:
-    from sinkscope.report import SinkReport
+    from sinkscope.report.report import SinkReport
 
 
 def nonmixture_dims(
@@ -102,7 +102,7 @@ def nonmixture_dims(
     listed = ", ".join(map(str, sorted(passing))) or "none"
     title = f"Non-mixture dims of layer {layer}: {listed}"
     rule = f"over {over_median:g} × median, {over_mixed:g} × mixed"
-    about = f"{_labels.plain_about(report.settings)} · {rule}"
+    about = f"{_figure.plain_about(report.settings)} · {rule}"
     return _figure.finish(figure, title, about, theme, height=480)
 
 
@@ -143,9 +143,9 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
         grid[place] = rows["size"].max()
         at = ", ".join(str(p) for p in sorted(rows["position"].unique())[:6])
         hover[place] = (
-            f"largest value: {_labels.number(rows.loc[rows['size'].idxmax(), value])}<br>"
+            f"largest value: {number(rows.loc[rows['size'].idxmax(), value])}<br>"
             f"{rows['prompt'].nunique()} of {prompts} prompts, position {at}<br>"
-            f"up to {_labels.number(rows[ratio].max())} × the median"
+            f"up to {number(rows[ratio].max())} × the median"
         )
     z, low, high = log_colours(grid)
     low = min(low, high - 1)  # a decade at least, or a hundredth more is as far as blue from yellow

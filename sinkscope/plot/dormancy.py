@@ -8,11 +8,11 @@ import numpy as np
 import plotly.graph_objects as go
 
 from sinkscope.errors import ReportError
-from sinkscope.plot import _frames as frames
-from sinkscope.plot import _labels as labels
-from sinkscope.plot._figure import ROOM, finish
-from sinkscope.plot._series import band
-from sinkscope.plot._signed_log import squeezed, ticks, unit_for
+from sinkscope.plot import figure as labels
+from sinkscope.plot import frames
+from sinkscope.plot.figure import ROOM, finish
+from sinkscope.plot.marks import band
+from sinkscope.plot.scales import squeezed, ticks, unit_for
 from sinkscope.plot.theme import SEQUENTIAL, Theme, faded, palette
 
 if TYPE_CHECKING:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import plotly.graph_objects as go
 
-from sinkscope._tidy import to_numpy
 from sinkscope.errors import ReportError
-from sinkscope.plot import _figure, _labels
-from sinkscope.plot._bins import Bins, bins
-from sinkscope.plot._scales import colour_scale, value_range
+from sinkscope.plot import figure as _figure
+from sinkscope.plot.scales import Bins, bins, colour_scale, value_range
 from sinkscope.plot.theme import Theme, palette
+from sinkscope.report.labelled import to_numpy
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -28,7 +27,7 @@ def attention_pattern(
     pattern: Float[Tensor, "query key"],
     tokens: Sequence[str] | None = None,
     *,
-    about: _labels.About,
+    about: _figure.About,
     title: str = "Attention pattern",
     theme: Theme = None,
 ) -> go.Figure:
@@ -83,7 +82,7 @@ def attention_pattern(
     figure.update_yaxes(title_text="query", autorange="reversed", **plain, **_axis(queries, tokens))
     if queries.binned or keys.binned:
         title += f" (maxima of bins; {figures.shape[0]:,} × {figures.shape[1]:,} cells)"
-    return _figure.finish(figure, _labels.escape(title), about, theme, height=620)
+    return _figure.finish(figure, _figure.escape(title), about, theme, height=620)
 
 
 def _bins(size: int) -> Bins:
@@ -101,7 +100,7 @@ def _places(positions: Bins, tokens: Sequence[str] | None) -> list[str] | list[i
         return [f"{first} to {last}" if first < last else str(first) for first, last in ends]
     if tokens is None:
         return positions.first.tolist()
-    return [f"{first} {_labels.plotly_token(tokens[first])}" for first, _ in ends]
+    return [f"{first} {_figure.plotly_token(tokens[first])}" for first, _ in ends]
 
 
 def _axis(positions: Bins, tokens: Sequence[str] | None) -> dict[str, Any]:

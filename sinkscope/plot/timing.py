@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from sinkscope.plot import _frames as frames
-from sinkscope.plot import _labels as labels
-from sinkscope.plot._figure import finish
+from sinkscope.plot import figure as labels
+from sinkscope.plot import frames
+from sinkscope.plot.figure import finish
 from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:

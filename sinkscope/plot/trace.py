@@ -8,10 +8,10 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sinkscope.plot import _frames as frames
-from sinkscope.plot import _labels as labels
-from sinkscope.plot._figure import finish, tick
-from sinkscope.plot._scales import colour_scale
+from sinkscope.plot import figure as labels
+from sinkscope.plot import frames
+from sinkscope.plot.figure import finish, tick
+from sinkscope.plot.scales import colour_scale
 from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from sinkscope.plot import to_html
-from sinkscope.report import SinkReport
+from sinkscope.report.report import SinkReport
 from tests.unit.report_factory import synthetic_report
 
 if TYPE_CHECKING:

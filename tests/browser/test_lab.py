@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sinkscope.packaged import packaged_models
+from sinkscope.models.packaged import packaged_models
 from tests.unit.report_factory import synthetic_report
 
 pytestmark = pytest.mark.slow

@@ -26,7 +26,7 @@ RENDER = """async (source) => {
 
 
 def test_a_click_sends_what_is_in_the_box(chromium: Any) -> None:
-    from sinkscope.plot._prompt_box import PromptBox
+    from sinkscope.explorer.widgets import PromptBox
 
     page = chromium.new_page()
     page.goto("about:blank")

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 from torch import Tensor
 
-from sinkscope.models import load_model
+from sinkscope.models.load import load_model
 
 from .architectures import BY_NAME, FAMILIES, Family
 from .reference import reference

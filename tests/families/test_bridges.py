@@ -8,9 +8,9 @@ import transformers
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinkscope.capabilities import METRIC_SIGNALS, capabilities
 from sinkscope.errors import UnsupportedError
-from sinkscope.models import load_model
+from sinkscope.models.capabilities import METRIC_SIGNALS, capabilities
+from sinkscope.models.load import load_model
 
 from .architectures import BY_NAME, D_MLP, D_MODEL, N_HEADS, N_LAYERS, VOCAB, Family
 

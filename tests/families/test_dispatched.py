@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import sinkscope as ss
 from sinkscope.errors import UnsupportedError
-from sinkscope.experiments.removal import removal
+from sinkscope.experiments.ablation import removal
 
 from .architectures import BY_NAME, Family
 

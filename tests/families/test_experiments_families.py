@@ -11,14 +11,10 @@ from torch import Tensor
 
 import sinkscope as ss
 from sinkscope.errors import TextError, UnsupportedError
+from sinkscope.experiments.nonmixture import nonmixture
 from sinkscope.experiments.trace_peak import trace_peak
-from sinkscope.experiments.waiver import (
-    nonmixture,
-    position_embeddings,
-    position_norms,
-    structured_mask,
-    which_part,
-)
+from sinkscope.experiments.waiver import position_embeddings, position_norms, structured_mask
+from sinkscope.experiments.which_part import which_part
 
 from .architectures import BY_NAME, N_LAYERS, Family
 from .reference import reference

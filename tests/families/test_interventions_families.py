@@ -36,7 +36,7 @@ from sinkscope.interventions import (
     ZeroValue,
     softmax,
 )
-from sinkscope.texts import Texts
+from sinkscope.prompts.tokens import Texts
 
 from .architectures import BY_NAME, N_LAYERS, Family
 from .oracle import expected

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 import sinkscope as ss
 from sinkscope.errors import UnsupportedError
-from sinkscope.experiments import _partway
-from sinkscope.experiments._partway import Partway
-from sinkscope.experiments.removal import removal
+from sinkscope.experiments import partial_forward as _partway
+from sinkscope.experiments.ablation import removal
+from sinkscope.experiments.partial_forward import Partway
 
 from .architectures import FAMILIES, N_HEADS, N_LAYERS, Family
 from .reference import reference

@@ -132,8 +132,8 @@ def test_equals_attention_by_hand(name: str, counted: str, kept: str) -> None:
 
 
 def run(model: object, tokens: Tensor, setting: Setting, chunk: int) -> Tensor:
-    from sinkscope.experiments._turner import Turner
     from sinkscope.experiments.streaming_context import stream
+    from sinkscope.experiments.window_cache import Turner
 
     turner = Turner(model, ss.capabilities(model)) if setting.counted == "cache" else None
     return stream(model, ss.token_ids(tokens), setting, turner, chunk)[0]
@@ -247,7 +247,7 @@ def test_an_interrupted_run_goes_on(tmp_path) -> None:
 
 def test_a_text_is_given_in_every_way_that_texts_takes(tmp_path) -> None:
     """A path as a string or a `Path`, strings, and exact ids in a file are the same tokens."""
-    from sinkscope.experiments._long_text import long_text
+    from sinkscope.prompts.texts import long_text
     from tests.unit.tiny_tokenizers import words
 
     model = ss.load_model(BY_NAME["llama"].build(), tokenizer=words(bos=True))

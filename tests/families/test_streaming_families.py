@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinkscope.capture import _columns
-from sinkscope.capture.streaming import Stream, streaming
-from sinkscope.models import load_model
+from sinkscope.attention import pattern_sums as _columns
+from sinkscope.attention.streaming import Stream, streaming
+from sinkscope.models.load import load_model
 
 from .architectures import N_LAYERS, VOCAB, Family
 from .reference import reference
@@ -173,7 +173,7 @@ def test_scores_and_pattern_are_those_of_transformers(
 def test_a_hooked_layer_alone_materialises_its_pattern(
     bridge: TransformerBridge, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sinkscope.capture import _layer
+    from sinkscope.attention import layer as _layer
 
     dense = []
 

@@ -14,18 +14,15 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinkscope as ss
+from sinkscope.experiments.ablation import removal
+from sinkscope.experiments.inactive_heads import sleep
 from sinkscope.experiments.mixing import mixing
-from sinkscope.experiments.removal import removal
-from sinkscope.experiments.sleep import sleep
+from sinkscope.experiments.nonmixture import nonmixture
 from sinkscope.experiments.streaming_context import streaming_context
 from sinkscope.experiments.trace_peak import trace_peak
-from sinkscope.experiments.waiver import (
-    nonmixture,
-    position_embeddings,
-    structured_mask,
-    which_part,
-)
-from sinkscope.texts import Texts
+from sinkscope.experiments.waiver import position_embeddings, structured_mask
+from sinkscope.experiments.which_part import which_part
+from sinkscope.prompts.tokens import Texts
 from tests.unit.tiny_tokenizers import words
 
 from .architectures import BY_NAME, N_LAYERS, Family

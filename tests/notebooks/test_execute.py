@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from sinkscope.packaged import packaged_models
+from sinkscope.models.packaged import packaged_models
 from tests.notebooks.lessons import CONFIG, FIGURE, FOLDER, NAMES
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]

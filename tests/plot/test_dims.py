@@ -6,8 +6,8 @@ import torch
 
 import sinkscope.plot as plot
 from sinkscope.errors import ReportError
-from sinkscope.experiments._nonmixture import NonMixture
-from sinkscope.report import MassiveActivations
+from sinkscope.experiments.nonmixture import NonMixture
+from sinkscope.report.fields import MassiveActivations
 from tests.plot.traces import line
 from tests.unit.report_factory import synthetic_report
 

@@ -11,8 +11,8 @@ import torch
 
 import sinkscope as ss
 from sinkscope.errors import ReportError, SinkscopeError
-from sinkscope.plot._whatif import INTERVENTIONS
-from sinkscope.plot._widgets import PlainViews
+from sinkscope.explorer.session import INTERVENTIONS
+from sinkscope.explorer.widgets import PlainViews
 from tests.unit.report_factory import only, synthetic_report
 
 pytest.importorskip("ipywidgets", reason="pip install 'sinkscope[notebook]'")
@@ -242,7 +242,7 @@ def test_a_model_that_the_report_is_not_of_is_refused(with_model, changed, said)
 
 
 def test_another_revision_is_refused_and_none_is_taken(model, with_model):
-    from sinkscope._source import ModelSource, attach_source, model_source
+    from sinkscope.models.provenance import ModelSource, attach_source, model_source
 
     source, report = model_source(model), with_model.report
     try:

@@ -7,12 +7,12 @@ import warnings
 import pytest
 
 import sinkscope.plot as plot
+from sinkscope.capture.scan import scan
 from sinkscope.cli import app
 from sinkscope.errors import ReportError
-from sinkscope.models import load_model
-from sinkscope.plot.explorer import explore
-from sinkscope.scan import scan
-from sinkscope.texts import token_ids
+from sinkscope.explorer.explorer import explore
+from sinkscope.models.load import load_model
+from sinkscope.prompts.tokens import token_ids
 from tests.families.architectures import BY_NAME
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import sinkscope.plot as plot
-from sinkscope.experiments.waiver import Designation, PositionEdit, PositionNorms, WhichPart
+from sinkscope.experiments.waiver import Designation, PositionEdit, PositionNorms
+from sinkscope.experiments.which_part import WhichPart
 from tests.plot.found import CHANGES, P, conditions
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sinkscope.plot._page import tables
+from sinkscope.html import data as tables
 from tests.unit.report_factory import synthetic_report
 
 LENGTHS = [16, 12, 7]

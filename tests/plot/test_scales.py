@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sinkscope.plot as plot
-from sinkscope.plot._scales import log_bar, log_scale
+from sinkscope.plot.scales import log_bar, log_scale
 from tests.unit.report_factory import synthetic_report
 
 

@@ -109,7 +109,8 @@ def test_any_text_can_be_shown_to_it(model):
 def test_experiments_take_it_or_say_why_not(model):
     """Losses of an experiment are those of its logits; it has no cache for a long text."""
     from sinkscope.experiments.streaming_context import streaming_context
-    from sinkscope.experiments.waiver import structured_mask, which_part
+    from sinkscope.experiments.waiver import structured_mask
+    from sinkscope.experiments.which_part import which_part
 
     texts = bb.task_texts(prompts=2, length=24)
     found = structured_mask(model, texts, 9, starts=["given"], progress=False)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.experiments._statistics import max_t
+from sinkscope.experiments.ablation import removal
+from sinkscope.experiments.inactive_heads import sleep
 from sinkscope.experiments.mixing import mixing
-from sinkscope.experiments.removal import removal
-from sinkscope.experiments.sleep import sleep
 from sinkscope.interventions import AblateHeads
+from sinkscope.statistics import max_t
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

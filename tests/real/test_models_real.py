@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sinkscope._cache import sha256
-from sinkscope.capabilities import capabilities
-from sinkscope.models import load_model, model_source
-from sinkscope.packaged import PACKAGES, packaged_folder, weights_file
+from sinkscope.models.capabilities import capabilities
+from sinkscope.models.load import load_model
+from sinkscope.models.packaged import PACKAGES, packaged_folder, sha256, weights_file
+from sinkscope.models.provenance import model_source
 
 pytestmark = pytest.mark.real
 
@@ -121,7 +121,7 @@ def test_sources(name: str, request: pytest.FixtureRequest) -> None:
 
 def test_second_load_converts_nothing(smollm2, monkeypatch: pytest.MonkeyPatch) -> None:
     """The conversion is what takes long, about 15 s; the copy in the cache loads in 1.5 s."""
-    monkeypatch.delattr("sinkscope._convert.convert_gguf")
+    monkeypatch.delattr("sinkscope.models.packaged.convert_gguf")
     again = load_model("smollm2-135m", device="cpu")
     tokens = torch.arange(100, 120)[None]
     with torch.no_grad():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.packaged import PACKAGES
+from sinkscope.models.packaged import PACKAGES
 from tests.families.architectures import LLAMA_LIKE, Parts
 from tests.families.oracle import expected
 from tests.families.reference import reference

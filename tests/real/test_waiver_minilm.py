@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import sinkscope as ss
+from sinkscope.experiments.nonmixture import nonmixture
 from sinkscope.experiments.waiver import (
     PositionEdit,
-    nonmixture,
     position_embeddings,
     position_norms,
     structured_mask,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 import sinkscope as ss
-from sinkscope.experiments.waiver import Designation, nonmixture, structured_mask, which_part
+from sinkscope.experiments.nonmixture import nonmixture
+from sinkscope.experiments.waiver import Designation, structured_mask
+from sinkscope.experiments.which_part import which_part
 
 pytestmark = pytest.mark.real
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sinkscope.capture._calls import AttentionCall
+from sinkscope.attention.call import AttentionCall
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from sinkscope.report import MassiveActivations, Settings, SinkReport
+from sinkscope.report.fields import MassiveActivations
+from sinkscope.report.report import SinkReport
+from sinkscope.report.settings import Settings
 
 EPSILONS = torch.arange(1, 20) / 20
 

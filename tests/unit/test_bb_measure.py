@@ -8,10 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sinkscope._anatomy import read_anatomy
-from sinkscope._hook_points import CANDIDATES
-from sinkscope._probe import probe
-from sinkscope._signals import find_signals
 from sinkscope.bb import (
     BackcopyTransformer,
     BigramBackcopy,
@@ -22,10 +18,13 @@ from sinkscope.bb import (
 )
 from sinkscope.bb import measure as measured
 from sinkscope.bb.model import recorder
-from sinkscope.capabilities import capabilities
+from sinkscope.capture.scan import scan
 from sinkscope.errors import UnsupportedError
-from sinkscope.scan import scan
-from sinkscope.texts import token_ids
+from sinkscope.models.anatomy import read_anatomy
+from sinkscope.models.capabilities import capabilities
+from sinkscope.models.probe import CANDIDATES, probe
+from sinkscope.models.signals import find_signals
+from sinkscope.prompts.tokens import token_ids
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import torch
 
 from sinkscope.bb import ATTENTIONS, BackcopyTransformer, BigramBackcopy, ModelConfig, to_bridge
 from sinkscope.bb.model import TokenEmbedding, recorder
-from sinkscope.capabilities import capabilities
 from sinkscope.errors import ModelError, UnsupportedError
+from sinkscope.models.capabilities import capabilities
 
 SIZE = dict(layers=3, heads=2, width=16, context=24)
 STRUCTURES = {

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sinkscope.bb import operators as op
+from sinkscope.attention import operators as op
 from sinkscope.bb.model import MASKED
 
 ROW = [1.5, -0.7, 0.0, 3.2, -2.0]

@@ -21,8 +21,8 @@ from sinkscope.bb import (
     train,
 )
 from sinkscope.bb.comparison import LINES
-from sinkscope.bb.intervals import mean_interval, student_quantile
 from sinkscope.errors import ModelError
+from sinkscope.statistics import mean_interval, student_quantile
 
 DATA = files("sinkscope.bb")
 README = DATA.joinpath("README.md").read_text("utf-8")

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from sinkscope import bench
 from sinkscope.errors import ModelError, SinkscopeError, TextError
-from sinkscope.models import load_model
+from sinkscope.models.load import load_model
 
 TINY = dict(
     vocab_size=300,

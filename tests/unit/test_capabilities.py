@@ -11,14 +11,13 @@ import torch
 from rich.console import Console
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
 
-from sinkscope._anatomy import read_anatomy
-from sinkscope._hook_points import CANDIDATES
-from sinkscope._probe import probe
-from sinkscope._signals import find_signals, is_causal
-from sinkscope.capabilities import capabilities
+from sinkscope.capture.scan import scan
 from sinkscope.errors import TextError, UnsupportedError
-from sinkscope.models import load_model
-from sinkscope.scan import scan
+from sinkscope.models.anatomy import read_anatomy
+from sinkscope.models.capabilities import capabilities
+from sinkscope.models.load import load_model
+from sinkscope.models.probe import CANDIDATES, probe
+from sinkscope.models.signals import find_signals, is_causal
 from tests.families.architectures import BY_NAME, COMMON, SPECIAL, Family
 
 from .model_files import TOKENS, tiny_llama

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sinkscope.capture import _reduce
+from sinkscope.capture import aggregate as _reduce
 from sinkscope.metrics import values
 
 

@@ -214,7 +214,7 @@ def test_paragraphs_of_help_fill_an_80_column_terminal(command, capsys, monkeypa
 
 
 def test_functions_are_not_hidden_by_modules_of_their_name() -> None:
-    """`import sinkscope.texts` must not turn `sinkscope.texts` into a module."""
+    """`import sinkscope.texts` must not turn `sinkscope.prompts.texts` into a module."""
     script = (
         "import sinkscope, sinkscope.texts, sinkscope.scan, sinkscope.compare\n"
         "import sinkscope.capabilities\n"

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinkscope.capture import _columns, _scores
-from sinkscope.capture._attend import attend, attend_in_tiles
+from sinkscope.attention import pattern_sums as _columns
+from sinkscope.attention import scores as _scores
+from sinkscope.attention.attend import attend, attend_in_tiles
 from sinkscope.errors import SinkscopeError
 
 from .attention_calls import KINDS, Case, case, loop_pattern

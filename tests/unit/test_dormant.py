@@ -12,8 +12,8 @@ import torch
 
 import sinkscope as ss
 from sinkscope.errors import ReportError, TextError, UnsupportedError
+from sinkscope.experiments.ablation import Removal, removal
 from sinkscope.experiments.dormant import dormancy
-from sinkscope.experiments.removal import Removal, removal
 from tests.families.architectures import BY_NAME, N_HEADS, N_LAYERS
 from tests.families.reference import reference
 

@@ -11,10 +11,10 @@ import pytest
 
 import sinkscope as ss
 from sinkscope.errors import ReportError
+from sinkscope.experiments.ablation import removal
 from sinkscope.experiments.dormant import dormancy
 from sinkscope.experiments.dynamics import dynamics
-from sinkscope.experiments.removal import removal
-from sinkscope.experiments.sleep import sleep
+from sinkscope.experiments.inactive_heads import sleep
 from sinkscope.experiments.streaming_context import streaming_context
 from sinkscope.interventions import (
     PositionEmbeddingEdit,

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.devices import in_pieces
 from sinkscope.errors import ModelError, ReportError, TextError, UnsupportedError
-from sinkscope.experiments import _partway
-from sinkscope.experiments._partway import Partway
-from sinkscope.experiments._pieces import in_pieces
-from sinkscope.experiments.removal import removal
+from sinkscope.experiments import partial_forward as _partway
+from sinkscope.experiments.ablation import removal
+from sinkscope.experiments.partial_forward import Partway
 from sinkscope.interventions import (
     AblateHeads,
     PositionIdEdit,
@@ -30,7 +30,7 @@ from sinkscope.interventions import (
 from tests.families.architectures import BY_NAME
 
 LLAMA = BY_NAME["llama"]
-removal_module = sys.modules["sinkscope.experiments.removal"]  # a name that the function hides
+removal_module = sys.modules["sinkscope.experiments.ablation"]  # a name that the function hides
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ import torch
 
 import sinkscope as ss
 from sinkscope.errors import ReportError, SinkscopeError, TextError, UnsupportedError
-from sinkscope.experiments._losses import PromptLosses
-from sinkscope.experiments._sleeping import RANDOM, last_within
-from sinkscope.experiments.sleep import _Chooser, sleep
+from sinkscope.experiments.inactive_heads import RANDOM, _Chooser, last_within, sleep
+from sinkscope.experiments.partial_forward import PromptLosses
 from tests.families.architectures import BY_NAME, N_HEADS, N_LAYERS
 from tests.families.reference import reference
 from tests.families.test_removal_families import edited, losses

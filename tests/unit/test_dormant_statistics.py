@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sinkscope.errors import TextError
-from sinkscope.experiments._statistics import max_t, rank_correlation, ranks, spearman
+from sinkscope.statistics import max_t, rank_correlation, ranks, spearman
 
 
 def welch(one: np.ndarray, other: np.ndarray) -> float:

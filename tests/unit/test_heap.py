@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sinkscope.experiments._heap import trim
+from sinkscope.devices import trim
 
 
 def resident() -> int:
@@ -30,7 +30,7 @@ def test_holes_between_what_is_kept_are_handed_back() -> None:
 
 
 def test_other_systems_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sinkscope.experiments import _heap
+    from sinkscope import devices as _heap
 
     monkeypatch.setattr("sys.platform", "win32")
     _heap._trimmer.cache_clear()

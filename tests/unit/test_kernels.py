@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinkscope.capture import _attend_cuda, _columns
-from sinkscope.capture._attend import attend, attend_in_tiles
-from sinkscope.capture._calls import AttentionCall
+from sinkscope.attention import attend as _attend_cuda
+from sinkscope.attention import pattern_sums as _columns
+from sinkscope.attention.attend import attend, attend_in_tiles
+from sinkscope.attention.call import AttentionCall
 from sinkscope.metrics import attention, geometry, positions
 
 from .attention_calls import KINDS, Case, case, loop_pattern
@@ -31,7 +32,7 @@ WITHOUT_ROWS = [kind for kind in KINDS if not kind.startswith("any")]
 def kernels():
     if INTERPRETED:
         pytest.importorskip("triton")
-    from sinkscope.capture._kernels import launch
+    from sinkscope.attention.kernels import launch
 
     return launch
 

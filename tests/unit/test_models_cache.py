@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sinkscope._cache import cache_dir, cached_folder, is_whole
 from sinkscope.errors import ModelError
+from sinkscope.models.packaged import cache_dir, cached_folder, is_whole
 
 RECIPE = {"sha256": "0" * 64, "conversion": 1}
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from sinkscope.capabilities import capabilities
 from sinkscope.errors import ModelError, SinkscopeError, UnsupportedError
-from sinkscope.models import load_model, model_source
+from sinkscope.models.capabilities import capabilities
+from sinkscope.models.load import load_model
+from sinkscope.models.provenance import model_source
 
 from .model_files import llama_folder, logits, tiny_llama, tokenizer
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sinkscope._gguf import _pre_tokenizer, read_gguf
-from sinkscope.capabilities import capabilities
 from sinkscope.errors import ModelError, UnsupportedError
-from sinkscope.models import load_model, model_source
+from sinkscope.models.capabilities import capabilities
+from sinkscope.models.gguf import _pre_tokenizer, read_gguf
+from sinkscope.models.load import load_model
+from sinkscope.models.provenance import model_source
 
 from .model_files import llama_gguf, logits, tiny_llama
 

@@ -17,7 +17,8 @@ from huggingface_hub.errors import (
 )
 
 from sinkscope.errors import ModelError
-from sinkscope.models import load_model, model_source
+from sinkscope.models.load import load_model
+from sinkscope.models.provenance import model_source
 
 from .model_files import llama_folder, logits, tiny_llama
 

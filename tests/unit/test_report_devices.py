@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sinkscope.compare import compare
-from sinkscope.report import SinkReport, load_report
+from sinkscope.report.comparison import compare
+from sinkscope.report.report import SinkReport, load_report
 from tests.unit.report_factory import synthetic_report
 
 pytestmark = pytest.mark.gpu

@@ -16,9 +16,10 @@ import xarray as xr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import sinkscope._netcdf as netcdf
+import sinkscope.report.netcdf as netcdf
 from sinkscope.errors import ReportError
-from sinkscope.report import MassiveActivations, SinkReport, load_report
+from sinkscope.report.fields import MassiveActivations
+from sinkscope.report.report import SinkReport, load_report
 from tests.unit.report_factory import only, synthetic_report, synthetic_settings
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sinkscope.errors import ReportError
-from sinkscope.report import MassiveActivations, SinkReport
+from sinkscope.report.fields import MassiveActivations
+from sinkscope.report.report import SinkReport
 from tests.unit.report_factory import EPSILONS, only, synthetic_report, synthetic_settings
 
 LAYERS, HEADS, KV_HEADS = 2, 3, 1

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import TypeCheckError
 
 from sinkscope.errors import ReportError
-from sinkscope.report import Settings, SinkReport, library_versions
+from sinkscope.report.report import SinkReport
+from sinkscope.report.settings import Settings, library_versions
 from tests.unit.report_factory import only, synthetic_report, synthetic_settings
 
 

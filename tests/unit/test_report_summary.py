@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from sinkscope._findings import number, uniform
-from sinkscope.compare import compare
+from sinkscope.capture.scan import scan
 from sinkscope.errors import ReportError
-from sinkscope.report import MassiveActivations
-from sinkscope.scan import scan
-from sinkscope.texts import token_ids
+from sinkscope.prompts.tokens import token_ids
+from sinkscope.report.comparison import compare
+from sinkscope.report.fields import MassiveActivations
+from sinkscope.report.summary import number, uniform
 from tests.families.architectures import BY_NAME
 from tests.unit.report_factory import only, synthetic_report
 

@@ -12,8 +12,8 @@ import torch
 import sinkscope as ss
 from sinkscope.capture import runner
 from sinkscope.capture.observers import massive
+from sinkscope.capture.scan import _check, _positions
 from sinkscope.errors import ModelError, SinkscopeError, TextError, UnsupportedError
-from sinkscope.scan import _check, _positions
 from tests.families.architectures import BY_NAME
 
 

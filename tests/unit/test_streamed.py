@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sinkscope.experiments._streamed import StreamedContext, _over_blocks
+from sinkscope.experiments.streaming_context import StreamedContext, _over_blocks
 
 TOKENS, AFTER = 1024, 256
 KEPT = ["everything", "0 sinks", "4 sinks", "9 as it is", "designated 9", "0 sinks"]

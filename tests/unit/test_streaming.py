@@ -24,11 +24,11 @@ from transformers import (
     masking_utils,
 )
 
-from sinkscope.capture import streaming as module
-from sinkscope.capture._masks import MaskSpec, streaming_mask
-from sinkscope.capture.streaming import streaming
+from sinkscope.attention import streaming as module
+from sinkscope.attention.masks import MaskSpec, streaming_mask
+from sinkscope.attention.streaming import streaming
 from sinkscope.errors import UnsupportedError
-from sinkscope.models import load_model
+from sinkscope.models.load import load_model
 
 TINY = dict(
     vocab_size=97,
@@ -420,7 +420,7 @@ sdpa_mask = masking_utils.sdpa_mask
 )
 def test_masks_of_transformers_are_recognised(function, expected: MaskSpec) -> None:
     """And mean what they say: the description lets through exactly what transformers' mask does."""
-    from sinkscope.capture._calls import AttentionCall
+    from sinkscope.attention.call import AttentionCall
 
     assert streaming_mask(1, 9, 9, mask_function=function) == expected
     dense = sdpa_mask(1, 9, 9, mask_function=function, allow_is_causal_skip=False)

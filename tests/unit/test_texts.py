@@ -11,16 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinkscope._tokens import Texts, exact
 from sinkscope.errors import TextError
-from sinkscope.texts import (
-    as_texts,
-    random_tokens,
-    read_token_ids,
-    repeated_tokens,
-    texts,
-    token_ids,
-)
+from sinkscope.prompts.texts import as_texts, random_tokens, repeated_tokens, texts
+from sinkscope.prompts.tokens import Texts, exact, read_token_ids, token_ids
 from tests.unit.tiny_tokenizers import WORDS, bert_like, byte_level, model, words
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sinkscope.errors import TextError
-from sinkscope.texts import random_tokens, texts
+from sinkscope.prompts.texts import random_tokens, texts
 from tests.unit.tiny_tokenizers import model
 
 pytestmark = pytest.mark.real

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from sinkscope import _documents
-from sinkscope._documents import code, json_lines, prose, text_file
 from sinkscope.errors import TextError
-from sinkscope.texts import as_texts, texts
+from sinkscope.prompts import documents as _documents
+from sinkscope.prompts.documents import code, json_lines, prose, text_file
+from sinkscope.prompts.texts import as_texts, texts
 from tests.unit.tiny_tokenizers import byte_level, model, words
 
 

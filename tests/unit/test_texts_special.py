@@ -8,9 +8,9 @@ from types import MappingProxyType
 import pytest
 from transformers import AutoTokenizer
 
-from sinkscope._special import ordinary_ids, special_tokens
 from sinkscope.errors import TextError
-from sinkscope.texts import texts
+from sinkscope.prompts.special_tokens import ordinary_ids, special_tokens
+from sinkscope.prompts.texts import texts
 from tests.unit.tiny_tokenizers import WORDS, bert_like, model, words
 
 

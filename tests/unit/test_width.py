@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sinkscope._summary import as_text, table_as_text
-from sinkscope._width import as_wide_as_the_terminal, line_width
+from sinkscope.output import as_wide_as_the_terminal, line_width, table_as_text
+from sinkscope.report.summary import as_text
 from tests.unit.report_factory import synthetic_report
 
 
@@ -33,7 +33,7 @@ def test_no_line_begins_with_a_unit(monkeypatch) -> None:
     report = synthetic_report(sink_importance=torch.full((3, 4, 6), 0.4))
     fact = "24 of 24 have mean importance above ε = 0.3; sink rate 100.0 %"
     assert len(f"{'Sink heads':18}{fact}") == 80
-    monkeypatch.setattr("sinkscope._findings.sink_heads", lambda _: f"x{fact}")
+    monkeypatch.setattr("sinkscope.report.summary.sink_heads", lambda _: f"x{fact}")
     monkeypatch.setenv("COLUMNS", "80")
     with as_wide_as_the_terminal():
         lines = [line.strip() for line in as_text(report).splitlines()]

@@ -6,11 +6,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sinkscope.capture._reduce import received_summary
-from sinkscope.capture.attention import AttentionReader
+from sinkscope.capture.aggregate import Fold, OverLayers, OverPrompts, Summed, received_summary
 from sinkscope.capture.batches import Batch, average
-from sinkscope.capture.folds import Fold, OverLayers, OverPrompts, Summed
 from sinkscope.capture.observers.base import Folded, Observer, Scope
+from sinkscope.capture.readers import AttentionReader
 from sinkscope.metrics import attention
 
 

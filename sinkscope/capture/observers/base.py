@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sinkscope.capture.aggregate import Fold, OverPrompts, PerPrompt
 from sinkscope.capture.batches import Batch
-from sinkscope.capture.folds import Fold, OverPrompts, PerPrompt
-from sinkscope.report import SinkReport
+from sinkscope.report.report import SinkReport
 
 Folded = dict[str, Any]
 

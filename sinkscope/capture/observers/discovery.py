@@ -7,9 +7,9 @@ from einops import rearrange
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sinkscope.capture.attention import AttentionReader
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers.base import Folded, Observer, Scope
+from sinkscope.capture.readers import AttentionReader
 from sinkscope.errors import TextError
 from sinkscope.metrics import attention, positions
 

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinkscope.capture._waiting import Coming
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers.base import Folded, Observer, Scope
+from sinkscope.devices import Coming
 from sinkscope.metrics import residual
 from sinkscope.metrics._magnitude_median import magnitude_median
-from sinkscope.report import MassiveActivations
+from sinkscope.report.fields import MassiveActivations
 
 LATE_LOOK = 2**25
 """Entries of hidden states that may be kept alive until it is known whether they matter."""

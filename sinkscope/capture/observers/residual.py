@@ -8,11 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.capture._reduce import all_layers
-from sinkscope.capture._waiting import Coming
+from sinkscope.capture.aggregate import Fold, OverLayers, OverPrompts, all_layers
 from sinkscope.capture.batches import Batch
-from sinkscope.capture.folds import Fold, OverLayers, OverPrompts
 from sinkscope.capture.observers.base import Folded, Observer, Scope
+from sinkscope.devices import Coming
 from sinkscope.errors import ModelError
 from sinkscope.metrics import ffn, residual
 from sinkscope.metrics._reduce import at_least_fp32

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from sinkscope.capture._reduce import all_layers
+from sinkscope.capture.aggregate import all_layers
 from sinkscope.capture.batches import Batch, average
 from sinkscope.capture.observers.base import Observer
 from sinkscope.metrics import heads, values

@@ -1,0 +1,67 @@
+from . import bb as bb
+from . import experiments as experiments
+from . import interventions as interventions
+from . import metrics as metrics
+from . import plot as plot
+from .attention.streaming import streaming as streaming
+from .capture.scan import scan as scan
+from .errors import SinkscopeError as SinkscopeError
+from .explorer.explorer import explore as explore
+from .interventions.activations import RemoveOutput as RemoveOutput
+from .interventions.activations import ScaleActivation as ScaleActivation
+from .interventions.activations import SetActivation as SetActivation
+from .interventions.heads import AblateHeads as AblateHeads
+from .interventions.heads import ScaleValue as ScaleValue
+from .interventions.heads import ZeroValue as ZeroValue
+from .interventions.masks import SelfOnlyMask as SelfOnlyMask
+from .interventions.masks import ShiftSinkLogit as ShiftSinkLogit
+from .interventions.positions import PositionEmbeddingEdit as PositionEmbeddingEdit
+from .interventions.positions import PositionIdEdit as PositionIdEdit
+from .interventions.softmax import ReplaceSoftmax as ReplaceSoftmax
+from .models.capabilities import capabilities as capabilities
+from .models.load import load_model as load_model
+from .prompts.replace import ReplaceEnd as ReplaceEnd
+from .prompts.replace import ReplaceStart as ReplaceStart
+from .prompts.texts import random_tokens as random_tokens
+from .prompts.texts import repeated_tokens as repeated_tokens
+from .prompts.texts import texts as texts
+from .prompts.tokens import read_token_ids as read_token_ids
+from .prompts.tokens import token_ids as token_ids
+from .report.comparison import compare as compare
+from .report.report import SinkReport as SinkReport
+from .report.report import load_report as load_report
+
+__all__ = [
+    "load_model",
+    "capabilities",
+    "texts",
+    "random_tokens",
+    "repeated_tokens",
+    "token_ids",
+    "read_token_ids",
+    "scan",
+    "streaming",
+    "SinkReport",
+    "load_report",
+    "compare",
+    "explore",
+    "RemoveOutput",
+    "ScaleActivation",
+    "SetActivation",
+    "AblateHeads",
+    "ScaleValue",
+    "ZeroValue",
+    "SelfOnlyMask",
+    "ShiftSinkLogit",
+    "PositionEmbeddingEdit",
+    "PositionIdEdit",
+    "ReplaceSoftmax",
+    "ReplaceEnd",
+    "ReplaceStart",
+    "SinkscopeError",
+    "bb",
+    "experiments",
+    "interventions",
+    "metrics",
+    "plot",
+]

@@ -1,0 +1,3 @@
+from .streaming import streaming as streaming
+
+__all__ = ["streaming"]

@@ -1,0 +1,290 @@
+"""Let components run at transformers' own cost while nobody hooks their insides.
+
+A bridge component costs tens of microseconds a call: its own module call around the wrapped one,
+contexts for offloaded weights, a look at signatures, a dozen hook points. A forward pass of a
+billion-parameter model on a fast GPU is over before Python has dispatched it.
+
+Inside `streaming`, a transformers module that looks up a child finds a `Shortcut`: a plain callable
+that fires the component's ``hook_in`` and ``hook_out`` if they are hooked, calls the wrapped module
+between them, and hands over to the component itself as soon as anything else about it is in use.
+That is decided at each call, so a hook may come and go at any time. Modules stay where they are:
+a shortcut sits in the parent's ``__dict__``, in front of the parent's registered modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import generalized_components as components
+from transformer_lens.model_bridge.generalized_components import block
+from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
+
+from sinkscope.attention.kv_cache import cache_in
+from sinkscope.attention.support import Overrides, hooks_of, is_heard, kind_of
+
+# --- Norms while a bridge streams: in the layout hooks know, and without work that nobody reads.
+
+
+def skip_unread_statistics(bridge: nn.Module, overrides: Overrides) -> None:
+    """Let norms whose ``hook_scale`` and ``hook_normalized`` nobody hooked run alone.
+
+    The stock bridge computes both, in float32, next to transformers' own norm: measured, most of
+    what a bridge costs on a GPU.
+    """
+    for module in bridge.modules():
+        if not isinstance(module, NormalizationBridge):
+            continue
+        if module.original_component is None:
+            continue
+        overrides.attribute(module, "_hf_autograd_forward_with_hooks", _Native(module, "native"))
+        if _same_as_native(module):
+            overrides.attribute(module, "_python_norm_forward", _Native(module, "python"))
+
+
+class _Native:
+    """A norm's computation that takes the wrapped norm's own when nothing is hooked."""
+
+    def __init__(self, norm: NormalizationBridge, path: str) -> None:
+        self._norm = norm
+        self._stock = {
+            "native": type(norm)._hf_autograd_forward_with_hooks,
+            "python": type(norm)._python_norm_forward,
+        }[path]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm = self._norm
+        if is_heard(norm.hook_scale) or is_heard(norm.hook_normalized):
+            return self._stock(norm, x)
+        return norm.original_component(x).to(x.dtype)
+
+
+def runs_natively(norm: NormalizationBridge) -> bool:
+    """Whether a norm with nothing hooked inside is what the wrapped module computes."""
+    folded = getattr(norm.config, "layer_norm_folding", False)
+    return norm.use_native_layernorm_autograd or folded or _same_as_native(norm)
+
+
+def _same_as_native(norm: NormalizationBridge) -> bool:
+    """Whether the bridge's from-scratch LayerNorm is what the wrapped module computes."""
+    native = norm.original_component
+    return (
+        type(norm) is NormalizationBridge
+        and isinstance(native, nn.LayerNorm)
+        and not norm.uses_rms_norm
+        and not norm.uses_weight_offset
+        and native.eps == getattr(norm.config, "eps", 1e-5)
+    )
+
+
+def show_as_stock(attn: AttentionBridge, overrides: Overrides) -> None:
+    """Make query and key norms fire their hook points as the bridge's re-implementation does."""
+    for name in ("q_norm", "k_norm"):
+        norm = attn._modules.get(name)
+        hook = attn._modules.get(f"hook_{name[0]}_normed")
+        if norm is not None and hook is not None:
+            overrides.attribute(norm, "forward", _Positioned(attn, norm, hook))
+
+
+class _Positioned:
+    """A query or key norm seen in the layout that the stock bridge shows it in.
+
+    transformers norms [prompt position head d_head] or [prompt head position d_head], whichever it
+    likes; the stock bridge always shows the latter (except norms with a weight for each head), and
+    fires ``hook_q_normed`` / ``hook_k_normed`` after the norm.
+    """
+
+    def __init__(self, attn: AttentionBridge, norm: nn.Module, hook: HookPoint) -> None:
+        self.points = [hook, norm.hook_in, norm.hook_out]
+        self._norm = norm
+        self._hook = hook
+        self._flat = attn._qk_norm_phase == "pre_reshape"
+        self._per_head = attn._qk_norm_per_head
+
+    def __call__(self, x: Float[Tensor, "prompt _ *_"], **kwargs: Any) -> Tensor:
+        run = type(self._norm).forward
+        if self._flat:
+            return self._hook(run(self._norm, x))
+        if self._per_head:
+            return self._hook(run(self._norm, x).transpose(1, 2)).transpose(1, 2)
+        if not _positions_first(x):
+            return self._hook(run(self._norm, x))
+        return self._hook(run(self._norm, x.transpose(1, 2))).transpose(1, 2)
+
+
+def _positions_first(x: Float[Tensor, "prompt _ _ d_head"]) -> bool:
+    """Whether axis 1 is positions: heads are cut out of a row, so positions have longer strides."""
+    if x.stride(1) == x.stride(2):  # one head: its axis is the one of size 1
+        return x.shape[1] != 1
+    return x.stride(1) > x.stride(2)
+
+
+def take_shortcuts(bridge: Any, overrides: Overrides) -> None:
+    """Put a shortcut in front of every component that has one to offer."""
+    for parent in bridge.original_model.modules():
+        if isinstance(parent, GeneralizedComponent):
+            continue
+        for name, child in parent._modules.items():
+            if isinstance(child, nn.ModuleList):
+                found = [shortcut_for(bridge, member) for member in child]
+                if found and None not in found:
+                    # The model iterates over it, slices it, asks for its length: a list will do.
+                    overrides.attribute(parent, name, found)
+            elif (shortcut := shortcut_for(bridge, child)) is not None:
+                overrides.attribute(parent, name, shortcut)
+
+
+class Shortcut:
+    """A component's forward pass, reduced to its wrapped module and its two outer hook points.
+
+    Args:
+        component: The component.
+        inner: Its other hook points, which only its own forward pass fires.
+        busy: Whether its own forward pass must run for another reason.
+    """
+
+    __slots__ = ("_before", "_busy", "_component", "_in", "_original", "_out", "_watched")
+
+    def __init__(
+        self,
+        component: GeneralizedComponent,
+        inner: list[HookPoint],
+        busy: Callable[[], Any] | None = None,
+    ) -> None:
+        self._component = component
+        self._original = component.original_component
+        self._in = component.hook_in
+        self._out = component.hook_out
+        self._busy = busy
+        # torch's own dictionaries of hooks, read where they are: this runs at every call.
+        self._before = component._forward_pre_hooks
+        self._watched = [component._forward_hooks, component._backward_hooks]
+        self._watched.append(component._backward_pre_hooks)
+        for point in inner:
+            self._watched += hooks_of(point)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the component."""
+        if self._must_run():
+            return self._component(*args, **kwargs)
+        if is_heard(self._in):
+            args, kwargs = _with_first(self._in, args, kwargs)
+        output = self._original(*args, **kwargs)
+        if not is_heard(self._out):
+            return output
+        # An MLP fires the hook of its output projection itself unless told that it has fired.
+        self._component.__dict__["_fired_hook_out"] = True
+        if isinstance(output, tuple):
+            return (self._out(output[0]), *output[1:])
+        return self._out(output)
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the component's."""
+        return getattr(self._component, name)
+
+    def _must_run(self) -> bool:
+        for hooks in self._watched:
+            if hooks:
+                return True
+        # Blocks watch some of their norms, for the sake of flags that `busy` looks at.
+        if self._before and any(h.__module__ != block.__name__ for h in self._before.values()):
+            return True
+        return self._busy is not None and bool(self._busy())
+
+
+class _NormShortcut(Shortcut):
+    """The same for a norm, whose output keeps the dtype of its input."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = super().__call__(x, *args, **kwargs)
+        return output if output.dtype is x.dtype else output.to(x.dtype)
+
+
+def shortcut_for(bridge: Any, component: nn.Module | None) -> Shortcut | None:
+    """A shortcut for kinds of components whose forward pass is known to allow one."""
+    if getattr(component, "original_component", None) is None:
+        return None
+    kind = type(component)
+    if kind in _PROJECTIONS:
+        return _projection(bridge, component)
+    if kind in _NORMS and runs_natively(component):
+        return _norm(bridge, component)
+    if kind in _MLPS:
+        return _mlp(bridge, component)
+    if kind in _BLOCKS:
+        return Shortcut(component, [], lambda: _stops_or_starts(component.__dict__))
+    if isinstance(component, components.AttentionBridge) and kind_of(component) != "fused":
+        return _attention(bridge, component)
+    return None
+
+
+_PROJECTIONS = (components.LinearBridge, components.Conv1DBridge)
+_NORMS = (components.NormalizationBridge, components.RMSNormalizationBridge)
+_MLPS = (components.MLPBridge, components.GatedMLPBridge)
+_BLOCKS = (block.BlockBridge, block.ParallelBlockBridge, block.DelegatedAttentionBlockBridge)
+
+
+def _projection(bridge: Any, projection: GeneralizedComponent) -> Shortcut:
+    if "forward" in projection.__dict__:  # W_O, see `StreamingLayer.override`
+        return Shortcut(projection, [], lambda: bridge.cfg.use_attn_result)
+    return Shortcut(projection, [], lambda: projection._suppress_next_hook_in)
+
+
+def _norm(bridge: Any, norm: components.NormalizationBridge) -> Shortcut:
+    inner = [norm.hook_scale, norm.hook_normalized]
+    if "forward" in norm.__dict__:  # a query or key norm, see `_norms.show_as_stock`
+        inner += norm.__dict__["forward"].points
+    return _NormShortcut(norm, inner, lambda: _forks(bridge.cfg))
+
+
+def _mlp(bridge: Any, mlp: GeneralizedComponent) -> Shortcut:
+    # It fires its projections' outer hook points itself if they are not called as modules.
+    projections = mlp._modules.get("in"), mlp._modules.get("out")
+    inner = [part.hook_in for part in projections[:1] if part is not None]
+    inner += [part.hook_out for part in projections[1:] if part is not None]
+    inner = inner if type(mlp) is components.MLPBridge else []
+    own = mlp.__dict__
+    return Shortcut(mlp, inner, lambda: own.get("_use_processed_weights") or _forks(bridge.cfg))
+
+
+def _attention(bridge: Any, attn: components.AttentionBridge) -> Shortcut:
+    inner = [attn._modules[name] for name in ("hook_cos", "hook_sin") if name in attn._modules]
+    return _AttentionShortcut(attn, inner, lambda: _forks(bridge.cfg))
+
+
+class _AttentionShortcut(Shortcut):
+    """The same for attention, which fires its keys on their way into a KV cache."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if cache_in(kwargs) is not None:
+            return self._component(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+def _stops_or_starts(own: dict[str, Any]) -> bool:
+    stop, start = own.get("_stop_at_layer_idx"), own.get("_start_at_layer_idx")
+    return stop is not None or start is not None
+
+
+def _forks(cfg: Any) -> bool:
+    """Whether inputs are forked for hook points that are off by default."""
+    return cfg.use_hook_mlp_in or cfg.use_attn_in or cfg.use_split_qkv_input or cfg.use_attn_result
+
+
+def _with_first(
+    point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pass the input through a hook point, wherever the caller put it."""
+    if args:
+        return (point(args[0]), *args[1:]), kwargs
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return args, {**kwargs, name: point(kwargs[name])}

@@ -1,0 +1,123 @@
+"""Flash attention for what library kernels cannot do: softcaps, padding, float32 windows."""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from sinkscope.attention.kernels.tiles import LN_2, log2_pattern
+
+
+@triton.jit
+@no_type_check
+def forward_kernel(
+    query,
+    key,
+    value,
+    key_bias,
+    result,
+    lse,
+    query_b,
+    query_t,
+    query_h,
+    key_b,
+    key_t,
+    key_h,
+    value_b,
+    value_t,
+    value_h,
+    bias_b,
+    n_queries,
+    n_keys,
+    offset,
+    window,
+    scale,
+    cap,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    V: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BIASED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Mixed values [query head d_value] and log-sum-exp of one block of queries.
+
+    A query that sees nothing gets zeros and -inf.
+    """
+    first_query = tl.program_id(0) * M
+    head = tl.program_id(1)
+    prompt = tl.program_id(2).to(tl.int64)
+    queries = first_query + tl.arange(0, M)
+    real = queries < n_queries
+    dims = tl.arange(0, D_BLOCK)
+    values = tl.arange(0, V_BLOCK)
+
+    query += prompt * query_b + head * query_h
+    at = queries.to(tl.int64)[:, None] * query_t + dims[None, :]
+    q = tl.load(query + at, mask=real[:, None] & (dims < D)[None, :], other=0.0)
+    key += prompt * key_b + (head // GROUP) * key_h
+    value += prompt * value_b + (head // GROUP) * value_h
+    key_bias += prompt * bias_b
+
+    low = 0
+    high = n_keys
+    if WINDOWED:
+        low = tl.maximum(first_query + offset - window + 1, 0) // N * N
+        high = tl.minimum(n_keys, first_query + M - 1 + offset + window)
+    if CAUSAL:
+        high = tl.minimum(high, first_query + M + offset)
+
+    zero = tl.zeros([M], dtype=tl.float32)
+    mixed = tl.zeros([M, V_BLOCK], dtype=tl.float32)
+    total = zero
+    largest = zero - float("inf")
+    for first in tl.range(low, high, N):
+        keys = first + tl.arange(0, N)
+        there = keys < n_keys
+        at_key = keys.to(tl.int64)[:, None]
+        k = tl.load(
+            key + at_key * key_t + dims[None, :],
+            mask=there[:, None] & (dims < D)[None, :],
+            other=0.0,
+        )
+        logits = log2_pattern(
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0, (queries + offset)[:, None],
+            keys[None, :], window, scale, cap, CAUSAL, WINDOWED, CAPPED, True,
+        )  # fmt: skip
+        logits = tl.where(there[None, :], logits, float("-inf"))
+        if BIASED:
+            logits += tl.load(key_bias + keys, mask=there, other=float("-inf"))[None, :]
+        new_largest = tl.maximum(largest, tl.max(logits, 1))
+        # As long as a query has seen nothing its maximum is -inf, and -inf + inf would be nan.
+        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        pattern = tl.exp2(logits - base[:, None])
+        shrink = tl.exp2(largest - base)
+        v = tl.load(
+            value + at_key * value_t + values[None, :],
+            mask=there[:, None] & (values < V)[None, :],
+            other=0.0,
+        )
+        total = total * shrink + tl.sum(pattern, 1)
+        mixed = mixed * shrink[:, None]
+        mixed = tl.dot(pattern.to(v.dtype), v, mixed, input_precision=PRECISION)
+        largest = new_largest
+
+    total = tl.where(total == 0.0, 1.0, total)
+    mixed = mixed / total[:, None]
+    n_heads = tl.num_programs(1)
+    row = (prompt * n_queries + queries) * n_heads + head
+    tl.store(
+        result + row[:, None] * V + values[None, :],
+        mixed.to(result.dtype.element_ty),
+        mask=real[:, None] & (values < V)[None, :],
+    )
+    sums = (largest + tl.log2(total)) * LN_2
+    tl.store(lse + (prompt * n_heads + head) * n_queries + queries, sums, mask=real)

@@ -1,0 +1,283 @@
+"""Launch the kernels: from tensors and an `AttentionCall` to pointers, strides and tile sizes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sinkscope.attention.call import AttentionCall
+from sinkscope.attention.kernels import Angles
+from sinkscope.attention.kernels.angles import angle_kernel
+from sinkscope.attention.kernels.columns import received_kernel
+from sinkscope.attention.kernels.forward import forward_kernel
+from sinkscope.attention.kernels.rows import chosen_kernel, row_kernel
+from sinkscope.devices import on_its_device
+
+LOG2_E = math.log2(math.e)
+
+Query = Float[Tensor, "prompt query head d_head"]
+Key = Float[Tensor, "prompt key kv_head d_head"]
+LogSumExp = Float[Tensor, "prompt head query"]
+
+TILES: dict[tuple[str, int], tuple[int, int, int, int]] = {
+    ("received", 64): (64, 128, 4, 3),
+    ("received", 128): (64, 128, 4, 2),
+    ("both", 64): (64, 128, 4, 3),
+    ("both", 128): (64, 128, 4, 3),
+    ("rows", 64): (128, 64, 4, 3),
+    ("rows", 128): (128, 64, 4, 2),
+    ("forward", 64): (64, 64, 4, 3),
+    ("forward", 128): (64, 64, 4, 3),
+}
+"""(queries, keys, warps, stages) of a tile by kernel and head width, for half precision.
+
+The fastest of about ten each on an H100 at 8,192 and 32,768 positions.
+"""
+
+SMALL = (32, 32, 4, 2)
+"""For float32, and for heads wider than 128: what fits in shared memory everywhere."""
+
+
+@on_its_device
+def attention_to_keys(
+    query: Query,
+    key: Key,
+    lse: LogSumExp,
+    call: AttentionCall,
+    index: Int[Tensor, "prompt slot"],
+    number: Int[Tensor, "prompt"],
+) -> Float[Tensor, "prompt head query"]:
+    """Σ_j A_ij over the first ``number`` keys that ``index`` lists for each prompt."""
+    query, key, lse = _rows(query), _rows(key), lse.contiguous()
+    paid = torch.empty_like(lse)
+    bias = lse if call.mask is None else _mask_bias(call.mask, query)
+    rows = 64
+    chosen_kernel[_grid(query, rows)](
+        query, key, lse, bias, index, number, paid, *_strides(query), *_strides(key),
+        bias.stride(0), index.stride(0), query.shape[1], **_numbers(call),
+        **_shape(query, key, call), M=rows, BIASED=call.mask is not None, num_warps=4,
+    )  # fmt: skip
+    return paid
+
+
+@on_its_device
+def received_mass(
+    query: Query,
+    key: Key,
+    lse: LogSumExp,
+    call: AttentionCall,
+    queries: Bool[Tensor, "prompt query"] | None,
+) -> Float[Tensor, "prompt head key"]:
+    """Σ_i A_ij over the chosen queries."""
+    return _received(query, key, lse, call, queries)
+
+
+@on_its_device
+def received_mass_by(
+    query: Query,
+    key: Key,
+    lse: LogSumExp,
+    call: AttentionCall,
+    weights: Float[Tensor, "prompt query bucket"],
+) -> Float[Tensor, "prompt bucket head key"]:
+    """Σ_i w_ib A_ij for weights ≥ 0: w exp(s − lse) = exp(s − (lse − ln w)), bucket by bucket.
+
+    A weight of 0 makes the log-sum-exp infinite, which takes the query out.
+    """
+    shifts = weights.float().log().mT[:, :, None]
+    shifted = (lse[:, None] - shifts).masked_fill(shifts == -torch.inf, torch.inf)
+    return torch.stack([_received(query, key, x, call) for x in shifted.unbind(1)], dim=1)
+
+
+@on_its_device
+def received_and_entropy(
+    query: Query,
+    key: Key,
+    lse: LogSumExp,
+    call: AttentionCall,
+    queries: Bool[Tensor, "prompt query"] | None,
+) -> tuple[Float[Tensor, "prompt head key"], Float[Tensor, "prompt head query"]]:
+    """Both sums; the entropy is added up atomically, so its last digits vary between runs."""
+    if call.mask is not None:  # rare: padded encoders
+        received = received_mass(query, key, lse, call, queries)
+        entropy = row_entropy(query, key, lse, call)
+        return received, entropy if queries is None else entropy * queries[:, None, :]
+    entropy = torch.zeros_like(lse, dtype=torch.float32)
+    return _received(query, key, lse, call, queries, entropy), entropy
+
+
+@on_its_device
+def row_entropy(
+    query: Query, key: Key, lse: LogSumExp, call: AttentionCall
+) -> Float[Tensor, "prompt head query"]:
+    """−Σ_j A_ij ln A_ij."""
+    bias = None if call.mask is None else _mask_bias(call.mask, query)
+    return _along_rows(query, key, lse, call, bias, entropy=True)
+
+
+@on_its_device
+def weighted_mass(
+    query: Query,
+    key: Key,
+    lse: LogSumExp,
+    call: AttentionCall,
+    weights: Float[Tensor, "prompt key kv_head"],
+) -> Float[Tensor, "prompt head query"]:
+    """Σ_j A_ij w_j for weights ≥ 0."""
+    bias = weights.float().mT.log2()
+    if call.mask is not None:
+        bias = bias + _mask_bias(call.mask, query)
+    return _along_rows(query, key, lse, call, bias.contiguous(), entropy=False)
+
+
+@on_its_device
+def forward(
+    query: Float[Tensor, "prompt head query d_head"],
+    key: Float[Tensor, "prompt kv_head key d_head"],
+    value: Float[Tensor, "prompt kv_head key d_value"],
+    call: AttentionCall,
+) -> tuple[Float[Tensor, "prompt query head d_value"], Float[Tensor, "prompt head query"]]:
+    """Attention and its log-sum-exp, learned sink left out; layout as in `_attend`."""
+    q, k, v = (_rows(x.transpose(1, 2)) for x in (query, key, value))
+    z = torch.empty(*q.shape[:3], v.shape[-1], dtype=v.dtype, device=v.device)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+    bias = lse if call.mask is None else _mask_bias(call.mask, q)
+    shape = _shape(q, k, call)
+    wide = max(shape["D_BLOCK"], triton.next_power_of_2(v.shape[-1]))
+    rows, columns, warps, stages = _tile("forward", q, wide)
+    forward_kernel[_grid(q, rows)](
+        q, k, v, bias, z, lse, *_strides(q), *_strides(k), *_strides(v), bias.stride(0),
+        q.shape[1], k.shape[1], **_numbers(call), **shape, V=v.shape[-1],
+        V_BLOCK=triton.next_power_of_2(v.shape[-1]), M=rows, N=columns,
+        BIASED=call.mask is not None, PRECISION=_precision(q), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return z, lse
+
+
+@on_its_device
+def causal_angles(
+    query: Query, key: Key, role: Int[Tensor, "prompt position"], scale: float
+) -> Angles:
+    """Norms, cosines and the logit gap under a causal mask without a window.
+
+    Args:
+        query: Queries as they enter the dot product.
+        key: Keys as they enter the dot product.
+        role: Bits of each position, see `angles.py`.
+        scale: Factor on the dot product.
+    """
+    query, key, role = _rows(query), _rows(key), role.contiguous()
+    prompts, length, heads, width = query.shape
+    result = torch.empty(prompts, heads, 8, dtype=torch.float32, device=query.device)
+    angle_kernel[(heads, prompts)](
+        query, key, role, result, *_strides(query), *_strides(key), length, float(scale),
+        GROUP=heads // key.shape[2], D=width, D_BLOCK=max(16, triton.next_power_of_2(width)),
+        M=32, num_warps=8,
+    )  # fmt: skip
+    return Angles(*result[..., :5].unbind(-1))
+
+
+def _received(
+    query: Query,
+    key: Key,
+    lse: LogSumExp,
+    call: AttentionCall,
+    queries: Bool[Tensor, "prompt query"] | None = None,
+    entropy: LogSumExp | None = None,
+) -> Float[Tensor, "prompt head key"]:
+    query, key, lse = _rows(query), _rows(key), lse.contiguous()
+    received = lse.new_empty(len(key), query.shape[2], key.shape[1])
+    shape = _shape(query, key, call)
+    kernel = "received" if entropy is None else "both"
+    rows, columns, warps, stages = _tile(kernel, query, shape["D_BLOCK"])
+    received_kernel[_grid(query, columns, key.shape[1])](
+        query, key, lse, lse if queries is None else queries.contiguous(), received,
+        lse if entropy is None else entropy, *_strides(query), *_strides(key), query.shape[1],
+        key.shape[1], **_numbers(call), **shape, M=rows, N=columns, CHOSEN=queries is not None,
+        ENTROPY=entropy is not None, KEYS_FIRST=entropy is None and shape["D_BLOCK"] <= 64,
+        PRECISION=_precision(query), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    if call.mask is not None:
+        received.masked_fill_(~call.mask[:, None, :].to(received.device), 0.0)
+    return received
+
+
+def _along_rows(
+    query: Query,
+    key: Key,
+    lse: LogSumExp,
+    call: AttentionCall,
+    bias: Float[Tensor, "prompt _ key"] | None,
+    entropy: bool,
+) -> LogSumExp:
+    query, key, lse = _rows(query), _rows(key), lse.contiguous()
+    result = torch.empty_like(lse)
+    shape = _shape(query, key, call)
+    rows, columns, warps, stages = _tile("rows", query, shape["D_BLOCK"])
+    per_head = 0 if bias is None or bias.shape[1] == 1 else bias.stride(1)
+    row_kernel[_grid(query, rows)](
+        query, key, lse, lse if bias is None else bias, result, *_strides(query), *_strides(key),
+        0 if bias is None else bias.stride(0), per_head, query.shape[1], key.shape[1],
+        **_numbers(call), **shape, M=rows, N=columns, BIASED=bias is not None, ENTROPY=entropy,
+        PRECISION=_precision(query), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return result
+
+
+def _mask_bias(mask: Bool[Tensor, "prompt key"], like: Tensor) -> Float[Tensor, "prompt 1 key"]:
+    """0 for real keys, -inf for padding."""
+    bias = torch.zeros(mask.shape, dtype=torch.float32, device=like.device)
+    return bias.masked_fill_(~mask.to(like.device), -torch.inf)[:, None, :]
+
+
+def _numbers(call: AttentionCall) -> dict[str, Any]:
+    """What a call was, in the units of the kernels (see `tiles.log2_pattern`)."""
+    cap = call.softcap
+    return dict(
+        offset=call.offset,
+        window=0 if call.window is None else call.window,
+        scale=float(call.scale) * LOG2_E * (1.0 if cap is None else 2.0 / cap),
+        cap=0.0 if cap is None else float(cap) * LOG2_E,
+    )
+
+
+def _shape(query: Query, key: Key, call: AttentionCall) -> dict[str, Any]:
+    width = query.shape[-1]
+    return dict(
+        GROUP=query.shape[2] // key.shape[2],
+        D=width,
+        D_BLOCK=max(16, triton.next_power_of_2(width)),
+        CAUSAL=call.causal,
+        WINDOWED=call.window is not None,
+        CAPPED=call.softcap is not None,
+    )
+
+
+def _tile(kernel: str, query: Query, width: int) -> tuple[int, int, int, int]:
+    if query.dtype == torch.float32:
+        return SMALL
+    return TILES.get((kernel, max(width, 64)), SMALL)
+
+
+def _precision(query: Query) -> str:
+    # float32 products by plain float32 arithmetic: TensorFloat-32 keeps three digits.
+    return "ieee" if query.dtype == torch.float32 else "tf32"
+
+
+def _grid(query: Query, block: int, length: int | None = None) -> tuple[int, int, int]:
+    prompts, n_queries, heads, _ = query.shape
+    return triton.cdiv(n_queries if length is None else length, block), heads, prompts
+
+
+def _strides(x: Float[Tensor, "prompt position head d"]) -> tuple[int, int, int]:
+    return x.stride()[:3]
+
+
+def _rows(x: Float[Tensor, "prompt position head d"]) -> Float[Tensor, "prompt position head d"]:
+    """The same tensor; copied if a row's numbers do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()

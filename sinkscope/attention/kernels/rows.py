@@ -1,0 +1,194 @@
+"""Sums along rows of the attention pattern, and attention itself where no library kernel fits."""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from sinkscope.attention.kernels.tiles import LN_2, load_log2_sums, log2_pattern
+
+
+@triton.jit
+@no_type_check
+def row_kernel(
+    query,
+    key,
+    lse,
+    key_bias,
+    result,
+    query_b,
+    query_t,
+    query_h,
+    key_b,
+    key_t,
+    key_h,
+    bias_b,
+    bias_h,
+    n_queries,
+    n_keys,
+    offset,
+    window,
+    scale,
+    cap,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """For one block of queries Σ_j A_ij 2^bias_j, or with ENTROPY −Σ_j A_ij ln A_ij."""
+    first_query = tl.program_id(0) * M
+    head = tl.program_id(1)
+    prompt = tl.program_id(2).to(tl.int64)
+    rows = prompt * tl.num_programs(1) + head
+    queries = first_query + tl.arange(0, M)
+    real = queries < n_queries
+    dims = tl.arange(0, D_BLOCK)
+
+    query += prompt * query_b + head * query_h
+    at = queries.to(tl.int64)[:, None] * query_t + dims[None, :]
+    q = tl.load(query + at, mask=real[:, None] & (dims < D)[None, :], other=0.0)
+    sums = load_log2_sums(lse + rows * n_queries, queries, n_queries)
+    key += prompt * key_b + (head // GROUP) * key_h
+    key_bias += prompt * bias_b + (head // GROUP) * bias_h
+
+    low = 0
+    high = n_keys
+    if WINDOWED:
+        low = tl.maximum(first_query + offset - window + 1, 0) // N * N
+        high = tl.minimum(n_keys, first_query + M - 1 + offset + window)
+    if CAUSAL:
+        high = tl.minimum(high, first_query + M + offset)
+    # Keys before `clear` are within reach of every query of the block.
+    clear = tl.minimum(first_query + offset + 1, n_keys) // N * N if CAUSAL else n_keys // N * N
+    if WINDOWED:
+        clear = low
+    clear = tl.maximum(low, tl.minimum(clear, high))
+
+    total = tl.zeros([M], dtype=tl.float32)
+    total = _along(
+        total, q, key, key_t, key_bias, queries + offset, sums, low, clear, n_keys, window,
+        scale, cap, D, D_BLOCK, N, CAUSAL, WINDOWED, CAPPED, False, BIASED, ENTROPY, PRECISION,
+    )  # fmt: skip
+    total = _along(
+        total, q, key, key_t, key_bias, queries + offset, sums, clear, high, n_keys, window,
+        scale, cap, D, D_BLOCK, N, CAUSAL, WINDOWED, CAPPED, True, BIASED, ENTROPY, PRECISION,
+    )  # fmt: skip
+    tl.store(result + rows * n_queries + queries, total, mask=real)
+
+
+@triton.jit
+@no_type_check
+def _along(
+    total,
+    q,
+    key,
+    key_t,
+    key_bias,
+    stands,
+    sums,
+    low,
+    high,
+    n_keys,
+    window,
+    scale,
+    cap,
+    D: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    MASKED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the keys from low up to high to the total of each query."""
+    dims = tl.arange(0, D_BLOCK)
+    for first in tl.range(low, high, N):
+        keys = first + tl.arange(0, N)
+        real = keys < n_keys
+        at = keys.to(tl.int64)[:, None] * key_t + dims[None, :]
+        k = tl.load(key + at, mask=real[:, None] & (dims < D)[None, :], other=0.0)
+        logs = log2_pattern(
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), sums[:, None], stands[:, None],
+            keys[None, :], window, scale, cap, CAUSAL, WINDOWED, CAPPED, MASKED,
+        )  # fmt: skip
+        if MASKED:
+            logs = tl.where(real[None, :], logs, float("-inf"))
+        if BIASED:
+            logs += tl.load(key_bias + keys, mask=real, other=float("-inf"))[None, :]
+        if ENTROPY:
+            logs = tl.maximum(logs, -200.0)  # see columns.py
+            total -= tl.sum(tl.exp2(logs) * logs, 1) * LN_2
+        else:
+            total += tl.sum(tl.exp2(logs), 1)
+    return total
+
+
+@triton.jit
+@no_type_check
+def chosen_kernel(
+    query,
+    key,
+    lse,
+    key_bias,
+    index,
+    number,
+    result,
+    query_b,
+    query_t,
+    query_h,
+    key_b,
+    key_t,
+    key_h,
+    bias_b,
+    index_b,
+    n_queries,
+    offset,
+    window,
+    scale,
+    cap,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    M: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BIASED: tl.constexpr,
+):
+    """Σ_j A_ij for one block of queries over the keys whose indices are listed for the prompt."""
+    queries = tl.program_id(0) * M + tl.arange(0, M)
+    head = tl.program_id(1)
+    prompt = tl.program_id(2).to(tl.int64)
+    rows = prompt * tl.num_programs(1) + head
+    real = queries < n_queries
+    dims = tl.arange(0, D_BLOCK)
+    at = queries.to(tl.int64)[:, None] * query_t + dims[None, :]
+    query += prompt * query_b + head * query_h
+    q = tl.load(query + at, mask=real[:, None] & (dims < D)[None, :], other=0.0).to(tl.float32)
+    sums = load_log2_sums(lse + rows * n_queries, queries, n_queries)
+    key += prompt * key_b + (head // GROUP) * key_h
+
+    total = tl.zeros([M], dtype=tl.float32)
+    for place in range(0, tl.load(number + prompt)):
+        chosen = tl.load(index + prompt * index_b + place)
+        k = tl.load(key + chosen * key_t + dims, mask=dims < D, other=0.0).to(tl.float32)
+        logs = log2_pattern(
+            tl.sum(q * k[None, :], 1), sums, queries + offset, chosen, window, scale, cap,
+            CAUSAL, WINDOWED, CAPPED, True,
+        )  # fmt: skip
+        if BIASED:
+            logs += tl.load(key_bias + prompt * bias_b + chosen)
+        total += tl.exp2(logs)
+    tl.store(result + rows * n_queries + queries, total, mask=real)

@@ -1,0 +1,237 @@
+"""One attention layer inside `streaming`: what is overridden, and what fires when.
+
+How the stock bridge computes attention decides how it is made to stream:
+
+delegated
+    `AttentionBridge` (BERT, OPT, …) calls transformers' own attention module. Our registered
+    attention function is all it needs.
+split (re-implemented, separate projections)
+    `PositionEmbeddingsAttentionBridge` (Llama, Gemma, gpt-oss, …) computes scores itself, without a
+    seam. Its `forward` is overridden to call transformers' module too, whose projections and norms
+    *are* the bridge's submodules, so that their hook points fire. What transformers knows and a
+    re-implementation may not (scale, softcap, learned sinks, multipliers) is then right by
+    construction. The hook points that only the re-implementation fires are fired here.
+fused (re-implemented, one projection for q, k and v)
+    `JointQKVAttentionBridge` (GPT-2, NeoX, Phi-3, …) splits the fused weight at boot; transformers'
+    module would bypass q, k and v. It has a clean seam, `_reconstruct_attention`, which takes q, k
+    and v after their hooks: only that is overridden.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+from sinkscope.attention.attend import attend, attend_densely
+from sinkscope.attention.bypass import show_as_stock
+from sinkscope.attention.call import AttentionCall
+from sinkscope.attention.kv_cache import cache_in
+from sinkscope.attention.masks import MaskSpec
+from sinkscope.attention.support import (
+    Overrides,
+    core_module,
+    is_heard,
+    kind_of,
+    refuse_forked_inputs,
+)
+from sinkscope.errors import UnsupportedError
+
+
+class StreamingLayer:
+    """The attention of one block while its bridge streams.
+
+    Args:
+        index: Index of the block.
+        attn: Its attention component, one that `_support.attention_of` let through.
+        calls: Where to leave what each call was.
+    """
+
+    def __init__(self, index: int, attn: AttentionBridge, calls: dict[int, AttentionCall]) -> None:
+        self.attn = attn
+        self.core = core_module(attn)
+        self._index = index
+        self._calls = calls
+        self._kind = kind_of(attn)
+        self._keys_have_fired = False
+
+    def override(self, overrides: Overrides) -> None:
+        """Say which methods run differently; see the module docstring."""
+        if self._kind == "fused":
+            overrides.attribute(self.attn, "_reconstruct_attention", self._reconstruct)
+            return
+        overrides.attribute(self.attn, "forward", self._delegate)
+        if self._kind == "split":
+            overrides.attribute(self.attn.o, "forward", self._project)
+            show_as_stock(self.attn, overrides)
+
+    def attend(
+        self,
+        query: Float[Tensor, "prompt head query d_head"],
+        key: Float[Tensor, "prompt kv_head key d_head"],
+        value: Float[Tensor, "prompt kv_head key d_value"],
+        mask: MaskSpec | Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **options: Any,
+    ) -> Float[Tensor, "prompt query head d_value"]:
+        """What transformers' module calls instead of its own attention function."""
+        if torch.is_autocast_enabled(query.device.type):
+            # Rotary embedding leaves queries and keys wider than values; kernels want one dtype.
+            query, key = query.to(value.dtype), key.to(value.dtype)
+        query = self.attn.hook_rot_q(query)
+        if not self._keys_have_fired:
+            key, value = self._fire_keys(key, value)
+        call = describe(self.core, query, key, mask, scaling, **options)
+        return self._attend(query, key, value, call, dropout)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, dropout: float
+    ) -> Float[Tensor, "prompt query head d_value"]:
+        attn = self.attn
+        self._calls[self._index] = call
+        if dropout or materialises(attn):
+            hooks = attn.hook_attn_scores, attn.hook_pattern
+            z, lse = attend_densely(query, key, value, call, *hooks, dropout)
+        else:
+            z, lse = attend(query, key, value, call)
+        if is_heard(attn.hook_lse) and attn.hook_lse(lse) is not lse:
+            warnings.warn(
+                f"A hook on blocks.{self._index}.attn.hook_lse returned a tensor; hook_lse is "
+                "read-only, so it was ignored. Edit hook_attn_scores or hook_pattern instead.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return z
+
+    def _fire_keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attn.hook_rot_k(key), self.attn.hook_rot_v(value)
+
+    def _delegate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run transformers' module, firing what only the bridge's re-implementation fires."""
+        if self._kind == "split":
+            refuse_forked_inputs(self.attn)
+            rotary = kwargs.get("position_embeddings")
+            if rotary is not None:
+                rotary = self.attn._apply_position_embedding_hooks(rotary)
+                kwargs["position_embeddings"] = rotary
+        with self._keys_fire_into(cache_in(kwargs)):
+            return AttentionBridge.forward(self.attn, *args, **kwargs)
+
+    @contextmanager
+    def _keys_fire_into(self, cache: Any) -> Iterator[None]:
+        """Fire keys and values as they enter a KV cache, where the stock bridge fires them.
+
+        The attention function sees the cached ones too, and an edit there would miss the cache.
+        """
+        hooked = is_heard(self.attn.hook_rot_k) or is_heard(self.attn.hook_rot_v)
+        if cache is None or not hooked:
+            yield
+            return
+        cache = getattr(cache, "self_attention_cache", cache)
+        update = cache.update
+
+        def fire(key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            self._keys_have_fired = True
+            return update(*self._fire_keys(key, value), *args, **kwargs)
+
+        overrides = Overrides()
+        overrides.attribute(cache, "update", fire)
+        try:
+            yield
+        finally:
+            overrides.undo()
+            self._keys_have_fired = False
+
+    def _reconstruct(self, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        """`JointQKVAttentionBridge._reconstruct_attention` around our kernel."""
+        attn = self.attn
+        n_heads = attn.config.n_heads
+        n_kv_heads = getattr(attn.config, "n_key_value_heads", None) or n_heads
+        query, key, value, *_ = attn._reshape_qkv_to_heads(q, k, v, n_heads, n_kv_heads)
+        rotary = kwargs.get("position_embeddings")
+        if rotary is not None and hasattr(attn, "_apply_rotary_pos_emb"):
+            cos, sin = attn._apply_position_embedding_hooks(rotary)
+            query, key = attn._apply_rotary_pos_emb(query, key, cos, sin)
+        query = attn.hook_rot_q(query)
+        key, value = attn._update_kv_cache(*self._fire_keys(key, value), **kwargs)
+        scaling = getattr(self.core, "scaling", None)
+        call = describe(self.core, query, key, kwargs.get("attention_mask"), scaling)
+        z = self._attend(query, key, value, call, _dropout(self.core))
+        return self._project(rearrange(z, "b q h d -> b q (h d)")), None
+
+    def _project(self, z: Float[Tensor, "prompt position width"]) -> Tensor:
+        """The output projection; head by head when the user asked for ``hook_result``."""
+        attn, o = self.attn, self.attn.o
+        if not getattr(attn.config, "use_attn_result", False):
+            return o(z) if self._kind == "fused" else type(o).forward(o, z)
+        n_heads = attn.config.n_heads
+        per_head = rearrange(o.hook_in(z), "b q (h d) -> b q h d", h=n_heads)
+        return attn._compute_per_head_result(per_head, n_heads, per_head.shape[-1])
+
+
+def materialises(attn: AttentionBridge) -> bool:
+    """Whether somebody hooked the scores or the pattern."""
+    return is_heard(attn.hook_attn_scores) or is_heard(attn.hook_pattern)
+
+
+def describe(
+    core: nn.Module,
+    query: Float[Tensor, "prompt head query d_head"],
+    key: Float[Tensor, "prompt kv_head key d_head"],
+    mask: MaskSpec | Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Float[Tensor, "head"] | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> AttentionCall:
+    """An `AttentionCall` from what a transformers module passes to its attention function.
+
+    Raises:
+        UnsupportedError: If the module adds a position bias to its scores.
+    """
+    if position_bias is not None:
+        raise UnsupportedError(
+            f"{type(core).__name__} adds a position bias to its scores, which streaming attention "
+            "does not take: use the stock path."
+        )
+    fixed: dict[str, Any] = dict(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        learned_sink=s_aux,
+        prescale=getattr(core, "scaling", None) or 1.0 if scaling == 1.0 else 1.0,
+        _keys=weakref.ref(key),
+    )
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    if isinstance(mask, MaskSpec):
+        return AttentionCall(
+            causal=mask.causal,
+            window=mask.window,
+            mask=mask.padding,
+            offset=mask.offset,
+            **fixed,
+        )
+    if mask is not None:
+        # A mask with four axes is the last word: it says what is causal, too.
+        return AttentionCall(causal=False, mask=mask[..., :n_keys], **fixed)
+    causal = getattr(core, "is_causal", True) if is_causal is None else is_causal
+    return AttentionCall(causal=causal, window=sliding_window, offset=n_keys - n_queries, **fixed)
+
+
+def _dropout(core: nn.Module) -> float:
+    """Dropout on the pattern, which transformers keeps as a module or as a number."""
+    if not core.training:
+        return 0.0
+    dropout = getattr(core, "attn_dropout", getattr(core, "attention_dropout", 0.0))
+    return dropout.p if isinstance(dropout, nn.Dropout) else float(dropout)

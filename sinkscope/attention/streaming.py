@@ -1,0 +1,227 @@
+"""`with streaming(bridge):` attention at the speed of the model's own kernel, with every hook.
+
+The stock bridge materialises T×T scores and a T×T pattern in each layer. Inside this context
+attention runs through a fused kernel, and two kinds of hook points make the pattern dispensable:
+queries, keys and values as they enter the dot product, and the log-sum-exp of every query's
+scores. A_ij = exp(s_ij − lse_i), so that any column, sum or entropy of the pattern can be computed
+without the rest of it. Layers where somebody hooked ``hook_attn_scores`` or ``hook_pattern`` still
+materialise them, and edits take effect.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion import (
+    BaseTensorConversion,
+)
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+
+from sinkscope.attention.bypass import skip_unread_statistics, take_shortcuts
+from sinkscope.attention.call import AttentionCall
+from sinkscope.attention.kv_cache import reads_both_names
+from sinkscope.attention.layer import StreamingLayer, materialises
+from sinkscope.attention.masks import MaskSpec, streaming_mask
+from sinkscope.attention.support import Overrides, attention_of
+from sinkscope.errors import ModelError, UnsupportedError
+
+__all__ = ["AttentionCall", "Stream", "streaming"]
+
+IMPLEMENTATION = "sinkscope_streaming"
+"""Name under which transformers finds our attention and mask functions while a bridge streams."""
+
+_layers: dict[nn.Module, StreamingLayer] = {}
+_streams: dict[nn.Module, Stream] = {}
+
+
+@contextmanager
+def streaming(bridge: TransformerBridge) -> Iterator[Stream]:
+    """Run a bridge's attention through a fused kernel that also gives the log-sum-exp.
+
+    Inside, on every architecture that can stream, these hook points fire in each block:
+    ``attn.hook_rot_q``, ``attn.hook_rot_k`` and ``attn.hook_rot_v`` [prompt position (kv_)head
+    d_head], as they enter the dot product, and ``attn.hook_lse`` [prompt head query]: float32, the
+    log of the softmax's denominator, learned sink included, so that A_ij = exp(s_ij − lse_i) on
+    every model (-inf for a query that sees nothing). It is read-only and carries no gradient.
+    Those the bridge lacks exist, under the usual names, until the context ends. All other hook
+    points fire as on the stock bridge and edits take effect; ``hook_attn_scores`` and
+    ``hook_pattern`` are materialised in the layers where somebody hooked them.
+
+    A context inside another on the same bridge does nothing, a copy taken inside is a plain bridge,
+    and on exit, also by an exception, the bridge is as it was (but for finding its KV cache where
+    transformers has renamed it).
+
+    Args:
+        bridge: Any bridge of a causal or bidirectional transformers model.
+
+    Yields:
+        The stream; ``stream.calls[layer]`` is what that layer's last call was.
+
+    Raises:
+        UnsupportedError: On entry, if the architecture's attention cannot be streamed exactly.
+        ModelError: On entry, if it is no bridge.
+
+    Examples:
+        >>> with streaming(bridge) as stream:  # doctest: +SKIP
+        ...     bridge.run_with_hooks(tokens, fwd_hooks=[("blocks.0.attn.hook_lse", read)])
+    """
+    if not isinstance(bridge, TransformerBridge):
+        raise ModelError(
+            f"streaming() takes a TransformerBridge, not a {type(bridge).__name__}; "
+            "load_model(...) makes one."
+        )
+    if bridge in _streams:
+        yield _streams[bridge]
+        return
+    stream = Stream(reads_both_names(bridge))
+    stream._begin()
+    try:
+        yield stream
+    finally:
+        stream._end()
+
+
+class Stream:
+    """A bridge that streams.
+
+    Attributes:
+        bridge: The bridge.
+        calls: What the last attention call of each layer was.
+    """
+
+    def __init__(self, bridge: TransformerBridge) -> None:
+        self.bridge = bridge
+        self.calls: dict[int, AttentionCall] = {}
+        self._overrides = Overrides()
+        self._attention = attention_of(bridge)
+        # One object for each point, so that a user's hooks outlive the pause that a copy makes.
+        self._points = [_missing_points(attn) for attn in self._attention]
+
+    def materialises(self, layer: int) -> bool:
+        """Whether a layer computes scores and pattern, because somebody hooked one of them."""
+        return materialises(self._attention[layer])
+
+    def _begin(self) -> None:
+        _streams[self.bridge] = self
+        try:
+            self._override()
+        except BaseException:
+            self._end()
+            raise
+
+    def _override(self) -> None:
+        change = self._overrides.attribute
+        # A cache of names that knows the registry by its size alone.
+        change(self.bridge, "_block_alias_cache", None)
+        change(self.bridge, "__deepcopy__", self._copy_plain)
+        for index, attn in enumerate(self._attention):
+            self._add_points(index)
+            layer = StreamingLayer(index, attn, self.calls)
+            layer.override(self._overrides)
+            _layers[layer.core] = layer
+        skip_unread_statistics(self.bridge, self._overrides)
+        take_shortcuts(self.bridge, self._overrides)
+        self._switch_implementation()
+        AttentionInterface.register(IMPLEMENTATION, streaming_attention)
+        AttentionMaskInterface.register(IMPLEMENTATION, streaming_mask)
+
+    def _end(self) -> None:
+        _streams.pop(self.bridge, None)
+        for core in [core for core, layer in _layers.items() if layer.attn in self._attention]:
+            del _layers[core]
+        for index in range(len(self._attention)):
+            self._remove_points(index)
+        self._overrides.undo()
+        if not _streams:
+            AttentionInterface._global_mapping.pop(IMPLEMENTATION, None)
+            AttentionMaskInterface._global_mapping.pop(IMPLEMENTATION, None)
+
+    def _copy_plain(self, memo: dict[int, Any]) -> TransformerBridge:
+        """Copy the bridge as it is outside of this context, which would not end for the copy."""
+        self._end()
+        try:
+            return copy.deepcopy(self.bridge, memo)
+        finally:
+            self._begin()
+
+    def _add_points(self, index: int) -> None:
+        attn = self._attention[index]
+        for name, point in self._points[index].items():
+            point.name = f"blocks.{index}.attn.{name}"
+            attn._modules[name] = point
+            attn._hook_registry[name] = point
+            self.bridge._hook_registry[point.name] = point
+
+    def _remove_points(self, index: int) -> None:
+        attn = self._attention[index]
+        for name, point in self._points[index].items():
+            attn._modules.pop(name, None)
+            attn._hook_registry.pop(name, None)
+            self.bridge._hook_registry.pop(point.name, None)
+
+    def _switch_implementation(self) -> None:
+        """Point the model's modules at our functions, through configs of their own.
+
+        transformers shares one config object between the modules of a model, and between models
+        that were built from it: writing to it would switch those too.
+        """
+        own: dict[int, PreTrainedConfig] = {}
+        kinds = {type(core.config) for core in _layers}
+        for module in self.bridge.original_model.modules():
+            config = module.__dict__.get("config")
+            if type(config) not in kinds:
+                continue
+            if id(config) not in own:
+                own[id(config)] = copy.copy(config)
+                # The property would also write to sub-configs, which the copy shares.
+                own[id(config)]._attn_implementation_internal = IMPLEMENTATION
+            self._overrides.attribute(module, "config", own[id(config)])
+
+
+class _HeadsLast(BaseTensorConversion):
+    """Hooks see [prompt position head d_head]; attention has [prompt head position d_head]."""
+
+    def handle_conversion(self, input_value: Tensor, *_: Any) -> Tensor:
+        return input_value.transpose(1, 2)
+
+    def revert(self, input_value: Tensor, *_: Any) -> Tensor:
+        return input_value.transpose(1, 2)
+
+
+def _missing_points(attn: AttentionBridge) -> dict[str, HookPoint]:
+    points = {}
+    for name in ("hook_rot_q", "hook_rot_k", "hook_rot_v", "hook_lse"):
+        if name in attn._modules:
+            continue
+        points[name] = HookPoint()
+        if name == "hook_lse":
+            points[name].pos_dim = 2
+        else:
+            points[name].hook_conversion = _HeadsLast()
+    return points
+
+
+def streaming_attention(
+    module: nn.Module,
+    query: Float[Tensor, "prompt head query d_head"],
+    key: Float[Tensor, "prompt kv_head key d_head"],
+    value: Float[Tensor, "prompt kv_head key d_value"],
+    attention_mask: MaskSpec | Tensor | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "prompt query head d_value"], None]:
+    """The function that `AttentionInterface` calls; finds the layer that `module` belongs to."""
+    layer = _layers.get(module)
+    if layer is None:
+        raise UnsupportedError(
+            f"{type(module).__name__} asked for streaming attention, but is not the attention of "
+            "any block of a bridge that streams: use the stock path for this model."
+        )
+    return layer.attend(query, key, value, attention_mask, **options), None

@@ -1,0 +1,154 @@
+"""Which attention components can be streamed exactly, and how each kind computes attention."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+from torch import nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import (
+    JointQKVAttentionBridge as Joint,
+)
+from transformer_lens.model_bridge.generalized_components.joint_qkv_position_embeddings_attention import (  # noqa: E501
+    JointQKVPositionEmbeddingsAttentionBridge as RotaryJoint,
+)
+from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import (
+    PositionEmbeddingsAttentionBridge as Split,
+)
+
+from sinkscope.errors import UnsupportedError
+
+# --- Undoable changes to instances' ``__dict__``.
+
+_ABSENT = object()
+
+
+class Overrides:
+    """Attributes put straight into instances' ``__dict__``, and taken out again in reverse.
+
+    A bridge component forwards plain attribute assignment to the transformers module that it wraps,
+    and nn.Module registers what is assigned; neither sees the ``__dict__``.
+    """
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[Any, str, Any]] = []
+
+    def attribute(self, owner: Any, name: str, value: Any) -> None:
+        """Shadow ``owner.name`` by ``value``."""
+        self._saved.append((owner, name, owner.__dict__.get(name, _ABSENT)))
+        owner.__dict__[name] = value
+
+    def undo(self) -> None:
+        """Put every attribute back as it was, the last one first."""
+        while self._saved:
+            owner, name, value = self._saved.pop()
+            if value is _ABSENT:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = value
+
+
+Kind = Literal["delegated", "split", "fused"]
+
+
+def attention_of(bridge: Any) -> list[AttentionBridge]:
+    """The attention component of every block.
+
+    Raises:
+        UnsupportedError: If a block has none, or one that cannot be streamed exactly.
+    """
+    blocks = bridge._modules.get("blocks")
+    if blocks is None:
+        raise _refusal(bridge, "it has no stack of blocks")
+    components = [block._modules.get("attn") for block in blocks]
+    for index, attn in enumerate(components):
+        reason = "no attention component" if attn is None else _why_not(attn)
+        if reason is not None:
+            raise _refusal(bridge, f"block {index} has {reason}")
+    return components
+
+
+def kind_of(attn: AttentionBridge) -> Kind | None:
+    """How the stock bridge computes this attention, or None if in a way of its own."""
+    forward = type(attn).forward
+    if forward is AttentionBridge.forward:
+        return "delegated"
+    if forward is Split.forward:
+        return "split"
+    stock = (Joint._reconstruct_attention, RotaryJoint._reconstruct_attention)
+    if forward is Joint.forward and type(attn)._reconstruct_attention in stock:
+        return "fused"
+    return None
+
+
+def core_module(attn: AttentionBridge) -> nn.Module | None:
+    """The transformers module inside that looks up an attention function, if there is just one."""
+    original = attn.original_component
+    cores = [module for module in original.modules() if _asks_for_attention(module)]
+    return cores[0] if len(cores) == 1 else None
+
+
+def _asks_for_attention(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def _why_not(attn: nn.Module) -> str | None:
+    if not isinstance(attn, AttentionBridge):
+        return f"{type(attn).__name__} in the place of attention"
+    if kind_of(attn) is None:
+        return f"an attention computation of its own ({type(attn).__name__})"
+    if core_module(attn) is None:
+        return "an attention module that takes no registered attention function"
+    if attn.requires_relative_position_bias or attn.is_cross_attention:
+        return "relative position biases or cross-attention"
+    # Hook points that only the bridge's re-implementation fires, between steps that transformers'
+    # module takes at once.
+    gated = {"hook_q_gate", "hook_gate"} & set(attn._hook_registry)
+    if gated or "hook_k" not in attn.hook_aliases:
+        return "gated or rescaled projections"
+    if getattr(attn.config, "qk_norm_after_rope", False):
+        return "norms between the rotation and the dot product"
+    if kind_of(attn) == "split" and _forks_inputs(attn):
+        return "split inputs (use_split_qkv_input or use_attn_in; switch them off)"
+    return None
+
+
+def _forks_inputs(attn: AttentionBridge) -> bool:
+    config = attn.config
+    return bool(
+        getattr(config, "use_split_qkv_input", False) or getattr(config, "use_attn_in", False)
+    )
+
+
+def refuse_forked_inputs(attn: AttentionBridge) -> None:
+    """Refuse flags that were set after the bridge began to stream.
+
+    Raises:
+        UnsupportedError: If inputs are forked per head.
+    """
+    if _forks_inputs(attn):
+        raise UnsupportedError(
+            "use_split_qkv_input or use_attn_in was set while the bridge streams, which does not "
+            "fork attention inputs: switch it off, or use the stock path."
+        )
+
+
+def hooks_of(point: HookPoint) -> list[dict]:
+    """The dictionaries in which torch keeps what is hooked to a point."""
+    return [point._forward_hooks, point._backward_hooks, point._forward_pre_hooks]
+
+
+def is_heard(point: HookPoint) -> bool:
+    """Whether anything is hooked to a point; `HookPoint.has_hooks`, at a tenth of its cost."""
+    return bool(point._forward_hooks or point._backward_hooks or point._forward_pre_hooks)
+
+
+def _refusal(bridge: Any, reason: str) -> UnsupportedError:
+    name = getattr(bridge.cfg, "architecture", None) or type(bridge.original_model).__name__
+    return UnsupportedError(
+        f"{name} cannot stream attention exactly, because {reason}: use the stock path "
+        '(path="stock", or path="auto" to have it chosen).'
+    )

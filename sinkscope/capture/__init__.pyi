@@ -1,0 +1,3 @@
+from .scan import scan as scan
+
+__all__ = ["scan"]

@@ -1,0 +1,276 @@
+"""What one layer's attention looked like, whichever path computed it.
+
+Observers ask an `AttentionReader`; they never learn whether a pattern was materialised.
+`PatternReader` applies the definitions of `sinkscope.metrics` to the stock bridge's scores and
+pattern: the slow oracle. `StreamReader` gets the same numbers out of queries, keys and the
+log-sum-exp, with nothing T×T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sinkscope.attention import pattern_sums as _columns
+from sinkscope.attention.call import AttentionCall
+from sinkscope.attention.kernels import Angles, kernels_for
+from sinkscope.attention.pattern_sums import logit_gap_in_tiles
+from sinkscope.capture.batches import Batch
+from sinkscope.errors import UnsupportedError
+from sinkscope.metrics import attention, geometry, positions, values
+from sinkscope.metrics.geometry import SinkLogit
+
+
+@runtime_checkable
+class AttentionReader(Protocol):
+    """One layer's attention over one batch."""
+
+    window: int | None
+
+    def on_keys(
+        self, keys: Bool[Tensor, "prompt key"], most: int | None = None
+    ) -> Float[Tensor, "prompt head query"]:
+        """Attention that each query pays to the given keys together.
+
+        Args:
+            keys: Some keys of each prompt.
+            most: How many any prompt has at most, if known: then nothing waits for a count.
+        """
+        ...
+
+    def received(self) -> Float[Tensor, "prompt head key"]:
+        """Attention that each key receives, summed over real queries."""
+        ...
+
+    def entropy(self) -> Float[Tensor, "prompt head query"]:
+        """Entropy of each query's row, in nat."""
+        ...
+
+    def logit_gap(self) -> Float[Tensor, "prompt head"]:
+        """Mean sink logit minus mean other logit over queries that see both."""
+        ...
+
+    def learned_sink_mass(self) -> Float[Tensor, "prompt head"]:
+        """Mean over real queries of the attention that a learned sink logit takes."""
+        ...
+
+    def sink_logit(self) -> SinkLogit:
+        """Norms and cosines that make the sink logit."""
+        ...
+
+    def value_weighted_share(self) -> Float[Tensor, "prompt head"]:
+        """Share of the sinks in Σ_j A_ij ‖v_j‖, mean over queries after the sink."""
+        ...
+
+
+@dataclass(frozen=True)
+class PatternReader:
+    """The oracle: definitions applied to a materialised pattern.
+
+    Attributes:
+        batch: The batch, on the layer's device.
+        pattern: Attention probabilities.
+        value: Values as the attention weights mix them, or None where the bridge shows none.
+        scores: Pre-softmax scores, or None where the bridge does not show true ones.
+        query: Queries as they enter the dot product (post-rotary), or None.
+        key: Keys as they enter the dot product, or None.
+        window: Sliding window of this layer in tokens, or None.
+    """
+
+    batch: Batch
+    pattern: Float[Tensor, "prompt head query key"]
+    value: Float[Tensor, "prompt position kv_head d_head"] | None = None
+    scores: Float[Tensor, "prompt head query key"] | None = None
+    query: Float[Tensor, "prompt position head d_head"] | None = None
+    key: Float[Tensor, "prompt position kv_head d_head"] | None = None
+    window: int | None = None
+
+    @cached_property
+    def _pattern(self) -> Float[Tensor, "prompt head query key"]:
+        return self.pattern.float()
+
+    def on_keys(
+        self, keys: Bool[Tensor, "prompt key"], most: int | None = None
+    ) -> Float[Tensor, "prompt head query"]:
+        """See `metrics.attention.attention_to`."""
+        return attention.attention_to(self._pattern, keys)
+
+    def received(self) -> Float[Tensor, "prompt head key"]:
+        """See `metrics.attention.received_mass`."""
+        return attention.received_mass(self._pattern, self.batch.mask)
+
+    def entropy(self) -> Float[Tensor, "prompt head query"]:
+        """See `metrics.attention.row_entropy`."""
+        return attention.row_entropy(self._pattern)
+
+    def logit_gap(self) -> Float[Tensor, "prompt head"]:
+        """See `metrics.attention.logit_gap_rows`.
+
+        Raises:
+            UnsupportedError: If the stock bridge shows no true pre-softmax scores here.
+        """
+        if self.scores is None:
+            raise UnsupportedError(
+                "sink_logit_gap needs pre-softmax scores, which the stock bridge of this "
+                'architecture does not show; measure it with path="streaming".'
+            )
+        b = self.batch
+        gap, valid = attention.logit_gap_rows(self.scores, b.sinks, b.mask, b.causal, self.window)
+        return attention.sink_logit_gap(gap, valid)
+
+    def learned_sink_mass(self) -> Float[Tensor, "prompt head"]:
+        """See `metrics.attention.learned_sink_mass`."""
+        return attention.learned_sink_mass(self._pattern, self.batch.mask)
+
+    def sink_logit(self) -> SinkLogit:
+        """See `metrics.geometry.sink_logit_decomposition`.
+
+        Raises:
+            UnsupportedError: If the stock bridge never fires post-rotary queries and keys here.
+        """
+        if self.query is None or self.key is None:
+            raise UnsupportedError(
+                "The norms and cosines of the sink logit need post-rotary queries and keys, which "
+                'the stock bridge of this architecture does not fire; use path="streaming".'
+            )
+        b = self.batch
+        return geometry.sink_logit_decomposition(
+            self.query, self.key, b.sinks, b.mask, b.causal, self.window
+        )
+
+    def value_weighted_share(self) -> Float[Tensor, "prompt head"]:
+        """See `metrics.attention.value_weighted_share`.
+
+        Raises:
+            UnsupportedError: If the stock bridge shows no true values here.
+        """
+        if self.value is None:
+            raise UnsupportedError(
+                "value_weighted_sink_share needs values as the attention weights mix them, which "
+                'the stock bridge of this architecture does not show; use path="streaming".'
+            )
+        b, norm = self.batch, values.norms(self.value)
+        return attention.value_weighted_share(self._pattern, norm, b.sinks, b.mask, b.causal)
+
+
+@dataclass(frozen=True)
+class StreamReader:
+    """The same numbers from q, k and the log-sum-exp: A_ij = exp(s_ij − lse_i), nothing T×T.
+
+    Attributes:
+        batch: The batch, on the layer's device.
+        query: Queries as they enter the dot product.
+        key: Keys as they enter the dot product.
+        value: Values, as the attention weights mix them.
+        lse: Log of each softmax's denominator, a learned sink included.
+        call: Scale, softcap and mask of this call.
+        window: Sliding window of this layer in tokens, or None. The call need not know it: where
+            transformers builds a dense mask, the window is in there.
+        statistics: Which of "received" and "entropy" will be asked for; both share one pass.
+    """
+
+    batch: Batch
+    query: Float[Tensor, "prompt position head d_head"]
+    key: Float[Tensor, "prompt position kv_head d_head"]
+    value: Float[Tensor, "prompt position kv_head d_head"]
+    lse: Float[Tensor, "prompt head query"]
+    call: AttentionCall
+    window: int | None = None
+    statistics: frozenset[str] = frozenset()
+    _paid: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def _attended(self) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
+        return self.query, self.key, self.lse, self.call
+
+    @property
+    def _real_queries(self) -> Bool[Tensor, "prompt query"] | None:
+        return self.batch.mask if self.batch.ragged else None
+
+    @cached_property
+    def _both(self) -> _columns.ReceivedAndEntropy:
+        return _columns.received_and_entropy(*self._attended, self._real_queries)
+
+    @cached_property
+    def _angles(self) -> Angles | None:
+        """One kernel for all that is linear in the keys, where it takes this call."""
+        call, length = self.call, self.query.shape[1]
+        kernels = kernels_for(self.query, call)
+        whole = call.causal and not call.offset and (self.window is None or self.window >= length)
+        if kernels is None or not whole:
+            return None
+        return kernels.causal_angles(self.query, self.key, self.batch.roles, call.scale)
+
+    def on_keys(
+        self, keys: Bool[Tensor, "prompt key"], most: int | None = None
+    ) -> Float[Tensor, "prompt head query"]:
+        """Σ_{j∈keys} exp(s_ij − lse_i), O(T) a key; which keys is worked out once a batch."""
+        # The mask is kept with its set: while it lives, no other tensor can have its id.
+        _, chosen = self.batch.once(
+            ("key set", id(keys)), lambda: (keys, _columns.KeySet.of(keys, most))
+        )
+        if id(keys) not in self._paid:
+            self._paid[id(keys)] = _columns.attention_to_keys(*self._attended, chosen)
+        return self._paid[id(keys)]
+
+    def received(self) -> Float[Tensor, "prompt head key"]:
+        """Σ_i exp(s_ij − lse_i)."""
+        if {"received", "entropy"} <= self.statistics:
+            return self._both.received
+        return _columns.received_mass(*self._attended, self._real_queries)
+
+    def entropy(self) -> Float[Tensor, "prompt head query"]:
+        """−Σ_j A_ij (s_ij − lse_i)."""
+        if {"received", "entropy"} <= self.statistics:
+            return self._both.entropy
+        return _columns.row_entropy(*self._attended)
+
+    def logit_gap(self) -> Float[Tensor, "prompt head"]:
+        """By prefix sums of keys where scores are linear in them; otherwise score by score.
+
+        Linear they are not under a softcap, nor where a mask, an intervention's say, hides or
+        shifts some besides causality, window and padding.
+        """
+        b, mask = self.batch, self.call.mask
+        if self.call.softcap is None and (mask is None or mask.ndim == 2):
+            if self._angles is not None:
+                return self._angles.gap
+            gap, valid = geometry.logit_gap_rows(
+                self.query, self.key, self.call.scale, b.sinks, b.mask, b.causal, self.window
+            )
+        else:
+            gap, valid = logit_gap_in_tiles(*self._attended, b.sinks, b.mask, b.causal)
+        return attention.sink_logit_gap(gap, valid)
+
+    def learned_sink_mass(self) -> Float[Tensor, "prompt head"]:
+        """exp(sink − lse_i), mean over real queries."""
+        share = _columns.learned_sink_share(self.lse, self.call)
+        return positions.masked_mean(share, self.batch.mask[:, None, :], dim=-1)
+
+    def sink_logit(self) -> SinkLogit:
+        """See `metrics.geometry.sink_logit_decomposition`."""
+        b, angles = self.batch, self._angles
+        if angles is not None:
+            parts = SinkLogit(*angles[:4])
+        else:
+            parts = geometry.sink_logit_decomposition(
+                self.query, self.key, b.sinks, b.mask, b.causal, self.window
+            )
+        return parts._replace(query_norm=parts.query_norm / self.call.prescale)
+
+    def value_weighted_share(self) -> Float[Tensor, "prompt head"]:
+        """Both sums are attention calls whose values are the norms."""
+        b, norm = self.batch, values.norms(self.value)
+        sizes = torch.where(b.mask[:, None, :], norm, 0.0).mT
+        whole = _columns.weighted_mass(*self._attended, sizes)
+        if b.one_sink_each:  # then one column will do
+            size = values.per_query_head(values.norm_at(norm, b.first_sink), whole.shape[1])
+            part = self.on_keys(b.sinks, most=1) * size[..., None]
+        else:
+            part = _columns.weighted_mass(*self._attended, sizes * b.sinks[..., None])
+        return attention.share_paid_to_sinks(part, whole, b.sinks, b.mask, b.causal)

@@ -1,0 +1,265 @@
+"""One call that measures everything: `scan(model, texts)` gives a `SinkReport`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from numbers import Integral
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sinkscope.capture import paths, runner
+from sinkscope.capture.observers import CORE, OBSERVERS, Observer, Scope
+from sinkscope.capture.observers.discovery import FindSinks
+from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
+from sinkscope.metrics import positions, values
+from sinkscope.metrics.attention import bucket_edges
+from sinkscope.models.active import in_force
+from sinkscope.models.capabilities import GATED, NO_SOFTMAX, Capabilities, capabilities
+from sinkscope.models.load import load_model
+from sinkscope.models.provenance import model_source
+from sinkscope.prompts.texts import as_texts
+from sinkscope.prompts.tokens import Texts
+from sinkscope.report.fields import metric_of
+from sinkscope.report.report import SinkReport
+from sinkscope.report.settings import Settings
+
+Metrics = str | Iterable[str]
+Sinks = Iterable[int] | Literal["auto"]
+
+
+def scan(
+    model: Any,
+    texts: Any,
+    *,
+    metrics: Metrics = "all",
+    sinks: Sinks = (0,),
+    epsilon: float = 0.3,
+    batch: int | Literal["auto"] = "auto",
+    path: str = "auto",
+    progress: bool = True,
+) -> SinkReport:
+    """Measure the sinks of a model on some texts, in one forward pass a batch.
+
+    Args:
+        model: A bridge, or anything that `load_model` takes; a transformers model is wrapped in
+            place.
+        texts: What `texts()` gives, exact `token_ids`, or a list of strings.
+        metrics: "all", "core" (what costs next to nothing at any length), or names from
+            `sinkscope.capture.observers.OBSERVERS`; a list may hold "core" beside names. With
+            "all", what this model cannot have measured exactly is left out; asked for by name, it
+            is refused.
+        sinks: Positions counted from a prompt's first token, or "auto": a first pass finds the
+            sink positions of each prompt (`metrics.positions.find_sinks`).
+        epsilon: Threshold of the sink rate [probability].
+        batch: Prompts a forward pass; "auto" fills the device and backs off when memory runs out.
+        path: How attention is read. Both ways are exact; "auto" streams wherever it can.
+        progress: Whether to draw a progress bar.
+
+    Returns:
+        The report; fields that were not measured are None.
+
+    Raises:
+        ModelError: If the model cannot be loaded, no prompt fits in memory, or ("residual") a state
+            of the residual stream is nan or infinite.
+        TextError: If the texts do not fit the model, or a sink position lies beyond a prompt.
+        UnsupportedError: If a metric or the path asked for cannot be exact for this model.
+    """
+    _check(metrics, epsilon, batch)
+    sinks = _positions(sinks)
+    model = load_model(model)
+    can = capabilities(model)
+    prompts = as_texts(texts).tokenize(model).right_padded()
+    how = paths.choose(model, can, path)
+    interventions = in_force(model)
+    softmax = can.softmax and all(one.softmax for one in interventions)
+    chosen = choose_metrics(metrics, replace(can, softmax=softmax), how)
+
+    scope = Scope(
+        epsilon=epsilon,
+        n_heads=can.n_heads,
+        bucket_edges=tuple(bucket_edges(prompts.tokens.shape[1])),
+        gram=Grams(model),
+    )
+
+    def measure(observers: Sequence[Observer], at: Bool[Tensor, "prompt position"]) -> dict:
+        order = runner.run(
+            model,
+            prompts,
+            at,
+            observers,
+            how,
+            causal=can.causal,
+            batch=batch,
+            progress=progress,
+        )
+        found: dict[str, Any] = {}
+        for observer in observers:
+            found |= observer.results(order)
+        return found
+
+    at = _sink_mask(sinks, prompts)
+    if sinks == "auto":
+        at = measure([FindSinks(scope, can.windows)], at)["sinks"].cpu()
+    observers = [kind(scope) for name in chosen for kind in OBSERVERS[name]]
+    found = measure(observers, at)
+    return SinkReport(
+        settings=_settings(model, can, prompts, chosen, sinks, epsilon, how.name),
+        tokens=prompts.tokens,
+        mask=prompts.mask,
+        sink_mask=at,
+        token_text=prompts.strings,
+        prompts_at=prompts.mask.sum(dim=0),
+        position_embedding_norm=_position_embedding_norm(model, can),
+        **found,
+    )
+
+
+def choose_metrics(metrics: Metrics, can: Capabilities, path: paths.Path) -> tuple[str, ...]:
+    """The metrics to measure, in the order of `OBSERVERS`.
+
+    Raises:
+        UnsupportedError: If one is unknown, or asked for by name and unavailable on this model.
+    """
+    missing = {name: reason for name in OBSERVERS if (reason := _missing(name, can, path))}
+    groups = {"all": [name for name in OBSERVERS if name not in missing], "core": CORE}
+    asked = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    wanted = [name for group in asked for name in groups.get(group, (group,))]
+    for name in wanted:
+        if name not in OBSERVERS and (metric := metric_of(name)):
+            raise UnsupportedError(f"{name} is a figure of the metric {metric!r}; ask for that.")
+        if name not in OBSERVERS:
+            raise UnsupportedError(
+                f'There is no metric {name!r}; choose "all", "core", or some of '
+                f"{', '.join(OBSERVERS)}."
+            )
+        if name in missing:
+            raise UnsupportedError(f"{name} cannot be measured exactly: {missing[name]}")
+    return tuple(name for name in OBSERVERS if name in wanted)
+
+
+def _missing(metric: str, can: Capabilities, path: paths.Path) -> str | None:
+    """Why a metric cannot be measured exactly on this model and path, or None."""
+    if metric == "learned_sink" and not can.learned_sinks:
+        return f"{can.architecture} has no learned sink."
+    if metric == "entropy" and not can.softmax:
+        return f"{NO_SOFTMAX}."
+    if metric == "through_output" and can.gated:
+        return f"{GATED}."
+    if metric == "through_output" and not can.split_output:
+        return (
+            f"TransformerLens does not hand out W_O of this {can.architecture} head by head, which "
+            "it cannot where layers differ in geometry or weights are offloaded."
+        )
+    if metric == "values" and not can.even_kv_heads:
+        return f"the layers of {can.architecture} have different numbers of KV heads."
+    for observer in OBSERVERS[metric]:
+        for signal in sorted(observer.reads()):
+            if not path.shows(signal):
+                other = "" if path.name == "streaming" else ' path="streaming" may show it.'
+                return (
+                    f"the {path.name} path shows no true {signal!r} on {can.architecture}.{other}"
+                )
+    return None
+
+
+class Grams:
+    """W_O^h W_O^hᵀ of each layer of a model, made the first time it is asked for."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._made: dict[int, Tensor] = {}
+
+    def __call__(self, layer: int) -> Float[Tensor, "head d_head d_head"]:
+        """The Gram matrix of every head of a layer, on the layer's device."""
+        if layer not in self._made:
+            self._made[layer] = values.gram(output_weight(self._model, layer))
+        return self._made[layer]
+
+
+def output_weight(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    """W_O of every head of a layer, as it multiplies z from the right."""
+    weight = model.blocks[layer].attn.W_O
+    if weight.ndim == 3:
+        return weight
+    heads = model.cfg.n_heads
+    return rearrange(weight, "(head d_head) d_model -> head d_head d_model", head=heads)
+
+
+def _sink_mask(sinks: Sinks, texts: Texts) -> Bool[Tensor, "prompt position"]:
+    """True at the sink positions asked for; position 0 stands in until "auto" has found them."""
+    mask = torch.zeros_like(texts.mask)
+    for position in [0] if sinks == "auto" else sinks:
+        shortest = int(texts.lengths.min())
+        if not 0 <= position < shortest:
+            raise TextError(
+                f"Sink position {position} lies outside the shortest prompt, whose positions run "
+                f"from 0 to {shortest - 1}."
+            )
+        mask[:, position] = True
+    return mask
+
+
+def _positions(sinks: Any) -> tuple[int, ...] | Literal["auto"]:
+    """Sinks as they were asked for, checked; each position once, in order."""
+    if isinstance(sinks, str) and sinks == "auto":
+        return "auto"
+    wanted = tuple(sinks) if isinstance(sinks, Iterable) and not isinstance(sinks, str) else ()
+    if not wanted or any(isinstance(p, bool) or not isinstance(p, Integral) for p in wanted):
+        raise TextError(f'sinks is {sinks!r}; expected positions such as [0], or "auto".')
+    return tuple(sorted({int(position) for position in wanted}))
+
+
+def _check(metrics: Any, epsilon: Any, batch: Any) -> None:
+    if not isinstance(metrics, Iterable):
+        raise SinkscopeError(f'metrics is {metrics!r}; expected "all", "core", or a list of names.')
+    if not isinstance(epsilon, float | int) or not 0 < epsilon < 1:
+        raise SinkscopeError(f"epsilon is {epsilon!r}; expected a probability between 0 and 1.")
+    if batch != "auto" and (type(batch) is not int or batch < 1):
+        raise SinkscopeError(f'batch is {batch!r}; expected a number of prompts from 1, or "auto".')
+
+
+def _position_embedding_norm(model: Any, can: Capabilities) -> Float[Tensor, "context"] | None:
+    if can.positions != "learned":
+        return None
+    # RoBERTa's table begins with rows that no position uses, of which the bridge cuts two at most.
+    table = model.W_pos.detach()[-(can.n_ctx or 0) :]
+    return positions.position_embedding_norm(table)
+
+
+def _settings(
+    model: Any,
+    can: Capabilities,
+    texts: Texts,
+    metrics: tuple[str, ...],
+    sinks: Sinks,
+    epsilon: float,
+    path: str,
+) -> Settings:
+    source = model_source(model)
+    weight = next(model.original_model.parameters())
+    return Settings(
+        model=source.name,
+        revision=source.revision,
+        architecture=can.architecture,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        device=str(weight.device),
+        source=texts.source,
+        bos=texts.bos,
+        length=texts.tokens.shape[1],
+        epsilon=epsilon,
+        sinks="auto" if sinks == "auto" else ",".join(map(str, sinks)),
+        path=path,
+        causal=can.causal,
+        windows=can.windows,
+        metrics=metrics,
+        n_layers=can.n_layers,
+        n_heads=can.n_heads,
+        n_kv_heads=can.n_kv_heads,
+        seed=texts.seed,
+        interventions=tuple(map(repr, in_force(model))),
+    )

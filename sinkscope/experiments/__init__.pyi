@@ -1,0 +1,19 @@
+from . import ablation as ablation
+from . import dormant as dormant
+from . import dynamics as dynamics
+from . import inactive_heads as inactive_heads
+from . import mixing as mixing
+from . import streaming_context as streaming_context
+from . import trace_peak as trace_peak
+from . import waiver as waiver
+
+__all__ = [
+    "ablation",
+    "dormant",
+    "dynamics",
+    "inactive_heads",
+    "mixing",
+    "streaming_context",
+    "trace_peak",
+    "waiver",
+]

@@ -1,0 +1,478 @@
+"""A model under several conditions: start tokens × what was done to one position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sinkscope.capture.batches import Batch
+from sinkscope.capture.readers import AttentionReader
+from sinkscope.errors import TextError
+from sinkscope.experiments import readout as _measure
+from sinkscope.experiments import result as _result
+from sinkscope.experiments.result import Result
+from sinkscope.interventions import ReplaceEnd, ReplaceStart
+from sinkscope.metrics import ffn
+from sinkscope.metrics.positions import masked_mean
+from sinkscope.models.capabilities import capabilities
+from sinkscope.output import listed, table_as_text
+from sinkscope.prompts.tokens import Texts
+from sinkscope.statistics import Estimate, estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+BY_POSITION = ("received_attention", "value_norm", "residual_norm")
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Conditions(Result):
+    """What every position receives and holds, condition by condition and prompt by prompt.
+
+    Attributes:
+        position: The position that was acted upon.
+        starts: Start of each condition, special, random or given.
+        changes: What was done in each condition; "unchanged" for the reference.
+        names: Title of each condition.
+        causal: Whether attention is.
+        received_attention: Importance of each key, mean over heads [probability].
+        value_norm: Norm of each value, mean over KV heads [activation].
+        residual_norm: Norm of each residual state after a layer [activation].
+        paid: Attention that the queries after `position` (all other queries where attention is
+            bidirectional) pay to position 0 and to `position` [probability]: the fair comparison,
+            since the same queries can see both.
+        ffn_output: FFN output at position 0 and at `position` [activation].
+        ffn_mixed_max: Largest |FFN output| over all positions but those two [activation].
+        loss: Of each query's next token [nat]; None without a trained head or causality.
+    """
+
+    position: int
+    starts: tuple[str, ...]
+    changes: tuple[str, ...]
+    names: tuple[str, ...]
+    causal: bool
+    received_attention: Float[Tensor, "condition prompt layer position"]
+    value_norm: Float[Tensor, "condition prompt layer position"]
+    residual_norm: Float[Tensor, "condition prompt layer position"]
+    paid: Float[Tensor, "condition prompt layer head target"]
+    ffn_output: Float[Tensor, "condition prompt layer target dim"]
+    ffn_mixed_max: Float[Tensor, "condition prompt layer dim"]
+    loss: Float[Tensor, "condition prompt query"] | None = None
+
+    @property
+    def later(self) -> slice:
+        """The later layers: the second half of them."""
+        n_layers = self.residual_norm.shape[2]
+        return slice(n_layers // 2, n_layers)
+
+    @property
+    def layers(self) -> list[int]:
+        """The later layers, one by one."""
+        return list(range(self.residual_norm.shape[2]))[self.later]
+
+    def reference(self, index: int) -> int:
+        """The unchanged condition with the same start."""
+        return next(
+            i
+            for i, (start, change) in enumerate(zip(self.starts, self.changes, strict=True))
+            if start == self.starts[index] and change == "unchanged"
+        )
+
+    def attention_to(self, index: int, target: int) -> Float[Tensor, "prompt"]:
+        """Attention to position 0 (target 0) or the position (target 1) in the later layers."""
+        return self.paid[index, :, self.later, :, target].mean((1, 2))
+
+    def peak(self, index: int, position: int) -> Float[Tensor, "prompt layer"]:
+        """‖h‖ at a position over the median of all others but 0 and `position` [ratio]."""
+        norm = self.residual_norm[index]
+        return norm[..., position] / _measure.median_of_others(norm, [0, self.position])
+
+    def highest_peak(self, index: int, position: int) -> Float[Tensor, "prompt"]:
+        """`peak` after the layer where it is highest on average [ratio]."""
+        peak = self.peak(index, position)
+        return peak[:, int(peak.mean(0).argmax())]
+
+    def drain(self, index: int, position: int) -> Float[Tensor, "prompt"]:
+        """Value norm at a position over the mean of the others, mean over later layers [ratio]."""
+        norm = self.value_norm[index, :, self.later]
+        others = torch.ones(norm.shape[-1], dtype=torch.bool)
+        others[[0, self.position]] = False
+        return (norm[..., position] / norm[..., others].mean(-1)).mean(-1)
+
+    def nonmixture_dims(
+        self, index: int, target: int, share: float = 0.5
+    ) -> list[tuple[int, int, float]]:
+        """(layer, dim, mean value) of the dims that stand out at position 0 or the position.
+
+        Args:
+            index: Which condition.
+            target: 0 for position 0, 1 for `position`.
+            share: In at least this share of prompts.
+        """
+        x = self.ffn_output[index, :, :, target]
+        median = ffn.median_over_dims(x)
+        passes = ffn.nonmixture_dims(x, self.ffn_mixed_max[index], median).float().mean(0)
+        return [
+            (layer, dim, float(x[:, layer, dim].mean()))
+            for layer, dim in (passes >= share).nonzero().tolist()
+        ]
+
+    def same_dims(self, index: int) -> Float[Tensor, "layer"]:
+        """Cosine between the FFN outputs at the position and at 0, mean over prompts."""
+        first, other = self.ffn_output[index].unbind(2)
+        return torch.cosine_similarity(first, other, dim=-1).mean(0)
+
+    def loss_change(self, index: int) -> dict[str, Estimate] | None:
+        """Change of the loss against the reference, over queries after the position and at it."""
+        if self.loss is None:
+            return None
+        change = self.loss[index] - self.loss[self.reference(index)]
+        p = self.position
+        without = torch.cat([change[:, :p], change[:, p + 1 : -1]], dim=1)
+        return {
+            "at_the_position": estimate(change[:, p]),
+            "after_it": estimate(change[:, p + 1 : -1].mean(1)),
+            "of_all_other_queries": estimate(without.mean(1)),
+        }
+
+    @property
+    def where(self) -> str:
+        """The later layers in words."""
+        return f"layers {self.layers[0]} to {self.layers[-1]}"
+
+    @property
+    def seeing(self) -> str:
+        """The queries whose attention is compared, in words."""
+        return f"the queries {'after' if self.causal else 'other than 0 and'} {self.position}"
+
+    def findings(self) -> dict[str, Any]:
+        """The figures of every condition."""
+        found: dict[str, Any] = {"position": self.position, "layers": self.layers}
+        for index, name in enumerate(self.names):
+            found[name] = {
+                "attention_to_0": estimate(self.attention_to(index, 0)),
+                "attention_to_position": estimate(self.attention_to(index, 1)),
+                "peak_at_0": estimate(self.highest_peak(index, 0)),
+                "peak_at_position": estimate(self.highest_peak(index, self.position)),
+                "drain_at_0": estimate(self.drain(index, 0)),
+                "drain_at_position": estimate(self.drain(index, self.position)),
+                "nonmixture_dims_at_0": self._dims(index, 0),
+                "nonmixture_dims_at_position": self._dims(index, 1),
+                "loss": None if self.loss is None else estimate(self._loss(index)),
+                "loss_change": self.loss_change(index),
+            }
+        return found
+
+    def _loss(self, index: int) -> Float[Tensor, "prompt"]:
+        assert self.loss is not None
+        return self.loss[index, :, :-1].mean(1)
+
+    def _dims(self, index: int, target: int) -> list[dict[str, Any]]:
+        return [
+            {"layer": layer, "dim": dim, "value": value}
+            for layer, dim, value in self.nonmixture_dims(index, target)
+        ]
+
+    def summary(self) -> str:
+        """The figures of every condition in a table, and what changed in sentences."""
+        return summary(self)
+
+    def frame(self, layers: slice | None = None) -> pd.DataFrame:
+        """Rows of condition, prompt, layer, position, metric and value, as figures take them.
+
+        Every position as its mean over the later layers (layer -1), position 0 and the position
+        in every layer, and each prompt's loss. `sink_attention` is that of the queries that
+        `seeing` names.
+
+        Args:
+            layers: Which layers the means are over; the later ones by default.
+        """
+        import pandas as pd
+
+        layers = self.later if layers is None else layers
+        pieces = []
+        prompts, length = self.residual_norm.shape[1], self.residual_norm.shape[3]
+        for metric in BY_POSITION:
+            x = getattr(self, metric)
+            columns = _result.grid(
+                condition=self.names, prompt=range(prompts), layer=[-1], position=range(length)
+            )
+            pieces.append(_rows(columns, metric, x[:, :, layers].mean(2)))
+            columns = _result.grid(
+                condition=self.names,
+                prompt=range(prompts),
+                layer=range(x.shape[2]),
+                position=[0, self.position],
+            )
+            pieces.append(_rows(columns, metric, x[..., [0, self.position]]))
+        columns = _result.grid(
+            condition=self.names,
+            prompt=range(prompts),
+            layer=range(self.paid.shape[2]),
+            position=[0, self.position],
+        )
+        pieces.append(_rows(columns, "sink_attention", self.paid.mean(3)))
+        if self.loss is not None:
+            columns = _result.grid(
+                condition=self.names, prompt=range(prompts), layer=[-1], position=[-1]
+            )
+            pieces.append(_rows(columns, "loss", self.loss[:, :, :-1].mean(2)))
+        return pd.concat(pieces, ignore_index=True)
+
+    def figures(self) -> dict[str, go.Figure]:
+        """Panels in the shape of the paper's figures 3 and 4, and the same by layer."""
+        from sinkscope.plot import before_after
+
+        frame = self._in_order(self.frame())
+        averaged, layered = frame[frame["layer"] < 0], frame[frame["layer"] >= 0]
+        panels: dict[str, Any] = dict(about=self.about, positions=(0, self.position))
+        if len(set(self.changes)) > 2:
+            panels["columns"] = len(set(self.starts))
+        title = f"Attention of {self.seeing}, by layer"
+        drawn = {
+            "attention-by-layer": before_after(
+                layered, "sink_attention", by="layer", title=title, **panels
+            )
+        }
+        for metric in BY_POSITION:
+            told = f"{self.about} · mean over {self.where}"
+            if metric == "received_attention":  # which is not what words and table count
+                told += ", of all queries that see a position"
+            drawn[f"{metric}-by-position"] = before_after(
+                averaged, metric, **(panels | {"about": told})
+            )
+        for metric in BY_POSITION[1:]:
+            drawn[f"{metric}-by-layer"] = before_after(layered, metric, by="layer", **panels)
+        if self.loss is not None:
+            drawn["loss"] = before_after(averaged, "loss", about=self.about, by="condition")
+        return drawn
+
+    def _in_order(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The order of the panels: a row a start; a row a change where there are many of those."""
+        if len(set(self.changes)) <= 2:
+            return frame
+        order = sorted(range(len(self.names)), key=lambda i: self.changes.index(self.changes[i]))
+        rank = {self.names[index]: place for place, index in enumerate(order)}
+        return frame.sort_values("condition", key=lambda names: names.map(rank), kind="stable")
+
+
+def _rows(columns: dict[str, Any], metric: str, x: Tensor) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(columns | {"metric": metric, "value": _result.flat(x)})
+
+
+# --- What `Conditions` found, in a table and in sentences.
+
+
+Dims = frozenset[tuple[int, int]]
+"""Pairs of layer and dim."""
+
+
+def summary(found: Conditions) -> str:
+    """How to read the table, the table, and a sentence or two for each change."""
+    usual = _dims(found, 0, 0)
+    parts = [_head(found), _table(found)]
+    parts += [f"Non-mixture dims of position 0, {found.names[0]}: {_listed(usual)}."]
+    parts += [
+        f"{found.starts[index]} start, {change}: {_sentence(found, index, usual)}"
+        for index, change in enumerate(found.changes)
+        if change != "unchanged"
+    ]
+    return "\n".join(parts)
+
+
+def _head(found: Conditions) -> str:
+    return (
+        f"Attention: what {found.seeing} pay to a position, mean over heads and {found.where}. "
+        "Peak: residual norm over the median of the other positions, after the layer where it is "
+        f"highest. Drain: value norm over the mean of the others, mean over {found.where}. "
+        "95 % intervals over prompts."
+    )
+
+
+def _table(found: Conditions) -> str:
+    rows = []
+    for index, (start, change) in enumerate(zip(found.starts, found.changes, strict=True)):
+        for target, position in enumerate((0, found.position)):
+            row = [
+                "" if target else f"{start}, {change}",
+                str(position),
+                estimate(found.attention_to(index, target)).to_decimals(3),
+                str(estimate(found.highest_peak(index, position))),
+                estimate(found.drain(index, position)).to_decimals(3),
+            ]
+            rows.append(row)
+    return table_as_text(["start, change", "at", "attention", "peak", "drain"], rows)
+
+
+def _sentence(found: Conditions, index: int, usual: Dims) -> str:
+    """What changed against the same start unchanged."""
+    before, p = found.reference(index), found.position
+    moves = [
+        f"{where} {float(found.attention_to(before, target).mean()):.3f} → "
+        f"{float(found.attention_to(index, target).mean()):.3f}"
+        for target, where in ((1, f"attention to {p}"), (0, "to 0"))
+    ]
+    dims = _dims(found, index, 1)
+    same = "the same as those of 0" if dims and dims == usual else _listed(dims)
+    words = [f"{', '.join(moves)}; non-mixture dims of {p}: {same}."]
+    change = found.loss_change(index)
+    if change is not None:
+        after = change["after_it"]
+        unsure = ", which these prompts do not tell from 0" if after.low <= 0 <= after.high else ""
+        words.append(f"The loss of the tokens after {p} changes by {after.signed()} nat{unsure}.")
+    return " ".join(words)
+
+
+def _dims(found: Conditions, index: int, target: int) -> Dims:
+    return frozenset((layer, dim) for layer, dim, _ in found.nonmixture_dims(index, target))
+
+
+def _listed(dims: Dims) -> str:
+    """Dims with the layers that write them: "507 (layers 11, 28 and 29)"."""
+    layers: dict[int, list[str]] = {}
+    for layer, dim in sorted(dims):
+        layers.setdefault(dim, []).append(str(layer))
+    told = [
+        f"{dim} (layer{'s' if len(where) > 1 else ''} {listed(where)})"
+        for dim, where in layers.items()
+    ]
+    return listed(told) or "none"
+
+
+# --- Run a model under conditions, and see what every position receives and holds.
+
+STARTS = ("special", "random", "given")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One panel of the paper's figures.
+
+    Attributes:
+        name: Its title, such as "special start · 255 designated".
+        start: Of `STARTS`.
+        change: What was done to the position; "unchanged" for the reference.
+        texts: The prompts, with that start.
+        enter: The intervention.
+    """
+
+    name: str
+    start: str
+    change: str
+    texts: Texts
+    enter: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def observe(
+    model: Any, prompts: Texts, conditions: list[Condition], position: int, progress: bool = True
+) -> dict[str, Any]:
+    """Measure every condition: the tensors of `Conditions`, and what names its conditions.
+
+    Args:
+        model: A bridge.
+        prompts: The prompts before any start token was put in.
+        conditions: In the order of the panels.
+        position: The position that is acted upon.
+        progress: Whether to draw a progress bar.
+    """
+    found: list[dict[str, Tensor]] = []
+    with tqdm(conditions, unit="condition", disable=not progress, leave=False) as bar:
+        for condition in bar:
+            with condition.enter():
+                found.append(_observe(model, condition, position))
+    stacked = {name: torch.stack([one[name] for one in found]) for name in found[0]}
+    own = all(condition.start == "given" for condition in conditions)
+    return {
+        "about": _result.about(model, prompts, None if own else "as each condition says"),
+        "position": position,
+        "starts": tuple(condition.start for condition in conditions),
+        "changes": tuple(condition.change for condition in conditions),
+        "names": tuple(condition.name for condition in conditions),
+        "causal": capabilities(model).causal,
+        **stacked,
+    }
+
+
+def _observe(model: Any, condition: Condition, position: int) -> dict[str, Tensor]:
+    quantities = {
+        "received_attention": _measure.RECEIVED,
+        "value_norm": _measure.VALUE_NORM,
+        "residual_norm": _measure.RESIDUAL_NORM,
+        "ffn_output": _measure.Quantity("mlp_out", lambda x, _: x[:, [0, position]].float()),
+        "ffn_mixed_max": _measure.FFN_MIXED_MAX,
+        "paid": _measure.Quantity("attention", lambda x, batch: paid(x, batch, position)),
+    }
+    found = _measure.measure(model, condition.texts, quantities, [0, position])
+    loss = _measure.losses(model, condition.texts)
+    return found if loss is None else found | {"loss": loss}
+
+
+def paid(x: AttentionReader, batch: Batch, position: int) -> Float[Tensor, "prompt head target"]:
+    """Attention to 0 and to the position, from the queries that are after both."""
+    index = torch.arange(batch.length, device=batch.mask.device)
+    queries = batch.mask & (index != 0) & (index != position)
+    if batch.causal:
+        queries = queries & (index > position)
+    targets = [x.on_keys(_only(batch.mask, key)) for key in (0, position)]
+    return torch.stack([masked_mean(paid, queries[:, None], dim=-1) for paid in targets], dim=-1)
+
+
+def _only(mask: Bool[Tensor, "prompt key"], key: int) -> Bool[Tensor, "prompt key"]:
+    keys = torch.zeros_like(mask)
+    keys[:, key] = True
+    return keys
+
+
+def started(
+    model: Any, texts: Texts, starts: Iterable[str], ends: bool, seed: int
+) -> dict[str, Texts]:
+    """The prompts with each kind of start token, and of end token as well where `ends`.
+
+    Raises:
+        UnsupportedError: If a start is unknown, or none is named.
+        TextError: If the model's tokenizer has no special token.
+    """
+    made: dict[str, Texts] = {}
+    for start in _measure.chosen(starts, STARTS, "starts"):
+        made[start] = texts
+        if start != "given":
+            made[start] = ReplaceStart(model, start, seed=seed)(made[start])
+            if ends:
+                made[start] = ReplaceEnd(model, start, seed=seed + 1)(made[start])
+    return made
+
+
+def designated(model: Any, texts: Any, position: int | None) -> tuple[Texts, int]:
+    """The prompts, and the position to act upon: one with queries after it that predict a token.
+
+    Raises:
+        TextError: If prompts differ in length or hardly go beyond the position.
+    """
+    prompts = _measure.even(model, texts)
+    position = default_position(prompts.tokens.shape[1], position)
+    return _measure.even(model, prompts, position, after=1 + _measure.has_loss(model)), position
+
+
+def default_position(length: int, position: int | None) -> int:
+    """The paper's 255 where prompts are long enough, else two thirds of the way.
+
+    Raises:
+        TextError: If the position is the first one.
+    """
+    if position is None:
+        return 255 if length > 272 else max(1, min(2 * length // 3, length - 3))
+    if position < 1:
+        raise TextError(
+            f"Position {position} cannot be made a sink beside position 0; choose one from 1."
+        )
+    return position

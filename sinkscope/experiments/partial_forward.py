@@ -1,0 +1,316 @@
+"""Run a model from any of its blocks on, and score its predictions in bounded memory.
+
+The model's own forward pass runs, so that masks, positions, final norm, output head and softcap
+are what they always are. Blocks that come before the wanted one do not compute: each hands on the
+residual state that it was given for them, whatever hooks there make of it. Whether that is exact is
+tried on every model before it is relied on (a model may pass more from block to block than one
+residual stream). Interventions in force hold meanwhile as they do in whole passes, each once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sinkscope.attention.support import Overrides
+from sinkscope.capture import batches, paths, runner
+from sinkscope.devices import in_pieces
+from sinkscope.errors import TextError, UnsupportedError
+from sinkscope.models.active import hooked
+from sinkscope.models.capabilities import Capabilities, capabilities
+from sinkscope.models.probe import only_hooks, probe_tokens
+from sinkscope.models.signals import close
+from sinkscope.prompts.tokens import Texts
+
+Hooks = Sequence[tuple[str, Callable[..., Tensor | None]]]
+Residual = Float[Tensor, "row position dim"]
+
+_LOGITS = {"cuda": 2**28, "cpu": 2**23}
+"""Logits held at once, as numbers: a gigabyte in fp32 on a GPU, 32 MB on a CPU."""
+
+
+@dataclass(frozen=True)
+class Track:
+    """The residual stream of some prompts, block by block.
+
+    Attributes:
+        before: The residual state that each block is given, before hooks on its input.
+        final: The residual state after the last block.
+    """
+
+    before: tuple[Residual, ...]
+    final: Residual
+
+
+def with_loss(can: Capabilities) -> Capabilities:
+    """The same capabilities, if the model's next-token loss means something.
+
+    Raises:
+        UnsupportedError: If it does not.
+    """
+    if "loss" in can.unavailable:
+        raise UnsupportedError(
+            f"{can.architecture} has no loss to compare: {can.unavailable['loss']}."
+        )
+    return can
+
+
+def with_predictions(prompts: Texts, name: str = "") -> Texts:
+    """The same prompts, if every one has a token to predict.
+
+    Args:
+        prompts: Right-padded.
+        name: What to call them.
+
+    Raises:
+        TextError: If one has not.
+    """
+    shortest = int(prompts.lengths.min())
+    if shortest < 2:
+        raise TextError(
+            f"A prompt of {name or prompts.source} has {shortest} token, which leaves none to "
+            "predict; give every prompt two tokens or more."
+        )
+    return prompts
+
+
+class Partway:
+    """A causal model with a trained output head that can start at any block.
+
+    Args:
+        model: A bridge.
+        path: How attention runs, see `capture.paths.choose`.
+
+    Raises:
+        UnsupportedError: If its loss means nothing, or if starting partway is not exact for it.
+    """
+
+    def __init__(self, model: Any, path: str = "auto") -> None:
+        self.model = model
+        self.can = with_loss(capabilities(model))
+        self.device = runner.input_device(model)
+        self._path = paths.choose(model, self.can, path)
+        self._outputs: list[int | None] = []
+        with self._hooks_aside(), self.opened():
+            self._check()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Whatever must hold while the other methods are called."""
+        with torch.inference_mode(), runner.evaluating(self.model), self._path.opened():
+            yield
+
+    def track(
+        self,
+        tokens: Int[Tensor, "row position"],
+        mask: Bool[Tensor, "row position"],
+        hooks: Hooks = (),
+    ) -> Track:
+        """Run the whole model and keep the residual stream at every block."""
+        kept: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Callable[..., None]:
+            return lambda x, hook: kept.__setitem__(layer, x)
+
+        n_layers = self.can.n_layers
+        # What a block puts out rather than what the next one reads: edits of a block's input come
+        # after what it is given, and are made anew when the model starts there.
+        listening = [(self.can.hook("resid_post", i), keep(i + 1)) for i in range(n_layers)]
+        listening.append((self.can.hook("resid_pre", 0), keep(0)))
+        self._run(tokens, mask, [*hooks, *listening])
+        return Track(tuple(kept[i] for i in range(n_layers)), kept[n_layers])
+
+    def final(
+        self,
+        tokens: Int[Tensor, "row position"],
+        mask: Bool[Tensor, "row position"],
+        layer: int = 0,
+        residual: Residual | None = None,
+        hooks: Hooks = (),
+    ) -> Residual:
+        """The residual state after the last block, when block ``layer`` reads ``residual``.
+
+        Args:
+            tokens: What the residual belongs to.
+            mask: True at real tokens.
+            layer: The first block that runs.
+            residual: What it is given; None with ``layer=0``, where the embedding says it.
+            hooks: Edits, as `TransformerBridge.hooks` takes them.
+        """
+        kept: list[Tensor] = []
+        last = (self.can.hook("resid_post", self.can.n_layers - 1), lambda x, hook: kept.append(x))
+        with self._handing_on(layer, residual):
+            self._run(tokens, mask, [*hooks, last])
+        return kept[0]
+
+    def losses(
+        self,
+        tokens: Int[Tensor, "row position"],
+        mask: Bool[Tensor, "row position"],
+        final: Residual,
+    ) -> Float[Tensor, "row"]:
+        """Mean loss of each row's next-token predictions [nat]; nan where it predicts none.
+
+        The output head runs on a few positions at a time: logits over a vocabulary would be the
+        largest tensor by far. Hooks behind the blocks, on the final norm or the logits, have to
+        meet every position at once; what those inside do is in the residual state already.
+        """
+        names = hooked(self.model)
+        inside = {name for name in names if name.startswith("blocks.")}
+        whole = names != inside
+        room = _LOGITS["cuda" if final.is_cuda else "cpu"] // self.can.d_vocab
+        length = tokens.shape[1] - 1
+        width = max(1, length if whole else min(room, length))
+        columns = []
+        for start in range(0, length, width):
+            at = slice(start, min(start + width, length) + whole)
+            here, after = tokens[:, at], tokens[:, start + 1 : start + width + 1]
+
+            def score(rows: slice, at: slice = at, here: Tensor = here, after: Tensor = after):
+                logits = self._logits(here[rows], final[rows, at])[:, : after.shape[1]].float()
+                told = logits.gather(-1, after[rows, :, None].to(logits.device))[..., 0]
+                return (logits.logsumexp(-1) - told).to(tokens.device)
+
+            with self._hooks_aside(inside):
+                columns.append(in_pieces(len(tokens), max(1, room // width), score))
+        real = mask[:, 1:]
+        if not columns:
+            return torch.full((len(tokens),), torch.nan, device=tokens.device)
+        nll = torch.where(real, torch.cat(columns, dim=1), 0)
+        return nll.sum(dim=1) / real.sum(dim=1)
+
+    def _logits(
+        self, tokens: Int[Tensor, "row position"], final: Residual
+    ) -> Float[Tensor, "row position vocab"]:
+        """What the final norm and the output head make of a residual state."""
+        with self._handing_on(self.can.n_layers, final):
+            return self.model(tokens, return_type="logits", use_cache=False)
+
+    def _run(
+        self,
+        tokens: Int[Tensor, "row position"],
+        mask: Bool[Tensor, "row position"],
+        hooks: Hooks,
+    ) -> None:
+        rows = torch.arange(len(tokens))
+        none = torch.zeros_like(mask)
+        batch = batches.cut(tokens, mask, none, rows, causal=True, device=self.device)
+        with self.model.hooks(fwd_hooks=list(hooks)):
+            runner.forward(self.model, batch)
+
+    @contextmanager
+    def _handing_on(self, layer: int, residual: Residual | None) -> Iterator[None]:
+        """Inside, the blocks below ``layer`` hand on ``residual`` instead of computing."""
+        overrides, handles = Overrides(), []
+
+        def hand_on(block: Any, given: Any, output: Any) -> Any:
+            # Hooks have edited once more what their edits are in already.
+            return (residual, *output[1:]) if isinstance(output, tuple) else residual
+
+        try:
+            for block, outputs in zip(self.model.blocks[:layer], self._outputs, strict=False):
+                # Blocks return a tensor, or a tuple that begins with it.
+                out = residual if outputs is None else (residual, *[None] * (outputs - 1))
+                overrides.attribute(
+                    block.original_component, "forward", lambda *args, out=out, **options: out
+                )
+                handles.append(block.register_forward_hook(hand_on))
+            yield
+        finally:
+            overrides.undo()
+            for handle in handles:
+                handle.remove()
+
+    def _hooks_aside(self, names: Iterable[str] | None = None) -> AbstractContextManager[None]:
+        """Put somebody's hooks aside: those on the points of these names, or all."""
+        points = self.model.hook_dict
+        chosen = [points[name] for name in (points if names is None else names)]
+        return only_hooks(chosen, (), lambda x, hook: None)
+
+    def _check(self) -> None:
+        """Refuse a model that is not the same when it starts partway.
+
+        Raises:
+            UnsupportedError: If it is not.
+        """
+        tokens = probe_tokens(self.model).to(self.device)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        returned: list[int | None] = []
+
+        def count(block: Any, given: Any, output: Any) -> None:
+            returned.append(len(output) if isinstance(output, tuple) else None)
+
+        handles = [b.original_component.register_forward_hook(count) for b in self.model.blocks]
+        try:
+            track = self.track(tokens, mask)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._outputs = returned
+        half = self.model.cfg.dtype in (torch.float16, torch.bfloat16)
+        tolerance = 3e-2 if half else 1e-4
+        plain = self.model(tokens, return_type="logits", use_cache=False)
+        same = close(self._logits(tokens, track.final).float(), plain.float(), tolerance)
+        # The prompts change places from run to run, or else what a skipped block has left lying
+        # about from the run before would fit, and hide that a later block reads it.
+        for layer in range(self.can.n_layers):
+            order = [1, 0] if layer % 2 == 0 else [0, 1]
+            again = self.final(tokens[order], mask, layer, track.before[layer][order])
+            same = same and close(again.float(), track.final[order].float(), tolerance)
+        if not same:
+            raise UnsupportedError(
+                f"{self.can.architecture} does not give the same result when it starts at one of "
+                "its blocks, so its heads cannot be removed this way; AblateHeads removes them in "
+                "whole forward passes."
+            )
+
+
+# --- Losses of prompts when some heads of each put out nothing.
+
+_TOKENS = {"cuda": 2**16, "cpu": 2**12}
+"""Tokens of one forward pass."""
+
+Flags = Bool[Tensor, "prompt layer head"]
+
+
+class PromptLosses:
+    """The next-token loss of each prompt, again and again with other heads asleep.
+
+    Args:
+        partway: The model, opened.
+        prompts: Right-padded.
+        batch: Prompts at once; by default what fills the device.
+    """
+
+    def __init__(self, partway: Partway, prompts: Texts, batch: int | None = None) -> None:
+        self._partway = partway
+        self._tokens, self._mask = prompts.tokens, prompts.mask
+        room = _TOKENS.get(partway.device.type, _TOKENS["cpu"]) // self._tokens.shape[1]
+        self._batches = batches.by_length(self._mask).split(batch or max(1, room))
+
+    def __call__(self, asleep: Flags | None = None) -> Float[Tensor, "prompt"]:
+        """The loss of each prompt when these heads put out nothing, at any position."""
+        found = torch.full((len(self._tokens),), torch.nan)
+        partway = self._partway
+        for rows in self._batches:
+            length = int(self._mask[rows].sum(dim=1).max())
+            tokens, mask = (x[rows, :length].to(partway.device) for x in (self._tokens, self._mask))
+            hooks = [] if asleep is None else self._hooks(asleep[rows])
+            final = partway.final(tokens, mask, hooks=hooks)
+            found[rows] = partway.losses(tokens, mask, final).cpu()
+        return found
+
+    def _hooks(self, asleep: Flags) -> Hooks:
+        def silence(layer: int) -> Callable[..., Tensor]:
+            here = rearrange(asleep[:, layer], "prompt head -> prompt 1 head 1")
+            return lambda z, hook: z.masked_fill(here.to(z.device), 0)
+
+        layers = asleep.any(dim=2).any(dim=0).nonzero()[:, 0].tolist()
+        return [(self._partway.can.hook("z", layer), silence(layer)) for layer in layers]

@@ -1,0 +1,360 @@
+"""Which part makes the sink: the mask's layers, the non-mixture dims, or the norm alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sinkscope.errors import UnsupportedError
+from sinkscope.experiments import conditions as _observe
+from sinkscope.experiments import readout as _measure
+from sinkscope.experiments import result as _result
+from sinkscope.experiments.conditions import Condition
+from sinkscope.experiments.result import Result
+from sinkscope.interventions import ScaleActivation, SelfOnlyMask, SetActivation
+from sinkscope.metrics import ffn
+from sinkscope.models.capabilities import capabilities
+from sinkscope.models.load import load_model
+from sinkscope.output import number, table_as_text
+from sinkscope.prompts.tokens import Texts
+from sinkscope.statistics import estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+
+# --- What `which_part` finds: what is left of a sink when only a part of what makes it is there.
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class WhichPart(Result):
+    """What is left of a sink when only a part of what makes it is there.
+
+    Attributes:
+        position: The designated position.
+        peak_layer: The layer that adds most to ‖h_0‖.
+        dims: The FFN-output dims of that layer that were set.
+        dims_by_rule: Whether those pass the non-mixture rule, or are only its three largest.
+        cases: What was done, in words.
+        targets: Which position each case is about: 0 or `position`. The first case is the natural
+            sink, position 0 of the untouched model.
+        paid: Attention to the target in the later layers, mean over heads [probability].
+        peak: ‖h_target‖ over the median of the others, where highest [ratio].
+        loss: Mean loss of the queries after the position [nat]; None without a trained head.
+    """
+
+    QUESTION = "Which part of what makes the sink is enough, and which is needed?"
+
+    position: int
+    peak_layer: int
+    dims: tuple[int, ...]
+    dims_by_rule: bool
+    cases: tuple[str, ...]
+    targets: tuple[int, ...]
+    paid: Float[Tensor, "case prompt"]
+    peak: Float[Tensor, "case prompt"]
+    loss: Float[Tensor, "case prompt"] | None = None
+
+    def left(self, case: int) -> float:
+        """Attention to the target as a share of what the natural sink receives."""
+        return float(self.paid[case].mean() / self.paid[0].mean())
+
+    def findings(self) -> dict[str, Any]:
+        """One record a case."""
+        rows = []
+        for case, name in enumerate(self.cases):
+            row: dict[str, Any] = {
+                "case": name,
+                "target": self.targets[case],
+                "attention": estimate(self.paid[case]),
+                "share_of_sink": self.left(case),
+                "peak": estimate(self.peak[case]),
+            }
+            if self.loss is not None:
+                row["loss"] = estimate(self.loss[case])
+            rows.append(row)
+        return {
+            "position": self.position,
+            "peak_layer": self.peak_layer,
+            "dims": list(self.dims),
+            "dims_by_rule": self.dims_by_rule,
+            "cases": rows,
+        }
+
+    def summary(self) -> str:
+        """The table of what remains."""
+        dims = ", ".join(map(str, self.dims))
+        kind = "non-mixture dims" if self.dims_by_rule else "largest dims (none passes the rule)"
+        head = (
+            f"Layer {self.peak_layer} adds most to the residual norm of position 0; {kind} of its "
+            f"FFN output: {dims}. Attention is that of the queries after {self.position} (all "
+            "others, where attention is bidirectional) in the later half of the layers, share is "
+            "its ratio to what position 0 receives in the untouched model. 95 % intervals over "
+            "prompts."
+        )
+        rows = []
+        for case, name in enumerate(self.cases):
+            row = [
+                name,
+                str(self.targets[case]),
+                estimate(self.paid[case]).to_decimals(3),
+                f"{100 * self.left(case):.0f} %",
+                number(float(self.peak[case].mean())),
+            ]
+            if self.loss is not None:
+                row.append(f"{float(self.loss[case].mean()):.3f}")
+            rows.append(row)
+        columns = ["what was done", "at", "attention", "share", "peak"]
+        columns += ["loss"] if self.loss is not None else []
+        return f"{head}\n{table_as_text(columns, rows)}"
+
+    def frame(self) -> pd.DataFrame:
+        """Rows of condition (the case), prompt, layer (-1), position, metric and value."""
+        import pandas as pd
+
+        pieces = []
+        quantities = {"sink_attention": self.paid, "residual_peak": self.peak, "loss": self.loss}
+        for metric, x in quantities.items():
+            if x is None:
+                continue
+            columns = _result.grid(condition=self.cases, prompt=range(x.shape[1]), layer=[-1])
+            columns["position"] = torch.tensor(self.targets).repeat_interleave(x.shape[1]).numpy()
+            pieces.append(pd.DataFrame(columns | {"metric": metric, "value": _result.flat(x)}))
+        return pd.concat(pieces, ignore_index=True)
+
+    def figures(self) -> dict[str, go.Figure]:
+        """Every case side by side, for the designated position and for position 0."""
+        from sinkscope.plot import before_after
+
+        frame = self.frame()
+        shown = {"sink_attention": "Attention to", "residual_peak": "Residual peak at"}
+        return {
+            f"{metric}-at-{target}": before_after(
+                frame[frame["position"] == target],
+                metric,
+                about=self.about,
+                by="condition",
+                title=f"{what} position {target}, by condition",
+            )
+            for target in (self.position, 0)
+            for metric, what in shown.items()
+        }
+
+
+Enter = Callable[[], AbstractContextManager[Any]]
+
+
+def which_part(
+    model: Any,
+    texts: Any,
+    position: int | None = None,
+    *,
+    start: str = "special",
+    first_layers: Iterable[int] = (1, 2, 3),
+    seed: int = 0,
+    progress: bool = True,
+) -> WhichPart:
+    """Take apart what makes a position a sink, and keep one part at a time.
+
+    At `position`, designated by a self-only mask: the mask in the first layers only, in the layers
+    up to the peak, only after it; everywhere but with the non-mixture dims set to zero; and without
+    any mask, the dims set to what they are at the sink, or the norm scaled to the sink's. At the
+    natural sink 0: the dims to zero and to their mean, and the norm scaled to an ordinary one.
+
+    Args:
+        model: A bridge, or anything that `load_model` takes.
+        texts: Prompts of equal length that go beyond `position`.
+        position: Which element; 255 by default, or two thirds of the way in short prompts.
+        start: "special", "random" or "given".
+        first_layers: How many first layers to mask alone, one case each.
+        seed: Of the random tokens.
+        progress: Whether to draw a progress bar.
+
+    Raises:
+        UnsupportedError: If a number of first layers is none.
+        TextError: If prompts differ in length or end before the position.
+    """
+    model = load_model(model)
+    first_layers = _counts(first_layers)
+    prompts, position = _observe.designated(model, texts, position)
+    prompts = _observe.started(model, prompts, [start], False, seed)[start]
+    sink = _Sink.look(model, prompts, position)
+    cases = [*_natural(model, sink), *_designated(model, position, sink, first_layers)]
+    found = []
+    for name, _, enter in tqdm(cases, unit="case", disable=not progress, leave=False):
+        case = Condition(name, start, "unchanged", prompts, enter)
+        found.append(_read(model, case, position))
+    aimed = [target for _, target, _ in cases]
+    losses = [one["loss"] for one in found if one["loss"] is not None]
+    return WhichPart(
+        about=_result.about(model, prompts),
+        position=position,
+        peak_layer=sink.layer,
+        dims=sink.dims,
+        dims_by_rule=sink.by_rule,
+        cases=tuple(name for name, _, _ in cases),
+        targets=tuple(position if target else 0 for target in aimed),
+        paid=torch.stack([one["paid"][:, at] for one, at in zip(found, aimed, strict=True)]),
+        peak=torch.stack([one["peak"][:, at] for one, at in zip(found, aimed, strict=True)]),
+        loss=torch.stack(losses) if losses else None,
+    )
+
+
+def _counts(first_layers: Iterable[int]) -> tuple[int, ...]:
+    """Numbers of first layers to mask.
+
+    Raises:
+        UnsupportedError: If one is not a whole number from 1.
+    """
+    wanted = tuple(first_layers)
+    for n in wanted:
+        if type(n) is not int or n < 1:
+            raise UnsupportedError(
+                f"{n!r} first layers cannot be masked alone; expected whole numbers from 1, such "
+                "as (1, 2)."
+            )
+    return wanted
+
+
+@dataclass(frozen=True)
+class _Sink:
+    """What the natural sink is like where the peak is written.
+
+    Attributes:
+        layer: The layer that adds most to ‖h_0‖.
+        dims: Its FFN's dims that stand out at 0.
+        by_rule: Whether they pass the non-mixture rule.
+        written: FFN output at 0 in those dims, mean over prompts.
+        held: Residual state at 0 in those dims after that layer, mean over prompts.
+        norm: ‖h_0‖ after that layer.
+        usual: Median norm of the others there.
+    """
+
+    layer: int
+    dims: tuple[int, ...]
+    by_rule: bool
+    written: Float[Tensor, "dim"]
+    held: Float[Tensor, "dim"]
+    norm: float
+    usual: float
+
+    @classmethod
+    def look(cls, model: Any, prompts: Texts, position: int) -> _Sink:
+        """Look at the untouched model."""
+        wanted = {
+            "norm": _measure.RESIDUAL_NORM,
+            "ffn": _measure.at("mlp_out", 0),
+            "mixed": _measure.FFN_MIXED_MAX,
+            "resid": _measure.at("resid_post", 0),
+        }
+        found = _measure.measure(model, prompts, wanted)
+        norm = found["norm"].mean(0)
+        growth = torch.diff(norm[:, 0], prepend=norm.new_zeros(1))
+        layer = int(growth.argmax())
+        x = found["ffn"][:, layer]
+        stands = ffn.nonmixture_dims(x, found["mixed"][:, layer], ffn.median_over_dims(x))
+        dims = tuple((stands.float().mean(0) >= 0.5).nonzero()[:, 0].tolist())
+        by_rule = bool(dims)
+        if not dims:
+            dims = tuple(x.mean(0).abs().argsort(descending=True)[:3].tolist())
+        return cls(
+            layer=layer,
+            dims=dims,
+            by_rule=by_rule,
+            written=x.mean(0)[list(dims)],
+            held=found["resid"][:, layer].mean(0)[list(dims)],
+            norm=float(norm[layer, 0]),
+            usual=float(_measure.median_of_others(norm[None], [0])[0, layer]),
+        )
+
+
+Case = tuple[str, int, Enter]
+"""Name, target (0: position 0, 1: the position), and what to enter."""
+
+
+def _natural(model: Any, sink: _Sink) -> list[Case]:
+    """Cases about position 0, the untouched model first."""
+
+    def dims(value: Any) -> Enter:
+        return lambda: SetActivation(model, sink.layer, sink.dims, 0, value, at="mlp_out")
+
+    def norm() -> ScaleActivation:
+        return ScaleActivation(model, sink.layer, 0, norm=sink.usual)
+
+    return [
+        ("untouched", 0, nullcontext),
+        ("the peak's dims set to 0", 0, dims("zero")),
+        ("the peak's dims set to their mean", 0, dims(sink.written)),
+        ("the norm alone set to an ordinary one", 0, norm),
+    ]
+
+
+def _designated(model: Any, p: int, sink: _Sink, first_layers: Iterable[int]) -> list[Case]:
+    """Cases about position `p`."""
+    n_layers = capabilities(model).n_layers
+    peak = sink.layer
+
+    def mask(layers: Iterable[int] | None = None) -> Enter:
+        return lambda: SelfOnlyMask(model, p, layers=layers)
+
+    def dims(value: Any, at: str) -> Enter:
+        return lambda: SetActivation(model, peak, sink.dims, p, value, at=at)
+
+    def norm() -> ScaleActivation:
+        return ScaleActivation(model, peak, p, norm=sink.norm)
+
+    first = [
+        (f"masked in layers 0 to {n - 1}" if n > 1 else "masked in layer 0 only", 1, mask(range(n)))
+        for n in first_layers
+        if n <= n_layers and n != peak + 1
+    ]
+    after = range(peak + 1, n_layers)
+    return [
+        ("untouched", 1, nullcontext),
+        ("masked in every layer", 1, mask()),
+        *first,
+        (f"masked up to the peak (layer {peak})", 1, mask(range(peak + 1))),
+        *([("masked only after the peak", 1, mask(after))] if len(after) else []),
+        ("masked, the peak's dims set to 0", 1, _both(mask(), dims("zero", "mlp_out"))),
+        ("unmasked, the dims set to the sink's", 1, dims(sink.held, "resid_post")),
+        ("unmasked, the norm alone set to the sink's", 1, norm),
+    ]
+
+
+def _both(*enter: Enter) -> Enter:
+    @contextmanager
+    def entered() -> Any:
+        with ExitStack() as stack:
+            for one in enter:
+                stack.enter_context(one())
+            yield
+
+    return entered
+
+
+def _read(model: Any, case: Condition, position: int) -> dict[str, Any]:
+    """Attention to and peaks of both targets [prompt target], and the later loss [prompt]."""
+    wanted = {
+        "norm": _measure.RESIDUAL_NORM,
+        "paid": _measure.Quantity("attention", lambda x, batch: _observe.paid(x, batch, position)),
+    }
+    with case.enter():
+        found = _measure.measure(model, case.texts, wanted)
+        loss = _measure.losses(model, case.texts)
+    norm = found["norm"]
+    median = _measure.median_of_others(norm, [0, position])
+    ratio = norm[..., [0, position]] / median[..., None]
+    later = norm.shape[1] // 2
+    return {
+        "peak": ratio.amax(1),
+        "paid": found["paid"][:, later:].mean((1, 2)),
+        "loss": None if loss is None else loss[:, position + 1 : -1].mean(1),
+    }

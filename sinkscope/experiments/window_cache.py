@@ -1,0 +1,264 @@
+"""A KV cache of a few kept elements and a window, exact for a whole chunk of queries at once.
+
+StreamingLLM (2309.17453) feeds one token at a time: each query sees the kept elements and the most
+recent W positions, itself included, and positions are counted inside the cache. Fed in chunks, each
+query of a chunk has a window of its own, which a mask says, and kept elements that stand at another
+distance from each query, which needs a copy of their keys for each query, rotated accordingly.
+Rotary attention depends on distances alone, so nothing is approximated; memory is bounded by
+window, chunk and kept elements.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from sinkscope.attention.kv_cache import cache_argument
+from sinkscope.attention.support import core_module
+from sinkscope.capture import runner
+from sinkscope.devices import ran_out_of_memory
+from sinkscope.errors import UnsupportedError
+from sinkscope.models.capabilities import Capabilities
+from sinkscope.models.probe import only_hooks, probe_tokens
+from sinkscope.models.signals import close
+
+# --- Rotary keys rotated on, so that a cache can count its own positions.
+
+
+class Turner:
+    """Rotates keys on by a number of positions, the way their own model rotates them.
+
+    Whether it does is tried before it is relied on: in a text of one token over and over nothing
+    but the rotation tells positions apart, so a layer's first key turned by n is its key n.
+
+    Args:
+        model: A bridge.
+        can: Its capabilities.
+
+    Raises:
+        UnsupportedError: If the model is not rotary, its angles change with the text's length, or
+            its rotation cannot be found or is another one in some layers.
+    """
+
+    def __init__(self, model: Any, can: Capabilities) -> None:
+        from transformer_lens.model_bridge.generalized_components.rotary_embedding import (
+            RotaryEmbeddingBridge,
+        )
+
+        found = [m for m in model.modules() if isinstance(m, RotaryEmbeddingBridge)]
+        core = core_module(model.blocks[0].attn)
+        home = sys.modules[type(core).__module__] if core is not None else None
+        self._rotate = getattr(home, "apply_rotary_pos_emb", None)
+        if can.positions != "rotary" or len(found) != 1 or self._rotate is None:
+            raise UnsupportedError(
+                f"Positions can be counted in the cache where they are rotary; {can.architecture} "
+                f'has {can.positions} ones that cannot be turned; count them as "absolute".'
+            )
+        self._angles: Any = found[0].original_component
+        kind = getattr(self._angles, "rope_type", "default")
+        if kind in ("dynamic", "longrope"):
+            raise UnsupportedError(
+                f"The rotary angles of {can.architecture} change with the length of the text "
+                f'({kind}), so keys in a cache cannot be turned; count positions as "absolute".'
+            )
+        if not self._turns(model):
+            raise UnsupportedError(
+                f"The keys of {can.architecture} are not rotated alike in every layer, or not as "
+                'its rotary embedding says; count positions as "absolute".'
+            )
+
+    def turn(
+        self,
+        key: Float[Tensor, "prompt kv_head kept d_head"],
+        by: Int[Tensor, "query kept"],
+    ) -> Float[Tensor, "prompt kv_head copy d_head"]:
+        """A copy of every key for every query, query after query, each rotated on by `by`."""
+        wide = repeat(key.float(), "b h k d -> b h (q k) d", q=len(by))
+        ids = rearrange(by, "q k -> 1 (q k)").to(key.device)
+        cos, sin = self._angles(wide, ids)
+        scale = getattr(self._angles, "attention_scaling", 1.0)
+        # Some models rotate the first part of a key only, in their attention or in this function.
+        part, rest = wide[..., : cos.shape[-1]], wide[..., cos.shape[-1] :]
+        assert self._rotate is not None
+        turned = self._rotate(part, part, cos / scale, sin / scale)[1]
+        return torch.cat([turned, rest], dim=-1).to(key.dtype)
+
+    def _turns(self, model: Any) -> bool:
+        """Whether every layer's keys turn as they should."""
+        device = runner.input_device(model)
+        probe = probe_tokens(model)[:1]
+        tokens = probe[:, :1].expand_as(probe).to(device)
+        cache = DynamicCache()
+        aside = only_hooks(model.hook_dict.values(), (), lambda x, hook: None)
+        with torch.inference_mode(), runner.evaluating(model), aside:
+            given = {cache_argument(model.original_model): cache}
+            model.original_model(input_ids=tokens, use_cache=True, **given)
+            by = torch.arange(tokens.shape[1])[:, None]
+            half = model.cfg.dtype in (torch.float16, torch.bfloat16)
+            # Wrong turns miss by the size of a key; half precision by 3 % in SmolLM2's last layers.
+            tolerance = 0.2 if half else 1e-3
+            try:
+                return all(
+                    close(self.turn(keys[:, :, :1], by).float(), keys.float(), tolerance)
+                    for keys in (layer.keys for layer in cache.layers)
+                )
+            except RuntimeError as error:  # angles of another width than the keys they turn
+                if ran_out_of_memory(error):
+                    raise
+                return False
+
+
+COUNTED = ("cache", "absolute")
+"""How positions are counted: inside the cache, as StreamingLLM does, or from the text's start."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which keys the queries of one chunk see, and where they count them to be.
+
+    Keys come in this order: kept elements that have left the window (with positions counted in the
+    cache, a copy of each for every query), the window before the chunk, the chunk.
+
+    Attributes:
+        start: Position of the chunk's first query.
+        stop: Position after its last.
+        window: Recent positions that a query sees, its own included; None for all.
+        kept: Kept positions, in order, that have left the window of some query.
+        counted: Of `COUNTED`.
+        alone: Positions whose query sees itself only.
+    """
+
+    start: int
+    stop: int
+    window: int | None
+    kept: tuple[int, ...]
+    counted: str
+    alone: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        start: int,
+        stop: int,
+        window: int | None,
+        keep: Sequence[int],
+        counted: str,
+        alone: Sequence[int] = (),
+    ) -> Layout:
+        """The layout of a chunk when `keep` are the positions never to be forgotten."""
+        left = () if window is None else tuple(k for k in sorted(keep) if k <= stop - 1 - window)
+        return cls(start, stop, window, left, counted, tuple(alone))
+
+    @property
+    def first(self) -> int:
+        """The earliest position that is still in the window of the first query."""
+        return 0 if self.window is None else max(0, self.start - self.window + 1)
+
+    def visible(self) -> Bool[Tensor, "1 1 query key"]:
+        """Which query sees which key."""
+        query = torch.arange(self.start, self.stop)[:, None]
+        key = torch.arange(self.first, self.stop)[None, :]
+        recent = key <= query
+        if self.window is not None:
+            recent = recent & (key > query - self.window)
+        kept = torch.tensor(self.kept, dtype=torch.long)[None, :]
+        left = kept <= query - (self.window or 0)
+        for position in self.alone:
+            recent = torch.where(query == position, key == position, recent)
+            left = left & (query != position)
+        if self.counted == "cache" and self.kept:
+            own = torch.eye(len(query), dtype=torch.bool)
+            left = rearrange(own[:, :, None] & left[:, None, :], "query copy k -> query (copy k)")
+        return torch.cat([left, recent], dim=1)[None, None]
+
+    def turns(self) -> Int[Tensor, "query kept"]:
+        """How much farther on each kept key stands for each query when counted in the cache.
+
+        In the cache, the r-th kept element stands at r, and the query at the cache's end.
+        """
+        assert self.window is not None
+        query = torch.arange(self.start, self.stop)[:, None]
+        kept = torch.tensor(self.kept)[None, :]
+        left = (kept <= query - self.window).sum(1, keepdim=True)
+        in_cache = left + (query + 1).clamp(max=self.window) - 1
+        rank = torch.arange(len(self.kept))[None, :]
+        return query - in_cache + rank - kept
+
+
+class WindowCache(Cache):
+    """Keeps some positions and a window of the rest, layer by layer.
+
+    Args:
+        turner: Rotates keys; None where positions are counted absolutely.
+    """
+
+    def __init__(self, turner: Turner | None = None) -> None:
+        super().__init__(layers=[])
+        self._turner = turner
+        self._layout: Layout | None = None
+        self._kept: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
+        self._recent: dict[int, tuple[Tensor, Tensor]] = {}
+        self._keep: frozenset[int] = frozenset()
+
+    def begin(self, layout: Layout, keep: Sequence[int]) -> None:
+        """Say which chunk comes next."""
+        self._layout, self._keep = layout, frozenset(keep)
+
+    def get_seq_length(self, layer_idx: int = 0, *_: Any) -> int:
+        """Tokens that came before this chunk."""
+        return self._layout.start if self._layout is not None else 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take a layer's keys and values of the chunk; give those its queries attend to."""
+        layout = self._layout
+        assert layout is not None
+        self._absorb(key_states, value_states, layer_idx, layout)
+        key, value = key_states, value_states
+        if layer_idx in self._recent:
+            before = self._recent[layer_idx]
+            key = torch.cat([before[0], key], dim=2)
+            value = torch.cat([before[1], value], dim=2)
+        self._recent[layer_idx] = _last(key, layout), _last(value, layout)
+        if not layout.kept:
+            return key, value
+        kept = [self._kept[layer_idx][position] for position in layout.kept]
+        old_key = torch.stack([one[0] for one in kept], dim=2)
+        old_value = torch.stack([one[1] for one in kept], dim=2)
+        if self._turner is not None:
+            old_key = self._turner.turn(old_key, layout.turns())
+            old_value = repeat(old_value, "b h k d -> b h (q k) d", q=layout.stop - layout.start)
+        return torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
+
+    def bytes(self) -> int:
+        """Size of what is kept between chunks."""
+        kept = [pair for layer in self._kept.values() for pair in layer.values()]
+        pairs = [*kept, *self._recent.values()]
+        return sum(x.numel() * x.element_size() for pair in pairs for x in pair)
+
+    def _absorb(self, key: Tensor, value: Tensor, layer: int, layout: Layout) -> None:
+        """Put aside the chunk's positions that are never to be forgotten."""
+        own = self._kept.setdefault(layer, {})
+        for position in range(layout.start, layout.stop):
+            if position in self._keep:
+                row = position - layout.start
+                own[position] = key[:, :, row].clone(), value[:, :, row].clone()
+
+
+def _last(
+    x: Float[Tensor, "prompt kv_head key d_head"], layout: Layout
+) -> Float[Tensor, "prompt kv_head _ d_head"]:
+    """What the next chunk's first query will still see; a copy, so that the rest can be freed."""
+    if layout.window is None:
+        return x
+    size = min(layout.window - 1, x.shape[2])
+    return x[:, :, x.shape[2] - size :].clone()

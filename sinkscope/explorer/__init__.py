@@ -1,0 +1,1 @@
+"""The notebook explorer: a report with linked views, and prompts typed into it."""

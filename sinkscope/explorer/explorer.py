@@ -1,0 +1,464 @@
+"""Linked views in a notebook: choose a head, see what it does; type a prompt, measure it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as w
+import plotly.graph_objects as go
+
+from sinkscope.errors import ReportError, SinkscopeError
+from sinkscope.explorer.session import (
+    INTERVENTIONS,
+    Where,
+    head_pattern,
+    model_of,
+    scanned,
+    scanned_again,
+    scanned_text,
+)
+from sinkscope.explorer.widgets import (
+    PlainViews,
+    PromptBox,
+    plain_views,
+    show_in,
+    strongest_head,
+    why_not,
+)
+from sinkscope.output import number
+from sinkscope.plot import figure as _figure
+from sinkscope.plot import heads, positions
+from sinkscope.plot.pattern import attention_pattern
+from sinkscope.plot.theme import Theme, palette
+
+if TYPE_CHECKING:
+    from sinkscope.report.report import SinkReport
+
+_LONGEST_PATTERN = 1024  # positions: the stock path holds every head's pattern of a layer at once
+_STRIP = 120  # tokens
+
+
+def explore(
+    report_or_model: Any,
+    texts: Any = None,
+    *,
+    model: Any = None,
+    theme: Theme = None,
+    widgets: bool | None = None,
+) -> Explorer | PlainViews:
+    """Linked views of a model's sinks in a notebook.
+
+    Click a head on the map: the attention that each position receives from it, its value norms, the
+    residual norms of its layer and, with a model at hand, its attention pattern follow. With a
+    model one can also type a prompt and measure it, and set an intervention beside it.
+
+    Args:
+        report_or_model: A report, or a model (anything that `load_model` takes), which is scanned.
+        texts: What to scan a model on; by default four prompts of prose.
+        model: The model of a report, for patterns, prompts and interventions; anything that
+            `load_model` takes.
+        theme: "light", "dark", or the default.
+        widgets: Whether to use widgets; by default where they work. Elsewhere come plain figures
+            that say why.
+
+    Returns:
+        The explorer, which a notebook shows; or plain figures.
+
+    Raises:
+        SinkscopeError: If the model or the texts cannot be measured, or the model is not the one
+            that the report is of.
+    """
+    from sinkscope.report.report import SinkReport
+
+    if isinstance(report_or_model, SinkReport):
+        report = report_or_model
+        model = None if model is None else model_of(report, model)
+    else:
+        model, report = scanned(report_or_model, texts)
+    reason = why_not() if widgets is None else None if widgets else "widgets=False asked for them."
+    return plain_views(report, reason, theme) if reason else Explorer(report, model, theme)
+
+
+class Explorer:
+    """What `explore` shows. Everything a click does can be called too.
+
+    Attributes:
+        before: The report, of the model as it is.
+        after: The report under the last intervention, or None.
+        layer, head: What is chosen.
+        prompt: Which prompt's tokens are shown.
+        metric: Metric of the map.
+        epsilon: Threshold of the map.
+        figures: The figure widgets by name.
+        widget: All of it, as one widget.
+    """
+
+    def __init__(self, report: SinkReport, model: Any = None, theme: Theme = None) -> None:
+
+        metrics = heads.head_metrics(report)
+        if not metrics:
+            raise SinkscopeError(
+                "This report holds no figure a head to explore; scan with sink_attention among "
+                "the metrics."
+            )
+        self.before, self.after, self.model, self.theme = report, None, model, theme
+        self.shown = "before"
+        self.metric = "sink_attention" if "sink_attention" in metrics else metrics[0]
+        self.epsilon: float | None = report.settings.epsilon
+        self.prompt = 0
+        self.layer, self.head = strongest_head(report)
+        self.figures = {name: go.FigureWidget() for name in self._drawers() if self._has(name)}
+        self.panel = Panel(self, metrics)
+        self.widget = self.panel.widget
+        self._redraw(*self.figures)
+
+    @property
+    def report(self) -> SinkReport:
+        """The report that the views show: before or after the intervention."""
+        return self.before if self.after is None or self.shown == "before" else self.after
+
+    def choose(self, **changes: Any) -> None:
+        """Choose a layer, head, prompt, metric, epsilon, or which report is shown.
+
+        Args:
+            changes: Any of layer, head, prompt, metric, epsilon and shown ("before", "after" or
+                "change").
+
+        Raises:
+            ReportError: If there is no such layer, head, prompt or metric.
+            SinkscopeError: If there is nothing else of that name to choose.
+        """
+        self._check(changes)
+        changed = {name for name, value in changes.items() if getattr(self, name) != value}
+        for name in changed:
+            setattr(self, name, changes[name])
+        if "metric" in changed and "epsilon" not in changes:
+            unit = self.before.variables()[self.metric].unit
+            self.epsilon = self.before.settings.epsilon if unit == "probability" else None
+        self.panel.follow()
+        self._redraw(*(name for name in self.figures if changed & _MOVED_BY[name]))
+
+    def measure(self, text: str) -> None:
+        """Measure a prompt of one's own in place of the report's, in the same way.
+
+        Raises:
+            SinkscopeError: If there is no model, or the text cannot be measured.
+        """
+        self.before = scanned_text(self._needed_model(), text, self.before.settings)
+        self.after, self.shown, self.prompt = None, "before", 0
+        self.panel.follow()
+        self._redraw(*self.figures)
+
+    def intervene(self, name: str, position: int = 0) -> None:
+        """Measure the same tokens under an intervention, and show what changed.
+
+        Args:
+            name: One of `sinkscope.explorer.session.INTERVENTIONS`.
+            position: Where, for those that act at a position.
+
+        Raises:
+            SinkscopeError: If there is no model, no such intervention, or the model does not
+                allow it.
+        """
+        model = self._needed_model()
+        if name not in INTERVENTIONS:
+            raise SinkscopeError(
+                f"There is no intervention {name!r}; choose from {_quoted(INTERVENTIONS)}."
+            )
+        with INTERVENTIONS[name](model, Where(position, self.layer, self.head)):
+            self.after = scanned_again(model, self.before)
+        self.shown = "change"
+        self.panel.follow()
+        self._redraw(*self.figures)
+
+    # -- figures ---------------------------------------------------------------------------------
+
+    def _drawers(self) -> dict[str, Any]:
+        return {
+            "map": self._map,
+            "received": lambda: self._bars("received_attention", self.head),
+            "values": lambda: self._bars("value_norm", self._kv_head),
+            "residual": lambda: self._bars("residual_norm", None),
+            "tokens": self._tokens,
+            "pattern": self._pattern,
+        }
+
+    def _has(self, name: str) -> bool:
+        """Whether there is what a figure needs."""
+        fields = {
+            "received": "received_attention",
+            "values": "value_norm",
+            "residual": "residual_norm",
+            "tokens": "received_peak",
+        }
+        if name == "pattern":
+            return self.model is not None
+        return name not in fields or getattr(self.before, fields[name]) is not None
+
+    def _redraw(self, *names: str) -> None:
+        drawers = self._drawers()
+        for name in names:
+            show_in(self.figures[name], drawers[name](), _WIDTHS[name])
+        self.figures["map"].data[0].on_click(self._clicked)
+
+    def _clicked(self, _trace: Any, points: Any, _state: Any) -> None:
+        if points.point_inds:
+            layer, column = points.point_inds[0]
+            share = self.report.settings.n_heads // self._columns
+            self.choose(layer=int(layer), head=int(column) * share)
+
+    @property
+    def _columns(self) -> int:
+        return self.report[self.metric].shape[-1]
+
+    @property
+    def _kv_head(self) -> int:
+        return self.head // (self.report.settings.n_heads // self.report.settings.n_kv_heads)
+
+    def _map(self) -> go.Figure:
+        if self.shown == "change" and self.after is not None:
+            figure = heads.head_change(self.before, self.after, self.metric, theme=self.theme)
+        else:
+            figure = heads.head_map(
+                self.report, self.metric, threshold=self.epsilon, theme=self.theme
+            )
+        figure.layout.sliders = ()
+        column = self.head if self._columns == self.report.settings.n_heads else self._kv_head
+        figure.add_shape(
+            type="rect", x0=column - 0.5, x1=column + 0.5, y0=self.layer - 0.5,
+            y1=self.layer + 0.5, line=dict(color=palette(self.theme).ink, width=2),
+        )  # fmt: skip
+        return figure
+
+    def _bars(self, metric: str, head: int | None) -> go.Figure:
+        figure = positions.by_position(
+            self.report, metric, layer=self.layer, head=head, theme=self.theme
+        )
+        return figure.update_layout(height=360)
+
+    def _tokens(self) -> go.Figure:
+        return positions.token_strip(
+            self.report, self.prompt, tokens=_STRIP, columns=12, theme=self.theme
+        )
+
+    def _pattern(self) -> go.Figure:
+        real = self.report.mask[self.prompt]
+        tokens = self.report.tokens[self.prompt][real][:_LONGEST_PATTERN]
+        text = self.report.token_text
+        return attention_pattern(
+            head_pattern(self._needed_model(), tokens, self.layer, self.head),
+            None if text is None else text[self.prompt],
+            about=self.report.settings,
+            title=f"Prompt {self.prompt}, layer {self.layer}, head {self.head}, untouched",
+            theme=self.theme,
+        )
+
+    # -- the rest --------------------------------------------------------------------------------
+
+    def _check(self, changes: dict[str, Any]) -> None:
+        """Refuse what cannot be chosen, before anything has changed."""
+        for name in changes:
+            if name not in _CHOICES:
+                raise SinkscopeError(
+                    f"There is no {name!r} to choose in the explorer; choose from "
+                    f"{', '.join(_CHOICES)}."
+                )
+        metrics = heads.head_metrics(self.before)
+        if "metric" in changes and changes["metric"] not in metrics:
+            raise ReportError(
+                f"This report has no metric {changes['metric']!r} of every head; choose from "
+                f"{_quoted(metrics)}."
+            )
+        views = ("before",) if self.after is None else ("before", "after", "change")
+        if "shown" in changes and changes["shown"] not in views:
+            how = " until intervene() has been called" if self.after is None else ""
+            raise SinkscopeError(
+                f"shown is {changes['shown']!r}; choose from {_quoted(views)}{how}."
+            )
+        for dim in ("layer", "head", "prompt"):
+            if dim in changes:
+                _figure.choose(self.report, dim, changes[dim])
+
+    def _needed_model(self) -> Any:
+        if self.model is None:
+            raise SinkscopeError(
+                "This needs a model: call explore(model), or explore(report, model=model)."
+            )
+        return self.model
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.widget)
+
+    def __repr__(self) -> str:
+        return (
+            f"Explorer of {self.before.settings.model}: layer {self.layer}, head {self.head}, "
+            f"{self.metric}"
+        )
+
+
+_WIDTHS = {
+    "map": 430, "received": 560, "values": 560, "residual": 560, "tokens": 1000, "pattern": 700,
+}  # fmt: skip
+_HEAD = {"layer", "head", "shown"}
+_MOVED_BY = {
+    "map": _HEAD | {"metric", "epsilon"},
+    "received": _HEAD,
+    "values": _HEAD,
+    "residual": {"layer", "shown"},
+    "tokens": {"prompt", "shown"},
+    "pattern": _HEAD | {"prompt"},
+}
+"""What each figure has to be drawn again for."""
+_CHOICES = ("layer", "head", "prompt", "metric", "epsilon", "shown")
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+# --- The explorer's controls and how they are laid out.
+
+_FIELD = {"description_width": "initial"}
+
+
+class Panel:
+    """Controls that change an explorer, and follow it when it is changed otherwise."""
+
+    def __init__(self, explorer: Explorer, metrics: list[str]) -> None:
+        self._explorer = explorer
+        self._following = False
+        sizes = explorer.before.sizes
+        self.metric = w.Dropdown(
+            description="Metric", options=[(_figure.heading(name), name) for name in metrics]
+        )
+        self.epsilon = w.FloatSlider(
+            description="ε", min=0, max=1, step=0.01, continuous_update=False
+        )
+        self.layer = w.BoundedIntText(
+            description="Layer",
+            min=0,
+            max=sizes["layer"] - 1,
+            style=_FIELD,
+            layout=w.Layout(width="8em"),
+        )
+        self.head = w.BoundedIntText(
+            description="Head", min=0, max=explorer.before.settings.n_heads - 1,
+            style=_FIELD, layout=w.Layout(width="8em"),
+        )  # fmt: skip
+        self.prompt = w.Dropdown(description="Prompt", style=_FIELD, layout=w.Layout(width="9em"))
+        self.shown = w.ToggleButtons(
+            options=["before", "after", "change"], style={"button_width": "5.5em"}
+        )
+        self.about, self.said = w.HTML(), w.HTML()
+        self.ask = PromptBox()
+        self.what = w.Dropdown(
+            description="Intervention", options=list(INTERVENTIONS), style=_FIELD,
+            layout=w.Layout(width="30em"),
+        )  # fmt: skip
+        self.position = w.BoundedIntText(
+            description="Position", min=0, max=sizes["position"] - 1,
+            value=sizes["position"] // 2, style=_FIELD,  # position 0 sees only itself already
+            layout=w.Layout(width="10em"),
+        )  # fmt: skip
+        self.apply = w.Button(description="Before and after", icon="exchange")
+        self.widget = self._laid_out()
+        self.follow()
+        self._listen()
+
+    def follow(self) -> None:
+        """Show in the controls what the explorer has chosen."""
+        explorer = self._explorer
+        self._following = True
+        try:
+            variable = explorer.before.variables()[explorer.metric]
+            self.metric.value = explorer.metric
+            self.epsilon.disabled = variable.unit != "probability" or explorer.shown == "change"
+            if explorer.epsilon is not None:
+                self.epsilon.value = explorer.epsilon
+            self.layer.value, self.head.value = explorer.layer, explorer.head
+            prompts = explorer.before.sizes["prompt"]
+            if len(self.prompt.options) != prompts:
+                self.prompt.options = list(range(prompts))
+            self.prompt.value = explorer.prompt
+            last = explorer.before.sizes["position"] - 1
+            if last != self.position.max:  # another prompt
+                self.position.max, self.position.value = last, (last + 1) // 2
+            self.shown.value = explorer.shown
+            self.shown.layout.display = "none" if explorer.after is None else ""
+            self.about.value = f"<b>{_figure.about_line(explorer.report.settings)}</b>"
+            self.said.value = self._sentence()
+        finally:
+            self._following = False
+
+    def _sentence(self) -> str:
+        """The chosen head's figure of the chosen metric, in words."""
+        explorer = self._explorer
+        variable = explorer.report.variables()[explorer.metric]
+        share = explorer.report.settings.n_heads // explorer.report[explorer.metric].shape[-1]
+        at = explorer.layer, explorer.head // share
+        mean, low, high = (end[at] for end in _figure.interval(explorer.report, explorer.metric))
+        sure = "" if low != low else (
+            f", 95 % interval {number(low)} to {number(high)}"
+        )  # fmt: skip
+        return _figure.escape(
+            f"Layer {at[0]}, {_figure.words(variable.dims[-1])} {at[1]}: "
+            f"{_figure.axis_label(variable)} {number(mean)}{sure}."
+        )
+
+    def _listen(self) -> None:
+        for name in ("metric", "epsilon", "layer", "head", "prompt", "shown"):
+            getattr(self, name).observe(self._chooser(name), "value")
+        self.ask.on_sent(lambda text: self._do("Measuring …", lambda: self._explorer.measure(text)))
+        self.apply.on_click(lambda _: self._do("Measuring …", self._intervene))
+
+    def _chooser(self, name: str) -> Callable[[dict[str, Any]], None]:
+        def chosen(change: dict[str, Any]) -> None:
+            if not self._following:
+                self._explorer.choose(**{name: change["new"]})
+
+        return chosen
+
+    def _intervene(self) -> None:
+        self._explorer.intervene(self.what.value, self.position.value)
+
+    def _do(self, saying: str, act: Callable[[], None]) -> None:
+        """Do something that takes a while; what goes wrong is said beside the controls."""
+        with self._busy(saying):
+            try:
+                act()
+            except SinkscopeError as error:
+                self.said.value = f"<b>{_figure.escape(str(error))}</b>"
+
+    @contextmanager
+    def _busy(self, saying: str) -> Iterator[None]:
+        self.said.value = saying
+        self.ask.disabled = self.apply.disabled = True
+        try:
+            yield
+        finally:
+            self.ask.disabled = self.apply.disabled = False
+
+    def _laid_out(self) -> w.Widget:
+        figures = self._explorer.figures
+        beside = [figures[name] for name in ("received", "values", "residual") if name in figures]
+        below = [figures[name] for name in ("tokens", "pattern") if name in figures]
+        wrap = w.Layout(flex_flow="row wrap", align_items="center")
+        rows: list[w.Widget] = [
+            self.about,
+            w.Box([self.metric, self.epsilon, self.layer, self.head, self.prompt], layout=wrap),
+            w.Box([self.said, self.shown], layout=wrap),
+            w.Box([_cell([figures["map"]]), _cell(beside)], layout=w.Layout(flex_flow="row wrap")),
+            *(_cell([figure]) for figure in below),
+        ]
+        if self._explorer.model is not None:
+            rows.insert(2, self.ask)
+            rows.insert(3, w.Box([self.what, self.position, self.apply], layout=wrap))
+        return w.VBox(rows)
+
+
+def _cell(figures: list[Any]) -> w.VBox:
+    return w.VBox(figures, layout=w.Layout(flex="0 0 auto"))

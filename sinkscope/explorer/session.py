@@ -1,0 +1,169 @@
+"""What the explorer measures: models, prompts of one's own, the same tokens again, one pattern."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sinkscope.errors import SinkscopeError
+
+if TYPE_CHECKING:
+    from sinkscope.report.report import SinkReport
+    from sinkscope.report.settings import Settings
+
+
+# --- The interventions that the explorer offers, each with what it needs to know.
+
+
+class Where(NamedTuple):
+    """What is chosen in the explorer when an intervention is asked for."""
+
+    position: int
+    layer: int
+    head: int
+
+
+Make = Callable[[Any, Where], AbstractContextManager[Any]]
+
+
+def _self_only(model: Any, at: Where) -> AbstractContextManager[Any]:
+    from sinkscope.interventions import SelfOnlyMask
+
+    return SelfOnlyMask(model, at.position)
+
+
+def _zero_value(model: Any, at: Where) -> AbstractContextManager[Any]:
+    from sinkscope.interventions import ZeroValue
+
+    return ZeroValue(model, at.position)
+
+
+def _weaker_sink(model: Any, at: Where) -> AbstractContextManager[Any]:
+    from sinkscope.interventions import ShiftSinkLogit
+
+    return ShiftSinkLogit(model, -5.0, at.position)
+
+
+def _first_embedding(model: Any, at: Where) -> AbstractContextManager[Any]:
+    from sinkscope.interventions import PositionEmbeddingEdit
+
+    return PositionEmbeddingEdit(model, 0, at.position)
+
+
+def _without_head(model: Any, at: Where) -> AbstractContextManager[Any]:
+    from sinkscope.interventions import AblateHeads
+
+    return AblateHeads(model, [(at.layer, at.head)])
+
+
+def _without_ffn(model: Any, at: Where) -> AbstractContextManager[Any]:
+    from sinkscope.interventions import RemoveOutput
+
+    return RemoveOutput(model, at.layer, "mlp", at.position)
+
+
+INTERVENTIONS: dict[str, Make] = {
+    "Self-only mask at the position": _self_only,
+    "Zero the value at the position": _zero_value,
+    "Sink logit at the position, less 5": _weaker_sink,
+    "First position's embedding at the position": _first_embedding,
+    "Remove the chosen head": _without_head,
+    "Remove the chosen layer's FFN output at the position": _without_ffn,
+}
+"""By the name in the explorer's list; each raises a sentence where the model does not allow it."""
+
+_SHAPE = ("architecture", "n_layers", "n_heads", "n_kv_heads")
+
+
+def scanned(model: Any, texts: Any) -> tuple[Any, SinkReport]:
+    """The loaded model, and its report; without texts, of four prompts of prose."""
+    import sinkscope as ss
+
+    model = ss.load_model(model)
+    texts = ss.texts("prose", prompts=4, length=128) if texts is None else texts
+    return model, ss.scan(model, texts, progress=False)
+
+
+def model_of(report: SinkReport, model: Any) -> Any:
+    """The loaded model, where it is the one that the report is of.
+
+    Raises:
+        SinkscopeError: If it is another.
+    """
+    import sinkscope as ss
+    from sinkscope.models.capabilities import capabilities
+    from sinkscope.models.provenance import model_source
+
+    model = ss.load_model(model)
+    can, source, settings = capabilities(model), model_source(model), report.settings
+    same_shape = all(getattr(can, name) == getattr(settings, name) for name in _SHAPE)
+    revisions = {source.revision, settings.revision} - {""}  # models in memory have none
+    if same_shape and len(revisions) < 2:
+        return model
+    theirs, own = (
+        f"{name} ({it.architecture}, {it.n_layers} layers × {it.n_heads} heads, {it.n_kv_heads} KV "
+        f"heads{', revision ' + revision.removeprefix('sha256:')[:12] if revision else ''})"
+        for name, it, revision in (
+            (settings.model, settings, settings.revision), (source.name, can, source.revision),
+        )
+    )  # fmt: skip
+    raise SinkscopeError(
+        f"This report is of {theirs}, and the model is {own}; pass the model that was scanned."
+    )
+
+
+def scanned_text(model: Any, text: str, settings: Settings) -> SinkReport:
+    """A prompt of one's own, measured as a report with these settings was."""
+    import sinkscope as ss
+    from sinkscope.prompts.special_tokens import POLICIES
+
+    policy = settings.bos.split(" ")[0]
+    bos = policy if policy in POLICIES else "auto"
+    return _scanned_like(model, ss.texts([text], bos=bos), settings)
+
+
+def scanned_again(model: Any, before: SinkReport) -> SinkReport:
+    """The same tokens measured in the same way."""
+    import sinkscope as ss
+
+    rows = zip(before.tokens, before.mask, strict=True)
+    tokens = ss.token_ids([tokens[real].tolist() for tokens, real in rows])
+    after = _scanned_like(model, tokens, before.settings)
+    text = {name: getattr(before.settings, name) for name in ("source", "bos", "seed")}
+    settings = dataclasses.replace(after.settings, **text)
+    return dataclasses.replace(after, settings=settings, token_text=before.token_text)
+
+
+def _scanned_like(model: Any, texts: Any, settings: Settings) -> SinkReport:
+    import sinkscope as ss
+
+    sinks = settings.sinks
+    return ss.scan(
+        model,
+        texts,
+        metrics=settings.metrics,
+        sinks=sinks if sinks == "auto" else [int(sink) for sink in sinks.split(",")],
+        epsilon=settings.epsilon,
+        path="stock" if settings.path == "stock" else "auto",  # an intervention may need the stock
+        progress=False,
+    )
+
+
+def head_pattern(model: Any, tokens: Any, layer: int, head: int) -> Any:
+    """One head's pattern [query key] on some tokens, from the stock bridge's hook."""
+    import torch
+
+    from sinkscope.models.capabilities import capabilities
+
+    kept: dict[str, Any] = {}
+
+    def keep(pattern: Any, hook: Any) -> None:
+        kept["pattern"] = pattern[0, head].detach().float().cpu()
+
+    name = capabilities(model).hook("pattern", layer)
+    device = next(model.original_model.parameters()).device
+    with torch.inference_mode():
+        model.run_with_hooks(tokens[None].to(device), return_type=None, fwd_hooks=[(name, keep)])
+    return kept["pattern"]

@@ -1,0 +1,153 @@
+"""Where widgets work, what stands in for them elsewhere, and how a figure gets into one."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anywidget
+import numpy as np
+import plotly.graph_objects as go
+import traitlets
+
+from sinkscope.plot import figure as _figure
+from sinkscope.plot import heads, layers, positions
+from sinkscope.plot.export import CONFIG
+from sinkscope.plot.theme import Theme
+
+if TYPE_CHECKING:
+    from sinkscope.report.report import SinkReport
+
+
+# --- The explorer's box for a prompt, whose button sends the text along with the click.
+
+
+class PromptBox(anywidget.AnyWidget):
+    """A box to type a prompt in, with a button to measure it.
+
+    Attributes:
+        disabled: Whether the button cannot be pressed.
+    """
+
+    _esm = Path(__file__).with_suffix(".js")
+    disabled = traitlets.Bool(False).tag(sync=True)
+
+    def on_sent(self, handle: Callable[[str], None]) -> None:
+        """Call this with the text that was in the box, whenever the button is pressed."""
+
+        def heard(_widget: Any, content: dict[str, Any], _buffers: Any) -> None:
+            handle(content["text"])
+
+        self.on_msg(heard)
+
+
+def why_not() -> str | None:
+    """Why widgets would not work here, as a sentence with the way out; None where they do."""
+    missing = [name for name in ("ipywidgets", "anywidget") if not importlib.util.find_spec(name)]
+    if missing:
+        return (
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: pip "
+            "install 'sinkscope[notebook]', and start the kernel again."
+        )
+    if "google.colab" in sys.modules:
+        return (
+            "Colab shows them only after: from google.colab import output; "
+            "output.enable_custom_widget_manager(). Then call explore(…, widgets=True)."
+        )
+    if "IPython" not in sys.modules:
+        return "there is no notebook here; in JupyterLab or VS Code there would be."
+    shell = sys.modules["IPython"].get_ipython()
+    if getattr(shell, "kernel", None) is None:
+        return "this is no Jupyter kernel; in JupyterLab or VS Code there would be one."
+    return None
+
+
+@dataclass(frozen=True)
+class PlainViews:
+    """Plain figures in place of the explorer: they are not linked, and need no kernel.
+
+    Attributes:
+        reason: Why there is no explorer.
+        figures: The figures by name.
+    """
+
+    reason: str
+    figures: dict[str, go.Figure]
+
+    def __repr__(self) -> str:
+        return (
+            f"Plain figures ({', '.join(self.figures)}) instead of the linked explorer: "
+            f"{self.reason} report.to_html() gives the linked views in a browser."
+        )
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display({"text/plain": repr(self)}, raw=True)
+        for figure in self.figures.values():
+            figure.show(config=CONFIG)
+
+
+def plain_views(report: SinkReport, reason: str, theme: Theme) -> PlainViews:
+    """The figures that the report has the fields for, at its strongest sink head."""
+    layer, head = strongest_head(report)
+    share = report.settings.n_heads // report.settings.n_kv_heads
+    draw = {
+        "sink_attention": lambda: heads.head_map(report, theme=theme),
+        "received_attention": lambda: positions.by_position(
+            report, layer=layer, head=head, theme=theme
+        ),
+        "value_norm": lambda: positions.by_position(
+            report, "value_norm", layer=layer, head=head // share, theme=theme
+        ),
+        "residual_peak": lambda: layers.residual_norms(report, theme=theme),
+        "sink_importance": lambda: layers.sink_rate(report, theme=theme),
+        "received_peak": lambda: positions.token_strip(report, theme=theme),
+    }
+    made = {name: make() for name, make in draw.items() if _figure.known(report, name)}
+    return PlainViews(reason, made)
+
+
+def strongest_head(report: SinkReport) -> tuple[int, int]:
+    """Layer and head with the largest mean attention to the sink; the first where unmeasured."""
+    if report.sink_attention is None:
+        return 0, 0
+    mean = _figure.mean(report, "sink_attention")
+    flat = [-1.0 if value != value else value for value in mean.ravel().tolist()]
+    return divmod(max(range(len(flat)), key=flat.__getitem__), mean.shape[1])
+
+
+def show_in(widget: go.FigureWidget, figure: go.Figure, width: int) -> None:
+    """Put a figure into a figure widget of a fixed width [pixel].
+
+    A notebook draws widgets before they have a place on the page, where text cannot be measured
+    and a width cannot be taken: so the width is given, and the title has one short line.
+    """
+    figure.layout.title.subtitle = None
+    figure.update_layout(title=dict(x=0.01, xref="container", font_size=15))
+    figure.update_layout(width=width, margin_t=figure.layout.margin.t - 22)
+    figure.layout.height -= 22
+    for trace in figure.data:
+        trace.update({name: _without_nan(trace[name]) for name in _GRIDS if name in trace})
+    with widget.batch_update():
+        if [trace.type for trace in widget.data] != [trace.type for trace in figure.data]:
+            widget.data = ()
+            widget.add_traces(figure.data)
+        else:
+            for old, new in zip(widget.data, figure.data, strict=True):
+                old.update(new.to_plotly_json(), overwrite=True)
+        widget.layout = figure.layout
+
+
+_GRIDS = ("z", "customdata")
+
+
+def _without_nan(grid: Any) -> Any:
+    """A grid with None for nan: widgets send grids as JSON, which knows no nan."""
+    if not isinstance(grid, np.ndarray) or grid.dtype.kind != "f" or not np.isnan(grid).any():
+        return grid
+    return np.where(np.isnan(grid), None, grid.astype(object))

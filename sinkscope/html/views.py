@@ -1,0 +1,194 @@
+"""The page's figures: those of the package, their arrays replaced by references where they move."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from sinkscope.html.pack import Pack
+from sinkscope.plot import dims, heads, layers, positions
+from sinkscope.plot import figure as _figure
+from sinkscope.plot.marks import add_uniform, bars, hover_names, mark_few, uniform_level
+from sinkscope.plot.scales import Bins, bins, is_wide, y_scale
+from sinkscope.plot.theme import Theme, palette
+
+if TYPE_CHECKING:
+    from sinkscope.report.report import SinkReport
+
+_TOP = 8  # pixels above a plot or its legend: titles stand in the page's own headings
+_BUTTONS = 22  # pixels of Plotly's buttons, which would lie on a colour bar's topmost label
+
+RESAMPLES = 500
+"""Of the intervals in the page's hovers: there are many, and each shows three digits."""
+_CELLS = 400_000
+"""Layers × heads × bins of received attention that the page carries: about 2 MB, and 1 MB for where
+in its bin each figure is."""
+
+View = dict[str, Any]
+
+
+def views(report: SinkReport, pack: Pack, metrics: list[str], theme: Theme) -> dict[str, View]:
+    """Every figure that the report has the fields for, defined in some prompt, by name.
+
+    Args:
+        report: What a scan gave.
+        pack: Where the arrays go.
+        metrics: Names of the head map's metrics.
+        theme: "light" or "dark".
+    """
+    made: dict[str, View] = {}
+    if metrics:
+        made["map"] = _map(report, metrics[0], theme)
+    for name, (field, at) in _LINKED.items():
+        if _figure.known(report, field):
+            made[name] = _linked(report, pack, field, at, theme)
+    if _figure.known(report, "received_by_distance"):
+        made["queries"] = _queries(report, pack, theme)
+    for name, (fields, draw) in _STATIC.items():
+        if all(_figure.known(report, field) for field in fields):
+            made[name] = view(draw(report, theme=theme))
+    if "rate" in made:  # the script draws the line at the threshold
+        made["rate"]["layout"] |= dict(shapes=[], annotations=[])
+    if "positions" in made:
+        _name_columns(report, pack, made["positions"])
+    return made
+
+
+def page_bins(report: SinkReport) -> Bins:
+    """The bins of the page's bars: fewer where there are many heads, to keep the file small."""
+    sizes = report.sizes
+    heads_of_model = report.settings.n_layers * report.settings.n_heads
+    longest = int(np.clip(_CELLS // heads_of_model, 64, 1024))
+    return bins(sizes["position"], longest, keep=_figure.sink_positions(report))
+
+
+def view(figure: go.Figure, depends: tuple[str, ...] = ()) -> View:
+    """A figure as the page keeps it: title apart, no template, no buttons of its own."""
+    spec = figure.to_dict()
+    layout = spec["layout"]
+    for name in ("template", "updatemenus", "sliders"):
+        layout.pop(name, None)
+    title = layout.pop("title", {}).get("text", "")
+    bars = any(trace["type"] == "heatmap" for trace in spec["data"])
+    top = _TOP + (_BUTTONS if bars else 0)
+    layout.get("margin", {}).update(t=layout["margin"]["t"] - _figure.ROOM + top)
+    layout["height"] -= _figure.ROOM - top
+    return {
+        "data": spec["data"],
+        "layout": layout,
+        "title": html.unescape(re.sub(r"<[^>]*>", "", title)),
+        "depends": list(depends),
+    }
+
+
+def _map(report: SinkReport, metric: str, theme: Theme) -> View:
+    """The head map's frame; the script fills in the metric, the threshold and the choice."""
+    variable = report.variables()[metric]
+    figures = _figure.interval(report, metric, RESAMPLES)
+    figure = heads.empty_map(heads.heatmap(figures, variable), variable, palette(theme))
+    height = int(np.clip(150 + 19 * report.settings.n_layers, 320, 900)) + _figure.ROOM - _TOP
+    _figure.finish(figure, "", report.settings, theme, height=height)
+    made = view(figure, ("metric", "epsilon", "layer", "head"))
+    cells = made["data"][0]
+    for name in ("z", "customdata", "hovertemplate", "zmin", "zmax", "colorscale"):
+        cells.pop(name, None)
+    below = dict(type="heatmap", showscale=False, hoverinfo="skip", xgap=1, ygap=1, zmin=0, zmax=1)
+    muted = palette(theme).muted[1]
+    made["data"].append(below | {"colorscale": [[0, muted], [1, muted]]})
+    return made
+
+
+def _linked(report: SinkReport, pack: Pack, field: str, at: tuple[str, ...], theme: Theme) -> View:
+    """Bars over positions of the chosen layer and head."""
+    places = page_bins(report)
+    every = _figure.mean(report, field)
+    figures = places.maximum(every)
+    pack.add(field, figures)
+    _pack_names(report, pack, places)
+    variable = report.variables()[field]
+    figure = bars(report, variable, places, figures[(0,) * len(at)], theme)
+    levels = [uniform_level(report, field, layer) for layer in range(report.settings.n_layers)]
+    if levels[0] is not None:
+        add_uniform(figure, places, levels[0], theme)
+        mark_few(figure, report, palette(theme))
+        pack.add(f"{field}.uniform", places.maximum(np.stack(levels)))
+    figure.update_yaxes(**y_scale(field in positions.LOG_METRICS and is_wide(every)))
+    _figure.finish(figure, "", report.settings, theme, height=330)
+    made = view(figure, at)
+    for trace, take in zip(made["data"], ("sinks", "others"), strict=False):
+        trace["y"] = pack.ref(field, *at, take=take)
+        trace["text"] = {"$list": take}
+    if levels[0] is not None:
+        made["data"][2]["y"] = pack.ref(f"{field}.uniform", "layer")
+    if places.binned:  # a click on a bin chooses its largest position
+        pack.add(f"{field}.peak", places.argmax(every))
+        made["peak"] = f"{field}.peak"
+        made["note"] = f"Maxima of {len(places.first):,} bins."
+    return made
+
+
+def _pack_names(report: SinkReport, pack: Pack, places: Bins) -> None:
+    sinks = np.isin(places.first, _figure.sink_positions(report))
+    pack.add("sinks", np.flatnonzero(sinks))
+    pack.add("others", np.flatnonzero(~sinks))
+
+
+def names(report: SinkReport) -> dict[str, list[str]]:
+    """What hovers call each bar, the sinks' and the others', and each column of the map."""
+    places = page_bins(report)
+    sinks = np.isin(places.first, _figure.sink_positions(report))
+    called = np.array(hover_names(report, places), dtype=object)
+    return {
+        "sinks": called[sinks].tolist(),
+        "others": called[~sinks].tolist(),
+        "columns": hover_names(report, positions.map_bins(report)),
+    }
+
+
+def _queries(report: SinkReport, pack: Pack, theme: Theme) -> View:
+    """Attention to the sink by query position, in the chosen head."""
+    pack.add("received_by_distance", _figure.mean(report, "received_by_distance"))
+    figure = layers.attention_by_query(report, 0, 0, theme=theme)
+    figure.update_layout(height=330)
+    made = view(figure, ("layer", "head"))
+    trace = made["data"][0]
+    trace["y"] = pack.ref("received_by_distance", "layer", "head")
+    trace["hovertemplate"] = "queries from %{x}<br>attention to the sink: %{y:,.3~r}<extra></extra>"
+    trace["line"] = dict(color=palette(theme).sink)
+    made["layout"]["yaxis"] |= dict(range=[0, 1.02])
+    made["layout"]["showlegend"] = False
+    return made
+
+
+def _name_columns(report: SinkReport, pack: Pack, made: View) -> None:
+    """The map's hover by column: a name a cell would be most of the file."""
+    made["data"][0]["text"] = {"$list": "columns"}
+    places = positions.map_bins(report)
+    if places.binned:
+        figures = positions.mean_over_heads(report, "received_attention")
+        pack.add("map.peak", places.argmax(figures))
+        made["peak"] = "map.peak"
+
+
+_LINKED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "received": ("received_attention", ("layer", "head")),
+    "values": ("value_norm", ("layer", "kv_head")),
+    "residual": ("residual_norm", ("layer",)),
+}
+_STATIC: dict[str, tuple[tuple[str, ...], Callable[..., go.Figure]]] = {
+    "layers": (
+        ("residual_peak", "sink_residual_norm", "median_residual_norm"),
+        layers.residual_norms,
+    ),
+    "drains": (("value_drain",), layers.value_drains),
+    "rate": (("sink_importance",), layers.sink_rate),
+    "dims": (("ffn_sink", "ffn_mixed_max", "ffn_sink_median"), dims.nonmixture_dims),
+    "massive": (("massive",), dims.massive_activations),
+    "positions": (("received_attention",), positions.position_map),
+    "embeddings": (("position_embedding_norm",), positions.position_embedding_norms),
+}

@@ -1,0 +1,467 @@
+"""What a model is and what can be measured on it, found by looking rather than by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import StringIO
+from itertools import groupby
+from types import MappingProxyType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sinkscope.errors import UnsupportedError
+from sinkscope.models.anatomy import Anatomy, read_anatomy
+from sinkscope.models.probe import (
+    CANDIDATES,
+    B,
+    Findings,
+    Probe,
+    evaluating,
+    fails_without_cache,
+    only_hooks,
+    probe,
+)
+from sinkscope.models.provenance import model_source
+from sinkscope.models.signals import close, find_signals, is_causal
+from sinkscope.report.fields import metric_of
+
+# --- Which figures a model cannot have on the stock path, and why.
+
+METRIC_SIGNALS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "sink_attention": ("pattern",),
+        "received_attention": ("pattern",),
+        "sink_rate": ("pattern",),
+        "uniform_ratio": ("pattern",),
+        "attention_entropy": ("pattern",),
+        "learned_sink_mass": ("pattern",),
+        "sink_logit_gap": ("scores",),
+        "sink_logit_parts": ("query", "key"),
+        "value_norm": ("value",),
+        "value_drain": ("value",),
+        "value_weighted_sink_share": ("pattern", "value"),
+        "head_output_norm": ("z",),
+        "honor": ("z",),
+        "residual_norm": ("resid_post",),
+        "residual_peak": ("resid_post",),
+        "cosine_to_sink": ("resid_post",),
+        "massive_activations": ("resid_post",),
+        "nonmixture_dims": ("mlp_out",),
+        "neurons": ("neurons",),
+        "position_embedding_norm": (),
+        "loss": (),
+    }
+)
+"""The signals that each figure is made of on the stock path.
+
+A figure is what a report or an experiment tells; a scan is asked for metrics, each of which
+measures one figure or several (`models show` names the metric beside the figure).
+"""
+
+NO_SOFTMAX = (
+    "attention is not a softmax of the scores here, so its rows are no distribution, and have no "
+    "entropy"
+)
+GATED = (
+    "a gate stands between the values and W_O, so W_O alone does not say what a value adds to the "
+    "residual stream"
+)
+"""Why a figure is not defined on a model."""
+
+STREAMED = frozenset({"pattern", "scores", "query", "key", "value"})
+"""Signals that the streaming path gets out of the model's own attention function."""
+
+
+def unavailable(model: Any, anatomy: Anatomy, found: Findings, causal: bool) -> dict[str, str]:
+    """Why each figure that cannot be measured on the stock path cannot."""
+    # The streaming path has q·k and no other term of the scores.
+    streamed = STREAMED if anatomy.positions != "alibi" and _streams(model) else frozenset()
+    if found.stock_differs is not None:
+        hint = '; path="streaming" measures it' if streamed else ""
+        return dict.fromkeys(METRIC_SIGNALS, found.stock_differs + hint)
+    reasons: dict[str, str] = {}
+    for figure, signals in METRIC_SIGNALS.items():
+        for signal in signals:
+            if signal in found.reasons:
+                hint = '; path="streaming" measures it' if signal in streamed else ""
+                reasons[figure] = found.reasons[signal] + hint
+    if not found.softmax:
+        reasons.setdefault("attention_entropy", NO_SOFTMAX)
+    if not any(sink is not None for sink in anatomy.sinks):
+        reasons["learned_sink_mass"] = "the model has no learned sink"
+    if anatomy.positions != "learned":
+        reasons["position_embedding_norm"] = f"positions are {anatomy.positions}, not learned"
+    if not model_source(model).trained_head:
+        reasons["loss"] = "the checkpoint has no output head, and an untrained one stands in for it"
+    elif not causal:
+        reasons["loss"] = "a bidirectional model predicts no next token"
+    return reasons
+
+
+def _streams(model: Any) -> bool:
+    """Whether the streaming path takes this model."""
+    from sinkscope.attention.support import attention_of
+
+    try:
+        attention_of(model)
+    except UnsupportedError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a model is, which hook points carry what, and which figures follow.
+
+    Attributes:
+        architecture: The model's class, for example "LlamaForCausalLM".
+        n_layers: Blocks.
+        n_heads: Query heads of a block.
+        n_kv_heads: Key/value heads of a block.
+        d_model: Residual channels.
+        d_head: Channels of a head.
+        d_mlp: FFN hidden units; ``None`` where no hook point shows them.
+        n_ctx: Longest context in positions, as the config states it.
+        d_vocab: Token ids.
+        causal: Whether a position sees itself and earlier positions only.
+        moe: Whether the FFNs are mixtures of experts.
+        learned_sinks: Whether heads have a learned sink logit, so that attention sums to less
+            than one.
+        softmax: Whether attention is a softmax of the scores (of which a learned sink or another
+            place that is no key may take a share).
+        gated: Whether a gate multiplies each head's mixture of values before W_O; ``z`` is what
+            W_O reads, the gated one.
+        even_kv_heads: Whether all layers have the same number of KV heads.
+        split_output: Whether the bridge hands out every layer's W_O head by head; it does not where
+            layers differ in geometry or weights are offloaded.
+        windows: Sliding window of each layer in positions, the query's own counted; ``None`` is
+            full attention.
+        softcap: Bound on the scores, or ``None``.
+        scales: Factor on q·k in each layer.
+        parallel_blocks: Whether the FFN ignores what attention writes in the same block.
+        positions: "rotary", "learned", "alibi", "none" or another word of TransformerLens.
+        lm_head: Whether the output head is trained, so that its logits mean something.
+        stock_differs: In what the stock bridge computes something else than the model, so that
+            nothing it shows is the model's; ``None`` where it does not.
+        signals: Signal name to hook name with ``{layer}``, for the stock bridge.
+        unavailable: Figure to the reason why the stock path cannot measure it.
+        hooks: All hook points that fire; those in every block once, with ``{layer}``.
+    """
+
+    architecture: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int | None
+    n_ctx: int | None
+    d_vocab: int
+    causal: bool
+    moe: bool
+    learned_sinks: bool
+    softmax: bool
+    gated: bool
+    even_kv_heads: bool
+    split_output: bool
+    windows: tuple[int | None, ...]
+    softcap: float | None
+    scales: tuple[float, ...]
+    parallel_blocks: bool
+    positions: str
+    lm_head: bool
+    stock_differs: str | None
+    signals: Mapping[str, str]
+    unavailable: Mapping[str, str]
+    hooks: tuple[str, ...]
+
+    @property
+    def available(self) -> tuple[str, ...]:
+        """Figures that the stock path can measure."""
+        return tuple(figure for figure in METRIC_SIGNALS if figure not in self.unavailable)
+
+    def hook(self, signal: str, layer: int) -> str:
+        """Name of the hook point that carries ``signal`` in ``layer``.
+
+        Raises:
+            UnsupportedError: If no hook point of this architecture carries it.
+        """
+        if signal not in self.signals:
+            raise UnsupportedError(
+                f"{self.architecture} has no hook point for {signal!r}; it has "
+                f"{', '.join(sorted(self.signals))}."
+            )
+        return self.signals[signal].format(layer=layer)
+
+    def __str__(self) -> str:
+        return as_text(describe(self))
+
+    def __rich__(self) -> RenderableType:
+        return describe(self)
+
+
+_known: WeakKeyDictionary[Any, tuple[Any, Capabilities]] = WeakKeyDictionary()
+
+
+def capabilities(model: Any) -> Capabilities:
+    """Find out what a bridge can show, by two forward passes over a dozen tokens.
+
+    The result is kept for the bridge's lifetime. Hooks that are on the bridge are put aside while
+    looking, and its state is left as it was.
+
+    Args:
+        model: A TransformerBridge.
+
+    Raises:
+        UnsupportedError: If the architecture cannot be measured exactly.
+    """
+    if not hasattr(model, "hook_dict"):
+        raise UnsupportedError(
+            f"A TransformerBridge is needed here, not a {type(model).__name__}; "
+            "sinkscope.load_model makes one."
+        )
+    state = _attention_state(model)
+    kept = _known.get(model)
+    if kept is None or kept[0] != state:
+        _known[model] = kept = (state, _look(model))
+    return kept[1]
+
+
+def _attention_state(model: Any) -> tuple[Any, ...]:
+    """What decides which attention hooks fire: the blocks' attention and its implementation."""
+    config = getattr(model.original_model, "config", None)
+    attention = (id(getattr(block, "attn", None)) for block in getattr(model, "blocks", ()))
+    return (getattr(config, "_attn_implementation", None), *attention)
+
+
+def _look(model: Any) -> Capabilities:
+    """Probe a bridge and put together what was found."""
+    anatomy = read_anatomy(model)
+    wanted = {hook.format(layer=i) for hook in CANDIDATES for i in range(anatomy.n_layers)}
+    try:
+        seen = probe(model, wanted.__contains__)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a foreign forward pass may raise
+        raise UnsupportedError(
+            f"{anatomy.architecture} does not run on plain token ids, so sinkscope cannot measure "
+            f"it: {str(error).partition(chr(10))[0] or type(error).__name__}"
+        ) from error
+    half = model.cfg.dtype in (torch.float16, torch.bfloat16)
+    tolerance = 3e-2 if half else 2e-3  # the tighter one still leaves room for TF32 on a GPU
+    causal = is_causal(seen, anatomy.n_layers, tolerance)
+    found = find_signals(seen, anatomy, causal, tolerance)
+    if half and found.stock_differs is None and (why := fails_without_cache(model)):
+        found.stock_differs = f"it does not run without a KV cache in this dtype ({why})"
+    _refuse_unmeasurable(anatomy, found, seen)
+    return _assemble(model, anatomy, seen, found, causal)
+
+
+def _refuse_unmeasurable(anatomy: Anatomy, found: Findings, seen: Probe) -> None:
+    """Refuse a model whose blocks, attention or residual stream are not what they seem."""
+    runs = {seen.fired[f"blocks.{layer}.hook_in"] for layer in range(anatomy.n_layers)}
+    if runs != {1}:
+        reason = "does not run each of its blocks exactly once"
+    elif "pattern" in found.reasons and "value" in found.reasons:
+        reason = f"does not show its attention ({found.reasons['value']})"
+    elif "resid_post" in found.reasons:
+        reason = f"has no plain residual stream ({found.reasons['resid_post']})"
+    else:
+        return
+    raise UnsupportedError(
+        f"{anatomy.architecture} {reason}, so sinkscope cannot measure it exactly."
+    )
+
+
+def _assemble(
+    model: Any, anatomy: Anatomy, seen: Probe, found: Findings, causal: bool
+) -> Capabilities:
+    cfg = model.cfg
+
+    def width(signal: str, dim: int, otherwise: Any) -> Any:
+        """Size of a verified signal: configs name sizes that the model does not have."""
+        hook = found.signals.get(signal)
+        return otherwise if hook is None else seen.kept[hook.format(layer=0)].shape[dim]
+
+    return Capabilities(
+        architecture=anatomy.architecture,
+        n_layers=anatomy.n_layers,
+        n_heads=width("z", 2, cfg.n_heads),
+        n_kv_heads=width("value", 2, cfg.n_key_value_heads or cfg.n_heads),
+        d_model=anatomy.d_model,
+        d_head=width("value", 3, cfg.d_head),
+        d_mlp=width("neurons", 2, None),
+        n_ctx=anatomy.n_ctx,
+        d_vocab=cfg.d_vocab,
+        causal=causal,
+        moe=anatomy.moe,
+        learned_sinks=any(sink is not None for sink in anatomy.sinks),
+        softmax=found.softmax,
+        gated=found.gated,
+        even_kv_heads=len({_kv_groups(block) for block in model.blocks}) == 1,
+        split_output=all(map(_splits_output, model.blocks)),
+        windows=anatomy.windows,
+        softcap=anatomy.softcap,
+        scales=found.scales,
+        parallel_blocks=_is_parallel(model, found, seen),
+        positions=anatomy.positions,
+        lm_head=model_source(model).trained_head,
+        stock_differs=found.stock_differs,
+        signals=MappingProxyType(dict(found.signals)),
+        unavailable=MappingProxyType(unavailable(model, anatomy, found, causal)),
+        hooks=_fired(seen, anatomy.n_layers),
+    )
+
+
+def _kv_groups(block: Any) -> int | None:
+    """Query heads that share a KV head in a block, as transformers' modules say."""
+    attn = getattr(block.attn, "original_component", block.attn)
+    return getattr(attn, "num_key_value_groups", None)
+
+
+def _splits_output(block: Any) -> bool:
+    """Whether the bridge hands out W_O head by head."""
+    try:
+        return block.attn.W_O.ndim in (2, 3)
+    except Exception:  # whatever a bridge may raise: then no metric can have it either
+        return False
+
+
+def _is_parallel(model: Any, found: Findings, seen: Probe) -> bool:
+    """Whether the first block's FFN output stays the same when its attention output is removed."""
+    if "mlp_out" not in found.signals:
+        return bool(getattr(model.cfg, "parallel_attn_mlp", False))
+    attn_hook, mlp_hook = (found.signals[s].format(layer=0) for s in ("attn_out", "mlp_out"))
+    attn_point, mlp_point = model.hook_dict[attn_hook], model.hook_dict[mlp_hook]
+    without: list[torch.Tensor] = []
+
+    def remove_attention(activation: torch.Tensor, hook: Any) -> torch.Tensor | None:
+        if hook is attn_point:
+            return torch.zeros_like(activation)
+        without.append(activation.float().cpu())
+        return None
+
+    points = {*model.hook_dict.values()}
+    with only_hooks(points, {attn_point, mlp_point}, remove_attention), evaluating(model):
+        with torch.no_grad():
+            model(seen.tokens.to(model.cfg.device), return_type=None, stop_at_layer=1)
+    return close(without[0], seen.kept[mlp_hook], 1e-4)
+
+
+def _fired(seen: Probe, n_layers: int) -> tuple[str, ...]:
+    """Hook points that fire, those of the blocks as one template where every block agrees."""
+    templates: dict[str, None] = {}
+    for name in seen.fired:
+        stack, _, rest = name.partition(".")
+        layer, _, point = rest.partition(".")
+        template = B + point
+        shared = stack == "blocks" and all(
+            seen.fired[template.format(layer=i)] for i in range(n_layers)
+        )
+        templates[template if shared and layer.isdigit() else name] = None
+    return tuple(templates)
+
+
+# --- What a terminal shows of a model's capabilities.
+
+
+def describe(capabilities: Capabilities) -> RenderableType:
+    """Tables for a terminal or a notebook: what the model is, what can be measured, and where."""
+    return Group(_structure(capabilities), _figures(capabilities), _signals(capabilities))
+
+
+def as_text(renderable: RenderableType, width: int = 100) -> str:
+    """The same without colours."""
+    page = StringIO()
+    Console(file=page, width=width, color_system=None, force_jupyter=False).print(renderable)
+    return "\n".join(line.rstrip() for line in page.getvalue().rstrip().splitlines())
+
+
+def _structure(can: Capabilities) -> Table:
+    table = Table(title=can.architecture, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    rows = {
+        "layers": str(can.n_layers),
+        "heads": _heads(can),
+        "widths": f"d_model {can.d_model}, d_head {can.d_head}, d_mlp {can.d_mlp or '-'}",
+        "context": f"{can.n_ctx or '-'} positions, {can.positions} position scheme",
+        "attention": _attention(can),
+        "windows": _runs(can.windows),
+        "blocks": ("parallel" if can.parallel_blocks else "sequential")
+        + (", mixture of experts" if can.moe else ""),
+        "output head": "trained" if can.lm_head else "not trained: losses mean nothing",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _heads(can: Capabilities) -> str:
+    if can.n_heads == can.n_kv_heads:
+        return str(can.n_heads)
+    return f"{can.n_heads} query, {can.n_kv_heads} key/value"
+
+
+def _attention(can: Capabilities) -> str:
+    words = ["causal" if can.causal else "bidirectional"]
+    words.append("softmax" if can.softmax else "not a softmax")
+    if can.learned_sinks:
+        words.append("learned sinks")
+    if can.gated:
+        words.append("gated outputs")
+    if can.softcap is not None:
+        words.append(f"scores capped at {can.softcap:g}")
+    words.append(f"scale {_runs(tuple(round(scale, 6) for scale in can.scales))}")
+    return ", ".join(words)
+
+
+def _runs(values: tuple[int | float | None, ...]) -> str:
+    """For example "512 in layers 0-4 · full in layer 5"; one word where all layers agree."""
+
+    def word(value: int | float | None) -> str:
+        return "full" if value is None else f"{value:g}"
+
+    if len(set(values)) == 1:
+        return word(values[0])
+    parts = []
+    for value, group in groupby(range(len(values)), key=values.__getitem__):
+        layers = list(group)
+        span = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+        parts.append(f"{word(value)} in {span}")
+    return " · ".join(parts)
+
+
+def _figures(can: Capabilities) -> Table:
+    table = Table(
+        title="Figures on the stock path",
+        caption="metric: what a scan is asked for to measure it",
+        title_justify="left",
+    )
+    table.add_column("figure", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
+    table.add_column("")
+    for figure in can.available:
+        table.add_row(figure, metric_of(figure) or "-", Text("yes", style="green"))
+    for figure, reason in can.unavailable.items():
+        table.add_row(figure, metric_of(figure) or "-", Text(f"no: {reason}", style="yellow"))
+    return table
+
+
+def _signals(can: Capabilities) -> Table:
+    table = Table(
+        title="Checked hook points",
+        caption=f"{len(can.hooks)} hook points fire in all",
+        title_justify="left",
+    )
+    table.add_column("signal", no_wrap=True)
+    table.add_column("hook point")
+    for signal, hook in can.signals.items():
+        table.add_row(signal, Text(hook))
+    return table

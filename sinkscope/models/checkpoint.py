@@ -1,0 +1,226 @@
+"""Reading a checkpoint folder or hub repository: safetensors only, complete, finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformer_lens.model_bridge.sources.transformers import (
+    determine_architecture_from_hf_config,
+    get_hf_model_class_for_architecture,
+)
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from sinkscope.errors import ModelError, SinkscopeError, UnsupportedError
+
+# --- Keep transformers' progress bars and load reports off the terminal.
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Errors only from transformers inside; the user's choice again afterwards.
+
+    What its load reports say (weights that a checkpoint lacks) is checked and told by the caller.
+    """
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if enabled:
+            logging.enable_progress_bar()
+
+
+# --- Weights that a checkpoint lacks are drawn the same way every time.
+
+
+@contextmanager
+def seeded_weights(seed: int = 0) -> Iterator[None]:
+    """Fixed random numbers on the CPU inside; the caller's sequence goes on untouched."""
+    state = torch.random.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
+
+
+_TOKENIZER_FILES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class CheckpointReader:
+    """Stands in for a transformers Auto class and refuses what should not be read.
+
+    TransformerLens calls `from_pretrained` on it as on any model class.
+
+    Attributes:
+        allow_pickle: Whether weights may come from pickle files, which can run code.
+        trained_head: Whether the checkpoint that was read holds its output head.
+    """
+
+    def __init__(self, allow_pickle: bool = False) -> None:
+        self.allow_pickle = allow_pickle
+        self.trained_head = True
+
+    def from_pretrained(self, name: str, **kwargs: Any) -> PreTrainedModel:
+        """Read a model as the Auto class of its architecture does.
+
+        Raises:
+            ModelError: If weights have other shapes than the config says, or are missing anywhere
+                but in the output head.
+        """
+        architecture = determine_architecture_from_hf_config(kwargs["config"])
+        auto_class: Any = get_hf_model_class_for_architecture(architecture)
+        if not self.allow_pickle:
+            kwargs["use_safetensors"] = True
+        # transformers would say only "see the report above"; the shapes are told below.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        with quiet(), seeded_weights():
+            model, info = auto_class.from_pretrained(name, **kwargs)
+        if info["mismatched_keys"]:  # a set: told is always the same one
+            key, found, expected = min(info["mismatched_keys"])
+            raise ModelError(
+                f"The weights of {name} do not fit its config: {key} has the shape "
+                f"{list(found)} where {list(expected)} was expected."
+            )
+        self.trained_head = has_trained_head(model, info["missing_keys"], name)
+        return model
+
+
+def has_trained_head(model: PreTrainedModel, missing: Iterable[str], name: str) -> bool:
+    """Whether nothing is missing; a missing head is allowed, a missing body is not.
+
+    Raises:
+        ModelError: If weights of the body are missing.
+    """
+    missing = sorted(missing)
+    body = [key for key in missing if key.startswith(model.base_model_prefix + ".")]
+    if body:
+        raise ModelError(
+            f"The checkpoint {name} lacks {len(body)} of the weights of {type(model).__name__} "
+            f"({body[0]}, …); it is incomplete or of another architecture."
+        )
+    return not missing
+
+
+def check_files(name: str, files: Iterable[str], allow_pickle: bool) -> None:
+    """Refuse a checkpoint by its file names, before anything is read.
+
+    Raises:
+        ModelError: If there are no safetensors weights (or, where allowed, no weights at all).
+    """
+    files = list(files)
+    if any(file.endswith(".safetensors") for file in files):
+        return
+    pickles = [file for file in files if file.endswith(_PICKLES)]
+    if pickles and allow_pickle:
+        return
+    if pickles:
+        raise ModelError(
+            f"{name} has its weights in pickle files only ({pickles[0]}), which can run code when "
+            "they are read; convert them to safetensors, or pass allow_pickle=True if you trust "
+            "them."
+        )
+    gguf = [file for file in files if file.endswith(".gguf")]
+    hint = f"; give the path of the GGUF file itself ({gguf[0]})" if gguf else ""
+    raise ModelError(f"{name} holds no .safetensors weights{hint}.")
+
+
+def has_tokenizer(files: Iterable[str]) -> bool:
+    """Whether a checkpoint comes with a tokenizer, by its file names."""
+    return any(file in _TOKENIZER_FILES or file.endswith(".tiktoken") for file in files)
+
+
+def check_finite(model: torch.nn.Module, name: str) -> None:
+    """Refuse weights that hold NaN or infinity.
+
+    Raises:
+        ModelError: Naming how many tensors do, and the first of them.
+    """
+    broken = [
+        key.replace("._original_component", "")
+        for key, weight in model.named_parameters()
+        if weight.is_floating_point()
+        and not weight.is_meta
+        and weight.numel()
+        # The extremes pass NaN and infinity on, and need no tensor of the weight's size.
+        and not torch.stack(weight.detach().aminmax()).isfinite().all()
+    ]
+    if broken:
+        raise ModelError(
+            f"The weights of {name} hold NaN or infinite values in {len(broken)} tensors "
+            f"(first {broken[0]}), so every figure would be NaN; the checkpoint is damaged."
+        )
+
+
+@contextmanager
+def one_sentence(name: str) -> Iterator[None]:
+    """Turn what transformers and TransformerLens raise on a bad checkpoint into one sentence.
+
+    Raises:
+        ModelError: The checkpoint cannot be read.
+        UnsupportedError: Its architecture is unknown to transformers or to TransformerLens.
+    """
+    try:
+        yield
+    except SinkscopeError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{name} does not fit into the device's memory; try dtype='bfloat16' or "
+            "device_map='auto'."
+        ) from error
+    except SafetensorError as error:
+        raise ModelError(
+            f"The weights of {name} are truncated or damaged ({error}); fetch them again."
+        ) from error
+    except Exception as error:  # whatever two large libraries raise on files they did not expect
+        raise _in_one_sentence(name, error) from error
+
+
+def _in_one_sentence(name: str, error: Exception) -> SinkscopeError:
+    said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, AttributeError | KeyError | TypeError):  # means nothing without its name
+        said = f"{type(error).__name__}: {said}"
+    if "trust_remote_code" in said:
+        return ModelError(
+            f"{name} comes with its own Python code, which is not run unless you pass "
+            "trust_remote_code=True."
+        )
+    if "supported architecture" in said or "does not recognize this architecture" in said:
+        return UnsupportedError(
+            f"{name} is of an architecture that TransformerLens cannot bridge "
+            f"({_model_type(said)}), so sinkscope cannot measure it."
+        )
+    return ModelError(
+        f"{name} cannot be read by transformers and TransformerLens: {_shortened(said)}."
+    )
+
+
+def _model_type(said: str) -> str:
+    for mark in ("Model type: ", "model type "):
+        if mark in said:
+            return said.rpartition(mark)[2].split()[0].strip("`'\".,")
+    return "unknown"
+
+
+def _shortened(said: str, limit: int = 240) -> str:
+    said = said.rstrip(".!")
+    return said if len(said) <= limit else said[: limit - 1].rstrip() + "…"

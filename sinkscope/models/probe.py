@@ -1,0 +1,203 @@
+"""One tiny forward pass that shows which hook points of a bridge fire, and with what.
+
+Names promise too much: some hook points never fire, some hold something else than they say
+(a "score" that is already a probability, an "attention output" after the next norm). So sinkscope
+looks at what really fires before it believes a name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from sinkscope.devices import ran_out_of_memory
+from sinkscope.prompts.tokens import context_size
+
+# --- Names of the hook points that may carry a signal, and what was found out about them.
+
+B = "blocks.{layer}."
+PATTERN = B + "attn.hook_pattern"
+SCORES = B + "attn.hook_attn_scores"
+QUERY_KEY = (
+    (B + "attn.hook_rot_q", B + "attn.hook_rot_k"),
+    (B + "attn.hook_q", B + "attn.hook_k"),
+)
+VALUE, Z = B + "attn.hook_v", B + "attn.hook_z"
+GATES = (B + "attn.hook_gate", B + "attn.hook_q_gate")
+RESID_PRE, RESID_POST = B + "hook_resid_pre", B + "hook_resid_post"
+# On BERT hook_attn_out is the state after the next norm; what attention adds is attn.o's output.
+ATTN_OUT = (B + "hook_attn_out", B + "attn.o.hook_out")
+MLP_OUT = (B + "hook_mlp_out", B + "mlp.out.hook_out")
+LN1_IN, LN1_OUT, LN2_IN = B + "ln1.hook_in", B + "ln1.hook_out", B + "ln2.hook_in"
+NEURONS, DOWN_IN = B + "mlp.hook_post", B + "mlp.out.hook_in"
+
+CANDIDATES = (
+    *(PATTERN, SCORES, *QUERY_KEY[0], *QUERY_KEY[1], VALUE, Z, *GATES),
+    *(RESID_PRE, RESID_POST, *ATTN_OUT, *MLP_OUT, LN1_IN, LN1_OUT, LN2_IN, NEURONS, DOWN_IN),
+)
+"""Templates of all hook points that may carry a signal or serve to check one."""
+
+
+@dataclass
+class Findings:
+    """What the checks found.
+
+    Attributes:
+        scales: The factor on q·k in each layer.
+        stock_differs: In what the stock bridge computes something else than the model, or None.
+        signals: Signal name to hook template, for the signals that passed.
+        reasons: Signal name to why it is not offered.
+        softmax: Whether the pattern is a softmax of the scores, of which a place that is no key (a
+            learned sink, a key bias without value, off-by-one) may take a share.
+        gated: Whether a gate multiplies what the pattern mixes before it becomes ``z``.
+    """
+
+    scales: tuple[float, ...]
+    stock_differs: str | None = None
+    signals: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    softmax: bool = True
+    gated: bool = False
+
+    def accept(self, **hooks: str) -> None:
+        """Offer signals under these hooks."""
+        self.signals |= hooks
+
+    def reject(self, reason: str, *signals: str) -> None:
+        """Say why signals are not offered."""
+        self.reasons |= dict.fromkeys(signals, reason)
+
+
+PROBE_LENGTH = 12
+"""Positions of the probe: enough for patterns to differ, and longer than a tiny model's window.
+
+A model whose context is shorter is probed with all of that.
+"""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What fired when the probe's tokens ran through a bridge.
+
+    Attributes:
+        tokens: Two prompts that differ in their last token only.
+        fired: How often each hook point fired; every alias of a hook point is listed.
+        kept: The tensors of the hook points that were asked for, float32 on the CPU.
+    """
+
+    tokens: Int[Tensor, "prompt position"]
+    fired: Counter[str]
+    kept: dict[str, Tensor]
+
+    def layers(self, template: str, n_layers: int) -> list[Tensor] | None:
+        """The tensor that ``template`` shows in each layer.
+
+        Args:
+            template: Hook name with ``{layer}`` in place of the block's index.
+            n_layers: Number of blocks.
+
+        Returns:
+            One tensor a layer, or ``None`` unless the hook fired exactly once in every layer.
+        """
+        names = [template.format(layer=layer) for layer in range(n_layers)]
+        if any(self.fired[name] != 1 or name not in self.kept for name in names):
+            return None
+        return [self.kept[name] for name in names]
+
+
+def probe(bridge: Any, wanted: Callable[[str], bool]) -> Probe:
+    """Run the bridge once on a few tokens and record what fires.
+
+    Hooks that the caller has on the bridge are put aside meanwhile (permanent ones are part of the
+    model and stay), and the bridge is left as it was.
+
+    Args:
+        bridge: A TransformerBridge.
+        wanted: Whether the tensor at the hook point of this name is to be kept.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    for name, point in bridge.hook_dict.items():
+        names.setdefault(point, []).append(name)
+    tokens = probe_tokens(bridge)
+    result = Probe(tokens, Counter(), {})
+
+    def record(activation: Any, hook: Any) -> None:
+        for name in names[hook]:
+            result.fired[name] += 1
+            if isinstance(activation, Tensor) and name not in result.kept and wanted(name):
+                result.kept[name] = activation.detach().float().cpu().clone()
+
+    # no_grad rather than inference_mode: buffers that the model caches on its first call would
+    # otherwise be inference tensors, useless for a training step that comes later.
+    with only_hooks(names, names, record), evaluating(bridge), torch.no_grad():
+        bridge(tokens.to(bridge.cfg.device), return_type="logits")
+    return result
+
+
+def fails_without_cache(bridge: Any) -> str | None:
+    """What TransformerLens trips over when no KV cache is made, as a scan makes none; or None.
+
+    Some of its attention mixes float32 weights with half-precision values there.
+    """
+    backbone = getattr(bridge.original_model, "base_model", None)
+    if backbone is None:
+        return None
+    aside = only_hooks(set(bridge.hook_dict.values()), (), lambda x, hook: None)
+    with aside, evaluating(bridge), torch.no_grad():
+        try:
+            backbone(input_ids=probe_tokens(bridge).to(bridge.cfg.device), use_cache=False)
+        except RuntimeError as error:
+            if ran_out_of_memory(error):
+                raise
+            return str(error).splitlines()[0]
+    return None
+
+
+def probe_tokens(bridge: Any) -> Int[Tensor, "prompt position"]:
+    """Two prompts of unlike, ordinary ids; the second differs in its last token only."""
+    vocabulary = bridge.cfg.d_vocab
+    length = min(PROBE_LENGTH, context_size(bridge) or PROBE_LENGTH)
+    # Special ids sit at either end of a vocabulary: take the middle half.
+    ids = torch.linspace(vocabulary // 4, 3 * vocabulary // 4, length + 1).long()
+    return torch.stack([ids[:-1], torch.cat([ids[:-2], ids[-1:]])])
+
+
+@contextmanager
+def only_hooks(
+    points: Iterable[Any], hooked: Iterable[Any], hook: Callable[[Any, Any], Any]
+) -> Iterator[None]:
+    """Put the caller's hooks on ``points`` aside, and ``hook`` on those to be hooked, inside."""
+    aside = [(point, point.fwd_hooks, point._forward_hooks) for point in points]
+    try:
+        for point, handles, functions in aside:
+            point.fwd_hooks = [handle for handle in handles if handle.is_permanent]
+            permanent = {handle.hook.id for handle in point.fwd_hooks}
+            point._forward_hooks = OrderedDict(
+                (key, function) for key, function in functions.items() if key in permanent
+            )
+        for point in hooked:
+            point.add_hook(hook)
+        yield
+    finally:
+        for point, handles, functions in aside:
+            point.fwd_hooks, point._forward_hooks = handles, functions
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

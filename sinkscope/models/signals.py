@@ -1,0 +1,355 @@
+"""Which hook point of a stock bridge holds which quantity: every claim is checked by arithmetic.
+
+A hook's name is a candidate, not a proof. A pattern must be zero where nothing is visible, queries
+and keys must multiply into what attention is made of, scores must turn into the pattern under
+softmax or be those products, the pattern must mix the values into ``z`` (a gate may stand between),
+and the residual stream must add up. What fails is not offered, with a sentence that says why.
+
+None of this asks for a softmax: attention may be any non-negative weights. Whether they are one is
+found out too, since some figures, such as the entropy of a row, mean something only then.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sinkscope.metrics.positions import visible
+from sinkscope.metrics.values import per_query_head
+from sinkscope.models.anatomy import Anatomy
+from sinkscope.models.probe import (
+    ATTN_OUT,
+    DOWN_IN,
+    GATES,
+    LN1_IN,
+    LN1_OUT,
+    LN2_IN,
+    MLP_OUT,
+    NEURONS,
+    PATTERN,
+    QUERY_KEY,
+    RESID_POST,
+    RESID_PRE,
+    SCORES,
+    VALUE,
+    Findings,
+    Probe,
+    Z,
+)
+
+# --- The arithmetic by which claims about attention hook points are checked.
+
+
+def scaled_products(
+    query: Float[Tensor, "prompt query head d_head"],
+    key: Float[Tensor, "prompt key kv_head d_head"],
+    scale: float,
+    softcap: float | None,
+) -> Float[Tensor, "prompt head query key"]:
+    """Scores: scale · q·k, bounded to ±softcap by tanh where there is a softcap (Gemma-2)."""
+    query, key = (rearrange(x, "b t h d -> b h t d") for x in (query, key))
+    key = per_query_head(key, query.shape[1])
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scale
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def masked_softmax(
+    scores: Float[Tensor, "prompt head query key"],
+    visible: Bool[Tensor, "query key"],
+    sinks: Float[Tensor, "head"] | None,
+) -> Float[Tensor, "prompt head query key"]:
+    """Softmax over visible keys and, where there is one, a learned sink whose share is dropped."""
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is None:
+        return scores.softmax(-1)
+    sink = rearrange(sinks, "h -> 1 h 1 1").expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+
+
+def mixed_values(
+    pattern: Float[Tensor, "prompt head query key"],
+    value: Float[Tensor, "prompt key kv_head d_head"],
+) -> Float[Tensor, "prompt query head d_head"]:
+    """Σ_j A_ij v_j for every query head."""
+    value = per_query_head(rearrange(value, "b t h d -> b h t d"), pattern.shape[1])
+    return torch.einsum("bhqk,bhkd->bqhd", pattern, value)
+
+
+def close(left: Tensor, right: Tensor, tolerance: float) -> bool:
+    """Equal shapes, and equal up to ``tolerance`` times the largest magnitude of either."""
+    if left.shape != right.shape:
+        return False
+    size = torch.maximum(left.abs().max(), right.abs().max()).clamp_min(1e-30)
+    return bool((left - right).abs().max() <= tolerance * size)
+
+
+HIDDEN = torch.finfo(torch.float32).min / 2
+"""Scores below this are masked."""
+
+Layers = list[Tensor]
+
+
+def is_causal(probe: Probe, n_layers: int, tolerance: float) -> bool:
+    """Whether no query reads a later key; without a pattern, whether earlier states ignore it."""
+    pattern, final = probe.layers(PATTERN, n_layers), probe.layers(RESID_POST, n_layers)
+    if pattern is not None:
+        length = probe.tokens.shape[1]
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        return not any(p[..., future].any() for p in pattern)
+    if final is None:
+        return True
+    first, second = final[-1][:, :-1]  # the two prompts differ in their last token
+    return close(first, second, tolerance)
+
+
+def find_signals(probe: Probe, anatomy: Anatomy, causal: bool, tolerance: float) -> Findings:
+    """Check every candidate.
+
+    Args:
+        probe: What fired in one tiny forward pass.
+        anatomy: The model's structure.
+        causal: Whether a position sees only itself and earlier ones.
+        tolerance: Relative error that the model's dtype explains.
+    """
+    checks = _Checks(probe, anatomy, causal, tolerance)
+    checks.pattern()
+    checks.query_key()
+    checks.scores()
+    checks.values()
+    checks.residual()
+    checks.neurons()
+    return checks.findings
+
+
+class _Checks:
+    """The checks, in an order in which each may rely on those before it."""
+
+    def __init__(self, probe: Probe, anatomy: Anatomy, causal: bool, tolerance: float) -> None:
+        self.probe, self.anatomy, self.tolerance = probe, anatomy, tolerance
+        real = torch.ones(1, probe.tokens.shape[1], dtype=torch.bool)
+        self.visible = [visible(real, causal, window)[0] for window in anatomy.windows]
+        self.findings = Findings(scales=tuple(scales[0] for scales in anatomy.scales))
+        self.products: Layers | None = None  # scaled q·k of the accepted queries and keys
+
+    def layers(self, template: str) -> Layers | None:
+        return self.probe.layers(template, self.anatomy.n_layers)
+
+    def close(self, left: Tensor, right: Tensor) -> bool:
+        return close(left, right, self.tolerance)
+
+    def same(self, left: Layers, right: Layers) -> bool:
+        return all(map(self.close, left, right))
+
+    def pattern(self) -> None:
+        """A pattern is nowhere negative, and nought where causality and the window hide the key."""
+        pattern = self.layers(PATTERN)
+        if pattern is None:
+            self.findings.reject(
+                "hook_pattern does not fire in every block, because this attention implementation "
+                'keeps no pattern (bridge.original_model.set_attn_implementation("eager") does)',
+                "pattern",
+            )
+        elif all(p.ndim == 4 and self.reads_the_visible(i, p) for i, p in enumerate(pattern)):
+            self.findings.accept(pattern=PATTERN)
+        else:
+            self.findings.reject(
+                "hook_pattern does not read the keys that the config's mask leaves visible",
+                "pattern",
+            )
+
+    def reads_the_visible(self, layer: int, pattern: Tensor) -> bool:
+        """Whether hidden keys get nothing, and visible ones are known to be visible.
+
+        Under a softmax some head reads each visible key. Other operators may give it nought in all
+        heads (ReLU, softpick, no attention at all); then the scores have to show the mask.
+        """
+        seen, scores = self.visible[layer], self.layers(SCORES)
+        if (pattern < 0).any() or pattern[..., ~seen].any():
+            return False
+        if (pattern.sum((0, 1)) > 0)[seen].all():
+            return True
+        return scores is not None and bool(((scores[layer] > HIDDEN) == seen).all())
+
+    def query_key(self) -> None:
+        """Queries and keys are those whose scaled products explain the pattern or the scores."""
+        for query_hook, key_hook in QUERY_KEY:
+            query, key = self.layers(query_hook), self.layers(key_hook)
+            if query is None or key is None:
+                continue
+            scales = [self.scale(i, query[i], key[i]) for i in range(len(query))]
+            fitting = tuple(scale for scale in scales if scale is not None)
+            if len(fitting) == len(scales):
+                self.compare_scales(fitting)
+                self.findings.accept(query=query_hook, key=key_hook)
+                self.products = list(map(self.scaled, query, key, fitting))
+                return
+        reason = "the stock bridge shows no queries and keys as attention multiplies them"
+        if self.anatomy.positions == "rotary":
+            reason += " (hook_rot_q and hook_rot_k do not fire here)"
+        elif self.anatomy.positions == "alibi":
+            reason += " (a position bias is added to their products)"
+        self.findings.reject(reason, "query", "key")
+
+    def compare_scales(self, fitting: tuple[float, ...]) -> None:
+        """Keep the scales that fit, unless the model's own modules state others.
+
+        Stated scales are tried first: where another one fits, the bridge does not use the model's.
+        """
+        model = tuple(
+            fits if stated is None else stated
+            for fits, stated in zip(fitting, self.anatomy.stated_scales, strict=True)
+        )
+        self.findings.scales = model
+        for layer, (fits, stated) in enumerate(zip(fitting, model, strict=True)):
+            if fits != stated:
+                self.findings.stock_differs = (
+                    f"the stock bridge scales q·k by {fits:.3g} in layer {layer}, where the model "
+                    f"scales it by {stated:.3g}"
+                )
+                return
+
+    def scale(self, layer: int, query: Tensor, key: Tensor) -> float | None:
+        """The first scale that fits this layer; scores tell scales apart, even patterns do not."""
+        products = {scale: self.scaled(query, key, scale) for scale in self.anatomy.scales[layer]}
+        for fits in (self.are_scores, self.explains_pattern):
+            for scale, scores in products.items():
+                if fits(layer, scores):
+                    return scale
+        return None
+
+    def scaled(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        return scaled_products(query, key, scale, self.anatomy.softcap)
+
+    def explains_pattern(self, layer: int, scores: Tensor) -> bool:
+        """Whether a masked softmax of these scores is the layer's pattern."""
+        pattern = self.layers(PATTERN)
+        if pattern is None or scores.shape != pattern[layer].shape:
+            return False
+        expected = masked_softmax(scores, self.visible[layer], self.anatomy.sinks[layer])
+        return self.close(expected, pattern[layer])
+
+    def are_scores(self, layer: int, products: Tensor) -> bool:
+        """Whether these products are what ``hook_attn_scores`` shows where keys are visible."""
+        scores = self.layers(SCORES)
+        if scores is None or products.shape != scores[layer].shape:
+            return False
+        seen = self.visible[layer]
+        return self.close(products[..., seen], scores[layer][..., seen])
+
+    def scores(self) -> None:
+        """Scores are what softmax turns into the pattern, or the scaled products themselves."""
+        found, scores, pattern = self.findings, self.layers(SCORES), self.layers(PATTERN)
+        if pattern is not None:  # without true scores, rows that sum to one are taken for softmax
+            found.softmax = all(self.close(p.sum(-1), torch.ones(p.shape[:-1])) for p in pattern)
+        if scores is None:
+            found.reject("hook_attn_scores does not fire in every block", "scores")
+        elif pattern is not None and self.same(scores, pattern):
+            found.reject("the stock bridge's hook_attn_scores is the pattern itself", "scores")
+        else:
+            found.softmax = all(self.is_softmax(i, s) for i, s in enumerate(scores))
+            products = self.products or ()
+            if found.softmax or (
+                products and all(self.are_scores(i, s) for i, s in enumerate(products))
+            ):
+                found.accept(scores=SCORES)
+            else:
+                found.reject("hook_pattern is not the softmax of hook_attn_scores", "scores")
+
+    def is_softmax(self, layer: int, scores: Tensor) -> bool:
+        """Whether a softmax of these scores is the layer's pattern, but for an unread share."""
+        if self.explains_pattern(layer, scores):
+            return True
+        pattern = self.layers(PATTERN)
+        if pattern is None or scores.shape != pattern[layer].shape:
+            return False
+        total = pattern[layer].sum(-1, keepdim=True)
+        if (total <= 0).any() or (total > 1 + self.tolerance).any():
+            return False
+        return self.close(masked_softmax(scores, self.visible[layer], None), pattern[layer] / total)
+
+    def values(self) -> None:
+        """Values are what the pattern mixes into ``z``, before a gate where there is one."""
+        value, z = self.layers(VALUE), self.layers(Z)
+        if value is None or z is None or any(x.ndim != 4 for x in (*value, *z)):
+            self.findings.reject("hook_v and hook_z do not show one vector a head", "value", "z")
+        elif "pattern" not in self.findings.signals:
+            # Nothing to mix with; these two are plain inputs and outputs of projections.
+            self.findings.accept(value=VALUE, z=Z)
+        else:
+            mixed = list(map(mixed_values, self.layers(PATTERN) or [], value))
+            plain = self.same(mixed, z)
+            self.findings.gated = not plain and self.is_gated(mixed, z)
+            if plain or self.findings.gated:
+                self.findings.accept(value=VALUE, z=Z)
+            else:
+                self.findings.reject("the pattern does not mix hook_v into hook_z", "value", "z")
+
+    def is_gated(self, mixed: Layers, z: Layers) -> bool:
+        """Whether a gate hook, as it is or under a sigmoid, turns what is mixed into ``z``."""
+        for hook in GATES:
+            gates = self.layers(hook)
+            if gates is None or any(
+                gate.shape[-1] % x.shape[2] for gate, x in zip(gates, z, strict=True)
+            ):
+                continue
+            # A factor for each channel of a head, or one for all of them.
+            wide = [
+                rearrange(gate, "b t (h d) -> b t h d", h=x.shape[2]) if gate.ndim == 3 else gate
+                for gate, x in zip(gates, z, strict=True)
+            ]
+            for factors in (wide, [gate.sigmoid() for gate in wide]):
+                if self.same([x * gate for x, gate in zip(mixed, factors, strict=True)], z):
+                    return True
+        return False
+
+    def residual(self) -> None:
+        """Block outputs are the next block's inputs, and the two sub-layers' outputs add up."""
+        found, before, after = self.findings, self.layers(RESID_PRE), self.layers(RESID_POST)
+        shape = (*self.probe.tokens.shape, self.anatomy.d_model)
+        names = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+        if before is None or after is None or any(x.shape != shape for x in (*before, *after)):
+            found.reject("a block does not pass on one residual vector a position", *names)
+            return
+        if not self.same(after[:-1], before[1:]):
+            found.reject("a block's output is not the next block's input", *names)
+            return
+        found.accept(resid_pre=RESID_PRE, resid_post=RESID_POST)
+        for attn_hook, mlp_hook in product(ATTN_OUT, MLP_OUT):
+            attn, mlp = self.layers(attn_hook), self.layers(mlp_hook)
+            if attn and mlp and self.add_up(before, attn, mlp, after):
+                found.accept(attn_out=attn_hook, mlp_out=mlp_hook)
+                return
+        found.reject("no hook points show what each half of a block adds", "attn_out", "mlp_out")
+
+    def add_up(self, before: Layers, attn: Layers, mlp: Layers, after: Layers) -> bool:
+        """Pre-norm blocks end with the sum; in post-norm blocks a norm reads each sum."""
+        if any(
+            a.shape != x.shape or m.shape != x.shape
+            for x, a, m in zip(before, attn, mlp, strict=True)
+        ):
+            return False
+        if self.same([x + a + m for x, a, m in zip(before, attn, mlp, strict=True)], after):
+            return True
+        ln1_in, ln1_out, ln2_in = (self.layers(hook) for hook in (LN1_IN, LN1_OUT, LN2_IN))
+        if not (ln1_in and ln1_out and ln2_in):
+            return False
+        first = [x + a for x, a in zip(before, attn, strict=True)]
+        second = [x + m for x, m in zip(ln1_out, mlp, strict=True)]
+        return self.same(first, ln1_in) and self.same(second, ln2_in)
+
+    def neurons(self) -> None:
+        """Neurons are what the FFN's down-projection reads."""
+        hidden, down = self.layers(NEURONS), self.layers(DOWN_IN)
+        if self.anatomy.moe:
+            self.findings.reject(
+                "a mixture of experts has no one set of neurons (its hook_post is its output)",
+                "neurons",
+            )
+        elif hidden and down and hidden[0].ndim == 3 and self.same(hidden, down):
+            self.findings.accept(neurons=NEURONS)
+        else:
+            self.findings.reject("no hook point shows what the down-projection reads", "neurons")

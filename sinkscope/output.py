@@ -1,0 +1,241 @@
+"""How results leave the package: numbers, words, tables and JSON, and files written whole.
+
+There is one way of each. A number has three significant digits below 1,000 and none after the point
+from there on; what is undefined is a dash on the terminal, in pages and in figures, and null in
+JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import html
+import io
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+from sinkscope.errors import ReportError
+
+UNDEFINED = "–"
+"""How a number is written that is not defined (nan, or None)."""
+
+# -- numbers and words ---------------------------------------------------------------------------
+
+
+def number(value: SupportsFloat | None, form: str | None = None) -> str:
+    """A number as text: 0.0123, 1.23, 123, 1,234, 1.2e-05.
+
+    Args:
+        value: The number; nan and None are undefined.
+        form: A format specification such as ".3f", for columns whose digits line up; by default
+            three significant digits below 1,000, and whole numbers with commas from there on.
+    """
+    if value is None or math.isnan(value := float(value)):
+        return UNDEFINED
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if form is not None:
+        return format(value, form)
+    rounded = float(f"{value:.3g}")
+    return f"{value:,.0f}" if abs(rounded) >= 1000 else f"{value:.3g}"
+
+
+def counted(n: int, noun: str) -> str:
+    """A count with its noun: "1 head", "2 heads"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def listed(items: Sequence[str]) -> str:
+    """Items as words: "a", "a and b", "a, b and c"."""
+    if len(items) < 2:
+        return "".join(items)
+    return f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def and_more(shown: Sequence[str], total: int, separator: str = ", ") -> str:
+    """The items shown, and how many more there are: "a, b, 3 more"."""
+    rest = total - len(shown)
+    return separator.join(shown) + (f"{separator}{rest} more" if rest > 0 else "")
+
+
+def printable(text: str) -> str:
+    """The text with every character that could upset a terminal written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# -- lines and tables ----------------------------------------------------------------------------
+
+_NARROWEST, _WIDEST = 80, 100  # a table on fewer columns would lose digits
+_UNLIMITED = 10_000
+_GLUE = "\ue000"  # stands for a space at which no line breaks; Rich breaks at no-break spaces too
+_width = ContextVar("width", default=_WIDEST)
+
+_LINE = "border:0;border-bottom:1px solid rgba(128,128,128,.35);background:transparent"
+_LEFT = f"{_LINE};padding:2px 12px 2px 0;text-align:left;vertical-align:top"
+_RIGHT = f"{_LINE};padding:2px 10px;text-align:right;font-variant-numeric:tabular-nums"
+_TABLE = "border-collapse:collapse;margin:.5em 0;color:inherit"
+
+
+def line_width() -> int:
+    """Characters that a line of text may have: 100 in files and notebooks, fewer on a terminal."""
+    return _width.get()
+
+
+@contextlib.contextmanager
+def as_wide_as_the_terminal() -> Iterator[None]:
+    """Inside, lines are as wide as the terminal, 80 to 100 columns; 100 where there is none."""
+    columns = shutil.get_terminal_size((_WIDEST, 24)).columns
+    outside = _width.set(min(max(columns, _NARROWEST), _WIDEST))
+    try:
+        yield
+    finally:
+        _width.reset(outside)
+
+
+def wrapped(line: str) -> str:
+    """A sentence on lines of at most `line_width` characters; the later ones of a list indented."""
+    if len(line) <= line_width():
+        return line
+    indent = " " * (len(line) - len(line.lstrip()))
+    later = f"{indent}  " if indent else ""
+    text = line.strip().replace(" %", "\N{NO-BREAK SPACE}%")
+    lines = textwrap.fill(text, line_width(), initial_indent=indent, subsequent_indent=later)
+    return lines.replace("\N{NO-BREAK SPACE}%", " %")
+
+
+def facts_as_text(facts: Sequence[tuple[str, str]]) -> str:
+    """Pairs of a label and a sentence, the sentences aligned and wrapped."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for label, text in facts:
+        table.add_row(Text(label), Text(re.sub(r"(?<=\d) (?=[%×])", _GLUE, text)))
+    return _printed(table, line_width())
+
+
+def facts_as_html(facts: Sequence[tuple[str, str]]) -> str:
+    """The same for a notebook, in its own colours."""
+    rows = "".join(
+        f'<tr><th scope="row" style="{_LEFT};white-space:nowrap">{html.escape(label)}</th>'
+        f'<td style="{_LEFT}">{html.escape(text)}</td></tr>'
+        for label, text in facts
+    )
+    return f'<table style="{_TABLE}"><tbody>{rows}</tbody></table>'
+
+
+def table_as_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of text cells for the terminal, all but the first column right-justified.
+
+    Where it would be too wide, each word of a title has a line of its own.
+    """
+    from rich.cells import cell_len
+
+    wide = _printed(_table(columns, rows), _UNLIMITED)
+    if max(map(cell_len, wide.splitlines())) <= line_width():
+        return wide
+    broken = [re.sub(" (?!%)", "\n", column) for column in columns]
+    return _printed(_table(broken, rows), line_width())
+
+
+def table_as_html(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same table for a notebook."""
+    head = "".join(f'<th scope="col" style="{_RIGHT}">{html.escape(c)}</th>' for c in columns)
+    body = "".join(
+        "<tr>" + "".join(f'<td style="{_RIGHT}">{html.escape(cell)}</td>' for cell in row) + "</tr>"
+        for row in rows
+    )
+    return f'<table style="{_TABLE}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(Text(column), justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _printed(renderable: Any, width: int) -> str:
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(
+        file=out, width=width, color_system=None, legacy_windows=False, force_jupyter=False
+    )
+    console.print(renderable)
+    lines = [line.rstrip() for line in out.getvalue().replace(_GLUE, " ").splitlines()]
+    return "\n".join(line for line in lines if line)
+
+
+# -- JSON and files ------------------------------------------------------------------------------
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: dataclasses as objects, tensors as lists, nan and inf as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # tensors, arrays and their scalars
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """`plain` values as JSON text."""
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
+def write_file(path: str | Path, content: str | bytes) -> Path:
+    """Write a file whole or not at all: what was there before stays until the new one is on disk.
+
+    The content goes to a new file beside it with a name of its own, is flushed to the disk, and is
+    then renamed. Several processes may write the same file: the last one wins, and none fails.
+
+    Returns:
+        The path.
+
+    Raises:
+        ReportError: If it cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        # A name that nobody can have linked elsewhere, with the permissions of any new file.
+        handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(unfinished)
+            raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ReportError(f"{path} cannot be written: {reason}.") from error
+    return path

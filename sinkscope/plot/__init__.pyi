@@ -1,0 +1,63 @@
+from .conditions import before_after as before_after
+from .contexts import perplexity_along as perplexity_along
+from .contexts import perplexity_by_window as perplexity_by_window
+from .dims import massive_activations as massive_activations
+from .dims import nonmixture_dims as nonmixture_dims
+from .dormancy import domain_scatter as domain_scatter
+from .dormancy import removal_cost as removal_cost
+from .dormancy import sleeping_heads as sleeping_heads
+from .export import save as save
+from .heads import head_change as head_change
+from .heads import head_map as head_map
+from .heads import head_scatter as head_scatter
+from .layers import attention_by_query as attention_by_query
+from .layers import by_layer as by_layer
+from .layers import residual_norms as residual_norms
+from .layers import sink_rate as sink_rate
+from .layers import sink_rate_by_length as sink_rate_by_length
+from .layers import value_drains as value_drains
+from .pattern import attention_pattern as attention_pattern
+from .positions import by_position as by_position
+from .positions import position_embedding_norms as position_embedding_norms
+from .positions import position_map as position_map
+from .positions import token_strip as token_strip
+from .theme import set_theme as set_theme
+from .theme import template as template
+from .timing import bench_ratios as bench_ratios
+from .trace import peak_trace as peak_trace
+from .training import cures as cures
+from .training import knockout_risks as knockout_risks
+from .training import training_curves as training_curves
+
+__all__ = [
+    "before_after",
+    "perplexity_along",
+    "perplexity_by_window",
+    "massive_activations",
+    "nonmixture_dims",
+    "domain_scatter",
+    "removal_cost",
+    "sleeping_heads",
+    "save",
+    "head_change",
+    "head_map",
+    "head_scatter",
+    "attention_by_query",
+    "by_layer",
+    "residual_norms",
+    "sink_rate",
+    "sink_rate_by_length",
+    "value_drains",
+    "attention_pattern",
+    "by_position",
+    "position_embedding_norms",
+    "position_map",
+    "token_strip",
+    "set_theme",
+    "template",
+    "bench_ratios",
+    "peak_trace",
+    "cures",
+    "knockout_risks",
+    "training_curves",
+]

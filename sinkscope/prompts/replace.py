@@ -1,0 +1,119 @@
+"""Another token at a prompt's start or end: special, random or a given one.
+
+These change what is measured, not how the model runs: they turn texts into other texts, so that a
+report names the tokens that were really there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sinkscope.errors import TextError
+from sinkscope.prompts.special_tokens import ordinary_ids, special_tokens
+from sinkscope.prompts.texts import as_texts
+from sinkscope.prompts.tokens import Texts, token_strings, vocabulary_size
+
+
+class _Replace:
+    """Base: puts a token in the place of the one at an end of each prompt.
+
+    Args:
+        model: A bridge.
+        token: "special", "random" (an ordinary token, drawn anew for each prompt), or an id.
+        seed: Of the draws.
+    """
+
+    where: str
+
+    def __init__(self, model: Any, token: str | int = "special", seed: int = 0) -> None:
+        self._model, self._seed = model, seed
+        self.token = token
+        self._ids = self._candidates()
+
+    def __call__(self, texts: Any) -> Texts:
+        """The texts with that token; lengths stay as they are.
+
+        Args:
+            texts: Anything that a scan takes.
+        """
+        prompts = as_texts(texts).tokenize(self._model).right_padded()
+        draw = random.Random(self._seed)
+        drawn = torch.tensor([draw.choice(self._ids) for _ in range(len(prompts))])
+        tokens = prompts.tokens.clone()
+        tokens[torch.arange(len(prompts)), self._index(prompts)] = drawn.to(tokens)
+        tokenizer = getattr(self._model, "tokenizer", None)
+        strings = None
+        if tokenizer is not None:
+            strings = token_strings(tokenizer, tokens, prompts.mask)
+        bos = f"{prompts.bos}, {self.where}: {self.token}"
+        return dataclasses.replace(prompts, tokens=tokens, strings=strings, bos=bos)
+
+    def _index(self, prompts: Texts) -> Int[Tensor, "prompt"]:
+        raise NotImplementedError
+
+    def _special(self) -> int:
+        raise NotImplementedError
+
+    def _candidates(self) -> list[int]:
+        """The ids to choose from."""
+        tokenizer = getattr(self._model, "tokenizer", None)
+        size = vocabulary_size(self._model)
+        if self.token == "random":
+            return list(range(size or 0)) if tokenizer is None else ordinary_ids(tokenizer, size)
+        if self.token == "special":
+            if tokenizer is None:
+                raise TextError("This model has no tokenizer to say which token is special.")
+            return [self._special()]
+        if type(self.token) is not int or not 0 <= self.token < (size or self.token + 1):
+            raise TextError(
+                f'token is {self.token!r}; expected "special", "random" or an id from 0 to '
+                f"{(size or 0) - 1}."
+            )
+        return [self.token]
+
+
+class ReplaceStart(_Replace):
+    """Puts a token in the place of each prompt's first one.
+
+    "special" is the token that the model's tokenizer starts texts with: BOS, or BERT's [CLS].
+
+    Examples:
+        >>> report = scan(model, ReplaceStart(model, "random")(texts))  # doctest: +SKIP
+    """
+
+    where = "start"
+
+    def _index(self, prompts: Texts) -> Int[Tensor, "prompt"]:
+        return torch.zeros(len(prompts), dtype=torch.long)
+
+    def _special(self) -> int:
+        always = special_tokens(self._model.tokenizer, "always", vocabulary_size(self._model))
+        (first, *_) = always.prefix
+        assert first is not None
+        return first
+
+
+class ReplaceEnd(_Replace):
+    """Puts a token in the place of each prompt's last one.
+
+    "special" is the token that the model's tokenizer ends texts with (BERT's [SEP]), or EOS.
+    """
+
+    where = "end"
+
+    def _index(self, prompts: Texts) -> Int[Tensor, "prompt"]:
+        return prompts.lengths.cpu() - 1
+
+    def _special(self) -> int:
+        tokenizer = self._model.tokenizer
+        always = special_tokens(tokenizer, "always", vocabulary_size(self._model))
+        last = always.suffix[-1] if always.suffix else tokenizer.eos_token_id
+        if last is None:
+            raise TextError("This model's tokenizer has no token that ends a text; pass an id.")
+        return last

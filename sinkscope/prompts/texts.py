@@ -1,0 +1,251 @@
+"""Where prompts come from.
+
+`texts`, `random_tokens` and `repeated_tokens` give recipes (`TextSource`): what they come to is
+known once a model brings its tokenizer. `token_ids` gives exact `Texts` at once. A scan takes
+either and calls ``.tokenize(model)``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sinkscope.errors import TextError
+from sinkscope.prompts.documents import DOMAINS, data_set, json_lines, text_file
+from sinkscope.prompts.recipes import OwnLength, RandomTokens, RepeatedTokens, TextSource, Windows
+from sinkscope.prompts.special_tokens import special_tokens
+from sinkscope.prompts.tokens import Texts, exact, read_token_ids, vocabulary_size
+
+_PROMPTS, _LENGTH = 16, 256
+
+
+def texts(
+    source: str | Path | Sequence[str],
+    prompts: int | None = None,
+    length: int | None = None,
+    *,
+    bos: str = "auto",
+    padding: str = "right",
+    seed: int = 0,
+    windows: bool | None = None,
+    key: str = "text",
+) -> TextSource | Texts:
+    """A recipe for prompts from text.
+
+    Args:
+        source: "prose" (the Python manual's topics) or "code" (the standard library), which every
+            Python installation carries; a text file; a ``.jsonl`` file of objects; a ``.json`` file
+            of exact token ids; a Hugging Face data set as "hf:owner/name:split" or
+            "hf:owner/name:config:split"; or a list of strings, one prompt each.
+        prompts: how many prompts. Default: 16; of a list of strings, all.
+        length: tokens of each prompt, special tokens included. Default: 256; for a list of strings,
+            each one's own.
+        bos: what stands in front. "auto": what the model's own tokenizer does by itself;
+            "always": the BOS token (for BERT, [CLS]) even where the tokenizer leaves it out;
+            "never": nothing; "random": an ordinary token, drawn anew for each prompt, wherever
+            "always" puts a special one. The first two keep the tokenizer's own closing tokens
+            (BERT's [SEP]).
+        padding: side on which shorter prompts are padded, "right" or "left".
+        seed: what the places in the text are drawn with.
+        windows: True cuts windows of equal length, without overlap, from distinct places of the
+            documents laid end to end. False takes one prompt a document from its beginning, cut
+            at `length` where it is longer. Default: True, but a list of strings is one prompt each.
+        key: name of the text in the objects of a ``.jsonl`` file or the rows of a data set.
+
+    Returns:
+        A recipe with ``.tokenize(model)``; for exact token ids, the `Texts` themselves.
+
+    Raises:
+        TextError: an unknown source, a file that cannot be read, an empty text.
+
+    Example:
+        >>> texts("prose", prompts=4, length=128, bos="never").name
+        'prose'
+    """
+    if isinstance(source, str | Path):
+        if Path(source).suffix == ".json":
+            return _exact(
+                source, prompts=prompts, length=length, bos=None if bos == "auto" else bos
+            )
+        documents, name = _documents(source, key, seed)
+        windows, exact = windows is None or windows, False
+    else:
+        documents, name = _strings(source)
+        windows, exact = bool(windows), windows is None and length is not None
+    if windows or isinstance(source, str | Path):
+        prompts = _PROMPTS if prompts is None else prompts
+        length = _LENGTH if length is None else length
+    common: dict[str, Any] = dict(
+        name=name, prompts=prompts, length=length, bos=bos, padding=padding, seed=seed
+    )
+    if windows:
+        return Windows(documents=documents, **common)
+    return OwnLength(documents=documents, exact=exact, **common)
+
+
+def random_tokens(
+    prompts: int = _PROMPTS, length: int = _LENGTH, *, bos: str = "never", seed: int = 0
+) -> TextSource:
+    """Prompts of ordinary tokens drawn evenly from the vocabulary.
+
+    No BOS by default: the question these answer (Gu et al. 2024, section 3) is whether a sink needs
+    text, or a special token, at all.
+    """
+    return RandomTokens(name="random tokens", prompts=prompts, length=length, bos=bos, seed=seed)
+
+
+def repeated_tokens(
+    token: int | str | None = None,
+    prompts: int = _PROMPTS,
+    length: int = _LENGTH,
+    *,
+    bos: str = "never",
+    seed: int = 0,
+) -> TextSource:
+    """Prompts of one token over and over.
+
+    Under rotary, relative or no positions all hidden states of such a prompt are equal, so that no
+    position can become a sink (Gu et al. 2024, proposition 1); a BOS token would break that, so
+    none is put in front by default.
+
+    Args:
+        token: id, or text that is one token; None draws another token for each prompt.
+        prompts: how many prompts.
+        length: tokens of each prompt.
+        bos: see `texts`.
+        seed: what tokens are drawn with.
+    """
+    return RepeatedTokens(
+        name="repeated token", prompts=prompts, length=length, bos=bos, seed=seed, token=token
+    )
+
+
+def as_texts(value: Any) -> TextSource | Texts:
+    """Whatever a user may pass to a scan, as something with ``.tokenize(model)``.
+
+    Args:
+        value: a recipe, `Texts`, the first argument of `texts`, or exact ids as for `token_ids`.
+    """
+    if isinstance(value, TextSource | Texts):
+        return value
+    if isinstance(value, str | Path):
+        return texts(value)
+    array = Tensor | np.ndarray
+    whole = isinstance(value, array) or (isinstance(value, Mapping) and "input_ids" in value)
+    rows = isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple | array)
+    return exact(value, None, "token ids") if whole or rows else texts(_checked(value))
+
+
+def _documents(source: str | Path, key: str, seed: int) -> tuple[Callable[[], Iterator[str]], str]:
+    """How to read the documents of a named source, and what to call it."""
+    if isinstance(source, str) and source in DOMAINS:
+        return functools.partial(DOMAINS[source], seed), source
+    if isinstance(source, str) and source.startswith("hf:"):
+        return functools.partial(data_set, source.removeprefix("hf:"), key, seed), source
+    path = Path(source)
+    if not path.is_file():
+        raise TextError(_unknown(source))
+    if path.suffix == ".jsonl":
+        return functools.partial(json_lines, path, key), path.name
+    return functools.partial(text_file, path), path.name
+
+
+def _checked(source: Any) -> Sequence[str]:
+    """The source, if it is a list of strings."""
+    if not isinstance(source, list | tuple) or not all(isinstance(text, str) for text in source):
+        raise TextError(
+            "Texts are given as the name of a source, a path or a list of strings, not "
+            f"{type(source).__name__}; for token ids use token_ids(...)."
+        )
+    return source
+
+
+def _strings(source: Sequence[str]) -> tuple[Callable[[], Iterator[str]], str]:
+    strings = tuple(_checked(source))
+    empty = [index for index, text in enumerate(strings) if not text.strip()]
+    if not strings or empty:
+        which = f"text {empty[0]} of {len(strings)} is empty" if empty else "the list is empty"
+        raise TextError(f"There is no text to measure: {which}.")
+    return lambda: iter(strings), "strings"
+
+
+def _exact(path: str | Path, **given: Any) -> Texts:
+    """The ids of a ``.json`` file, and no option that would change them."""
+    if not Path(path).is_file():
+        raise TextError(_unknown(path))
+    if useless := [name for name, value in given.items() if value is not None]:
+        raise TextError(
+            f"{path} holds exact token ids, which are used as they are; leave out "
+            f"{', '.join(useless)}."
+        )
+    return read_token_ids(path)
+
+
+def _unknown(source: str | Path) -> str:
+    if isinstance(source, Path) or "/" in source or Path(source).suffix:
+        return f"There is no text file {str(source)!r}."
+    close = difflib.get_close_matches(source, DOMAINS, n=1)
+    packaged = f"the packaged ones are {' and '.join(DOMAINS)}."
+    hint = f"did you mean {close[0]!r}?" if close else packaged
+    return (
+        f"There is no text source or file named {source!r}; {hint} To measure that text itself, "
+        "put it into a file and name that (in Python, a list of strings does too)."
+    )
+
+
+# --- One long text as token ids, longer than any context.
+
+
+def long_text(model: Any, source: Any, tokens: int, *, bos: str = "auto", seed: int = 0) -> Texts:
+    """The first tokens of a text that may be longer than the model's context.
+
+    Args:
+        model: A bridge.
+        source: What `texts()` takes, read from its beginning without a gap; or exact `token_ids`,
+            of which the first prompt is taken.
+        tokens: How many, special ones in front included.
+        bos: See `texts`; `token_ids` are taken as they are.
+        seed: Of the order of documents, and of the first token where `bos` is "random".
+
+    Raises:
+        TextError: If the text is shorter, or the model has no tokenizer to read it with.
+    """
+    given = isinstance(source, str | Path | list | tuple)
+    recipe = texts(source, bos=bos, seed=seed) if given else source
+    if isinstance(recipe, Texts):
+        ids = recipe.right_padded().tokens[0, : int(recipe.lengths[0])]
+        return _texts(model, ids, tokens, recipe.bos, recipe.source)
+    if not isinstance(recipe, Windows | OwnLength):
+        raise TextError("A long text should be text or token ids, not a recipe for random tokens.")
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise TextError("This model has no tokenizer; pass exact ids with token_ids(...).")
+    special = special_tokens(tokenizer, recipe.bos, vocabulary_size(model))
+    ids = special.around([], random.Random(seed))[: len(special.prefix)]
+    for document in recipe.documents():
+        if len(ids) >= tokens:
+            break
+        ids += tokenizer(document + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+    return _texts(model, torch.tensor(ids), tokens, special.label, recipe.name)
+
+
+def _texts(model: Any, ids: Int[Tensor, "position"], tokens: int, bos: str, name: str) -> Texts:
+    size = vocabulary_size(model)
+    if len(ids) < tokens:
+        raise TextError(
+            f"{name} has {len(ids)} tokens, fewer than the {tokens} asked for; ask for that many, "
+            "or give a longer text."
+        )
+    if size is not None and not bool(((ids >= 0) & (ids < size)).all()):
+        raise TextError(f"Token ids should lie in this model's vocabulary, 0 to {size - 1}.")
+    ids = ids[None, :tokens].long()
+    return Texts(ids, torch.ones_like(ids, dtype=torch.bool), bos=bos, source=name)

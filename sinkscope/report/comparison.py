@@ -1,0 +1,210 @@
+"""Two reports of the same prompts side by side: before and after an intervention, or two models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sinkscope.errors import ReportError
+from sinkscope.output import number, printable
+from sinkscope.report.labelled import coordinate, to_numpy
+from sinkscope.report.report import SinkReport
+from sinkscope.statistics import Interval, bootstrap
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_UNCHANGED = "No figure changed."
+
+
+def compare(before: SinkReport, after: SinkReport) -> Comparison:
+    """Set two reports of the same tokens side by side.
+
+    Args:
+        before: the baseline.
+        after: the same prompts under an intervention, in another dtype, or in another model. Of one
+            with other layers or heads only the figures without those can be compared.
+
+    Raises:
+        ReportError: where one is no report, or the tokens differ, so that prompts cannot be paired.
+    """
+    for report in (before, after):
+        if not isinstance(report, SinkReport):
+            raise ReportError(f"compare() takes two reports of a scan, not {report!r:.80}.")
+    same = before.tokens.shape == after.tokens.shape and bool(
+        (before.mask == after.mask.to(before.mask.device)).all()
+        and (before.tokens == after.tokens.to(before.tokens.device))[before.mask].all()
+    )
+    if not same:
+        raise ReportError(
+            "These reports cannot be compared prompt by prompt because their tokens differ; scan "
+            "the same texts both times."
+        )
+    return Comparison(before, after)
+
+
+def _words(value: Any) -> str:
+    """A setting in words."""
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+
+
+def _place(coordinate: Any) -> str:
+    """A coordinate in words: thresholds are fractions that float32 has rounded."""
+    rounded = hasattr(coordinate, "dtype") and coordinate.dtype.kind == "f"
+    return f"{coordinate:g}" if rounded else printable(str(coordinate))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """What changed from one report to another of the same prompts; made by `compare`.
+
+    Example:
+        >>> with SelfOnlyMask(model, position=255):                     # doctest: +SKIP
+        ...     after = scan(model, texts)
+        >>> compare(report, after).difference("sink_attention").low     # [layer head]
+    """
+
+    before: SinkReport
+    after: SinkReport
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The figures that both reports have, dimension for dimension."""
+        return tuple(
+            name
+            for name, variable in self.before.variables().items()
+            if variable.dims != (name,)
+            and name in self.after.measured()
+            and name in self.before.measured()
+            and self.before[name].is_floating_point()
+            and self.before[name].shape == self.after[name].shape
+        )
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The figures that both reports have, of different sizes."""
+        return tuple(
+            name
+            for name in self.before.measured()
+            if name in self.after.measured() and self.before[name].shape != self.after[name].shape
+        )
+
+    @property
+    def changed_settings(self) -> dict[str, tuple[Any, Any]]:
+        """The settings that differ, with their values before and after."""
+        before, after = self.before.settings.to_dict(), self.after.settings.to_dict()
+        return {k: (before[k], after[k]) for k in before if before[k] != after[k]}
+
+    def difference(
+        self, name: str, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    ) -> Interval:
+        """After less before: mean over prompts with its bootstrap interval over paired prompts.
+
+        Returns:
+            (mean, low, high) with the field's dimensions but the prompt. A field that is a mean
+            over prompts already has no interval: its low and high are nan.
+
+        Raises:
+            ReportError: a figure that one of the reports lacks, or that has other sizes in it.
+        """
+        before, after = self._pair(name)
+        if "prompt" in self.before.variables()[name].dims:
+            return bootstrap(after - before, level, resamples, seed)
+        nothing = torch.full_like(before, torch.nan)
+        return Interval(after - before, nothing, nothing)
+
+    def to_frame(self, name: str, level: float = 0.95) -> pd.DataFrame:
+        """A tidy frame of one figure: its dimensions but the prompt, before, after, difference.
+
+        Returns:
+            Columns "before [unit]", "after [unit]", "difference [unit]", "low [unit]" and
+            "high [unit]", the last two the ends of the difference's interval.
+        """
+        import numpy as np
+        import pandas as pd
+
+        difference = self.difference(name, level)
+        variable = self.before.variables()[name]
+        dims = [dim for dim in variable.dims if dim != "prompt"]
+        grid = np.indices(tuple(difference.mean.shape))
+        columns = {
+            dim: coordinate(self.before, dim)[index.ravel()]
+            for dim, index in zip(dims, grid, strict=True)
+        }
+        figures = {
+            "before": self.before.mean(name),
+            "after": self.after.mean(name),
+            "difference": difference.mean,
+            "low": difference.low,
+            "high": difference.high,
+        }
+        for title, figure in figures.items():
+            columns[f"{title} [{variable.unit}]"] = to_numpy(figure).ravel()
+        return pd.DataFrame(columns)
+
+    def __repr__(self) -> str:
+        from sinkscope.output import table_as_text
+
+        columns, rows = self._table()
+        table = table_as_text(columns, rows) if rows else _UNCHANGED
+        return "\n".join(filter(None, [self._title(), table, self._note()]))
+
+    def _repr_html_(self) -> str:
+        import html
+
+        from sinkscope.output import table_as_html
+
+        columns, rows = self._table()
+        table = table_as_html(columns, rows) if rows else f"<div>{_UNCHANGED}</div>"
+        note = f"<div>{html.escape(self._note())}</div>" if self._note() else ""
+        return f"<strong>{html.escape(self._title())}</strong>{table}{note}"
+
+    def _title(self) -> str:
+        model = printable(self.before.settings.model)
+        changed = ", ".join(
+            f"{name}: {printable(_words(old))} → {printable(_words(new))}"
+            for name, (old, new) in self.changed_settings.items()
+        )
+        return f"Before and after, {model}" + (f" ({changed})" if changed else "")
+
+    def _note(self) -> str:
+        """What is not in the table and why, or nothing."""
+        names = ", ".join(self.left_out)
+        return f"Left out, since their sizes differ: {names}." if names else ""
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        """Each figure that changed: its mean over everything, and where it changed most."""
+        rows = []
+        for name in self.names:
+            before, after = self._pair(name)
+            change = self.after.mean(name).to(before.device) - self.before.mean(name)
+            defined = change.isfinite()
+            if not (change[defined] != 0).any():
+                continue
+            top = int(torch.where(defined, change.abs(), -1).argmax())
+            place = torch.unravel_index(torch.tensor(top), change.shape)
+            dims = [dim for dim in self.before.variables()[name].dims if dim != "prompt"]
+            where = ", ".join(
+                f"{dim} {_place(coordinate(self.before, dim)[int(i)])}"
+                for dim, i in zip(dims, place, strict=True)
+            )
+            rows.append(
+                [
+                    self.before.variables()[name].label,
+                    number(float(before[before.isfinite()].mean())),
+                    number(float(after[after.isfinite()].mean())),
+                    f"{number(float(change.flatten()[top]))} at {where}",
+                ]
+            )
+        return ["figure", "mean before", "mean after", "largest change"], rows
+
+    def _pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        before, after = self.before[name], self.after[name]
+        if before.shape != after.shape:
+            raise ReportError(
+                f"{name} cannot be compared: it has the shape {tuple(before.shape)} before and "
+                f"{tuple(after.shape)} after."
+            )
+        return before.float(), after.float().to(before.device)

@@ -1,0 +1,101 @@
+"""Two reports of different prompts as one, exactly as if their prompts had been scanned together.
+
+What a field needs follows from its dimensions: one with prompts is laid end to end; a mean over
+prompts is weighted by how many prompts it was taken over, position by position; counts add up; what
+has nothing to do with prompts must agree.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sinkscope.errors import ReportError
+from sinkscope.report.labelled import Labelled, Variable
+
+# Dimensions along which the reports of shorter and longer prompts may differ in size.
+_GROWING = ("position", "bucket")
+
+
+def merged_fields(one: Labelled, other: Labelled) -> dict[str, Any]:
+    """Every tensor field of the two, merged.
+
+    Raises:
+        ReportError: a field that only one of them measured, or sizes that do not fit.
+    """
+    _check_sizes(one, other)
+    variables = one.variables()
+    weights = {variable.weight for variable in variables.values()} - {None}
+    fields: dict[str, Any] = {}
+    for name, variable in variables.items():
+        pair = getattr(one, name), getattr(other, name)
+        if pair[0] is None and pair[1] is None:
+            continue
+        if pair[0] is None or pair[1] is None:
+            raise ReportError(
+                f"These reports cannot be merged because only one of them has {name}; scan both "
+                "with the same metrics."
+            )
+        if "prompt" in variable.dims:
+            fields[name] = torch.cat(_equally_long(variable, *pair))
+        elif variable.weight is not None:
+            counts = _equally_long(variables[variable.weight], *_counts(one, other, variable))
+            fields[name] = _weighted(_equally_long(variable, *pair), counts)
+        elif name in weights:
+            fields[name] = torch.stack(_equally_long(variable, *pair)).sum(0)
+        else:
+            fields[name] = _agreed(name, *pair)
+    return fields
+
+
+def _check_sizes(one: Labelled, other: Labelled) -> None:
+    for dim, size in one.sizes.items():
+        theirs = other.sizes.get(dim, size)
+        if dim not in ("prompt", "entry", *_GROWING) and theirs != size:
+            raise ReportError(
+                f"These reports cannot be merged because one has {size} and the other {theirs} "
+                f"along {dim}."
+            )
+
+
+def _counts(one: Labelled, other: Labelled, variable: Variable) -> tuple[Tensor, Tensor]:
+    """Over how many prompts each report's mean was taken."""
+    assert variable.weight is not None
+    counts = getattr(one, variable.weight), getattr(other, variable.weight)
+    if counts[0] is None or counts[1] is None:
+        raise ReportError(
+            f"These reports cannot be merged because {variable.weight}, which weights "
+            f"{variable.name}, is missing."
+        )
+    return counts
+
+
+def _equally_long(variable: Variable, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors on one device, the shorter filled up at its end with "not there"."""
+    other = other.to(one.device)
+    if not variable.dims or variable.dims[-1] not in _GROWING:
+        return one, other
+    size = max(one.shape[-1], other.shape[-1])
+    fill = torch.nan if one.is_floating_point() else 0
+    return (
+        pad(one, (0, size - one.shape[-1]), value=fill),
+        pad(other, (0, size - other.shape[-1]), value=fill),
+    )
+
+
+def _weighted(means: tuple[Tensor, Tensor], counts: tuple[Tensor, Tensor]) -> Tensor:
+    one, other = (count.to(means[0].device) for count in counts)
+    first = torch.where(one > 0, means[0].double() * one, 0)
+    second = torch.where(other > 0, means[1].double() * other, 0)
+    return ((first + second) / (one + other)).to(means[0].dtype)
+
+
+def _agreed(name: str, one: Tensor, other: Tensor) -> Tensor:
+    """What both have: equal, or a coordinate of which one is the beginning of the other."""
+    shared = min(one.shape[-1], other.shape[-1])
+    if not torch.equal(one[..., :shared], other[..., :shared].to(one.device)):
+        raise ReportError(f"These reports cannot be merged because their {name} differs.")
+    return one if one.shape[-1] >= other.shape[-1] else other.to(one.device)

@@ -1,0 +1,248 @@
+"""What a report is asked: means with intervals; the heads, dims and tokens that stand out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sinkscope.errors import ReportError
+from sinkscope.output import plain
+from sinkscope.report.fields import SinkFields, metric_of
+from sinkscope.report.labelled import to_numpy
+from sinkscope.statistics import Interval, bootstrap, mean_over_prompts
+
+_BESIDE = ("honor", "attention_entropy", "sink_logit_gap")
+_PER_HEAD = ("prompt", "layer", "head")
+
+
+class SinkQuantities(SinkFields):
+    """The fields of a scan, with what follows from them."""
+
+    # -- over prompts ----------------------------------------------------------------------------
+
+    def mean(self, name: str) -> Tensor:
+        """Mean of a field over the prompts that define it; what has no prompts is given as it is.
+
+        Raises:
+            ReportError: a field that is unknown or was not measured.
+        """
+        figures = self[name]
+        if "prompt" not in self.variables()[name].dims:
+            return figures
+        return mean_over_prompts(figures if figures.is_floating_point() else figures.float())
+
+    def interval(
+        self, name: str, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    ) -> Interval:
+        """Mean over prompts with its bootstrap interval.
+
+        Args:
+            name: a field with a prompt dimension.
+            level: probability between the ends.
+            resamples: how many times the prompts are drawn anew.
+            seed: of the draws.
+
+        Returns:
+            (mean, low, high), each with the field's dimensions but the prompt.
+
+        Raises:
+            ReportError: a field that was not measured or is a mean over prompts already.
+        """
+        figures = self[name]
+        if "prompt" not in self.variables()[name].dims:
+            raise ReportError(
+                f"{name} is kept as a mean over prompts, so there is no interval to give; fields "
+                "with a prompt dimension have one, such as sink_attention."
+            )
+        figures = figures if figures.is_floating_point() else figures.float()
+        return bootstrap(figures, level, resamples, seed)
+
+    # -- heads, dims, tokens ---------------------------------------------------------------------
+
+    def top_heads(self, n: int = 10, by: str = "sink_attention") -> list[dict[str, Any]]:
+        """The heads with the largest mean of a field, strongest first.
+
+        Args:
+            n: how many.
+            by: a field with the dimensions prompt, layer and head.
+
+        Returns:
+            Records of layer, head, the field's mean with the low and high ends of its 95 %
+            interval, and what else was measured of: honor, attention_entropy, sink_logit_gap,
+            value_drain (of the head's kv_head).
+        """
+        mean, low, high = (end.cpu() for end in self.interval(by))
+        if self.variables()[by].dims != _PER_HEAD:
+            raise ReportError(
+                f"Heads are ranked by a field with the dimensions {' '.join(_PER_HEAD)}, and {by} "
+                f"has {' '.join(self.variables()[by].dims)}."
+            )
+        beside = {name: self.mean(name).cpu() for name in _BESIDE if name in self.measured()}
+        drain = None if self.value_drain is None else self.mean("value_drain").cpu()
+        heads = mean.shape[1]
+        records = []
+        for index in mean.flatten().nan_to_num(-torch.inf).argsort(descending=True)[:n].tolist():
+            layer, head = divmod(index, heads)
+            record = {"layer": layer, "head": head, by: float(mean[layer, head])}
+            record |= {"low": float(low[layer, head]), "high": float(high[layer, head])}
+            record |= {
+                name: float(means[layer, head]) for name, means in beside.items() if name != by
+            }
+            if drain is not None:
+                kv_head = head * drain.shape[1] // heads  # query heads share a kv_head in order
+                record["value_drain"] = float(drain[layer, kv_head])
+            records.append(record)
+        return records
+
+    def massive_activations(self) -> list[dict[str, Any]]:
+        """The massive activations as records of prompt, layer, position, dim, value and ratio."""
+        if self.massive is None:
+            raise ReportError(self._not_measured("massive"))
+        names = self.massive.measured("entry")
+        columns = [self.massive[name].tolist() for name in names]
+        return [dict(zip(names, entry, strict=True)) for entry in zip(*columns, strict=True)]
+
+    def nonmixture_dims(
+        self, over_median: float = 100.0, over_mixed: float = 10.0, share: float = 0.5
+    ) -> list[dict[str, Any]]:
+        """FFN-output dims in which the sink stands out from dims and from positions.
+
+        Operational, ours: the seed paper's rule (Yan et al. 2024) is not public. The rule for one
+        prompt is `sinkscope.metrics.ffn.nonmixture_dims`.
+
+        Args:
+            over_median: |x| at the sink over the median |x| over dims has to exceed this.
+            over_mixed: |x| at the sink over the largest |x| of any mixed position, likewise.
+            share: in at least this share of prompts.
+
+        Returns:
+            Records of layer, dim, value (mean over prompts), over_median, over_mixed (means) and
+            share, largest |value| first.
+        """
+        from sinkscope.metrics.ffn import nonmixture_dims as stands_out
+
+        x, mixed = self["ffn_sink"], self["ffn_mixed_max"]
+        median = self["ffn_sink_median"]
+        shares = stands_out(x, mixed, median, over_median, over_mixed).float().mean(0)
+        means = {
+            "value": mean_over_prompts(x),
+            "over_median": mean_over_prompts(x.abs() / median[..., None]),
+            "over_mixed": mean_over_prompts(x.abs() / mixed),
+            "share": shares,
+        }
+        found = (shares >= share) & (shares > 0)
+        layers, dims = (index.tolist() for index in found.nonzero(as_tuple=True))
+        columns = {name: figures[found].tolist() for name, figures in means.items()}
+        records = [
+            {"layer": layer, "dim": dim} | {name: column[row] for name, column in columns.items()}
+            for row, (layer, dim) in enumerate(zip(layers, dims, strict=True))
+        ]
+        return sorted(records, key=lambda record: -abs(record["value"]))
+
+    def inactivity_scores(self) -> dict[str, Float[Tensor, "prompt layer head"]]:
+        """The thirteen scores of Sandoval-Segura et al. 2025 by name, among them HONOR (AHON-LN).
+
+        `sinkscope.metrics.heads.INACTIVE_IF` says which side of a threshold is inactive.
+        """
+        from sinkscope.metrics.heads import inactivity_scores
+
+        return inactivity_scores(
+            first_token_attention=self["first_token_attention"],
+            attention_entropy=self["attention_entropy"],
+            first_value_norm=self["first_value_norm"],
+            mean_value_norm=self["mean_value_norm"],
+            last_output_norm=self["last_output_norm"],
+            head_output_norm=self["head_output_norm"],
+        )
+
+    def sink_rate_at(self, epsilon: float) -> float:
+        """Gu's sink rate of the first sink at any ε: share of (prompt, layer, head) above it.
+
+        Exact for every ε, because `sink_importance` keeps prompts, layers and heads [share].
+        """
+        importance = self["sink_importance"]
+        defined = ~importance.isnan()
+        return float(((importance > epsilon) & defined).sum() / defined.sum())
+
+    def token_mask(
+        self, residual_ratio: float = 10.0, attention: float = 0.3
+    ) -> Bool[Tensor, "prompt position"]:
+        """Sink and outlier tokens, to leave out when training SAEs or probes, or to quantise apart.
+
+        A token is marked if it is a sink, that is, its received attention averaged over all layers
+        and heads exceeds `attention`; or an outlier, that is, after some layer the norm of its
+        residual state exceeds `residual_ratio` times that layer's median. What was not measured
+        does not mark. Position 0 is not marked for being first, and padding never is.
+
+        Args:
+            residual_ratio: threshold of `residual_outlier`.
+            attention: threshold of `received_peak`.
+
+        Raises:
+            ReportError: where neither was measured.
+        """
+        if self.received_peak is None and self.residual_outlier is None:
+            self._require("received_peak")
+        marked = torch.zeros_like(self.mask)
+        if self.received_peak is not None:
+            marked |= (self.received_peak > attention).to(marked.device)
+        if self.residual_outlier is not None:
+            marked |= (self.residual_outlier > residual_ratio).to(marked.device)
+        return marked & self.mask
+
+    def _not_measured(self, name: str) -> str:
+        metric = metric_of(name)
+        if metric is None or metric in self.settings.metrics:
+            return f"{name} was not measured: it does not exist for this model."
+        return (
+            f"{name} was not measured: scan again with the metric {metric!r} among metrics= "
+            f"(this scan had {', '.join(self.settings.metrics) or 'none'})."
+        )
+
+
+# --- A report as plain values: what ``sinkscope scan --json`` prints.
+
+# Raw material of nonmixture_dims, which stands for them: a number for every prompt, layer and dim.
+_LEFT_OUT = ("ffn_sink", "ffn_mixed_max", "ffn_sink_median")
+
+
+def plain_report(report: SinkQuantities) -> dict[str, Any]:
+    """Every measured field as nested lists, by name.
+
+    `sink_attention` keeps its prompts and so do fields about single tokens, such as `tokens`; other
+    fields are means over prompts. `massive_activations` and `nonmixture_dims` are lists of records.
+    A field that was not measured is left out; nan and inf, which JSON has not, are None.
+    """
+    values: dict[str, Any] = {"settings": report.settings.to_dict()}
+    if report.token_text is not None:
+        values["token_text"] = report.token_text
+    for name in report.measured():
+        if name in _LEFT_OUT:
+            continue
+        dims = report.variables()[name].dims
+        whole = name == "sink_attention" or "position" in dims or "prompt" not in dims
+        values[name] = nested(report[name] if whole else report.mean(name))
+    if report.massive is not None:
+        values["massive_activations"] = plain(report.massive_activations())
+    if report.ffn_sink is not None:
+        values["nonmixture_dims"] = plain(report.nonmixture_dims())
+    return values
+
+
+def nested(tensor: Tensor) -> list[Any]:
+    """The tensor as nested lists of plain numbers: each the shortest that reads back the same."""
+    figures = to_numpy(tensor)
+    if figures.dtype.kind != "f":
+        return figures.tolist()
+    flat = [
+        float(text) if math.isfinite(figure) else None
+        for text, figure in zip(figures.ravel().astype(str), figures.ravel(), strict=True)
+    ]
+    boxed = np.empty(figures.shape, dtype=object)
+    boxed[...] = np.array(flat, dtype=object).reshape(figures.shape)
+    return boxed.tolist()

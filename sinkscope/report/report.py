@@ -1,0 +1,160 @@
+"""The result of a scan, and what one asks of it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkscope.errors import ReportError
+from sinkscope.report.quantities import SinkQuantities
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+_PAGE = "sinkscope.html.report_page"
+"""The module that draws a report as a page, found by name: drawing stands above what it draws."""
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class SinkReport(SinkQuantities):
+    """Everything one scan measured: named tensors, with units and provenance.
+
+    Attributes are tensors on the scan's device, or None where the scan did not measure them; the
+    list is in `sinkscope.report.fields`. Values that are cheap to keep for every prompt have a
+    prompt dimension, so that `interval` can say how sure their mean is; the others are means over
+    prompts, and `prompts_at` (for positions), `prompts_with_sink_at` (for `cosine_to_sink`) and
+    `prompts_in_bucket` say over how many. A figure that a prompt does not define (a mean over the
+    queries after the sink, where there is none) is nan.
+
+    Example:
+        >>> report = scan(model, texts("prose"))                        # doctest: +SKIP
+        >>> report.sink_attention                                       # [prompt layer head]
+        >>> report.interval("sink_attention").low                       # [layer head]
+        >>> report.to_frame("sink_attention", "honor")
+        >>> report.save("prose.nc")
+    """
+
+    # -- as tables and files ---------------------------------------------------------------------
+
+    def to_frame(self, *names: str) -> pd.DataFrame:
+        """A tidy frame: one row an observation, one column a dimension, then one a field.
+
+        Args:
+            names: fields of equal dimensions, or "massive" for the massive activations.
+
+        Returns:
+            Columns named by dimension and by field with unit, such as "sink_attention
+            [probability]". Rows of single tokens also have the token's text, and none is padding.
+
+        Raises:
+            ReportError: a field that is unknown or was not measured, or dimensions that differ.
+        """
+        frame = super().to_frame(*names)
+        if not {"prompt", "position"} <= set(frame):
+            return frame
+        real = self.mask.cpu().numpy()[frame["prompt"], frame["position"]]
+        frame = frame.loc[real].reset_index(drop=True)
+        if self.token_text is not None:
+            places = zip(frame["prompt"], frame["position"], strict=True)
+            column = list(frame).index("position") + 1
+            frame.insert(column, "token", [self.token_text[p][i] for p, i in places])
+        return frame
+
+    def to_xarray(self) -> xr.Dataset:
+        """Every measured field as an xarray Dataset.
+
+        Variables have their dimensions, ``units`` and ``about``; the tokens' text is a coordinate
+        [prompt position], "" where padded; the settings are attributes.
+        """
+        dataset = super().to_xarray()
+        settings = self.settings.to_dict()
+        versions = settings.pop("versions")
+        dataset.attrs = {
+            name: value if type(value) in (str, int, float) else json.dumps(value)
+            for name, value in settings.items()
+        } | {f"version_{library}": version for library, version in versions.items()}
+        if self.token_text is None:
+            return dataset
+        positions = self.mask.shape[1]
+        padded = [[*row, *[""] * (positions - len(row))] for row in self.token_text]
+        return dataset.assign_coords(token=(("prompt", "position"), padded))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report to a ``.nc`` (netCDF 4) file, all of it or nothing; see `load_report`.
+
+        Raises:
+            ReportError: another suffix, or a path that cannot be written.
+        """
+        from sinkscope.report.netcdf import save
+
+        return save(self, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values as JSON knows them; see `quantities.plain_report`."""
+        from sinkscope.report.quantities import plain_report
+
+        return plain_report(self)
+
+    def to_json(self) -> str:
+        """One JSON object of all figures; nan and inf are null."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    def to_html(self) -> str:
+        """One interactive page with everything inside: no kernel, no request, no other file."""
+        return importlib.import_module(_PAGE).to_html(self)
+
+    def merge(self, other: SinkReport) -> SinkReport:
+        """The report of both reports' prompts, as if they had been scanned together.
+
+        Prompts are laid end to end; means over prompts are weighted by how many they are over.
+        Prompts of the two may differ in length.
+
+        Raises:
+            ReportError: where a setting that changes the meaning of the figures differs (the
+                sentence names the first), only one report has a field, or `other` is no report.
+        """
+        from sinkscope.report.merge import merged_fields
+
+        if not isinstance(other, SinkReport):
+            raise ReportError(f"merge() takes a report of a scan, not {other!r:.80}.")
+        settings = self.settings.merge(other.settings)
+        if (self.massive is None) != (other.massive is None):
+            raise ReportError(
+                "These reports cannot be merged because only one of them has massive; scan both "
+                "with the same metrics."
+            )
+        massive, text = self.massive, None
+        if self.massive is not None and other.massive is not None:
+            massive = self.massive.followed_by(other.massive, prompts=self.sizes["prompt"])
+        if self.token_text is not None and other.token_text is not None:
+            text = [*self.token_text, *other.token_text]
+        return SinkReport(
+            settings=settings, token_text=text, massive=massive, **merged_fields(self, other)
+        )
+
+    # -- for people ------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        from sinkscope.report.summary import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from sinkscope.report.summary import as_html
+
+        return as_html(self)
+
+
+def load_report(path: str | Path) -> SinkReport:
+    """Read a report that `SinkReport.save` wrote; its tensors are on the CPU.
+
+    Raises:
+        ReportError: a file that is missing, damaged, of another kind, or from a newer sinkscope.
+    """
+    from sinkscope.report.netcdf import load
+
+    return load(SinkReport, path)

@@ -1,0 +1,293 @@
+"""A report at a glance, for the terminal and for a notebook: the same facts in both."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections import Counter, defaultdict
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from sinkscope.output import (
+    UNDEFINED,
+    and_more,
+    facts_as_html,
+    facts_as_text,
+    number,
+    printable,
+    table_as_html,
+    table_as_text,
+)
+from sinkscope.report.quantities import SinkQuantities
+from sinkscope.statistics import bootstrap
+
+# --- The sentences of a report's summary, one function each; None where there is nothing to say.
+
+# From this ratio on a residual state is called a peak, and the layer where the mean over prompts
+# first passes it is said to write the peak. Published sinks lie between 10 and 1000.
+PEAK = 10.0
+
+_SHOWN = 5  # dims, tokens, layers named in one sentence
+
+
+def model(report: SinkQuantities) -> str:
+    """Architecture and sizes."""
+    s = report.settings
+    heads = f"{s.n_layers} layers × {s.n_heads} heads"
+    shared = f" ({s.n_kv_heads} KV heads)" if s.n_kv_heads != s.n_heads else ""
+    under = f", under {printable(' and '.join(s.interventions))}" if s.interventions else ""
+    return f"{printable(s.architecture)}, {heads}{shared}, {s.dtype}{under}"
+
+
+def text(report: SinkQuantities) -> str:
+    """Where the tokens came from, how many, and the BOS policy."""
+    lengths = report.mask.sum(1)
+    low, high = int(lengths.min()), int(lengths.max())
+    length = str(high) if low == high else f"{low} to {high}"
+    prompts = "1 prompt" if len(lengths) == 1 else f"{len(lengths)} prompts"
+    source = printable(report.settings.source)
+    return f"{source}, {prompts} of {length} tokens, BOS {printable(report.settings.bos)}"
+
+
+def sinks(report: SinkQuantities) -> str:
+    """Which positions, which tokens, and how much attention they get beside uniform attention."""
+    parts = [f"{_positions(report)}{_sink_tokens(report)}"]
+    if report.sink_attention is not None and not report.sink_attention.isnan().all():
+        per_prompt = report.sink_attention.float().nanmean((1, 2))
+        mean, low, high = (float(end) for end in bootstrap(per_prompt))
+        interval = "" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]"
+        without = int((~report.sink_mask).all(1).sum())
+        over = f" over the {len(per_prompt) - without} prompts with a sink" if without else ""
+        parts.append(f"mean attention {mean:.3f}{interval}{over}")
+        parts.append(f"uniform attention would give {number(uniform(report))}")
+    return "; ".join(parts)
+
+
+def sink_heads(report: SinkQuantities) -> str | None:
+    """How many heads are sink heads on average, and Gu's sink rate."""
+    if report.sink_importance is None:
+        return None
+    epsilon = report.settings.epsilon
+    mean = report.mean("sink_importance")
+    above = int((mean > epsilon).sum())
+    rate = report.sink_rate_at(epsilon)
+    return (
+        f"{above} of {mean.numel()} have mean importance above ε = {epsilon:g}; sink rate "
+        f"{100 * rate:.1f} %"
+    )
+
+
+def value_drain(report: SinkQuantities) -> str | None:
+    """The sink's value norm beside the others'."""
+    if report.value_drain is None:
+        return None
+    drain = report.mean("value_drain")
+    if bool(drain.isnan().all()):
+        return None
+    low = int(drain.nan_to_num(torch.inf).argmin())
+    layer, kv_head = divmod(low, drain.shape[1])
+    return (
+        f"the sink's value norm is {number(float(drain.nanmedian()))} × the others' (median); "
+        f"least {number(float(drain[layer, kv_head]))} × in layer {layer}, KV head {kv_head}"
+    )
+
+
+def residual_peak(report: SinkQuantities) -> str | None:
+    """Where the residual peak is largest, and the layer that first writes it."""
+    if report.residual_peak is None:
+        return None
+    peak = report.mean("residual_peak")
+    if bool(peak.isnan().all()):
+        return None
+    top = int(peak.nan_to_num(-torch.inf).argmax())
+    largest = f"{number(float(peak[top]))} × the median of the others after layer {top}"
+    over = (peak > PEAK).nonzero()
+    if len(over) == 0:
+        return f"none above {PEAK:g} ×; largest {largest}"
+    return f"{largest}; first above {PEAK:g} × after layer {int(over[0])}"
+
+
+def massive_dims(report: SinkQuantities) -> str | None:
+    """The dims that hold massive activations, largest first, and the layers where they do."""
+    if report.massive is None:
+        return None
+    layers: dict[int, set[int]] = defaultdict(set)
+    largest: dict[int, float] = {}
+    for entry in report.massive_activations():
+        dim, value = entry["dim"], entry["value"]
+        layers[dim].add(entry["layer"])
+        if abs(value) > abs(largest.get(dim, 0)):
+            largest[dim] = value
+    if not largest:
+        return "none"
+    dims = sorted(largest, key=lambda dim: -abs(largest[dim]))
+    shown = [f"{d} ({number(largest[d])}, {_runs(layers[d])})" for d in dims[:_SHOWN]]
+    return and_more(shown, len(dims))
+
+
+def nonmixture_dims(report: SinkQuantities) -> str | None:
+    """The non-mixture dims by layer."""
+    if report.ffn_sink is None or report.ffn_mixed_max is None or report.ffn_sink_median is None:
+        return None
+    records = sorted(report.nonmixture_dims(), key=lambda record: record["layer"])
+    if not records:
+        return "none"
+    by_layer = [
+        f"layer {layer}: " + ", ".join(str(record["dim"]) for record in list(group)[:_SHOWN])
+        for layer, group in groupby(records, key=lambda record: record["layer"])
+    ]
+    return and_more(by_layer[:_SHOWN], len(by_layer), "; ")
+
+
+def marked_tokens(report: SinkQuantities) -> str | None:
+    """How many tokens `token_mask` marks, and where most of them are."""
+    if report.received_peak is None and report.residual_outlier is None:
+        return None
+    marked = report.token_mask()
+    found = Counter(marked.nonzero()[:, 1].tolist())
+    real = f"{int(report.mask.sum()):,}"
+    if not found:
+        return f"token_mask() marks none of {real} tokens as sink or outlier"
+    shown = [f"{position} (×{count})" for position, count in found.most_common(_SHOWN)]
+    return (
+        f"token_mask() marks {found.total()} of {real} tokens as sink or outlier, at "
+        f"positions {and_more(shown, len(found))}"
+    )
+
+
+def provenance(report: SinkQuantities) -> str:
+    """Path, device, seed and versions."""
+    s = report.settings
+    versions = [f"{name} {version}" for name, version in s.versions.items() if version]
+    seed = "" if s.seed is None else f", seed {s.seed}"
+    revision = (
+        f", revision {printable(s.revision.removeprefix('sha256:'))[:12]}" if s.revision else ""
+    )
+    return f"{s.path} path on {s.device}{revision}{seed}; {', '.join(versions)}"
+
+
+def uniform(report: SinkQuantities) -> float:
+    """`sink_attention` if every query spread its attention evenly over the keys that it sees."""
+    from sinkscope.metrics._reduce import sliding_sum
+    from sinkscope.metrics.attention import sink_attention
+    from sinkscope.metrics.positions import reach, visible_keys
+
+    mask, causal = report.mask, report.settings.causal
+    sinks = report.sink_mask.to(mask.device)
+
+    def in_layer(window: int | None) -> torch.Tensor:
+        sinks_seen = sliding_sum(sinks.float(), *reach(causal, window))
+        even = sinks_seen / visible_keys(mask, causal, window)
+        return sink_attention(even[:, None], sinks, mask, causal)
+
+    layers = Counter(report.settings.windows or (None,))
+    total = sum(count * in_layer(window) for window, count in layers.items())
+    return float((total / layers.total()).nanmean())
+
+
+def _positions(report: SinkQuantities) -> str:
+    if report.settings.sinks != "auto":
+        asked = report.settings.sinks.split(",")
+        return f"position{'s' if len(asked) > 1 else ''} {', '.join(asked)}"
+    found = Counter(report.sink_mask.nonzero()[:, 1].tolist())
+    shown = [f"{position} (×{count})" for position, count in found.most_common(_SHOWN)]
+    return f"positions found: {and_more(shown, len(found))}" if found else "none found"
+
+
+def _sink_tokens(report: SinkQuantities) -> str:
+    """The sinks' tokens, the most frequent first, quoted."""
+    if report.token_text is None:
+        return ""
+    places = report.sink_mask.nonzero().tolist()
+    tokens = Counter(report.token_text[prompt][position] for prompt, position in places)
+    shown = [f"{printable(repr(token))} ×{count}" for token, count in tokens.most_common(3)]
+    return f" ({and_more(shown, len(tokens))})" if shown else ""
+
+
+def _runs(layers: set[int]) -> str:
+    """Layers as runs: {1, 2, 3, 7} is "layers 1-3, 7"."""
+    runs = []
+    for _, group in groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0]):
+        run = [layer for _, layer in group]
+        runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(runs)}"
+
+
+Fact = tuple[str, str]
+
+_HEADS = 8
+_TITLES = {
+    "layer": "layer",
+    "head": "head",
+    "sink_attention": "sink attention",
+    "interval": "95 % interval",
+    "sink_logit_gap": "logit gap",
+    "attention_entropy": "entropy [nat]",
+    "value_drain": "value drain",
+    "honor": "HONOR",
+}
+
+
+def as_text(report: SinkQuantities) -> str:
+    """The summary as plain text, at most `line_width` columns wide."""
+    parts = [title_of(report), facts_as_text(facts_of(report))]
+    columns, rows = heads_of(report)
+    if rows:
+        parts += [f"Strongest sink heads\n{table_as_text(columns, rows)}"]
+    return "\n".join(parts)
+
+
+def as_html(report: SinkQuantities) -> str:
+    """The summary as HTML that inherits the notebook's colours, light or dark."""
+    columns, rows = heads_of(report)
+    heads = f"<div>Strongest sink heads</div>{table_as_html(columns, rows)}" if rows else ""
+    return (
+        f'<div style="color:inherit;overflow-x:auto"><strong>{html.escape(title_of(report))}'
+        f"</strong>{facts_as_html(facts_of(report))}{heads}</div>"
+    )
+
+
+def title_of(report: SinkQuantities) -> str:
+    """What was measured, in one line."""
+    return f"Attention sinks of {printable(report.settings.model)}"
+
+
+def facts_of(report: SinkQuantities) -> list[Fact]:
+    """Label and text of everything there is to say; what was not measured is left out."""
+    facts = [
+        ("Model", model(report)),
+        ("Text", text(report)),
+        ("Sinks", sinks(report)),
+        ("Sink heads", sink_heads(report)),
+        ("Value drain", value_drain(report)),
+        ("Residual peak", residual_peak(report)),
+        ("Massive dims", massive_dims(report)),
+        ("Non-mixture dims", nonmixture_dims(report)),
+        ("Marked tokens", marked_tokens(report)),
+        ("Made with", provenance(report)),
+    ]
+    return [(label, text) for label, text in facts if text is not None]
+
+
+def heads_of(report: SinkQuantities) -> tuple[list[str], list[list[str]]]:
+    """Column titles and cells of the table of the strongest heads; no rows without a figure."""
+    if report.sink_attention is None or report.sink_attention.isnan().all():
+        return [], []
+    records = [_with_interval(record) for record in report.top_heads(_HEADS)]
+    names = [name for name in _TITLES if name in records[0]]
+    return (
+        [_TITLES[name] for name in names],
+        [[_cell(record[name]) for name in names] for record in records],
+    )
+
+
+def _with_interval(record: dict[str, Any]) -> dict[str, Any]:
+    low, high = (number(record[end], ".3f") for end in ("low", "high"))
+    interval = low if low == UNDEFINED else f"{low} to {high}"
+    return record | {"interval": interval}
+
+
+def _cell(value: Any) -> str:
+    return number(value, ".3f") if isinstance(value, float) else str(value)
