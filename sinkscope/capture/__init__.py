@@ -4,7 +4,3 @@
 them over layers and batches; `runner` feeds the batches; `readers` and `paths` say how attention is
 read.
 """
-
-import lazy_loader
-
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -32,6 +32,7 @@ from sinkscope.interventions import calibration as _calibration
 from sinkscope.interventions.base import check_indices, check_layers, check_mode
 from sinkscope.models.active import refuse_short_prompts
 from sinkscope.models.load import load_model
+from sinkscope.models.provenance import digest
 from sinkscope.output import listed, number
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts
@@ -183,7 +184,7 @@ def removal(
         prompts,
         mode=mode,
         seed=seed,
-        calibration=None if standing_in is None else _partial.digest(standing_in),
+        calibration=None if standing_in is None else digest(standing_in),
     )
     empty = Removal(
         about=_result.about(model, prompts),

@@ -34,6 +34,7 @@ from sinkscope.metrics.heads import is_dormant
 from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.models.load import load_model
 from sinkscope.models.packaged import BUILT_IN, PACKAGES
+from sinkscope.models.provenance import digest
 from sinkscope.output import number, write_file
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.texts import texts as make_texts
@@ -444,7 +445,7 @@ class _Checkpoints:
 
     def _check_same(self, step: int, report: SinkReport, prompts: Texts) -> None:
         own = Texts(report.tokens, report.mask, bos="", source="")
-        if _partial.digest(own) != _partial.digest(prompts):
+        if digest(own) != digest(prompts):
             raise ReportError(
                 f"The report of step {step} in {self._folder} was measured on other tokens; name "
                 "another folder, or delete it."

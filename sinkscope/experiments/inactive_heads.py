@@ -31,6 +31,7 @@ from sinkscope.experiments.result import Result
 from sinkscope.metrics.heads import INACTIVE_IF, Direction, inactivity_threshold
 from sinkscope.models.active import refuse_short_prompts
 from sinkscope.models.load import load_model
+from sinkscope.models.provenance import digest_of
 from sinkscope.prompts.texts import as_texts
 from sinkscope.report.report import SinkReport
 from sinkscope.statistics import Estimate, estimate
@@ -252,7 +253,7 @@ def sleep(
         shares=list(shares),
         draws=draws,
         seed=seed,
-        also={name: _partial.digest_of(score) for name, score in further.items()},
+        also={name: digest_of(score) for name, score in further.items()},
         thresholds=None if thresholds is None else _digest(thresholds, names),
     )
     shape = len(names) + len(further) + 1, len(shares), len(prompts)
@@ -278,7 +279,7 @@ def sleep(
 def _digest(report: SinkReport, names: tuple[str, ...]) -> str:
     """A hash of the scores that thresholds are taken from."""
     scores = report.inactivity_scores()
-    return _partial.digest_of(*(scores[name] for name in names))
+    return digest_of(*(scores[name] for name in names))
 
 
 def _check(names: tuple[str, ...], shares: tuple[float, ...], draws: int) -> None:

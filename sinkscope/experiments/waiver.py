@@ -29,7 +29,9 @@ from sinkscope.errors import UnsupportedError
 from sinkscope.experiments import conditions as _observe
 from sinkscope.experiments import result as _result
 from sinkscope.experiments.conditions import Condition, Conditions
+from sinkscope.experiments.nonmixture import NonMixture, nonmixture
 from sinkscope.experiments.result import Result
+from sinkscope.experiments.which_part import WhichPart, which_part
 from sinkscope.interventions import PositionEmbeddingEdit, PositionIdEdit, SelfOnlyMask
 from sinkscope.interventions.base import check_mode
 from sinkscope.interventions.positions import position_table
@@ -42,6 +44,19 @@ from sinkscope.output import number
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+__all__ = [
+    "Designation",
+    "NonMixture",
+    "PositionEdit",
+    "PositionNorms",
+    "WhichPart",
+    "nonmixture",
+    "position_embeddings",
+    "position_norms",
+    "structured_mask",
+    "which_part",
+]
 
 
 # --- Position vectors: their norms (Fig. 2), and a position that is given another one's (Fig. 4).

@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from sinkscope.html.pack import script_json
 from sinkscope.plot import theme
@@ -22,6 +22,7 @@ _TOP = 32  # pixels above a plot for its buttons: the title is the page's own he
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 
+@runtime_checkable
 class Result(Protocol):
     """What a page is made of; every result of an experiment has it."""
 

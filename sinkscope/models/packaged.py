@@ -23,13 +23,9 @@ from types import MappingProxyType
 from typing import Any
 
 import platformdirs
-import torch
 from filelock import FileLock
-from transformers import AutoTokenizer, BertForMaskedLM
 
 from sinkscope.errors import ModelError
-from sinkscope.models.checkpoint import quiet, seeded_weights
-from sinkscope.models.gguf import read_gguf
 
 # --- Folders that are made once and trusted only while they are whole.
 #
@@ -121,38 +117,6 @@ def _replace(folder: Path, recipe: Recipe, make: Callable[[Path], None]) -> None
         shutil.rmtree(part, ignore_errors=True)
 
 
-# --- Conversions of packaged weights into folders that transformers reads in a second.
-
-
-def convert_gguf(weights: Path, folder: Path) -> None:
-    """Dequantise a GGUF file to float32 safetensors, with its tokenizer."""
-    model, tokenizer = read_gguf(weights, torch.float32)
-    with quiet():
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def convert_headless_bert(weights: Path, folder: Path) -> None:
-    """Put an untrained masked-LM head on a BERT encoder, which a bridge cannot do without.
-
-    The head is the same each time; nothing that sinkscope measures inside the blocks depends on it.
-    """
-    source = weights.parent
-    with quiet(), seeded_weights():
-        model = BertForMaskedLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-        model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    # The encoder was shipped to cut and pad its sentences at 128 tokens; its positions go to 512.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    tokenizer.save_pretrained(folder)
-
-
-# Raised whenever a conversion changes what it writes.
-_CONVERSION = 1
-
-
 @dataclass(frozen=True)
 class Package:
     """A model inside a Python distribution.
@@ -203,6 +167,12 @@ class PackagedModel:
     def ready(self) -> bool:
         """Whether `load_model` finds it: a converted model no longer needs its package."""
         return self.installed or self.cached
+
+
+# Raised whenever a conversion changes what it writes.
+_CONVERSION = 1
+_CONVERSIONS = "sinkscope.models.convert"
+"""The module of conversions, imported when one is needed: to list models takes no torch."""
 
 
 @dataclass(frozen=True)
@@ -355,5 +325,5 @@ def _convert(package: Package, folder: Path) -> None:
             f"{weights} is damaged or of another version than {package.version} (its SHA-256 is "
             f"not the known one); {remedy}."
         )
-    convert: Any = globals()[package.convert]
+    convert: Any = getattr(importlib.import_module(_CONVERSIONS), package.convert)
     convert(weights, folder)

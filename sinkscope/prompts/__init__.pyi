@@ -3,13 +3,11 @@ from .replace import ReplaceStart as ReplaceStart
 from .texts import long_text as long_text
 from .texts import random_tokens as random_tokens
 from .texts import repeated_tokens as repeated_tokens
-from .texts import texts as texts
 from .tokens import Texts as Texts
 from .tokens import read_token_ids as read_token_ids
 from .tokens import token_ids as token_ids
 
 __all__ = [
-    "texts",
     "random_tokens",
     "repeated_tokens",
     "long_text",

@@ -38,7 +38,7 @@ class Variable:
     unit: str | None
     about: str
     weight: str | None  # name of the counts that weight this mean over prompts when merging
-    metric: str | None  # name of the metric that measures it; None where it is always there
+    metric: str | None = None  # name of the metric that measures it, if a metric does
 
     @property
     def label(self) -> str:

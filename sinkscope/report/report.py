@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ _PAGE = "sinkscope.html.report_page"
 """The module that draws a report as a page, found by name: drawing stands above what it draws."""
 
 
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class SinkReport(SinkQuantities):
     """Everything one scan measured: named tensors, with units and provenance.
 

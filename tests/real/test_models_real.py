@@ -121,7 +121,7 @@ def test_sources(name: str, request: pytest.FixtureRequest) -> None:
 
 def test_second_load_converts_nothing(smollm2, monkeypatch: pytest.MonkeyPatch) -> None:
     """The conversion is what takes long, about 15 s; the copy in the cache loads in 1.5 s."""
-    monkeypatch.delattr("sinkscope.models.packaged.convert_gguf")
+    monkeypatch.delattr("sinkscope.models.convert.convert_gguf")
     again = load_model("smollm2-135m", device="cpu")
     tokens = torch.arange(100, 120)[None]
     with torch.no_grad():

@@ -214,10 +214,10 @@ def test_paragraphs_of_help_fill_an_80_column_terminal(command, capsys, monkeypa
 
 
 def test_functions_are_not_hidden_by_modules_of_their_name() -> None:
-    """`import sinkscope.texts` must not turn `sinkscope.prompts.texts` into a module."""
+    """Importing the modules in which they live must not hide the package's own functions."""
     script = (
-        "import sinkscope, sinkscope.texts, sinkscope.scan, sinkscope.compare\n"
-        "import sinkscope.capabilities\n"
+        "import sinkscope, sinkscope.prompts.texts, sinkscope.capture.scan\n"
+        "import sinkscope.models.capabilities\n"
         "print([callable(getattr(sinkscope, n)) for n in sinkscope.__all__ if n in "
         "('texts', 'scan', 'compare', 'capabilities')])"
     )

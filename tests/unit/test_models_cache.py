@@ -137,7 +137,7 @@ def test_default_place_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_p
 SLOW = """
 import sys, time
 from pathlib import Path
-from sinkscope._cache import cached_folder
+from sinkscope.models.packaged import cached_folder
 def make(folder):
     with open(sys.argv[1], "a") as log:
         log.write("made\\n")

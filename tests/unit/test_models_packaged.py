@@ -108,7 +108,7 @@ def test_loads_converts_once_and_remembers(
     assert source.revision == f"sha256:{package.sha256}"
     # From now on the converted copy is enough.
     placed.unlink()
-    monkeypatch.delattr("sinkscope.models.packaged.convert_gguf")
+    monkeypatch.delattr("sinkscope.models.convert.convert_gguf")
     again = load_model("tiny", device="cpu", dtype="float32")
     assert torch.equal(logits(again), logits(bridge))
 
@@ -194,7 +194,7 @@ def test_install_without_pip_takes_uv(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", lambda name: "/somewhere/uv")
     # Only the command is looked at: with no find_spec, nothing can be imported for a conversion.
-    monkeypatch.setattr(sinkscope.packaged, "packaged_folder", lambda name: site)
+    monkeypatch.setattr(sinkscope.models.packaged, "packaged_folder", lambda name: site)
     install_packaged("tiny")
     assert commands[0][:3] == ["/somewhere/uv", "pip", "install"]
     assert commands[0][commands[0].index("--python") + 1] == sys.executable
@@ -235,6 +235,9 @@ def test_pinned_packages_are_complete() -> None:
 
 
 def test_listing_needs_no_torch() -> None:
-    code = "import sys, sinkscope.packaged as p; p.packaged_models(); print('torch' in sys.modules)"
+    code = (
+        "import sys, sinkscope.models.packaged as p; p.packaged_models(); "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -93,7 +93,7 @@ def test_layers_of_massive_dims_are_runs():
         count=torch.zeros(3, 4, dtype=torch.int64),
     )
     assert line(repr(synthetic_report(massive=massive)), "Massive dims") == (
-        "9 (-22,500, layers 1-3, 7)"
+        "9 (-22,513, layers 1-3, 7)"
     )
 
 
@@ -197,11 +197,11 @@ def test_html_says_what_the_terminal_says_and_keeps_the_notebooks_colours():
     [
         (0.00123, "0.00123"),
         (999.7, "1,000"),
-        (22513.0, "22,500"),
-        (-1234567.0, "-1,230,000"),
+        (22513.0, "22,513"),
+        (-1234567.0, "-1,234,567"),
         (12.0, "12"),
-        (float("nan"), "nan"),
-        (float("inf"), "inf"),
+        (float("nan"), "–"),
+        (float("inf"), "∞"),
     ],
 )
 def test_numbers_have_three_digits(value: float, text: str):

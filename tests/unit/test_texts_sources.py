@@ -53,7 +53,7 @@ def test_the_order_is_the_seeds(domain):
 def test_another_process_draws_the_same_prompts():
     """Python salts hash() anew in each process; nothing may depend on it."""
     program = (
-        "from sinkscope.texts import texts; from tests.unit.tiny_tokenizers import *;"
+        "from sinkscope.prompts.texts import texts; from tests.unit.tiny_tokenizers import *;"
         "model = model(byte_level(), d_vocab=None);"
         "print(texts('prose', 3, 20, seed=5).tokenize(model).tokens.tolist())"
     )

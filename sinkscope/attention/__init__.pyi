@@ -1,3 +1,0 @@
-from .streaming import streaming as streaming
-
-__all__ = ["streaming"]

@@ -1,3 +1,0 @@
-from .scan import scan as scan
-
-__all__ = ["scan"]

@@ -1,0 +1,36 @@
+"""Conversions of packaged weights into folders that transformers reads in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, BertForMaskedLM
+
+from sinkscope.models.checkpoint import quiet, seeded_weights
+from sinkscope.models.gguf import read_gguf
+
+
+def convert_gguf(weights: Path, folder: Path) -> None:
+    """Dequantise a GGUF file to float32 safetensors, with its tokenizer."""
+    model, tokenizer = read_gguf(weights, torch.float32)
+    with quiet():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def convert_headless_bert(weights: Path, folder: Path) -> None:
+    """Put an untrained masked-LM head on a BERT encoder, which a bridge cannot do without.
+
+    The head is the same each time; nothing that sinkscope measures inside the blocks depends on it.
+    """
+    source = weights.parent
+    with quiet(), seeded_weights():
+        model = BertForMaskedLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    # The encoder was shipped to cut and pad its sentences at 128 tokens; its positions go to 512.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
