@@ -49,6 +49,7 @@ demo: $(VENV)/.runs
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sinkscope.attention.kv_cache import reads_both_names
 from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
 from sinkscope.models.active import enforced
 from sinkscope.models.capabilities import capabilities
