@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 from torch import nn
-from transformer_lens.model_bridge.generalized_components import MLAAttentionBridge
-from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
-from transformer_lens.model_bridge.generalized_components.glm_moe_dsa_attention import (
-    GlmMoeDsaAttentionBridge,
-)
+from transformer_lens.model_bridge import generalized_components as components
 
 OLD, NEW = "past_key_values", "cache"
 NAMES = (NEW, OLD, "layer_past")
+
+_READ_BY = {
+    components.MLAAttentionBridge: OLD,
+    components.GlmMoeDsaAttentionBridge: OLD,
+    components.GatedDeltaNetBridge: "cache_params",
+    components.SSMMixerBridge: "cache_params",
+    components.SSM2MixerBridge: "cache_params",
+}
+"""Components that look for the cache themselves, and the name by which they do."""
 
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:
@@ -41,31 +47,37 @@ def reads_both_names(bridge: Any) -> Any:
     Does nothing where TransformerLens and transformers agree, and nothing the second time.
     """
     model = bridge.original_model
-    if cache_argument(model) == OLD or _to_new_name in model._forward_pre_hooks.values():
+    if cache_argument(model) == OLD or Renaming(OLD, NEW) in model._forward_pre_hooks.values():
         return bridge
-    model.register_forward_pre_hook(_to_new_name, with_kwargs=True)
+    _rename(model, OLD, NEW)
     for component in model.modules():
-        if isinstance(component, MLAAttentionBridge | GlmMoeDsaAttentionBridge):
-            component.register_forward_pre_hook(_to_old_name, with_kwargs=True)
-        elif isinstance(component, AttentionBridge):
+        name = next((_READ_BY[kind] for kind in type(component).mro() if kind in _READ_BY), None)
+        if name is not None:
+            _rename(component, NEW, name)
+        elif isinstance(component, components.AttentionBridge):
             component.__dict__["_update_kv_cache"] = MethodType(_update_kv_cache, component)
     return bridge
 
 
-def _to_new_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What callers who know the old name pass to the model, the bridge among them."""
-    if OLD not in kwargs or NEW in kwargs:
-        return None
-    return args, {(NEW if name == OLD else name): value for name, value in kwargs.items()}
+def _rename(module: nn.Module, given: str, read: str) -> None:
+    """Have a module called with an argument under another name."""
+    module.register_forward_pre_hook(Renaming(given, read), with_kwargs=True)
 
 
-def _to_old_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What transformers passes to a component that replaces its attention."""
-    if NEW not in kwargs or OLD in kwargs:
-        return None
-    return args, {(OLD if name == NEW else name): value for name, value in kwargs.items()}
+@dataclass(frozen=True)
+class Renaming:
+    """A forward hook that calls an argument something else."""
+
+    given: str
+    read: str
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments to go on with, or None where there is nothing to rename."""
+        if self.given not in kwargs or self.read in kwargs:
+            return None
+        return args, {(self.read if name == self.given else name): kwargs[name] for name in kwargs}
 
 
-def _update_kv_cache(self: AttentionBridge, k: Any, v: Any, **kwargs: Any) -> Any:
+def _update_kv_cache(self: components.AttentionBridge, k: Any, v: Any, **kwargs: Any) -> Any:
     rest = {name: value for name, value in kwargs.items() if name not in NAMES}
     return type(self)._update_kv_cache(self, k, v, **rest, past_key_values=cache_in(kwargs))

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so `--help` answers at once.
 from __future__ import annotations
 
 import sys
+import warnings
 
 import typer
 
@@ -49,6 +50,8 @@ def main() -> None:
     """
     from sinkscope.errors import SinkscopeError
 
+    # Notes of one library to the authors of another, about which a user can do nothing.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(?!sinkscope\b)")
     try:
         app()
     except SinkscopeError as error:

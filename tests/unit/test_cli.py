@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -223,3 +224,16 @@ def test_functions_are_not_hidden_by_modules_of_their_name() -> None:
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[True, True, True, True]"
+
+
+def test_libraries_warn_their_authors_elsewhere(capsys, monkeypatch) -> None:
+    """Their FutureWarnings stay off the terminal; our own are seen."""
+
+    def warning_of(module: str) -> None:
+        warnings.warn_explicit("renamed", FutureWarning, "file.py", 1, module=module)
+
+    monkeypatch.setattr(cli, "app", lambda: warning_of("torch.nn.modules.module"))
+    assert run("scan", capsys=capsys) == (0, "", "")
+    monkeypatch.setattr(cli, "app", lambda: warning_of("sinkscope.scan"))
+    with pytest.raises(FutureWarning, match="renamed"):
+        run("scan", capsys=capsys)

@@ -15,8 +15,8 @@ from transformers import (
     AttentionMaskInterface,
     BloomConfig,
     BloomForCausalLM,
-    GPTJConfig,
-    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -364,8 +364,15 @@ UNSUPPORTED = {
     "BloomForCausalLM": lambda: BloomForCausalLM(
         BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
     ),
-    "GPTJForCausalLM": lambda: GPTJForCausalLM(
-        GPTJConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
+    "GPTNeoForCausalLM": lambda: GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=97,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            max_position_embeddings=64,
+            attention_types=[[["global"], 2]],
+        )
     ),
 }
 
