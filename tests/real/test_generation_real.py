@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sinkscope as ss
-from sinkscope.packaged import packaged_folder
+from sinkscope.models.packaged import packaged_folder
 
 pytestmark = pytest.mark.real
 
