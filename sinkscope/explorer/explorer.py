@@ -28,10 +28,11 @@ from sinkscope.explorer.widgets import (
     why_not,
 )
 from sinkscope.output import number
-from sinkscope.plot import figure as _figure
-from sinkscope.plot import heads, positions
+from sinkscope.plot import heads, positions, strip
+from sinkscope.plot.labels import about_line, axis_label, escaped, heading, in_words
 from sinkscope.plot.pattern import attention_pattern
 from sinkscope.plot.theme import Theme, palette
+from sinkscope.plot.values import checked_index, interval_of
 
 if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
@@ -239,7 +240,7 @@ class Explorer:
         return figure.update_layout(height=360)
 
     def _tokens(self) -> go.Figure:
-        return positions.token_strip(
+        return strip.token_strip(
             self.report, self.prompt, tokens=_STRIP, columns=12, theme=self.theme
         )
 
@@ -279,7 +280,7 @@ class Explorer:
             )
         for dim in ("layer", "head", "prompt"):
             if dim in changes:
-                _figure.choose(self.report, dim, changes[dim])
+                checked_index(self.report, dim, changes[dim])
 
     def _needed_model(self) -> Any:
         if self.model is None:
@@ -333,7 +334,7 @@ class Panel:
         self._following = False
         sizes = explorer.before.sizes
         self.metric = w.Dropdown(
-            description="Metric", options=[(_figure.heading(name), name) for name in metrics]
+            description="Metric", options=[(heading(name), name) for name in metrics]
         )
         self.epsilon = w.FloatSlider(
             description="ε", min=0, max=1, step=0.01, continuous_update=False
@@ -389,7 +390,7 @@ class Panel:
                 self.position.max, self.position.value = last, (last + 1) // 2
             self.shown.value = explorer.shown
             self.shown.layout.display = "none" if explorer.after is None else ""
-            self.about.value = f"<b>{_figure.about_line(explorer.report.settings)}</b>"
+            self.about.value = f"<b>{about_line(explorer.report.settings)}</b>"
             self.said.value = self._sentence()
         finally:
             self._following = False
@@ -400,13 +401,13 @@ class Panel:
         variable = explorer.report.variables()[explorer.metric]
         share = explorer.report.settings.n_heads // explorer.report[explorer.metric].shape[-1]
         at = explorer.layer, explorer.head // share
-        mean, low, high = (end[at] for end in _figure.interval(explorer.report, explorer.metric))
+        mean, low, high = (end[at] for end in interval_of(explorer.report, explorer.metric))
         sure = "" if low != low else (
             f", 95 % interval {number(low)} to {number(high)}"
         )  # fmt: skip
-        return _figure.escape(
-            f"Layer {at[0]}, {_figure.words(variable.dims[-1])} {at[1]}: "
-            f"{_figure.axis_label(variable)} {number(mean)}{sure}."
+        return escaped(
+            f"Layer {at[0]}, {in_words(variable.dims[-1])} {at[1]}: "
+            f"{axis_label(variable)} {number(mean)}{sure}."
         )
 
     def _listen(self) -> None:
@@ -431,7 +432,7 @@ class Panel:
             try:
                 act()
             except SinkscopeError as error:
-                self.said.value = f"<b>{_figure.escape(str(error))}</b>"
+                self.said.value = f"<b>{escaped(str(error))}</b>"
 
     @contextmanager
     def _busy(self, saying: str) -> Iterator[None]:

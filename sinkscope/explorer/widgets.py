@@ -14,10 +14,10 @@ import numpy as np
 import plotly.graph_objects as go
 import traitlets
 
-from sinkscope.plot import figure as _figure
-from sinkscope.plot import heads, layers, positions
+from sinkscope.plot import heads, layers, positions, rates, strip
 from sinkscope.plot.export import CONFIG
 from sinkscope.plot.theme import Theme
+from sinkscope.plot.values import is_known, mean_of
 
 if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
@@ -105,10 +105,10 @@ def plain_views(report: SinkReport, reason: str, theme: Theme) -> PlainViews:
             report, "value_norm", layer=layer, head=head // share, theme=theme
         ),
         "residual_peak": lambda: layers.residual_norms(report, theme=theme),
-        "sink_importance": lambda: layers.sink_rate(report, theme=theme),
-        "received_peak": lambda: positions.token_strip(report, theme=theme),
+        "sink_importance": lambda: rates.sink_rate(report, theme=theme),
+        "received_peak": lambda: strip.token_strip(report, theme=theme),
     }
-    made = {name: make() for name, make in draw.items() if _figure.known(report, name)}
+    made = {name: make() for name, make in draw.items() if is_known(report, name)}
     return PlainViews(reason, made)
 
 
@@ -116,7 +116,7 @@ def strongest_head(report: SinkReport) -> tuple[int, int]:
     """Layer and head with the largest mean attention to the sink; the first where unmeasured."""
     if report.sink_attention is None:
         return 0, 0
-    mean = _figure.mean(report, "sink_attention")
+    mean = mean_of(report, "sink_attention")
     flat = [-1.0 if value != value else value for value in mean.ravel().tolist()]
     return divmod(max(range(len(flat)), key=flat.__getitem__), mean.shape[1])
 

@@ -9,10 +9,11 @@ import numpy as np
 
 from sinkscope.html import views
 from sinkscope.html.pack import Pack, packed
-from sinkscope.plot import figure as _figure
 from sinkscope.plot import heads
+from sinkscope.plot.labels import axis_label, heading, in_words, shown_token, token_at
 from sinkscope.plot.scales import colour_scale, value_range
 from sinkscope.plot.theme import palette, template
+from sinkscope.plot.values import interval_of, is_known, mean_of
 from sinkscope.report.fields import SinkFields
 from sinkscope.report.labelled import to_numpy
 
@@ -82,7 +83,7 @@ def tokens(report: SinkReport) -> dict[str, Any] | None:
         "lengths": lengths,
         "prompts": [
             [
-                _figure.shown_token(_figure.text_at(report, prompt, position))
+                shown_token(token_at(report, prompt, position))
                 for position in range(min(lengths[prompt], shown))
             ]
             for prompt in range(prompts)
@@ -90,7 +91,7 @@ def tokens(report: SinkReport) -> dict[str, Any] | None:
         "quantities": [
             {
                 "name": name,
-                "label": _figure.axis_label(report.variables()[name]),
+                "label": axis_label(report.variables()[name]),
                 "about": report.variables()[name].about,
                 "values": packed(to_numpy(report[name])[:prompts, :shown]),
             }
@@ -106,7 +107,7 @@ def _strongest_tokens(report: SinkReport) -> Table:
         "prompt",
         "position",
         "token",
-        *(_figure.axis_label(report.variables()[n]) for n in measured),
+        *(axis_label(report.variables()[n]) for n in measured),
     )
     if not measured:
         return _table(columns, [], 0)
@@ -131,7 +132,7 @@ def _last_quarters(mask: np.ndarray) -> np.ndarray:
 
 
 def _text(report: SinkReport, record: dict[str, Any]) -> str:
-    return _figure.shown_token(_figure.text_at(report, record["prompt"], record["position"]))
+    return shown_token(token_at(report, record["prompt"], record["position"]))
 
 
 def _table(columns: tuple[str, ...], rows: list[list[Any]], of: int) -> Table:
@@ -166,7 +167,7 @@ _COLUMNS = (
 def page_data(report: SinkReport) -> dict[str, Any]:
     """Arrays, figures of both themes, tokens and tables of a report."""
     pack = Pack()
-    fields = [name for name in heads.head_metrics(report) if _figure.known(report, name)]
+    fields = [name for name in heads.head_metrics(report) if is_known(report, name)]
     metrics = [_metric(report, pack, name) for name in _ordered(fields)]
     names = [metric["name"] for metric in metrics]
     drawn = {theme: views.views(report, pack, names, theme) for theme in ("light", "dark")}
@@ -199,7 +200,7 @@ def _ordered(names: list[str]) -> list[str]:
 def _metric(report: SinkReport, pack: Pack, name: str) -> dict[str, Any]:
     """What the head map needs to know of a metric; its figures go into the pack."""
     variable = report.variables()[name]
-    figures = _figure.interval(report, name, views.RESAMPLES)
+    figures = interval_of(report, name, views.RESAMPLES)
     known = not np.isnan(figures.low).all()
     pack.add(f"{name}.mean", figures.mean)
     if known:
@@ -210,8 +211,8 @@ def _metric(report: SinkReport, pack: Pack, name: str) -> dict[str, Any]:
     cells = heads.heatmap(figures, variable)
     return {
         "name": name,
-        "heading": _figure.heading(name),
-        "label": _figure.axis_label(variable),
+        "heading": heading(name),
+        "label": axis_label(variable),
         "about": _named(variable.about),
         "dim": variable.dims[-1],
         "interval": known,
@@ -228,14 +229,14 @@ def _metric(report: SinkReport, pack: Pack, name: str) -> dict[str, Any]:
 def _named(about: str) -> str:
     """A sentence with the fields' names in words."""
     names = sorted(SinkFields.variables(), key=len, reverse=True)
-    return re.sub(rf"\b({'|'.join(names)})\b", lambda name: _figure.words(name[0]), about)
+    return re.sub(rf"\b({'|'.join(names)})\b", lambda name: in_words(name[0]), about)
 
 
 def _strongest_head(report: SinkReport, metrics: list[str]) -> dict[str, Any]:
     """Where the page starts: the head with the most attention to the sink."""
     start: dict[str, Any] = {"metric": metrics[0] if metrics else None, "layer": 0, "head": 0}
     if report.sink_attention is not None:
-        mean = np.nan_to_num(_figure.mean(report, "sink_attention"), nan=-1.0)
+        mean = np.nan_to_num(mean_of(report, "sink_attention"), nan=-1.0)
         start["layer"], start["head"] = (
             int(i) for i in np.unravel_index(mean.argmax(), mean.shape)
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sinkscope.html.data import page_data
 from sinkscope.html.pack import script_json
-from sinkscope.plot import figure as _labels
+from sinkscope.plot.labels import in_words, plain_about, readable
 from sinkscope.report import summary as _summary
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def to_html(report: SinkReport) -> str:
 
     filled = {
         "title": html.escape(_summary.title_of(report)),
-        "about": html.escape(_labels.plain_about(report.settings)),
+        "about": html.escape(plain_about(report.settings)),
         "facts": _definitions(_summary.facts_of(report)),
         "settings": _definitions(_settings(report)),
         "style": _asset("page.css"),
@@ -58,7 +58,7 @@ def _asset(name: str) -> str:
 def _definitions(facts: list[tuple[str, str]]) -> str:
     """Label and text, one pair a line, as an HTML definition list's rows."""
     return "\n".join(
-        f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(_labels.readable(text))}</dd></div>"
+        f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(readable(text))}</dd></div>"
         for label, text in facts
     )
 
@@ -69,7 +69,7 @@ def _settings(report: SinkReport) -> list[tuple[str, str]]:
     versions = plain.pop("versions")
     shown = {name: _shown(value) for name, value in plain.items()}
     shown |= {f"version of {name}": version for name, version in versions.items() if version}
-    return [(_labels.words(name), text) for name, text in shown.items() if text]
+    return [(in_words(name), text) for name, text in shown.items() if text]
 
 
 def _shown(value: object) -> str:

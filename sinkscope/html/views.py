@@ -11,11 +11,13 @@ import numpy as np
 import plotly.graph_objects as go
 
 from sinkscope.html.pack import Pack
-from sinkscope.plot import dims, heads, layers, positions
-from sinkscope.plot import figure as _figure
-from sinkscope.plot.marks import add_uniform, bars, hover_names, mark_few, uniform_level
-from sinkscope.plot.scales import Bins, bins, is_wide, y_scale
+from sinkscope.plot import dims, heads, layers, positions, rates
+from sinkscope.plot.bars import add_uniform, bars, hover_names, mark_few, uniform_level
+from sinkscope.plot.bins import Bins, bins
+from sinkscope.plot.figure import ROOM, finish
+from sinkscope.plot.scales import is_wide, y_scale
 from sinkscope.plot.theme import Theme, palette
+from sinkscope.plot.values import interval_of, is_known, mean_of, sink_positions
 
 if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
@@ -45,12 +47,12 @@ def views(report: SinkReport, pack: Pack, metrics: list[str], theme: Theme) -> d
     if metrics:
         made["map"] = _map(report, metrics[0], theme)
     for name, (field, at) in _LINKED.items():
-        if _figure.known(report, field):
+        if is_known(report, field):
             made[name] = _linked(report, pack, field, at, theme)
-    if _figure.known(report, "received_by_distance"):
+    if is_known(report, "received_by_distance"):
         made["queries"] = _queries(report, pack, theme)
     for name, (fields, draw) in _STATIC.items():
-        if all(_figure.known(report, field) for field in fields):
+        if all(is_known(report, field) for field in fields):
             made[name] = view(draw(report, theme=theme))
     if "rate" in made:  # the script draws the line at the threshold
         made["rate"]["layout"] |= dict(shapes=[], annotations=[])
@@ -64,7 +66,7 @@ def page_bins(report: SinkReport) -> Bins:
     sizes = report.sizes
     heads_of_model = report.settings.n_layers * report.settings.n_heads
     longest = int(np.clip(_CELLS // heads_of_model, 64, 1024))
-    return bins(sizes["position"], longest, keep=_figure.sink_positions(report))
+    return bins(sizes["position"], longest, keep=sink_positions(report))
 
 
 def view(figure: go.Figure, depends: tuple[str, ...] = ()) -> View:
@@ -76,8 +78,8 @@ def view(figure: go.Figure, depends: tuple[str, ...] = ()) -> View:
     title = layout.pop("title", {}).get("text", "")
     bars = any(trace["type"] == "heatmap" for trace in spec["data"])
     top = _TOP + (_BUTTONS if bars else 0)
-    layout.get("margin", {}).update(t=layout["margin"]["t"] - _figure.ROOM + top)
-    layout["height"] -= _figure.ROOM - top
+    layout.get("margin", {}).update(t=layout["margin"]["t"] - ROOM + top)
+    layout["height"] -= ROOM - top
     return {
         "data": spec["data"],
         "layout": layout,
@@ -89,10 +91,10 @@ def view(figure: go.Figure, depends: tuple[str, ...] = ()) -> View:
 def _map(report: SinkReport, metric: str, theme: Theme) -> View:
     """The head map's frame; the script fills in the metric, the threshold and the choice."""
     variable = report.variables()[metric]
-    figures = _figure.interval(report, metric, RESAMPLES)
+    figures = interval_of(report, metric, RESAMPLES)
     figure = heads.empty_map(heads.heatmap(figures, variable), variable, palette(theme))
-    height = int(np.clip(150 + 19 * report.settings.n_layers, 320, 900)) + _figure.ROOM - _TOP
-    _figure.finish(figure, "", report.settings, theme, height=height)
+    height = int(np.clip(150 + 19 * report.settings.n_layers, 320, 900)) + ROOM - _TOP
+    finish(figure, "", report.settings, theme, height=height)
     made = view(figure, ("metric", "epsilon", "layer", "head"))
     cells = made["data"][0]
     for name in ("z", "customdata", "hovertemplate", "zmin", "zmax", "colorscale"):
@@ -106,7 +108,7 @@ def _map(report: SinkReport, metric: str, theme: Theme) -> View:
 def _linked(report: SinkReport, pack: Pack, field: str, at: tuple[str, ...], theme: Theme) -> View:
     """Bars over positions of the chosen layer and head."""
     places = page_bins(report)
-    every = _figure.mean(report, field)
+    every = mean_of(report, field)
     figures = places.maximum(every)
     pack.add(field, figures)
     _pack_names(report, pack, places)
@@ -118,7 +120,7 @@ def _linked(report: SinkReport, pack: Pack, field: str, at: tuple[str, ...], the
         mark_few(figure, report, palette(theme))
         pack.add(f"{field}.uniform", places.maximum(np.stack(levels)))
     figure.update_yaxes(**y_scale(field in positions.LOG_METRICS and is_wide(every)))
-    _figure.finish(figure, "", report.settings, theme, height=330)
+    finish(figure, "", report.settings, theme, height=330)
     made = view(figure, at)
     for trace, take in zip(made["data"], ("sinks", "others"), strict=False):
         trace["y"] = pack.ref(field, *at, take=take)
@@ -133,7 +135,7 @@ def _linked(report: SinkReport, pack: Pack, field: str, at: tuple[str, ...], the
 
 
 def _pack_names(report: SinkReport, pack: Pack, places: Bins) -> None:
-    sinks = np.isin(places.first, _figure.sink_positions(report))
+    sinks = np.isin(places.first, sink_positions(report))
     pack.add("sinks", np.flatnonzero(sinks))
     pack.add("others", np.flatnonzero(~sinks))
 
@@ -141,7 +143,7 @@ def _pack_names(report: SinkReport, pack: Pack, places: Bins) -> None:
 def names(report: SinkReport) -> dict[str, list[str]]:
     """What hovers call each bar, the sinks' and the others', and each column of the map."""
     places = page_bins(report)
-    sinks = np.isin(places.first, _figure.sink_positions(report))
+    sinks = np.isin(places.first, sink_positions(report))
     called = np.array(hover_names(report, places), dtype=object)
     return {
         "sinks": called[sinks].tolist(),
@@ -152,7 +154,7 @@ def names(report: SinkReport) -> dict[str, list[str]]:
 
 def _queries(report: SinkReport, pack: Pack, theme: Theme) -> View:
     """Attention to the sink by query position, in the chosen head."""
-    pack.add("received_by_distance", _figure.mean(report, "received_by_distance"))
+    pack.add("received_by_distance", mean_of(report, "received_by_distance"))
     figure = layers.attention_by_query(report, 0, 0, theme=theme)
     figure.update_layout(height=330)
     made = view(figure, ("layer", "head"))
@@ -186,7 +188,7 @@ _STATIC: dict[str, tuple[tuple[str, ...], Callable[..., go.Figure]]] = {
         layers.residual_norms,
     ),
     "drains": (("value_drain",), layers.value_drains),
-    "rate": (("sink_importance",), layers.sink_rate),
+    "rate": (("sink_importance",), rates.sink_rate),
     "dims": (("ffn_sink", "ffn_mixed_max", "ffn_sink_median"), dims.nonmixture_dims),
     "massive": (("massive",), dims.massive_activations),
     "positions": (("received_attention",), positions.position_map),

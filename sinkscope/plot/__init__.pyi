@@ -13,14 +13,14 @@ from .heads import head_scatter as head_scatter
 from .layers import attention_by_query as attention_by_query
 from .layers import by_layer as by_layer
 from .layers import residual_norms as residual_norms
-from .layers import sink_rate as sink_rate
-from .layers import sink_rate_by_length as sink_rate_by_length
 from .layers import value_drains as value_drains
 from .pattern import attention_pattern as attention_pattern
 from .positions import by_position as by_position
 from .positions import position_embedding_norms as position_embedding_norms
 from .positions import position_map as position_map
-from .positions import token_strip as token_strip
+from .rates import sink_rate as sink_rate
+from .rates import sink_rate_by_length as sink_rate_by_length
+from .strip import token_strip as token_strip
 from .theme import set_theme as set_theme
 from .theme import template as template
 from .timing import bench_ratios as bench_ratios

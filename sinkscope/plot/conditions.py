@@ -10,11 +10,12 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sinkscope.plot import figure as labels
 from sinkscope.plot import frames
+from sinkscope.plot.bins import bins
 from sinkscope.plot.figure import finish, layer_ticks
-from sinkscope.plot.marks import band
-from sinkscope.plot.scales import bins, y_scale
+from sinkscope.plot.labels import About, escaped, heading
+from sinkscope.plot.lines import band
+from sinkscope.plot.scales import y_scale
 from sinkscope.plot.theme import Palette, Theme, palette
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def before_after(
     frame: pd.DataFrame,
     metric: str,
     *,
-    about: labels.About,
+    about: About,
     by: Literal["position", "layer", "condition"] = "position",
     positions: Sequence[int] | None = None,
     log: bool | None = None,
@@ -90,7 +91,7 @@ def before_after(
         lines = -(-len(conditions) // columns)
         figure = make_subplots(
             lines, columns, shared_xaxes="all", shared_yaxes="all",
-            subplot_titles=[labels.escape(str(c)) for c in conditions],
+            subplot_titles=[escaped(str(c)) for c in conditions],
             horizontal_spacing=0.04, vertical_spacing=_GAP / (_GAP + _PANEL) / lines,
         )  # fmt: skip
         draw = _positions if by == "position" else _layers
@@ -107,8 +108,8 @@ def before_after(
     if log if log is not None else metric in LOG_METRICS:
         downwards = figure.layout.yaxis.type == "category"
         (figure.update_xaxes if downwards else figure.update_yaxes)(**y_scale(True))
-    title = f"{labels.heading(metric)} by {by}" if title is None else title
-    return finish(figure, labels.escape(title), about, theme, height=height)
+    title = f"{heading(metric)} by {by}" if title is None else title
+    return finish(figure, escaped(title), about, theme, height=height)
 
 
 def _positions(
@@ -180,7 +181,7 @@ def _conditions(rows: pd.DataFrame, metric: str, colours: Palette) -> go.Figure:
     down = len(order) > _ABREAST
     table = rows.pivot_table(index="prompt", columns="condition", values="value")[order]
     wide = 48 if down else 20
-    names = ["<br>".join(textwrap.wrap(labels.escape(str(c)), wide)) for c in order]
+    names = ["<br>".join(textwrap.wrap(escaped(str(c)), wide)) for c in order]
     label = frames.label_of(metric)
     hover = (
         f"%{{{'y' if down else 'x'}}}<br>{label}: %{{{'x' if down else 'y'}:.4~g}}<extra></extra>"

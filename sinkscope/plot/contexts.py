@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from sinkscope.plot import figure as labels
 from sinkscope.plot import frames
 from sinkscope.plot.figure import finish
+from sinkscope.plot.labels import About, escaped, in_words
 from sinkscope.plot.scales import log_scale
 from sinkscope.plot.theme import Theme, palette
 
@@ -16,12 +16,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-# --- A long text, from its beginning to its end.
-
 _LEVEL = "everything"
 
 
-def perplexity_along(frame: pd.DataFrame, *, about: labels.About, theme: Theme = None) -> go.Figure:
+def perplexity_along(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
     """Perplexity block by block along a text, one line a set of kept positions.
 
     Where a model breaks down, this shows when: as soon as its window has left the sink behind, or
@@ -51,7 +49,7 @@ def perplexity_along(frame: pd.DataFrame, *, about: labels.About, theme: Theme =
     figure = go.Figure()
     index = 0
     for kept, rows in frame.groupby("kept", sort=False):
-        name = labels.escape(str(kept))
+        name = escaped(str(kept))
         line: dict[str, object] = dict(color=colours.faint, dash="dash")
         if kept != _LEVEL:
             # The first lines are the widest, so that one that lies on another can be seen.
@@ -70,9 +68,7 @@ def perplexity_along(frame: pd.DataFrame, *, about: labels.About, theme: Theme =
     return finish(figure, "Perplexity along a long text", about, theme, height=480)
 
 
-def perplexity_by_window(
-    frame: pd.DataFrame, *, about: labels.About, theme: Theme = None
-) -> go.Figure:
+def perplexity_by_window(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
     """Perplexity of a long text against the window, one line a set of kept positions.
 
     The frame is tidy, one row a setting:
@@ -102,11 +98,11 @@ def perplexity_by_window(
     colours = palette(theme)
     figure = go.Figure()
     extras = [name for name in ("tokens_per_second", "kv_megabytes") if name in frame]
-    lines = [f"<br>{labels.words(n)}: %{{customdata[{i}]:,.4~g}}" for i, n in enumerate(extras)]
+    lines = [f"<br>{in_words(n)}: %{{customdata[{i}]:,.4~g}}" for i, n in enumerate(extras)]
     windowed = frame[frame["window"] > 0]
     windows = sorted(windowed["window"].unique().tolist())
     for index, (kept, rows) in enumerate(windowed.groupby("kept", sort=False)):
-        name = labels.escape(str(kept))
+        name = escaped(str(kept))
         rows = rows.sort_values("window")
         figure.add_scatter(
             x=rows["window"], y=rows["perplexity"], mode="lines+markers", name=name,
@@ -121,7 +117,7 @@ def perplexity_by_window(
             "<extra></extra>",
         )  # fmt: skip
     for _, row in frame[frame["window"] < 0].iterrows():
-        name = labels.escape(str(row["kept"]))
+        name = escaped(str(row["kept"]))
         figure.add_scatter(
             x=windows, y=[row["perplexity"]] * len(windows), mode="lines", name=name,
             line=dict(color=colours.faint, dash="dash"),

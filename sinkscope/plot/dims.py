@@ -10,9 +10,12 @@ from plotly.subplots import make_subplots
 
 from sinkscope.errors import ReportError
 from sinkscope.output import number
-from sinkscope.plot import figure as _figure
-from sinkscope.plot.scales import WHOLE, Bins, bins, log_bar, log_colours, log_range, log_scale
+from sinkscope.plot.bins import Bins, bins
+from sinkscope.plot.figure import finish, layer_ticks
+from sinkscope.plot.labels import plain_about
+from sinkscope.plot.scales import WHOLE, log_bar, log_colours, log_range, log_scale
 from sinkscope.plot.theme import Palette, Theme, palette
+from sinkscope.plot.values import checked_index, require_known
 from sinkscope.report.labelled import to_numpy
 from sinkscope.statistics import bootstrap
 
@@ -51,7 +54,7 @@ def nonmixture_dims(
         ReportError: If FFN outputs were not measured, there is no such layer, or, without a layer
             asked for, no prompt has a mixed position.
     """
-    layer = _figure.choose(report, "layer", layer)
+    layer = checked_index(report, "layer", layer)
     found = report.nonmixture_dims(over_median, over_mixed, share)
     layer = standout_layer(report, found) if layer is None else layer
     passing = {r["dim"] for r in found if r["layer"] == layer}
@@ -102,15 +105,15 @@ def nonmixture_dims(
     listed = ", ".join(map(str, sorted(passing))) or "none"
     title = f"Non-mixture dims of layer {layer}: {listed}"
     rule = f"over {over_median:g} × median, {over_mixed:g} × mixed"
-    about = f"{_figure.plain_about(report.settings)} · {rule}"
-    return _figure.finish(figure, title, about, theme, height=480)
+    about = f"{plain_about(report.settings)} · {rule}"
+    return finish(figure, title, about, theme, height=480)
 
 
 def standout_layer(report: SinkReport, found: list[dict[str, Any]]) -> int:
     """The layer whose FFN output stands out most at the sink, given the dims that pass the rule."""
     if found:
         return found[0]["layer"]
-    _figure.require_known(report, "ffn_mixed_max")
+    require_known(report, "ffn_mixed_max")
     sink = to_numpy(report["ffn_sink"].float().abs().amax(dim=2).nanmean(dim=0))
     mixed = to_numpy(report["ffn_mixed_max"].float().amax(dim=2).nanmean(dim=0))
     return int(np.nanargmax(sink / mixed))
@@ -160,7 +163,7 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
     )  # fmt: skip
     figure.update_xaxes(
         title_text="layer", range=[-0.5, grid.shape[1] - 0.5], showgrid=False,
-        **_figure.layer_ticks(grid.shape[1]),
+        **layer_ticks(grid.shape[1]),
     )  # fmt: skip
     figure.update_yaxes(title_text="dim", type="category", autorange="reversed", showgrid=False)
     if not dims:
@@ -174,7 +177,7 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
         if len(frame)
         else "Massive activations: none passes the rule"
     )
-    return _figure.finish(figure, title, report.settings, theme, height=230 + rows)
+    return finish(figure, title, report.settings, theme, height=230 + rows)
 
 
 def _empty(figure: go.Figure) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import plotly.graph_objects as go
 
 from sinkscope.errors import ReportError
-from sinkscope.plot import figure as labels
 from sinkscope.plot import frames
 from sinkscope.plot.figure import ROOM, finish
-from sinkscope.plot.marks import band
+from sinkscope.plot.labels import About, escaped, heading, in_words, with_unit
+from sinkscope.plot.lines import band
 from sinkscope.plot.scales import squeezed, ticks, unit_for
 from sinkscope.plot.theme import SEQUENTIAL, Theme, faded, palette
 
@@ -29,7 +29,7 @@ def domain_scatter(
     y: str,
     metric: str = "sink_attention",
     *,
-    about: labels.About,
+    about: About,
     theme: Theme = None,
 ) -> go.Figure:
     """A dot a head: its sink attention on one kind of text against another.
@@ -93,16 +93,16 @@ def domain_scatter(
                 ),
             ),
             hovertemplate="layer %{customdata[0]}, head %{customdata[1]}<br>"
-            f"{labels.escape(x)}: %{{x:.3~g}}<br>{labels.escape(y)}: %{{y:.3~g}}<extra></extra>",
+            f"{escaped(x)}: %{{x:.3~g}}<br>{escaped(y)}: %{{y:.3~g}}<extra></extra>",
             showlegend=False,
         )
     )
     _diagonal(figure, np.concatenate([one[metric], other[metric]]), unit, colours.faint)
-    label = labels.words(metric)
-    figure.update_xaxes(title_text=labels.with_unit(f"{label} on {labels.escape(x)}", unit))
-    figure.update_yaxes(title_text=labels.with_unit(f"{label} on {labels.escape(y)}", unit))
+    label = in_words(metric)
+    figure.update_xaxes(title_text=with_unit(f"{label} on {escaped(x)}", unit))
+    figure.update_yaxes(title_text=with_unit(f"{label} on {escaped(y)}", unit))
     of = f"{len(one)} head{'' if len(one) == 1 else 's'}"
-    title = f"{labels.heading(metric)} of {of}: {labels.escape(x)} against {labels.escape(y)}"
+    title = f"{heading(metric)} of {of}: {escaped(x)} against {escaped(y)}"
     if "differs" in one:
         title += f", {int(differs.sum())} dormant on one only"
     return finish(figure, title, about, theme, height=560)
@@ -112,7 +112,7 @@ def removal_cost(
     frame: pd.DataFrame,
     metric: str = "sink_attention",
     *,
-    about: labels.About,
+    about: About,
     theme: Theme = None,
 ) -> go.Figure:
     """A dot a head: what removing it costs against how much it attends to the sink.
@@ -147,7 +147,7 @@ def removal_cost(
     correlations = []
     unit = unit_for(frame["loss_change"])
     for index, (domain, rows) in enumerate(frame.groupby("domain", sort=False)):
-        name = labels.escape(str(domain))
+        name = escaped(str(domain))
         rank = rows[metric].rank().corr(rows["loss_change"].rank())
         correlations.append(f"{name} ρ = {rank:.2f}")
         figure.add_scatter(
@@ -168,7 +168,7 @@ def removal_cost(
 
 
 def sleeping_heads(
-    frame: pd.DataFrame, *, about: labels.About, tolerance: float = 0.01, theme: Theme = None
+    frame: pd.DataFrame, *, about: About, tolerance: float = 0.01, theme: Theme = None
 ) -> go.Figure:
     """How the loss rises as a score puts heads to sleep; random heads as the baseline.
 
@@ -214,7 +214,7 @@ def sleeping_heads(
     for index, score in enumerate(sorted(curves, key=heights.__getitem__)):
         curve, random = curves[score], score == RANDOM
         ends = curve[["mean", "low", "high"]].to_numpy()
-        name = labels.escape(str(score))
+        name = escaped(str(score))
         lap, place = divmod(index, len(colours.series))  # more scores than colours: dashes
         band(
             figure, curve["share_removed"], tuple(squeezed(ends, _PERCENT).T), name=name,

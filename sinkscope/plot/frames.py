@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sinkscope.errors import ReportError
-from sinkscope.plot import figure as labels
+from sinkscope.plot.labels import in_words, with_unit
 from sinkscope.statistics import bootstrap
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def unit_of(metric: str) -> str | None:
 
 def label_of(metric: str) -> str:
     """A metric as an axis title, with its unit."""
-    return labels.with_unit(labels.words(metric), unit_of(metric))
+    return with_unit(in_words(metric), unit_of(metric))
 
 
 def over_prompts(frame: pd.DataFrame, by: str, value: str = "value") -> pd.DataFrame:

@@ -9,10 +9,11 @@ import plotly.graph_objects as go
 
 from sinkscope.errors import ReportError
 from sinkscope.metrics.heads import INACTIVE_IF
-from sinkscope.plot import figure as _figure
-from sinkscope.plot.figure import Interval, finish, interval, remembered, tick
+from sinkscope.plot.figure import finish, tick_step
+from sinkscope.plot.labels import axis_label, heading, in_words
 from sinkscope.plot.scales import colour_scale, emptied, log_switch, value_range
 from sinkscope.plot.theme import SEQUENTIAL, Palette, Theme, palette
+from sinkscope.plot.values import Interval, interval_of, mean_of, remembered
 from sinkscope.report.labelled import Variable, to_numpy
 from sinkscope.statistics import bootstrap
 
@@ -94,7 +95,7 @@ def of_heads(report: SinkReport, metric: str) -> tuple[Variable, Interval]:
             f"{metric} has the dimensions {' '.join(variable.dims)}; a head map needs one figure a "
             f"layer and head, such as {', '.join(head_metrics(report)[:3])}."
         )
-    return variable, interval(report, metric)
+    return variable, interval_of(report, metric)
 
 
 HEAD_DIMS = (
@@ -114,8 +115,8 @@ def heatmap(figures: Interval, variable: Variable) -> go.Heatmap:
     """The cells of a head map, none of them empty."""
     unit = f" {variable.unit}" if variable.unit not in (None, "1") else ""
     hover = (
-        f"layer %{{y}}, {_figure.words(variable.dims[-1])} %{{x}}<br>"
-        f"{_figure.words(variable.name)}: %{{z:,.4~r}}{unit}"
+        f"layer %{{y}}, {in_words(variable.dims[-1])} %{{x}}<br>"
+        f"{in_words(variable.name)}: %{{z:,.4~r}}{unit}"
     )
     shown: dict[str, Any] = dict(hovertemplate=f"{hover}<extra></extra>")
     if not np.isnan(figures.low).all():
@@ -129,7 +130,7 @@ def heatmap(figures: Interval, variable: Variable) -> go.Heatmap:
         zmax=high,
         xgap=1,
         ygap=1,
-        colorbar=dict(title=dict(text=_figure.axis_label(variable), side="right")),
+        colorbar=dict(title=dict(text=axis_label(variable), side="right")),
         **shown,
     )
 
@@ -143,8 +144,8 @@ def empty_map(cells: go.Heatmap, variable: Variable, colours: Palette) -> go.Fig
     figure = go.Figure(cells)
     figure.update_layout(plot_bgcolor=colours.muted[0])  # seen between the cells
     figure.update_traces(colorbar=dict(outlinewidth=1, outlinecolor=colours.muted[0]))
-    figure.update_xaxes(title_text=_figure.words(variable.dims[-1]), dtick=tick(columns), **plain)
-    figure.update_yaxes(title_text="layer", autorange="reversed", dtick=tick(layers), **plain)
+    figure.update_xaxes(title_text=in_words(variable.dims[-1]), dtick=tick_step(columns), **plain)
+    figure.update_yaxes(title_text="layer", autorange="reversed", dtick=tick_step(layers), **plain)
     return figure
 
 
@@ -172,7 +173,7 @@ def _step(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What one stop of the slider changes: the colours, and the title with its count."""
     scale = colour_scale(cells.zmin < 0, colours)
-    name = _figure.heading(variable.name)
+    name = heading(variable.name)
     kind = "KV heads" if variable.dims[-1] == "kv_head" else "heads"
     if threshold is None:
         return {"colorscale": [scale]}, {"title.text": f"{name} of every {kind[:-1]}"}
@@ -208,9 +209,6 @@ def _slider(
     )
 
 
-# --- Two figures a head against each other, and one report against another.
-
-
 def head_scatter(
     report: SinkReport,
     x: str = "sink_attention",
@@ -235,7 +233,7 @@ def head_scatter(
     (across_is, across), (up_is, up) = (_per_head(report, name) for name in (x, y))
     layers, heads = across.shape
     where = np.stack([axis.ravel() for axis in np.indices((layers, heads))], axis=-1)
-    label_x, label_y = _figure.axis_label(across_is), _figure.axis_label(up_is)
+    label_x, label_y = axis_label(across_is), axis_label(up_is)
     figure = go.Figure(
         go.Scatter(
             x=across.ravel(),
@@ -259,8 +257,8 @@ def head_scatter(
     figure.update_layout(updatemenus=[log_switch(False)])
     rank = _rank_correlation(across.ravel(), up.ravel())
     of = f"{across.size} head{'' if across.size == 1 else 's'}"
-    title = f"{_figure.heading(x)} and {_figure.words(y)} of {of}: ρ = {rank:.2f}"
-    return _figure.finish(figure, title, report.settings, theme, height=520)
+    title = f"{heading(x)} and {in_words(y)} of {of}: ρ = {rank:.2f}"
+    return finish(figure, title, report.settings, theme, height=520)
 
 
 def head_change(
@@ -295,19 +293,19 @@ def head_change(
     if paired:
         change, low, high = (to_numpy(end) for end in bootstrap(other - one))
     else:
-        change = _figure.mean(after, metric) - _figure.mean(before, metric)
+        change = mean_of(after, metric) - mean_of(before, metric)
         low = high = np.full_like(change, np.nan)
     reach = float(np.nanmax(np.abs(change), initial=0)) or 1.0
     colours = palette(theme)
-    label = f"change of {_figure.axis_label(variable)}"
+    label = f"change of {axis_label(variable)}"
     figure = go.Figure(
         go.Heatmap(
             z=change, zmin=-reach, zmax=reach, xgap=1, ygap=1,
             colorscale=colour_scale(True, colours),
-            customdata=np.stack([_figure.mean(before, metric), _figure.mean(after, metric),
+            customdata=np.stack([mean_of(before, metric), mean_of(after, metric),
                                  low, high], axis=-1),
             colorbar=dict(title=dict(text=label, side="right")),
-            hovertemplate=f"layer %{{y}}, {_figure.words(variable.dims[-1])} %{{x}}<br>{label}: "
+            hovertemplate=f"layer %{{y}}, {in_words(variable.dims[-1])} %{{x}}<br>{label}: "
             "%{z:.3~g}<br>before %{customdata[0]:.3~g}, after %{customdata[1]:.3~g}"
             "<br>95 % interval: %{customdata[2]:.3~g} to %{customdata[3]:.3~g}<extra></extra>",
         )
@@ -317,21 +315,19 @@ def head_change(
         x=columns, y=rows, mode="markers", hoverinfo="skip", showlegend=False,
         marker=dict(size=4, color=colours.ink),
     )  # fmt: skip
-    kind = _figure.words(variable.dims[-1])
+    kind = in_words(variable.dims[-1])
     layers, heads = change.shape
     plain = dict(showgrid=False, zeroline=False)
-    figure.update_xaxes(
-        title_text=kind, range=[-0.5, heads - 0.5], dtick=_figure.tick(heads), **plain
-    )
+    figure.update_xaxes(title_text=kind, range=[-0.5, heads - 0.5], dtick=tick_step(heads), **plain)
     figure.update_yaxes(
-        title_text="layer", range=[layers - 0.5, -0.5], dtick=_figure.tick(layers), **plain
+        title_text="layer", range=[layers - 0.5, -0.5], dtick=tick_step(layers), **plain
     )
     sure = (
         f"; {len(rows)} of {change.size} intervals leave out 0" if paired and len(one) > 1 else ""
     )
-    title = f"{_figure.heading(metric)}: after less before{sure}"
+    title = f"{heading(metric)}: after less before{sure}"
     height = max(380, min(900, 200 + 18 * change.shape[0]))
-    return _figure.finish(figure, title, after.settings, theme, height=height)
+    return finish(figure, title, after.settings, theme, height=height)
 
 
 def _same_tokens(one: SinkReport, other: SinkReport) -> bool:

@@ -9,8 +9,10 @@ import numpy as np
 import plotly.graph_objects as go
 
 from sinkscope.errors import ReportError
-from sinkscope.plot import figure as _figure
-from sinkscope.plot.scales import Bins, bins, colour_scale, value_range
+from sinkscope.plot.bins import Bins, bins
+from sinkscope.plot.figure import finish
+from sinkscope.plot.labels import About, escaped, plotly_token
+from sinkscope.plot.scales import colour_scale, value_range
 from sinkscope.plot.theme import Theme, palette
 from sinkscope.report.labelled import to_numpy
 
@@ -27,7 +29,7 @@ def attention_pattern(
     pattern: Float[Tensor, "query key"],
     tokens: Sequence[str] | None = None,
     *,
-    about: _figure.About,
+    about: About,
     title: str = "Attention pattern",
     theme: Theme = None,
 ) -> go.Figure:
@@ -82,7 +84,7 @@ def attention_pattern(
     figure.update_yaxes(title_text="query", autorange="reversed", **plain, **_axis(queries, tokens))
     if queries.binned or keys.binned:
         title += f" (maxima of bins; {figures.shape[0]:,} × {figures.shape[1]:,} cells)"
-    return _figure.finish(figure, _figure.escape(title), about, theme, height=620)
+    return finish(figure, escaped(title), about, theme, height=620)
 
 
 def _bins(size: int) -> Bins:
@@ -100,7 +102,7 @@ def _places(positions: Bins, tokens: Sequence[str] | None) -> list[str] | list[i
         return [f"{first} to {last}" if first < last else str(first) for first, last in ends]
     if tokens is None:
         return positions.first.tolist()
-    return [f"{first} {_figure.plotly_token(tokens[first])}" for first, _ in ends]
+    return [f"{first} {plotly_token(tokens[first])}" for first, _ in ends]
 
 
 def _axis(positions: Bins, tokens: Sequence[str] | None) -> dict[str, Any]:

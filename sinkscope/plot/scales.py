@@ -1,159 +1,15 @@
-"""Scales: colours that suit a figure, none below a threshold, axes linear or logarithmic."""
+"""Scales: colours that suit a figure, and axes that are linear, logarithmic, or both ways."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import plotly.colors
 
 from sinkscope.plot.theme import SEQUENTIAL, Palette
-
-# --- Long axes cut into bins, so that a figure of 32,768 positions opens without freezing.
-
-LONGEST = 1024
-"""Bins of a line or of bars: about as many as a screen has columns for."""
-_KEPT = 6  # columns of a map that a kept position takes
-
-
-class Bins(NamedTuple):
-    """Runs of neighbouring positions, each drawn as one.
-
-    Attributes:
-        first: where each bin begins [bin].
-        last: where it ends, that position included [bin].
-    """
-
-    first: np.ndarray
-    last: np.ndarray
-
-    @property
-    def size(self) -> int:
-        """How many positions there are."""
-        return int(self.last[-1]) + 1
-
-    @property
-    def binned(self) -> bool:
-        """Whether any bin holds more than one position."""
-        return len(self.first) < self.size
-
-    def width(self) -> np.ndarray:
-        """Positions in each bin [bin]."""
-        return self.last - self.first + 1
-
-    def maximum(self, values: np.ndarray, axis: int = -1) -> np.ndarray:
-        """The largest value of each bin along an axis; nan only where there is nothing else."""
-        return np.fmax.reduceat(values, self.first, axis=axis)
-
-    def argmax(self, values: np.ndarray) -> np.ndarray:
-        """Where each bin's largest value is [... bin]; values that are not a number lose."""
-        filled = np.where(np.isnan(values), -np.inf, values)
-        ends = zip(self.first, self.last + 1, strict=True)
-        found = [start + filled[..., start:end].argmax(axis=-1) for start, end in ends]
-        return np.stack(found, axis=-1)
-
-    def edges(self) -> np.ndarray:
-        """Where the bins begin and end on an axis of positions [bin + 1]."""
-        return np.append(self.first, self.size) - 0.5
-
-    def columns(self, keep: Sequence[int] = ()) -> np.ndarray:
-        """Where the bins begin and end on a map that draws all of them equally wide [bin + 1].
-
-        Drawn to scale, one position of thousands would be thinner than a pixel. The positions in
-        `keep` are six times as wide, so that a sink is seen on a telephone too.
-        """
-        if not self.binned:
-            return self.edges()
-        width = np.where(np.isin(self.first, keep), _KEPT, 1)
-        return np.append(0, np.cumsum(width)) - 0.5
-
-    def ticks(self, columns: np.ndarray) -> dict[str, Any]:
-        """Ticks of an axis whose bins lie at `columns`: at round positions, which they name."""
-        if not self.binned:
-            return dict(dtick=1) if self.size <= 10 else {}
-        round_numbers = (n * 10**power for power in itertools.count() for n in (1, 2, 5))
-        step = next(number for number in round_numbers if self.size <= 10 * number)
-        at = np.arange(0, self.size, step)
-        middles = np.interp(at, self.edges(), columns)
-        return dict(
-            tickvals=middles.tolist(), ticktext=[f"{position:,}" for position in at.tolist()]
-        )
-
-    def names(self) -> list[str]:
-        """Each bin in words: "position 3", "positions 64 to 71"."""
-        return [
-            f"position {first}" if first == last else f"positions {first} to {last}"
-            for first, last in zip(self.first.tolist(), self.last.tolist(), strict=True)
-        ]
-
-
-def bins(size: int, longest: int = LONGEST, keep: Sequence[int] = ()) -> Bins:
-    """About `longest` bins of equal width over `size` positions; single positions if they fit.
-
-    The first sixteen positions and those in `keep` have bins of their own, so that a sink is where
-    it is and its height is exact.
-    """
-    if size <= longest:
-        return Bins(np.arange(size), np.arange(size))
-    single = np.unique([*range(16), *(k for k in keep if 0 <= k < size)])[: longest // 2]
-    regular = np.linspace(0, size, max(2, longest - 2 * len(single)), endpoint=False).astype(int)
-    first = np.unique(np.concatenate([regular, single, single + 1]))
-    first = first[first < size]
-    return Bins(first, np.append(first[1:], size) - 1)
-
-
-# --- An axis for figures of either sign over many decades: linear about zero, logarithmic beyond.
-#
-# What removing a head costs runs from a gain of a hundredth to a loss of several nats; a linear
-# axis shows the largest only, and a logarithmic one has no place for gains. Plotly has no such
-# axis, so the data are squeezed and the ticks say what they stand for.
-
-_MOST = 9  # ticks on either side of zero
-
-
-def squeezed(figures: Any, unit: float) -> np.ndarray:
-    """sign(x) log10(1 + |x| / unit): at one unit 0.3, at ten 1.04, at a hundred 2.00."""
-    figures = np.asarray(figures, dtype=float)
-    return np.asarray(np.sign(figures) * np.log10(1 + np.abs(figures) / unit))
-
-
-def unit_for(figures: Any) -> float:
-    """The power of ten at or below the median size of these figures; 1 where all are zero."""
-    sizes = np.abs(np.asarray(figures, dtype=float))
-    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
-    return 10.0 ** math.floor(math.log10(float(np.median(sizes)))) if sizes.size else 1.0
-
-
-def ticks(
-    figures: Any, unit: float, text: Callable[[float], str] = "{:+g}".format
-) -> dict[str, Any]:
-    """Ticks for squeezed figures: zero, and every power of ten from the unit to beyond the data.
-
-    Args:
-        figures: All that is drawn, not squeezed.
-        unit: Of the squeezing, a power of ten.
-        text: What is written at a figure.
-    """
-    figures = np.asarray(figures, dtype=float)
-    finite = figures[np.isfinite(figures)]
-    values = [0.0]
-    for sign, reach in ((1, finite.max(initial=0.0)), (-1, -finite.min(initial=0.0))):
-        size = unit
-        for _ in range(_MOST):
-            if reach <= size / 10 or reach <= 0:
-                break
-            values.append(sign * size)
-            size *= 10
-    values.sort()
-    return dict(
-        tickmode="array",
-        tickvals=squeezed(values, unit).tolist(),
-        ticktext=["0" if value == 0 else text(value) for value in values],
-    )
-
 
 Scale = list[list[Any]]
 """A Plotly colour scale: pairs of a share of the range and a colour."""
@@ -303,3 +159,53 @@ def log_scale(figures: np.ndarray) -> dict[str, Any]:
         return dict(type="log", dtick=1, exponentformat="power")
     ticks = dict(dtick=_LOG_TICKS) if decades >= 1 else {}
     return dict(type="log", tickformat=WHOLE) | ticks
+
+
+# An axis for figures of either sign over many decades: linear about zero, logarithmic beyond.
+#
+# What removing a head costs runs from a gain of a hundredth to a loss of several nats; a linear
+# axis shows the largest only, and a logarithmic one has no place for gains. Plotly has no such
+# axis, so the data are squeezed and the ticks say what they stand for.
+
+_MOST = 9  # ticks on either side of zero
+
+
+def squeezed(figures: Any, unit: float) -> np.ndarray:
+    """sign(x) log10(1 + |x| / unit): at one unit 0.3, at ten 1.04, at a hundred 2.00."""
+    figures = np.asarray(figures, dtype=float)
+    return np.asarray(np.sign(figures) * np.log10(1 + np.abs(figures) / unit))
+
+
+def unit_for(figures: Any) -> float:
+    """The power of ten at or below the median size of these figures; 1 where all are zero."""
+    sizes = np.abs(np.asarray(figures, dtype=float))
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    return 10.0 ** math.floor(math.log10(float(np.median(sizes)))) if sizes.size else 1.0
+
+
+def ticks(
+    figures: Any, unit: float, text: Callable[[float], str] = "{:+g}".format
+) -> dict[str, Any]:
+    """Ticks for squeezed figures: zero, and every power of ten from the unit to beyond the data.
+
+    Args:
+        figures: All that is drawn, not squeezed.
+        unit: Of the squeezing, a power of ten.
+        text: What is written at a figure.
+    """
+    figures = np.asarray(figures, dtype=float)
+    finite = figures[np.isfinite(figures)]
+    values = [0.0]
+    for sign, reach in ((1, finite.max(initial=0.0)), (-1, -finite.min(initial=0.0))):
+        size = unit
+        for _ in range(_MOST):
+            if reach <= size / 10 or reach <= 0:
+                break
+            values.append(sign * size)
+            size *= 10
+    values.sort()
+    return dict(
+        tickmode="array",
+        tickvals=squeezed(values, unit).tolist(),
+        ticktext=["0" if value == 0 else text(value) for value in values],
+    )

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from sinkscope.plot import figure as labels
 from sinkscope.plot import frames
 from sinkscope.plot.figure import finish
+from sinkscope.plot.labels import About, escaped
 from sinkscope.plot.theme import Theme, palette
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BARE = "transformers"
 
 
-def bench_ratios(frame: pd.DataFrame, *, about: labels.About, theme: Theme = None) -> go.Figure:
+def bench_ratios(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
     """Bars: time of each way to measure over the bare forward pass of the same batch.
 
     The frame holds `sinkscope.bench`'s rows:
@@ -52,11 +52,11 @@ def bench_ratios(frame: pd.DataFrame, *, about: labels.About, theme: Theme = Non
     hover += "<br>peak memory %{customdata[1]:.3~g} GiB" if memory else ""
     places = zip(frame["shape"], frame["prompts"], frame["length"], strict=True)
     frame = frame.assign(
-        place=[f"{labels.escape(str(shape))}<br>{b} × {length:,}" for shape, b, length in places]
+        place=[f"{escaped(str(shape))}<br>{b} × {length:,}" for shape, b, length in places]
     )
     figure = go.Figure()
     for index, (way, rows) in enumerate(frame.groupby("way", sort=False)):
-        name = labels.escape(str(way))
+        name = escaped(str(way))
         figure.add_bar(
             x=rows["place"], y=rows["ratio"].fillna(0), name=name,
             marker_color=colours.faint if way == BARE else colours.series[index % 8],

@@ -8,9 +8,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sinkscope.plot import figure as labels
 from sinkscope.plot import frames
-from sinkscope.plot.figure import finish, tick
+from sinkscope.plot.figure import finish, tick_step
+from sinkscope.plot.labels import About, heading
 from sinkscope.plot.scales import colour_scale
 from sinkscope.plot.theme import Theme, palette
 
@@ -25,7 +25,7 @@ def peak_trace(
     frame: pd.DataFrame,
     metric: str = "sink_residual_norm",
     *,
-    about: labels.About,
+    about: About,
     mode: str = "zero",
     relative: bool = True,
     theme: Theme = None,
@@ -91,7 +91,7 @@ def peak_trace(
     figure.update_xaxes(title_text=read, showgrid=False)
     # Names rather than numbers: not every block need have been removed.
     figure.update_yaxes(
-        type="category", autorange="reversed", dtick=tick(rows_drawn), showgrid=False
+        type="category", autorange="reversed", dtick=tick_step(rows_drawn), showgrid=False
     )
     figure.update_yaxes(title_text="removed block", col=1)
     # 1 is "nothing lost", the colour of the page; what is lost is blue, what grows is orange.
@@ -100,7 +100,7 @@ def peak_trace(
     if relative and any((table > _MOST).any(axis=None) for table in tables.values()):
         bar |= dict(tickvals=[0, 0.5, 1, 1.5, _MOST], ticktext=["0", "0.5", "1", "1.5", "≥ 2"])
     figure.update_layout(coloraxis=dict(colorbar=bar, **(scale if relative else {})))
-    title = f"{labels.heading(metric)} without one block's part, set to {_set_to(mode)}"
+    title = f"{heading(metric)} without one block's part, set to {_set_to(mode)}"
     height = max(380, min(900, 210 + 16 * rows_drawn))
     return finish(figure, title, about, theme, height=height)
 

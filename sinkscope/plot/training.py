@@ -9,10 +9,10 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sinkscope.plot import figure as labels
 from sinkscope.plot import frames
 from sinkscope.plot.figure import finish
-from sinkscope.plot.marks import band
+from sinkscope.plot.labels import About, escaped, in_words
+from sinkscope.plot.lines import band
 from sinkscope.plot.scales import log_scale
 from sinkscope.plot.theme import Palette, Theme, faded, palette
 
@@ -20,12 +20,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-# --- The Bigram-Backcopy laboratory: which cure removes which phenomenon, and which part does what.
-
 _RISKS = ("backcopy_excess", "bigram_excess")
 
 
-def cures(frame: pd.DataFrame, *, about: labels.About, theme: Theme = None) -> go.Figure:
+def cures(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
     """A cell a run and phenomenon: whether it is there, its mean and interval over seeds.
 
     The frame is what `sinkscope.bb.summarise` gives, one row a cell:
@@ -58,12 +56,12 @@ def cures(frame: pd.DataFrame, *, about: labels.About, theme: Theme = None) -> g
         place = runs.index((row.attention, row.optimizer)), kinds.index(row.phenomenon)
         level[place] = {"yes": 1.0, "no": 0.0}.get(row.present.rstrip("?"), 0.5)
         interval = "" if np.isnan(row.low) else f"<br>{row.low:.3g} to {row.high:.3g}"
-        text[place] = f"<b>{labels.escape(row.present)}</b>, {row.mean:.3g}{interval}"
+        text[place] = f"<b>{escaped(row.present)}</b>, {row.mean:.3g}{interval}"
     scale = [[0, faded(colours.other, 0.35)], [0.5, faded(colours.faint, 0.25)]]
     figure = go.Figure(
         go.Heatmap(
-            x=[labels.escape(kind) for kind in kinds],
-            y=[labels.escape(" · ".join(run)) for run in runs],
+            x=[escaped(kind) for kind in kinds],
+            y=[escaped(" · ".join(run)) for run in runs],
             z=level, zmin=0, zmax=1, colorscale=[*scale, [1, faded(colours.sink, 0.55)]],
             showscale=False, xgap=2, ygap=2, text=text, texttemplate="%{text}",
             textfont=dict(color=colours.ink, size=12),
@@ -77,7 +75,7 @@ def cures(frame: pd.DataFrame, *, about: labels.About, theme: Theme = None) -> g
     return figure.update_layout(margin_t=130)
 
 
-def knockout_risks(frame: pd.DataFrame, *, about: labels.About, theme: Theme = None) -> go.Figure:
+def knockout_risks(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
     """Bars: both risks of a trained model as it is and under every intervention.
 
     The frame is what `sinkscope.bb.knockouts` gives, one row an intervention:
@@ -104,8 +102,8 @@ def knockout_risks(frame: pd.DataFrame, *, about: labels.About, theme: Theme = N
     figure = go.Figure()
     for risk, colour in zip(_RISKS, (colours.sink, colours.other), strict=True):
         figure.add_bar(
-            y=names, x=frame[risk], orientation="h", name=labels.words(risk), marker_color=colour,
-            hovertemplate=f"%{{y}}<br>{labels.words(risk)} [nat]: %{{x:.4~g}}<extra></extra>",
+            y=names, x=frame[risk], orientation="h", name=in_words(risk), marker_color=colour,
+            hovertemplate=f"%{{y}}<br>{in_words(risk)} [nat]: %{{x:.4~g}}<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(title_text="excess risk [nat]")
     figure.update_yaxes(autorange="reversed", showgrid=False)
@@ -116,7 +114,7 @@ def _where(intervention: str, layer: int, head: int) -> str:
     parts = [str(intervention)]
     parts += [f"layer {layer}"] if layer >= 0 else []
     parts += [f"head {head}"] if head >= 0 else []
-    return labels.escape(", ".join(parts))
+    return escaped(", ".join(parts))
 
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -127,7 +125,7 @@ def training_curves(
     frame: pd.DataFrame,
     metrics: Sequence[str] | None = None,
     *,
-    about: labels.About,
+    about: About,
     laws: pd.DataFrame | None = None,
     log_steps: bool = True,
     columns: int = 3,
@@ -211,7 +209,7 @@ def _curves(
         one = heads.index((layer, head))
         several = len(runs) > 1
         colour = colours.series[(runs.index(run) if several else one) % len(colours.series)]
-        name = _name(run, layer, head) or labels.words(metric)
+        name = _name(run, layer, head) or in_words(metric)
         entry = _name(
             run if "run" in named else "",
             layer if "layer" in named else -1,
@@ -255,7 +253,7 @@ def _fits(
     colours: Palette,
 ) -> None:
     for (run, law), fitted in laws.groupby(["run", "law"], sort=False):
-        name = labels.escape(" ".join(filter(None, (str(run), str(law)))))
+        name = escaped(" ".join(filter(None, (str(run), str(law)))))
         figure.add_scatter(
             x=fitted["step"], y=fitted["value"], mode="lines", name=name,
             showlegend=not _drawn(figure, name), legendgroup=name,
@@ -281,7 +279,7 @@ def _name(run: str, layer: int, head: int) -> str:
     parts = [str(run)] if run else []
     parts += [f"layer {layer}"] if layer >= 0 else []
     parts += [f"head {head}"] if head >= 0 else []
-    return labels.escape(" ".join(parts))
+    return escaped(" ".join(parts))
 
 
 def _drawn(figure: go.Figure, name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from sinkscope.plot import to_html
+from sinkscope.html.report_page import to_html
 from sinkscope.report.report import SinkReport
 from tests.unit.report_factory import synthetic_report
 

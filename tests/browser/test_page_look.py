@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from sinkscope.plot import to_html
+from sinkscope.html.report_page import to_html
 from tests.browser.pages import plain_html, quiet
 from tests.unit.report_factory import synthetic_report
 

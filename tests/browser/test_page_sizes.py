@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.plot import to_html
+from sinkscope.html.report_page import to_html
 from tests.browser.pages import click_at, click_cell, quiet
 from tests.unit.report_factory import only, synthetic_report
 

@@ -7,7 +7,7 @@ import torch
 
 import sinkscope.plot as plot
 from sinkscope.errors import ReportError
-from sinkscope.plot.scales import bins
+from sinkscope.plot.bins import bins
 from tests.unit.report_factory import only, synthetic_report
 
 

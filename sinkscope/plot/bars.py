@@ -2,94 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import plotly.colors
 import plotly.graph_objects as go
 
 from sinkscope.metrics.positions import uniform_received
-from sinkscope.plot import figure as _figure
-from sinkscope.plot.scales import Bins
-from sinkscope.plot.theme import DARK, LIGHT, SEQUENTIAL, Palette, Theme, faded, palette
+from sinkscope.plot.bins import Bins
+from sinkscope.plot.labels import axis_label, hover_tokens
+from sinkscope.plot.theme import Palette, Theme, faded, palette
+from sinkscope.plot.values import nanmean, sink_positions
 from sinkscope.report.labelled import to_numpy
 
 if TYPE_CHECKING:
     from sinkscope.report.labelled import Variable
     from sinkscope.report.report import SinkReport
-
-
-# --- Lines with intervals, and their colours.
-
-_POINTS = 80  # that are drawn as symbols
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "triangle-down")
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "8px,2px", "2px,6px")
-
-
-def band(
-    figure: go.Figure,
-    x: Any,
-    interval: tuple[Any, Any, Any],
-    *,
-    name: str,
-    colour: str,
-    label: str,
-    along: str,
-    showlegend: bool = True,
-    dash: str | None = None,
-    entry: str | None = None,
-    **place: int,
-) -> None:
-    """Add a line with its 95 % interval as a band behind it.
-
-    Each colour of the palette has a symbol of its own, or a dash where there are too many points
-    for symbols, so that lines are told apart without colours too.
-
-    Args:
-        figure: to add to.
-        x: where [point].
-        interval: (mean, low, high) over prompts [point]; nan ends draw no band.
-        name: of the line, for legend and hover; Plotly text.
-        colour: "#rrggbb".
-        label: of y, with its unit, for the hover.
-        along: word for x in the hover.
-        showlegend: whether the line is in the legend.
-        dash: Plotly's name of a dash, instead of the colour's own.
-        entry: name in the legend, where it is not the hover's.
-        place: row and col of a subplot.
-    """
-    entry = name if entry is None else entry
-    few = len(x) <= _POINTS
-    index = next((s.index(colour) for s in (LIGHT.series, DARK.series) if colour in s), 0)
-    dash = dash or (None if few else _DASHES[index])
-    x = np.asarray(x)
-    middle, low, high = (np.asarray(end, dtype=float) for end in interval)
-    known = np.isfinite(low) & np.isfinite(high)
-    hover = f"{name}, {along} %{{x}}<br>{label}: %{{y:,.4~r}}"
-    shown: dict[str, Any] = dict(hovertemplate=f"{hover}<extra></extra>")
-    if known.any():
-        figure.add_scatter(
-            x=np.concatenate([x[known], x[known][::-1]]),
-            y=np.concatenate([high[known], low[known][::-1]]),
-            fill="toself", fillcolor=faded(colour, 0.18), mode="lines", line_width=0,
-            hoverinfo="skip", showlegend=False, legendgroup=entry, **place,
-        )  # fmt: skip
-        ends = "<br>95 % interval: %{customdata[0]:,.4~r} to %{customdata[1]:,.4~r}"
-        shown = dict(
-            customdata=np.stack([low, high], axis=-1), hovertemplate=f"{hover}{ends}<extra></extra>"
-        )
-    figure.add_scatter(
-        x=x, y=middle, mode="lines+markers" if few else "lines", name=entry,
-        legendgroup=entry, showlegend=showlegend, marker=dict(size=6, symbol=_SYMBOLS[index]),
-        line=dict(color=colour, width=2, dash=dash), **shown, **place,
-    )  # fmt: skip
-
-
-def graded(size: int, colours: Palette) -> list[str]:
-    """Colours of as many lines in an order, first to last: viridis without the paper's end."""
-    ends = (0.0, 0.9) if colours is LIGHT else (0.25, 1.0)
-    points = np.linspace(*ends, max(size, 2)).tolist()
-    return plotly.colors.sample_colorscale(plotly.colors.get_colorscale(SEQUENTIAL), points)[:size]
 
 
 def bars(
@@ -109,7 +36,7 @@ def bars(
         theme: "light", "dark", or the default.
     """
     colours = palette(theme)
-    sinks = [0] if report is None else _figure.sink_positions(report)
+    sinks = [0] if report is None else sink_positions(report)
     first = "the first" if report is None else "sink"
     names = places.names() if report is None else hover_names(report, places)
     is_sink = np.isin(places.first, sinks)
@@ -127,15 +54,14 @@ def bars(
             marker=dict(color=colour, line=dict(width=outline, color=colour)),
             text=[name for name, wanted in zip(names, chosen, strict=True) if wanted],
             textposition="none",
-            hovertemplate=f"%{{text}}<br>{_figure.axis_label(variable)}: %{{y:,.4~r}}"
-            "<extra></extra>",
+            hovertemplate=f"%{{text}}<br>{axis_label(variable)}: %{{y:,.4~r}}<extra></extra>",
         )
     figure.update_xaxes(
         title_text="position of the key" if "attention" in variable.name else "position",
         range=[-0.5 - 0.012 * places.size, places.size - 0.5],
         dtick=1 if places.size <= 10 else None,
     )
-    figure.update_yaxes(title_text=_figure.axis_label(variable))
+    figure.update_yaxes(title_text=axis_label(variable))
     return figure.update_layout(bargap=0, barmode="overlay")
 
 
@@ -177,13 +103,13 @@ def uniform_level(report: SinkReport, metric: str, layer: int) -> np.ndarray | N
         return None
     settings = report.settings
     window = settings.windows[layer] if settings.windows else None
-    return _figure.nanmean(to_numpy(uniform_received(report.mask, settings.causal, window)), 0)
+    return nanmean(to_numpy(uniform_received(report.mask, settings.causal, window)), 0)
 
 
 def hover_names(report: SinkReport, places: Bins) -> list[str]:
     """Each bin in words, and the tokens of the bins that are one position; Plotly text."""
     alone = places.first == places.last
-    tokens = iter(_figure.hover_tokens(report, places.first[alone].tolist()))
+    tokens = iter(hover_tokens(report, places.first[alone].tolist()))
     return [
         f"{name}: {next(tokens)}" if single else name
         for name, single in zip(places.names(), alone, strict=True)

@@ -1,0 +1,95 @@
+"""What figures read from a report: means over prompts with intervals, sinks, checked indices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from torch import Tensor
+
+from sinkscope.errors import ReportError
+from sinkscope.report.labelled import to_numpy
+
+if TYPE_CHECKING:
+    from sinkscope.report.report import SinkReport
+
+
+class Interval(NamedTuple):
+    """A mean over prompts with the ends of its 95 % interval; the ends are nan for one prompt."""
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+_intervals: WeakKeyDictionary[SinkReport, dict[Hashable, Interval]] = WeakKeyDictionary()
+
+
+def mean_of(report: SinkReport, name: str) -> np.ndarray:
+    """A field's mean over prompts, without the prompt dimension."""
+    return to_numpy(report.mean(name))
+
+
+def interval_of(report: SinkReport, name: str, resamples: int = 2000) -> Interval:
+    """A field's mean over prompts and its interval; nan ends where the field keeps no prompts."""
+    if "prompt" not in report.variables()[name].dims:
+        middle = mean_of(report, name)
+        return Interval(middle, np.full_like(middle, np.nan), np.full_like(middle, np.nan))
+    return remembered(report, (name, resamples), lambda: report.interval(name, resamples=resamples))
+
+
+def remembered(report: SinkReport, key: Hashable, make: Callable[[], Any]) -> Interval:
+    """An interval of a report, drawn once: figures of both themes, and clicks, ask for it again."""
+    drawn = _intervals.setdefault(report, {})
+    if key not in drawn:
+        drawn[key] = Interval(*(to_numpy(end) for end in make()))
+    return drawn[key]
+
+
+def nanmean(figures: np.ndarray, axis: int) -> np.ndarray:
+    """Mean over the figures that are numbers; nan, without a warning, where there are none."""
+    known = ~np.isnan(figures)
+    counts = known.sum(axis=axis)
+    sums = np.where(known, figures, 0).sum(axis=axis)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).astype(figures.dtype)
+
+
+def is_known(report: SinkReport, name: str) -> bool:
+    """Whether a field was measured and some prompt defines it."""
+    figures = getattr(report, name)
+    return figures is not None and not (isinstance(figures, Tensor) and figures.isnan().all())
+
+
+def require_known(report: SinkReport, name: str) -> None:
+    """Refuse a field that was not measured, or that no prompt defines.
+
+    Raises:
+        ReportError: with the reason.
+    """
+    report._require(name)
+    if not is_known(report, name):
+        raise ReportError(
+            f"{name} is nan in every prompt, so there is nothing to draw: it sets the sinks beside "
+            "other positions; scan prompts that have some."
+        )
+
+
+def sink_positions(report: SinkReport) -> list[int]:
+    """Positions that are a sink in any prompt."""
+    return np.flatnonzero(to_numpy(report.sink_mask).any(axis=0)).tolist()
+
+
+def checked_index(report: SinkReport, dim: str, index: int | None) -> int | None:
+    """An index along a dimension, checked.
+
+    Raises:
+        ReportError: If the report has no such layer, head or prompt.
+    """
+    size = report.sizes[dim]
+    if index is not None and not 0 <= index < size:
+        raise ReportError(
+            f"There is no {dim} {index} in this report; its {dim}s run from 0 to {size - 1}."
+        )
+    return index
