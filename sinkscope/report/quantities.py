@@ -160,6 +160,21 @@ class SinkQuantities(SinkFields):
             head_output_norm=self["head_output_norm"],
         )
 
+    def sink_heads(self, epsilon: float | None = None) -> Bool[Tensor, "layer head"]:
+        """The sink heads: those whose sink attention, averaged over prompts, exceeds ε.
+
+        This is the one count of sink heads: the summary, the head map, the page and the explorer
+        show the same. Heads whose sink attention no prompt defines are not sink heads.
+
+        Args:
+            epsilon: threshold [probability]; by default that of the scan.
+
+        Raises:
+            ReportError: where `sink_attention` was not measured.
+        """
+        threshold = self.settings.epsilon if epsilon is None else epsilon
+        return self.mean("sink_attention") > threshold
+
     def sink_rate_at(self, epsilon: float) -> float:
         """Gu's sink rate of the first sink at any ε: share of (prompt, layer, head) above it.
 

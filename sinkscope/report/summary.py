@@ -1,4 +1,8 @@
-"""A report at a glance, for the terminal and for a notebook: the same facts in both."""
+"""A report at a glance, for the terminal and for a notebook: the same facts in both.
+
+First the headline, then one line a fact, each made by a function of its own that returns None where
+there is nothing to say, then the table of the strongest heads.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +23,11 @@ from sinkscope.output import (
     printable,
     table_as_html,
     table_as_text,
+    wrapped,
 )
+from sinkscope.report.headline import PEAK, headline
 from sinkscope.report.quantities import SinkQuantities
 from sinkscope.statistics import bootstrap
-
-# --- The sentences of a report's summary, one function each; None where there is nothing to say.
-
-# From this ratio on a residual state is called a peak, and the layer where the mean over prompts
-# first passes it is said to write the peak. Published sinks lie between 10 and 1000.
-PEAK = 10.0
 
 _SHOWN = 5  # dims, tokens, layers named in one sentence
 
@@ -66,16 +66,24 @@ def sinks(report: SinkQuantities) -> str:
 
 
 def sink_heads(report: SinkQuantities) -> str | None:
-    """How many heads are sink heads on average, and Gu's sink rate."""
-    if report.sink_importance is None:
+    """How many heads are sink heads; see `SinkQuantities.sink_heads`."""
+    if report.sink_attention is None or report.sink_attention.isnan().all():
+        return None
+    defined = int(report.mean("sink_attention").isfinite().sum())
+    return (
+        f"{int(report.sink_heads().sum())} of {defined}, whose mean sink attention exceeds "
+        f"ε = {report.settings.epsilon:g}"
+    )
+
+
+def sink_rate(report: SinkQuantities) -> str | None:
+    """Gu's sink rate of the first sink."""
+    if report.sink_importance is None or report.sink_importance.isnan().all():
         return None
     epsilon = report.settings.epsilon
-    mean = report.mean("sink_importance")
-    above = int((mean > epsilon).sum())
-    rate = report.sink_rate_at(epsilon)
     return (
-        f"{above} of {mean.numel()} have mean importance above ε = {epsilon:g}; sink rate "
-        f"{100 * rate:.1f} %"
+        f"{100 * report.sink_rate_at(epsilon):.1f} % of (prompt, layer, head) have importance "
+        f"above ε = {epsilon:g}"
     )
 
 
@@ -232,7 +240,8 @@ _TITLES = {
 
 def as_text(report: SinkQuantities) -> str:
     """The summary as plain text, at most `line_width` columns wide."""
-    parts = [title_of(report), facts_as_text(facts_of(report))]
+    parts = [title_of(report), *map(wrapped, filter(None, [headline(report)]))]
+    parts.append(facts_as_text(facts_of(report)))
     columns, rows = heads_of(report)
     if rows:
         parts += [f"Strongest sink heads\n{table_as_text(columns, rows)}"]
@@ -243,9 +252,12 @@ def as_html(report: SinkQuantities) -> str:
     """The summary as HTML that inherits the notebook's colours, light or dark."""
     columns, rows = heads_of(report)
     heads = f"<div>Strongest sink heads</div>{table_as_html(columns, rows)}" if rows else ""
+    said = (
+        f'<p style="max-width:75ch">{html.escape(text)}</p>' if (text := headline(report)) else ""
+    )
     return (
         f'<div style="color:inherit;overflow-x:auto"><strong>{html.escape(title_of(report))}'
-        f"</strong>{facts_as_html(facts_of(report))}{heads}</div>"
+        f"</strong>{said}{facts_as_html(facts_of(report))}{heads}</div>"
     )
 
 
@@ -261,6 +273,7 @@ def facts_of(report: SinkQuantities) -> list[Fact]:
         ("Text", text(report)),
         ("Sinks", sinks(report)),
         ("Sink heads", sink_heads(report)),
+        ("Sink rate", sink_rate(report)),
         ("Value drain", value_drain(report)),
         ("Residual peak", residual_peak(report)),
         ("Massive dims", massive_dims(report)),

@@ -66,8 +66,10 @@ def test_the_summary_says_what_stands_out():
     assert line(text, "Text") == "prose, 3 prompts of 16 tokens, BOS auto (<s>)"
     mean = report.sink_attention.mean().item()
     assert f"mean attention {mean:.3f} [" in line(text, "Sinks")
-    assert line(text, "Sink heads") == (
-        "12 of 24 have mean importance above ε = 0.3; sink rate 50.0 %"
+    heads = int((report.sink_attention.double().mean(0) > 0.3).sum())
+    assert line(text, "Sink heads") == f"{heads} of 24, whose mean sink attention exceeds ε = 0.3"
+    assert (
+        line(text, "Sink rate") == "50.0 % of (prompt, layer, head) have importance above ε = 0.3"
     )
     peak = report.residual_peak.mean(0)
     assert line(text, "Residual peak") == (

@@ -31,7 +31,7 @@ def test_a_summary_fits_the_terminal_without_losing_a_figure(monkeypatch) -> Non
 def test_no_line_begins_with_a_unit(monkeypatch) -> None:
     """The rate stands where 80 columns end, so that only its unit would go to the next line."""
     report = synthetic_report(sink_importance=torch.full((3, 4, 6), 0.4))
-    fact = "24 of 24 have mean importance above ε = 0.3; sink rate 100.0 %"
+    fact = f"{'all heads':<54} 100.0 %"
     assert len(f"{'Sink heads':18}{fact}") == 80
     monkeypatch.setattr("sinkscope.report.summary.sink_heads", lambda _: f"x{fact}")
     monkeypatch.setenv("COLUMNS", "80")

@@ -1,0 +1,248 @@
+"""A report in a few sentences: whether there is a sink, how strong, who writes it, what it holds.
+
+Every clause is derived from the report's fields, and is left out where they were not measured.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+
+import torch
+
+from sinkscope.output import and_more, listed, number, printable
+from sinkscope.report.quantities import SinkQuantities
+
+PEAK = 10.0
+"""From this ratio on a residual state is called a peak, and the block after which the mean over
+prompts first exceeds it is said to write the peak. Published sinks lie between 10 and 1000."""
+STRONG = 1 / 3
+"""A sink is called strong where at least this share of all heads are sink heads."""
+
+TERMS = {
+    "Sinks": "positions that receive far more attention than an even spread would give them",
+    "Sink heads": "heads whose sink attention, averaged over prompts, exceeds ε",
+    "Sink rate": "share of all (prompt, layer, head) in which the first sink's mean attention over "
+    "the queries that see it exceeds ε (Gu et al. 2410.10781)",
+    "Value drain": "norm of the sink's value vector over the mean norm of the others'",
+    "Residual peak": "norm of the sink's residual state over the median norm of the others', after "
+    "a block",
+    "Massive dims": "residual channels with an activation above 100 and above 1,000 times the "
+    "median of its hidden state (Sun et al. 2402.17762)",
+    "Non-mixture dims": "FFN output dimensions in which the sink stands far above the median over "
+    "dimensions and above every position that attends to others (after Yan et al. 2407.01601)",
+    "Marked tokens": "tokens to leave out when training an SAE or a probe, or when quantising",
+    "even spread": "what each query would pay if it attended to all keys that it sees alike",
+}
+"""One line on every term that a summary uses."""
+
+_NEAR = 0.02  # how far from a simple fraction a share still is called by it
+_FRACTIONS = {
+    Fraction(1, 4): "a quarter", Fraction(1, 3): "a third", Fraction(1, 2): "half",
+    Fraction(2, 3): "two thirds", Fraction(3, 4): "three quarters",
+}  # fmt: skip
+_SHOWN = 3  # positions named
+
+
+def headline(report: SinkQuantities) -> str:
+    """What a report shows, in one to three sentences.
+
+    Args:
+        report: A report; of what was not measured nothing is said.
+
+    Returns:
+        Plain text, for example "smollm2-135m has a strong sink at position 0: half of its heads
+        (136 of 270) pay it more than 0.3 of their attention; the mean over heads, 0.35, is 17 times
+        an even spread. Block 11 writes its residual peak (179 times the others' norm, dim 507). Its
+        value norm is about a quarter of the others' (0.24).". Empty where neither attention,
+        residual states nor values of sinks were measured.
+    """
+    sentences = (_attention(report), _learned(report), _peak(report), _value(report))
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def numbers(report: SinkQuantities) -> list[tuple[str, str, str]]:
+    """The few figures to look at first, as (value, what it is, its definition)."""
+    shown = []
+    if (heads := _head_counts(report)) is not None and heads[1]:
+        found, of = heads
+        shown.append((f"{found} of {of}", "sink heads", TERMS["Sink heads"]))
+        mean, even = _strength(report)
+        shown.append((f"{_two(mean / even)} ×", "an even spread", TERMS["even spread"]))
+    peak = _mean_peak(report)
+    if peak is not None:
+        top = int(peak.argmax())
+        what = f"residual peak, after block {top}"
+        shown.append((f"{number(float(peak[top]))} ×", what, TERMS["Residual peak"]))
+    drain = _median_drain(report)
+    if drain is not None:
+        shown.append((f"{_two(drain)} ×", "the others' value norm", TERMS["Value drain"]))
+    return shown
+
+
+def _attention(report: SinkQuantities) -> str:
+    counts = _head_counts(report)
+    if counts is None:
+        return ""
+    name = _name(report)
+    found, of = counts
+    if not bool(report.sink_mask.any()):
+        return f"No position of these texts was found to be a sink of {name}."
+    if of == 0:
+        return (
+            f"The attention to the sink of {name} is undefined: in these prompts no query comes "
+            "after it."
+        )
+    where, several = _where(report)
+    it = "them" if several else "it"
+    epsilon = report.settings.epsilon
+    mean, even = _strength(report)
+    average = f"the mean over heads, {_two(mean)}, is {_two(mean / even)} times an even spread"
+    if found == 0:
+        largest = report.mean("sink_attention").nan_to_num(-1).max()
+        return (
+            f"{name} has no sink head at {where}: no head pays {it} more than {epsilon:g} of its "
+            f"attention (at most {_two(float(largest))}); {average}."
+        )
+    article = "strong sinks" if several else "a strong sink"
+    kind = article if found >= STRONG * of else article.replace("strong ", "")
+    verb = "pays" if found == 1 else "pay"
+    whose = "its" if found == 1 else "their"
+    together = " together" if several else ""
+    return (
+        f"{name} has {kind} at {where}: {_share(found, of)} {verb} {it}{together} more than "
+        f"{epsilon:g} of {whose} attention; {average}."
+    )
+
+
+def _learned(report: SinkQuantities) -> str:
+    """Of models with a learned sink logit, which no position receives."""
+    if report.learned_sink_mass is None or bool(report.learned_sink_mass.isnan().all()):
+        return ""
+    mass = float(report.mean("learned_sink_mass").nanmean())
+    return f"Its learned sink logits take {_two(mass)} of the attention."
+
+
+def _peak(report: SinkQuantities) -> str:
+    peak = _mean_peak(report)
+    if peak is None:
+        return ""
+    top = int(peak.argmax())
+    largest = float(peak[top])
+    over = (peak > PEAK).nonzero()
+    whose = "The sinks have" if _several(report) else "The sink has"
+    if len(over) == 0:
+        return f"{whose} no residual peak: at most {_two(largest)} times the others' norm."
+    first = int(over[0])
+    size = f"{number(float(peak[first]))} times the others' norm"
+    parts = [size]
+    if (dim := _largest_dim(report, first)) is not None:
+        parts.append(f"dim {dim}")
+    if largest > 1.2 * float(peak[first]):
+        parts.append(f"{number(largest)} times after block {top}")
+    return f"Block {first} writes the residual peak ({', '.join(parts)})."
+
+
+def _value(report: SinkQuantities) -> str:
+    drain = _median_drain(report)
+    if drain is None:
+        return ""
+    whose = "The sinks' values have" if _several(report) else "The sink's values have"
+    if 0.9 <= drain <= 1.1:
+        return f"{whose} the others' norm."
+    word = next((w for f, w in _FRACTIONS.items() if abs(drain - f) <= _NEAR), None)
+    if word is not None:
+        return f"{whose} about {word} of the others' norm ({_two(drain)})."
+    return f"{whose} {_two(drain)} times the others' norm."
+
+
+# What the sentences say is computed here.
+
+
+def _head_counts(report: SinkQuantities) -> tuple[int, int] | None:
+    """Sink heads, and heads with a defined sink attention; None where it was not measured."""
+    if report.sink_attention is None:
+        return None
+    return int(report.sink_heads().sum()), int(report.mean("sink_attention").isfinite().sum())
+
+
+def _strength(report: SinkQuantities) -> tuple[float, float]:
+    """Mean sink attention over heads, and what an even spread would give [probability]."""
+    from sinkscope.report.summary import uniform
+
+    return float(report.mean("sink_attention").nanmean()), uniform(report)
+
+
+def _mean_peak(report: SinkQuantities) -> torch.Tensor | None:
+    """Mean over prompts of the residual peak [layer], undefined layers at minus infinity."""
+    if report.residual_peak is None:
+        return None
+    peak = report.mean("residual_peak")
+    return None if bool(peak.isnan().all()) else peak.nan_to_num(-torch.inf)
+
+
+def _median_drain(report: SinkQuantities) -> float | None:
+    """Median over KV heads of the mean drain [ratio]."""
+    if report.value_drain is None:
+        return None
+    drain = report.mean("value_drain")
+    return None if bool(drain.isnan().all()) else float(drain.nanmedian())
+
+
+def _largest_dim(report: SinkQuantities, layer: int) -> int | None:
+    """The dim of the largest massive activation at a sink after a layer."""
+    if report.massive is None:
+        return None
+    at_sink = [
+        entry
+        for entry in report.massive_activations()
+        if entry["layer"] == layer and report.sink_mask[entry["prompt"], entry["position"]]
+    ]
+    return max(at_sink, key=lambda entry: abs(entry["value"]))["dim"] if at_sink else None
+
+
+def _name(report: SinkQuantities) -> str:
+    under = " and ".join(report.settings.interventions)
+    model = printable(report.settings.model)
+    return f"{model} under {printable(under)}" if under else model
+
+
+def _several(report: SinkQuantities) -> bool:
+    """Whether some prompt has more than one sink."""
+    return bool((report.sink_mask.sum(dim=1) > 1).any())
+
+
+def _where(report: SinkQuantities) -> tuple[str, bool]:
+    """The sink positions in words, the commonest first, and whether a prompt has several."""
+    several, prompts = _several(report), len(report.sink_mask)
+    found = Counter(report.sink_mask.nonzero()[:, 1].tolist())
+    common = found.most_common(_SHOWN)
+    names = [
+        str(position) if count == prompts else f"{position} (in {count} of {prompts} prompts)"
+        for position, count in common
+    ]
+    plural = "s" if len(found) > 1 else ""
+    words = listed(names) if len(found) <= _SHOWN else and_more(names, len(found))
+    return f"position{plural} {words}{_token(report) if len(found) == 1 else ''}", several
+
+
+def _token(report: SinkQuantities) -> str:
+    """The sink's token where it is the same in every prompt."""
+    if report.token_text is None:
+        return ""
+    places = report.sink_mask.nonzero().tolist()
+    tokens = {report.token_text[prompt][position] for prompt, position in places}
+    return f" ({printable(repr(tokens.pop()))})" if len(tokens) == 1 else ""
+
+
+def _share(found: int, of: int) -> str:
+    """Some of all heads: "half of its heads (136 of 270)", "10 of its 72 heads"."""
+    if found == of:
+        return "its only head" if of == 1 else f"all of its {of} heads"
+    word = next((w for f, w in _FRACTIONS.items() if abs(found / of - f) <= _NEAR), None)
+    return f"{word} of its heads ({found} of {of})" if word else f"{found} of its {of} heads"
+
+
+def _two(value: float) -> str:
+    """A number to two significant digits: sentences are read, not computed with."""
+    return number(float(f"{value:.2g}"))
