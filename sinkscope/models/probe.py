@@ -160,10 +160,21 @@ def fails_without_cache(bridge: Any) -> str | None:
     return None
 
 
-def probe_tokens(bridge: Any) -> Int[Tensor, "prompt position"]:
-    """Two prompts of unlike, ordinary ids; the second differs in its last token only."""
-    vocabulary = bridge.cfg.d_vocab
-    length = min(PROBE_LENGTH, context_size(bridge) or PROBE_LENGTH)
+def probe_tokens(model: Any, at_least: int = 0) -> Int[Tensor, "prompt position"]:
+    """Two prompts of unlike, ordinary ids; the second differs in its last token only.
+
+    Args:
+        model: A bridge, or a transformers model.
+        at_least: Positions that are needed, where they are more than usual.
+    """
+    if hasattr(model, "cfg"):
+        vocabulary, context = model.cfg.d_vocab, context_size(model)
+    else:
+        config = model.config.get_text_config()
+        vocabulary = config.vocab_size
+        context = getattr(config, "max_position_embeddings", None)
+    length = max(PROBE_LENGTH, at_least)
+    length = min(length, context or length)
     # Special ids sit at either end of a vocabulary: take the middle half.
     ids = torch.linspace(vocabulary // 4, 3 * vocabulary // 4, length + 1).long()
     return torch.stack([ids[:-1], torch.cat([ids[:-2], ids[-1:]])])

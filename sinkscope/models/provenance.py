@@ -1,16 +1,29 @@
-"""Where a model came from: what a report needs to say which weights it measured."""
+"""Which model was measured: where its weights came from, and what identifies it.
+
+`model_source` tells the name, the kind and the revision of a model's files. `model_identity` says
+whether two models compute the same: it hashes all weights, the modules and their settings, and what
+one forward pass over a few tokens gives.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import secrets
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
 
+from sinkscope.devices import ran_out_of_memory
+from sinkscope.models.active import in_force
 from sinkscope.models.packaged import sha256
+from sinkscope.models.probe import evaluating, probe_tokens
 from sinkscope.prompts.tokens import Texts
 
 _COLUMNS = 4
@@ -30,6 +43,221 @@ def weights_of(model: Any) -> str:
             rows = weight.detach() if weight.ndim < 2 else weight.detach().flatten(1)[:, :_COLUMNS]
             content.update(digest_of(rows).encode())
     return content.hexdigest()[:16]
+
+
+def model_identity(model: Any) -> str:
+    """What identifies a model: two models with equal identities compute the same.
+
+    It covers every weight and buffer that a checkpoint holds, bit by bit, the class and the plain
+    settings of every module (so also the scale of an adapter, or whether it is switched off), the
+    config, and the output of one forward pass over a dozen tokens under all hooks that are on the
+    model. A copy on another device has the same identity. Where code that is neither torch's nor
+    transformers' takes part (a hook, a module of one's own), the output counts bit by bit, and then
+    the identity holds for one kind of device only.
+
+    Nothing is cached: a weight may have been edited where torch does not count it.
+
+    Args:
+        model: A bridge, or a transformers model.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    module = getattr(model, "original_model", model)
+    content = hashlib.sha256()
+    for part in (*_weights(module), *_modules(module), *_output(model, _foreign(model))):
+        content.update(part.encode() + b"\0")
+    return content.hexdigest()[:32]
+
+
+def _plain(name: str) -> str:
+    """The name of a weight or module without the components that a bridge puts in between."""
+    return name.replace("_original_component.", "").replace("._original_component", "")
+
+
+def _is_component(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("transformer_lens.", "sinkscope."))
+
+
+def _weights(model: nn.Module) -> Iterator[str]:
+    """Name, dtype, shape and hash of every weight and every buffer that is saved."""
+    for name, module in sorted(model.named_modules(), key=lambda each: _plain(each[0])):
+        if _is_component(module):
+            continue
+        saved = {k: x for k, x in module._buffers.items() if _is_saved(module, k)}
+        for key, tensor in sorted({**module._parameters, **saved}.items()):
+            if tensor is not None:
+                yield f"{_plain(name)}.{key} {tensor.dtype} {tuple(tensor.shape)} {_bits(tensor)}"
+
+
+def _is_saved(module: nn.Module, buffer: str) -> bool:
+    return buffer not in module._non_persistent_buffers_set
+
+
+_WORDS = 2**16
+"""Words of 32 bits that are summed up at a time."""
+
+
+@cache
+def _multipliers(device: torch.device) -> Tensor:
+    """Fixed random integers of 64 bits (splitmix64)."""
+    z = (np.arange(1, _WORDS + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    z ^= z >> np.uint64(31)
+    return torch.from_numpy(z.view(np.int64)).to(device)
+
+
+def _bits(tensor: Tensor) -> str:
+    """A hash of a tensor's bits, computed where it lies.
+
+    Σ_i m_i w_i modulo 2^64 over words w of 32 bits and random m, for each run of words; the sums
+    are then hashed. SHA-256 of all bytes would read some 0.6 GB a second and need them on the CPU.
+    """
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao keeps integers and scales inside
+        names, _ = tensor.__tensor_flatten__()
+        return " ".join(_bits(getattr(tensor, name)) for name in names)
+    if tensor.is_meta:
+        return "offloaded"
+    plain = tensor.detach().as_subclass(Tensor).contiguous().flatten()
+    if not plain.numel():
+        return ""
+    raw = plain.view(torch.uint8)
+    whole = raw.numel() // 4 * 4
+    content = hashlib.sha256(bytes(raw[whole:].tolist()))
+    content.update(repr(_sums(raw[:whole].view(torch.int32))).encode())
+    return content.hexdigest()[:32]
+
+
+def _sums(words: Tensor) -> list[int]:
+    """Σ_i m_i w_i modulo 2^64 of each run of words."""
+    multipliers = _multipliers(words.device)
+    if words.device.type != "cpu":  # many runs a launch
+        whole = words.numel() // _WORDS * _WORDS
+        many = words[:whole].view(-1, _WORDS).split(64)
+        sums = [(runs.long() * multipliers).sum(dim=-1) for runs in many]
+        if len(rest := words[whole:]):
+            sums.append((rest.long() * multipliers[: len(rest)]).sum()[None])
+        return torch.cat(sums).tolist() if sums else []
+    room = torch.empty(_WORDS, dtype=torch.long)  # reused: fresh memory costs more than the sums
+    return [
+        int(torch.dot(room[: len(run)].copy_(run), multipliers[: len(run)]))
+        for run in words.split(_WORDS)
+    ]
+
+
+_STATE = frozenset(vars(nn.Module())) | {
+    "gradient_checkpointing",
+    "max_seq_len_cached",
+    "_is_hf_initialized",
+}
+"""Attributes of modules that are no settings: torch's own, and what a forward pass leaves."""
+
+
+def _modules(model: nn.Module) -> Iterator[str]:
+    """Class and plain settings of every module, and the config."""
+    for name, module in sorted(model.named_modules(), key=lambda each: _plain(each[0])):
+        if _is_component(module) or isinstance(module, nn.ModuleList):
+            continue
+        kind = f"{_plain(name)} {type(module).__module__}.{type(module).__qualname__}"
+        # A transformers model keeps its settings in its config, and notes for itself beside it.
+        inside = {} if hasattr(module, "base_model_prefix") else vars(module)
+        settings = {
+            k: plain for k, x in inside.items() if k not in _STATE and _is_plain(plain := x)
+        }
+        yield f"{kind} {sorted(settings.items())!r}"
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        stated = {k: v for k, v in config.to_dict().items() if k not in _OF_NO_ACCOUNT}
+        yield json.dumps(stated, sort_keys=True, default=repr)
+
+
+_OF_NO_ACCOUNT = frozenset(
+    {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+    | {"return_dict", "output_attentions", "output_hidden_states", "_attn_implementation"}
+)
+"""What configs state that does not change what a model computes (dtypes are the weights')."""
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an attribute is a number, a word, or made of such."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, (*value, *value.values())))
+    if isinstance(value, list | tuple | set | frozenset):
+        return not isinstance(value, set | frozenset) and all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _foreign(model: Any) -> bool:
+    """Whether code takes part that is neither torch's nor transformers'."""
+    points = getattr(model, "hook_dict", {}).values()
+    if any(handle for point in points for handle in point.fwd_hooks if not _is_wiring(handle.hook)):
+        return True
+    return any(map(_is_foreign, getattr(model, "original_model", model).modules()))
+
+
+_KNOWN = ("torch.", "transformers.", "transformer_lens.", "sinkscope.")
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    if not type(module).__module__.startswith(_KNOWN):
+        return True
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if type(module).__module__.startswith("transformer_lens.hook_points"):
+        return False  # its hooks were looked at already, by what the bridge knows of them
+    return any(not _is_wiring(hook) for hook in hooks)
+
+
+def _is_wiring(hook: Any) -> bool:
+    """Whether a hook is one that the libraries put there themselves."""
+    return str(getattr(hook, "__module__", "")).startswith(_KNOWN)
+
+
+def _output(model: Any, foreign: bool) -> Iterator[str]:
+    """What one forward pass gives: bit by bit, or a few numbers that rounding does not change."""
+    try:
+        logits = probe_logits(model).double()
+    except RuntimeError as error:
+        if ran_out_of_memory(error):
+            raise
+        yield _unrepeatable()
+        return
+    except Exception:  # whatever a foreign forward pass may raise on these tokens
+        yield _unrepeatable()
+        return
+    if foreign:
+        yield digest_of(logits)
+    elif logits.isfinite().all() and next(_parameters(model)).element_size() >= 4:
+        # In half precision, what two devices compute differs by more than a coarse number tells.
+        wave = torch.arange(logits.numel(), dtype=torch.float64)
+        shapes = torch.stack([torch.sin(wave * step) for step in (0.7, 1.3, 2.1, 3.7)])
+        size = logits.square().sum().sqrt().clamp_min(1e-30)
+        yield repr((shapes @ logits.flatten() / size).div(0.05).round().tolist())
+
+
+def _unrepeatable() -> str:
+    """Of a model that does not run on the probe nothing can be said but that it is itself, now."""
+    return secrets.token_hex(16)
+
+
+def _parameters(model: Any) -> Iterator[Tensor]:
+    return getattr(model, "original_model", model).parameters()
+
+
+def _reach(model: Any) -> int:
+    """Positions that the interventions in force on a model need."""
+    return max((at + 2 for one in in_force(model) for at in one.positions), default=0)
+
+
+def probe_logits(model: Any) -> Tensor:
+    """Logits of a bridge or a transformers model on the probe's tokens, as it is, hooks and all."""
+    module = getattr(model, "original_model", model)
+    device = next(module.parameters()).device
+    with evaluating(module), torch.no_grad():
+        output = model(probe_tokens(model, at_least=_reach(model)).to(device))
+    logits = getattr(output, "logits", output)
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return logits.detach().float().cpu()
 
 
 def digest(texts: Texts) -> str:
