@@ -86,7 +86,7 @@ about = "Bigram-Backcopy · 1 layer, 1 head, width 64 · AdamW · one seed"
 ss.plot.training_curves(curves, panels, about=about, log_steps=False)
 
 # %%
-log = softmax.frame().set_index(["metric", "step"])["value"]
+log = softmax.to_frame().set_index(["metric", "step"])["value"]
 start, end = log.xs(0, level="step"), log.xs(450, level="step")
 
 assert start["sink_attention"] < 0.1 < 0.85 < end["sink_attention"]
@@ -176,7 +176,7 @@ both = bb.dynamics([softmax, relu], metrics=None)
 ss.plot.training_curves(both, panels, about=about, log_steps=False)
 
 # %%
-cured = relu.frame().set_index(["metric", "step"])["value"].xs(450, level="step")
+cured = relu.to_frame().set_index(["metric", "step"])["value"].xs(450, level="step")
 names = ["sink_attention", "spare_attention", "value_drain", "backcopy_excess", "bigram_excess"]
 print(pd.DataFrame({"softmax": end[names], "relu": cured[names]}).round(3))
 
@@ -230,7 +230,7 @@ assert last["sink_attention", 0] < 0.2
 # > `bb-3l`, from step 1,000 on: which of $\ln t$, $\sqrt t$ and $t$ fits each best?
 
 # %%
-ours, _ = bb.growth_laws(softmax.frame(), metrics=("logit_gap",), start=100)
+ours, _ = bb.growth_laws(softmax.to_frame(), metrics=("logit_gap",), start=100)
 theirs, _ = bb.growth_laws(history, start=1000)
 norm = theirs.query("metric == 'residual_norm' and layer == 0")
 deep_gap = theirs.query("metric == 'logit_gap' and layer == 2")
@@ -360,7 +360,7 @@ check(3, answer_3)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 spare = bb.train(classroom.replace(attention="off-by-one"), device="cpu")
-ended = spare.frame().set_index(["metric", "step"])["value"].xs(450, level="step")
+ended = spare.to_frame().set_index(["metric", "step"])["value"].xs(450, level="step")
 print(ended[["sink_attention", "spare_attention"]].round(3).to_string())
 answer_3 = "BOS" if ended["sink_attention"] > ended["spare_attention"] else "spare place"
 # Permission to be silent is not enough. BOS was there, its logit can rise without bound, and the

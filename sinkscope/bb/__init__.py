@@ -1,8 +1,9 @@
-"""The Bigram-Backcopy laboratory: grow an attention sink from nothing (Guo et al. 2024).
+"""The Bigram-Backcopy task: toy models in which an attention sink forms (Guo et al. 2024).
 
-`train` a small transformer on the exact task, watch sink, drain and peak appear (`dynamics`), hold
-one of them still (`reinforcement`), try the cures (`compare`), and measure any of these models with
-the rest of sinkscope (`to_bridge`). See README.md beside this file for what was found.
+`train` a small transformer on the task, follow sink, value drain and residual peak over training
+(`dynamics`), clamp one of them (`reinforcement`), compare mitigations (`compare`), and measure any
+of these models with the rest of sinkscope (`to_bridge`). README.md beside this file has the results
+and says what is in which file.
 """
 
 import lazy_loader

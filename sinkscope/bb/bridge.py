@@ -73,7 +73,7 @@ def to_bridge(
 
 
 def _use_true_attention(adapter: ArchitectureAdapter, gated: bool) -> None:
-    from sinkscope.bb._attention_bridge import BackcopyAttentionBridge
+    from sinkscope.bb.attention_bridge import BackcopyAttentionBridge
 
     block = adapter.component_mapping["blocks"]
     stock = block.submodules["attn"]

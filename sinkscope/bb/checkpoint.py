@@ -1,105 +1,58 @@
-"""One training state in one file: safetensors, written whole or not at all.
+"""One training state in one safetensors file.
 
-Weights, optimiser state and the task's two tables are tensors; the step and the configuration are
-metadata. Nothing is pickled, so a checkpoint from a stranger is data and never code.
+Weights, optimiser state and the two tables of the task are tensors; step, configuration and the
+digests of the starting weights and of the log are JSON in the file's metadata. Nothing is pickled,
+so a checkpoint from a stranger is data and never code; `load_checkpoint` verifies all of it.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from sinkscope.bb.measurement import Phenomena
+from sinkscope.bb.config import TrainConfig
+from sinkscope.bb.model import BackcopyTransformer
 from sinkscope.bb.source import BigramSource
-from sinkscope.errors import ModelError
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-# --- A run's measurements as tidy rows: step, metric, layer, head, value.
-
-COLUMNS = ("step", "metric", "layer", "head", "value")
-
-
-class Log:
-    """Rows in the order they were measured. Layer and head are -1 where a metric has none."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, str | int | float]] = []
-        self._steps: set[int] = set()
-
-    def __contains__(self, step: int) -> bool:
-        return step in self._steps
-
-    def add(self, step: int, metric: str, value: float) -> None:
-        """Add one number that has neither layer nor head."""
-        self.rows.append(dict(zip(COLUMNS, (step, metric, -1, -1, value), strict=True)))
-
-    def extend(self, step: int, found: Phenomena) -> None:
-        """Add everything measured at a step, which from then on is `in` the log."""
-        self._steps.add(step)
-        self.rows.extend({"step": step, **row} for row in found.rows())
-
-    def frame(self) -> pd.DataFrame:
-        """The rows as a frame."""
-        import pandas as pd
-
-        return pd.DataFrame(self.rows, columns=list(COLUMNS))
-
-    def write(self, path: Path) -> None:
-        """Write as CSV, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(partial, path)
-
-    @classmethod
-    def read(cls, path: Path, until: int) -> Log:
-        """Read back the rows up to a step: later ones belong to work that was lost with a kill."""
-        log = cls()
-        if not path.exists():
-            raise ModelError(
-                f"{path} is missing beside its checkpoint: put it back, or start in a new folder"
-            )
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                if int(row["step"]) <= until:
-                    log.rows.append(
-                        {
-                            "step": int(row["step"]),
-                            "metric": row["metric"],
-                            "layer": int(row["layer"]),
-                            "head": int(row["head"]),
-                            "value": float(row["value"]),
-                        }
-                    )
-        log._steps = {int(row["step"]) for row in log.rows}
-        return log
+from sinkscope.errors import ModelError, SinkscopeError
+from sinkscope.output import write_file
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds: weights (by parameter name), optimiser state, task tables and metadata."""
+    """The state of a run after `step` optimiser steps.
+
+    Attributes:
+        weights: The model's weights, by parameter name.
+        optimizer: The optimiser's state, as `Optimizers.tensors` names it; empty in snapshots.
+        source: The bigram source of the task.
+        config: The configuration of the run.
+        step: Optimiser steps taken.
+        start: Digest of the weights that the run was started from, if they were given.
+        log: Digest of the log up to this step; None in snapshots and in files of older versions.
+    """
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     source: BigramSource
-    metadata: dict[str, Any]
+    config: TrainConfig
+    step: int
+    start: str | None = None
+    log: str | None = None
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write atomically: a kill at any moment leaves the old file or the new one."""
+    """Write a checkpoint whole or not at all.
+
+    Raises:
+        ReportError: If the file cannot be written; the old one is still there.
+    """
     source = checkpoint.source
     tensors = {
         **{f"weights.{name}": value for name, value in checkpoint.weights.items()},
@@ -109,41 +62,77 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {
-        **checkpoint.metadata,
+        "step": checkpoint.step,
+        "config": asdict(checkpoint.config),
+        "start": checkpoint.start,
+        "log": checkpoint.log,
         "source": {"name": source.name, "symbols": source.symbols},
     }
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={k: json.dumps(v) for k, v in metadata.items()})
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_file(path, save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read what `save_checkpoint` wrote, onto the CPU.
 
     Raises:
-        ModelError: when the file is absent or is no checkpoint of the laboratory.
+        ModelError: If there is no such file, or it is not a checkpoint of this task: its step,
+            configuration, source and weights must be there, fit each other and be finite.
     """
+    path = Path(path)
+    if not path.exists():
+        raise ModelError(f"There is no checkpoint {path}; train one first.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        described = metadata.pop("source")
-        source = BigramSource(
-            tensors.pop("source.marginal"),
-            tensors.pop("source.transition"),
-            tuple(described["symbols"]) if described["symbols"] else None,
-            described["name"],
-        )
-    except FileNotFoundError:
-        raise ModelError(f"there is no checkpoint {path}: train one first") from None
-    except Exception as error:
+        return _verified(metadata, tensors)
+    except Exception as error:  # whatever a damaged or foreign file leads to
+        told = isinstance(error, SinkscopeError) or type(error) is ValueError
+        reason = str(error).rstrip(".") if told else f"{type(error).__name__}: {error}"
         raise ModelError(
-            f"{path} cannot be read as a laboratory checkpoint ({type(error).__name__}: {error}): "
-            f"delete it or name another file"
+            f"{path} cannot be read as a Bigram-Backcopy checkpoint "
+            f"({' '.join(reason.split())[:300]}); delete it, or name another file."
         ) from error
-    return Checkpoint(_under(tensors, "weights."), _under(tensors, "optimizer."), source, metadata)
+
+
+def _verified(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+    if missing := [key for key in ("step", "config", "source") if key not in metadata]:
+        raise ValueError(f"it says no {', '.join(missing)}")
+    step, config = metadata["step"], TrainConfig.from_dict(metadata["config"])
+    if type(step) is not int or step < 0:
+        raise ValueError(f"its step is {step!r}, which is not a whole number from 0")
+    for key in ("start", "log"):
+        if not isinstance(metadata.get(key), str | None):
+            raise ValueError(f"its {key} is {metadata[key]!r}, which is no digest")
+    described = metadata["source"]
+    source = BigramSource(
+        tensors.pop("source.marginal"),
+        tensors.pop("source.transition"),
+        tuple(described["symbols"]) if described["symbols"] else None,
+        described["name"],
+    )
+    if config.model.vocab != len(source) + 2:
+        raise ValueError(f"its {len(source)} symbols do not make {config.model.vocab} token ids")
+    weights = _under(tensors, "weights.")
+    with torch.device("meta"):
+        model = BackcopyTransformer(config.model)
+    for name, expected in model.state_dict().items():
+        if name not in weights:
+            raise ValueError(f"its weights lack {name}")
+        if weights[name].shape != expected.shape:
+            raise ValueError(
+                f"{name} has the shape {tuple(weights[name].shape)} and not "
+                f"{tuple(expected.shape)}, as its configuration says"
+            )
+    if unknown := weights.keys() - model.state_dict().keys():
+        raise ValueError(f"the model of its configuration has no {min(unknown)}")
+    optimizer = _under(tensors, "optimizer.")
+    for name, tensor in {**weights, **optimizer}.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite values")
+    return Checkpoint(
+        weights, optimizer, source, config, step, metadata.get("start"), metadata.get("log")
+    )
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,12 +1,15 @@
-"""Which cure removes which phenomenon: operators x optimisers x seeds, one small run each.
+"""Which mitigation removes which phenomenon: attention x optimiser x seed, one small run each.
 
-Every run lives in a folder of its own, so an interrupted comparison goes on where it stopped and a
-longer list of seeds re-uses what is there.
+`compare` trains and tabulates the runs, `summarise` decides which phenomena are present. Every run
+has a folder of its own, so an interrupted comparison resumes and a longer list of seeds re-uses
+the runs that are there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -14,15 +17,19 @@ import numpy as np
 import torch
 
 from sinkscope.bb.config import TrainConfig
+from sinkscope.bb.run_folder import exclusive
 from sinkscope.bb.source import BigramSource
+from sinkscope.bb.task import BigramBackcopy
 from sinkscope.bb.training import train
+from sinkscope.devices import chosen_device
+from sinkscope.errors import ModelError
 from sinkscope.statistics import mean_interval
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# A phenomenon is there when its measure is past this line: direction, threshold.
 LINES = {"sink": (">", 0.3), "drain": ("<", 0.5), "peak": (">", 1.5), "growth": (">", 1.1)}
+"""A phenomenon is present when its measure lies beyond this threshold: direction, threshold."""
 
 
 def compare(
@@ -37,43 +44,55 @@ def compare(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Train every combination and read off the end of each run.
+    """Train every combination and describe the end of each run.
 
     Args:
-        attentions: names from `sinkscope.bb.ATTENTIONS`.
-        optimizers: names from `sinkscope.bb.OPTIMIZERS`.
-        seeds: weights and data of each repetition.
-        config: everything else; a three-layer classroom run when left out (peaks need depth).
-        rates: learning rate per optimiser; `classroom_rates()` for classroom-sized models when
-            `config` is left out, else the optimiser's usual one.
-        folder: where runs are kept, one sub-folder each; None keeps nothing.
-        source: the bigram source, as in `train`.
-        device: as in `train`.
-        progress: as in `train`.
+        attentions: Names from `sinkscope.bb.ATTENTIONS`.
+        optimizers: Names from `sinkscope.bb.OPTIMIZERS`.
+        seeds: Weights and data of each repetition.
+        config: Everything else; by default a three-layer classroom run (peaks need depth).
+        rates: Learning rate per optimiser; by default `classroom_rates()` for classroom-sized
+            models when `config` is left out, else the optimiser's usual one.
+        folder: Where runs are kept, one sub-folder each; None keeps nothing.
+        source: The bigram source, as in `train`.
+        device: As in `train`.
+        progress: As in `train`.
 
     Returns:
-        one row per run: attention, optimizer, seed and the entries of `headline`, all of them at
+        One row per run: attention, optimizer, seed and the entries of `headline`, all of them at
         the same step.
 
     Raises:
-        ModelError: as in `train`, when `folder` holds other runs, or longer ones.
+        ModelError: Before any training, if an attention, an optimiser or a setting is not known or
+            nothing is named; as in `train`, if `folder` holds other runs, or longer ones, or if
+            another process trains there.
+        ReportError: If a file cannot be written.
     """
     import pandas as pd
 
     if config is None:
         config, rates = TrainConfig.classroom().replace(layers=3), rates or classroom_rates()
+    configs = [
+        config.replace(
+            attention=attention,
+            optimizer=optimizer,
+            learning_rate=(rates or {}).get(optimizer),
+            seed=seed,
+        )
+        for attention, optimizer, seed in product(attentions, optimizers, tuple(seeds))
+    ]
+    if not configs:
+        raise ModelError("There is nothing to compare; name an attention, an optimiser and a seed.")
+    BigramBackcopy(source, config.triggers, config.bos)  # refuses what cannot be
+    device = chosen_device(device)
     rows = []
-    for attention in attentions:
-        for optimizer in optimizers:
-            rate = (rates or {}).get(optimizer)
-            for seed in seeds:
-                one = config.replace(
-                    attention=attention, optimizer=optimizer, learning_rate=rate, seed=seed
-                )
-                place = Path(folder) / f"{attention}-{optimizer}-{seed}" if folder else None
-                run = train(one, place, source=source, device=device, progress=progress)
-                labels = {"attention": attention, "optimizer": optimizer, "seed": seed}
-                rows.append({**labels, **headline(run.frame())})
+    with exclusive(folder) if folder is not None else nullcontext():
+        for one in configs:
+            labels = {"attention": one.model.attention, "optimizer": one.optimizer}
+            labels["seed"] = one.seed
+            place = Path(folder, "-".join(map(str, labels.values()))) if folder else None
+            run = train(one, place, source=source, device=device, progress=progress)
+            rows.append({**labels, **headline(run.to_frame())})
     return pd.DataFrame(rows)
 
 
@@ -83,18 +102,18 @@ def classroom_rates() -> dict[str, float]:
 
 
 def headline(log: pd.DataFrame) -> dict[str, int | float]:
-    """A run's end in a few numbers: medians over its last three measurements.
+    """The end of a run in a few numbers: medians over its last three measurements.
 
     A single measurement may fall into one of the loss spikes that AdamW has now and then.
 
     Returns:
-        sink, sink_layer: the largest `sink_attention` of any head, and where it is; sink_share,
-        gap, spare: that head's `sink_share`, `logit_gap` and `spare_attention`; drain,
-        drain_layer: the smallest `value_drain` of any head; peak, peak_layer: the largest
-        `residual_peak` of any layer; growth: ||h_0|| in that layer at the end over its value
-        halfway (Adam's peaks keep growing, which tells them from a constant offset);
-        backcopy_excess, bigram_excess [nat]; step. Without any attention nan stands for its
-        figures, and -1 for their layers.
+        sink, sink_layer: the largest `sink_attention` of any head, and its layer; sink_share,
+        gap, spare: the `sink_share`, `logit_gap` and off-sequence mass (`spare_attention`) of that
+        head; drain, drain_layer: the smallest `value_drain` of any head; peak, peak_layer: the
+        largest `residual_peak` of any layer; growth: ||h_0|| in that layer at the end divided by
+        its value halfway (Adam's peaks keep growing, which distinguishes them from a constant
+        offset); backcopy_excess, bigram_excess [nat]; step. Without any attention its values are
+        nan, and their layers -1.
     """
     steps = np.sort(log["step"].unique())
     end = int(steps[-1])
@@ -125,18 +144,18 @@ def headline(log: pd.DataFrame) -> dict[str, int | float]:
 def summarise(
     runs: pd.DataFrame, lines: dict[str, tuple[str, float]] | None = None
 ) -> pd.DataFrame:
-    """Means over seeds, 95 % intervals, and whether each phenomenon is there.
+    """Means over seeds, 95 % t intervals, and whether each phenomenon is present.
 
-    The verdict is "yes" or "no" when the whole interval lies on one side of the line, else
-    "unclear"; with one seed there is no interval and the verdict carries a question mark. What
-    was not there to be measured (the sink of models without attention) is "unclear" too.
+    The verdict is "yes" or "no" if the whole interval lies on one side of the threshold, otherwise
+    "unclear"; with one seed there is no interval and the verdict has a question mark. What could
+    not be measured (the sink of models without attention) is "unclear" too.
 
     Args:
-        runs: what `compare` returned.
-        lines: phenomenon -> (">" or "<", threshold); `LINES` when left out.
+        runs: The result of `compare`.
+        lines: Phenomenon -> (">" or "<", threshold); by default `LINES`.
 
     Returns:
-        one row per attention, optimizer and phenomenon: mean, low, high, seeds, present.
+        One row per attention, optimizer and phenomenon: mean, low, high, seeds, present.
     """
     import pandas as pd
 

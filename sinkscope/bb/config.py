@@ -1,29 +1,53 @@
-"""What to build and how to train it: two frozen records that decide a run."""
+"""The settings of a model and of a training run: two frozen records that decide a run.
+
+Every value is checked when a record is made, whether by a user or from a file.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from sinkscope.attention.operators import ATTENTIONS
 from sinkscope.errors import ModelError
+
+ATTENTIONS = (
+    *("softmax", "relu", "sigmoid", "off-by-one"),
+    *("learned-sink", "key-bias", "softpick", "gated"),
+)
+"""Kinds of attention; `sinkscope.bb.model.Attention` says what each computes."""
+
+CLAMPS = ("values", "logits", "sink")
+"""What can be clamped during training; see `sinkscope.bb.clamping`."""
 
 LEARNING_RATES = {"adamw": 3e-4, "sgd": 3e-2, "muon": 3e-4}
 OPTIMIZERS = tuple(LEARNING_RATES)
 
+_RENAMED = "`hold` is now called `clamp`."
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What to build. The defaults are the paper's one-layer model.
+    """The architecture of a toy model. The defaults are the paper's one-layer model.
 
     Attributes:
-        layers, heads, width, context: blocks, heads per block, residual dims, longest sequence.
-        vocab: token ids, BOS and delimiter included.
-        attention: one of `sinkscope.attention.operators.ATTENTIONS`.
-        no_attention, no_ffn, linear_ffn: layers without attention, without feed-forward, or with
-            one plain matrix for it (the paper's minimal structures).
-        no_norm: leave out every LayerNorm. (The reference code's flag drops only the final one.)
+        layers: Number of blocks.
+        heads: Heads per block.
+        width: Dims of the residual stream, a multiple of `heads`.
+        context: Longest sequence [tokens].
+        vocab: Number of token ids, BOS and delimiter included.
+        attention: One of `ATTENTIONS`.
+        no_attention: Layers without attention (the paper's minimal structures).
+        no_ffn: Layers without a feed-forward network.
+        linear_ffn: Layers with a single matrix for their feed-forward network.
+        no_norm: Leave out every LayerNorm. (The reference code's flag drops the final one only.)
+
+    Raises:
+        ModelError: If a value is not possible.
     """
 
     layers: int = 1
@@ -39,16 +63,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_at_least(1, self, "layers", "heads", "width", "context", "vocab")
+        _check_at_least(0, self, "no_attention", "no_ffn", "linear_ffn", several=True)
         for name in ("no_attention", "no_ffn", "linear_ffn"):
-            chosen = getattr(self, name)
-            if any(not 0 <= layer < self.layers for layer in chosen):
-                raise ModelError(f"{name}={chosen} names a layer outside 0 … {self.layers - 1}")
-        if self.attention not in ATTENTIONS:
-            raise ModelError(
-                f"attention {self.attention!r} is not known, choose one of {', '.join(ATTENTIONS)}"
-            )
+            if any(layer >= self.layers for layer in getattr(self, name)):
+                raise ModelError(
+                    f"{name}={getattr(self, name)} names a layer outside 0 to {self.layers - 1}."
+                )
+        _check_one_of(ATTENTIONS, "attention", self.attention)
+        _check_one_of((False, True), "no_norm", self.no_norm)
         if self.width % self.heads:
-            raise ModelError(f"width {self.width} must be a multiple of the {self.heads} heads")
+            raise ModelError(f"width {self.width} must be a multiple of the {self.heads} heads.")
 
     @property
     def d_head(self) -> int:
@@ -56,26 +80,51 @@ class ModelConfig:
         return self.width // self.heads
 
 
+def _accepts_hold(cls: type[_T]) -> type[_T]:
+    """Take `hold=`, the former name of `clamp`, with a warning."""
+    make = cls.__init__
+
+    @functools.wraps(make)
+    def init(self: _T, *args: Any, **settings: Any) -> None:
+        if "hold" in settings:
+            warnings.warn(_RENAMED, DeprecationWarning, stacklevel=2)
+            settings["clamp"] = settings.pop("hold")
+        make(self, *args, **settings)
+
+    cls.__init__ = init
+    return cls
+
+
+@_accepts_hold
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run. The defaults are the paper's (its one-layer model, AdamW, 10,000 steps).
+    """A training run. The defaults are the paper's (one layer, AdamW, 10,000 steps).
 
     Attributes:
-        model: what to build.
-        triggers, bos: the task; see `BigramBackcopy`.
+        model: The architecture.
+        triggers: The task's triggers; see `BigramBackcopy`.
+        bos: Number of BOS tokens; see `BigramBackcopy`.
         optimizer: "adamw", "sgd" (with momentum) or "muon".
-        learning_rate: constant; None takes the optimiser's usual one (3e-4, SGD 3e-2).
-        weight_decay, betas, eps, momentum: the optimiser's own.
-        batch, length, steps: prompts per step, tokens per prompt, optimiser steps.
-        seed: weights and data.
-        measure_every: steps between two measurements (a few early ones are always taken).
-        measure_prompts: sequences in the fixed evaluation batch.
-        save_every: steps between two checkpoints.
-        snapshots: steps whose weights are kept in files of their own.
+        learning_rate: Constant; None is the optimiser's usual one (3e-4, SGD 3e-2).
+        weight_decay: Of every optimiser.
+        betas: Of AdamW.
+        eps: Of AdamW.
+        momentum: Of SGD.
+        batch: Prompts per step.
+        length: Tokens per prompt.
+        steps: Optimiser steps.
+        seed: Of the first weights and the data.
+        measure_every: Steps between two measurements (a few early ones are always taken).
+        measure_prompts: Sequences in the fixed evaluation batch.
+        save_every: Steps between two checkpoints.
+        snapshots: Steps whose weights are kept in files of their own.
         precision: "fp32", "bf16" (autocast; weights and residual stream stay fp32), or "auto":
             bf16 on a GPU, fp32 on a CPU. Measurements are always fp32.
-        compile: use torch.compile; None: on a GPU only.
-        hold: what to hold fixed while training; see `sinkscope.bb.holds`.
+        compile: Use torch.compile; None: on a GPU only.
+        clamp: What is clamped during training, some of `CLAMPS`; see `sinkscope.bb.clamping`.
+
+    Raises:
+        ModelError: If a value is not possible.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -97,24 +146,45 @@ class TrainConfig:
     snapshots: tuple[int, ...] = ()
     precision: str = "auto"
     compile: bool | None = None
-    hold: tuple[str, ...] = ()
+    clamp: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, ModelConfig):
+            raise ModelError(f"model is {self.model!r}, it must be a ModelConfig.")
         _check_at_least(1, self, "batch", "length", "measure_every", "measure_prompts")
         _check_at_least(1, self, "save_every")
         _check_at_least(0, self, "steps", "seed", "bos")
-        if self.optimizer not in OPTIMIZERS:
-            raise ModelError(
-                f"optimizer {self.optimizer!r} is not known, choose one of {', '.join(OPTIMIZERS)}"
-            )
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ModelError(f"precision {self.precision!r} must be 'auto', 'fp32' or 'bf16'")
+        _check_at_least(0, self, "snapshots", several=True)
+        _check_at_least(0, self, "triggers", several=not isinstance(self.triggers, int))
+        _check_one_of(OPTIMIZERS, "optimizer", self.optimizer)
+        _check_one_of(("auto", "fp32", "bf16"), "precision", self.precision)
+        _check_one_of((None, False, True), "compile", self.compile)
+        if not isinstance(self.clamp, tuple) or set(self.clamp) - set(CLAMPS):
+            raise ModelError(f"clamp is {self.clamp!r}, it must name some of {', '.join(CLAMPS)}.")
         if self.length > self.model.context:
             raise ModelError(
-                f"sequences of {self.length} tokens do not fit a context of {self.model.context}"
+                f"Sequences of {self.length} tokens do not fit a context of {self.model.context}."
             )
+        for step in self.snapshots:
+            if step > self.steps:
+                raise ModelError(
+                    f"snapshot {step} lies beyond the run's {self.steps} steps; leave it out, or "
+                    "ask for more steps."
+                )
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", LEARNING_RATES[self.optimizer])
+        for name in ("learning_rate", "weight_decay", "eps", "momentum"):
+            _check_number(name, getattr(self, name))
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            raise ModelError(f"betas are {self.betas!r}, they must be two numbers.")
+        for beta in self.betas:
+            _check_number("betas", beta, below=1.0)
+
+    @property
+    def hold(self) -> tuple[str, ...]:
+        """The former name of `clamp`."""
+        warnings.warn(_RENAMED, DeprecationWarning, stacklevel=2)
+        return self.clamp
 
     @classmethod
     def classroom(cls, **changes: Any) -> TrainConfig:
@@ -131,12 +201,19 @@ class TrainConfig:
         return cls(**{**settings, **changes})
 
     @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> TrainConfig:
-        """Undo `dataclasses.asdict`, also after a trip through JSON."""
-        return cls(**{**_tuples(stored), "model": ModelConfig(**_tuples(stored["model"]))})
+    def from_dict(cls, stored: Any) -> TrainConfig:
+        """The configuration that `dataclasses.asdict` or JSON made of it; `hold` is `clamp`.
+
+        Raises:
+            ModelError: If it is no configuration, or has settings that are not known.
+        """
+        run = _settings(stored, cls, "configuration", renamed={"hold": "clamp"})
+        if "model" in run:
+            run["model"] = ModelConfig(**_settings(run["model"], ModelConfig, "model"))
+        return cls(**run)
 
     def replace(self, **changes: Any) -> TrainConfig:
-        """A copy with some fields changed; `attention=` and `layers=` reach into the model."""
+        """A copy with some settings changed; `attention=`, `layers=` and such reach the model."""
         inner = {f.name for f in dataclasses.fields(ModelConfig)} & changes.keys()
         if inner:
             model = changes.pop("model", self.model)
@@ -147,17 +224,40 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def measures_at(self, step: int) -> bool:
-        """Whether the model is measured before this step: early, at even spaces, and at the end."""
+        """Whether the model is measured before this step: early, at regular steps, at the end."""
         return step in (0, 1, 2, 5, 10, 20, 50, self.steps) or step % self.measure_every == 0
 
 
-def _check_at_least(least: int, config: ModelConfig | TrainConfig, *names: str) -> None:
+def _check_at_least(
+    least: int, config: ModelConfig | TrainConfig, *names: str, several: bool = False
+) -> None:
     for name in names:
         value = getattr(config, name)
-        if type(value) is not int or value < least:
-            raise ModelError(f"{name} is {value!r}, it must be a whole number from {least}")
+        numbers = value if several else (value,)
+        if not isinstance(numbers, tuple) or any(type(n) is not int or n < least for n in numbers):
+            kind = "a tuple of whole numbers" if several else "a whole number"
+            raise ModelError(f"{name} is {value!r}, it must be {kind} from {least}.")
 
 
-def _tuples(stored: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists only."""
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
+def _check_one_of(choices: tuple[Any, ...], name: str, value: Any) -> None:
+    if not any(value is choice or value == choice for choice in choices):
+        shown = ", ".join(map(str, choices))
+        raise ModelError(f"{name} {value!r} is not known, choose one of {shown}.")
+
+
+def _check_number(name: str, value: Any, below: float = math.inf) -> None:
+    if type(value) not in (int, float) or not 0 <= value < below:
+        raise ModelError(f"{name} is {value!r}, it must be a number from 0 to below {below}.")
+
+
+def _settings(
+    stored: Any, of: type, what: str, renamed: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Stored settings by their names of today; lists, which JSON has only, become tuples."""
+    if not isinstance(stored, dict):
+        raise ModelError(f"The {what} is {stored!r}, which is no object of settings.")
+    former = renamed or {}
+    found: dict[str, Any] = {former.get(name, name): value for name, value in stored.items()}
+    if unknown := found.keys() - {f.name for f in dataclasses.fields(of)}:
+        raise ModelError(f"The {what} has a setting {min(unknown)!r}, which is not known.")
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}

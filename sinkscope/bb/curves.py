@@ -1,11 +1,12 @@
-"""Curves over training, and what drives them.
+"""Curves over training, and experiments on what drives them.
 
 `dynamics` gathers the reference's curves from one or several runs. `reinforcement` trains with one
-half of the loop held still (see `holds`) and shows what the other half then does.
+of two coupled quantities clamped (see `clamping`) and shows how the other then develops.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -14,43 +15,43 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinkscope.bb.checkpoint import Log, load_checkpoint
-from sinkscope.bb.config import TrainConfig
-from sinkscope.bb.holds import HOLDS
-from sinkscope.bb.training import CHECKPOINT, LOG, MAY_CHANGE, Run, train
+from sinkscope.bb.config import CLAMPS, TrainConfig
+from sinkscope.bb.run_folder import CHECKPOINT, RunFolder
+from sinkscope.bb.source import BigramSource
+from sinkscope.bb.training import MAY_CHANGE, Run, train
 from sinkscope.errors import ModelError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# The reference's six curves (Guo et al. 2024), by the names this log gives them.
 CURVES = (
     *("sink_attention", "logit_gap", "value_norm", "residual_norm"),
     *("backcopy_risk", "bigram_risk"),
 )
+"""The reference's six curves (Guo et al. 2024), by their names in a log."""
 
 
 def dynamics(
     runs: Run | str | Path | Sequence[Run | str | Path], metrics: Sequence[str] | None = CURVES
 ) -> pd.DataFrame:
-    """The curves of runs that are in memory or on disk, in one tidy frame.
+    """The curves of runs in memory or on disk, in one tidy frame.
 
     Args:
-        runs: runs, or folders that `train` wrote.
-        metrics: which curves; None for everything measured.
+        runs: Runs, or folders that `train` wrote.
+        metrics: Which curves; None for everything measured.
 
     Returns:
-        run, seed, step, metric, layer, head, value: what `plot.training_curves` draws. No two runs
-        share both name and seed, see `run_names`.
+        A frame with the columns run, seed, step, metric, layer, head and value, which
+        `plot.training_curves` draws. No two runs share both name and seed, see `run_names`.
 
     Raises:
-        ModelError: when there are no runs, or a folder holds none.
+        ModelError: If there are no runs, or a folder holds none or a damaged one.
     """
     import pandas as pd
 
     several = [runs] if isinstance(runs, Run | str | Path) else list(runs)
     if not several:
-        raise ModelError("there are no runs to draw curves of; pass at least one, or its folder")
+        raise ModelError("There are no runs to draw curves of; pass at least one, or its folder.")
     configs, logs = zip(*map(_read, several), strict=True)
     named = zip(run_names(configs), configs, logs, strict=True)
     frame = pd.concat(
@@ -63,17 +64,17 @@ def dynamics(
 
 
 def run_name(config: TrainConfig) -> str:
-    """What tells a run from its neighbours, its seed left out: "1L softmax adamw, hold values"."""
+    """A run's name without its seed, such as "1L softmax adamw, clamp values"."""
     model = config.model
-    held = f", hold {'+'.join(config.hold)}" if config.hold else ""
-    return f"{model.layers}L {model.attention} {config.optimizer}{held}"
+    clamped = f", clamp {'+'.join(config.clamp)}" if config.clamp else ""
+    return f"{model.layers}L {model.attention} {config.optimizer}{clamped}"
 
 
 def run_names(configs: Sequence[TrainConfig]) -> list[str]:
-    """`run_name` of each run, and in which settings it differs from others of that name.
+    """`run_name` of each run, with the settings in which it differs from others of that name.
 
-    Runs that differ in their seed alone share a name: "1L softmax adamw, learning rate 0.003". A
-    number tells apart those that do not even differ in that, but in their source, say.
+    Runs that differ in their seed alone share a name, such as "1L softmax adamw, learning rate
+    0.003". Runs that do not even differ in that (but in their source, for example) are numbered.
     """
     names = [run_name(config) for config in configs]
     settings = [_settings(config) for config in configs]
@@ -90,7 +91,7 @@ def run_names(configs: Sequence[TrainConfig]) -> list[str]:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """What decides a run, its seed left out, in one flat dictionary."""
+    """The settings that decide a run, without its seed, in one flat dictionary."""
     settings = asdict(config)
     settings |= settings.pop("model")
     return {key: value for key, value in settings.items() if key not in (*MAY_CHANGE, "seed")}
@@ -98,42 +99,61 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 def reinforcement(
     config: TrainConfig | None = None,
-    holds: Sequence[str] = HOLDS,
+    clamps: Sequence[str] = CLAMPS,
     seeds: Iterable[int] = (42, 43, 44),
     *,
     folder: str | Path | None = None,
+    source: BigramSource | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
+    holds: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """Train freely, and with each hold, from the same weights on the same data.
+    """Train without and with each clamp, from the same weights on the same data.
 
     Args:
-        config: the run; the classroom's when left out.
-        holds: see `sinkscope.bb.holds`.
-        seeds: repetitions.
-        folder: where runs are kept, one sub-folder each; None keeps nothing.
-        device: as in `train`.
-        progress: as in `train`.
+        config: The run; by default the classroom's.
+        clamps: What to clamp, one run each; see `sinkscope.bb.clamping`.
+        seeds: Repetitions.
+        folder: Where runs are kept, one sub-folder each; None keeps nothing.
+        source: The bigram source, as in `train`.
+        device: As in `train`.
+        progress: As in `train`.
+        holds: The former name of `clamps`.
 
     Returns:
-        all curves, as `dynamics` gives them; the run's name says what was held.
+        All curves, as `dynamics` gives them; the name of a run says what was clamped.
+
+    Raises:
+        ModelError: As in `train`; if there is no such clamp.
     """
+    if holds is not None:
+        warnings.warn("`holds` is now called `clamps`.", DeprecationWarning, stacklevel=2)
+        clamps = holds
     config = config if config is not None else TrainConfig.classroom()
-    runs = []
-    for hold in ((), *((name,) for name in holds)):
-        for seed in seeds:
-            one = config.replace(hold=hold, seed=seed)
-            place = Path(folder) / f"hold-{'-'.join(hold) or 'none'}-{seed}" if folder else None
-            runs.append(train(one, place, device=device, progress=progress))
+    configs = [
+        config.replace(clamp=clamp, seed=seed)
+        for clamp in ((), *((name,) for name in clamps))
+        for seed in seeds
+    ]
+    places = [_folder_of(folder, one) for one in configs]
+    options = {"source": source, "device": device, "progress": progress}
+    runs = [train(one, place, **options) for one, place in zip(configs, places, strict=True)]
     return dynamics(runs, metrics=None)
+
+
+def _folder_of(folder: str | Path | None, config: TrainConfig) -> Path | None:
+    if folder is None:
+        return None
+    name = f"{'-'.join(config.clamp) or 'none'}-{config.seed}"
+    former = Path(folder) / f"hold-{name}"
+    return former if former.exists() else Path(folder) / f"clamp-{name}"
 
 
 def _read(run: Run | str | Path) -> tuple[TrainConfig, pd.DataFrame]:
     if isinstance(run, Run):
-        return run.config, run.frame()
-    folder = Path(run)
-    if not (folder / CHECKPOINT).exists():
-        raise ModelError(f"{folder} holds no training run (no {CHECKPOINT}): train one there first")
-    metadata = load_checkpoint(folder / CHECKPOINT).metadata
-    log = Log.read(folder / LOG, until=metadata["step"])
-    return TrainConfig.from_dict(metadata["config"]), log.frame()
+        return run.config, run.to_frame()
+    found = RunFolder(run).read()
+    if found is None:
+        raise ModelError(f"{run} holds no training run (no {CHECKPOINT}); train one there first.")
+    saved, log = found
+    return saved.config, log.to_frame()

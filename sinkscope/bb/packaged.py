@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinkscope.bb.bridge import to_bridge
-from sinkscope.bb.checkpoint import COLUMNS, Checkpoint, save_checkpoint
+from sinkscope.bb.checkpoint import Checkpoint, save_checkpoint
+from sinkscope.bb.log import COLUMNS
 from sinkscope.bb.task import BigramBackcopy
 from sinkscope.bb.training import Run, load_model
 from sinkscope.errors import ModelError
+from sinkscope.output import write_file
 
 if TYPE_CHECKING:
     from transformer_lens import TransformerBridge
@@ -62,7 +64,7 @@ def packaged_recipe(name: str = "bb-3l") -> dict[str, Any]:
 def packaged_file(name: str) -> Path:
     """The weights file of a packaged model."""
     if name not in PACKAGED:
-        raise ModelError(f"there is no packaged laboratory model {name!r}, there is: {PACKAGED[0]}")
+        raise ModelError(f"There is no packaged toy model {name!r}, there is {PACKAGED[0]}.")
     return Path(str(files("sinkscope.bb").joinpath("data", f"{name}.safetensors")))
 
 
@@ -83,10 +85,10 @@ def export(run: Run, folder: str | Path, name: str, **notes: str | float) -> Pat
         {key: value.half() for key, value in run.model.state_dict().items()},
         {},
         run.task.source,
-        {"step": run.config.steps, "config": asdict(run.config)},
+        run.config,
+        run.config.steps,
     )
     save_checkpoint(path, state)
-    path.chmod(0o644)
     recipe = {
         "name": name,
         "config": asdict(run.config),
@@ -100,7 +102,7 @@ def export(run: Run, folder: str | Path, name: str, **notes: str | float) -> Pat
     head = json.dumps(recipe, indent=1, ensure_ascii=False)[:-2]
     rows = (json.dumps([_short(row[c]) for c in COLUMNS]) for row in run.log.rows)
     text = head + ',\n "log": [\n' + ",\n".join(rows) + "\n ]\n}\n"
-    path.with_suffix(".json").write_text(text, "utf-8")
+    write_file(path.with_suffix(".json"), text)
     return path
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -89,6 +90,22 @@ class BigramSource:
         """Count character bigrams; characters beyond the `symbols` most frequent are dropped."""
         kept, counts = count_bigrams(text, symbols)
         return cls.from_counts(counts, kept, name)
+
+    @classmethod
+    def from_file(cls, path: str | Path, symbols: int = PAPER_SYMBOLS) -> BigramSource:
+        """Count character bigrams in a UTF-8 text file; the source bears the file's name.
+
+        Line breaks count as one character whatever the system wrote, and a byte-order mark as none.
+
+        Raises:
+            TextError: If the file cannot be read, or has fewer than two distinct characters.
+        """
+        try:
+            text = Path(path).read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise TextError(f"{path} cannot be read as UTF-8 text: {reason}.") from error
+        return cls.from_text(text, symbols, Path(path).name)
 
     @classmethod
     def english(cls) -> BigramSource:

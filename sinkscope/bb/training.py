@@ -1,16 +1,16 @@
-"""Train a laboratory model and watch the three phenomena while it trains.
+"""Train a toy model, and measure sink, value drain and residual peak while it trains.
 
-A run is a function of its configuration, its source and the start that it was given, if any: other
-weights come from the seed, batch t from (seed, t).
-A run that was killed and resumed on the same machine ends on the same bits as one that was not.
+A run is a function of its configuration, its source and the starting weights, if any were given:
+other weights come from the seed, and batch t from (seed, t). A run that was killed and resumed on
+the same machine therefore ends on the same bits as one that was not. Start at `train`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -24,12 +24,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from sinkscope.bb.checkpoint import Checkpoint, Log, load_checkpoint, save_checkpoint
+from sinkscope.bb.checkpoint import Checkpoint, load_checkpoint
+from sinkscope.bb.clamping import Clamp
 from sinkscope.bb.config import TrainConfig
-from sinkscope.bb.holds import Holds
+from sinkscope.bb.log import Log
 from sinkscope.bb.measurement import Phenomena, measure
 from sinkscope.bb.model import BackcopyTransformer, Tap, no_tap
 from sinkscope.bb.optimizers import make_optimizers
+from sinkscope.bb.run_folder import RunFolder, exclusive
 from sinkscope.bb.source import BigramSource
 from sinkscope.bb.task import Batches, BigramBackcopy, mixed_seed
 from sinkscope.devices import chosen_device
@@ -38,53 +40,35 @@ from sinkscope.errors import ModelError
 if TYPE_CHECKING:
     import pandas as pd
 
-
-# --- A Ctrl-C that waits until a training step is over, so that what is saved is whole.
-
-
-@contextmanager
-def waiting_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only answers the question that is yielded; a second one stops all.
-
-    Where Ctrl-C would not raise KeyboardInterrupt (other threads, other handlers), nothing changes.
-    """
-    came = False
-
-    def note(*_: object) -> None:
-        nonlocal came
-        came = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if ours:
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: came
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-CHECKPOINT, LOG = "checkpoint.safetensors", "log.csv"
-MAY_CHANGE = ("steps", "measure_every", "save_every", "snapshots")  # between a run and its resume
+MAY_CHANGE = ("steps", "measure_every", "save_every", "snapshots")
+"""Settings that may differ between a run and its resumption."""
 EVALUATION = 2**31  # a seed stream that training never draws from
 
 
 @dataclass
 class Run:
-    """A finished (or resumed and finished) training run."""
+    """A finished training run.
+
+    Attributes:
+        config: Its configuration.
+        task: What it was trained on.
+        model: The trained model, fp32, in evaluation mode.
+        log: Its measurements.
+    """
 
     config: TrainConfig
     task: BigramBackcopy
     model: BackcopyTransformer
     log: Log
 
+    def to_frame(self) -> pd.DataFrame:
+        """The log as a tidy frame with the columns step, metric, layer, head and value."""
+        return self.log.to_frame()
+
     def frame(self) -> pd.DataFrame:
-        """The log, tidy: step, metric, layer, head, value."""
-        return self.log.frame()
+        """The former name of `to_frame`."""
+        warnings.warn("`Run.frame` is now called `to_frame`.", DeprecationWarning, stacklevel=2)
+        return self.to_frame()
 
 
 def train(
@@ -96,30 +80,33 @@ def train(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Run:
-    """Train one model, or go on with the run that `folder` holds.
+    """Train one model, or resume the run that `folder` holds.
 
     Args:
-        config: the run; the paper's one-layer one when left out.
-        folder: where checkpoints and the log go; None keeps nothing on disk.
-        source: the bigram source; the shipped English counts when left out.
-        start: begin from these weights instead of the seed's (and hold *its* values or logits).
-        device: the GPU if there is one, when left out.
-        progress: show a bar with the loss and the three phenomena.
+        config: The run; by default the paper's one-layer model and settings.
+        folder: Where the checkpoint, the log and snapshots are kept; None keeps nothing on disk.
+        source: The bigram source; by default the English counts that come with sinkscope.
+        start: Begin from these weights instead of the seed's; quantities that are clamped keep the
+            values that *this* model computes.
+        device: By default the GPU if there is one.
+        progress: Show a bar with the loss and the three phenomena.
 
     Returns:
-        the run: its model (in eval mode, fp32), task and log.
+        The run: its model (in evaluation mode, fp32), task and log.
 
     Raises:
-        ModelError: when `folder` holds a run of another configuration, source or start, or one
-            that has gone on for more steps; when a snapshot is asked for that the run does not come
-            to; when there is no such device.
+        ModelError: If `folder` holds a run with another configuration, source or start, or with
+            more steps, or a damaged one; if another process trains there; if a snapshot is asked
+            for at a step that the run does not reach; if there is no such device.
+        ReportError: If a file cannot be written; the last saved state is still there.
     """
     config = config if config is not None else TrainConfig()
     task = BigramBackcopy(source, config.triggers, config.bos)
     trainer = Trainer(config, task, start, chosen_device(device))
-    if folder is not None:
-        trainer.attach(Path(folder))
-    trainer.run(progress)
+    with exclusive(folder) if folder is not None else nullcontext():
+        if folder is not None:
+            trainer.attach(RunFolder(folder))
+        trainer.run(progress)
     return Run(trainer.config, trainer.task, trainer.model.eval(), trainer.log)
 
 
@@ -141,7 +128,7 @@ class Trainer:
             self.model.load_state_dict(start.state_dict())
         self.start = None if start is None else _fingerprint(self.model)
         self.model.to(self.device)
-        self.holds = Holds(config.hold, self.model, task) if config.hold else None
+        self.clamp = Clamp(config.clamp, self.model, task) if config.clamp else None
         self.optimizers = make_optimizers(self.model, config)
         self.batches = Batches(task, config.batch, config.length + 1, config.seed, self.device)
         self.evaluation = task.sample(
@@ -149,69 +136,68 @@ class Trainer:
         ).to(self.device)
         self.log = Log()
         self.step = 0
-        self.folder: Path | None = None
+        self.folder: RunFolder | None = None
         on_gpu = self.device.type == "cuda"
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
-        # A hold's tap is a new closure every batch, which a compiled graph would have to re-trace.
+        # The tap of a clamp is a new closure every batch, which a compiled graph would re-trace.
         wanted = on_gpu if config.compile is None else config.compile
-        compiled = wanted and self.holds is None
+        compiled = wanted and self.clamp is None
         self.loss = torch.compile(next_token_loss) if compiled else next_token_loss
 
-    def attach(self, folder: Path) -> None:
-        """Use this folder, and go on from the checkpoint in it if there is one."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def attach(self, folder: RunFolder) -> None:
+        """Use this folder, and resume from the checkpoint in it if there is one."""
+        found = folder.read()
+        if found is not None:
+            self._refuse_another_run(folder, found[0])
+        self._refuse_missed_snapshots(folder, 0 if found is None else found[0].step)
         self.folder = folder
-        saved = load_checkpoint(folder / CHECKPOINT) if (folder / CHECKPOINT).exists() else None
-        if saved is not None:
-            self._refuse_another_run(saved)
-        self._refuse_missed_snapshots(0 if saved is None else saved.metadata["step"])
-        if saved is None:
+        if found is None:
             return
+        saved, self.log = found
+        self.step = saved.step
         self.model.load_state_dict(saved.weights)
-        self.optimizers.load(saved.optimizer)
-        self.step = saved.metadata["step"]
-        self.log = Log.read(folder / LOG, until=self.step)
+        try:
+            self.optimizers.load(saved.optimizer)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"The checkpoint in {folder.path} holds no state of {self.config.optimizer} that "
+                f"fits its weights ({error}); give another folder."
+            ) from error
 
-    def _refuse_another_run(self, saved: Checkpoint) -> None:
-        kept = asdict(TrainConfig.from_dict(saved.metadata["config"]))
-        ours = asdict(self.config)
+    def _refuse_another_run(self, folder: RunFolder, saved: Checkpoint) -> None:
+        kept, ours = asdict(saved.config), asdict(self.config)
         differing = [k for k in ours if k not in MAY_CHANGE and ours[k] != kept[k]]
         theirs, source = saved.source, self.task.source
         tables = (theirs.marginal, source.marginal), (theirs.transition, source.transition)
         if not all(torch.equal(one, other) for one, other in tables):
             differing.append("source")
-        if saved.metadata.get("start") != self.start:
+        if saved.start != self.start:
             differing.append("start")
         if differing:
             raise ModelError(
-                f"{self.folder} holds a run that differs in {', '.join(differing)}: "
-                f"give another folder, or the same ones to go on with it"
+                f"{folder.path} holds a run that differs in {', '.join(differing)}; give another "
+                "folder, or the same settings to resume it."
             )
-        if saved.metadata["step"] > self.config.steps:
+        if saved.step > self.config.steps:
             raise ModelError(
-                f"{self.folder} holds a run of {saved.metadata['step']} steps, beyond the "
-                f"{self.config.steps} asked for: give another folder, or ask for as many"
+                f"{folder.path} holds a run of {saved.step} steps, beyond the {self.config.steps} "
+                "asked for; give another folder, or ask for as many."
             )
 
-    def _refuse_missed_snapshots(self, begun: int) -> None:
-        """Refuse steps that a run from step `begun` on does not come to, unless they are kept."""
+    def _refuse_missed_snapshots(self, folder: RunFolder, begun: int) -> None:
+        """Refuse snapshots of steps before `begun`, unless they were kept."""
         for step in self.config.snapshots:
-            if step > self.config.steps:
+            if step < begun and not folder.snapshot(step).exists():
                 raise ModelError(
-                    f"snapshot {step} lies beyond the run's {self.config.steps} steps: leave it "
-                    f"out, or ask for more steps"
-                )
-            if step < begun and not self._snapshot(step).exists():
-                raise ModelError(
-                    f"{self.folder} holds a run that is past snapshot {step}, at step {begun}: "
-                    f"leave it out, or give another folder"
+                    f"{folder.path} holds a run that is past snapshot {step}, at step {begun}; "
+                    "leave it out, or give another folder."
                 )
 
     def run(self, progress: bool) -> None:
         """Measure, save and step until the last step is done.
 
         Raises:
-            KeyboardInterrupt: After Ctrl-C, once the running step is done and saved.
+            KeyboardInterrupt: After Ctrl-C, once the current step is done and saved.
         """
         config = self.config
         bar = tqdm(
@@ -238,19 +224,19 @@ class Trainer:
         self.optimizers.zero_grad()
         cast = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
         with cast:
-            tap = self.holds.tap(tokens[:, :-1]) if self.holds is not None else no_tap
+            tap = self.clamp.tap(tokens[:, :-1]) if self.clamp is not None else no_tap
             loss = self.loss(self.model, tokens, tap)
         loss.backward()
         self.optimizers.step()
         return loss.detach()
 
     def _measure(self, loss: Tensor | None) -> str:
-        tap = self.holds.tap(self.evaluation) if self.holds is not None else no_tap
+        tap = self.clamp.tap(self.evaluation) if self.clamp is not None else no_tap
         found = measure(self.model, self.task, self.evaluation, tap)
         if loss is not None:
             if not torch.isfinite(loss):
                 raise ModelError(
-                    f"the loss became {loss.item()} at step {self.step}: lower the learning rate"
+                    f"The loss became {loss.item()} at step {self.step}; lower the learning rate."
                 )
             self.log.add(self.step, "loss", loss.item())
         self.log.extend(self.step, found)
@@ -259,21 +245,16 @@ class Trainer:
     def _save(self) -> None:
         if self.folder is None:
             return
-        self.log.write(self.folder / LOG)
         state = Checkpoint(
             self.model.state_dict(),
             self.optimizers.tensors(),
             self.task.source,
-            {"step": self.step, "config": asdict(self.config), "start": self.start},
+            self.config,
+            self.step,
+            self.start,
+            self.log.digest(),
         )
-        if self.step in self.config.snapshots:
-            weights_only = dataclasses.replace(state, optimizer={})
-            save_checkpoint(self._snapshot(self.step), weights_only)
-        save_checkpoint(self.folder / CHECKPOINT, state)
-
-    def _snapshot(self, step: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"step-{step:06d}.safetensors"
+        self.folder.save(state, self.log)
 
 
 def _fingerprint(model: BackcopyTransformer) -> str:
@@ -295,7 +276,7 @@ def next_token_loss(
 
 
 def summary(found: Phenomena, loss: Tensor | None) -> str:
-    """One line for the progress bar: loss, sink, drain and peak (the strongest head and layer)."""
+    """The progress bar's text: loss, sink, drain and peak of the strongest head and layer."""
     parts = [
         f"loss {loss.item():.3f}" if loss is not None else "",
         f"sink {found.sink_attention.nan_to_num(-1).max():.2f}",
@@ -306,10 +287,44 @@ def summary(found: Phenomena, loss: Tensor | None) -> str:
     return "  ".join(part for part in parts if part)
 
 
+@contextmanager
+def waiting_interrupt() -> Iterator[Callable[[], bool]]:
+    """Defer Ctrl-C until a training step is over, so that what is saved is whole.
+
+    Yields:
+        A function that says whether Ctrl-C was pressed; pressed again, it raises KeyboardInterrupt
+        at once. In other threads, or under another handler of SIGINT, nothing changes.
+    """
+    came = False
+
+    def note(*_: object) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: came
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def load_model(path: str | Path) -> tuple[BackcopyTransformer, BigramBackcopy]:
-    """The model and task of a checkpoint or snapshot file, in fp32 on the CPU."""
-    saved = load_checkpoint(Path(path))
-    config = TrainConfig.from_dict(saved.metadata["config"])
-    model = BackcopyTransformer(config.model)
+    """The model and the task of a checkpoint or snapshot file.
+
+    Returns:
+        The model, fp32 on the CPU and in evaluation mode, and its task.
+
+    Raises:
+        ModelError: If there is no such file, or it is damaged or no checkpoint of this task.
+    """
+    saved = load_checkpoint(path)
+    model = BackcopyTransformer(saved.config.model)
     model.load_state_dict({name: value.float() for name, value in saved.weights.items()})
-    return model.eval(), BigramBackcopy(saved.source, config.triggers, config.bos)
+    return model.eval(), BigramBackcopy(saved.source, saved.config.triggers, saved.config.bos)

@@ -1,4 +1,4 @@
-"""`sinkscope bb`: the Bigram-Backcopy laboratory, where sinks grow from nothing."""
+"""`sinkscope bb`: train toy models on the Bigram-Backcopy task and follow the sink they form."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sinkscope.bb.config import ATTENTIONS
 from sinkscope.cli import _common as common
 from sinkscope.errors import SinkscopeError
 from sinkscope.output import number, write_file
@@ -15,10 +16,9 @@ from sinkscope.output import number, write_file
 LAWS_FROM = 200
 """First step that growth laws are fitted to."""
 
-app = typer.Typer(help="Grow an attention sink: train, compare cures, draw the curves.")
+app = typer.Typer(help="Grow an attention sink: train, compare mitigations, draw the curves.")
 
-OPERATORS = "softmax, relu, sigmoid, off-by-one, learned-sink, key-bias, softpick, gated"
-"""`bb.ATTENTIONS` in words: reading them there would import torch for --help."""
+OPERATORS = ", ".join(ATTENTIONS)
 Attention = Annotated[str, typer.Option(help=f"One of {OPERATORS}.")]
 Optimizer = Annotated[str, typer.Option(help="adamw, sgd, or muon.")]
 Layers = Annotated[int, typer.Option(min=1, help="Blocks.")]
@@ -28,7 +28,21 @@ Steps = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Draws the first weights and every batch.")]
 Paper = Annotated[
-    bool, typer.Option("--paper", help="The paper's settings (a GPU's work), not the classroom's.")
+    bool, typer.Option("--paper", help="The paper's settings (for a GPU), not the classroom's.")
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        help="Count the task's bigrams in this UTF-8 text file (the paper: tinyshakespeare); "
+        "default: the English counts that come with sinkscope.",
+    ),
+]
+Triggers = Annotated[
+    int,
+    typer.Option(
+        "--triggers", "-k", min=0, help="How many of the most frequent characters are triggers."
+    ),
 ]
 
 
@@ -39,12 +53,14 @@ def train(
     layers: Layers = 1,
     steps: Steps = None,
     seed: Seed = 42,
+    text: Text = None,
+    triggers: Triggers = 3,
     paper: Paper = False,
     snapshots: Annotated[
         str,
         typer.Option(
-            help="Steps, with commas between them, whose weights --out keeps in files of their "
-            "own, for `sinkscope dynamics`."
+            help="Steps, separated by commas, whose weights --out keeps in files of their own, "
+            "for `sinkscope dynamics`."
         ),
     ] = "",
     device: common.Device = None,
@@ -53,7 +69,7 @@ def train(
 ) -> None:
     """Train one model and say which of sink, drain and peak it grew.
 
-    With --out the run is kept there; started again with the same settings it goes on where it was.
+    With --out the run is kept there; the same command resumes it.
     """
     kept = _steps(snapshots, out)
     folder = common.writable_folder(out)
@@ -61,15 +77,18 @@ def train(
         from sinkscope import bb
         from sinkscope.bb import curves
         from sinkscope.bb.comparison import headline
-        from sinkscope.bb.training import CHECKPOINT
+        from sinkscope.bb.run_folder import CHECKPOINT
 
-        config = _config(paper, layers, steps).replace(
+        config = _config(paper, layers, steps, triggers).replace(
             attention=attention, optimizer=optimizer, learning_rate=_rate(paper, optimizer),
             seed=seed, snapshots=kept,
         )  # fmt: skip
+        source = _source(text)
         with common.interruptible(None if folder is None else folder / CHECKPOINT):
-            run = bb.train(config, folder, device=device, progress=common.progress_wanted())
-        found = headline(run.frame())
+            run = bb.train(
+                config, folder, source=source, device=device, progress=common.progress_wanted()
+            )
+        found = headline(run.to_frame())
     if json:
         common.print_json(found)
         return
@@ -79,34 +98,38 @@ def train(
 @app.command()
 def compare(
     attention: Annotated[
-        str, typer.Option(help=f"all, or some of {OPERATORS}, with commas between them.")
+        str, typer.Option(help=f"all, or some of {OPERATORS}, separated by commas.")
     ] = "softmax,relu",
     optimizer: Annotated[
-        str, typer.Option(help="Some of adamw, sgd and muon, with commas between them.")
+        str, typer.Option(help="Some of adamw, sgd and muon, separated by commas.")
     ] = "adamw",
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions of each.")] = 3,
     layers: Layers = 3,
     steps: Steps = None,
+    text: Text = None,
+    triggers: Triggers = 3,
     paper: Paper = False,
     device: common.Device = None,
     out: common.Out = None,
     json: common.Json = False,
 ) -> None:
-    """Which cures remove which phenomenon, over seeds, with intervals."""
+    """Which mitigations remove which phenomenon, over seeds, with intervals."""
     folder = common.writable_folder(out)
     with common.quiet_stdout():
         from sinkscope import bb
 
         names = list(bb.ATTENTIONS) if attention == "all" else common.some("--attention", attention)
         optimizers = common.some("--optimizer", optimizer)
+        config, source = _config(paper, layers, steps, triggers), _source(text)
         with common.interruptible(folder):
             runs = bb.compare(
                 names,
                 optimizers,
                 range(42, 42 + seeds),
-                config=_config(paper, layers, steps),
+                config=config,
                 rates={name: _rate(paper, name) for name in optimizers},
                 folder=folder,
+                source=source,
                 device=device,
                 progress=common.progress_wanted(),
             )
@@ -118,7 +141,7 @@ def compare(
     if json:
         common.print_json({"runs": runs.to_dict("records"), "summary": rows})
         return
-    _print_rows(_a_row_each(rows), f"is it there? mean over {seeds} seeds, 95 % interval")
+    _print_rows(_a_row_each(rows), f"present? mean over {seeds} seeds, 95 % interval")
 
 
 @app.command()
@@ -196,14 +219,14 @@ def _in_words(found: dict[str, int | float]) -> list[dict[str, Any]]:
     layers = {name: "–" if layer < 0 else layer for name, layer in layers.items()}
     rows = (
         ("attention to BOS of non-trigger queries, largest of any head", "sink", ""),
-        ("… of the attention that it pays to any position", "sink_share", ""),
-        ("… its logit over the other keys'", "gap", "logit"),
-        ("… attention that it pays to no position", "spare", ""),
-        ("value norm of BOS over the others', smallest of any head", "drain", "×"),
-        ("residual norm of BOS over the others' median, largest layer", "peak", "×"),
-        ("… that norm at the end over halfway", "growth", "×"),
-        ("backcopy risk over the Bayes optimum", "backcopy_excess", "nat"),
-        ("bigram risk over the Bayes optimum", "bigram_excess", "nat"),
+        ("… as a share of that head's attention to all positions", "sink_share", ""),
+        ("… logit of BOS minus the other keys' mean", "gap", "logit"),
+        ("… off-sequence mass of that head", "spare", ""),
+        ("value norm of BOS / mean of the others, smallest of any head", "drain", "×"),
+        ("residual norm of BOS / median of the others, largest layer", "peak", "×"),
+        ("… that norm at the end / halfway", "growth", "×"),
+        ("backcopy risk minus the Bayes optimum", "backcopy_excess", "nat"),
+        ("bigram risk minus the Bayes optimum", "bigram_excess", "nat"),
     )
     return [
         {
@@ -230,11 +253,19 @@ def _interval(low: float, high: float, form: str) -> str:
     return number(low, form) if math.isnan(low) else f"{low:{form}} to {high:{form}}"
 
 
-def _config(paper: bool, layers: int, steps: int | None) -> Any:
+def _config(paper: bool, layers: int, steps: int | None, triggers: int) -> Any:
     from sinkscope.bb import TrainConfig
 
     config = TrainConfig() if paper else TrainConfig.classroom()
-    return config.replace(layers=layers, steps=config.steps if steps is None else steps)
+    steps = config.steps if steps is None else steps
+    return config.replace(layers=layers, steps=steps, triggers=triggers)
+
+
+def _source(text: Path | None) -> Any:
+    """The bigram source of --text; None is the one that comes with sinkscope."""
+    from sinkscope.bb import BigramSource
+
+    return None if text is None else BigramSource.from_file(text)
 
 
 def _rate(paper: bool, optimizer: str) -> float | None:

@@ -1,6 +1,6 @@
-"""The attention component of laboratory bridges: real scores, and edits that count.
+"""The attention component of bridges of toy models: true scores, and edits that take effect.
 
-In a file of its own because it subclasses a TransformerLens class and training must run without
+A file of its own, since it subclasses a TransformerLens class and training runs without
 TransformerLens.
 """
 
@@ -14,10 +14,10 @@ from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
 
 class BackcopyAttentionBridge(AttentionBridge):
-    """Runs `sinkscope.bb.model.Attention` with its tap tied to the bridge's hook points.
+    """Runs `sinkscope.bb.model.Attention` with its tap connected to the bridge's hook points.
 
-    `q`, `k`, `v`, `o` inside it are bridge components already, so `hook_q`, `hook_k`, `hook_v` and
-    `hook_z` fire by themselves; scores, pattern and gate pass through here.
+    `q`, `k`, `v` and `o` inside it are bridge components already, so `hook_q`, `hook_k`, `hook_v`
+    and `hook_z` fire by themselves; this class connects the scores, the pattern and the gate.
     """
 
     supports_split_qkv_fork = False
@@ -28,6 +28,7 @@ class BackcopyAttentionBridge(AttentionBridge):
             self.hook_gate = HookPoint()
 
     def forward(self, hidden_states: Tensor, visible: Tensor, *_: Any, **__: Any) -> Tensor:
+        """What the layer adds to the residual stream."""
         hidden_states = self.hook_in(hidden_states)
         points = {"hook_attn_scores": self.hook_attn_scores, "hook_pattern": self.hook_pattern}
         if hasattr(self, "hook_gate"):

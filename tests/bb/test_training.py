@@ -19,7 +19,8 @@ from safetensors import safe_open
 from sinkscope.bb import BackcopyTransformer, BigramSource, ModelConfig, TrainConfig, train
 from sinkscope.bb.checkpoint import load_checkpoint
 from sinkscope.bb.optimizers import make_optimizers
-from sinkscope.bb.training import CHECKPOINT, LOG, Trainer, load_model, next_token_loss
+from sinkscope.bb.run_folder import CHECKPOINT, LOG
+from sinkscope.bb.training import Trainer, load_model, next_token_loss
 from sinkscope.errors import ModelError
 
 TINY = TrainConfig(
@@ -143,13 +144,11 @@ def test_checkpoint_holds_model_task_and_configuration(tmp_path):
     assert torch.equal(weights(model), weights(run.model))
     assert task.triggers == (3, 1)
     assert torch.equal(task.source.transition, source.transition)
-    assert (
-        TrainConfig.from_dict(load_checkpoint(tmp_path / CHECKPOINT).metadata["config"]) == config
-    )
+    assert load_checkpoint(tmp_path / CHECKPOINT).config == config
     halfway, _ = load_model(tmp_path / "step-000003.safetensors")
     same = train(config.replace(steps=3), source=source, device="cpu", progress=False)
     assert torch.equal(weights(halfway), weights(same.model))
-    assert not list(tmp_path.glob("*.partial"))
+    assert not [file for file in tmp_path.iterdir() if file.suffix in (".partial", ".tmp")]
 
 
 def test_a_snapshot_that_never_comes_is_refused(tmp_path):
@@ -178,11 +177,11 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
 
 
 def test_a_run_goes_on_from_its_own_start_and_source_only(tmp_path):
-    """Held values are those of the start; the marginal says how sequences begin."""
+    """Clamped values are those of the start; the marginal says how sequences begin."""
     start = BackcopyTransformer(TINY.model, seed=7)
     source = BigramSource.synthetic(65, seed=1)
     turned = BigramSource(source.marginal.flip(0), source.transition)
-    config = TINY.replace(hold=("values",), triggers=(1, 2, 3), steps=12)
+    config = TINY.replace(clamp=("values",), triggers=(1, 2, 3), steps=12)
     given = dict(source=source, start=start, device="cpu", progress=False)
     at_once = train(config, **given)
     train(config.replace(steps=5), tmp_path, **given)
@@ -191,7 +190,7 @@ def test_a_run_goes_on_from_its_own_start_and_source_only(tmp_path):
         ("start", {"start": BackcopyTransformer(TINY.model, seed=8)}),
         ("source", {"source": turned}),
     ):
-        with pytest.raises(ModelError, match=f"differs in {name}:"):
+        with pytest.raises(ModelError, match=f"differs in {name};"):
             train(config, tmp_path, **{**given, **other})
     same = {"start": copy.deepcopy(start), "source": BigramSource.synthetic(65, seed=1)}
     resumed = train(config, tmp_path, **{**given, **same})
@@ -202,9 +201,9 @@ def test_a_broken_checkpoint_is_one_sentence(tmp_path):
     train(TINY.replace(steps=1), tmp_path, device="cpu", progress=False)
     whole = (tmp_path / CHECKPOINT).read_bytes()
     (tmp_path / CHECKPOINT).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match="cannot be read as a laboratory checkpoint"):
+    with pytest.raises(ModelError, match="cannot be read as a Bigram-Backcopy checkpoint"):
         train(TINY.replace(steps=1), tmp_path, device="cpu", progress=False)
-    with pytest.raises(ModelError, match="there is no checkpoint"):
+    with pytest.raises(ModelError, match="There is no checkpoint"):
         load_model(tmp_path / "absent.safetensors")
 
 
@@ -265,8 +264,8 @@ def test_divergence_is_reported(tmp_path):
 
 def test_bf16_and_fp32_learn_alike():
     config = TINY.replace(steps=60)
-    full = train(config, device="cpu", progress=False).frame()
-    half = train(config.replace(precision="bf16"), device="cpu", progress=False).frame()
+    full = train(config, device="cpu", progress=False).to_frame()
+    half = train(config.replace(precision="bf16"), device="cpu", progress=False).to_frame()
     risks = [f[(f.metric == "bigram_risk") & (f.step == 60)].value.item() for f in (full, half)]
     start = full[(full.metric == "bigram_risk") & (full.step == 0)].value.item()
     assert risks[0] < start - 0.5
@@ -274,28 +273,28 @@ def test_bf16_and_fp32_learn_alike():
     assert risks[1] != risks[0]
 
 
-def test_holds_hold():
+def test_what_is_clamped_stays():
     config = TINY.replace(steps=30)
     start = BackcopyTransformer(config.model, seed=9)
-    free = train(config, start=start, device="cpu", progress=False).frame()
-    for hold, metric in (("values", "value_norm"), ("logits", "logit_gap")):
-        held = train(
-            config.replace(hold=(hold,)), start=start, device="cpu", progress=False
-        ).frame()
-        curve = held[held.metric == metric].groupby(["layer", "head"])["value"]
+    free = train(config, start=start, device="cpu", progress=False).to_frame()
+    for clamp, metric in (("values", "value_norm"), ("logits", "logit_gap")):
+        clamped = train(
+            config.replace(clamp=(clamp,)), start=start, device="cpu", progress=False
+        ).to_frame()
+        curve = clamped[clamped.metric == metric].groupby(["layer", "head"])["value"]
         moving = free[free.metric == metric].groupby(["layer", "head"])["value"]
-        # The held value still passes through W_O, which trains: only the vector itself is held.
-        if hold == "logits":
+        # The clamped value still passes through W_O, which trains: only the vector stays.
+        if clamp == "logits":
             assert (curve.std() < 1e-6).all()
         assert (moving.std() > 1e-3).all()
-    forced = train(config.replace(hold=("sink",)), device="cpu", progress=False).frame()
+    forced = train(config.replace(clamp=("sink",)), device="cpu", progress=False).to_frame()
     assert (forced[forced.metric == "sink_attention"].value > 0.999).all()
-    with pytest.raises(ModelError, match="cannot hold"):
-        train(config.replace(hold=("keys",)), device="cpu", progress=False)
+    with pytest.raises(ModelError, match="must name some of values, logits, sink"):
+        train(config.replace(clamp=("keys",)), device="cpu", progress=False)
 
 
-def test_held_values_are_the_starting_models():
-    from sinkscope.bb.holds import Holds
+def test_clamped_values_are_the_starting_models():
+    from sinkscope.bb.clamping import Clamp
     from sinkscope.bb.model import recorder
 
     start = BackcopyTransformer(TINY.model, seed=1)
@@ -306,8 +305,8 @@ def test_held_values_are_the_starting_models():
     now, record = recorder("hook_v")
     with torch.no_grad():
         start(tokens, tap=record_first)
-        hold = Holds(("values",), start, task).tap(tokens)
-        later(tokens, tap=lambda name, value: record(name, hold(name, value)))
+        clamp = Clamp(("values",), start, task).tap(tokens)
+        later(tokens, tap=lambda name, value: record(name, clamp(name, value)))
     for name, value in now.items():
         assert torch.equal(value[:, 0], first[name][:, 0])
         assert not torch.equal(value[:, 1:], first[name][:, 1:])

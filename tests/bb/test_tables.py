@@ -88,12 +88,12 @@ def test_compare_trains_each_combination_and_resumes(tmp_path):
         rates={"sgd": 0.1}, folder=tmp_path, device="cpu", progress=False,
     )  # fmt: skip
     runs = compare(**arguments)
-    assert len(runs) == 8 and len(list(tmp_path.iterdir())) == 8
+    assert len(runs) == 8 and len(list(tmp_path.glob("*-*"))) == 8
     single = train(
         TINY.replace(attention="relu", optimizer="sgd", learning_rate=0.1, seed=2),
         device="cpu",
         progress=False,
-    ).frame()
+    ).to_frame()
     last = single[single.step.isin((3, 5, 6))]
     end = {
         metric: sorted(rows.value)[1] for metric, rows in last.groupby("metric") if len(rows) == 3
@@ -222,15 +222,15 @@ def test_runs_of_one_kind_keep_apart_in_the_table(tmp_path):
     groups = dict(iter(table.groupby(["run", "seed"])))
     assert set(groups) == set(names)
     for name, run in zip(names, [*runs, runs[1]], strict=True):
-        own = groups[name][run.frame().columns].reset_index(drop=True)
-        pd.testing.assert_frame_equal(own, run.frame())
+        own = groups[name][run.to_frame().columns].reset_index(drop=True)
+        pd.testing.assert_frame_equal(own, run.to_frame())
 
 
-def test_reinforcement_names_what_was_held():
-    curves = reinforcement(TINY, holds=("sink",), seeds=(1,), device="cpu", progress=False)
-    assert set(curves.run) == {"1L softmax adamw", "1L softmax adamw, hold sink"}
-    held = curves[(curves.run.str.contains("hold")) & (curves.metric == "sink_attention")]
-    assert (held.value > 0.999).all()
+def test_reinforcement_names_what_was_clamped():
+    curves = reinforcement(TINY, clamps=("sink",), seeds=(1,), device="cpu", progress=False)
+    assert set(curves.run) == {"1L softmax adamw", "1L softmax adamw, clamp sink"}
+    clamped = curves[(curves.run.str.contains("clamp")) & (curves.metric == "sink_attention")]
+    assert (clamped.value > 0.999).all()
 
 
 def test_curves_can_be_drawn():

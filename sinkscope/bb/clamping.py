@@ -1,14 +1,14 @@
-"""Holding one side of the loop while the other trains: tests of mutual reinforcement.
+"""Clamp one of two coupled quantities while the other trains: tests of mutual reinforcement.
 
-Guo et al. explain the sink by two processes that feed each other: attention to BOS makes its value
-worth shrinking, and a small value makes BOS a better place for attention. Hold one process at its
-starting point and see whether the other still runs.
+Guo et al. (2024, arXiv 2410.13835) explain the sink by two processes that reinforce each other:
+attention to BOS rewards a small value at BOS, and a small value at BOS makes attention there
+harmless. Clamp one of the two at its initial state and see whether the other still develops.
 
 `values`: the value vector of BOS stays that of the starting model, in every layer. It cannot drain:
     does the logit gap still grow?
 `logits`: all attention scores stay those that the starting model computes. No sink can form: does
     the value still shrink?
-`sink`: non-trigger queries attend wholly to BOS. Does the value shrink at once?
+`sink`: non-trigger queries attend to BOS alone. Does the value shrink at once?
 """
 
 from __future__ import annotations
@@ -21,25 +21,20 @@ from torch import Tensor
 
 from sinkscope.bb.model import BackcopyTransformer, Tap, recorder
 from sinkscope.bb.task import BigramBackcopy
-from sinkscope.errors import ModelError
-
-HOLDS = ("values", "logits", "sink")
 
 
-class Holds:
-    """Builds, for each batch, the tap that holds what is to be held.
+class Clamp:
+    """Builds, for each batch, the tap that replaces what is clamped.
 
     Args:
-        names: which of `HOLDS`.
-        start: the model whose values and logits are held; it is copied.
-        task: says which queries are triggers.
+        names: Some of `sinkscope.bb.config.CLAMPS`.
+        start: The model whose values and logits are kept; it is copied.
+        task: Says which queries are triggers.
     """
 
     def __init__(
         self, names: tuple[str, ...], start: BackcopyTransformer, task: BigramBackcopy
     ) -> None:
-        if unknown := set(names) - set(HOLDS):
-            raise ModelError(f"cannot hold {sorted(unknown)}, choose among {HOLDS}")
         self.names = names
         self.task = task
         self.start = copy.deepcopy(start).requires_grad_(False)
@@ -50,9 +45,9 @@ class Holds:
             kept, record = recorder("hook_attn_scores", "hook_v")
             if "values" in self.names or "logits" in self.names:
                 self.start(tokens, tap=record)
-        idle = ~self.task.is_trigger.to(tokens.device)[tokens][:, None, :, None]
+        others = ~self.task.is_trigger.to(tokens.device)[tokens][:, None, :, None]
 
-        def hold(name: str, value: Tensor) -> Tensor:
+        def clamp(name: str, value: Tensor) -> Tensor:
             if name.endswith("hook_v") and "values" in self.names:
                 return torch.cat([kept[name][:, :1].to(value.dtype), value[:, 1:]], dim=1)
             if name.endswith("hook_attn_scores") and "logits" in self.names:
@@ -60,7 +55,7 @@ class Holds:
             if name.endswith("hook_pattern") and "sink" in self.names:
                 on_sink = torch.zeros_like(value)
                 on_sink[..., 0] = 1.0
-                return torch.where(idle, on_sink, value)
+                return torch.where(others, on_sink, value)
             return value
 
-        return hold
+        return clamp

@@ -5,15 +5,30 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 
 import pytest
 import torch
 
+from sinkscope import cli
 from sinkscope.bb import ModelConfig, TrainConfig, growth_laws, train
 from sinkscope.bb.checkpoint import load_checkpoint
 from sinkscope.bb.training import Trainer
 
-from .test_cli import run
+
+def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Run the command in this process: exit code, stdout, stderr."""
+    old = sys.argv
+    sys.argv = ["sinkscope", *map(str, arguments)]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.argv = old
+    out, err = capsys.readouterr()
+    return code, out, err
 
 
 @pytest.mark.parametrize(
@@ -51,7 +66,7 @@ def test_ctrl_c_says_from_where_the_run_goes_on(tmp_path, capsys, monkeypatch):
     assert (code, out) == (130, "")
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     assert f"the same command goes on from {checkpoint}." in err and "Traceback" not in err
-    assert load_checkpoint(checkpoint).metadata["step"] == 4
+    assert load_checkpoint(checkpoint).step == 4
     code, out, _ = run(*asked, "--out", tmp_path / "run", capsys=capsys)
     assert code == 0 and json.loads(out) == json.loads(whole)
 
@@ -75,7 +90,7 @@ def test_growth_laws_are_those_of_each_run(tmp_path, capsys):
         folders.append(tmp_path / str(rate))
         one = config.replace(learning_rate=rate)
         fits, _ = growth_laws(
-            train(one, folders[-1], device="cpu", progress=False).frame(), start=200
+            train(one, folders[-1], device="cpu", progress=False).to_frame(), start=200
         )
         name = f"1L softmax adamw, learning rate {rate}"
         want += [(name, *row) for row in fits[["metric", "law", "slope"]].itertuples(index=False)]
