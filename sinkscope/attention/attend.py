@@ -1,7 +1,17 @@
 """softmax(scores) @ v with the log of its denominator, on whatever kernel is exact and fastest.
 
 Only kernels that return the log-sum-exp qualify: every sink statistic is computed from it.
-Tensors are [prompt head position d_head], as transformers' attention functions see them.
+
+- `attend` chooses: `attend_in_tiles` is the definition, in plain torch, exact for every call on
+  every device; the fused kernels of the CPU and of CUDA take the calls that they are exact for.
+- `attend_densely` materialises scores and pattern, for layers where one of them is hooked.
+
+On CUDA in half precision cuDNN was the fastest measured on an H100, flash attention takes what it
+refuses (heads up to 256 wide, windows, a KV cache), and our Triton kernel takes what no library
+kernel does (softcaps, padding, windows in float32). Masks with a row for each query are left to
+the tiles.
+
+Tensors are [prompt head position d_head], as transformers passes them to attention functions.
 """
 
 from __future__ import annotations
@@ -17,9 +27,12 @@ from transformer_lens.hook_points import HookPoint
 
 from sinkscope.attention.call import AttentionCall
 from sinkscope.attention.kernels import kernels_for
-from sinkscope.attention.scores import grouped_matmul, scores, tiles
+from sinkscope.attention.scores import contiguous_rows, grouped_matmul, scores, tiles
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+CUDNN_WIDTH = 128
+FLASH_WIDTH = 256
 
 
 class Attended(NamedTuple):
@@ -42,7 +55,7 @@ def attend(
     call: AttentionCall,
 ) -> Attended:
     """Attention of one layer; the pattern is never held beyond a bounded piece."""
-    query, key, value = _rows(query), _rows(key), _rows(value)
+    query, key, value = (contiguous_rows(x) for x in (query, key, value))
     if call.learned_sink is not None and needs_gradient(query, key, value, call.learned_sink):
         # No fused kernel differentiates the log-sum-exp, on which the sink's share depends.
         z, lse = attend_in_tiles(query, key, value, call)
@@ -55,16 +68,50 @@ def attend(
     return Attended(z, lse)
 
 
-def _rows(x: Float[Tensor, "prompt _ _ d"]) -> Float[Tensor, "prompt _ _ d"]:
-    """The same tensor; copied if a row's numbers do not lie side by side.
+def attend_densely(
+    query: Float[Tensor, "prompt head query d_head"],
+    key: Float[Tensor, "prompt kv_head key d_head"],
+    value: Float[Tensor, "prompt kv_head key d_value"],
+    call: AttentionCall,
+    hook_scores: HookPoint,
+    hook_pattern: HookPoint,
+    dropout: float = 0.0,
+) -> Attended:
+    """Attention that goes through ``hook_attn_scores`` and ``hook_pattern``; edits take effect.
 
-    A hook may hand back any layout, and library kernels take rows for contiguous without looking.
+    As in the stock bridge, masked scores are the dtype's minimum, a learned sink joins after
+    ``hook_attn_scores``, and its column is dropped before ``hook_pattern``, as is dropout applied.
+    The log-sum-exp is that of the scores as hooks left them; z follows the pattern.
     """
-    return x if x.stride(-1) == 1 else x.contiguous()
+    everything = slice(0, query.shape[2]), slice(0, key.shape[2])
+    logits = scores(query, key, call, *everything).to(query.dtype)
+    logits = logits.masked_fill(logits == -torch.inf, torch.finfo(query.dtype).min)
+    logits = _upcast(hook_scores(logits))
+    if call.learned_sink is not None:
+        sink = call.learned_sink.to(logits)[None, :, None, None]
+        logits = torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], dim=-1)
+    pattern = logits.softmax(-1).to(query.dtype)
+    if call.learned_sink is not None:
+        pattern = pattern[..., :-1]
+    if dropout:
+        pattern = torch.nn.functional.dropout(pattern, dropout)
+    pattern = hook_pattern(pattern)
+    z = grouped_matmul(pattern, value.to(pattern.dtype))
+    return Attended(rearrange(z, "b h q d -> b q h d"), _log_sum_exp(logits, query.dtype))
+
+
+def _log_sum_exp(logits: Tensor, dtype: torch.dtype) -> Float[Tensor, "prompt head query"]:
+    """Log-sum-exp over the last axis; -inf where every entry is masked."""
+    empty = (logits <= torch.finfo(dtype).min).all(-1)
+    return logits.logsumexp(-1).masked_fill(empty, -torch.inf)
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def is_plainly_causal(call: AttentionCall, n_queries: int, n_keys: int) -> bool:
-    """Whether "a query sees no later key" is all there is to say about who sees whom."""
+    """Whether the mask is causal and nothing else."""
     return (
         call.mask is None
         and call.causal
@@ -176,25 +223,13 @@ def _share_with_sink(
     lse: Float[Tensor, "prompt head query"],
     sink: Float[Tensor, "head"],
 ) -> tuple[Tensor, Tensor]:
-    """Let a learned logit join a softmax that was computed without it.
+    """Add a learned logit to a softmax that was computed without it.
 
     The keys keep the share exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink).
     """
     sink = sink.to(lse)[:, None]
     share = rearrange(torch.sigmoid(lse - sink), "b h q -> b q h 1")
     return (z * share).to(z.dtype), torch.logaddexp(lse, sink)
-
-
-# --- Attention with its log-sum-exp on CUDA: the choice of kernel.
-#
-# In half precision cuDNN was the fastest measured on an H100, flash attention takes what it
-# refuses (heads up to 256 wide, windows, a KV cache), and our Triton kernel takes what no library
-# kernel does (softcaps, padding, windows in float32). Only a mask with a row for each query is
-# left to tiles.
-
-HALF = (torch.bfloat16, torch.float16)
-CUDNN_WIDTH = 128
-FLASH_WIDTH = 256
 
 
 def attend_cuda(
@@ -217,7 +252,7 @@ def attend_cuda(
 
 
 def fused_kernels_take(query: Tensor, value: Tensor, call: AttentionCall) -> bool:
-    """Whether a library kernel could compute this call, whoever sees whom."""
+    """Whether a library kernel could compute this call under some mask."""
     width = query.shape[-1]
     return (
         call.softcap is None
@@ -245,7 +280,7 @@ def _cudnn_or_flash(
 def _flash_banded(
     query: Tensor, key: Tensor, value: Tensor, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    """Flash attention whose queries are the last of the keys, each with a window of its own."""
+    """Flash attention where the queries stand at the last keys, within a sliding window."""
     far = -1 if call.window is None else call.window - 1
     z, lse, *_ = torch.ops.aten._flash_attention_forward(
         query.transpose(1, 2),
@@ -268,7 +303,7 @@ def _flash_banded(
 def _efficient(
     query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """The one library kernel for float32; it wants every head to have its own keys."""
+    """The one library kernel for float32; it takes as many key heads as query heads."""
     group = query.shape[1] // key.shape[1]
     key, value = (repeat(x, "b k t d -> b (k g) t d", g=group) for x in (key, value))
     z, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -279,7 +314,7 @@ def _efficient(
 
 @cache
 def _has_cudnn_attention(device: torch.device) -> bool:
-    """Whether cuDNN's attention runs here: asked of it once, since its limits change by version."""
+    """Whether cuDNN's attention runs here: tried once, since its limits change by version."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (9, 0):
         return False
     probe = torch.zeros(1, 2, 64, 64, dtype=torch.bfloat16, device=device)
@@ -290,48 +325,3 @@ def _has_cudnn_attention(device: torch.device) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-# --- The materialised attention of a layer whose scores or pattern somebody hooked.
-
-
-def attend_densely(
-    query: Float[Tensor, "prompt head query d_head"],
-    key: Float[Tensor, "prompt kv_head key d_head"],
-    value: Float[Tensor, "prompt kv_head key d_value"],
-    call: AttentionCall,
-    hook_scores: HookPoint,
-    hook_pattern: HookPoint,
-    dropout: float = 0.0,
-) -> Attended:
-    """Attention that goes through ``hook_attn_scores`` and ``hook_pattern``; edits take effect.
-
-    As in the stock bridge, masked scores are the dtype's minimum, a learned sink joins after
-    ``hook_attn_scores``, and its column is dropped before ``hook_pattern``, as is dropout applied.
-    The log-sum-exp is that of the scores as hooks left them; z follows the pattern.
-    """
-    everything = slice(0, query.shape[2]), slice(0, key.shape[2])
-    logits = scores(query, key, call, *everything).to(query.dtype)
-    logits = logits.masked_fill(logits == -torch.inf, torch.finfo(query.dtype).min)
-    logits = _upcast(hook_scores(logits))
-    if call.learned_sink is not None:
-        sink = call.learned_sink.to(logits)[None, :, None, None]
-        logits = torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], dim=-1)
-    pattern = logits.softmax(-1).to(query.dtype)
-    if call.learned_sink is not None:
-        pattern = pattern[..., :-1]
-    if dropout:
-        pattern = torch.nn.functional.dropout(pattern, dropout)
-    pattern = hook_pattern(pattern)
-    z = grouped_matmul(pattern, value.to(pattern.dtype))
-    return Attended(rearrange(z, "b h q d -> b q h d"), _log_sum_exp(logits, query.dtype))
-
-
-def _log_sum_exp(logits: Tensor, dtype: torch.dtype) -> Float[Tensor, "prompt head query"]:
-    """Log-sum-exp over the last axis; -inf where every entry is masked."""
-    empty = (logits <= torch.finfo(dtype).min).all(-1)
-    return logits.logsumexp(-1).masked_fill(empty, -torch.inf)
-
-
-def _upcast(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -1,4 +1,4 @@
-"""Let components run at transformers' own cost while nobody hooks their insides.
+"""Run components at transformers' own cost while their inner hook points are not in use.
 
 A bridge component costs tens of microseconds a call: its own module call around the wrapped one,
 contexts for offloaded weights, a look at signatures, a dozen hook points. A forward pass of a
@@ -6,9 +6,13 @@ billion-parameter model on a fast GPU is over before Python has dispatched it.
 
 Inside `streaming`, a transformers module that looks up a child finds a `Shortcut`: a plain callable
 that fires the component's ``hook_in`` and ``hook_out`` if they are hooked, calls the wrapped module
-between them, and hands over to the component itself as soon as anything else about it is in use.
-That is decided at each call, so a hook may come and go at any time. Modules stay where they are:
+between them, and calls the component itself as soon as anything else about it is in use. That is
+decided at each call, so hooks may be added and removed at any time. Modules stay where they are:
 a shortcut sits in the parent's ``__dict__``, in front of the parent's registered modules.
+
+Norms come first: the stock bridge computes two statistics next to each of them, and query and key
+norms fire hook points in a layout of their own. The shortcuts follow, one class for each kind of
+component that needs one.
 """
 
 from __future__ import annotations
@@ -25,14 +29,14 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
+from sinkscope.attention.hooks import has_hooks, hooks_of
 from sinkscope.attention.kv_cache import cache_in
-from sinkscope.attention.support import Overrides, hooks_of, is_heard, kind_of
-
-# --- Norms while a bridge streams: in the layout hooks know, and without work that nobody reads.
+from sinkscope.attention.overrides import Overrides
+from sinkscope.attention.support import kind_of
 
 
 def skip_unread_statistics(bridge: nn.Module, overrides: Overrides) -> None:
-    """Let norms whose ``hook_scale`` and ``hook_normalized`` nobody hooked run alone.
+    """Skip the statistics of norms whose ``hook_scale`` and ``hook_normalized`` are not hooked.
 
     The stock bridge computes both, in float32, next to transformers' own norm: measured, most of
     what a bridge costs on a GPU.
@@ -48,7 +52,7 @@ def skip_unread_statistics(bridge: nn.Module, overrides: Overrides) -> None:
 
 
 class _Native:
-    """A norm's computation that takes the wrapped norm's own when nothing is hooked."""
+    """The forward pass of a norm: the wrapped norm's own unless a statistic is hooked."""
 
     def __init__(self, norm: NormalizationBridge, path: str) -> None:
         self._norm = norm
@@ -59,7 +63,7 @@ class _Native:
 
     def __call__(self, x: Tensor) -> Tensor:
         norm = self._norm
-        if is_heard(norm.hook_scale) or is_heard(norm.hook_normalized):
+        if has_hooks(norm.hook_scale) or has_hooks(norm.hook_normalized):
             return self._stock(norm, x)
         return norm.original_component(x).to(x.dtype)
 
@@ -94,9 +98,9 @@ def show_as_stock(attn: AttentionBridge, overrides: Overrides) -> None:
 class _Positioned:
     """A query or key norm seen in the layout that the stock bridge shows it in.
 
-    transformers norms [prompt position head d_head] or [prompt head position d_head], whichever it
-    likes; the stock bridge always shows the latter (except norms with a weight for each head), and
-    fires ``hook_q_normed`` / ``hook_k_normed`` after the norm.
+    transformers norms [prompt position head d_head] or [prompt head position d_head], depending on
+    the model; the stock bridge always shows the latter (except norms with a weight for each head),
+    and fires ``hook_q_normed`` / ``hook_k_normed`` after the norm.
     """
 
     def __init__(self, attn: AttentionBridge, norm: nn.Module, hook: HookPoint) -> None:
@@ -125,7 +129,7 @@ def _positions_first(x: Float[Tensor, "prompt _ _ d_head"]) -> bool:
 
 
 def take_shortcuts(bridge: Any, overrides: Overrides) -> None:
-    """Put a shortcut in front of every component that has one to offer."""
+    """Put a shortcut in front of every component for which there is one."""
     for parent in bridge.original_model.modules():
         if isinstance(parent, GeneralizedComponent):
             continue
@@ -133,7 +137,7 @@ def take_shortcuts(bridge: Any, overrides: Overrides) -> None:
             if isinstance(child, nn.ModuleList):
                 found = [shortcut_for(bridge, member) for member in child]
                 if found and None not in found:
-                    # The model iterates over it, slices it, asks for its length: a list will do.
+                    # The model iterates over it, slices it, takes its length: as with a list.
                     overrides.attribute(parent, name, found)
             elif (shortcut := shortcut_for(bridge, child)) is not None:
                 overrides.attribute(parent, name, shortcut)
@@ -148,7 +152,7 @@ class Shortcut:
         busy: Whether its own forward pass must run for another reason.
     """
 
-    __slots__ = ("_before", "_busy", "_component", "_in", "_original", "_out", "_watched")
+    __slots__ = ("_before", "_busy", "_component", "_hooked", "_in", "_original", "_out")
 
     def __init__(
         self,
@@ -163,21 +167,21 @@ class Shortcut:
         self._busy = busy
         # torch's own dictionaries of hooks, read where they are: this runs at every call.
         self._before = component._forward_pre_hooks
-        self._watched = [component._forward_hooks, component._backward_hooks]
-        self._watched.append(component._backward_pre_hooks)
+        self._hooked = [component._forward_hooks, component._backward_hooks]
+        self._hooked.append(component._backward_pre_hooks)
         for point in inner:
-            self._watched += hooks_of(point)
+            self._hooked += hooks_of(point)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the component."""
         if self._must_run():
             return self._component(*args, **kwargs)
-        if is_heard(self._in):
+        if has_hooks(self._in):
             args, kwargs = _with_first(self._in, args, kwargs)
         output = self._original(*args, **kwargs)
-        if not is_heard(self._out):
+        if not has_hooks(self._out):
             return output
-        # An MLP fires the hook of its output projection itself unless told that it has fired.
+        # Otherwise an MLP fires the hook of its output projection a second time.
         self._component.__dict__["_fired_hook_out"] = True
         if isinstance(output, tuple):
             return (self._out(output[0]), *output[1:])
@@ -188,10 +192,10 @@ class Shortcut:
         return getattr(self._component, name)
 
     def _must_run(self) -> bool:
-        for hooks in self._watched:
+        for hooks in self._hooked:
             if hooks:
                 return True
-        # Blocks watch some of their norms, for the sake of flags that `busy` looks at.
+        # Blocks hook some of their norms themselves, to set flags that `busy` reads.
         if self._before and any(h.__module__ != block.__name__ for h in self._before.values()):
             return True
         return self._busy is not None and bool(self._busy())
@@ -239,7 +243,7 @@ def _projection(bridge: Any, projection: GeneralizedComponent) -> Shortcut:
 
 def _norm(bridge: Any, norm: components.NormalizationBridge) -> Shortcut:
     inner = [norm.hook_scale, norm.hook_normalized]
-    if "forward" in norm.__dict__:  # a query or key norm, see `_norms.show_as_stock`
+    if "forward" in norm.__dict__:  # a query or key norm, see `show_as_stock`
         inner += norm.__dict__["forward"].points
     return _NormShortcut(norm, inner, lambda: _forks(bridge.cfg))
 
@@ -260,7 +264,7 @@ def _attention(bridge: Any, attn: components.AttentionBridge) -> Shortcut:
 
 
 class _AttentionShortcut(Shortcut):
-    """The same for attention, which fires its keys on their way into a KV cache."""
+    """The same for attention, which fires its keys as they enter a KV cache."""
 
     __slots__ = ()
 

@@ -1,7 +1,7 @@
 """What one call of an attention layer was: everything besides q, k and v that decides A_ij.
 
-Statistics that are computed from q, k and the log-sum-exp must see exactly the scores that the
-model's own kernel saw, so the call carries them: scale, softcap, who may see whom, learned sink.
+Statistics that are computed from q, k and the log-sum-exp need exactly the scores of the model's
+own kernel, so the call carries what makes them: scale, softcap, mask, learned sink.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class AttentionCall:
         return self.mask[..., queries, keys].to(device)
 
     def at_keys(self, index: Int[Tensor, "prompt chosen"]) -> ChosenKeys:
-        """The same call as seen from some keys of each prompt."""
+        """The same call, restricted to some keys of each prompt."""
         return ChosenKeys(self, index)
 
     def key_range(self, queries: slice, n_keys: int) -> slice:
@@ -128,7 +128,7 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class ChosenKeys:
-    """An `AttentionCall` seen from a few keys of each prompt.
+    """An `AttentionCall` restricted to a few keys of each prompt.
 
     Attributes:
         call: The call.
@@ -139,7 +139,7 @@ class ChosenKeys:
     index: Int[Tensor, "prompt chosen"]
 
     def visible(self, queries: slice) -> Bool[Tensor, "prompt _ query chosen"]:
-        """Which of the chosen keys these queries may see."""
+        """Which of the chosen keys are visible to these queries."""
         call, index = self.call, self.index
         stand = call._stand(queries, index.device)
         seen = call._near(stand, index[:, None, None, :])

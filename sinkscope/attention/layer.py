@@ -34,15 +34,11 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 from sinkscope.attention.attend import attend, attend_densely
 from sinkscope.attention.bypass import show_as_stock
 from sinkscope.attention.call import AttentionCall
+from sinkscope.attention.hooks import has_hooks
 from sinkscope.attention.kv_cache import cache_in
 from sinkscope.attention.masks import MaskSpec
-from sinkscope.attention.support import (
-    Overrides,
-    core_module,
-    is_heard,
-    kind_of,
-    refuse_forked_inputs,
-)
+from sinkscope.attention.overrides import Overrides
+from sinkscope.attention.support import core_module, kind_of, refuse_forked_inputs
 from sinkscope.errors import UnsupportedError
 
 
@@ -51,8 +47,8 @@ class StreamingLayer:
 
     Args:
         index: Index of the block.
-        attn: Its attention component, one that `_support.attention_of` let through.
-        calls: Where to leave what each call was.
+        attn: Its attention component, one that `support.attention_of` accepts.
+        calls: Layer to its last call, filled in at each call.
     """
 
     def __init__(self, index: int, attn: AttentionBridge, calls: dict[int, AttentionCall]) -> None:
@@ -64,7 +60,7 @@ class StreamingLayer:
         self._keys_have_fired = False
 
     def override(self, overrides: Overrides) -> None:
-        """Say which methods run differently; see the module docstring."""
+        """Override the methods named in the module docstring."""
         if self._kind == "fused":
             overrides.attribute(self.attn, "_reconstruct_attention", self._reconstruct)
             return
@@ -103,7 +99,7 @@ class StreamingLayer:
             z, lse = attend_densely(query, key, value, call, *hooks, dropout)
         else:
             z, lse = attend(query, key, value, call)
-        if is_heard(attn.hook_lse) and attn.hook_lse(lse) is not lse:
+        if has_hooks(attn.hook_lse) and attn.hook_lse(lse) is not lse:
             warnings.warn(
                 f"A hook on blocks.{self._index}.attn.hook_lse returned a tensor; hook_lse is "
                 "read-only, so it was ignored. Edit hook_attn_scores or hook_pattern instead.",
@@ -132,7 +128,7 @@ class StreamingLayer:
 
         The attention function sees the cached ones too, and an edit there would miss the cache.
         """
-        hooked = is_heard(self.attn.hook_rot_k) or is_heard(self.attn.hook_rot_v)
+        hooked = has_hooks(self.attn.hook_rot_k) or has_hooks(self.attn.hook_rot_v)
         if cache is None or not hooked:
             yield
             return
@@ -179,8 +175,8 @@ class StreamingLayer:
 
 
 def materialises(attn: AttentionBridge) -> bool:
-    """Whether somebody hooked the scores or the pattern."""
-    return is_heard(attn.hook_attn_scores) or is_heard(attn.hook_pattern)
+    """Whether the scores or the pattern are hooked."""
+    return has_hooks(attn.hook_attn_scores) or has_hooks(attn.hook_pattern)
 
 
 def describe(

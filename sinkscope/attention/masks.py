@@ -1,6 +1,6 @@
 """Attention masks as a few numbers instead of a T×T tensor.
 
-transformers asks a registered function for a mask before the first layer. Ours answers with a
+transformers calls a registered function for the mask before the first layer. Ours returns a
 `MaskSpec`, which travels through the model's own code to our attention function. A mask that is
 more than "causal, window, padding" (packed sequences, prefix-LM, chunks) is built densely, as
 transformers' own sdpa path would build it.
@@ -20,7 +20,7 @@ from transformers import masking_utils
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """Who sees whom, as in `AttentionCall`.
+    """Which keys are visible to which queries, as in `AttentionCall`.
 
     Attributes:
         causal: Whether a query sees no later key.
@@ -49,7 +49,7 @@ def streaming_mask(
     shape = _shape_of(mask_function)
     if shape is None:
         # A skipped mask means "causal" or "bidirectional" by a convention of transformers' sdpa
-        # function; ours must be told, so it never skips.
+        # function, which ours does not share.
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         return masking_utils.sdpa_mask(
             batch_size=batch_size,
@@ -73,7 +73,7 @@ def _padding(
         return None
     mask = masking_utils.prepare_padding_mask(mask, kv_length, kv_offset)
     mask = mask[:, kv_offset : kv_offset + kv_length].bool()
-    # One wait for the device per forward pass (transformers' own path has it too) buys kernels
+    # One synchronisation per forward pass (transformers' own path has it too) allows kernels
     # without a mask in every layer.
     return None if bool(mask.all()) else mask
 
@@ -96,7 +96,7 @@ def _shape_of(mask_function: Callable) -> tuple[bool, int | None] | None:
         return True, _closure(overlay)["sliding_window"]
     both_ways = masking_utils.sliding_window_bidirectional_overlay(1)
     if causal is False and _code(overlay) is _code(both_ways):
-        # This one includes the distance that it is named after.
+        # transformers includes this distance in the window, `MaskSpec` does not.
         return False, _closure(overlay)["sliding_window"] + 1
     return None
 

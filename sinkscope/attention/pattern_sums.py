@@ -201,42 +201,6 @@ def weighted_mass(
     return mass
 
 
-def learned_sink_share(lse: LogSumExp, call: AttentionCall) -> Float[Tensor, "prompt head query"]:
-    """Attention that the learned sink took: exp(sink − lse); 0 where there is none."""
-    if call.learned_sink is None:
-        return torch.zeros_like(lse)
-    return (call.learned_sink.detach().to(lse)[:, None] - lse).exp()
-
-
-def _log_pattern(
-    query: Query,
-    key: Key,
-    lse: LogSumExp,
-    call: AttentionCall,
-    queries: Bool[Tensor, "prompt query"] | None = None,
-) -> Iterator[tuple[slice, slice, Float[Tensor, "prompt head _ _"]]]:
-    """Ln A_ij, a range of queries (and the keys that it may see) at a time; -inf where A_ij = 0."""
-    query, key = query.transpose(1, 2), wide(key.transpose(1, 2))
-    base = _finite(lse)
-    for rows, columns in tiles(query, key.shape[2], call):
-        log_pattern = scores(query, key, call, rows, columns) - base[:, :, rows, None]
-        if queries is not None:
-            log_pattern = log_pattern.masked_fill(~queries[:, None, rows, None], -torch.inf)
-        yield rows, columns, log_pattern
-
-
-def _finite(lse: LogSumExp) -> LogSumExp:
-    """A query that sees nothing has lse = -inf and scores of -inf: exp(-inf - 0) = 0, not nan."""
-    return lse.masked_fill(lse == -torch.inf, 0.0)
-
-
-def _entropy(log_pattern: Tensor, pattern: Tensor) -> Tensor:
-    return -(pattern * log_pattern.clamp(min=torch.finfo(pattern.dtype).min)).sum(-1)
-
-
-# --- The sink logit gap where no sum of keys gives it, a bounded piece at a time.
-
-
 def logit_gap_in_tiles(
     query: Query,
     key: Key,
@@ -272,3 +236,36 @@ def logit_gap_in_tiles(
             logits, to_others, dim=-1
         )
     return torch.where(valid, gap, torch.nan), valid
+
+
+def learned_sink_share(lse: LogSumExp, call: AttentionCall) -> Float[Tensor, "prompt head query"]:
+    """Attention that the learned sink took: exp(sink − lse); 0 where there is none."""
+    if call.learned_sink is None:
+        return torch.zeros_like(lse)
+    return (call.learned_sink.detach().to(lse)[:, None] - lse).exp()
+
+
+def _log_pattern(
+    query: Query,
+    key: Key,
+    lse: LogSumExp,
+    call: AttentionCall,
+    queries: Bool[Tensor, "prompt query"] | None = None,
+) -> Iterator[tuple[slice, slice, Float[Tensor, "prompt head _ _"]]]:
+    """Ln A_ij, a range of queries (and the keys that it may see) at a time; -inf where A_ij = 0."""
+    query, key = query.transpose(1, 2), wide(key.transpose(1, 2))
+    base = _finite(lse)
+    for rows, columns in tiles(query, key.shape[2], call):
+        log_pattern = scores(query, key, call, rows, columns) - base[:, :, rows, None]
+        if queries is not None:
+            log_pattern = log_pattern.masked_fill(~queries[:, None, rows, None], -torch.inf)
+        yield rows, columns, log_pattern
+
+
+def _finite(lse: LogSumExp) -> LogSumExp:
+    """A query that sees nothing has lse = -inf and scores of -inf: exp(-inf - 0) = 0, not nan."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def _entropy(log_pattern: Tensor, pattern: Tensor) -> Tensor:
+    return -(pattern * log_pattern.clamp(min=torch.finfo(pattern.dtype).min)).sum(-1)

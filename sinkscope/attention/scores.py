@@ -1,6 +1,6 @@
 """Scores in float32, a bounded piece at a time: what every plain-torch path here starts from.
 
-Tensors are [prompt head position d_head], as transformers' attention functions see them.
+Tensors are [prompt head position d_head], as transformers passes them to attention functions.
 """
 
 from __future__ import annotations
@@ -79,6 +79,14 @@ def query_ranges(query: Float[Tensor, "prompt head query d_head"], n_keys: int) 
     rows = max(1, min(n_queries, TILE_ELEMENTS // (prompts * heads * n_keys)))
     for start in range(0, n_queries, rows):
         yield slice(start, min(start + rows, n_queries))
+
+
+def contiguous_rows(x: Float[Tensor, "_ _ _ d"]) -> Float[Tensor, "_ _ _ d"]:
+    """The same tensor, copied if the entries of a row are not adjacent in memory.
+
+    A hook may return any layout, and kernels assume contiguous rows without a check.
+    """
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -4,7 +4,7 @@ The stock bridge materialises T×T scores and a T×T pattern in each layer. Insi
 attention runs through a fused kernel, and two kinds of hook points make the pattern dispensable:
 queries, keys and values as they enter the dot product, and the log-sum-exp of every query's
 scores. A_ij = exp(s_ij − lse_i), so that any column, sum or entropy of the pattern can be computed
-without the rest of it. Layers where somebody hooked ``hook_attn_scores`` or ``hook_pattern`` still
+without the rest of it. Layers where ``hook_attn_scores`` or ``hook_pattern`` is hooked still
 materialise them, and edits take effect.
 """
 
@@ -27,10 +27,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from sinkscope.attention.bypass import skip_unread_statistics, take_shortcuts
 from sinkscope.attention.call import AttentionCall
-from sinkscope.attention.kv_cache import reads_both_names
 from sinkscope.attention.layer import StreamingLayer, materialises
 from sinkscope.attention.masks import MaskSpec, streaming_mask
-from sinkscope.attention.support import Overrides, attention_of
+from sinkscope.attention.overrides import Overrides
+from sinkscope.attention.support import attention_of
+from sinkscope.attention.upstream import mended
 from sinkscope.errors import ModelError, UnsupportedError
 
 __all__ = ["AttentionCall", "Stream", "streaming"]
@@ -53,7 +54,7 @@ def streaming(bridge: TransformerBridge) -> Iterator[Stream]:
     every model (-inf for a query that sees nothing). It is read-only and carries no gradient.
     Those the bridge lacks exist, under the usual names, until the context ends. All other hook
     points fire as on the stock bridge and edits take effect; ``hook_attn_scores`` and
-    ``hook_pattern`` are materialised in the layers where somebody hooked them.
+    ``hook_pattern`` are materialised in the layers where one of them is hooked.
 
     A context inside another on the same bridge does nothing, a copy taken inside is a plain bridge,
     and on exit, also by an exception, the bridge is as it was (but for finding its KV cache where
@@ -81,7 +82,7 @@ def streaming(bridge: TransformerBridge) -> Iterator[Stream]:
     if bridge in _streams:
         yield _streams[bridge]
         return
-    stream = Stream(reads_both_names(bridge))
+    stream = Stream(mended(bridge))
     stream._begin()
     try:
         yield stream
@@ -102,11 +103,11 @@ class Stream:
         self.calls: dict[int, AttentionCall] = {}
         self._overrides = Overrides()
         self._attention = attention_of(bridge)
-        # One object for each point, so that a user's hooks outlive the pause that a copy makes.
+        # Kept over the pause that a copy makes, and with them the user's hooks.
         self._points = [_missing_points(attn) for attn in self._attention]
 
     def materialises(self, layer: int) -> bool:
-        """Whether a layer computes scores and pattern, because somebody hooked one of them."""
+        """Whether a layer computes scores and pattern, because one of them is hooked."""
         return materialises(self._attention[layer])
 
     def _begin(self) -> None:
@@ -187,7 +188,7 @@ class Stream:
 
 
 class _HeadsLast(BaseTensorConversion):
-    """Hooks see [prompt position head d_head]; attention has [prompt head position d_head]."""
+    """From attention's [prompt head position d_head] to hooks' [prompt position head d_head]."""
 
     def handle_conversion(self, input_value: Tensor, *_: Any) -> Tensor:
         return input_value.transpose(1, 2)
@@ -217,11 +218,11 @@ def streaming_attention(
     attention_mask: MaskSpec | Tensor | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "prompt query head d_value"], None]:
-    """The function that `AttentionInterface` calls; finds the layer that `module` belongs to."""
+    """The function that `AttentionInterface` calls, on behalf of the layer of `module`."""
     layer = _layers.get(module)
     if layer is None:
         raise UnsupportedError(
-            f"{type(module).__name__} asked for streaming attention, but is not the attention of "
+            f"{type(module).__name__} called streaming attention, but is not the attention of "
             "any block of a bridge that streams: use the stock path for this model."
         )
     return layer.attend(query, key, value, attention_mask, **options), None

@@ -6,7 +6,6 @@ import inspect
 from typing import Any, Literal
 
 from torch import nn
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import (
     JointQKVAttentionBridge as Joint,
@@ -19,36 +18,6 @@ from transformer_lens.model_bridge.generalized_components.position_embeddings_at
 )
 
 from sinkscope.errors import UnsupportedError
-
-# --- Undoable changes to instances' ``__dict__``.
-
-_ABSENT = object()
-
-
-class Overrides:
-    """Attributes put straight into instances' ``__dict__``, and taken out again in reverse.
-
-    A bridge component forwards plain attribute assignment to the transformers module that it wraps,
-    and nn.Module registers what is assigned; neither sees the ``__dict__``.
-    """
-
-    def __init__(self) -> None:
-        self._saved: list[tuple[Any, str, Any]] = []
-
-    def attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Shadow ``owner.name`` by ``value``."""
-        self._saved.append((owner, name, owner.__dict__.get(name, _ABSENT)))
-        owner.__dict__[name] = value
-
-    def undo(self) -> None:
-        """Put every attribute back as it was, the last one first."""
-        while self._saved:
-            owner, name, value = self._saved.pop()
-            if value is _ABSENT:
-                owner.__dict__.pop(name, None)
-            else:
-                owner.__dict__[name] = value
-
 
 Kind = Literal["delegated", "split", "fused"]
 
@@ -71,7 +40,7 @@ def attention_of(bridge: Any) -> list[AttentionBridge]:
 
 
 def kind_of(attn: AttentionBridge) -> Kind | None:
-    """How the stock bridge computes this attention, or None if in a way of its own."""
+    """How the stock bridge computes this attention, or None if it is none of the known ways."""
     forward = type(attn).forward
     if forward is AttentionBridge.forward:
         return "delegated"
@@ -84,13 +53,13 @@ def kind_of(attn: AttentionBridge) -> Kind | None:
 
 
 def core_module(attn: AttentionBridge) -> nn.Module | None:
-    """The transformers module inside that looks up an attention function, if there is just one."""
+    """The wrapped transformers module that looks up an attention function, if there is just one."""
     original = attn.original_component
-    cores = [module for module in original.modules() if _asks_for_attention(module)]
+    cores = [module for module in original.modules() if _looks_up_attention(module)]
     return cores[0] if len(cores) == 1 else None
 
 
-def _asks_for_attention(module: nn.Module) -> bool:
+def _looks_up_attention(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
@@ -104,8 +73,8 @@ def _why_not(attn: nn.Module) -> str | None:
         return "an attention module that takes no registered attention function"
     if attn.requires_relative_position_bias or attn.is_cross_attention:
         return "relative position biases or cross-attention"
-    # Hook points that only the bridge's re-implementation fires, between steps that transformers'
-    # module takes at once.
+    # Only the bridge's re-implementation fires these, between steps that are one step of
+    # transformers' module.
     gated = {"hook_q_gate", "hook_gate"} & set(attn._hook_registry)
     if gated or "hook_k" not in attn.hook_aliases:
         return "gated or rescaled projections"
@@ -134,16 +103,6 @@ def refuse_forked_inputs(attn: AttentionBridge) -> None:
             "use_split_qkv_input or use_attn_in was set while the bridge streams, which does not "
             "fork attention inputs: switch it off, or use the stock path."
         )
-
-
-def hooks_of(point: HookPoint) -> list[dict]:
-    """The dictionaries in which torch keeps what is hooked to a point."""
-    return [point._forward_hooks, point._backward_hooks, point._forward_pre_hooks]
-
-
-def is_heard(point: HookPoint) -> bool:
-    """Whether anything is hooked to a point; `HookPoint.has_hooks`, at a tenth of its cost."""
-    return bool(point._forward_hooks or point._backward_hooks or point._forward_pre_hooks)
 
 
 def _refusal(bridge: Any, reason: str) -> UnsupportedError:

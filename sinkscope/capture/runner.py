@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope.attention.support import is_heard
+from sinkscope.attention.hooks import has_hooks
 from sinkscope.capture import batches
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers.base import Observer
@@ -66,7 +66,7 @@ def run(
     order = batches.by_length(texts.mask)
     size = batch if isinstance(batch, int) else _first_size(model, texts, path)
     listener = _Listener(observers)
-    disturbed = any(is_heard(point) for point in model.hook_dict.values())
+    disturbed = any(has_hooks(point) for point in model.hook_dict.values())
     done = 0
     with (
         torch.inference_mode(),

@@ -19,7 +19,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.attention.support import Overrides
+from sinkscope.attention.overrides import Overrides
 from sinkscope.capture import batches, paths, runner
 from sinkscope.devices import in_pieces
 from sinkscope.errors import TextError, UnsupportedError

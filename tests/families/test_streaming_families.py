@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinkscope.attention import pattern_sums as _columns
+from sinkscope.attention import pattern_sums
 from sinkscope.attention.streaming import Stream, streaming
 from sinkscope.models.load import load_model
 
@@ -94,11 +94,11 @@ def test_statistics_equal_those_of_the_pattern(
     for layer in range(N_LAYERS):
         pattern, call = expected[layer], stream.calls[layer]
         call_of = seen["hook_rot_q"][layer], seen["hook_rot_k"][layer], seen["hook_lse"][layer]
-        paid = _columns.attention_to_keys(*call_of, call, keys)
-        both = _columns.received_and_entropy(*call_of, call, mask)
+        paid = pattern_sums.attention_to_keys(*call_of, call, keys)
+        both = pattern_sums.received_and_entropy(*call_of, call, mask)
         sizes = seen["hook_rot_v"][layer].norm(dim=-1)
-        weighted = _columns.weighted_mass(*call_of, call, sizes)
-        learned = _columns.learned_sink_share(call_of[2], call)
+        weighted = pattern_sums.weighted_mass(*call_of, call, sizes)
+        learned = pattern_sums.learned_sink_share(call_of[2], call)
 
         group = pattern.shape[1] // sizes.shape[2]
         per_key = sizes.repeat_interleave(group, dim=2).mT[:, :, None]
@@ -173,7 +173,7 @@ def test_scores_and_pattern_are_those_of_transformers(
 def test_a_hooked_layer_alone_materialises_its_pattern(
     bridge: TransformerBridge, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sinkscope.attention import layer as _layer
+    from sinkscope.attention import layer as layer_module
 
     dense = []
 
@@ -181,8 +181,8 @@ def test_a_hooked_layer_alone_materialises_its_pattern(
         dense.append(args)
         return attend_densely(*args)
 
-    attend_densely = _layer.attend_densely
-    monkeypatch.setattr(_layer, "attend_densely", counted)
+    attend_densely = layer_module.attend_densely
+    monkeypatch.setattr(layer_module, "attend_densely", counted)
     with streaming(bridge), torch.no_grad():
         bridge(tokens)
         assert not dense

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinkscope.attention import pattern_sums as _columns
-from sinkscope.attention import scores as _scores
+from sinkscope.attention import pattern_sums, scores
 from sinkscope.attention.attend import attend, attend_in_tiles
 from sinkscope.errors import SinkscopeError
 
@@ -28,7 +27,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything at once, or two or three queries at a time."""
     if request.param == "tiny tiles":
-        monkeypatch.setattr(_scores, "TILE_ELEMENTS", 300)
+        monkeypatch.setattr(scores, "TILE_ELEMENTS", 300)
 
 
 def measured(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +71,7 @@ def test_values_may_be_narrower_than_keys() -> None:
 def test_received_mass(kind: str, tiles: None) -> None:
     c = case(kind)
     pattern, _, lse = measured(c)
-    found = _columns.received_mass(c.query, c.key, lse, c.call)
+    found = pattern_sums.received_mass(c.query, c.key, lse, c.call)
     torch.testing.assert_close(found.double(), pattern.sum(2), **TOLERANCE)
 
 
@@ -80,7 +79,7 @@ def test_received_mass_of_some_queries(kind: str, tiles: None) -> None:
     c = case(kind)
     pattern, _, lse = measured(c)
     queries = torch.rand(lse.shape[0], lse.shape[2]) > 0.4
-    found = _columns.received_mass(c.query, c.key, lse, c.call, queries)
+    found = pattern_sums.received_mass(c.query, c.key, lse, c.call, queries)
     expected = (pattern * queries[:, None, :, None]).sum(2)
     torch.testing.assert_close(found.double(), expected, **TOLERANCE)
 
@@ -90,7 +89,7 @@ def test_received_mass_by_bucket(kind: str, tiles: None) -> None:
     pattern, _, lse = measured(c)
     near = (torch.arange(lse.shape[2]) < 4).float()
     weights = torch.stack([near, 1 - near], dim=-1).expand(len(lse), -1, -1)
-    found = _columns.received_mass_by(c.query, c.key, lse, c.call, weights)
+    found = pattern_sums.received_mass_by(c.query, c.key, lse, c.call, weights)
     torch.testing.assert_close(found[:, 0].double(), pattern[:, :, :4].sum(2), **TOLERANCE)
     torch.testing.assert_close(found[:, 1].double(), pattern[:, :, 4:].sum(2), **TOLERANCE)
 
@@ -102,9 +101,9 @@ def test_row_entropy(kind: str, tiles: None) -> None:
     for place in (pattern > 0).nonzero().tolist():
         a = float(pattern[tuple(place)])
         expected[tuple(place[:3])] -= a * math.log(a)
-    found = _columns.row_entropy(c.query, c.key, lse, c.call)
+    found = pattern_sums.row_entropy(c.query, c.key, lse, c.call)
     torch.testing.assert_close(found.double(), expected, **TOLERANCE)
-    both = _columns.received_and_entropy(c.query, c.key, lse, c.call)
+    both = pattern_sums.received_and_entropy(c.query, c.key, lse, c.call)
     torch.testing.assert_close(both.entropy.double(), expected, **TOLERANCE)
     torch.testing.assert_close(both.received.double(), pattern.sum(2), **TOLERANCE)
 
@@ -113,7 +112,7 @@ def test_both_sums_leave_out_the_same_queries() -> None:
     c = case("causal")
     pattern, _, lse = measured(c)
     queries = torch.arange(lse.shape[2]).expand(len(lse), -1) % 2 == 0
-    both = _columns.received_and_entropy(c.query, c.key, lse, c.call, queries)
+    both = pattern_sums.received_and_entropy(c.query, c.key, lse, c.call, queries)
     torch.testing.assert_close(both.received.double(), pattern[:, :, ::2].sum(2), **TOLERANCE)
     assert both.entropy[:, :, 1::2].abs().max() == 0
 
@@ -124,8 +123,8 @@ def test_attention_to_keys(kind: str, tiles: None, as_set: bool) -> None:
     pattern, _, lse = measured(c)
     keys = torch.zeros(pattern.shape[0], pattern.shape[3], dtype=torch.bool)
     keys[0, 0], keys[1, [0, 4, 5]] = True, True  # a different number in each prompt
-    chosen = _columns.KeySet.of(keys) if as_set else keys
-    found = _columns.attention_to_keys(c.query, c.key, lse, c.call, chosen)
+    chosen = pattern_sums.KeySet.of(keys) if as_set else keys
+    found = pattern_sums.attention_to_keys(c.query, c.key, lse, c.call, chosen)
     expected = (pattern * keys[:, None, None, :]).sum(-1)
     torch.testing.assert_close(found.double(), expected, **TOLERANCE)
 
@@ -134,12 +133,12 @@ def test_attention_to_no_key_is_zero() -> None:
     c = case("causal")
     _, _, lse = measured(c)
     none = torch.zeros(c.key.shape[:2], dtype=torch.bool)
-    assert _columns.attention_to_keys(c.query, c.key, lse, c.call, none).abs().max() == 0
+    assert pattern_sums.attention_to_keys(c.query, c.key, lse, c.call, none).abs().max() == 0
 
 
 def test_a_set_without_waiting_says_the_same() -> None:
     keys = torch.tensor([[True, False, True, False], [False, False, False, True]])
-    tight, loose = _columns.KeySet.of(keys), _columns.KeySet.of(keys, most=4)
+    tight, loose = pattern_sums.KeySet.of(keys), pattern_sums.KeySet.of(keys, most=4)
     assert tight.number.tolist() == loose.number.tolist() == [2, 1]
     assert tight.index.tolist() == loose.index[:, :2].tolist()
     assert sorted(loose.index[0, :2].tolist()) == [0, 2] and loose.index[1, 0] == 3
@@ -149,7 +148,7 @@ def test_weighted_mass(kind: str, tiles: None) -> None:
     c = case(kind)
     pattern, _, lse = measured(c)
     sizes = c.value.norm(dim=-1)
-    found = _columns.weighted_mass(c.query, c.key, lse, c.call, sizes)
+    found = pattern_sums.weighted_mass(c.query, c.key, lse, c.call, sizes)
     expected = torch.einsum("bhqk,bkh->bhq", pattern, sizes.double().repeat_interleave(2, dim=2))
     torch.testing.assert_close(found.double(), expected, **TOLERANCE)
 
@@ -158,7 +157,7 @@ def test_learned_sink_share(kind: str) -> None:
     c = case(kind)
     pattern, lse, narrow = measured(c)
     expected = torch.where(lse > -math.inf, 1 - pattern.sum(-1), 0)
-    found = _columns.learned_sink_share(narrow, c.call)
+    found = pattern_sums.learned_sink_share(narrow, c.call)
     torch.testing.assert_close(found.double(), expected, **TOLERANCE)
 
 
@@ -166,7 +165,7 @@ def test_statistics_of_narrow_inputs_are_wide(kind: str) -> None:
     """bfloat16 queries and keys: the sums are those of the rounded numbers, in float32."""
     c = case(kind).to("cpu", torch.bfloat16)
     pattern, _, lse = measured(c)
-    found = _columns.received_mass(c.query, c.key, lse, c.call)
+    found = pattern_sums.received_mass(c.query, c.key, lse, c.call)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), pattern.sum(2), **TOLERANCE)
 

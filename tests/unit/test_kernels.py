@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinkscope.attention import attend as _attend_cuda
-from sinkscope.attention import pattern_sums as _columns
+from sinkscope.attention import attend as attend_module
+from sinkscope.attention import pattern_sums
 from sinkscope.attention.attend import attend, attend_in_tiles
 from sinkscope.attention.call import AttentionCall
 from sinkscope.metrics import attention, geometry, positions
@@ -100,7 +100,7 @@ def test_chosen_keys(kernels, here: tuple[Case, Tensor, Tensor]) -> None:
     keys = torch.zeros(pattern.shape[0], pattern.shape[3], dtype=torch.bool)
     keys[0, [0, 3]], keys[1, 2] = True, True
     expected = (pattern * keys[:, None, None, :]).sum(-1)
-    for chosen in (_columns.KeySet.of(keys), _columns.KeySet.of(keys, most=keys.shape[1])):
+    for chosen in (pattern_sums.KeySet.of(keys), pattern_sums.KeySet.of(keys, most=keys.shape[1])):
         index, number = chosen.index.to(DEVICE), chosen.number.to(DEVICE)
         equal(kernels.attention_to_keys(c.query, c.key, lse, c.call, index, number), expected)
 
@@ -126,8 +126,8 @@ def test_any_length_and_head_width(kernels, width: int, length: int, dtype: torc
     torch.testing.assert_close(found_lse, lse, **TOLERANCE)
     plain = (query.cpu().float(), key.cpu().float(), lse.cpu(), call)
     received, entropy = kernels.received_and_entropy(query, key, lse, call, None)
-    equal(received, _columns.received_mass(*plain).double(), rtol=1e-4, atol=1e-4)
-    equal(entropy, _columns.row_entropy(*plain).double(), rtol=1e-4, atol=1e-4)
+    equal(received, pattern_sums.received_mass(*plain).double(), rtol=1e-4, atol=1e-4)
+    equal(entropy, pattern_sums.row_entropy(*plain).double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
@@ -149,7 +149,7 @@ def test_library_kernels_are_taken_where_they_fit(monkeypatch: pytest.MonkeyPatc
     def refuse(*_: object) -> None:
         raise AssertionError("our own kernel was asked for what a library kernel can do")
 
-    monkeypatch.setattr(_attend_cuda, "kernels_for", refuse)
+    monkeypatch.setattr(attend_module, "kernels_for", refuse)
     for kind in ("causal", "cached", "bidirectional", "window", "learned sink"):
         attend(*case(kind, 64).to("cuda", torch.bfloat16).transposed)
 
@@ -163,7 +163,7 @@ def test_nothing_quadratic_is_held_on_a_gpu() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     _, lse = attend(q.transpose(1, 2), k.transpose(1, 2), k.transpose(1, 2), call)
-    both = _columns.received_and_entropy(q, k, lse, call)
+    both = pattern_sums.received_and_entropy(q, k, lse, call)
     assert torch.cuda.max_memory_allocated() - before < 64 * 2**20
     torch.testing.assert_close(both.received.sum(), torch.tensor(4 * 32768.0, device="cuda"))
 

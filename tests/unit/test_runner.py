@@ -208,7 +208,7 @@ def test_massive_activations_looked_at_late(model, tokens, late, monkeypatch) ->
 
     monkeypatch.setattr(runner, "forward", short_of_memory_once)
     monkeypatch.setattr(massive, "_late", lambda x: late)
-    monkeypatch.setattr(runner, "is_heard", lambda point: False)  # as if the model itself did it
+    monkeypatch.setattr(runner, "has_hooks", lambda point: False)  # as if the model itself did it
     with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", massive_at_0)]):
         found = ss.scan(model, tokens, metrics=["massive"], batch=2, progress=False).massive
     assert calls == [2, 2, 1, 1, 1, 1]

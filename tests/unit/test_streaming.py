@@ -205,7 +205,7 @@ def test_keys_are_there_while_the_log_sum_exp_fires(
     assert torch.equal(seen["fired"], seen["keys"])
 
 
-def test_a_hook_that_comes_in_the_middle_of_a_forward_pass_is_heard(
+def test_a_hook_that_comes_in_the_middle_of_a_forward_pass_fires(
     bridge: TransformerBridge, tokens: Tensor
 ) -> None:
     """Components that run without their bridge notice a hook that another hook adds."""

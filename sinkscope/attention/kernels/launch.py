@@ -16,6 +16,7 @@ from sinkscope.attention.kernels.angles import angle_kernel
 from sinkscope.attention.kernels.columns import received_kernel
 from sinkscope.attention.kernels.forward import forward_kernel
 from sinkscope.attention.kernels.rows import chosen_kernel, row_kernel
+from sinkscope.attention.scores import contiguous_rows
 from sinkscope.devices import on_its_device
 
 LOG2_E = math.log2(math.e)
@@ -53,7 +54,7 @@ def attention_to_keys(
     number: Int[Tensor, "prompt"],
 ) -> Float[Tensor, "prompt head query"]:
     """Σ_j A_ij over the first ``number`` keys that ``index`` lists for each prompt."""
-    query, key, lse = _rows(query), _rows(key), lse.contiguous()
+    query, key, lse = contiguous_rows(query), contiguous_rows(key), lse.contiguous()
     paid = torch.empty_like(lse)
     bias = lse if call.mask is None else _mask_bias(call.mask, query)
     rows = 64
@@ -142,8 +143,8 @@ def forward(
     value: Float[Tensor, "prompt kv_head key d_value"],
     call: AttentionCall,
 ) -> tuple[Float[Tensor, "prompt query head d_value"], Float[Tensor, "prompt head query"]]:
-    """Attention and its log-sum-exp, learned sink left out; layout as in `_attend`."""
-    q, k, v = (_rows(x.transpose(1, 2)) for x in (query, key, value))
+    """Attention and its log-sum-exp, learned sink left out; laid out as by `attend.attend`."""
+    q, k, v = (contiguous_rows(x.transpose(1, 2)) for x in (query, key, value))
     z = torch.empty(*q.shape[:3], v.shape[-1], dtype=v.dtype, device=v.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     bias = lse if call.mask is None else _mask_bias(call.mask, q)
@@ -171,7 +172,7 @@ def causal_angles(
         role: Bits of each position, see `angles.py`.
         scale: Factor on the dot product.
     """
-    query, key, role = _rows(query), _rows(key), role.contiguous()
+    query, key, role = contiguous_rows(query), contiguous_rows(key), role.contiguous()
     prompts, length, heads, width = query.shape
     result = torch.empty(prompts, heads, 8, dtype=torch.float32, device=query.device)
     angle_kernel[(heads, prompts)](
@@ -190,7 +191,7 @@ def _received(
     queries: Bool[Tensor, "prompt query"] | None = None,
     entropy: LogSumExp | None = None,
 ) -> Float[Tensor, "prompt head key"]:
-    query, key, lse = _rows(query), _rows(key), lse.contiguous()
+    query, key, lse = contiguous_rows(query), contiguous_rows(key), lse.contiguous()
     received = lse.new_empty(len(key), query.shape[2], key.shape[1])
     shape = _shape(query, key, call)
     kernel = "received" if entropy is None else "both"
@@ -215,7 +216,7 @@ def _along_rows(
     bias: Float[Tensor, "prompt _ key"] | None,
     entropy: bool,
 ) -> LogSumExp:
-    query, key, lse = _rows(query), _rows(key), lse.contiguous()
+    query, key, lse = contiguous_rows(query), contiguous_rows(key), lse.contiguous()
     result = torch.empty_like(lse)
     shape = _shape(query, key, call)
     rows, columns, warps, stages = _tile("rows", query, shape["D_BLOCK"])
@@ -276,8 +277,3 @@ def _grid(query: Query, block: int, length: int | None = None) -> tuple[int, int
 
 def _strides(x: Float[Tensor, "prompt position head d"]) -> tuple[int, int, int]:
     return x.stride()[:3]
-
-
-def _rows(x: Float[Tensor, "prompt position head d"]) -> Float[Tensor, "prompt position head d"]:
-    """The same tensor; copied if a row's numbers do not lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
