@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sinkscope.attention.kv_cache import reads_both_names
+from sinkscope.attention.upstream import mended
 from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
 from sinkscope.models.active import enforced
 from sinkscope.models.capabilities import capabilities
@@ -56,7 +56,7 @@ class Intervention(AbstractContextManager):
         return f"{type(self).__name__}({', '.join(words)})"
 
     def __init__(self, model: Any) -> None:
-        self.model = reads_both_names(model)
+        self.model = mended(model)
         self.can = capabilities(model)
         self._undo: ExitStack | None = None
 

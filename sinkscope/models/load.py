@@ -21,7 +21,7 @@ from transformer_lens.model_bridge.sources.transformers import (
 )
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from sinkscope.attention.kv_cache import reads_both_names
+from sinkscope.attention.upstream import mended
 from sinkscope.devices import chosen_device
 from sinkscope.errors import ModelError, UnsupportedError
 from sinkscope.models.checkpoint import (
@@ -210,7 +210,7 @@ def load_model(
                 "A TransformerBridge is used as it is: move or cast it with bridge.to(...) before "
                 "passing it, and pass no other arguments."
             )
-        return reads_both_names(spec)
+        return mended(spec)
     if device is not None and device_map is not None:
         raise ModelError("Pass either device or device_map, not both.")
     in_memory = isinstance(spec, PreTrainedModel)
@@ -247,7 +247,7 @@ def load_model(
     attach_source(bridge, replace(source, name=request.name))
     if in_memory:
         remember(spec, bridge)
-    return reads_both_names(bridge).eval()
+    return mended(bridge).eval()
 
 
 Loaded = tuple[TransformerBridge, ModelSource]

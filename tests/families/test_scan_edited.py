@@ -291,11 +291,3 @@ def test_scores_edited_after_another_operator_was_entered_are_the_ones_it_takes(
     np.testing.assert_allclose(pattern, by_hand, atol=1e-5)
     want = by_hand[:, :, :, 1:, 0].mean(-1).swapaxes(0, 1)
     np.testing.assert_allclose(report.sink_attention.numpy(), want, atol=1e-5)
-
-
-def test_a_stock_bridge_that_does_not_run_in_half_precision_is_refused() -> None:
-    family = BY_NAME["olmo2"]
-    model, tokens = ss.load_model(family.build().to(torch.bfloat16)), family.tokens()
-    with pytest.raises(UnsupportedError, match="does not run without a KV cache in this dtype"):
-        ss.scan(model, tokens, path="stock", progress=False)
-    assert ss.scan(model, tokens, progress=False).settings.path == "streaming"

@@ -1,0 +1,45 @@
+"""Defects of TransformerLens 4.3 that are mended on every bridge that sinkscope measures.
+
+1. The KV cache goes by two names, of which TransformerLens knows one, see `kv_cache`.
+2. OLMo, OLMo-2, OLMo-3 and FlexOlmo rotate queries and keys in float32: their rotary embedding
+   returns float32 cosines, and transformers casts what they rotate back to the model's dtype. The
+   bridge's re-implementation does not cast back. In half precision its pattern is then float32,
+   and its product with half-precision values raises "expected m1 and m2 to have the same dtype".
+   Here the cast is made where the rotated tensors leave the rotation, at ``hook_rot_q`` and
+   ``hook_rot_k``, as in transformers: exact, and hooks see the dtype that attention uses.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import (
+    PositionEmbeddingsAttentionBridge,
+)
+
+from sinkscope.attention.kv_cache import reads_both_names
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def mended(bridge: Any) -> Any:
+    """The bridge itself, without the defects above; does nothing the second time."""
+    for component in bridge.original_model.modules():
+        if isinstance(component, PositionEmbeddingsAttentionBridge):
+            for name in ("hook_rot_q", "hook_rot_k"):
+                point = component._modules[name]
+                if "forward" not in point.__dict__:
+                    point.__dict__["forward"] = partial(_in_model_dtype, point, component)
+    return reads_both_names(bridge)
+
+
+def _in_model_dtype(point: HookPoint, attn: AttentionBridge, x: Tensor) -> Tensor:
+    """`HookPoint.forward`, after a cast to the dtype of the model where that is a narrower one."""
+    weight = getattr(attn.o.original_component, "weight", None)
+    dtype = getattr(weight, "dtype", x.dtype)
+    return type(point).forward(point, x.to(dtype) if dtype in HALF else x)
