@@ -24,3 +24,7 @@ class TextError(SinkscopeError):
 
 class ReportError(SinkscopeError):
     """A report that lacks what was asked of it, or that cannot be read, written or merged."""
+
+
+class SinkscopeWarning(UserWarning):
+    """Something that was put right, or that most likely is not what was meant."""

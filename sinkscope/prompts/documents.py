@@ -1,20 +1,29 @@
 """Where text comes from: what every Python installation carries, files, Hugging Face data sets.
 
-Each function yields documents (strings) in an order that the seed fixes, so that the same call
-gives the same text on every machine with the same Python.
+Each function yields documents in an order that the seed fixes, so that the same call gives the
+same text on every machine with the same Python. A document is a string, or a file of text of which
+no more is read than is needed.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import importlib.util
 import json
+import os
+import queue
 import random
 import re
 import textwrap
+import threading
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sinkscope.errors import TextError
+from sinkscope.errors import SinkscopeWarning, TextError
 
 # Pure-Python modules that Python 3.11 and later all have, long enough to be read as programs.
 _MODULES = """
@@ -28,8 +37,6 @@ _MODULES = """
     unittest.case unittest.mock urllib.parse urllib.request uuid warnings wave weakref
     xml.dom.minidom xml.etree.ElementTree
 """.split()
-
-_BLOCK = 1 << 20  # characters of a text file that make one document
 
 _NAME_IT = "in Python, texts(..., key=...) names another key; the command line takes 'text' alone"
 
@@ -96,25 +103,107 @@ def _is_prose(text: str) -> bool:
     )
 
 
-def text_file(path: Path) -> Iterator[str]:
-    """A text file in blocks of about a million characters that end at a line's end."""
-    try:
-        with path.open(encoding="utf-8") as handle:
-            while block := handle.read(_BLOCK):
-                yield block + handle.readline()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+@dataclass(frozen=True)
+class TextFile:
+    """A text file as one document, of which no more is read than is asked for."""
+
+    path: Path
+
+    def beginning(self, characters: int) -> str:
+        """Its first characters, without a byte-order mark.
+
+        Raises:
+            TextError: If it cannot be read, or is no text.
+        """
+        with _readable(self.path), self.path.open(encoding=_encoding(self.path)) as handle:
+            return _text(handle.read(characters), self.path)
+
+
+Document = str | TextFile
+
+
+def beginning(document: Document, characters: int) -> str:
+    """The first characters of a document."""
+    if isinstance(document, TextFile):
+        return document.beginning(characters)
+    return document[:characters]
+
+
+def text_file(path: Path) -> Iterator[TextFile]:
+    """A text file: UTF-8, or UTF-16 or UTF-32 with a byte-order mark, which is no part of it."""
+    yield TextFile(path)
 
 
 def json_lines(path: Path, key: str) -> Iterator[str]:
     """The texts under `key` of a file of JSON objects, one a line."""
+    with _readable(path), path.open(encoding=_encoding(path)) as handle:
+        for number, line in enumerate(handle, start=1):
+            if _text(line, path).strip():
+                yield _text_of(line, key, f"Line {number} of {path}")
+
+
+def read_text(path: Path) -> str:
+    """A whole text file, without a byte-order mark.
+
+    Raises:
+        TextError: If it cannot be read, or is no text.
+    """
+    with _readable(path):
+        return _text(path.read_text(encoding=_encoding(path)), path)
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file; a text that was meant to be measured names none.
+
+    Raises:
+        TextError: If it may lie in a folder that one may not enter.
+    """
     try:
-        with path.open(encoding="utf-8") as handle:
-            for number, line in enumerate(handle, start=1):
-                if line.strip():
-                    yield _text_of(line, key, f"Line {number} of {path}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+        os.stat(path)
+    except PermissionError as error:
+        raise TextError(f"{path} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError):  # longer than any name, or with a zero byte in it
+        return False
+    return os.path.isfile(path)
+
+
+_MARKS = {  # UTF-32's begins as UTF-16's does
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def _encoding(path: Path) -> str:
+    """How a text file is encoded, by its byte-order mark; UTF-8 without one."""
+    with path.open("rb") as handle:
+        start = handle.read(4)
+    return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8-sig")
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while reading text into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise TextError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeError as error:
+        raise TextError(
+            f"{path} cannot be read as UTF-8 text ({error}); save it as UTF-8, or as UTF-16 with "
+            "a byte-order mark."
+        ) from error
+
+
+def _text(text: str, path: Path) -> str:
+    """Text of a file, if it has none of the zero bytes that only other encodings have."""
+    if "\0" in text:
+        raise TextError(
+            f"{path} has zero bytes, which text in UTF-8 has not; save it as UTF-8, or as UTF-16 "
+            "with a byte-order mark."
+        )
+    return text
 
 
 def _text_of(line: str, key: str, where: str) -> str:
@@ -122,6 +211,8 @@ def _text_of(line: str, key: str, where: str) -> str:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise TextError(f"{where} is not JSON: {error}.") from error
+    except (RecursionError, ValueError) as error:  # nested too deep, or a number too long
+        raise TextError(f"{where} cannot be read as JSON: {error}.") from error
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
         keys = ", ".join(record) if isinstance(record, dict) else "no keys"
         raise TextError(f"{where} has no text under {key!r} (it has {keys}); {_NAME_IT}.")
@@ -140,11 +231,11 @@ def data_set(address: str, key: str, seed: int) -> Iterator[str]:
         from datasets import load_dataset
     except ImportError as error:
         raise TextError("Data sets need the datasets package: pip install datasets.") from error
-    name, *config, split = parts
+    rows = _in_time(lambda: _rows(load_dataset, parts, seed), f"The data set hf:{address}")
     try:
-        rows = load_dataset(name, *config, split=split, streaming=True)
-        rows = iter(rows.shuffle(seed=seed, buffer_size=1000))
         first = next(rows, None)
+    except TextError:
+        raise
     except Exception as error:  # the library raises many kinds: no network, no such split, ...
         reason = textwrap.shorten(str(error), 200)
         raise TextError(f"The data set hf:{address} cannot be read: {reason}") from error
@@ -157,3 +248,66 @@ def data_set(address: str, key: str, seed: int) -> Iterator[str]:
         )
     yield first[key]
     yield from (row[key] for row in rows)
+
+
+def _rows(load_dataset: Callable[..., Any], parts: list[str], seed: int) -> Iterator[Any]:
+    name, *config, split = parts
+    rows = load_dataset(name, *config, split=split, streaming=True)
+    yield from rows.shuffle(seed=seed, buffer_size=1000)
+
+
+_WARN_AFTER, _GIVE_UP_AFTER = 20.0, 300.0  # seconds without a row; the first comes after a thousand
+
+
+def _in_time(rows: Callable[[], Iterator[Any]], what: str) -> Iterator[Any]:
+    """What an iterator yields, made and run in a thread, so that a silent server can be told.
+
+    Raises:
+        TextError: If nothing comes for five minutes. Whatever the iterator raises is passed on.
+    """
+    arrived: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=16)
+    over = threading.Event()
+
+    def deliver(kind: str, value: Any) -> None:
+        while not over.is_set():
+            with contextlib.suppress(queue.Full):
+                return arrived.put((kind, value), timeout=0.1)
+
+    def produce() -> None:
+        try:
+            for row in rows():
+                deliver("row", row)
+                if over.is_set():
+                    return
+            deliver("end", None)
+        except Exception as error:
+            deliver("error", error)
+
+    threading.Thread(target=produce, daemon=True).start()
+    try:
+        while True:
+            kind, value = _next(arrived, what)
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        over.set()
+
+
+def _next(arrived: queue.Queue[tuple[str, Any]], what: str) -> tuple[str, Any]:
+    with contextlib.suppress(queue.Empty):
+        return arrived.get(timeout=_WARN_AFTER)
+    warnings.warn(
+        f"{what} has sent nothing for {_WARN_AFTER:.0f} s; waiting up to {_GIVE_UP_AFTER:.0f} s.",
+        SinkscopeWarning,
+        stacklevel=2,
+    )
+    try:
+        return arrived.get(timeout=_GIVE_UP_AFTER - _WARN_AFTER)
+    except queue.Empty:
+        raise TextError(
+            f"{what} has sent nothing for {_GIVE_UP_AFTER:.0f} s; check the network, or pass a "
+            "text file instead."
+        ) from None

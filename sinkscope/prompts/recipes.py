@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import itertools
 import random
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sinkscope.errors import TextError
-from sinkscope.prompts.special_tokens import SpecialTokens, ordinary_ids, special_tokens
+from sinkscope.errors import SinkscopeWarning, TextError
+from sinkscope.output import counted
+from sinkscope.prompts.documents import Document, beginning
+from sinkscope.prompts.encoding import WHOLE, encode, first_ids, is_short
+from sinkscope.prompts.special_tokens import (
+    POLICIES,
+    SpecialTokens,
+    ordinary_ids,
+    special_tokens,
+)
 from sinkscope.prompts.tokens import (
     Texts,
+    check_embedded,
     check_length,
     context_size,
     pack,
     token_strings,
     vocabulary_size,
 )
+from sinkscope.validation import one_of, seed, whole_number
 
 # Windows are drawn from a stream this many times longer than they need, where there is that much:
 # distinct places, without reading a whole corpus.
 _SPREAD = 4
+
+_BETWEEN = "\n\n"  # stands between documents
+_MARK = "\ufeff"
+_ENDLESS = 1 << 62
 
 _NO_TOKENIZER = (
     "This model has no tokenizer, so it cannot take text; load it with "
@@ -32,18 +47,30 @@ _NO_TOKENIZER = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a model knows about tokens: its tokenizer, if any, and its number of ids, if known."""
+    """What a model knows about tokens.
+
+    Attributes:
+        tokenizer: its tokenizer, if any.
+        d_vocab: its number of ids, if known.
+        n_ctx: its number of positions, if limited.
+    """
 
     tokenizer: Any
     d_vocab: int | None
+    n_ctx: int | None = None
 
     def encode(self, documents: list[str]) -> list[list[int]]:
         """Ids of each document, without special tokens, whole."""
+        return encode(self._needed(), documents)
+
+    def first_ids(self, document: Document, needed: int, name: str, before: str = "") -> list[int]:
+        """Ids of a document's beginning, at least as many as needed if it has them."""
+        return first_ids(self._needed(), document, needed, name, before)
+
+    def _needed(self) -> Any:
         if self.tokenizer is None:
             raise TextError(_NO_TOKENIZER)
-        return self.tokenizer(
-            documents, add_special_tokens=False, truncation=False, padding=False, verbose=False
-        )["input_ids"]
+        return self.tokenizer
 
     def ordinary(self) -> list[int]:
         """Ids that are not special tokens."""
@@ -86,11 +113,14 @@ class TextSource(ABC):
 
     def __post_init__(self) -> None:
         for name in ("prompts", "length"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise TextError(f"{name} should be a whole number above 0, not {value!r}.")
-        if self.padding not in ("right", "left"):
-            raise TextError(f"padding should be 'right' or 'left', not {self.padding!r}.")
+            if (value := getattr(self, name)) is not None:
+                self._set(name, whole_number(name, value, at_least=1, error=TextError))
+        self._set("seed", seed(self.seed, error=TextError))
+        one_of("bos", self.bos, POLICIES, error=TextError)
+        one_of("padding", self.padding, ("right", "left"), error=TextError)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the instance is frozen for everybody else
 
     def tokenize(self, model: Any) -> Texts:
         """The prompts of this recipe for one model.
@@ -102,13 +132,16 @@ class TextSource(ABC):
             TextError: text that is empty or too short, a length beyond the model's context, or a
                 BOS policy that this tokenizer cannot follow.
         """
-        vocabulary = Vocabulary(getattr(model, "tokenizer", None), vocabulary_size(model))
+        vocabulary = Vocabulary(
+            getattr(model, "tokenizer", None), vocabulary_size(model), context_size(model)
+        )
         special = vocabulary.special(self.bos)
-        room = self._room(special, context_size(model))
+        room = self._room(special, vocabulary.n_ctx)
         rng = random.Random(self.seed)
-        bodies = self._bodies(vocabulary, room, rng)
+        bodies = self._bodies(vocabulary, special, room, rng)
         tokens, mask = pack([special.around(body, rng) for body in bodies])
-        check_length(tokens.shape[1], context_size(model))
+        check_length(tokens.shape[1], vocabulary.n_ctx)
+        check_embedded(tokens, vocabulary.d_vocab, vocabulary.tokenizer)
         strings = None
         if vocabulary.tokenizer is not None:
             strings = token_strings(vocabulary.tokenizer, tokens, mask)
@@ -129,19 +162,61 @@ class TextSource(ABC):
 
     @abstractmethod
     def _bodies(
-        self, vocabulary: Vocabulary, room: int | None, rng: random.Random
+        self,
+        vocabulary: Vocabulary,
+        special: SpecialTokens,
+        room: int | None,
+        rng: random.Random,
     ) -> list[list[int]]:
         """The ids of each prompt without its special tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Windows(TextSource):
-    """Windows of one length, cut without overlap from distinct places of a stream of documents."""
+class Documents(TextSource):
+    """Prompts that are cut from documents.
 
-    documents: Callable[[], Iterator[str]]
+    Attributes:
+        documents: gives the documents, from the first one on, each time it is called.
+    """
+
+    documents: Callable[[], Iterator[Document]]
+
+    def read(self) -> Iterator[Document]:
+        """The documents; a byte-order mark that a string begins with is left out."""
+        warned = False
+        for document in self.documents():
+            if isinstance(document, str) and document.startswith(_MARK):
+                if not warned:
+                    _warn(
+                        f"{self.name} begins with a byte-order mark (U+FEFF), which would be its "
+                        "first token; it was left out. Read files with encoding='utf-8-sig'."
+                    )
+                warned, document = True, document.removeprefix(_MARK)
+            yield document
+
+    def warn_of_its_own(self, texts: int, special: SpecialTokens) -> None:
+        """Say that texts brought the special tokens which the BOS policy puts there too."""
+        if texts:
+            _warn(
+                f"{counted(texts, 'prompt')} of {self.name} had the special token(s) of the BOS "
+                f"policy {special.label!r} already; they stand there once. Pass bos='never' to "
+                "take such texts as they are."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows(Documents):
+    """Windows of one length, cut without overlap from distinct places of a stream of documents.
+
+    A window that begins with the token which the BOS policy puts in front starts behind it.
+    """
 
     def _bodies(
-        self, vocabulary: Vocabulary, room: int | None, rng: random.Random
+        self,
+        vocabulary: Vocabulary,
+        special: SpecialTokens,
+        room: int | None,
+        rng: random.Random,
     ) -> list[list[int]]:
         assert room is not None and self.prompts is not None  # texts() always gives both
         stream = self._stream(vocabulary, _SPREAD * room * self.prompts)
@@ -149,24 +224,36 @@ class Windows(TextSource):
         if places < self.prompts:
             raise TextError(self._too_short(len(stream), room))
         start = rng.randrange(len(stream) - places * room + 1)
-        chosen = rng.sample(range(places), self.prompts)
-        return [stream[start + place * room :][:room] for place in chosen]
+        starts = [start + place * room for place in rng.sample(range(places), self.prompts)]
+        begun = [special.begun(stream[start : start + room]) for start in starts]
+        self.warn_of_its_own(sum(map(bool, begun)), special)
+        bodies = [stream[at + own :][:room] for at, own in zip(starts, begun, strict=True)]
+        if not all(bodies):
+            raise TextError(f"{self.name} has nothing but special tokens in one of its windows.")
+        return bodies
 
     def _stream(self, vocabulary: Vocabulary, enough: int) -> list[int]:
         """Ids of the documents one after the other, until there are enough."""
         stream: list[int] = []
-        separators = itertools.chain([""], itertools.repeat("\n\n"))
-        documents = (
-            separator + document
-            for document, separator in zip(self._nonempty(), separators, strict=False)
-        )
+        separators = itertools.chain([""], itertools.repeat(_BETWEEN))
+        documents = zip(self._nonempty(), separators, strict=False)
         while len(stream) < enough and (batch := list(itertools.islice(documents, 16))):
-            for ids in vocabulary.encode(batch):
-                stream.extend(ids)
+            short = [text for text, _ in batch if is_short(text)]
+            before = [separator for text, separator in batch if is_short(text)]
+            encoded = iter(
+                vocabulary.encode([a + b for a, b in zip(before, short, strict=True)])
+                if short
+                else ()
+            )
+            for document, separator in batch:
+                if is_short(document):
+                    stream.extend(next(encoded))
+                elif (missing := enough - len(stream)) > 0:
+                    stream.extend(vocabulary.first_ids(document, missing, self.name, separator))
         return stream
 
-    def _nonempty(self) -> Iterator[str]:
-        return (document for document in self.documents() if document.strip())
+    def _nonempty(self) -> Iterator[Document]:
+        return (document for document in self.read() if beginning(document, WHOLE).strip())
 
     def _too_short(self, available: int, room: int) -> str:
         if available == 0:
@@ -188,16 +275,19 @@ class Windows(TextSource):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnLength(TextSource):
+class OwnLength(Documents):
     """One prompt a text, each as long as it is, or cut at `length`; with `exact`, never shorter."""
 
-    documents: Callable[[], Iterator[str]]
     exact: bool = False
 
     def _bodies(
-        self, vocabulary: Vocabulary, room: int | None, rng: random.Random
+        self,
+        vocabulary: Vocabulary,
+        special: SpecialTokens,
+        room: int | None,
+        rng: random.Random,
     ) -> list[list[int]]:
-        documents = list(itertools.islice(self.documents(), self.prompts))
+        documents = list(itertools.islice(self.read(), self.prompts))
         if not documents:
             raise TextError(f"{self.name} is empty; pass at least one text.")
         if self.prompts is not None and len(documents) < self.prompts:
@@ -205,10 +295,39 @@ class OwnLength(TextSource):
                 f"{self.name} has {len(documents)} texts, not {self.prompts}; ask for "
                 f"{len(documents)}."
             )
-        bodies = vocabulary.encode(documents)
+        encoded = self._encoded(vocabulary, documents, special, room)
+        bodies = [special.inside(ids) for ids in encoded]
         for index, body in enumerate(bodies):
             self._check(index, len(body), len(bodies), room)
+        changed = sum(len(a) != len(b) for a, b in zip(bodies, encoded, strict=True))
+        self.warn_of_its_own(changed, special)
         return [body[:room] for body in bodies]
+
+    def _encoded(
+        self,
+        vocabulary: Vocabulary,
+        documents: list[Document],
+        special: SpecialTokens,
+        room: int | None,
+    ) -> list[list[int]]:
+        """The ids of each document; of a long one those that its prompt can need."""
+        limit = room if room is not None else vocabulary.n_ctx
+        short = [document for document in documents if is_short(document)]
+        encoded = iter(vocabulary.encode(short) if short else ())
+        rows = []
+        for index, document in enumerate(documents):
+            if is_short(document):
+                rows.append(next(encoded))
+                continue
+            needed = _ENDLESS if limit is None else limit + special.count + 1
+            rows.append(vocabulary.first_ids(document, needed, f"text {index} of {self.name}"))
+            if room is None and len(rows[-1]) >= needed:
+                raise TextError(
+                    f"Text {index} of {len(documents)} in {self.name} has more tokens than the "
+                    f"{limit} positions of this model's context; ask for a length of {limit} or "
+                    "less."
+                )
+        return rows
 
     def _check(self, index: int, available: int, texts: int, room: int | None) -> None:
         if available == 0:
@@ -227,7 +346,11 @@ class RandomTokens(TextSource):
     """Ordinary tokens drawn evenly and independently."""
 
     def _bodies(
-        self, vocabulary: Vocabulary, room: int | None, rng: random.Random
+        self,
+        vocabulary: Vocabulary,
+        special: SpecialTokens,
+        room: int | None,
+        rng: random.Random,
     ) -> list[list[int]]:
         ids = vocabulary.ordinary()
         return [rng.choices(ids, k=room or 1) for _ in range(self.prompts or 1)]
@@ -240,7 +363,11 @@ class RepeatedTokens(TextSource):
     token: int | str | None = None
 
     def _bodies(
-        self, vocabulary: Vocabulary, room: int | None, rng: random.Random
+        self,
+        vocabulary: Vocabulary,
+        special: SpecialTokens,
+        room: int | None,
+        rng: random.Random,
     ) -> list[list[int]]:
         prompts = self.prompts or 1
         if self.token is None:
@@ -260,8 +387,9 @@ class RepeatedTokens(TextSource):
                 )
             return ids[0]
         size = vocabulary.d_vocab
-        if self.token is None or self.token < 0 or (size is not None and self.token >= size):
-            raise TextError(
-                f"Token id {self.token} is out of range: this model has {size} ids, from 0."
-            )
-        return self.token
+        last = {} if size is None else {"at_most": size - 1}
+        return whole_number("token", self.token, **last, error=TextError)
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, SinkscopeWarning, stacklevel=2)

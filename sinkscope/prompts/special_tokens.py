@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sinkscope.errors import TextError
+from sinkscope.validation import one_of
 
 POLICIES = ("auto", "always", "never", "random")
 
@@ -42,6 +43,16 @@ class SpecialTokens:
         )
         return [*before, *body, *after]
 
+    def begun(self, ids: list[int]) -> int:
+        """How many ids in front are those that it puts there: all of them or none."""
+        size = len(self.prefix)
+        return size if size and tuple(ids[:size]) == self.prefix else 0
+
+    def inside(self, ids: list[int]) -> list[int]:
+        """A whole text without the special tokens that it brought and that are put around it."""
+        ids, size = ids[self.begun(ids) :], len(self.suffix)
+        return ids[:-size] if size and tuple(ids[-size:]) == self.suffix else ids
+
 
 def special_tokens(tokenizer: Any, policy: str, d_vocab: int | None) -> SpecialTokens:
     """Resolve a BOS policy for a tokenizer.
@@ -57,8 +68,7 @@ def special_tokens(tokenizer: Any, policy: str, d_vocab: int | None) -> SpecialT
     Raises:
         TextError: unknown policy, or "always" where there is no BOS token.
     """
-    if policy not in POLICIES:
-        raise TextError(f"bos should be one of {', '.join(POLICIES)}, not {policy!r}.")
+    one_of("bos", policy, POLICIES, error=TextError)
     if policy == "never":
         return SpecialTokens((), (), "never")
     own = own_tokenizer(tokenizer)

@@ -20,12 +20,29 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinkscope.errors import TextError
-from sinkscope.prompts.documents import DOMAINS, data_set, json_lines, text_file
-from sinkscope.prompts.recipes import OwnLength, RandomTokens, RepeatedTokens, TextSource, Windows
+from sinkscope.prompts.documents import (
+    DOMAINS,
+    Document,
+    data_set,
+    is_file,
+    json_lines,
+    text_file,
+)
+from sinkscope.prompts.encoding import first_ids
+from sinkscope.prompts.recipes import (
+    Documents,
+    OwnLength,
+    RandomTokens,
+    RepeatedTokens,
+    TextSource,
+    Windows,
+)
 from sinkscope.prompts.special_tokens import special_tokens
 from sinkscope.prompts.tokens import Texts, exact, read_token_ids, vocabulary_size
+from sinkscope.validation import shown, whole_number
 
 _PROMPTS, _LENGTH = 16, 256
+_LONGEST_NAME = 200  # characters that a message shows of a name
 
 
 def texts(
@@ -140,19 +157,24 @@ def as_texts(value: Any) -> TextSource | Texts:
     if isinstance(value, str | Path):
         return texts(value)
     array = Tensor | np.ndarray
+    if isinstance(value, np.ndarray) and value.dtype.kind in "UOT":
+        return texts(_checked(value))
     whole = isinstance(value, array) or (isinstance(value, Mapping) and "input_ids" in value)
-    rows = isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple | array)
-    return exact(value, None, "token ids") if whole or rows else texts(_checked(value))
+    rows = isinstance(value, list | tuple) and value and not isinstance(value[0], str | None)
+    ids = rows and isinstance(value[0], list | tuple | array | int | np.integer)
+    return exact(value, None, "token ids") if whole or ids else texts(_checked(value))
 
 
-def _documents(source: str | Path, key: str, seed: int) -> tuple[Callable[[], Iterator[str]], str]:
+def _documents(
+    source: str | Path, key: str, seed: int
+) -> tuple[Callable[[], Iterator[Document]], str]:
     """How to read the documents of a named source, and what to call it."""
     if isinstance(source, str) and source in DOMAINS:
         return functools.partial(DOMAINS[source], seed), source
     if isinstance(source, str) and source.startswith("hf:"):
         return functools.partial(data_set, source.removeprefix("hf:"), key, seed), source
     path = Path(source)
-    if not path.is_file():
+    if not is_file(path):
         raise TextError(_unknown(source))
     if path.suffix == ".jsonl":
         return functools.partial(json_lines, path, key), path.name
@@ -161,15 +183,21 @@ def _documents(source: str | Path, key: str, seed: int) -> tuple[Callable[[], It
 
 def _checked(source: Any) -> Sequence[str]:
     """The source, if it is a list of strings."""
-    if not isinstance(source, list | tuple) or not all(isinstance(text, str) for text in source):
-        raise TextError(
-            "Texts are given as the name of a source, a path or a list of strings, not "
-            f"{type(source).__name__}; for token ids use token_ids(...)."
-        )
-    return source
+    if isinstance(source, list | tuple):
+        wrong = [index for index, text in enumerate(source) if not isinstance(text, str)]
+        if not wrong:
+            return source
+        which = f"Text {wrong[0]} of {len(source)} is {shown(source[wrong[0]])}"
+        ids = "; for token ids use token_ids(...)" if len(wrong) == len(source) else ""
+        raise TextError(f"{which}, and a list of texts holds strings alone{ids}.")
+    listed = " (pass x.tolist())" if hasattr(source, "tolist") else ""
+    raise TextError(
+        "Texts are given as the name of a source, a path or a list of strings, not "
+        f"{type(source).__name__}{listed}; for token ids use token_ids(...)."
+    )
 
 
-def _strings(source: Sequence[str]) -> tuple[Callable[[], Iterator[str]], str]:
+def _strings(source: Sequence[str]) -> tuple[Callable[[], Iterator[Document]], str]:
     strings = tuple(_checked(source))
     empty = [index for index, text in enumerate(strings) if not text.strip()]
     if not strings or empty:
@@ -180,7 +208,7 @@ def _strings(source: Sequence[str]) -> tuple[Callable[[], Iterator[str]], str]:
 
 def _exact(path: str | Path, **given: Any) -> Texts:
     """The ids of a ``.json`` file, and no option that would change them."""
-    if not Path(path).is_file():
+    if not is_file(path):
         raise TextError(_unknown(path))
     if useless := [name for name, value in given.items() if value is not None]:
         raise TextError(
@@ -191,13 +219,19 @@ def _exact(path: str | Path, **given: Any) -> Texts:
 
 
 def _unknown(source: str | Path) -> str:
-    if isinstance(source, Path) or "/" in source or Path(source).suffix:
-        return f"There is no text file {str(source)!r}."
-    close = difflib.get_close_matches(source, DOMAINS, n=1)
+    name = str(source)
+    if len(name) > _LONGEST_NAME or "\n" in name:
+        return (
+            f"There is no text source or file named {shown(name)}; to measure that text itself, "
+            "pass a list of strings, or put it into a file and name that."
+        )
+    if isinstance(source, Path) or "/" in name or Path(name).suffix:
+        return f"There is no text file {name!r}."
+    close = difflib.get_close_matches(name, DOMAINS, n=1)
     packaged = f"the packaged ones are {' and '.join(DOMAINS)}."
     hint = f"did you mean {close[0]!r}?" if close else packaged
     return (
-        f"There is no text source or file named {source!r}; {hint} To measure that text itself, "
+        f"There is no text source or file named {name!r}; {hint} To measure that text itself, "
         "put it into a file and name that (in Python, a list of strings does too)."
     )
 
@@ -219,22 +253,27 @@ def long_text(model: Any, source: Any, tokens: int, *, bos: str = "auto", seed: 
     Raises:
         TextError: If the text is shorter, or the model has no tokenizer to read it with.
     """
+    tokens = whole_number("tokens", tokens, at_least=1, error=TextError)
     given = isinstance(source, str | Path | list | tuple)
     recipe = texts(source, bos=bos, seed=seed) if given else source
     if isinstance(recipe, Texts):
-        ids = recipe.right_padded().tokens[0, : int(recipe.lengths[0])]
-        return _texts(model, ids, tokens, recipe.bos, recipe.source)
-    if not isinstance(recipe, Windows | OwnLength):
+        given_ids = recipe.right_padded().tokens[0, : int(recipe.lengths[0])]
+        return _texts(model, given_ids, tokens, recipe.bos, recipe.source)
+    if not isinstance(recipe, Documents):
         raise TextError("A long text should be text or token ids, not a recipe for random tokens.")
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise TextError("This model has no tokenizer; pass exact ids with token_ids(...).")
     special = special_tokens(tokenizer, recipe.bos, vocabulary_size(model))
-    ids = special.around([], random.Random(seed))[: len(special.prefix)]
-    for document in recipe.documents():
+    prefix = special.around([], random.Random(seed))[: len(special.prefix)]
+    ids: list[int] = []
+    for document in recipe.read():
         if len(ids) >= tokens:
             break
-        ids += tokenizer(document + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+        ids += first_ids(tokenizer, document, tokens - len(ids), recipe.name, after="\n\n")
+    if begun := special.begun(ids):
+        recipe.warn_of_its_own(1, special)
+    ids = [*prefix, *ids[begun:]]
     return _texts(model, torch.tensor(ids), tokens, special.label, recipe.name)
 
 
@@ -245,7 +284,7 @@ def _texts(model: Any, ids: Int[Tensor, "position"], tokens: int, bos: str, name
             f"{name} has {len(ids)} tokens, fewer than the {tokens} asked for; ask for that many, "
             "or give a longer text."
         )
+    ids = ids[None, :tokens].long()
     if size is not None and not bool(((ids >= 0) & (ids < size)).all()):
         raise TextError(f"Token ids should lie in this model's vocabulary, 0 to {size - 1}.")
-    ids = ids[None, :tokens].long()
     return Texts(ids, torch.ones_like(ids, dtype=torch.bool), bos=bos, source=name)

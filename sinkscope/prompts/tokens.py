@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sinkscope.errors import TextError
+from sinkscope.errors import SinkscopeWarning, TextError
+from sinkscope.output import counted
+from sinkscope.prompts.documents import read_text
+from sinkscope.validation import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +93,11 @@ class Texts:
                 f"{'its vocabulary' if d_vocab is None else d_vocab - 1}."
             )
         check_length(int(self.lengths.max()), n_ctx)
-        strings = self.strings
-        if strings is None and getattr(model, "tokenizer", None) is not None:
-            strings = token_strings(model.tokenizer, self.tokens, self.mask)
+        strings, tokenizer = self.strings, getattr(model, "tokenizer", None)
+        if bool(self.mask.all()):
+            _warn_of_padding(self.tokens, tokenizer)
+        if strings is None and tokenizer is not None:
+            strings = token_strings(tokenizer, self.tokens, self.mask)
         return dataclasses.replace(self, strings=strings)
 
 
@@ -144,9 +150,10 @@ def read_token_ids(path: str | Path) -> Texts:
     Raises:
         TextError: a file that cannot be read, or that holds something else.
     """
+    text = read_text(Path(path))
     try:
-        ids = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, no JSON, a number too long
+        ids = json.loads(text)
+    except (ValueError, RecursionError) as error:  # no JSON, a number too long, nested too deep
         raise TextError(f"{path} cannot be read as JSON: {error}.") from error
     try:
         return exact(ids, None, Path(path).name)
@@ -198,6 +205,47 @@ def check_length(length: int, n_ctx: int | None) -> None:
         )
 
 
+def check_embedded(tokens: Tensor, d_vocab: int | None, tokenizer: Any) -> None:
+    """Refuse ids that a tokenizer gave and that the model's embedding has no row for."""
+    if d_vocab is None or not bool((beyond := tokens >= d_vocab).any()):
+        return
+    id = int(tokens[beyond][0])
+    text = "" if tokenizer is None else f" ({_token_text(tokenizer, id, None)!r})"
+    raise TextError(
+        f"The tokenizer gives the id {id}{text}, and this model's embedding has the rows 0 to "
+        f"{d_vocab - 1}; load the tokenizer that belongs to it, or add the rows with "
+        "model.resize_token_embeddings(len(tokenizer)) before loading it."
+    )
+
+
+def _warn_of_padding(tokens: Int[Tensor, "prompt position"], tokenizer: Any) -> None:
+    """Say so where prompts without a mask begin or end with what looks like padding.
+
+    Padding is the tokenizer's padding token, or, where that stands for something else as well (BOS
+    or EOS) or there is no tokenizer (then it is 0), that token twice or more.
+    """
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if tokenizer is not None and pad is None:
+        return
+    others = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")]
+    twice = tokenizer is None or pad in others
+    is_pad = tokens == (0 if pad is None else pad)
+    ends = is_pad[:, :2], is_pad[:, -2:]
+    padded = [
+        (end.all(1) if twice else end[:, index]) for end, index in zip(ends, (0, -1), strict=True)
+    ]
+    mixed = ~is_pad.all(1)
+    for side, rows in zip(("begin", "end"), padded, strict=True):
+        if count := int((rows & mixed).sum()):
+            warnings.warn(
+                f"{counted(count, 'prompt')} of exact token ids {side}{'s' * (count == 1)} with "
+                "what looks like padding, which is measured like any token; pass "
+                "token_ids(ids, attention_mask) to leave it out.",
+                SinkscopeWarning,
+                stacklevel=3,
+            )
+
+
 def _token_text(tokenizer: Any, id: int, piece: str | None) -> str:
     if piece is None:  # a row of the embedding that the tokenizer does not use
         return f"<{id}>"
@@ -215,15 +263,26 @@ def _tensor(ids: np.ndarray) -> Tensor:
 
 def _rows(ids: Any) -> list[list[int]]:
     """`ids` as rows of plain integers."""
-    rows = ids if isinstance(ids, list | tuple) else [None]
+    rows: list[Any] = list(ids) if isinstance(ids, list | tuple) else [None]
     rows = [row.tolist() if isinstance(row, np.ndarray | Tensor) else row for row in rows]
+    if rows and all(isinstance(row, int | np.integer) for row in rows):
+        raise TextError(
+            "Token ids should be a list of lists of integers, one list a prompt; these are the "
+            f"ids of a single prompt, so put them into a list: [{shown(rows, 30)}]."
+        )
     if not all(isinstance(row, list | tuple) for row in rows):
         raise TextError("Token ids should be a list of lists of integers, one list a prompt.")
-    if not all(type(id) is int for row in rows for id in row):
-        raise TextError("Token ids should be integers; text goes to texts() or --texts.")
+    if wrong := [id for row in rows for id in row if not _is_whole(id)]:
+        raise TextError(
+            f"Token ids should be integers, not {shown(wrong[0])}; text goes to texts() or --texts."
+        )
     if not all(-(2**63) <= id < 2**63 for row in rows for id in row):
         raise TextError("A token id is out of range: it does not fit into 64 bits.")
-    return [list(row) for row in rows]
+    return [[int(id) for id in row] for row in rows]
+
+
+def _is_whole(id: Any) -> bool:
+    return type(id) is int or isinstance(id, np.integer)
 
 
 def _mask(mask: Any) -> Bool[Tensor, "..."]:

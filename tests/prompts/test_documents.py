@@ -7,14 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sinkscope.errors import TextError
+from sinkscope.errors import SinkscopeWarning, TextError
 from sinkscope.prompts import documents as _documents
-from sinkscope.prompts.documents import code, json_lines, prose, text_file
+from sinkscope.prompts.documents import beginning, code, json_lines, prose, text_file
 from sinkscope.prompts.texts import as_texts, texts
 from tests.unit.tiny_tokenizers import byte_level, model, words
 
@@ -102,14 +104,61 @@ def test_documents_are_prompts_where_windows_are_not_wanted(tmp_path: Path):
 # -- files
 
 
-def test_a_text_file_in_blocks_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_documents, "_BLOCK", 50)
-    lines = "".join(f"line {number} of the file, é\n" for number in range(40))
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_text_file_is_one_document_without_a_byte_order_mark(tmp_path: Path, encoding: str):
+    text = "The cat sat,\nnaïve – on the mat. 🙂\n"
     path = tmp_path / "text.txt"
-    path.write_text(lines, encoding="utf-8")
-    blocks = list(text_file(path))
-    assert "".join(blocks) == lines and len(blocks) > 5
-    assert all(block.endswith("\n") for block in blocks)
+    path.write_bytes(text.encode(encoding))
+    (document,) = text_file(path)
+    assert beginning(document, 1000) == text
+    assert beginning(document, 7) == text[:7]
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+def test_utf_16_is_told_by_its_mark_alone(tmp_path: Path, big_endian: bool):
+    mark, name = ("\ufeff", "utf-16-be" if big_endian else "utf-16-le")
+    (tmp_path / "marked.txt").write_bytes((mark + "w4 w5 w6").encode(name))
+    (tmp_path / "bare.txt").write_bytes("w4 w5 w6".encode(name))
+    result = texts(tmp_path / "marked.txt", 1, 3).tokenize(model(words()))
+    assert result.tokens.tolist() == [[4, 5, 6]]
+    with pytest.raises(TextError, match=r"bare\.txt has zero bytes.* save it as UTF-8"):
+        texts(tmp_path / "bare.txt", 1, 3).tokenize(model(words()))
+
+
+def test_json_files_may_begin_with_a_byte_order_mark(tmp_path: Path):
+    lines, ids = tmp_path / "lines.jsonl", tmp_path / "ids.json"
+    lines.write_text('{"text": "w4 w5"}\n', encoding="utf-8-sig")
+    ids.write_text("[[4, 5]]", encoding="utf-8-sig")
+    for path in (lines, ids):
+        source = texts(path, windows=False, prompts=1) if path is lines else texts(path)
+        assert source.tokenize(model(words())).tokens.tolist() == [[4, 5]]
+
+
+def test_a_mark_that_a_string_begins_with_is_left_out_and_said(tmp_path: Path):
+    """What open(path, encoding="utf-8").read() gives; and the same in a row of a data set."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "\ufeffw4 w5"}) + "\n")
+    for source in (texts(["\ufeffw4 w5"]), texts(path, 1, windows=False)):
+        with pytest.warns(SinkscopeWarning, match="begins with a byte-order mark"):
+            assert source.tokenize(model(words())).tokens.tolist() == [[4, 5]]
+
+
+def test_a_folder_that_one_may_not_enter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def forbidden(path: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", forbidden)
+    with pytest.raises(TextError, match=r"text\.txt cannot be read: Permission denied"):
+        texts(tmp_path / "text.txt")
+
+
+def test_json_that_is_nested_too_deep(tmp_path: Path):
+    deep = "[" * 100_000
+    (tmp_path / "deep.json").write_text(deep)
+    (tmp_path / "deep.jsonl").write_text(deep)
+    for name in ("deep.json", "deep.jsonl"):
+        with pytest.raises(TextError, match=rf"{name} cannot be read as JSON"):
+            texts(tmp_path / name).tokenize(model(words()))
 
 
 def test_json_lines_with_another_key(tmp_path: Path):
@@ -150,10 +199,46 @@ def test_sources_that_do_not_exist(source: object, sentence: str):
         texts(source)
 
 
-@pytest.mark.parametrize("source", [7, [1, 2], ["text", 1], {"text": 1}])
-def test_what_is_no_source_at_all(source: object):
-    with pytest.raises(TextError, match="given as the name of a source, a path or a list of str"):
+@pytest.mark.parametrize("source", ["word " * 60, "two\nlines", "a\0b", "x" * 5000])
+def test_a_paragraph_is_no_name_of_a_file(source: str):
+    with pytest.raises(TextError, match="There is no text source or file named .* list of strings"):
         as_texts(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (7, "given as the name of a source, a path or a list of strings, not int"),
+        ({"text": 1}, "list of strings, not dict"),
+        (None, "list of strings, not NoneType"),
+        ([1, 2], r"the ids of a single prompt, so put them into a list: \[\[1, 2\]\]"),
+        ([np.int64(1)], "the ids of a single prompt"),
+        (["text", 1], "Text 1 of 2 is 1, and a list of texts holds strings alone"),
+        (["text", None], "Text 1 of 2 is None, and"),
+        ([None, None], "Text 0 of 2 is None.* for token ids use"),
+        (["text", [5, 6]], r"Text 1 of 2 is \[5, 6\]"),
+        ([[5, 6], "text"], "one list a prompt"),
+        ([[5, None]], "integers, not None"),
+        ([[5.0]], "integers, not 5.0"),
+        ([1.5, 2.5], "Text 0 of 2 is 1.5"),
+        (np.array(["w4"]), r"not ndarray \(pass x.tolist\(\)\)"),
+        (np.array(["w4", None]), "not ndarray"),
+        (np.array([[4.0]]), "should be integers, not float64"),
+        (b"bytes", "not bytes"),
+    ],
+)
+def test_what_is_no_source_at_all(source: object, sentence: str):
+    with pytest.raises(TextError, match=sentence):
+        as_texts(source)
+
+
+@pytest.mark.parametrize("text", ["half \ud83d", "\udc00", "w4 \ude00 w5"])
+def test_half_a_character_is_refused(text: str, tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": text}))  # JSON can write what UTF-8 cannot
+    for source in (texts([text]), texts(path, 1, windows=False), texts([text], 1, 1, windows=True)):
+        with pytest.raises(TextError, match="half of a surrogate pair at character"):
+            source.tokenize(model(byte_level(), d_vocab=None))
 
 
 # -- data sets
@@ -188,3 +273,36 @@ def test_a_data_set_is_streamed(local_set: Path):
 def test_data_sets_that_cannot_be_read(local_set: Path, address: str, key: str, sentence: str):
     with pytest.raises(TextError, match=sentence):
         texts("hf:" + address.format(local_set), key=key).tokenize(model(words()))
+
+
+def test_a_silent_server_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_documents, "_WARN_AFTER", 0.05)
+    monkeypatch.setattr(_documents, "_GIVE_UP_AFTER", 0.15)
+    answer = threading.Event()
+
+    def rows() -> Iterator[str]:
+        yield "first"
+        answer.wait(30)
+        yield "second"
+
+    found = _documents._in_time(rows, "The data set hf:a:b")
+    assert next(found) == "first"
+    with (
+        pytest.warns(SinkscopeWarning, match="hf:a:b has sent nothing for 0 s; waiting"),
+        pytest.raises(TextError, match="hf:a:b has sent nothing for 0 s; check the network"),
+    ):
+        next(found)
+    answer.set()
+
+
+def test_reading_rows_in_a_thread_changes_nothing():
+    assert list(_documents._in_time(lambda: iter(range(100)), "numbers")) == list(range(100))
+
+    def breaks() -> Iterator[int]:
+        yield 1
+        raise ConnectionError("gone")
+
+    found = _documents._in_time(breaks, "numbers")
+    assert next(found) == 1
+    with pytest.raises(ConnectionError, match="gone"):
+        next(found)

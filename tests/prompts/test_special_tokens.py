@@ -8,9 +8,9 @@ from types import MappingProxyType
 import pytest
 from transformers import AutoTokenizer
 
-from sinkscope.errors import TextError
+from sinkscope.errors import SinkscopeWarning, TextError
 from sinkscope.prompts.special_tokens import ordinary_ids, special_tokens
-from sinkscope.prompts.texts import texts
+from sinkscope.prompts.texts import long_text, texts
 from tests.unit.tiny_tokenizers import WORDS, bert_like, model, words
 
 
@@ -34,6 +34,43 @@ def test_policies(tokenizer: object, policy: str, ids: list[int], label: str):
     assert result.bos == label
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "policy", "text", "ids"),
+    [
+        (words(), "always", "<s> w4 w5", [1, 4, 5]),
+        (words(bos=True), "auto", "<s> w4 w5", [1, 4, 5]),
+        (bert_like(), "auto", "[CLS] w4 [SEP]", [1, 4, 2]),
+        (bert_like(), "always", "w4 [SEP]", [1, 4, 2]),
+    ],
+)
+def test_special_tokens_that_a_text_brings_stand_once(tokenizer, policy, text, ids):
+    """As chat templates do: apply_chat_template(..., tokenize=False) begins with BOS."""
+    with pytest.warns(SinkscopeWarning, match="1 prompt of strings had .* Pass bos='never'"):
+        result = texts([text], bos=policy).tokenize(model(tokenizer))
+    assert result.tokens.tolist() == [ids]
+
+
+def test_a_text_with_bos_is_left_alone_where_none_is_put():
+    assert texts(["<s> w4"], bos="never").tokenize(model(words())).tokens.tolist() == [[1, 4]]
+    assert texts(["<s> w4"]).tokenize(model(words())).tokens.tolist() == [[1, 4]]
+    inside = texts(["w4 <s> w5"], bos="always").tokenize(model(words()))
+    assert inside.tokens.tolist() == [[1, 4, 1, 5]]
+
+
+def test_length_is_kept_where_a_text_brings_bos(tmp_path: Path):
+    with pytest.warns(SinkscopeWarning):
+        cut = texts(["<s> w4 w5 w6"], length=3, bos="always").tokenize(model(words()))
+    assert cut.tokens.tolist() == [[1, 4, 5]]
+    path = tmp_path / "chat.txt"
+    path.write_text("<s> w4 w5 w6 <s> w7 w8 w9 <s>")
+    with pytest.warns(SinkscopeWarning, match=r"2 prompts of chat\.txt"):
+        windows = texts(path, 2, 5, bos="always", seed=1).tokenize(model(words()))
+    assert sorted(windows.tokens.tolist()) == [[1, 4, 5, 6, 1], [1, 7, 8, 9, 1]]
+    with pytest.warns(SinkscopeWarning):
+        long = long_text(model(words()), path, 4, bos="always")
+    assert long.tokens.tolist() == [[1, 4, 5, 6]]
+
+
 def test_random_stands_wherever_always_puts_a_special_token():
     result = texts(["w4 w5"] * 50, bos="random").tokenize(model(words()))
     assert result.tokens.shape == (50, 3) and result.bos == "random"
@@ -51,7 +88,7 @@ def test_always_needs_a_bos_token():
 
 
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(TextError, match="auto, always, never, random, not 'maybe'"):
+    with pytest.raises(TextError, match="bos is 'maybe'; expected one of auto, always"):
         texts(["w4"], bos="maybe").tokenize(model(words()))
 
 

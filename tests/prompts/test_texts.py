@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinkscope.errors import TextError
+from sinkscope.errors import SinkscopeWarning, TextError
 from sinkscope.prompts.texts import as_texts, random_tokens, repeated_tokens, texts
 from sinkscope.prompts.tokens import Texts, exact, read_token_ids, token_ids
 from tests.unit.tiny_tokenizers import WORDS, bert_like, byte_level, model, words
@@ -109,9 +109,9 @@ def test_a_length_without_room_for_text_is_refused(corpus: Path):
     with pytest.raises(TextError, match="length of 2 leaves no room"):
         texts(corpus, 1, 2).tokenize(model(bert_like()))
     for wrong in (0, -1, True):
-        with pytest.raises(TextError, match="should be a whole number above 0"):
+        with pytest.raises(TextError, match="expected a whole number from 1"):
             texts(corpus, length=wrong)
-        with pytest.raises(TextError, match="should be a whole number above 0"):
+        with pytest.raises(TextError, match="expected a whole number from 1"):
             texts(corpus, prompts=wrong)
 
 
@@ -132,7 +132,7 @@ def test_padding_on_the_left():
     assert result.mask.tolist() == [[True] * 3, [False, False, True]]
     assert result.strings == [["w4", "w5", "w6"], ["w7"]]
     assert result.right_padded().tokens.tolist() == [[4, 5, 6], [7, 0, 0]]
-    with pytest.raises(TextError, match="padding should be 'right' or 'left'"):
+    with pytest.raises(TextError, match="padding is 'both'; expected one of right, left"):
         texts(["w4"], padding="both")
 
 
@@ -286,6 +286,55 @@ def test_what_stands_under_the_mask_does_not_matter(pad: int, as_ids):
         token_ids(ids).tokenize(model(words()))
 
 
+@pytest.mark.parametrize("tokenizer", [words(), None])
+def test_padding_without_a_mask_is_said(tokenizer: object):
+    """0 is the padding token, or without a tokenizer is taken for it where it stands twice."""
+    for ids, where in (([[0, 0, 5], [6, 7, 8]], "begins"), ([[5, 0, 0], [6, 0, 0]], "end with")):
+        with pytest.warns(SinkscopeWarning, match=f"prompts? of exact token ids {where}"):
+            result = token_ids(ids).tokenize(model(tokenizer))
+        assert result.tokens.tolist() == ids and result.mask.all()
+    masked = token_ids([[0, 0, 5], [6, 7, 8]], [[0, 0, 1], [1, 1, 1]]).tokenize(model(tokenizer))
+    assert masked.lengths.tolist() == [1, 3]
+
+
+def test_what_is_no_padding_is_taken_in_silence():
+    eos = words(bos_token="</s>", eos_token="</s>")
+    eos.pad_token = "</s>"  # as for GPT-2: one in front is BOS
+    assert token_ids([[2, 5, 6], [2, 7, 2]]).tokenize(model(eos)).lengths.tolist() == [3, 3]
+    with pytest.warns(SinkscopeWarning, match="1 prompt of exact token ids begins"):
+        token_ids([[2, 2, 5], [2, 7, 2]]).tokenize(model(eos))
+    assert len(token_ids([[0, 0, 0]]).tokenize(model(words()))) == 1  # one token, repeated
+    assert len(token_ids([[0, 5]]).tokenize(model(None))) == 1
+    no_pad = words()
+    no_pad.pad_token = None
+    assert len(token_ids([[0, 0, 5]]).tokenize(model(no_pad))) == 1
+
+
+def test_ids_beyond_the_embedding_are_the_tokenizers_fault():
+    for recipe in (texts(["w4 w39"]), random_tokens(64, 8, bos="always")):
+        given = words()
+        given.add_tokens(["<new>"])
+        if recipe.name == "strings":
+            with pytest.raises(TextError, match=r"gives the id 39 .*rows 0 to 19; load the token"):
+                recipe.tokenize(model(given, d_vocab=20))
+        else:
+            assert int(recipe.tokenize(model(given, d_vocab=20)).tokens.max()) < 20
+
+
+@pytest.mark.parametrize("wrong", [True, -5, 2**63])
+def test_counts_and_seeds_are_whole_numbers(wrong: int):
+    for make in (random_tokens, repeated_tokens, lambda **given: texts("prose", **given)):
+        for name in ("prompts", "length", "seed"):
+            with pytest.raises(TextError, match=f"{name} is .*; expected a whole number from"):
+                make(**{name: wrong})
+    with pytest.raises(TextError, match="token is .*; expected a whole number from 0 to 39"):
+        repeated_tokens(wrong).tokenize(model(words()))
+
+
+def test_numpys_ids_in_lists_are_ids():
+    assert as_texts([[np.int32(5), 6]]).tokens.tolist() == [[5, 6]]
+
+
 def test_too_many_exact_ids_are_refused():
     with pytest.raises(TextError, match="65 tokens are more than the 64"):
         token_ids([[5] * 65]).tokenize(model(words(), n_ctx=64))
@@ -312,7 +361,7 @@ def test_a_json_file_of_ids(tmp_path: Path):
         path.write_text(f"[[5, {'9' * digits}]]")
         with pytest.raises(TextError, match=r"tokens\.json"):
             read_token_ids(path)
-    with pytest.raises(TextError, match=r"cannot be read as JSON: .*No such file"):
+    with pytest.raises(TextError, match=r"cannot be read: No such file"):
         read_token_ids(tmp_path / "none.json")
 
 
@@ -362,7 +411,7 @@ def test_repeated_tokens():
     assert (drawn == drawn[:, :1]).all() and len(set(drawn[:, 0].tolist())) == 5
     with pytest.raises(TextError, match="'w9 w8' is 2 tokens for this model"):
         repeated_tokens("w9 w8").tokenize(model(words()))
-    with pytest.raises(TextError, match="Token id 99 is out of range: this model has 40 ids"):
+    with pytest.raises(TextError, match="token is 99; expected a whole number from 0 to 39"):
         repeated_tokens(99).tokenize(model(words()))
     more = repeated_tokens(prompts=50, length=2).tokenize(model(words())).tokens
     assert more.shape == (50, 2)  # more prompts than ordinary tokens

@@ -1,0 +1,193 @@
+"""What public functions are given, checked where it comes in.
+
+Each function returns the value as a plain Python one (numpy's and torch's scalars are taken), or
+raises one sentence that names the argument, what was given and what was expected. Nothing here
+imports torch: values are told apart by what they can do.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sinkscope.errors import SinkscopeError
+
+_LARGEST = 2**63 - 1  # what torch's generators and tensors hold
+
+
+def whole_number(
+    name: str,
+    value: Any,
+    *,
+    at_least: int = 0,
+    at_most: int = _LARGEST,
+    error: type[SinkscopeError] = SinkscopeError,
+) -> int:
+    """A whole number within bounds; True, 1.0 and "1" are none.
+
+    Args:
+        name: What the argument is called.
+        value: What was given.
+        at_least: The smallest that is allowed.
+        at_most: The largest that is allowed.
+        error: What to raise.
+
+    Raises:
+        SinkscopeError: If it is anything else; of the kind `error`.
+    """
+    found = _whole(value)
+    if found is None or not at_least <= found <= at_most:
+        above = f" to {at_most}" if at_most < _LARGEST else ""
+        raise error(
+            f"{name} is {shown(value)}; expected a whole number from {at_least}{above}"
+            f"{' (it is beyond 64 bits)' if found is not None and found > _LARGEST else ''}."
+        )
+    return found
+
+
+def whole_numbers(
+    name: str,
+    value: Any,
+    *,
+    at_least: int = 0,
+    at_most: int = _LARGEST,
+    error: type[SinkscopeError] = SinkscopeError,
+) -> tuple[int, ...]:
+    """One whole number or several, as a tuple in which each stands once, in the order given.
+
+    Args:
+        name: What the argument is called.
+        value: A number, or any iterable of numbers: a list, a range, an array or a tensor.
+        at_least: The smallest that is allowed.
+        at_most: The largest that is allowed.
+        error: What to raise.
+
+    Raises:
+        SinkscopeError: If there are none, or one is not a whole number within the bounds.
+    """
+    alone = _whole(value) if getattr(value, "ndim", 0) == 0 else None
+    many = isinstance(value, Iterable) and not isinstance(value, str | bytes) and _is_flat(value)
+    found = (alone,) if alone is not None else tuple(map(_whole, value)) if many else ()
+    if not found or any(one is None or not at_least <= one <= at_most for one in found):
+        above = f" to {at_most}" if at_most < _LARGEST else ""
+        raise error(
+            f"{name} is {shown(value)}; expected whole numbers from {at_least}{above}, such as "
+            f"{at_least} or [{at_least}, {min(at_least + 1, at_most)}]."
+        )
+    return tuple(dict.fromkeys(one for one in found if one is not None))
+
+
+def real_number(
+    name: str,
+    value: Any,
+    *,
+    above: int | float = -math.inf,
+    below: int | float = math.inf,
+    at_least: int | float = -math.inf,
+    at_most: int | float = math.inf,
+    error: type[SinkscopeError] = SinkscopeError,
+) -> float:
+    """A finite number within bounds; nan, infinity, True and "1" are none.
+
+    Args:
+        name: What the argument is called.
+        value: What was given.
+        above: It has to be larger than this.
+        below: It has to be smaller than this.
+        at_least: The smallest that is allowed.
+        at_most: The largest that is allowed.
+        error: What to raise.
+
+    Raises:
+        SinkscopeError: If it is anything else; of the kind `error`.
+    """
+    found = _real(value)
+    if found is None or not (above < found < below and at_least <= found <= at_most):
+        bounds = [
+            f"{word} {bound:g}"
+            for word, bound in (
+                ("above", above), ("from", at_least), ("to", at_most), ("below", below)
+            )
+            if math.isfinite(bound)
+        ]  # fmt: skip
+        expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
+        raise error(f"{name} is {shown(value)}; expected {expected}.")
+    return found
+
+
+def probability(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) -> float:
+    """A number above 0 and below 1, such as a threshold on attention or an interval's level.
+
+    Raises:
+        SinkscopeError: If it is anything else; of the kind `error`.
+    """
+    return real_number(name, value, above=0, below=1, error=error)
+
+
+def seed(value: Any, error: type[SinkscopeError] = SinkscopeError) -> int:
+    """A seed: a whole number from 0, because −5 would draw what 5 does.
+
+    Raises:
+        SinkscopeError: If it is anything else; of the kind `error`.
+    """
+    return whole_number("seed", value, error=error)
+
+
+def one_of(
+    name: str,
+    value: Any,
+    choices: Sequence[str],
+    error: type[SinkscopeError] = SinkscopeError,
+) -> str:
+    """One of a few words.
+
+    Raises:
+        SinkscopeError: If it is none of them; of the kind `error`.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise error(f"{name} is {shown(value)}; expected one of {', '.join(choices)}.")
+    return value
+
+
+def shown(value: Any, longest: int = 60) -> str:
+    """A value as a message shows it: on one line, and cut where it would fill the screen."""
+    if getattr(value, "ndim", 0) or _too_long(value):
+        return f"of the type {type(value).__name__}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _too_long(value: Any) -> bool:
+    """Whether even to write it out would take long: Python refuses to write numbers this long."""
+    return isinstance(value, int) and value.bit_length() > 4096
+
+
+def _is_flat(value: Any) -> bool:
+    return getattr(value, "ndim", 1) == 1
+
+
+def _whole(value: Any) -> int | None:
+    """The value as an int, or None if it is no whole number."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    if getattr(value, "ndim", 0):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor that has no value
+        return None
+
+
+def _real(value: Any) -> float | None:
+    """The value as a finite float, or None if it is no real number."""
+    if isinstance(value, bool | str | bytes) or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    if getattr(value, "ndim", 0):
+        return None
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return found if math.isfinite(found) else None
