@@ -4,6 +4,7 @@ from . import interventions as interventions
 from . import metrics as metrics
 from . import plot as plot
 from .attention.streaming import streaming as streaming
+from .capture.observers.base import Observer as Observer
 from .capture.scan import scan as scan
 from .errors import SinkscopeError as SinkscopeError
 from .explorer.explorer import explore as explore
@@ -28,6 +29,7 @@ from .prompts.texts import texts as texts
 from .prompts.tokens import read_token_ids as read_token_ids
 from .prompts.tokens import token_ids as token_ids
 from .report.comparison import compare as compare
+from .report.labelled import measured as measured
 from .report.report import SinkReport as SinkReport
 from .report.report import load_report as load_report
 
@@ -40,6 +42,8 @@ __all__ = [
     "token_ids",
     "read_token_ids",
     "scan",
+    "Observer",
+    "measured",
     "streaming",
     "SinkReport",
     "load_report",

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sinkscope.capture import paths, runner
-from sinkscope.capture.observers import CORE, OBSERVERS, Observer, Scope
+from sinkscope.capture.observers import Observer, Scope, metrics
 from sinkscope.capture.scan import Grams, choose_metrics
 from sinkscope.devices import chosen_device, ran_out_of_memory
 from sinkscope.errors import ModelError, SinkscopeError
@@ -147,11 +147,11 @@ SIZES = ((100, 64), (8, 1024), (1, 8192), (1, 32768))
 
 BARE = "transformers"
 WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "stock core": ("stock", CORE),
+    "stock core": ("stock", ("core",)),
     "stock all": ("stock", ("all",)),
-    "core": ("streaming", CORE),
-    "core + received": ("streaming", (*CORE, "received")),
-    "core + received + entropy": ("streaming", (*CORE, "received", "entropy")),
+    "core": ("streaming", ("core",)),
+    "core + received": ("streaming", ("core", "received")),
+    "core + received + entropy": ("streaming", ("core", "received", "entropy")),
     "all": ("streaming", ("all",)),
 }
 """What is compared with the bare model: a path, and the metrics measured on it."""
@@ -271,13 +271,13 @@ def _bridge_row(
     name: str, bridge: Any, size: tuple[int, int], way: str, repeats: int, bare: float | None
 ) -> BenchRow:
     prompts, length = size
-    where, metrics = WAYS[way]
+    where, wanted = WAYS[way]
     can = capabilities(bridge)
     path = paths.choose(bridge, can, where)
-    names = choose_metrics("all" if metrics == ("all",) else metrics, can, path)
+    names = choose_metrics(wanted, can, path.name)
     scope = Scope(0.3, can.n_heads, tuple(bucket_edges(length)), Grams(bridge))
     laps = _Laps(runner.input_device(bridge))
-    observers = [kind(scope) for metric in names for kind in OBSERVERS[metric]]
+    observers = [kind(scope) for metric in names for kind in metrics()[metric]]
     tokens = _tokens(size, bridge.cfg.d_vocab).repeat(repeats + 1, 1)
     texts = token_ids(tokens).tokenize(bridge).right_padded()
     sinks = torch.zeros_like(texts.mask)
@@ -373,17 +373,14 @@ class _Laps:
         return start.elapsed_time(end) if self._device.type == "cuda" else 1e3 * (end - start)
 
 
-class _Clock(Observer):
+class _Clock(Observer, reads="resid_post"):
     """An observer that only looks at the time when a batch is complete."""
-
-    signal = "resid_post"
-    fields = ()
 
     def __init__(self, scope: Scope, laps: _Laps) -> None:
         super().__init__(scope)
         self._laps = laps
 
-    def observe(self, layer: int, x: Tensor, batch: Any) -> None:
+    def observe(self, x: Tensor, batch: Any) -> None:
         pass
 
     def close(self, batch: Any) -> dict[str, Tensor]:

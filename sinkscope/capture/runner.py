@@ -125,7 +125,7 @@ class _Listener:
     def emit(self, signal: str, layer: int, x: Any) -> None:
         device = x.device if isinstance(x, Tensor) else x.batch.tokens.device
         for observer in self._by_signal[signal]:
-            observer.observe(layer, x, self.current().on(device))
+            observer.hear(layer, x, self.current().on(device))
 
     def close(self) -> list[Any]:
         """What every observer makes of the batch; nothing is folded in yet."""

@@ -12,19 +12,20 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinkscope.capture import paths, runner
-from sinkscope.capture.observers import CORE, OBSERVERS, Observer, Scope
+from sinkscope.capture import observers, paths, runner
+from sinkscope.capture.observers import Observer, Scope
 from sinkscope.capture.observers.discovery import FindSinks
 from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
 from sinkscope.metrics import positions, values
 from sinkscope.metrics.attention import bucket_edges
 from sinkscope.models.active import in_force
-from sinkscope.models.capabilities import GATED, NO_SOFTMAX, Capabilities, capabilities
+from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.models.load import load_model
 from sinkscope.models.provenance import model_source
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts
 from sinkscope.report.fields import metric_of
+from sinkscope.report.labelled import extended
 from sinkscope.report.report import SinkReport
 from sinkscope.report.settings import Settings
 
@@ -50,9 +51,9 @@ def scan(
             place.
         texts: What `texts()` gives, exact `token_ids`, or a list of strings.
         metrics: "all", "core" (what costs next to nothing at any length), or names from
-            `sinkscope.capture.observers.OBSERVERS`; a list may hold "core" beside names. With
-            "all", what this model cannot have measured exactly is left out; asked for by name, it
-            is refused.
+            `capabilities(model).available`, those of one's own `Observer` included; a list may hold
+            "core" beside names. With "all", what this model cannot have measured exactly is left
+            out; asked for by name, it is refused.
         sinks: Positions counted from a prompt's first token, or "auto": a first pass finds the
             sink positions of each prompt (`metrics.positions.find_sinks`).
         epsilon: Threshold of the sink rate [probability].
@@ -77,37 +78,39 @@ def scan(
     how = paths.choose(model, can, path)
     interventions = in_force(model)
     softmax = can.softmax and all(one.softmax for one in interventions)
-    chosen = choose_metrics(metrics, replace(can, softmax=softmax), how)
+    chosen = choose_metrics(metrics, replace(can, softmax=softmax), how.name)
 
     scope = Scope(
         epsilon=epsilon,
         n_heads=can.n_heads,
         bucket_edges=tuple(bucket_edges(prompts.tokens.shape[1])),
         gram=Grams(model),
+        sizes={"layer": can.n_layers, "head": can.n_heads, "kv_head": can.n_kv_heads},
     )
 
-    def measure(observers: Sequence[Observer], at: Bool[Tensor, "prompt position"]) -> dict:
+    def measure(asked: Sequence[Observer], at: Bool[Tensor, "prompt position"]) -> dict:
         order = runner.run(
             model,
             prompts,
             at,
-            observers,
+            asked,
             how,
             causal=can.causal,
             batch=batch,
             progress=progress,
         )
         found: dict[str, Any] = {}
-        for observer in observers:
+        for observer in asked:
             found |= observer.results(order)
         return found
 
     at = _sink_mask(sinks, prompts)
     if sinks == "auto":
         at = measure([FindSinks(scope, can.windows)], at)["sinks"].cpu()
-    observers = [kind(scope) for name in chosen for kind in OBSERVERS[name]]
-    found = measure(observers, at)
-    return SinkReport(
+    kinds = [kind for name in chosen for kind in observers.metrics()[name]]
+    found = measure([kind(scope) for kind in kinds], at)
+    own = tuple(variable for kind in kinds for variable in kind.variables().values())
+    return extended(SinkReport, own)(
         settings=_settings(model, can, prompts, chosen, sinks, epsilon, how.name),
         tokens=prompts.tokens,
         mask=prompts.mask,
@@ -119,52 +122,28 @@ def scan(
     )
 
 
-def choose_metrics(metrics: Metrics, can: Capabilities, path: paths.Path) -> tuple[str, ...]:
-    """The metrics to measure, in the order of `OBSERVERS`.
+def choose_metrics(metrics: Metrics, can: Capabilities, attention: str) -> tuple[str, ...]:
+    """The metrics to measure, in the order of `observers.metrics`.
 
     Raises:
         UnsupportedError: If one is unknown, or asked for by name and unavailable on this model.
     """
-    missing = {name: reason for name in OBSERVERS if (reason := _missing(name, can, path))}
-    groups = {"all": [name for name in OBSERVERS if name not in missing], "core": CORE}
+    known = observers.metrics()
+    missing = observers.unavailable(can, attention)
+    groups = {"all": [name for name in known if name not in missing], "core": observers.core()}
     asked = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     wanted = [name for group in asked for name in groups.get(group, (group,))]
+    measured_by = {field: name for name, fields in observers.fields().items() for field in fields}
     for name in wanted:
-        if name not in OBSERVERS and (metric := metric_of(name)):
-            raise UnsupportedError(f"{name} is a figure of the metric {metric!r}; ask for that.")
-        if name not in OBSERVERS:
+        if name not in known and (metric := metric_of(name) or measured_by.get(name)):
+            raise UnsupportedError(f"{name} is a field of the metric {metric!r}; ask for that.")
+        if name not in known:
             raise UnsupportedError(
-                f'There is no metric {name!r}; choose "all", "core", or some of '
-                f"{', '.join(OBSERVERS)}."
+                f'There is no metric {name!r}; choose "all", "core", or some of {", ".join(known)}.'
             )
         if name in missing:
-            raise UnsupportedError(f"{name} cannot be measured exactly: {missing[name]}")
-    return tuple(name for name in OBSERVERS if name in wanted)
-
-
-def _missing(metric: str, can: Capabilities, path: paths.Path) -> str | None:
-    """Why a metric cannot be measured exactly on this model and path, or None."""
-    if metric == "learned_sink" and not can.learned_sinks:
-        return f"{can.architecture} has no learned sink."
-    if metric == "entropy" and not can.softmax:
-        return f"{NO_SOFTMAX}."
-    if metric == "through_output" and can.gated:
-        return f"{GATED}."
-    if metric == "through_output" and not can.split_output:
-        return (
-            f"TransformerLens does not hand out W_O of this {can.architecture} head by head, which "
-            "it cannot where layers differ in geometry or weights are offloaded."
-        )
-    if metric == "values" and not can.even_kv_heads:
-        return f"the layers of {can.architecture} have different numbers of KV heads."
-    for observer in OBSERVERS[metric]:
-        for signal in sorted(observer.reads()):
-            if not path.shows(signal):
-                other = "" if path.name == "streaming" else ' path="streaming" may show it.'
-                return (
-                    f"the {path.name} path shows no true {signal!r} on {can.architecture}.{other}"
-                )
-    return None
+            raise UnsupportedError(f"{name} cannot be measured exactly: {missing[name]}.")
+    return tuple(name for name in known if name in wanted)
 
 
 class Grams:

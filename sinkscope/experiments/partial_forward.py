@@ -55,9 +55,9 @@ def with_loss(can: Capabilities) -> Capabilities:
     Raises:
         UnsupportedError: If it does not.
     """
-    if "loss" in can.unavailable:
+    if "loss" in can.undefined:
         raise UnsupportedError(
-            f"{can.architecture} has no loss to compare: {can.unavailable['loss']}."
+            f"{can.architecture} has no loss to compare: {can.undefined['loss']}."
         )
     return can
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinkscope.capture import paths, runner
-from sinkscope.capture.aggregate import Fold, PerPrompt
+from sinkscope.capture.accumulators import Accumulator, PerPrompt
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers import Observer, Scope
 from sinkscope.capture.readers import AttentionReader
@@ -78,15 +78,15 @@ class _Keep(Observer):
 
     def __init__(self, name: str, quantity: Quantity, scope: Scope) -> None:
         self.signal, self.statistics = quantity.signal, quantity.statistics  # type: ignore[misc]
-        self.fields = (name,)  # type: ignore[misc]
+        self._name = name
         self._reduce = quantity.reduce
         super().__init__(scope)
 
-    def fold(self, name: str) -> Fold:
+    def accumulator(self, name: str) -> Accumulator:
         return PerPrompt()
 
-    def observe(self, layer: int, x: Any, batch: Batch) -> None:
-        self.keep(layer, **{self.fields[0]: self._reduce(x, batch)})
+    def observe(self, x: Any, batch: Batch) -> dict[str, Tensor]:
+        return {self._name: self._reduce(x, batch)}
 
 
 def measure(

@@ -157,11 +157,6 @@ def _rounded(cell: Any) -> Any:
 
 
 _FIRST = ("sink_attention", "sink_importance", "first_token_attention")
-_COLUMNS = (
-    "sink_attention", "sink_importance", "attention_entropy", "sink_logit_gap",
-    "learned_sink_mass", "value_drain", "value_drain_out", "head_output_norm_out", "honor",
-)  # fmt: skip
-"""What stands in the table of heads, where it was measured."""
 
 
 def page_data(report: SinkReport) -> dict[str, Any]:
@@ -182,7 +177,7 @@ def page_data(report: SinkReport) -> dict[str, Any]:
         },
         "start": _strongest_head(report, names),
         "metrics": metrics,
-        "columns": [name for name in _COLUMNS if name in names],
+        "columns": [n for n, field in report.variables().items() if field.tabled and n in names],
         "arrays": pack.arrays,
         "lists": views.names(report) if linked else {},
         "views": drawn,

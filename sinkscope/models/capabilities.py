@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import StringIO
@@ -29,40 +30,6 @@ from sinkscope.models.probe import (
 )
 from sinkscope.models.provenance import model_source
 from sinkscope.models.signals import close, find_signals, is_causal
-from sinkscope.report.fields import metric_of
-
-# --- Which figures a model cannot have on the stock path, and why.
-
-METRIC_SIGNALS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "sink_attention": ("pattern",),
-        "received_attention": ("pattern",),
-        "sink_rate": ("pattern",),
-        "uniform_ratio": ("pattern",),
-        "attention_entropy": ("pattern",),
-        "learned_sink_mass": ("pattern",),
-        "sink_logit_gap": ("scores",),
-        "sink_logit_parts": ("query", "key"),
-        "value_norm": ("value",),
-        "value_drain": ("value",),
-        "value_weighted_sink_share": ("pattern", "value"),
-        "head_output_norm": ("z",),
-        "honor": ("z",),
-        "residual_norm": ("resid_post",),
-        "residual_peak": ("resid_post",),
-        "cosine_to_sink": ("resid_post",),
-        "massive_activations": ("resid_post",),
-        "nonmixture_dims": ("mlp_out",),
-        "neurons": ("neurons",),
-        "position_embedding_norm": (),
-        "loss": (),
-    }
-)
-"""The signals that each figure is made of on the stock path.
-
-A figure is what a report or an experiment tells; a scan is asked for metrics, each of which
-measures one figure or several (`models show` names the metric beside the figure).
-"""
 
 NO_SOFTMAX = (
     "attention is not a softmax of the scores here, so its rows are no distribution, and have no "
@@ -72,29 +39,23 @@ GATED = (
     "a gate stands between the values and W_O, so W_O alone does not say what a value adds to the "
     "residual stream"
 )
-"""Why a figure is not defined on a model."""
+"""Why a metric is not defined on a model."""
 
 STREAMED = frozenset({"pattern", "scores", "query", "key", "value"})
 """Signals that the streaming path gets out of the model's own attention function."""
 
+FROM_READER = frozenset({"scores", "query", "key"})
+"""Tensors of the eager path that observers get together with the pattern."""
 
-def unavailable(model: Any, anatomy: Anatomy, found: Findings, causal: bool) -> dict[str, str]:
-    """Why each figure that cannot be measured on the stock path cannot."""
-    # The streaming path has q·k and no other term of the scores.
-    streamed = STREAMED if anatomy.positions != "alibi" and _streams(model) else frozenset()
-    if found.stock_differs is not None:
-        hint = '; path="streaming" measures it' if streamed else ""
-        return dict.fromkeys(METRIC_SIGNALS, found.stock_differs + hint)
+_OBSERVERS = "sinkscope.capture.observers"
+"""The module of the metrics, found by name: what measures stands above what is measured."""
+
+
+def _undefined(model: Any, anatomy: Anatomy, found: Findings, causal: bool) -> dict[str, str]:
+    """Why the quantities that no metric measures are not there."""
     reasons: dict[str, str] = {}
-    for figure, signals in METRIC_SIGNALS.items():
-        for signal in signals:
-            if signal in found.reasons:
-                hint = '; path="streaming" measures it' if signal in streamed else ""
-                reasons[figure] = found.reasons[signal] + hint
-    if not found.softmax:
-        reasons.setdefault("attention_entropy", NO_SOFTMAX)
-    if not any(sink is not None for sink in anatomy.sinks):
-        reasons["learned_sink_mass"] = "the model has no learned sink"
+    if "neurons" in found.reasons:
+        reasons["neurons"] = found.reasons["neurons"]
     if anatomy.positions != "learned":
         reasons["position_embedding_norm"] = f"positions are {anatomy.positions}, not learned"
     if not model_source(model).trained_head:
@@ -104,20 +65,20 @@ def unavailable(model: Any, anatomy: Anatomy, found: Findings, causal: bool) -> 
     return reasons
 
 
-def _streams(model: Any) -> bool:
-    """Whether the streaming path takes this model."""
+def _not_streamed(model: Any) -> str | None:
+    """Why the streaming path does not take this model, or None."""
     from sinkscope.attention.support import attention_of
 
     try:
         attention_of(model)
-    except UnsupportedError:
-        return False
-    return True
+    except UnsupportedError as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a model is, which hook points carry what, and which figures follow.
+    """What a model is, which hook points carry what, and which metrics follow.
 
     Attributes:
         architecture: The model's class, for example "LlamaForCausalLM".
@@ -149,8 +110,11 @@ class Capabilities:
         lm_head: Whether the output head is trained, so that its logits mean something.
         stock_differs: In what the stock bridge computes something else than the model, so that
             nothing it shows is the model's; ``None`` where it does not.
-        signals: Signal name to hook name with ``{layer}``, for the stock bridge.
-        unavailable: Figure to the reason why the stock path cannot measure it.
+        not_streamed: Why the streaming path does not take the model; ``None`` where it does.
+        signals: Signal name to hook name with ``{layer}``, for the eager bridge.
+        absent: Signal name to the reason why no hook point shows it.
+        undefined: Why the model lacks a quantity that no metric measures: ``loss``, ``neurons``
+            and ``position_embedding_norm``. What is not named here is there.
         hooks: All hook points that fire; those in every block once, with ``{layer}``.
     """
 
@@ -177,14 +141,65 @@ class Capabilities:
     positions: str
     lm_head: bool
     stock_differs: str | None
+    not_streamed: str | None
     signals: Mapping[str, str]
-    unavailable: Mapping[str, str]
+    absent: Mapping[str, str]
+    undefined: Mapping[str, str]
     hooks: tuple[str, ...]
 
     @property
     def available(self) -> tuple[str, ...]:
-        """Figures that the stock path can measure."""
-        return tuple(figure for figure in METRIC_SIGNALS if figure not in self.unavailable)
+        """Metrics that `scan` takes for this model, one's own included."""
+        missing = self.unavailable
+        return tuple(metric for metric in _observers().metrics() if metric not in missing)
+
+    @property
+    def unavailable(self) -> dict[str, str]:
+        """Why `scan` cannot measure each of the other metrics."""
+        return self.unavailable_on("auto")
+
+    def unavailable_on(self, attention: str) -> dict[str, str]:
+        """Why each metric that one way of reading attention cannot measure exactly cannot be.
+
+        Args:
+            attention: "eager", "streaming", or "auto": the streaming one if it takes the model.
+        """
+        if attention == "auto":
+            attention = "eager" if self.not_streamed else "streaming"
+        if attention == "streaming" and self.not_streamed is not None:
+            return dict.fromkeys(_observers().metrics(), self.not_streamed.removesuffix("."))
+        return _observers().unavailable(self, attention)
+
+    @property
+    def fields(self) -> dict[str, tuple[str, ...]]:
+        """The fields of a report that each available metric measures."""
+        named = _observers().fields()
+        return {metric: named[metric] for metric in self.available}
+
+    def withheld(self, tensor: str, attention: str) -> str | None:
+        """Why a tensor of every layer cannot be read as it is in the model, or None.
+
+        Args:
+            tensor: Name of a signal.
+            attention: "streaming" or "eager".
+        """
+        if attention == "streaming":
+            missing = tensor not in STREAMED and tensor not in self.signals
+            return self._absent(tensor) if missing else None
+        if self.stock_differs is not None:
+            reason: str | None = self.stock_differs
+        elif tensor not in self.signals:
+            reason = self._absent(tensor)
+        else:
+            without = tensor in FROM_READER and "pattern" not in self.signals
+            reason = self._absent("pattern") if without else None
+        streams = self.not_streamed is None and self.withheld(tensor, "streaming") is None
+        if reason is not None and streams:
+            reason += '; attention="streaming" measures it'
+        return reason
+
+    def _absent(self, signal: str) -> str:
+        return self.absent.get(signal, f"no hook point of {self.architecture} shows {signal!r}")
 
     def hook(self, signal: str, layer: int) -> str:
         """Name of the hook point that carries ``signal`` in ``layer``.
@@ -204,6 +219,10 @@ class Capabilities:
 
     def __rich__(self) -> RenderableType:
         return describe(self)
+
+
+def _observers() -> Any:
+    return importlib.import_module(_OBSERVERS)
 
 
 _known: WeakKeyDictionary[Any, tuple[Any, Capabilities]] = WeakKeyDictionary()
@@ -314,7 +333,9 @@ def _assemble(
         lm_head=model_source(model).trained_head,
         stock_differs=found.stock_differs,
         signals=MappingProxyType(dict(found.signals)),
-        unavailable=MappingProxyType(unavailable(model, anatomy, found, causal)),
+        not_streamed=_not_streamed(model),
+        absent=MappingProxyType(dict(found.reasons)),
+        undefined=MappingProxyType(_undefined(model, anatomy, found, causal)),
         hooks=_fired(seen, anatomy.n_layers),
     )
 
@@ -373,7 +394,7 @@ def _fired(seen: Probe, n_layers: int) -> tuple[str, ...]:
 
 def describe(capabilities: Capabilities) -> RenderableType:
     """Tables for a terminal or a notebook: what the model is, what can be measured, and where."""
-    return Group(_structure(capabilities), _figures(capabilities), _signals(capabilities))
+    return Group(_structure(capabilities), _metrics(capabilities), _signals(capabilities))
 
 
 def as_text(renderable: RenderableType, width: int = 100) -> str:
@@ -438,19 +459,26 @@ def _runs(values: tuple[int | float | None, ...]) -> str:
     return " · ".join(parts)
 
 
-def _figures(can: Capabilities) -> Table:
+def _metrics(can: Capabilities) -> Table:
     table = Table(
-        title="Figures on the stock path",
-        caption="metric: what a scan is asked for to measure it",
+        title="What can be measured",
+        caption="metric: what a scan is asked for to measure these fields of its report",
         title_justify="left",
     )
-    table.add_column("figure", no_wrap=True)
     table.add_column("metric", no_wrap=True)
+    table.add_column("fields")
     table.add_column("")
-    for figure in can.available:
-        table.add_row(figure, metric_of(figure) or "-", Text("yes", style="green"))
-    for figure, reason in can.unavailable.items():
-        table.add_row(figure, metric_of(figure) or "-", Text(f"no: {reason}", style="yellow"))
+    missing, eager = can.unavailable, can.unavailable_on("eager")
+    for metric, fields in _observers().fields().items():
+        if metric in missing:
+            word = Text(f"no: {missing[metric]}", style="yellow")
+        else:
+            word = Text("yes" if metric not in eager else "streaming only", style="green")
+        table.add_row(metric, ", ".join(fields), word)
+    for quantity in ("loss", "neurons", "position_embedding_norm"):
+        reason = can.undefined.get(quantity)
+        word = Text(f"no: {reason}", style="yellow") if reason else Text("yes", style="green")
+        table.add_row("-", quantity, word)
     return table
 
 

@@ -1,4 +1,8 @@
-"""The figures of a report: each field's dimensions, unit and meaning, in this one place."""
+"""The fields of a report: each one's dimensions, unit, meaning and metric, in this one place.
+
+The fields of a user's own metric are declared on its `Observer` and added to `SinkReport` by
+`report.labelled.extended`.
+"""
 
 # ruff: noqa: RUF009 (given() and measured() are dataclasses.field() with the metadata filled in)
 
@@ -53,211 +57,236 @@ class SinkFields(Labelled):
 
     # Attention
     sink_attention: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean over queries after the sink of the attention they pay to the sink(s)",
-        "probability",
+        about="mean over queries after the sink of the attention they pay to the sink(s)",
+        unit="probability",
         metric="sink_attention",
+        tabled=True,
     )
     first_token_attention: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean over all queries of the attention to the first token (AWFT)",
-        "probability",
+        about="mean over all queries of the attention to the first token (AWFT)",
+        unit="probability",
         metric="sink_attention",
     )
     sink_importance: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean attention to the first sink over the queries that see it (Gu's importance)",
-        "probability",
+        about="mean attention to the first sink over the queries that see it (Gu's importance)",
+        unit="probability",
         metric="sink_attention",
+        tabled=True,
     )
     received_attention: Float[Tensor, "layer head position"] | None = measured(
-        "mean attention a key receives from the queries that see it, mean over prompts",
-        "probability",
+        about="mean attention a key receives from the queries that see it, mean over prompts",
+        unit="probability",
         weight="prompts_at",
         metric="received",
     )
     uniform_ratio: Float[Tensor, "layer head position"] | None = measured(
-        "received attention over what uniform attention would give, mean over prompts",
-        "ratio",
+        about="received attention over what uniform attention would give, mean over prompts",
+        unit="ratio",
         weight="prompts_at",
         metric="received",
     )
     received_peak: Float[Tensor, "prompt position"] | None = measured(
-        "received attention of a key, mean over layers and heads", "probability", metric="received"
+        about="received attention of a key, mean over layers and heads",
+        unit="probability",
+        metric="received",
     )
     sink_rate: Float[Tensor, "position"] | None = measured(
-        "share of (prompt, layer, head) whose received attention exceeds settings.epsilon",
-        "share",
+        about="share of (prompt, layer, head) whose received attention exceeds settings.epsilon",
+        unit="share",
         weight="prompts_at",
         metric="received",
     )
     epsilon: Float[Tensor, "epsilon"] | None = measured(
-        "thresholds of sink_rate_curve", "1", metric="received"
+        about="thresholds of sink_rate_curve", unit="1", metric="received"
     )
     sink_rate_curve: Float[Tensor, "epsilon position"] | None = measured(
-        "share of (prompt, layer, head) whose received attention exceeds epsilon",
-        "share",
+        about="share of (prompt, layer, head) whose received attention exceeds epsilon",
+        unit="share",
         weight="prompts_at",
         metric="received",
     )
     prompts_at: Int[Tensor, "position"] | None = measured(
-        "prompts that reach this position", "count"
+        about="prompts that reach this position", unit="count"
     )
     bucket: Int[Tensor, "bucket"] | None = measured(
-        "lower edge of each bucket of query positions", "position", metric="sink_attention"
+        about="lower edge of each bucket of query positions",
+        unit="position",
+        metric="sink_attention",
     )
     received_by_distance: Float[Tensor, "layer head bucket"] | None = measured(
-        "attention to the sink(s) from the queries of a bucket, mean over prompts that have any",
-        "probability",
+        about="attention to the sink(s) from the queries of a bucket, mean over prompts that have any",
+        unit="probability",
         weight="prompts_in_bucket",
         metric="sink_attention",
     )
     prompts_in_bucket: Int[Tensor, "bucket"] | None = measured(
-        "prompts with at least one query after the sink in this bucket",
-        "count",
+        about="prompts with at least one query after the sink in this bucket",
+        unit="count",
         metric="sink_attention",
     )
     attention_entropy: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean over queries of the entropy of their attention", "nat", metric="entropy"
+        about="mean over queries of the entropy of their attention",
+        unit="nat",
+        metric="entropy",
+        tabled=True,
     )
     sink_logit_gap: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean over queries of the sink's logit less the mean of the other visible keys'",
-        "logit",
+        about="mean over queries of the sink's logit less the mean of the other visible keys'",
+        unit="logit",
         metric="logit_gap",
+        tabled=True,
     )
     sink_query_norm: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean norm of the queries after the sink", "activation", metric="sink_logit"
+        about="mean norm of the queries after the sink", unit="activation", metric="sink_logit"
     )
     sink_key_norm: Float[Tensor, "prompt layer head"] | None = measured(
-        "norm of the sink's key", "activation", metric="sink_logit"
+        about="norm of the sink's key", unit="activation", metric="sink_logit"
     )
     sink_cosine: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean cosine between the queries after the sink and the sink's key",
-        "1",
+        about="mean cosine between the queries after the sink and the sink's key",
+        unit="1",
         metric="sink_logit",
     )
     other_cosine: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean cosine between the queries after the sink and the other visible keys",
-        "1",
+        about="mean cosine between the queries after the sink and the other visible keys",
+        unit="1",
         metric="sink_logit",
     )
     learned_sink_mass: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean attention that a learned sink logit takes: one less the sum over keys",
-        "probability",
+        about="mean attention that a learned sink logit takes: one less the sum over keys",
+        unit="probability",
         metric="learned_sink",
+        tabled=True,
     )
     value_weighted_sink_share: Float[Tensor, "prompt layer head"] | None = measured(
-        "the sink's share of attention times value norm", "share", metric="value_share"
+        about="the sink's share of attention times value norm", unit="share", metric="value_share"
     )
 
     # Values and heads' outputs
     value_norm: Float[Tensor, "layer kv_head position"] | None = measured(
-        "norm of the value vector, mean over prompts",
-        "activation",
+        about="norm of the value vector, mean over prompts",
+        unit="activation",
         weight="prompts_at",
         metric="values",
     )
     value_drain: Float[Tensor, "prompt layer kv_head"] | None = measured(
-        "norm of the sink's value over the mean of the others (small: drained)",
-        "ratio",
+        about="norm of the sink's value over the mean of the others (small: drained)",
+        unit="ratio",
         metric="values",
+        tabled=True,
     )
     value_norm_out: Float[Tensor, "layer head position"] | None = measured(
-        "norm of the value vector through W_O, mean over prompts",
-        "activation",
+        about="norm of the value vector through W_O, mean over prompts",
+        unit="activation",
         weight="prompts_at",
         metric="through_output",
     )
     value_drain_out: Float[Tensor, "prompt layer head"] | None = measured(
-        "value_drain with the values taken through W_O", "ratio", metric="through_output"
+        about="value_drain with the values taken through W_O",
+        unit="ratio",
+        metric="through_output",
+        tabled=True,
     )
     first_value_norm: Float[Tensor, "prompt layer head"] | None = measured(
-        "norm of the first token's value (FTVVN)", "activation", metric="values"
+        about="norm of the first token's value (FTVVN)", unit="activation", metric="values"
     )
     mean_value_norm: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean norm of the values (AVVN)", "activation", metric="values"
+        about="mean norm of the values (AVVN)", unit="activation", metric="values"
     )
     head_output_norm: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean norm of the head's output before W_O (AHON)", "activation", metric="head_outputs"
+        about="mean norm of the head's output before W_O (AHON)",
+        unit="activation",
+        metric="head_outputs",
     )
     head_output_norm_out: Float[Tensor, "prompt layer head"] | None = measured(
-        "mean norm of the head's output after W_O", "activation", metric="through_output"
+        about="mean norm of the head's output after W_O",
+        unit="activation",
+        metric="through_output",
+        tabled=True,
     )
     last_output_norm: Float[Tensor, "prompt layer head"] | None = measured(
-        "norm of the head's output at the last token (LTHON)", "activation", metric="head_outputs"
+        about="norm of the head's output at the last token (LTHON)",
+        unit="activation",
+        metric="head_outputs",
     )
     honor: Float[Tensor, "prompt layer head"] | None = measured(
-        "head_output_norm over the mean of its layer (HONOR)", "ratio", metric="head_outputs"
+        about="head_output_norm over the mean of its layer (HONOR)",
+        unit="ratio",
+        metric="head_outputs",
+        tabled=True,
     )
     honor_out: Float[Tensor, "prompt layer head"] | None = measured(
-        "head_output_norm_out over the mean of its layer", "ratio", metric="through_output"
+        about="head_output_norm_out over the mean of its layer",
+        unit="ratio",
+        metric="through_output",
     )
 
     # Residual stream
     residual_norm: Float[Tensor, "layer position"] | None = measured(
-        "norm of the residual state after each block, mean over prompts",
-        "activation",
+        about="norm of the residual state after each block, mean over prompts",
+        unit="activation",
         weight="prompts_at",
         metric="residual",
     )
     residual_peak: Float[Tensor, "prompt layer"] | None = measured(
-        "norm of the sink's residual state over the median of the others",
-        "ratio",
+        about="norm of the sink's residual state over the median of the others",
+        unit="ratio",
         metric="residual",
     )
     sink_residual_norm: Float[Tensor, "prompt layer"] | None = measured(
-        "norm of the sink's residual state", "activation", metric="residual"
+        about="norm of the sink's residual state", unit="activation", metric="residual"
     )
     median_residual_norm: Float[Tensor, "prompt layer"] | None = measured(
-        "median norm of the other positions' residual states", "activation", metric="residual"
+        about="median norm of the other positions' residual states",
+        unit="activation",
+        metric="residual",
     )
     residual_outlier: Float[Tensor, "prompt position"] | None = measured(
-        "largest over layers of the norm of a residual state over its layer's median norm",
-        "ratio",
+        about="largest over layers of the norm of a residual state over its layer's median norm",
+        unit="ratio",
         metric="residual",
     )
     cosine_to_sink: Float[Tensor, "layer position"] | None = measured(
-        "cosine of a residual state to the sink's, mean over prompts that have one",
-        "1",
+        about="cosine of a residual state to the sink's, mean over prompts that have one",
+        unit="1",
         weight="prompts_with_sink_at",
         metric="cosine",
     )
     prompts_with_sink_at: Int[Tensor, "position"] | None = measured(
-        "prompts with a sink that reach this position", "count", metric="cosine"
+        about="prompts with a sink that reach this position", unit="count", metric="cosine"
     )
-    massive: MassiveActivations | None = None
+    massive: MassiveActivations | None = measured(
+        about="the massive activations, one entry each", metric="massive"
+    )
 
     # FFN output
     ffn_sink: Float[Tensor, "prompt layer dim"] | None = measured(
-        "FFN output at the first sink", "activation", metric="ffn"
+        about="FFN output at the first sink", unit="activation", metric="ffn"
     )
     ffn_mixed_max: Float[Tensor, "prompt layer dim"] | None = measured(
-        "largest |FFN output| over the positions that mix", "activation", metric="ffn"
+        about="largest |FFN output| over the positions that mix", unit="activation", metric="ffn"
     )
     ffn_sink_median: Float[Tensor, "prompt layer"] | None = measured(
-        "median over dims of |FFN output| at the first sink", "activation", metric="ffn"
+        about="median over dims of |FFN output| at the first sink", unit="activation", metric="ffn"
     )
 
     # Position embedding
     position_embedding_norm: Float[Tensor, "context"] | None = measured(
-        "norm of each learned position embedding", "activation"
+        about="norm of each learned position embedding", unit="activation"
     )
 
 
-_DERIVED = {
-    "massive": "massive",
-    "massive_activations": "massive",
-    "nonmixture_dims": "ffn",
-    "sink_logit_parts": "sink_logit",
-}
-"""What a report derives from fields, and the metric that measures those."""
+_METHODS = {"massive_activations": "massive", "nonmixture_dims": "ffn"}
+"""Methods of a report that answer from the fields of one metric."""
 
 
 def metric_of(name: str) -> str | None:
-    """The metric to ask a scan for, so that its report holds a field or what derives from one.
+    """The metric to ask a scan for, so that its report holds a field, or answers a method.
 
     Args:
-        name: A field of the report, or a name from `Capabilities.available`.
+        name: A field or method of `SinkReport`.
 
     Returns:
         The metric, as `scan` takes it; None where no metric measures it.
     """
-    variable = SinkFields.variables().get(name)
-    return _DERIVED.get(name) if variable is None else variable.metric
+    return SinkFields.metrics().get(name) or _METHODS.get(name)

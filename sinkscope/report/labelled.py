@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import AbstractArray
+from jaxtyping import AbstractArray, Shaped
 from torch import Tensor
 
 from sinkscope.errors import ReportError
@@ -31,14 +32,27 @@ L = TypeVar("L", bound="Labelled")  # not Self: beartype checks it on functions 
 
 @dataclass(frozen=True)
 class Variable:
-    """What one tensor field is: its dimensions, unit and meaning."""
+    """What one tensor field is.
+
+    Attributes:
+        name: The field's name.
+        dims: Names of its dimensions, in order.
+        unit: Its unit; "1" for a pure number, None for things like token ids.
+        about: Its meaning, in one clause.
+        weight: Name of the counts that weight this mean over prompts when reports are merged.
+        metric: Name of the metric that measures it, if a metric does.
+        tabled: Whether tables of heads have a column for it.
+        declared: Whether it was added to its class by `extended`.
+    """
 
     name: str
     dims: tuple[str, ...]
     unit: str | None
     about: str
-    weight: str | None  # name of the counts that weight this mean over prompts when merging
-    metric: str | None = None  # name of the metric that measures it, if a metric does
+    weight: str | None = None
+    metric: str | None = None
+    tabled: bool = False
+    declared: bool = False
 
     @property
     def label(self) -> str:
@@ -47,28 +61,78 @@ class Variable:
 
 
 def measured(
-    about: str,
-    unit: str | None = None,
+    dims: str | None = None,
     *,
+    unit: str | None = None,
+    about: str = "",
     weight: str | None = None,
     metric: str | None = None,
+    tabled: bool | None = None,
 ) -> Any:
-    """A field that is None until it has been measured.
+    """Declare a field of a report that is None until it has been measured.
 
     Args:
-        about: what the figure means, in one clause.
-        unit: its unit; "1" for a pure number, None for things like token ids.
-        weight: for a mean over prompts that has no prompt dimension, the field that says over how
+        dims: Names of its dimensions with spaces between them, such as "prompt layer head", for a
+            field of one's own `Observer`. A field in the body of a dataclass has them in its
+            annotation.
+        unit: Its unit; "1" for a pure number, None for things like token ids.
+        about: Its meaning, in one clause.
+        weight: For a mean over prompts that has no prompt dimension, the field that says over how
             many prompts it was taken.
-        metric: name of the metric that measures it, as `scan` takes it.
+        metric: Name of the metric that measures it, as `scan` takes it; an `Observer` fills it in.
+        tabled: Whether tables of heads have a column for it; by default those of one's own do.
     """
-    metadata = {"about": about, "unit": unit, "weight": weight, "metric": metric}
+    metadata = dict(
+        dims=dims, about=about, unit=unit, weight=weight, metric=metric, tabled=tabled or False
+    )
+    if dims is not None and tabled is None:
+        metadata["tabled"] = True
     return dataclasses.field(default=None, metadata=metadata)
 
 
 def given(about: str, unit: str | None = None) -> Any:
     """A field that is always there."""
     return dataclasses.field(metadata={"about": about, "unit": unit})
+
+
+@functools.cache
+def extended(cls: type[L], variables: tuple[Variable, ...]) -> type[L]:
+    """The class with further fields, each of which is None until it has been measured.
+
+    Args:
+        cls: A labelled dataclass.
+        variables: The fields to add; without any the class itself is returned.
+
+    Returns:
+        A subclass of the same name; equal variables give the same subclass.
+    """
+    if not variables:
+        return cls
+    added = [
+        (
+            variable.name,
+            Shaped[Tensor, " ".join(variable.dims)] | None,
+            measured(
+                " ".join(variable.dims),
+                unit=variable.unit,
+                about=variable.about,
+                weight=variable.weight,
+                metric=variable.metric,
+                tabled=variable.tabled,
+            ),
+        )
+        for variable in variables
+    ]
+    return dataclasses.make_dataclass(
+        cls.__name__,
+        added,
+        bases=(cls,),
+        namespace={"__module__": cls.__module__, "__doc__": cls.__doc__},
+        frozen=True,
+        eq=False,
+        repr=False,
+        kw_only=True,
+    )
 
 
 def _annotated(cls: type) -> dict[str, Any]:
@@ -102,6 +166,8 @@ class Labelled:
                 metadata[name].get("about", ""),
                 metadata[name].get("weight"),
                 metadata[name].get("metric"),
+                metadata[name].get("tabled", False),
+                metadata[name].get("dims") is not None,
             )
             for name, kind in _annotated(cls).items()
             if _is(kind, AbstractArray)
@@ -112,6 +178,13 @@ class Labelled:
     def parts(cls) -> dict[str, type[Labelled]]:
         """The fields that are themselves labelled dataclasses, by name."""
         return {name: kind for name, kind in _annotated(cls).items() if _is(kind, Labelled)}
+
+    @classmethod
+    @functools.cache
+    def metrics(cls) -> dict[str, str]:
+        """The metric that measures each field, for the fields that a metric measures."""
+        named = {field.name: field.metadata.get("metric") for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        return {name: metric for name, metric in named.items() if metric is not None}
 
     def measured(self, *dims: str) -> tuple[str, ...]:
         """Names of the tensors that were measured; with dims, of those that have exactly these."""
@@ -191,11 +264,11 @@ class Labelled:
         return f"{name} was not measured."
 
 
-# --- Named tensors as tidy frames and as xarray Datasets.
+# --- As numpy arrays, tidy frames and xarray Datasets.
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The tensor's figures; half precision becomes float32, which numpy and files know."""
+    """The tensor's values; half precision becomes float32, which numpy and files know."""
     tensor = tensor.detach().cpu()
     half = tensor.dtype in (torch.bfloat16, torch.float16)
     return (tensor.float() if half else tensor).numpy()
@@ -213,8 +286,8 @@ def frame(labelled: Labelled, *names: str) -> pd.DataFrame:
     """A tidy frame, one row an observation.
 
     Args:
-        labelled: where the figures are.
-        names: fields of equal dimensions, which become columns side by side; or the name of one
+        labelled: Where the values are.
+        names: Fields of equal dimensions, which become columns side by side; or the name of one
             part, such as "massive", for its entries.
 
     Returns:
@@ -222,95 +295,85 @@ def frame(labelled: Labelled, *names: str) -> pd.DataFrame:
         "sink_attention [probability]".
 
     Raises:
-        ReportError: a name that is unknown or was not measured, or dimensions that differ.
+        ReportError: A name that is unknown or was not measured, or dimensions that differ.
     """
-    import pandas as pd
-
     if not names:
         raise ReportError("to_frame() needs the name of a field; see .measured() for the names.")
     if len(names) == 1 and names[0] in labelled.parts():
-        return _entries(labelled, names[0])
+        part = getattr(labelled, names[0])
+        if part is None:
+            raise ReportError(labelled._not_measured(names[0]))
+        (entry,) = next(iter(part.variables().values())).dims
+        return frame(part, *part.measured(entry)).drop(columns=entry)
     variables = [labelled._require(name) for name in names]
-    dims = variables[0].dims
+    dims = list(variables[0].dims)
     for variable in variables[1:]:
-        if variable.dims != dims:
+        if list(variable.dims) != dims:
             raise ReportError(
                 f"{variable.name} has the dimensions {' '.join(variable.dims)} and "
                 f"{variables[0].name} has {' '.join(dims)}; only fields of equal dimensions can "
                 "share a frame."
             )
-    grid = np.indices([labelled.sizes[dim] for dim in dims])
-    columns = {
-        dim: coordinate(labelled, dim)[index.ravel()] for dim, index in zip(dims, grid, strict=True)
-    }
-    for variable in variables:
-        if dims != (variable.name,):  # a coordinate is its own only column
-            columns[variable.label] = to_numpy(labelled[variable.name]).ravel()
-    return pd.DataFrame(columns)
+    chosen = dataset(labelled, names)
+    table = chosen.to_dataframe(dim_order=dims).reset_index()  # type: ignore[arg-type]
+    columns = {name: labelled.variables()[name].label for name in names if [name] != dims}
+    return table[[*dims, *columns]].rename(columns=columns)
 
 
-def _entries(labelled: Labelled, name: str) -> pd.DataFrame:
-    part = getattr(labelled, name)
-    if part is None:
-        raise ReportError(labelled._not_measured(name))
-    first = next(iter(part.variables().values()))
-    return frame(part, *part.measured(*first.dims)).drop(columns=list(first.dims))
+def dataset(labelled: Labelled, names: Iterable[str] | None = None) -> xr.Dataset:
+    """Measured fields as variables with their dimensions, coordinates, units and meaning.
 
-
-def dataset(labelled: Labelled) -> xr.Dataset:
-    """Every measured field as a variable with its dimensions, coordinates, unit and meaning.
-
-    A part's fields come with its name in front, such as ``massive_value``.
+    Args:
+        labelled: Where the values are.
+        names: Fields; by default everything that was measured, parts included. The fields of a
+            part have its name in front, such as ``massive_value``.
     """
     import xarray as xr
 
-    fields = variables_of(labelled)
-    dims = dict.fromkeys(dim for names, _, _ in fields.values() for dim in names)
-    sizes = {
-        dim: size
-        for names, data, _ in fields.values()
-        for dim, size in zip(names, data.shape, strict=True)
-    }
-    coords: dict[str, Any] = {dim: (dim, np.arange(sizes[dim])) for dim in dims}
-    coords |= {dim: fields.pop(dim) for dim in dims if dim in fields}
-    return xr.Dataset(fields, coords)
+    sizes = labelled.sizes  # refuses tensors that disagree
+    fields = _xarray_variables(labelled, labelled.measured() if names is None else names)
+    if names is None:
+        for name in labelled.parts():
+            if (part := getattr(labelled, name)) is not None:
+                sizes = part.sizes | sizes
+                entries = _xarray_variables(part, part.measured())
+                fields |= {f"{name}_{field}": value for field, value in entries.items()}
+    dims = dict.fromkeys(dim for field in fields.values() for dim in field.dims)
+    given = _xarray_variables(labelled, [d for d in dims if d in labelled.variables()])
+    coords = {dim: given.get(dim, xr.Variable((dim,), np.arange(sizes[dim]))) for dim in dims}
+    return xr.Dataset({name: fields[name] for name in fields if name not in dims}, coords)
 
 
-def variables_of(
-    labelled: Labelled, prefix: str = ""
-) -> dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, str]]]:
-    """Dimensions, figures and attributes of every measured field, parts included."""
-    labelled.sizes  # noqa: B018 (refuses tensors that disagree)
-    fields = {}
-    for name in labelled.measured():
+def _xarray_variables(labelled: Labelled, names: Iterable[str]) -> dict[str, xr.Variable]:
+    import xarray as xr
+
+    made = {}
+    for name in names:
         variable = labelled.variables()[name]
-        attributes = {"about": variable.about}
-        if variable.unit is not None:
-            attributes["units"] = variable.unit
-        fields[prefix + name] = (variable.dims, to_numpy(labelled[name]), attributes)
-    for name in labelled.parts():
-        if (part := getattr(labelled, name)) is not None:
-            fields |= variables_of(part, f"{prefix}{name}_")
-    return fields
+        if getattr(labelled, name) is not None:
+            units = {} if variable.unit is None else {"units": variable.unit}
+            attributes = {"about": variable.about} | units
+            made[name] = xr.Variable(variable.dims, to_numpy(labelled[name]), attributes)
+    return made
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two labelled dataclasses hold the same figures, nan for nan and dtype for dtype."""
-    if type(one) is not type(other):
-        return False
-    return all(
-        _equal(getattr(one, field.name), getattr(other, field.name))
-        for field in dataclasses.fields(one)
+    """Whether two labelled dataclasses hold the same values, nan for nan and dtype for dtype."""
+    return (
+        type(one) is type(other)
+        and _beside_values(one) == _beside_values(other)
+        and dataset(one).equals(dataset(other))
     )
 
 
-def _equal(one: Any, other: Any) -> bool:
-
-    if isinstance(one, Labelled):
-        return same(one, other)
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return type(one) is type(other) and one == other
-    one, other = one.cpu(), other.cpu()
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+def _beside_values(labelled: Labelled) -> list[Any]:
+    """What a Dataset does not hold: the tensors' dtypes and the fields that are no tensors."""
+    names = {field.name for field in dataclasses.fields(labelled)}  # type: ignore[arg-type]
+    parts = labelled.parts()
+    plain = sorted(names - set(labelled.variables()) - set(parts))
+    held = [getattr(labelled, name) for name in parts]
+    return [
+        {name: labelled[name].dtype for name in labelled.measured()},
+        {name: getattr(labelled, name) for name in plain},
+        [part and _beside_values(part) for part in held],
+    ]

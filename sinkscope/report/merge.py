@@ -27,11 +27,18 @@ def merged_fields(one: Labelled, other: Labelled) -> dict[str, Any]:
         ReportError: a field that only one of them measured, or sizes that do not fit.
     """
     _check_sizes(one, other)
-    variables = one.variables()
+    variables = dict(one.variables())
+    for name, variable in other.variables().items():
+        if variables.setdefault(name, variable) != variable:
+            raise ReportError(
+                f"These reports cannot be merged because their {name} was declared in two ways: "
+                f"{variables[name].label} with {' '.join(variables[name].dims)}, and "
+                f"{variable.label} with {' '.join(variable.dims)}."
+            )
     weights = {variable.weight for variable in variables.values()} - {None}
     fields: dict[str, Any] = {}
     for name, variable in variables.items():
-        pair = getattr(one, name), getattr(other, name)
+        pair = getattr(one, name, None), getattr(other, name, None)
         if pair[0] is None and pair[1] is None:
             continue
         if pair[0] is None or pair[1] is None:

@@ -1,25 +1,28 @@
-"""Named tensors in a netCDF file: one variable a field, with dimensions, coordinates and units.
+"""A report as a netCDF file, and back.
 
-The file opens in xarray, R, Julia or ``ncdump``, and reads back bit for bit. Fields that are not
-tensors are JSON text; so are token strings, which may hold what a netCDF string may not.
+A field is a variable with dimensions, coordinates and units, so the file opens in xarray, R, Julia
+or ``ncdump``; it reads back bit for bit. Fields that are no tensors are JSON text, and so are token
+strings, which may hold what a netCDF string may not. A file is written in memory first: HDF5
+crashes when a disk is full.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import io
 import json
-import os
-import secrets
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from sinkscope.errors import ReportError
-from sinkscope.report.labelled import Labelled, coordinate, variables_of
+from sinkscope.output import write_file
+from sinkscope.report.labelled import Labelled, Variable, dataset, extended
+
+if typing.TYPE_CHECKING:
+    import xarray as xr
 
 FORMAT = 1
 
@@ -33,81 +36,93 @@ def save(labelled: Labelled, path: str | Path) -> Path:
         The path written.
 
     Raises:
-        ReportError: another suffix, or a path that cannot be written.
+        ReportError: Another suffix, or a path that cannot be written.
     """
     path = Path(path)
     if path.suffix != ".nc":
         raise ReportError(f"A report is saved as netCDF, so {path.name!r} should end in .nc.")
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        unfinished.open("xb").close()  # Python says plainly why a path cannot be written
-        _write(labelled, unfinished)
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise ReportError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):  # renamed, or never made
-            unfinished.unlink()
-    return path
+    return write_file(path, to_bytes(labelled))
+
+
+def to_bytes(labelled: Labelled) -> bytes:
+    """The content of the file."""
+    content = dataset(labelled)
+    texts, content.attrs = _beside_values(labelled)
+    content.attrs |= {"sinkscope_format": FORMAT, "sinkscope_type": type(labelled).__name__}
+    for name, variable in labelled.variables().items():
+        if variable.declared and name in content:  # the file is the only place that knows these
+            content[name].attrs["sinkscope_declared"] = json.dumps(dataclasses.asdict(variable))
+    content = content.assign({name: ((), text) for name, text in texts.items()})
+    whole = {name: {"_FillValue": None} for name in content.variables}
+    return bytes(content.to_netcdf(engine="h5netcdf", encoding=whole))
 
 
 def load(cls: type[T], path: str | Path) -> T:
     """Read what `save` wrote; tensors are on the CPU.
 
     Raises:
-        ReportError: a file that is missing, damaged, of another kind, or from a newer sinkscope.
+        ReportError: A file that is missing, damaged, of another kind, or from a newer sinkscope.
     """
-    import h5netcdf
+    import xarray as xr
 
     if not Path(path).is_file():
         raise ReportError(f"There is no report file {str(path)!r}.")
     try:
-        with h5netcdf.File(path, "r") as file:
+        content = Path(path).read_bytes()
+        _refuse_links(content, path)
+        with xr.open_dataset(io.BytesIO(content), engine="h5netcdf", decode_cf=False) as file:
             _check_kind(cls, file.attrs, path)
-            return _read(cls, file, "")
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            declared = [
+                Variable(**(known | {"dims": tuple(known["dims"])}))
+                for variable in file.variables.values()
+                if (known := json.loads(variable.attrs.get("sinkscope_declared", "null")))
+            ]
+            kind = extended(cls, tuple(declared))
+            loaded = _read(kind, file, "")
+        loaded.sizes  # noqa: B018 (refuses tensors that disagree)
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise ReportError(
             f"{path} cannot be read as a sinkscope report: it is damaged or another kind of file "
             f"({error})."
         ) from error
+    return loaded
 
 
-def _write(labelled: Labelled, path: Path) -> None:
-    import h5netcdf
-
-    variables = variables_of(labelled)
-    with h5netcdf.File(path, "w") as file:
-        file.attrs["sinkscope_format"] = FORMAT
-        file.attrs["sinkscope_type"] = type(labelled).__name__
-        for dims, data, _ in variables.values():
-            for dim, size in zip(dims, data.shape, strict=True):
-                if dim not in file.dimensions:
-                    file.dimensions[dim] = size
-        for name, (dims, data, attributes) in variables.items():
-            if data.dtype == np.bool_:  # netCDF has no truth values
-                data = data.astype(np.int8)
-            file.create_variable(name, dims, data.dtype, data=data).attrs.update(attributes)
-        for dim in [d for d in labelled.sizes if d not in variables]:
-            file.create_variable(dim, (dim,), np.int64, data=coordinate(labelled, dim))
-        _write_rest(labelled, file, "")
-
-
-def _write_rest(labelled: Labelled, file: Any, prefix: str) -> None:
-    """What a netCDF variable does not say by itself: tensors' dtypes, and the other fields."""
-    import h5py
-
+def _beside_values(labelled: Labelled, prefix: str = "") -> tuple[dict[str, str], dict[str, Any]]:
+    """What variables do not say by themselves: other fields as JSON texts, dtypes as attributes."""
     dtypes = {n: str(labelled[n].dtype).removeprefix("torch.") for n in labelled.measured()}
-    file.attrs[f"{prefix}dtypes"] = json.dumps(dtypes)
+    texts, attributes = {}, {f"{prefix}dtypes": json.dumps(dtypes)}
     for field in dataclasses.fields(labelled):  # type: ignore[arg-type]
         name, value = field.name, getattr(labelled, field.name)
         if value is None or name in labelled.variables():
             continue
         if isinstance(value, Labelled):
-            _write_rest(value, file, f"{prefix}{name}_")
+            of_part = _beside_values(value, f"{prefix}{name}_")
+            texts, attributes = texts | of_part[0], attributes | of_part[1]
         else:
             plain = value.to_dict() if hasattr(value, "to_dict") else value
-            text = np.array(json.dumps(plain), dtype=h5py.string_dtype())
-            file.create_variable(f"{prefix}{name}", (), text.dtype, data=text)
+            texts[f"{prefix}{name}"] = json.dumps(plain)
+    return texts, attributes
+
+
+def _refuse_links(content: bytes, path: str | Path) -> None:
+    """Refuse a file that would have HDF5 read other files.
+
+    Raises:
+        ReportError: If it links to other files, or keeps its values in some.
+    """
+    import h5py
+
+    with h5py.File(io.BytesIO(content), "r") as file:
+        for name in file:
+            link = file.get(name, getlink=True)
+            found = file[name] if isinstance(link, h5py.HardLink) else None
+            if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
+                raise ReportError(
+                    f"{path} is not read, because its {name!r} is a link to other files or a "
+                    "group of them, which a report never has; ask whoever sent it for the report "
+                    "itself."
+                )
 
 
 def _check_kind(cls: type[Labelled], attributes: Any, path: str | Path) -> None:
@@ -123,19 +138,18 @@ def _check_kind(cls: type[Labelled], attributes: Any, path: str | Path) -> None:
         raise ReportError(f"{path} holds a {kind}, not a {cls.__name__}.")
 
 
-def _read(cls: type[T], file: Any, prefix: str) -> T:
+def _read(cls: type[T], file: xr.Dataset, prefix: str) -> T:
     dtypes = json.loads(file.attrs[f"{prefix}dtypes"])
     values: dict[str, Any] = {}
     for name, dtype in dtypes.items():
-        data = np.asarray(file.variables[prefix + name][...])
-        values[name] = torch.from_numpy(data).to(getattr(torch, dtype))
+        values[name] = torch.from_numpy(file[prefix + name].values.copy()).to(getattr(torch, dtype))
     for name, part in cls.parts().items():
         if f"{prefix}{name}_dtypes" in file.attrs:
             values[name] = _read(part, file, f"{prefix}{name}_")
     hints = typing.get_type_hints(cls)
     for name in set(hints) - set(values) - set(cls.variables()) - set(cls.parts()):
         if prefix + name in file.variables:
-            plain = json.loads(np.asarray(file.variables[prefix + name][...]).item())
+            plain = json.loads(file[prefix + name].item())
             kind = hints[name]
             values[name] = kind.from_dict(plain) if hasattr(kind, "from_dict") else plain
     return cls(**values)

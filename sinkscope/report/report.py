@@ -130,7 +130,7 @@ class SinkReport(SinkQuantities):
             massive = self.massive.followed_by(other.massive, prompts=self.sizes["prompt"])
         if self.token_text is not None and other.token_text is not None:
             text = [*self.token_text, *other.token_text]
-        return SinkReport(
+        return type(self)(
             settings=settings, token_text=text, massive=massive, **merged_fields(self, other)
         )
 

@@ -315,7 +315,7 @@ def test_what_is_not_defined_is_refused_in_a_sentence(tokens):
         scan(gated, texts, metrics="through_output", progress=False)
     with pytest.raises(UnsupportedError, match="stock path"):
         scan(relu, texts, metrics="sink_attention", path="streaming", progress=False)
-    assert "no distribution" in capabilities(relu).unavailable["attention_entropy"]
+    assert "no distribution" in capabilities(relu).unavailable["entropy"]
     assert not any("streaming" in why for why in capabilities(relu).unavailable.values())
     assert capabilities(gated).gated and not capabilities(relu).gated
     assert "gated outputs" in str(capabilities(gated))

@@ -8,8 +8,9 @@ import transformers
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinkscope.capture import observers
 from sinkscope.errors import UnsupportedError
-from sinkscope.models.capabilities import METRIC_SIGNALS, capabilities
+from sinkscope.models.capabilities import capabilities
 from sinkscope.models.load import load_model
 
 from .architectures import BY_NAME, D_MLP, D_MODEL, N_HEADS, N_LAYERS, VOCAB, Family
@@ -93,17 +94,22 @@ def test_signals_on_offer(family: Family, family_bridge: TransformerBridge) -> N
 
 def test_unavailable_metrics_have_reasons(family: Family, family_bridge: TransformerBridge) -> None:
     can = capabilities(family_bridge)
-    expected = {
-        "sink_logit_gap": not family.stock_scores,
-        "sink_logit_parts": not family.stock_rotated,
-        "learned_sink_mass": not family.learned_sinks,
+    eager = {
+        "logit_gap": not family.stock_scores,
+        "sink_logit": not family.stock_rotated,
+        "learned_sink": not family.learned_sinks,
+    }
+    elsewhere = {
         "neurons": family.moe,
         "position_embedding_norm": family.positions != "learned",
         "loss": not family.causal,
     }
-    assert set(can.unavailable) == {metric for metric, absent in expected.items() if absent}
-    assert all(len(reason.split()) > 3 for reason in can.unavailable.values())
-    assert set(can.available) | set(can.unavailable) == set(METRIC_SIGNALS)
+    missing = can.unavailable_on("eager")
+    assert set(missing) == {metric for metric, absent in eager.items() if absent}
+    assert set(can.undefined) == {name for name, absent in elsewhere.items() if absent}
+    reasons = (*missing.values(), *can.undefined.values())
+    assert all(len(reason.split()) > 3 for reason in reasons)
+    assert set(can.available) | set(can.unavailable) == set(observers.metrics())
 
 
 def test_scales_are_those_of_the_config(family: Family, family_bridge: TransformerBridge) -> None:
@@ -175,7 +181,7 @@ def test_alibi_scores_are_true_but_are_not_products() -> None:
     can = capabilities(load_model(Family("bloom", "BloomForCausalLM", settings).build()))
     assert can.positions == "alibi"
     assert "scores" in can.signals and "query" not in can.signals
-    assert "position bias" in can.unavailable["sink_logit_parts"]
+    assert "position bias" in can.unavailable_on("eager")["sink_logit"]
 
 
 def test_classifier_heads_are_refused() -> None:

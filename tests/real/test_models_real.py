@@ -32,7 +32,8 @@ def test_smollm2_is_recognised(smollm2) -> None:
     assert (can.n_layers, can.n_heads, can.n_kv_heads) == (30, 9, 3)
     assert (can.d_model, can.d_head, can.d_mlp, can.n_ctx) == (576, 64, 1536, 8192)
     assert can.causal and can.lm_head and not can.moe and set(can.windows) == {None}
-    assert set(can.unavailable) == {"learned_sink_mass", "position_embedding_norm"}
+    assert set(can.unavailable) == {"learned_sink"}
+    assert set(can.undefined) == {"position_embedding_norm"}
 
 
 def test_smollm2_equals_its_gguf_file(smollm2) -> None:
@@ -91,7 +92,7 @@ def test_minilm_is_recognised(minilm) -> None:
     assert can.architecture == "BertForMaskedLM" and not can.causal
     assert (can.n_layers, can.n_heads, can.d_model, can.d_mlp) == (6, 12, 384, 1536)
     assert can.positions == "learned" and can.n_ctx == 512
-    assert not can.lm_head and "no output head" in can.unavailable["loss"]
+    assert not can.lm_head and "no output head" in can.undefined["loss"]
     assert can.signals["attn_out"] == "blocks.{layer}.attn.o.hook_out"
 
 

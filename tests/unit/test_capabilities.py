@@ -50,7 +50,7 @@ def test_found_again_when_attention_changes() -> None:
     bridge.original_model.set_attn_implementation("sdpa")
     sdpa = capabilities(bridge)
     assert "pattern" in eager.signals and "pattern" not in sdpa.signals
-    assert 'set_attn_implementation("eager")' in sdpa.unavailable["sink_attention"]
+    assert 'set_attn_implementation("eager")' in sdpa.unavailable_on("eager")["sink_attention"]
     assert {"value", "z", "resid_post"} <= set(sdpa.signals)
     assert not eager.causal and not sdpa.causal
     bridge.original_model.set_attn_implementation("eager")
@@ -158,7 +158,9 @@ def test_a_stock_bridge_that_scales_other_than_its_model_is_found_out(std: float
     can = capabilities(bridge)
     assert can.scales == (1.0, 1.0, 1.0)
     assert "scales q·k by 0.354 in layer 0, where the model scales it by 1" in can.stock_differs
-    assert not can.available and 'path="streaming" measures' in can.unavailable["residual_norm"]
+    eager = can.unavailable_on("eager")
+    assert 'attention="streaming" measures' in eager["residual"]
+    assert set(eager) == {*can.available, "learned_sink"}
     report = scan(bridge, tokens, progress=False)
     assert report.settings.path == "streaming"
     torch.testing.assert_close(report.sink_attention, expected)
@@ -271,7 +273,7 @@ def test_native_models_have_no_true_scores() -> None:
     can = capabilities(TransformerBridge.boot_native(config))
     assert can.causal and can.positions == "learned"
     assert "scores" not in can.signals and "pattern" in can.signals
-    assert "is the pattern itself" in can.unavailable["sink_logit_gap"]
+    assert "is the pattern itself" in can.unavailable_on("eager")["logit_gap"]
 
 
 def test_only_bridges(bridge: TransformerBridge) -> None:
@@ -300,8 +302,8 @@ def test_description_says_it_all() -> None:
         assert hook in text
     page = StringIO()
     Console(width=100, file=page).print(can)
-    assert "Figures on the stock path" in page.getvalue()
-    (row,) = [row for row in text.splitlines() if "honor" in row]
+    assert "What can be measured" in page.getvalue()
+    (row,) = [row for row in text.splitlines() if "last_output_norm" in row]
     assert "head_outputs" in row
 
 

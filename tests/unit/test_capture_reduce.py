@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sinkscope.capture import aggregate as _reduce
+from sinkscope.capture import reductions
 from sinkscope.metrics import values
 
 
@@ -17,7 +17,7 @@ def test_all_layers_at_once() -> None:
     mask[1, 6:] = False
     sinks = torch.zeros_like(mask)
     sinks[0, 0], sinks[1, 2] = True, True
-    found = _reduce.all_layers(values.drain, norm, sinks, mask)
+    found = reductions.all_layers(values.drain, norm, sinks, mask)
     assert found.shape == (3, 2, 4)
     for layer in range(3):
         for prompt, (sink, length) in enumerate([(0, 9), (2, 6)]):
@@ -30,7 +30,7 @@ def test_all_layers_at_once() -> None:
 
 @pytest.mark.parametrize("at_once", [2**26, 1])
 def test_received_summary(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_reduce, "COMPARED_AT_ONCE", at_once)
+    monkeypatch.setattr(reductions, "COMPARED_AT_ONCE", at_once)
     mass = torch.rand(2, 3, 5) * 4
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[1, 3:] = False
@@ -38,7 +38,7 @@ def test_received_summary(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None
     uniform = torch.tensor([[0.5, 0.4, 0.3, 0.25, 0.2], [0.6, 0.4, 1 / 3, 0, 0]])
     per_query, per_uniform = (torch.where(mask, 1 / x, 0) for x in (seen_by, uniform))
     thresholds = torch.tensor([0.1, 0.5, 0.9])
-    found = _reduce.received_summary(mass, per_query, thresholds)
+    found = reductions.received_summary(mass, per_query, thresholds)
     for key in range(5):
         real = [p for p in range(2) if mask[p, key]]
         alpha = {(p, h): float(mass[p, h, key] / seen_by[p, key]) for p in real for h in range(3)}

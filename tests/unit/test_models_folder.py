@@ -177,7 +177,7 @@ def test_missing_head_is_told_and_always_the_same(tmp_path: Path) -> None:
     first, second = (load_model(tmp_path / "bert", device="cpu") for _ in range(2))
     assert not model_source(first).trained_head
     assert not capabilities(first).lm_head
-    assert "no output head" in capabilities(first).unavailable["loss"]
+    assert "no output head" in capabilities(first).undefined["loss"]
     assert torch.equal(logits(first), logits(second))
     body = BertModel.from_pretrained(tmp_path / "bert", attn_implementation="eager").eval()
     final: list[torch.Tensor] = []

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import re
 import weakref
 
 import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.capture import runner
+from sinkscope.capture import observers, runner
 from sinkscope.capture.observers import massive
 from sinkscope.capture.scan import _check, _positions
 from sinkscope.errors import ModelError, SinkscopeError, TextError, UnsupportedError
@@ -263,24 +262,19 @@ def test_bad_arguments_end_in_one_sentence(model, tokens, arguments, kind, messa
     assert "\n" not in str(caught.value)
 
 
-def test_a_figure_asked_for_as_a_metric_leads_to_the_metric_that_has_it(model, tokens) -> None:
-    """What is named in the sentence is asked for, and the report has to hold the figure then."""
-    found = {}
-    for figure in ss.capabilities(model).available:
-        try:
-            report = ss.scan(model, tokens, metrics=[figure], progress=False)
-        except UnsupportedError as error:
-            named = re.search(rf"^{figure} is a figure of the metric '(\w+)'; ask", str(error))
-            if named is None:
-                assert f"There is no metric {figure!r}" in str(error)
-                continue
-            report = ss.scan(model, tokens, metrics=[named[1]], progress=False)
-        parts = {"sink_logit_parts": "sink_query_norm"}
-        held = getattr(report, parts.get(figure, figure))
-        assert (held() if callable(held) else held) is not None
-        found[figure] = report.settings.metrics
-    assert found["residual_norm"] == ("residual",) and found["sink_rate"] == ("received",)
-    assert set(ss.capabilities(model).available) - set(found) == {"neurons", "loss"}
+def test_every_metric_measures_its_fields_and_a_field_leads_to_its_metric(model, tokens) -> None:
+    can = ss.capabilities(model)
+    assert set(can.available) == set(observers.metrics()) - {"learned_sink"}
+    for metric in can.available:
+        report = ss.scan(model, tokens, metrics=[metric], progress=False)
+        assert report.settings.metrics == (metric,)
+        for field in can.fields[metric]:
+            assert getattr(report, field) is not None, field
+            if field not in can.available:
+                with pytest.raises(UnsupportedError, match=f"field of the metric '{metric}'; ask"):
+                    ss.scan(model, tokens, metrics=[field], progress=False)
+    with pytest.raises(UnsupportedError, match="nonmixture_dims is a field of the metric 'ffn'"):
+        ss.scan(model, tokens, metrics="nonmixture_dims", progress=False)
 
 
 def test_core_measures_what_it_says_and_no_more(model, tokens) -> None:

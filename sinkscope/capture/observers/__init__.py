@@ -1,33 +1,31 @@
-"""Observers: each reads one signal of every layer and ends in fields of the report.
+"""Observers: each reads one signal of every layer and measures fields of the report.
 
-To add a metric: define it in `sinkscope.metrics`, give it a field in `SinkReport`, write one small
-class here, and name it in `OBSERVERS`.
+`base.Observer` is the base class and tells how to write one; the other modules hold the metrics of
+this package, one class each. A new metric is a definition in `sinkscope.metrics`, a field in
+`report.fields` that names it, and a class here, whose module is imported below.
 """
 
-from __future__ import annotations
-
 from sinkscope.capture.observers import attention, massive, residual, values
-from sinkscope.capture.observers.base import Observer, Scope
+from sinkscope.capture.observers.base import (
+    SIGNALS,
+    Observer,
+    Scope,
+    core,
+    fields,
+    metrics,
+    unavailable,
+)
 
-OBSERVERS: dict[str, tuple[type[Observer], ...]] = {
-    "sink_attention": (attention.SinkAttention,),
-    "values": (values.Values,),
-    "head_outputs": (values.HeadOutputs,),
-    "residual": (residual.ResidualNorms,),
-    "massive": (massive.Massive,),
-    "ffn": (residual.FfnOutput,),
-    "received": (attention.Received,),
-    "entropy": (attention.Entropy,),
-    "logit_gap": (attention.LogitGap,),
-    "sink_logit": (attention.SinkLogitGeometry,),
-    "learned_sink": (attention.LearnedSink,),
-    "value_share": (attention.ValueShare,),
-    "through_output": (values.ValuesThroughOutput, values.HeadOutputsThroughOutput),
-    "cosine": (residual.CosineToSink,),
-}
-"""Every metric that a scan can be asked for, and who measures it."""
-
-CORE = ("sink_attention", "values", "head_outputs", "residual", "massive", "ffn")
-"""The metrics that cost next to nothing beside the forward pass, at any length."""
-
-__all__ = ["CORE", "OBSERVERS", "Observer", "Scope"]
+__all__ = [
+    "SIGNALS",
+    "Observer",
+    "Scope",
+    "attention",
+    "core",
+    "fields",
+    "massive",
+    "metrics",
+    "residual",
+    "unavailable",
+    "values",
+]

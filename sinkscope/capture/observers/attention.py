@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sinkscope.capture.aggregate import Fold, OverLayers, OverPrompts, Summed, received_summary
+from sinkscope.capture.accumulators import Accumulator, OverPrompts, Summed
 from sinkscope.capture.batches import Batch, average
-from sinkscope.capture.observers.base import Folded, Observer, Scope
+from sinkscope.capture.observers.base import Observer, Scope
 from sinkscope.capture.readers import AttentionReader
+from sinkscope.capture.reductions import received_summary
 from sinkscope.metrics import attention
+from sinkscope.models.capabilities import NO_SOFTMAX, Capabilities
 
 
-class SinkAttention(Observer):
+class SinkAttention(Observer, metric="sink_attention", reads="attention", core=True):
     """Attention paid to the sinks: its mean, AWFT, Gu's importance, and by query position."""
 
-    signal = "attention"
-    fields = (
-        "sink_attention",
-        "first_token_attention",
-        "sink_importance",
-        "received_by_distance",
-    )
-
-    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+    def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
         """One column of the pattern in the usual case, averaged over every set of queries at once.
 
         With several sinks, or one that is not the first token, up to three columns.
@@ -36,9 +32,11 @@ class SinkAttention(Observer):
             to_first_sink = average(x.on_keys(batch.first_sink_mask, most=1), weights)
         if not batch.sink_is_first_token:
             to_first_token = average(x.on_keys(batch.first_token, most=1), weights)
-        self.keep(
-            layer, to_sinks=to_sinks, to_first_sink=to_first_sink, to_first_token=to_first_token
-        )
+        return {
+            "to_sinks": to_sinks,
+            "to_first_sink": to_first_sink,
+            "to_first_token": to_first_token,
+        }
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Take the columns of `Batch.sink_averages` apart."""
@@ -55,127 +53,111 @@ class SinkAttention(Observer):
             return batch.buckets(self.scope.bucket_edges).any(dim=1)
         return super().where(name, batch)
 
-    def results(self, order: Int[Tensor, "prompt"]) -> Folded:
+    def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
         """The fields, and the buckets that `received_by_distance` is over."""
-        fold = self._folds["received_by_distance"]
-        assert isinstance(fold, OverPrompts)
+        found = super().results(order)
+        by_bucket = self._accumulators["received_by_distance"]
+        assert isinstance(by_bucket, OverPrompts)
         edges = torch.tensor(self.scope.bucket_edges)
-        return super().results(order) | {"bucket": edges, "prompts_in_bucket": fold.count}
+        return found | {"bucket": edges, "prompts_in_bucket": by_bucket.count}
 
 
-class Received(Observer):
+class Received(Observer, metric="received", reads="attention"):
     """Attention that every key receives from every head, and how many heads make it a sink."""
 
-    signal = "attention"
     statistics = frozenset({"received"})
-    fields = (
-        "received_attention",
-        "uniform_ratio",
-        "received_peak",
-        "sink_rate",
-        "sink_rate_curve",
-    )
 
     def __init__(self, scope: Scope) -> None:
         super().__init__(scope)
         self._windows: dict[int, int | None] = {}
 
-    def fold(self, name: str) -> Fold:
+    def accumulator(self, name: str) -> Accumulator:
         """All but the token strip are summed over the batch's prompts in the hook already."""
-        if name == "received_peak":
-            return OverLayers(lambda layers: layers.mean(dim=0))
-        return Summed()
+        return super().accumulator(name) if name == "received_peak" else Summed()
 
-    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+    def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
         """Gu's importance of every key; only sums over prompts or heads are kept."""
         thresholds = batch.constant((self.scope.epsilon, *attention.EPSILONS))
         found = received_summary(x.received(), batch.per_query(x.window), thresholds)
-        self.keep(
-            layer, received_attention=found.importance, received_peak=found.peak, above=found.above
-        )
+        self._windows[self.layer] = x.window
+        kept = {
+            "received_attention": found.importance,
+            "received_peak": found.peak,
+            "above": found.above,
+        }
         if batch.ragged:
-            self.keep(layer, uniform_ratio=found.over(batch.per_uniform(x.window)))
-        self._windows[layer] = x.window
+            kept["uniform_ratio"] = found.over(batch.per_uniform(x.window))
+        return kept
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Split the counts above the thresholds into the asked-for ε and the curve."""
-        above = layers.pop("above").float().mean(dim=0, keepdim=True) / self.scope.n_heads
-        layers |= {"sink_rate": above[:, 0], "sink_rate_curve": above[:, 1:]}
+        above = layers.pop("above").float().mean(dim=0) / self.scope.n_heads
+        layers |= {"sink_rate": above[0], "sink_rate_curve": above[1:]}
+        layers["received_peak"] = layers["received_peak"].mean(dim=0)
         if not batch.ragged:  # then uniform attention is the same for every prompt
             rows = [batch.per_uniform(window)[0] for _, window in sorted(self._windows.items())]
             ratio = layers["received_attention"] * torch.stack(rows)[:, None, :]
             layers["uniform_ratio"] = ratio
         return layers
 
-    def results(self, order: Int[Tensor, "prompt"]) -> Folded:
-        """The fields, the rates without the layer axis that their fold carries."""
-        found = super().results(order)
-        for name in ("sink_rate", "sink_rate_curve"):
-            found[name] = found[name][0]
-        return found | {"epsilon": torch.tensor(attention.EPSILONS)}
+    def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
+        """The fields, and the thresholds of the curve."""
+        return super().results(order) | {"epsilon": torch.tensor(attention.EPSILONS)}
 
 
-class Entropy(Observer):
+class Entropy(Observer, metric="entropy", reads="attention"):
     """Entropy of the attention rows."""
 
-    signal = "attention"
     statistics = frozenset({"entropy"})
-    fields = ("attention_entropy",)
 
-    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+    @classmethod
+    def unavailable(cls, can: Capabilities) -> str | None:
+        """Rows that are no distribution have no entropy."""
+        return None if can.softmax else NO_SOFTMAX
+
+    def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
         """Mean over all real queries."""
-        self.keep(layer, attention_entropy=average(x.entropy(), batch.averages("mask"))[..., 0])
+        return {"attention_entropy": average(x.entropy(), batch.averages("mask"))[..., 0]}
 
 
-class LogitGap(Observer):
+class LogitGap(Observer, metric="logit_gap", reads="attention", needs=("scores",)):
     """How far the sink's logit stands above the others'."""
 
-    signal = "attention"
-    needs = frozenset({"scores"})
-    fields = ("sink_logit_gap",)
-
-    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+    def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
         """Mean over the queries that see the sink and some other key."""
-        self.keep(layer, sink_logit_gap=x.logit_gap())
+        return {"sink_logit_gap": x.logit_gap()}
 
 
-class SinkLogitGeometry(Observer):
+class SinkLogitGeometry(Observer, metric="sink_logit", reads="attention", needs=("query", "key")):
     """The sink logit as norms and cosines."""
 
-    signal = "attention"
-    needs = frozenset({"query", "key"})
-    fields = ("sink_query_norm", "sink_key_norm", "sink_cosine", "other_cosine")
-
-    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+    def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
         """All four at once."""
         logit = x.sink_logit()
-        self.keep(
-            layer,
-            sink_query_norm=logit.query_norm,
-            sink_key_norm=logit.key_norm,
-            sink_cosine=logit.cosine,
-            other_cosine=logit.other_cosine,
-        )
+        return {
+            "sink_query_norm": logit.query_norm,
+            "sink_key_norm": logit.key_norm,
+            "sink_cosine": logit.cosine,
+            "other_cosine": logit.other_cosine,
+        }
 
 
-class LearnedSink(Observer):
+class LearnedSink(Observer, metric="learned_sink", reads="attention"):
     """Attention that a learned sink logit takes."""
 
-    signal = "attention"
-    fields = ("learned_sink_mass",)
+    @classmethod
+    def unavailable(cls, can: Capabilities) -> str | None:
+        """Most models have no learned sink."""
+        return None if can.learned_sinks else f"{can.architecture} has no learned sink"
 
-    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+    def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
         """Mean over all real queries."""
-        self.keep(layer, learned_sink_mass=x.learned_sink_mass())
+        return {"learned_sink_mass": x.learned_sink_mass()}
 
 
-class ValueShare(Observer):
+class ValueShare(Observer, metric="value_share", reads="attention", needs=("pattern", "value")):
     """The sink's share once attention is weighted by the size of the values."""
 
-    signal = "attention"
-    needs = frozenset({"pattern", "value"})
-    fields = ("value_weighted_sink_share",)
-
-    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+    def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
         """Mean over the queries after the sink."""
-        self.keep(layer, value_weighted_sink_share=x.value_weighted_share())
+        return {"value_weighted_sink_share": x.value_weighted_share()}

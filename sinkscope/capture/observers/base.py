@@ -1,9 +1,15 @@
-"""What an observer is: it reads one signal of every layer and ends in fields of the report."""
+"""What a metric is: observers that read one signal of every layer and measure fields of a report.
+
+`Observer` is the base class, for the metrics of this package and for one's own; naming a metric in
+a class statement registers it. `metrics` lists what is registered, and `unavailable` says which of
+it a model cannot have measured.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,11 +17,28 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.capture.aggregate import Fold, OverPrompts, PerPrompt
+from sinkscope.capture.accumulators import Accumulator, OverPrompts, PerPrompt
 from sinkscope.capture.batches import Batch
+from sinkscope.errors import ReportError, UnsupportedError
+from sinkscope.models.capabilities import Capabilities
+from sinkscope.report.labelled import Variable
 from sinkscope.report.report import SinkReport
 
-Folded = dict[str, Any]
+SIGNALS: Mapping[str, str] = {
+    "attention": "an AttentionReader, which answers for attention whichever way it was computed",
+    "pattern": "prompt head query key",
+    "scores": "prompt head query key",
+    "query": "prompt position head d_head",
+    "key": "prompt position kv_head d_head",
+    "value": "prompt position kv_head d_head",
+    "z": "prompt position head d_head",
+    "attn_out": "prompt position dim",
+    "mlp_out": "prompt position dim",
+    "neurons": "prompt position neuron",
+    "resid_pre": "prompt position dim",
+    "resid_post": "prompt position dim",
+}
+"""What an observer may read of a layer, and the dimensions of the tensor that it is given."""
 
 
 @dataclass(frozen=True)
@@ -27,68 +50,160 @@ class Scope:
         n_heads: Query heads a layer.
         bucket_edges: Lower edges of the buckets of query positions.
         gram: W_O^h W_O^hᵀ of every head of a layer, for norms through the output projection.
+        sizes: Sizes of the dimensions that the model fixes, to check what an observer measured.
     """
 
     epsilon: float
     n_heads: int
     bucket_edges: tuple[int, ...]
     gram: Callable[[int], Float[Tensor, "head d_head d_head"]]
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Observer:
-    """Base: keep small tensors of each layer, finish them once a batch, end in report fields.
+    """Measures one metric: reads one signal of every layer and ends in fields of the report.
 
-    A batch that dies half-way (out of memory, Ctrl-C) is dropped whole, so a report never holds
-    half a batch. What can wait until the batch is complete waits for `finish`: inside a hook an
-    observer launches as few kernels as it can, because at short lengths launches are what a scan
-    pays for.
+    A class statement that names a metric registers it, so that `scan` takes the name::
+
+        class ValueKurtosis(ss.Observer, metric="value_kurtosis", reads="value"):
+            fields = {
+                "value_kurtosis": ss.measured(
+                    "prompt layer kv_head", unit="1", about="kurtosis of the value states"
+                )
+            }
+
+            def observe(self, x, batch):        # x: [prompt position kv_head d_head] of one layer
+                return {"value_kurtosis": kurtosis(x, batch.mask)}       # [prompt kv_head]
+
+    `observe` runs inside the hook, once a layer and batch, and returns what it measured of that
+    layer: a dict from names to tensors that begin with the prompt. Padding is right of the real
+    tokens, where `batch.mask` is False; `x` must not be changed in place. The tensors of all layers
+    are stacked to [layer prompt ...] and given to `finish`, whose dict has one entry a field; by
+    default these are the stacked tensors themselves. Override `finish` to do there what can wait:
+    at short lengths kernel launches inside hooks are what a scan pays for.
+
+    `fields` declares the fields that the report does not have yet. What becomes of a value over
+    batches follows from the dimensions of its field:
+
+    - "prompt layer ...": every prompt is kept, and `report.interval` gives a bootstrap interval.
+      If the last dimension is "position", padding is nan.
+    - "prompt ..." without a layer: likewise; `finish` returns [prompt ...].
+    - "layer ... position": the mean over the prompts that reach the position.
+
+    A batch that fails half-way (out of memory, Ctrl-C) is dropped whole, so a report never holds
+    half a batch. An observer lives for one scan.
+
+    Args (of the class statement):
+        metric: Name that `scan(metrics=...)` takes; without one the class is not registered.
+        reads: The signal, one of `SIGNALS`: "attention" gives an `AttentionReader`, the others an
+            activation that was verified on the model.
+        needs: Tensors that a model must show for that signal to answer what is asked of it.
+        core: Whether the metric belongs to "core".
 
     Attributes:
-        signal: What it reads: "attention", or the name of an activation (see `Capabilities`).
-        needs: The tensors that must be seen on a model to have that signal.
-        statistics: What it asks of an attention reader that may be shared with others.
-        fields: The report fields that its folds end in.
+        layer: The layer that `observe` is called for.
+        scope: The model's sizes and the settings of the scan.
+        statistics: What it asks of an attention reader that other statistics could share.
+
+    Raises:
+        UnsupportedError: For an unknown signal, or a metric whose name is taken.
+        ReportError: For a field whose name is taken, or whose dimensions no accumulator fits.
     """
 
-    signal: ClassVar[str]
-    fields: ClassVar[tuple[str, ...]]
+    metric: ClassVar[str] = ""
+    signal: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
+    core: ClassVar[bool] = False
     statistics: ClassVar[frozenset[str]] = frozenset()
+    fields: ClassVar[Mapping[str, Any]] = {}
+
+    layer: int = -1
+
+    def __init_subclass__(
+        cls,
+        metric: str = "",
+        reads: str = "",
+        needs: Iterable[str] = (),
+        core: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init_subclass__(**options)
+        if reads:
+            _check_signal(cls, reads)
+            cls.signal = reads
+            default = "pattern" if reads == "attention" else reads
+            cls.needs = frozenset(needs) or frozenset({default})
+        cls.metric, cls.core = metric, core
+        if metric:
+            _register(cls)
 
     @classmethod
-    def reads(cls) -> frozenset[str]:
-        """Every tensor of a layer without which this cannot be measured."""
-        return cls.needs or frozenset({"pattern" if cls.signal == "attention" else cls.signal})
+    def unavailable(cls, can: Capabilities) -> str | None:
+        """Why this cannot be measured exactly on a model although its signal is there, or None."""
+        return None
+
+    @classmethod
+    def variables(cls) -> dict[str, Variable]:
+        """The fields that it adds to the report, by name."""
+        return {name: _variable(cls, name, field) for name, field in cls.fields.items()}
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
         self._layers: dict[str, dict[int, Tensor]] = defaultdict(dict)
-        self._folds = {name: self.fold(name) for name in self.fields}
+        self._accumulators: dict[str, Accumulator] = {}
+        self._own = self.variables()
 
-    def observe(self, layer: int, x: Any, batch: Batch) -> None:
-        """Reduce one layer's signal; called inside the hook, on the layer's device."""
+    def observe(self, x: Any, batch: Batch) -> Mapping[str, Tensor] | None:
+        """Measure one layer; called inside the hook, on the layer's device.
+
+        Args:
+            x: The signal of `self.layer`.
+            batch: Token ids, mask and sinks of the prompts, on the same device.
+
+        Returns:
+            What was measured, by name, each tensor beginning with the prompt; or None if all of it
+            is kept on the observer until `finish`.
+        """
         raise NotImplementedError
 
-    def keep(self, layer: int, **reduced: Tensor) -> None:
-        """Hold what a layer reduced to until the batch is complete."""
-        for name, value in reduced.items():
-            self._layers[name][layer] = value
-
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """From what was kept, stacked over layers, to what each field's fold takes."""
+        """The fields of a batch that is complete.
+
+        Args:
+            layers: What `observe` returned, stacked to [layer prompt ...].
+            batch: The batch, on the model's first device.
+
+        Returns:
+            One tensor a field: [layer prompt ...], or [prompt ...] for a field without layers.
+        """
         return layers
 
-    def fold(self, name: str) -> Fold:
-        """How a field grows over batches: its dimensions in the report's schema decide."""
-        dims = SinkReport.variables()[name].dims
-        return PerPrompt() if dims[:2] == ("prompt", "layer") else OverPrompts()
+    def accumulator(self, name: str) -> Accumulator:
+        """How a field grows over batches: its dimensions decide."""
+        known = self._own.get(name) or SinkReport.variables().get(name)
+        if known is None:
+            raise ReportError(
+                f"{type(self).__name__} measured {name!r}, which is no field of a report; declare "
+                "it in its `fields`."
+            )
+        if known.dims[0] != "prompt":
+            return OverPrompts()
+        return PerPrompt(layers="layer" in known.dims, positions=known.dims[-1] == "position")
 
     def where(self, name: str, batch: Batch) -> Bool[Tensor, "prompt position"]:
         """Where a prompt counts along the last axis of a field that is a mean over prompts."""
         return batch.mask
 
+    # -- what the runner calls -------------------------------------------------------------------
+
+    def hear(self, layer: int, x: Any, batch: Batch) -> None:
+        """Measure one layer and keep what it came to until the batch is complete."""
+        self.layer = layer
+        for name, value in (self.observe(x, batch) or {}).items():
+            self._layers[name][layer] = value
+
     def close(self, batch: Batch) -> Any:
-        """Finish the batch that is complete, without folding it in yet."""
+        """Finish the batch that is complete, without adding it to the others yet."""
         device = batch.tokens.device
         stacked = {
             name: torch.stack([kept[layer].to(device) for layer in sorted(kept)])
@@ -98,14 +213,189 @@ class Observer:
         return self.finish(stacked, batch)
 
     def add(self, finished: Any, batch: Batch) -> None:
-        """Fold in what `close` gave."""
+        """Take in what `close` gave."""
         for name, value in finished.items():
-            self._folds[name].add(value, self.where(name, batch))
+            if name in self._own:
+                value = self._checked(name, value, batch)
+            if name not in self._accumulators:
+                self._accumulators[name] = self.accumulator(name)
+            self._accumulators[name].update(value, self.where(name, batch))
 
     def drop(self) -> None:
         """Forget the batch that is running."""
         self._layers.clear()
 
-    def results(self, order: Int[Tensor, "prompt"]) -> Folded:
-        """The report's fields, prompts back in the order of the text."""
-        return {name: fold.result(order) for name, fold in self._folds.items()}
+    def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
+        """The report's fields, prompts back in the order of the text.
+
+        Raises:
+            ReportError: If a declared field was not measured.
+        """
+        if missing := [name for name in self._own if name not in self._accumulators]:
+            raise ReportError(
+                f"{type(self).__name__} declares the field {missing[0]!r} and did not measure it; "
+                "return it from observe() or finish()."
+            )
+        return {name: kept.compute(order) for name, kept in self._accumulators.items()}
+
+    def _checked(self, name: str, value: Any, batch: Batch) -> Tensor:
+        """A value of one's own field as float32, of the shape that its dimensions say."""
+        dims = self._own[name].dims
+        if dims[:2] == ("prompt", "layer"):
+            dims = ("layer", "prompt", *dims[2:])
+        elif dims[0] == "layer":
+            dims = ("layer", "prompt", *dims[1:])
+        sizes = self.scope.sizes | {"prompt": len(batch.rows), "position": batch.length}
+        shape = tuple(value.shape) if isinstance(value, Tensor) else None
+        fits = shape is not None and len(shape) == len(dims)
+        if not fits or any(sizes.get(d, n) != n for d, n in zip(dims, shape or (), strict=True)):
+            wanted = ", ".join(f"{dim} {sizes[dim]}" if dim in sizes else dim for dim in dims)
+            given = f"the shape {shape}" if shape is not None else f"a {type(value).__name__}"
+            raise ReportError(
+                f"{type(self).__name__} gave {given} for {name}, expected [{wanted}] after the "
+                "layers were stacked; observe() returns one layer's tensor, which begins with the "
+                "prompt."
+            )
+        return value if value.dtype == torch.float64 else value.float()
+
+
+# --- The registry.
+
+_registered: dict[str, list[type[Observer]]] = {}
+
+
+def metrics() -> dict[str, tuple[type[Observer], ...]]:
+    """Every metric by name, with the observers that measure it.
+
+    Those of "core" come first, then the package's others in the order of the report's fields, then
+    one's own in the order of their definition.
+    """
+    named = list(dict.fromkeys(SinkReport.metrics().values()))
+
+    def place(metric: str) -> tuple[bool, int]:
+        core = all(kind.core for kind in _registered[metric])
+        return not core, named.index(metric) if metric in named else len(named)
+
+    return {metric: tuple(_registered[metric]) for metric in sorted(_registered, key=place)}
+
+
+def core() -> tuple[str, ...]:
+    """The metrics that cost next to nothing beside the forward pass, at any length."""
+    return tuple(name for name, kinds in metrics().items() if all(kind.core for kind in kinds))
+
+
+def fields() -> dict[str, tuple[str, ...]]:
+    """The fields of a report that each metric measures."""
+    measured_by = SinkReport.metrics()
+    return {
+        metric: (
+            *(name for name, by in measured_by.items() if by == metric),
+            *(name for kind in kinds for name in kind.fields),
+        )
+        for metric, kinds in metrics().items()
+    }
+
+
+def unavailable(can: Capabilities, attention: str) -> dict[str, str]:
+    """Why each metric that cannot be measured exactly on a model cannot.
+
+    Args:
+        can: The model's capabilities.
+        attention: "streaming" or "eager".
+    """
+    per_kv_head = {name for name, v in SinkReport.variables().items() if "kv_head" in v.dims}
+    reasons: dict[str, str] = {}
+    for metric, names in fields().items():
+        own = [kind.variables() for kind in metrics()[metric]]
+        uneven = any("kv_head" in v.dims for one in own for v in one.values())
+        if not can.even_kv_heads and (uneven or per_kv_head.intersection(names)):
+            reasons[metric] = f"the layers of {can.architecture} have different numbers of KV heads"
+        for kind in metrics()[metric]:
+            found = [
+                kind.unavailable(can),
+                *(can.withheld(n, attention) for n in sorted(kind.needs)),
+            ]
+            for reason in filter(None, found):
+                reasons.setdefault(metric, reason)
+    return reasons
+
+
+def _register(cls: type[Observer]) -> None:
+    """Add an observer to its metric; a class defined again takes the place of the one before."""
+    metric, variables = cls.metric, cls.variables()
+    others = _registered.get(metric, [])
+    if metric in ("all", "core") or any(kind.__module__ != cls.__module__ for kind in others):
+        raise UnsupportedError(f"There is a metric {metric!r} already; give yours another name.")
+
+    def superseded(kind: type[Observer]) -> bool:
+        return kind.__qualname__ == cls.__qualname__ or bool(kind.fields.keys() & variables.keys())
+
+    for name in variables:
+        if name in _taken(metric):
+            raise ReportError(
+                f"{name!r} is taken in a report, so {cls.__name__} cannot declare a field of that "
+                "name; choose another."
+            )
+    owner = SinkReport.metrics().get(metric)
+    if variables and owner is not None and owner != metric:
+        raise UnsupportedError(
+            f"{metric!r} is a field of the metric {owner!r}; give your metric another name."
+        )
+    _registered[metric] = [kind for kind in others if not superseded(kind)] + [cls]
+
+
+def _taken(metric: str) -> set[str]:
+    """Names that a field of this metric cannot have."""
+    parts = {
+        f"{part}_{name}" for part, kind in SinkReport.parts().items() for name in kind.variables()
+    }
+    dims = {dim for variable in SinkReport.variables().values() for dim in variable.dims}
+    elsewhere = {
+        name
+        for other, kinds in _registered.items()
+        if other != metric
+        for kind in kinds
+        for name in kind.fields
+    }
+    fields = {field.name for field in dataclasses.fields(SinkReport)}
+    return {*dir(SinkReport), *fields, *dims, *parts, *elsewhere, "token", "neuron"}
+
+
+def _check_signal(cls: type[Observer], reads: str) -> None:
+    if reads not in SIGNALS:
+        raise UnsupportedError(
+            f"{cls.__name__} reads {reads!r}, which is no signal; choose from {', '.join(SIGNALS)}."
+        )
+
+
+def _variable(cls: type[Observer], name: str, field: Any) -> Variable:
+    """A declared field, checked."""
+    metadata = getattr(field, "metadata", {})
+    dims = tuple((metadata.get("dims") or "").split())
+    if not name.isidentifier() or name.startswith("_") or not all(d.isidentifier() for d in dims):
+        raise ReportError(
+            f"{cls.__name__} declares the field {name!r} with the dimensions {dims}; names are "
+            "Python names such as value_kurtosis."
+        )
+    repeated = len(set(dims)) != len(dims)
+    over_prompts = dims[:1] == ("layer",) and dims[-1] == "position" and "prompt" not in dims
+    per_prompt = dims[:1] == ("prompt",) and dims.index("layer") == 1 if "layer" in dims else False
+    plain = dims[:1] == ("prompt",) and len(dims) > 1 and "layer" not in dims
+    inside = "position" in dims[:-1]
+    if repeated or inside or not (over_prompts or per_prompt or plain):
+        shown = repr(metadata.get("dims")) if metadata else f"{field!r:.40}"
+        raise ReportError(
+            f"{cls.__name__} declares {name} with the dimensions {shown}; expected "
+            'measured("prompt layer ...") or measured("layer ... position"), with "position" only '
+            "at the end."
+        )
+    return Variable(
+        name,
+        dims,
+        metadata.get("unit"),
+        metadata.get("about", ""),
+        weight="prompts_at" if over_prompts else None,
+        metric=cls.metric,
+        tabled=metadata.get("tabled", False),
+        declared=True,
+    )

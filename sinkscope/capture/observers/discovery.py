@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sinkscope.capture.batches import Batch
-from sinkscope.capture.observers.base import Folded, Observer, Scope
+from sinkscope.capture.observers.base import Observer, Scope
 from sinkscope.capture.readers import AttentionReader
 from sinkscope.errors import TextError
 from sinkscope.metrics import attention, positions
 
 
-class FindSinks(Observer):
+class FindSinks(Observer, reads="attention"):
     """Sink positions of each prompt, by `metrics.positions.find_sinks`."""
-
-    signal = "attention"
-    fields = ()
 
     def __init__(self, scope: Scope, windows: tuple[int | None, ...]) -> None:
         super().__init__(scope)
         self._widest = None if None in windows else max(filter(None, windows))
         self._found: list[Bool[Tensor, "prompt position"]] = []
 
-    def observe(self, layer: int, x: AttentionReader, batch: Batch) -> None:
+    def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
         """Gu's importance of every key."""
-        alpha = attention.importance(x.received(), batch.mask, batch.causal, x.window)
-        self.keep(layer, alpha=alpha)
+        return {"alpha": attention.importance(x.received(), batch.mask, batch.causal, x.window)}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Positions that enough heads of the whole model agree on."""
@@ -47,7 +45,7 @@ class FindSinks(Observer):
         """Keep one batch's sinks."""
         self._found.append(finished["sinks"].cpu())
 
-    def results(self, order: Int[Tensor, "prompt"]) -> Folded:
+    def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
         """The sinks of every prompt.
 
         Raises:

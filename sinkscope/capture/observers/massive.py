@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.capture.batches import Batch
-from sinkscope.capture.observers.base import Folded, Observer, Scope
+from sinkscope.capture.observers.base import Observer, Scope
 from sinkscope.devices import Coming
 from sinkscope.metrics import residual
 from sinkscope.metrics._magnitude_median import magnitude_median
@@ -29,16 +29,13 @@ ENTRIES_KEPT = 64
 """Massive activations kept of one prompt and layer, largest first; `count` counts them all."""
 
 
-class Massive(Observer):
+class Massive(Observer, metric="massive", reads="resid_post", core=True):
     """Massive activations: a list of entries, not a fixed shape.
 
     Whether a layer has any is known only once the device has got there. So the answer to one layer
     is looked at a layer or two later, be it in the next batch: the device never runs dry while
     Python waits for it.
     """
-
-    signal = "resid_post"
-    fields = ()
 
     def __init__(self, scope: Scope) -> None:
         super().__init__(scope)
@@ -48,11 +45,11 @@ class Massive(Observer):
         self._entries: list[_Entries] = []
         self._counts: list[Int[np.ndarray, "prompt layer"]] = []
 
-    def observe(self, layer: int, x: Float[Tensor, "prompt position dim"], batch: Batch) -> None:
+    def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> None:
         """Ask how many tokens pass the fixed part of the rule of Sun et al."""
         peak = residual.token_peaks(x, batch.mask)
         number = Coming((peak > residual.MASSIVE_MINIMUM).sum())
-        self._asked.append(_Asked(layer, x, peak, number, batch, self._running))
+        self._asked.append(_Asked(self.layer, x, peak, number, batch, self._running))
         self._look(but_the_last=0 if batch.disturbed else _late(x))
 
     def _look(self, but_the_last: int = 0) -> None:
@@ -89,7 +86,7 @@ class Massive(Observer):
         self._asked = [asked for asked in self._asked if asked.into is not self._running]
         self._running = {}
 
-    def results(self, order: Int[Tensor, "prompt"]) -> Folded:
+    def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
         """Entries by prompt, layer and size."""
         self._read()
         entries = _Entries(*map(np.concatenate, zip(*self._entries, strict=True)))

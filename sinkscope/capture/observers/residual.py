@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.capture.aggregate import Fold, OverLayers, OverPrompts, all_layers
+from sinkscope.capture.accumulators import OverPrompts
 from sinkscope.capture.batches import Batch
-from sinkscope.capture.observers.base import Folded, Observer, Scope
+from sinkscope.capture.observers.base import Observer, Scope
+from sinkscope.capture.reductions import all_layers
 from sinkscope.devices import Coming
 from sinkscope.errors import ModelError
 from sinkscope.metrics import ffn, residual
@@ -18,34 +19,19 @@ from sinkscope.metrics._reduce import at_least_fp32
 from sinkscope.metrics.positions import first_true
 
 
-class ResidualNorms(Observer):
+class ResidualNorms(Observer, metric="residual", reads="resid_post", core=True):
     """Norms after each block, the sink's peak over the others, and outlier tokens."""
-
-    signal = "resid_post"
-    fields = (
-        "residual_norm",
-        "residual_peak",
-        "sink_residual_norm",
-        "median_residual_norm",
-        "residual_outlier",
-    )
-
-    def fold(self, name: str) -> Fold:
-        """An outlier in any layer is an outlier."""
-        if name == "residual_outlier":
-            return OverLayers(lambda layers: layers.amax(dim=0))
-        return super().fold(name)
-
-    def observe(self, layer: int, x: Float[Tensor, "prompt position dim"], batch: Batch) -> None:
-        """One norm a token; everything else waits."""
-        self.keep(layer, norm=residual.residual_norms(x))
 
     def __init__(self, scope: Scope) -> None:
         super().__init__(scope)
         self._suspect: _Suspect | None = None
 
+    def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
+        """One norm a token; everything else waits."""
+        return {"norm": residual.residual_norms(x)}
+
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Peaks and medians of all layers at once.
+        """Peaks and medians of all layers at once; an outlier in any layer is an outlier.
 
         Raises:
             ModelError: If a residual state of a real token was nan or infinite in the batch before.
@@ -60,10 +46,10 @@ class ResidualNorms(Observer):
             "residual_peak": at_sink / median,
             "sink_residual_norm": at_sink,
             "median_residual_norm": median,
-            "residual_outlier": norm / median[..., None],
+            "residual_outlier": (norm / median[..., None]).amax(dim=0),
         }
 
-    def results(self, order: Int[Tensor, "prompt"]) -> Folded:
+    def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
         """The fields.
 
         Raises:
@@ -100,34 +86,29 @@ class _Suspect(NamedTuple):
             )
 
 
-class CosineToSink(Observer):
+class CosineToSink(Observer, metric="cosine", reads="resid_post"):
     """Direction of every residual state relative to the sink's: secondary sinks show as ±1."""
 
-    signal = "resid_post"
-    fields = ("cosine_to_sink",)
-
-    def observe(self, layer: int, x: Float[Tensor, "prompt position dim"], batch: Batch) -> None:
+    def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
         """One cosine a token."""
-        self.keep(layer, cosine_to_sink=residual.cosine_to_sink(x, batch.sinks))
+        return {"cosine_to_sink": residual.cosine_to_sink(x, batch.sinks)}
 
     def where(self, name: str, batch: Batch) -> Bool[Tensor, "prompt position"]:
         """A prompt counts if it has a sink; with `sinks="auto"` it may have none."""
         return batch.mask & batch.sinks.any(dim=1, keepdim=True)
 
-    def results(self, order: Int[Tensor, "prompt"]) -> Folded:
+    def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
         """The field, and the prompts that it is a mean over."""
-        fold = self._folds["cosine_to_sink"]
-        assert isinstance(fold, OverPrompts)
-        return super().results(order) | {"prompts_with_sink_at": fold.count}
+        found = super().results(order)
+        mean = self._accumulators["cosine_to_sink"]
+        assert isinstance(mean, OverPrompts)
+        return found | {"prompts_with_sink_at": mean.count}
 
 
-class FfnOutput(Observer):
+class FfnOutput(Observer, metric="ffn", reads="mlp_out", core=True):
     """The FFN's output at the sink against all positions that mix."""
 
-    signal = "mlp_out"
-    fields = ("ffn_sink", "ffn_mixed_max", "ffn_sink_median")
-
-    def observe(self, layer: int, x: Float[Tensor, "prompt position dim"], batch: Batch) -> None:
+    def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
         """Two numbers a dim, from which any threshold can be applied later."""
         if batch.sink_is_first_token and not batch.ragged:
             # A copy, which lets go of x; and nothing to leave out of the others.
@@ -135,7 +116,7 @@ class FfnOutput(Observer):
         else:
             at_sink = ffn.at_first(x, batch.first_sink)
             mixed = ffn.largest_where(x, batch.others)
-        self.keep(layer, at_sink=at_sink, mixed=mixed)
+        return {"at_sink": at_sink, "mixed": mixed}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Medians of all layers at once; nan where a prompt has no sink or nothing that mixes."""

@@ -5,23 +5,21 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from sinkscope.capture.aggregate import all_layers
 from sinkscope.capture.batches import Batch, average
 from sinkscope.capture.observers.base import Observer
+from sinkscope.capture.reductions import all_layers
 from sinkscope.metrics import heads, values
+from sinkscope.models.capabilities import GATED, Capabilities
 
 
-class Values(Observer):
+class Values(Observer, metric="values", reads="value", core=True):
     """Sizes of the values, and how drained the sink's is."""
 
-    signal = "value"
-    fields = ("value_norm", "value_drain", "first_value_norm", "mean_value_norm")
-
     def observe(
-        self, layer: int, x: Float[Tensor, "prompt position kv_head d_head"], batch: Batch
-    ) -> None:
+        self, x: Float[Tensor, "prompt position kv_head d_head"], batch: Batch
+    ) -> dict[str, Tensor]:
         """One norm a vector; everything else waits."""
-        self.keep(layer, norm=values.norms(x))
+        return {"norm": values.norms(x)}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Drains per KV head; first and mean norm as every query head sees them (GQA)."""
@@ -37,18 +35,14 @@ class Values(Observer):
         }
 
 
-class HeadOutputs(Observer):
+class HeadOutputs(Observer, metric="head_outputs", reads="z", core=True):
     """Sizes of the heads' outputs before W_O."""
 
-    signal = "z"
-    fields = ("head_output_norm", "last_output_norm", "honor")
-
     def observe(
-        self, layer: int, x: Float[Tensor, "prompt position head d_head"], batch: Batch
-    ) -> None:
+        self, x: Float[Tensor, "prompt position head d_head"], batch: Batch
+    ) -> dict[str, Tensor]:
         """Mean over real positions, and the last one."""
-        norm = values.norms(x)
-        self.keep(layer, norm=average(norm, batch.averages("mask", "last_token")))
+        return {"norm": average(values.norms(x), batch.averages("mask", "last_token"))}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """HONOR compares a head with its layer."""
@@ -56,19 +50,32 @@ class HeadOutputs(Observer):
         return {"head_output_norm": mean, "last_output_norm": last, "honor": heads.honor(mean)}
 
 
-class ValuesThroughOutput(Observer):
+class ThroughOutput(Observer):
+    """What is measured through the output projection W_O."""
+
+    @classmethod
+    def unavailable(cls, can: Capabilities) -> str | None:
+        """W_O has to be there head by head, and to be all that stands behind the heads."""
+        if can.gated:
+            return GATED
+        if not can.split_output:
+            return (
+                f"TransformerLens does not give W_O of this {can.architecture} head by head, which "
+                "it cannot where layers differ in geometry or weights are offloaded"
+            )
+        return None
+
+
+class ValuesThroughOutput(ThroughOutput, metric="through_output", reads="value"):
     """Sizes of the values as the residual stream would receive them: ‖v_j W_O^h‖."""
 
-    signal = "value"
-    fields = ("value_norm_out", "value_drain_out")
-
     def observe(
-        self, layer: int, x: Float[Tensor, "prompt position kv_head d_head"], batch: Batch
-    ) -> None:
+        self, x: Float[Tensor, "prompt position kv_head d_head"], batch: Batch
+    ) -> dict[str, Tensor]:
         """By the Gram form, so nothing d_model wide is made."""
         group = self.scope.n_heads // x.shape[2]
         wide = x.repeat_interleave(group, dim=2)
-        self.keep(layer, norm=values.norms_through(wide, self.scope.gram(layer)))
+        return {"norm": values.norms_through(wide, self.scope.gram(self.layer))}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Norms by position, drains by prompt."""
@@ -76,18 +83,15 @@ class ValuesThroughOutput(Observer):
         return {"value_norm_out": layers["norm"], "value_drain_out": drain}
 
 
-class HeadOutputsThroughOutput(Observer):
+class HeadOutputsThroughOutput(ThroughOutput, metric="through_output", reads="z"):
     """Sizes of what the heads write to the residual stream: ‖z_i W_O^h‖."""
 
-    signal = "z"
-    fields = ("head_output_norm_out", "honor_out")
-
     def observe(
-        self, layer: int, x: Float[Tensor, "prompt position head d_head"], batch: Batch
-    ) -> None:
+        self, x: Float[Tensor, "prompt position head d_head"], batch: Batch
+    ) -> dict[str, Tensor]:
         """By the Gram form, so nothing d_model wide is made."""
-        norm = values.norms_through(x, self.scope.gram(layer))
-        self.keep(layer, norm=average(norm, batch.averages("mask"))[..., 0])
+        norm = values.norms_through(x, self.scope.gram(self.layer))
+        return {"norm": average(norm, batch.averages("mask"))[..., 0]}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """HONOR compares a head with its layer."""

@@ -1,0 +1,90 @@
+"""Reductions of a whole batch in a few kernel launches.
+
+At short lengths a scan pays for launches, not for arithmetic: a layer of a billion-parameter model
+takes a GPU 2 ms, in which Python launches about a hundred kernels. What the definitions in
+`metrics` state for one layer, one threshold or one set of positions is computed here for all of
+them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+COMPARED_AT_ONCE = 2**26
+"""Comparisons with thresholds held at once [bytes]."""
+
+
+def all_layers(
+    definition: Callable[..., Tensor],
+    stacked: Shaped[Tensor, "layer prompt *rest"],
+    *per_prompt: Shaped[Tensor, "prompt ..."],
+) -> Shaped[Tensor, "layer prompt *result"]:
+    """Apply a definition that takes one layer's prompts to all layers, as if they were prompts.
+
+    Args:
+        definition: A function of tensors that all begin with ``prompt``, as does its result.
+        stacked: Its first argument, for every layer.
+        per_prompt: Its other arguments, the same for every layer.
+    """
+    layers = len(stacked)
+    flat = rearrange(stacked, "layer prompt ... -> (layer prompt) ...")
+    others = (repeat(x, "prompt ... -> (layer prompt) ...", layer=layers) for x in per_prompt)
+    found = definition(flat, *others)
+    return rearrange(found, "(layer prompt) ... -> layer prompt ...", layer=layers)
+
+
+class ReceivedSummary(NamedTuple):
+    """Gu's importance score of every key of a layer, summed up.
+
+    Attributes:
+        alpha: The scores themselves; 0 at padding [probability].
+        importance: Their sum over the prompts that reach the key [probability].
+        peak: Their mean over heads [probability].
+        above: How many of (prompt, head) exceed each threshold.
+    """
+
+    alpha: Float[Tensor, "prompt head key"]
+    importance: Float[Tensor, "head key"]
+    peak: Float[Tensor, "prompt key"]
+    above: Int[Tensor, "threshold key"]
+
+    def over(self, per_uniform: Float[Tensor, "prompt key"]) -> Float[Tensor, "head key"]:
+        """The sum over prompts of `metrics.attention.uniform_ratio` [ratio]."""
+        return torch.einsum("phk,pk->hk", self.alpha, per_uniform)
+
+
+def received_summary(
+    mass: Float[Tensor, "prompt head key"],
+    per_query: Float[Tensor, "prompt key"],
+    thresholds: Float[Tensor, "threshold"],
+) -> ReceivedSummary:
+    """`metrics.attention.importance` and `count_above` of a layer, in one go.
+
+    Args:
+        mass: Attention that each key receives in all.
+        per_query: See `Batch.per_query`.
+        thresholds: Thresholds of the sink rate [probability].
+    """
+    alpha = mass * per_query[:, None, :]
+    entries = rearrange(alpha, "prompt head key -> (prompt head) key")
+    return ReceivedSummary(
+        alpha=alpha,
+        importance=alpha.sum(dim=0),
+        peak=alpha.mean(dim=1),
+        above=_count_above(entries, thresholds),
+    )
+
+
+def _count_above(
+    x: Float[Tensor, "entry key"], thresholds: Float[Tensor, "threshold"]
+) -> Int[Tensor, "threshold key"]:
+    """How many entries exceed each threshold, as many thresholds at a time as memory allows."""
+    together = max(1, COMPARED_AT_ONCE // max(1, x.numel()))
+    parts = [(x > some[:, None, None]).sum(dim=1) for some in thresholds.split(together)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
