@@ -19,7 +19,7 @@ from sinkscope.attention.support import attention_of
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.readers import PatternReader, StreamReader
 from sinkscope.errors import UnsupportedError
-from sinkscope.models.capabilities import STREAMED, Capabilities
+from sinkscope.models.capabilities import Capabilities
 
 Emit = Callable[[str, int, Any], None]
 Hooks = list[tuple[str, Callable[..., None]]]
@@ -51,14 +51,6 @@ class Path(Protocol):
     def hooks(self, wanted: Wanted, batch: Callable[[], Batch], emit: Emit) -> Hooks:
         """Hooks that emit every wanted signal of every layer; `batch` is the one that runs."""
         ...
-
-    def shows(self, signal: str) -> bool:
-        """Whether this path can emit a signal, or give a reader a tensor, on this model."""
-        ...
-
-
-_READ = frozenset({"scores", "query", "key"})
-"""Tensors that observers get from a reader only."""
 
 
 class _LayerInputs:
@@ -121,11 +113,6 @@ class StockPath:
                     'model does; use path="streaming" where the model has it.'
                 ) from warning
 
-    def shows(self, signal: str) -> bool:
-        """What the probe of this very model saw fire; readers are made where a pattern fires."""
-        signals = self._capabilities.signals
-        return signal in signals and ("pattern" in signals or signal not in _READ)
-
     def hooks(self, wanted: Wanted, batch: Callable[[], Batch], emit: Emit) -> Hooks:
         """A reader is ready when a layer's pattern fires: all else it reads fired before."""
         inputs = _LayerInputs(batch)
@@ -161,10 +148,6 @@ class StreamingPath:
         self._model = model
         self._capabilities = capabilities
         self._stream: Stream | None = None
-
-    def shows(self, signal: str) -> bool:
-        """Attention streams on every model that gets here; the rest is up to the bridge."""
-        return signal in STREAMED or signal in self._capabilities.signals
 
     @contextmanager
     def opened(self) -> Iterator[None]:

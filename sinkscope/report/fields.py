@@ -114,7 +114,7 @@ class SinkFields(Labelled):
         metric="sink_attention",
     )
     received_by_distance: Float[Tensor, "layer head bucket"] | None = measured(
-        about="attention to the sink(s) from the queries of a bucket, mean over prompts that have any",
+        about="attention to the sink(s) from queries of a bucket, mean over prompts that have any",
         unit="probability",
         weight="prompts_in_bucket",
         metric="sink_attention",

@@ -108,10 +108,10 @@ def extended(cls: type[L], variables: tuple[Variable, ...]) -> type[L]:
     """
     if not variables:
         return cls
-    added = [
+    added: list[tuple[str, Any, Any]] = [
         (
             variable.name,
-            Shaped[Tensor, " ".join(variable.dims)] | None,
+            Shaped[Tensor, " ".join(variable.dims)] | None,  # type: ignore[operator]
             measured(
                 " ".join(variable.dims),
                 unit=variable.unit,

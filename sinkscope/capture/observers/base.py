@@ -245,7 +245,7 @@ class Observer:
             dims = ("layer", "prompt", *dims[2:])
         elif dims[0] == "layer":
             dims = ("layer", "prompt", *dims[1:])
-        sizes = self.scope.sizes | {"prompt": len(batch.rows), "position": batch.length}
+        sizes = {**self.scope.sizes, "prompt": len(batch.rows), "position": batch.length}
         shape = tuple(value.shape) if isinstance(value, Tensor) else None
         fits = shape is not None and len(shape) == len(dims)
         if not fits or any(sizes.get(d, n) != n for d, n in zip(dims, shape or (), strict=True)):
@@ -311,11 +311,8 @@ def unavailable(can: Capabilities, attention: str) -> dict[str, str]:
         if not can.even_kv_heads and (uneven or per_kv_head.intersection(names)):
             reasons[metric] = f"the layers of {can.architecture} have different numbers of KV heads"
         for kind in metrics()[metric]:
-            found = [
-                kind.unavailable(can),
-                *(can.withheld(n, attention) for n in sorted(kind.needs)),
-            ]
-            for reason in filter(None, found):
+            withheld = [can.withheld(tensor, attention) for tensor in sorted(kind.needs)]
+            for reason in filter(None, [kind.unavailable(can), *withheld]):
                 reasons.setdefault(metric, reason)
     return reasons
 
