@@ -2,14 +2,18 @@
 #   make demo    scan a real pretrained model and draw its sinks
 #   make test    every check that CI runs
 #
-# Versions are those of constraints.txt, but for torch: TORCH says what to install as torch.
-# Left to itself, Linux without an NVIDIA GPU takes the CPU build, where pip finds one.
+# Versions are those of constraints.txt, but for torch: TORCH says what to install as torch. Left to
+# itself, Linux without an NVIDIA GPU takes the CPU build, a tenth of the size, where pip finds one.
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 EXACT  := --constraint constraints.txt
+CPU_TORCH := https://download.pytorch.org/whl/cpu
+# Not empty where TORCH was not given and the CPU build is the one to take.
+CPU_ONLY := $(if $(filter file,$(origin TORCH)),$(shell \
+  [ "$$(uname)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 && echo yes))
 MODELS := smollm2-135m minilm-l6
 export HF_HUB_OFFLINE ?= 1
 
@@ -17,11 +21,14 @@ export HF_HUB_OFFLINE ?= 1
 
 setup: $(VENV)/.installed
 
-# Stamp files: pip runs again only when one of these has changed. The demo needs no more than this.
+# Stamp files: pip runs again only when one of these has changed. The demo needs the first only.
 $(VENV)/.runs: pyproject.toml constraints.txt
+	@echo "Installing sinkscope and what it needs into $(VENV): about 1.6 GB and one to three minutes,"
+	@echo "some 7 GB with a CUDA build of torch. TORCH=... chooses torch, VENV=... the folder."
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install $(EXACT) "$(TORCH)"
-	$(PIP) install $(EXACT) --editable .
+	test -z "$(CPU_ONLY)" || $(PIP) install --no-deps --retries 0 --timeout 15 \
+	  --extra-index-url $(CPU_TORCH) "$(TORCH)+cpu" || echo "pip finds no CPU build of torch."
+	$(PIP) install $(EXACT) "$(TORCH)" --editable .
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.runs
@@ -44,6 +51,11 @@ models: setup
 demo: $(VENV)/.runs
 	$(BIN)/sinkscope models install smollm2-135m
 	$(BIN)/sinkscope scan smollm2-135m --texts prose --prompts 16 --length 256 --out out/demo
+	@echo
+	@echo "Open out/demo/report.html in a browser: every head, layer and position of the table above."
+	@echo "Next: $(BIN)/sinkscope scan FOLDER_OR_HUB_NAME --texts prose --out out/mine   your own model"
+	@echo "      $(BIN)/sinkscope --help                                        what else there is"
+	@echo "      make setup && $(BIN)/jupyter lab notebooks                     six lessons"
 
 lint: setup
 	$(BIN)/ruff check .
