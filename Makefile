@@ -23,7 +23,7 @@ setup: $(VENV)/.installed
 
 # Stamp files: pip runs again only when one of these has changed. The demo needs the first only.
 $(VENV)/.runs: pyproject.toml constraints.txt
-	@echo "Installing sinkscope and what it needs into $(VENV): about 1.6 GB and one to three minutes,"
+	@echo "Installing sinkscope and what it needs into $(VENV): about 2 GB and three to ten minutes,"
 	@echo "some 7 GB with a CUDA build of torch. TORCH=... chooses torch, VENV=... the folder."
 	$(PYTHON) -m venv $(VENV)
 	test -z "$(CPU_ONLY)" || $(PIP) install --no-deps --retries 0 --timeout 15 \
