@@ -28,16 +28,18 @@ Key = Float[Tensor, "prompt key kv_head d_head"]
 LogSumExp = Float[Tensor, "prompt head query"]
 
 
-class ReceivedAndEntropy(NamedTuple):
-    """Both sums of one pass.
+class RowAndColumnSums(NamedTuple):
+    """The sums of one pass over the pattern.
 
     Attributes:
         received: See `received_mass`.
-        entropy: See `row_entropy`.
+        entropy: See `row_entropy`; None if it was not asked for.
+        weighted: See `weighted_mass`; None without weights.
     """
 
     received: Float[Tensor, "prompt head key"]
-    entropy: Float[Tensor, "prompt head query"]
+    entropy: Float[Tensor, "prompt head query"] | None
+    weighted: Float[Tensor, "prompt head query"] | None
 
 
 @dataclass(frozen=True)
@@ -159,27 +161,37 @@ def row_entropy(
     return entropy
 
 
-def received_and_entropy(
+def row_and_column_sums(
     query: Query,
     key: Key,
     lse: LogSumExp,
     call: AttentionCall,
     queries: Bool[Tensor, "prompt query"] | None = None,
-) -> ReceivedAndEntropy:
-    """`received_mass` and `row_entropy` for the price of little more than one of them.
+    *,
+    entropy: bool = False,
+    weights: Float[Tensor, "prompt key kv_head"] | None = None,
+) -> RowAndColumnSums:
+    """`received_mass`, with `row_entropy` and `weighted_mass` for little more than its price.
 
-    The entropy of queries that do not count is 0.
+    Rows of queries that do not count are 0.
     """
     kernels = kernels_for(query, call)
     if kernels is not None:
-        return ReceivedAndEntropy(*kernels.received_and_entropy(query, key, lse, call, queries))
-    mass = lse.new_zeros(len(key), query.shape[2], key.shape[1])
-    entropy = torch.zeros_like(lse)
+        return RowAndColumnSums(
+            *kernels.row_and_column_sums(query, key, lse, call, queries, entropy, weights)
+        )
+    received = lse.new_zeros(len(key), query.shape[2], key.shape[1])
+    rows_entropy = torch.zeros_like(lse) if entropy else None
+    weighted = None if weights is None else torch.zeros_like(lse)
+    sizes = None if weights is None else weights.to(lse.dtype).mT[..., None]
     for rows, columns, log_pattern in _log_pattern(query, key, lse, call, queries):
         pattern = log_pattern.exp()
-        entropy[:, :, rows] = _entropy(log_pattern, pattern)
-        mass[:, :, columns] += pattern.sum(2)
-    return ReceivedAndEntropy(mass, entropy)
+        received[:, :, columns] += pattern.sum(2)
+        if rows_entropy is not None:
+            rows_entropy[:, :, rows] = _entropy(log_pattern, pattern)
+        if weighted is not None and sizes is not None:
+            weighted[:, :, rows] = grouped_matmul(pattern, sizes[:, :, columns])[..., 0]
+    return RowAndColumnSums(received, rows_entropy, weighted)
 
 
 def weighted_mass(

@@ -108,6 +108,18 @@ class Batch:
         )
 
     @property
+    def seen(self) -> Float[Tensor, "prompt 2 position"]:
+        """How many sinks, and how many other keys besides its own, each query sees causally."""
+
+        def compute() -> Tensor:
+            kinds = torch.stack([self.sinks & self.mask, self.others], dim=1).float()
+            seen = kinds.cumsum(dim=-1)
+            seen[:, 1] -= kinds[:, 1]
+            return seen
+
+        return self.once("seen", compute)
+
+    @property
     def first_token(self) -> Bool[Tensor, "prompt position"]:
         """True at position 0 of each prompt only."""
         index = torch.arange(self.length, device=self.mask.device)

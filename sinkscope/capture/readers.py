@@ -171,7 +171,8 @@ class StreamReader:
         call: Scale, softcap and mask of this call.
         window: Sliding window of this layer in tokens, or None. The call need not know it: where
             transformers builds a dense mask, the window is in there.
-        statistics: Which of "received" and "entropy" will be asked for; both share one pass.
+        statistics: Which of "received", "entropy" and "value_share" will be asked for; with the
+            first, all share one pass.
     """
 
     batch: Batch
@@ -193,8 +194,22 @@ class StreamReader:
         return self.batch.mask if self.batch.ragged else None
 
     @cached_property
-    def _both(self) -> _columns.ReceivedAndEntropy:
-        return _columns.received_and_entropy(*self._attended, self._real_queries)
+    def _sums(self) -> _columns.RowAndColumnSums:
+        """All sums over the pattern that were asked for, in one pass."""
+        asked = self.statistics
+        return _columns.row_and_column_sums(
+            *self._attended,
+            self._real_queries,
+            entropy="entropy" in asked,
+            weights=self._value_sizes if "value_share" in asked else None,
+        )
+
+    @cached_property
+    def _value_sizes(self) -> Float[Tensor, "prompt position kv_head"]:
+        norm = values.norms(self.value)
+        return (
+            torch.where(self.batch.mask[:, None, :], norm, 0.0) if self.batch.ragged else norm
+        ).mT
 
     @cached_property
     def _angles(self) -> Angles | None:
@@ -204,7 +219,9 @@ class StreamReader:
         whole = call.causal and not call.offset and (self.window is None or self.window >= length)
         if kernels is None or not whole:
             return None
-        return kernels.causal_angles(self.query, self.key, self.batch.roles, call.scale)
+        return kernels.causal_angles(
+            self.query, self.key, self.batch.roles, self.batch.seen, call.scale
+        )
 
     def on_keys(
         self, keys: Bool[Tensor, "prompt key"], most: int | None = None
@@ -220,14 +237,14 @@ class StreamReader:
 
     def received(self) -> Float[Tensor, "prompt head key"]:
         """Σ_i exp(s_ij − lse_i)."""
-        if {"received", "entropy"} <= self.statistics:
-            return self._both.received
+        if self.statistics & {"entropy", "value_share"}:
+            return self._sums.received
         return _columns.received_mass(*self._attended, self._real_queries)
 
     def entropy(self) -> Float[Tensor, "prompt head query"]:
         """−Σ_j A_ij (s_ij − lse_i)."""
-        if {"received", "entropy"} <= self.statistics:
-            return self._both.entropy
+        if "received" in self.statistics and self._sums.entropy is not None:
+            return self._sums.entropy
         return _columns.row_entropy(*self._attended)
 
     def logit_gap(self) -> Float[Tensor, "prompt head"]:
@@ -265,12 +282,15 @@ class StreamReader:
 
     def value_weighted_share(self) -> Float[Tensor, "prompt head"]:
         """Both sums are attention calls whose values are the norms."""
-        b, norm = self.batch, values.norms(self.value)
-        sizes = torch.where(b.mask[:, None, :], norm, 0.0).mT
-        whole = _columns.weighted_mass(*self._attended, sizes)
+        b, sizes = self.batch, self._value_sizes
+        if "received" in self.statistics and self._sums.weighted is not None:
+            whole = self._sums.weighted
+        else:
+            whole = _columns.weighted_mass(*self._attended, sizes)
         if b.one_sink_each:  # then one column will do
-            size = values.per_query_head(values.norm_at(norm, b.first_sink), whole.shape[1])
+            size = sizes[:, 0] if b.sink_is_first_token else values.norm_at(sizes.mT, b.first_sink)
+            size = values.per_query_head(size, whole.shape[1])
             part = self.on_keys(b.sinks, most=1) * size[..., None]
         else:
             part = _columns.weighted_mass(*self._attended, sizes * b.sinks[..., None])
-        return attention.share_paid_to_sinks(part, whole, b.sinks, b.mask, b.causal)
+        return attention.mean_share(part, whole, b.queries)

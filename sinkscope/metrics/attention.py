@@ -215,8 +215,16 @@ def share_paid_to_sinks(
     causal: bool,
 ) -> Float[Tensor, "prompt head"]:
     """Mean over the queries after the sinks of part / whole [share]; an empty whole is left out."""
-    queries = queries_after(sinks, mask, causal)[:, None, :] & (whole > 0)
-    return masked_mean(at_least_fp32(part) / whole, queries, dim=-1)
+    return mean_share(part, whole, queries_after(sinks, mask, causal))
+
+
+def mean_share(
+    part: Float[Tensor, "prompt head query"],
+    whole: Float[Tensor, "prompt head query"],
+    queries: Bool[Tensor, "prompt query"],
+) -> Float[Tensor, "prompt head"]:
+    """Mean over some queries of part / whole [share]; an empty whole is left out."""
+    return masked_mean(at_least_fp32(part) / whole, queries[:, None, :] & (whole > 0), dim=-1)
 
 
 def value_weighted_share(

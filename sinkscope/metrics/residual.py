@@ -84,6 +84,40 @@ def cosine_to_sink(
     return torch.where(sinks.any(dim=1, keepdim=True), along / vector_norm(hidden), torch.nan)
 
 
+class TokenSummary(NamedTuple):
+    """What three metrics ask of every residual state, from one reading of it.
+
+    Attributes:
+        norm: See `residual_norms` [activation].
+        peak: The largest |a|, at pads too [activation].
+        cosine: See `cosine_to_sink`.
+    """
+
+    norm: Float[Tensor, "prompt position"]
+    peak: Float[Tensor, "prompt position"]
+    cosine: Float[Tensor, "prompt position"]
+
+
+def token_summary(
+    hidden: Float[Tensor, "prompt position dim"], first_sink: Int[Tensor, "prompt"]
+) -> TokenSummary | None:
+    """All three by one kernel on CUDA; None elsewhere, where the definitions are as fast.
+
+    Args:
+        hidden: Residual states.
+        first_sink: The first sink position of each prompt; its length where it has none.
+    """
+    if not hidden.is_cuda or hidden.numel() == 0:
+        return None
+    try:
+        from sinkscope.metrics import _token_kernels
+    except ImportError:  # a CUDA build of torch without Triton
+        return None
+    if hidden.dtype not in _token_kernels.DTYPES:
+        return None
+    return TokenSummary(*_token_kernels.token_summary(hidden, first_sink))
+
+
 MASSIVE_MINIMUM, MASSIVE_RATIO = 100.0, 1000.0
 """What a massive activation exceeds [activation], and by how many medians (Sun et al.)."""
 

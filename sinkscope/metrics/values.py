@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
@@ -27,15 +29,32 @@ def gram(w_o: Float[Tensor, "head d_head d_model"]) -> Float[Tensor, "head d_hea
 
 
 def norms_through(
-    x: Float[Tensor, "prompt position head d_head"], gram: Float[Tensor, "head d_head d_head"]
+    x: Float[Tensor, "prompt position kv_head d_head"], gram: Float[Tensor, "head d_head d_head"]
 ) -> Float[Tensor, "prompt head position"]:
-    """‖x W_O^h‖ of every head's vector [activation], as sqrt(xᵀ G^h x) with G from :func:`gram`."""
+    """‖x W_O^h‖ of every head's vector [activation], as sqrt(xᵀ G^h x) with G from :func:`gram`.
+
+    Vectors of KV heads are those of every query head that reads them (see `per_query_head`).
+    """
+    if (kernels := _kernels_for(x)) is not None:
+        return kernels.norms_through(x, gram)
+    x = x.repeat_interleave(len(gram) // x.shape[2], dim=2)
     sizes = []
     for chunk in position_chunks(x):
         part = at_least_fp32(x[:, chunk])
         through = torch.einsum("pthd,hde->pthe", part, gram.to(part.dtype))
         sizes.append((through * part).sum(dim=-1).clamp(min=0).sqrt())
     return torch.cat(sizes, dim=1).transpose(1, 2)
+
+
+def _kernels_for(x: Float[Tensor, "prompt position head d_head"]) -> ModuleType | None:
+    if not x.is_cuda or x.numel() == 0:
+        return None
+    try:
+        from sinkscope.metrics import _token_kernels
+    except ImportError:  # a CUDA build of torch without Triton
+        return None
+    fits = x.dtype in _token_kernels.DTYPES and x.shape[-1] <= _token_kernels.WIDEST_HEAD
+    return _token_kernels if fits else None
 
 
 def drain(

@@ -95,7 +95,7 @@ def test_statistics_equal_those_of_the_pattern(
         pattern, call = expected[layer], stream.calls[layer]
         call_of = seen["hook_rot_q"][layer], seen["hook_rot_k"][layer], seen["hook_lse"][layer]
         paid = pattern_sums.attention_to_keys(*call_of, call, keys)
-        both = pattern_sums.received_and_entropy(*call_of, call, mask)
+        both = pattern_sums.row_and_column_sums(*call_of, call, mask, entropy=True)
         sizes = seen["hook_rot_v"][layer].norm(dim=-1)
         weighted = pattern_sums.weighted_mass(*call_of, call, sizes)
         learned = pattern_sums.learned_sink_share(call_of[2], call)

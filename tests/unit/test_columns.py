@@ -103,7 +103,7 @@ def test_row_entropy(kind: str, tiles: None) -> None:
         expected[tuple(place[:3])] -= a * math.log(a)
     found = pattern_sums.row_entropy(c.query, c.key, lse, c.call)
     torch.testing.assert_close(found.double(), expected, **TOLERANCE)
-    both = pattern_sums.received_and_entropy(c.query, c.key, lse, c.call)
+    both = pattern_sums.row_and_column_sums(c.query, c.key, lse, c.call, entropy=True)
     torch.testing.assert_close(both.entropy.double(), expected, **TOLERANCE)
     torch.testing.assert_close(both.received.double(), pattern.sum(2), **TOLERANCE)
 
@@ -112,7 +112,7 @@ def test_both_sums_leave_out_the_same_queries() -> None:
     c = case("causal")
     pattern, _, lse = measured(c)
     queries = torch.arange(lse.shape[2]).expand(len(lse), -1) % 2 == 0
-    both = pattern_sums.received_and_entropy(c.query, c.key, lse, c.call, queries)
+    both = pattern_sums.row_and_column_sums(c.query, c.key, lse, c.call, queries, entropy=True)
     torch.testing.assert_close(both.received.double(), pattern[:, :, ::2].sum(2), **TOLERANCE)
     assert both.entropy[:, :, 1::2].abs().max() == 0
 

@@ -73,9 +73,18 @@ def test_received(kernels, here: tuple[Case, Tensor, Tensor]) -> None:
     counted = pattern * queries.cpu()[:, None, :, None]
     equal(kernels.received_mass(c.query, c.key, lse, c.call, None), pattern.sum(2))
     equal(kernels.received_mass(c.query, c.key, lse, c.call, queries), counted.sum(2))
-    received, entropy = kernels.received_and_entropy(c.query, c.key, lse, c.call, queries)
-    equal(received, counted.sum(2))
-    equal(entropy, torch.special.entr(counted).sum(-1))
+    sizes = c.value.float().norm(dim=-1)
+    expected = torch.einsum("bhqk,bkh->bhq", counted, sizes.cpu().double().repeat_interleave(2, 2))
+    for entropy, weights in ((True, None), (False, sizes), (True, sizes)):
+        received, rows, weighted = kernels.row_and_column_sums(
+            c.query, c.key, lse, c.call, queries, entropy, weights
+        )
+        equal(received, counted.sum(2))
+        assert (rows is not None, weighted is None) == (entropy, weights is None)
+        if rows is not None:
+            equal(rows, torch.special.entr(counted).sum(-1))
+        if weighted is not None:
+            equal(weighted, expected)
 
 
 def test_received_by_bucket(kernels, here: tuple[Case, Tensor, Tensor]) -> None:
@@ -125,9 +134,14 @@ def test_any_length_and_head_width(kernels, width: int, length: int, dtype: torc
     torch.testing.assert_close(found.float(), z, **rounding)
     torch.testing.assert_close(found_lse, lse, **TOLERANCE)
     plain = (query.cpu().float(), key.cpu().float(), lse.cpu(), call)
-    received, entropy = kernels.received_and_entropy(query, key, lse, call, None)
+    sizes = value.float().norm(dim=-1)
+    received, entropy, weighted = kernels.row_and_column_sums(
+        query, key, lse, call, None, True, sizes
+    )
     equal(received, pattern_sums.received_mass(*plain).double(), rtol=1e-4, atol=1e-4)
     equal(entropy, pattern_sums.row_entropy(*plain).double(), rtol=1e-4, atol=1e-4)
+    mass = pattern_sums.weighted_mass(*plain, sizes.cpu())
+    equal(weighted, mass.double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
@@ -163,12 +177,12 @@ def test_nothing_quadratic_is_held_on_a_gpu() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     _, lse = attend(q.transpose(1, 2), k.transpose(1, 2), k.transpose(1, 2), call)
-    both = pattern_sums.received_and_entropy(q, k, lse, call)
+    both = pattern_sums.row_and_column_sums(q, k, lse, call, entropy=True)
     assert torch.cuda.max_memory_allocated() - before < 64 * 2**20
     torch.testing.assert_close(both.received.sum(), torch.tensor(4 * 32768.0, device="cuda"))
 
 
-@pytest.mark.parametrize("length", [1, 2, 33, 70])
+@pytest.mark.parametrize("length", [1, 2, 33, 64, 70, 200])
 @pytest.mark.parametrize("sinks", [[0], [0, 3], [5]])
 def test_angles(kernels, sinks: list[int], length: int, dtype: torch.dtype) -> None:
     """Ragged prompts over several blocks; the definitions in `metrics.geometry` are the oracle."""
@@ -182,7 +196,10 @@ def test_angles(kernels, sinks: list[int], length: int, dtype: torch.dtype) -> N
     is_sink[:, [position for position in sinks if position < length]] = True
     queries = positions.queries_after(is_sink, mask, causal=True)
     role = (is_sink & mask).int() + 2 * (mask & ~is_sink) + 4 * queries
-    found = kernels.causal_angles(query, key, role.to(DEVICE), 0.3)
+    kinds = torch.stack([is_sink & mask, mask & ~is_sink], dim=1).float()
+    seen = kinds.cumsum(dim=-1)
+    seen[:, 1] -= kinds[:, 1]
+    found = kernels.causal_angles(query, key, role.to(DEVICE), seen.to(DEVICE), 0.3)
     plain = query.cpu().float(), key.cpu().float()
     expected = geometry.sink_logit_decomposition(*plain, is_sink, mask, causal=True)
     gap = geometry.logit_gap_rows(*plain, 0.3, is_sink, mask, causal=True)

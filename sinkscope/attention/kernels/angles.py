@@ -1,4 +1,10 @@
-"""Norms and angles of queries and keys, and the sink's logit gap, in one walk along a prompt."""
+"""Norms and angles of queries and keys, and the sink's logit gap, without the pattern.
+
+All of them are linear in the keys that a query sees, so sums of keys suffice: of the keys and of
+their directions, over the sinks and over all others. A prompt is cut into chunks; `key_sum_kernel`
+sums up each chunk, a cumulative sum over chunks follows, and `angle_kernel` adds to it what a query
+sees of its own chunk, by one small matrix product.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +21,50 @@ ASKED: tl.constexpr = tl.constexpr(4)
 
 @triton.jit
 @no_type_check
+def key_sum_kernel(
+    key,
+    role,
+    sums,
+    key_b,
+    key_t,
+    key_h,
+    length,
+    chunks,
+    D: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    C: tl.constexpr,
+):
+    """One chunk's sums of a KV head: sinks, their directions, other keys, their directions."""
+    chunk = tl.program_id(0)
+    head = tl.program_id(1)
+    prompt = tl.program_id(2).to(tl.int64)
+    places = chunk * C + tl.arange(0, C)
+    here = places < length
+    dims = tl.arange(0, D_BLOCK)
+    at = places.to(tl.int64)[:, None] * key_t + dims[None, :]
+    key += prompt * key_b + head * key_h
+    k = tl.load(key + at, mask=here[:, None] & (dims < D)[None, :], other=0.0).to(tl.float32)
+    roles = tl.load(role + prompt * length + places, mask=here, other=0)
+    sink = ((roles & SINK) != 0)[:, None]
+    other = ((roles & OTHER) != 0)[:, None]
+    unit = k / tl.maximum(tl.sqrt(tl.sum(k * k, 1)), 1e-12)[:, None]
+
+    sums += ((prompt * tl.num_programs(1) + head) * 4 * D + dims) * chunks + chunk
+    inside = dims < D
+    tl.store(sums, tl.sum(tl.where(sink, k, 0.0), 0), mask=inside)
+    tl.store(sums + D * chunks, tl.sum(tl.where(sink, unit, 0.0), 0), mask=inside)
+    tl.store(sums + 2 * D * chunks, tl.sum(tl.where(other, k, 0.0), 0), mask=inside)
+    tl.store(sums + 3 * D * chunks, tl.sum(tl.where(other, unit, 0.0), 0), mask=inside)
+
+
+@triton.jit
+@no_type_check
 def angle_kernel(
     query,
     key,
     role,
+    seen,
+    sums,
     result,
     query_b,
     query_t,
@@ -27,93 +73,84 @@ def angle_kernel(
     key_t,
     key_h,
     length,
+    chunks,
     scale,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     D_BLOCK: tl.constexpr,
-    M: tl.constexpr,
+    C: tl.constexpr,
+    FIRST_ONLY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Five means of one head under a causal mask, see `launch.Angles`.
+    """Five sums of one head over one chunk of queries, and how many queries enter each.
 
-    The keys before a position are only ever needed as sums: of the keys and of their directions,
-    over the sinks and over all others. They are carried along from block to block.
+    ``seen`` holds how many sinks and how many other keys each query sees, ``sums`` the cumulative
+    sums of `key_sum_kernel` over chunks; with FIRST_ONLY there is one chunk and nothing before it.
+    The five means are those of `kernels.Angles`.
     """
-    head = tl.program_id(0)
-    prompt = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(0)
+    head = tl.program_id(1)
+    prompt = tl.program_id(2).to(tl.int64)
+    kv_heads = tl.num_programs(1) // GROUP
+    places = chunk * C + tl.arange(0, C)
+    here = places < length
     dims = tl.arange(0, D_BLOCK)
+    inside = here[:, None] & (dims < D)[None, :]
+    at = places.to(tl.int64)[:, None]
     query += prompt * query_b + head * query_h
     key += prompt * key_b + (head // GROUP) * key_h
-    role += prompt * length
+    q = tl.load(query + at * query_t + dims[None, :], mask=inside, other=0.0)
+    k = tl.load(key + at * key_t + dims[None, :], mask=inside, other=0.0)
+    roles = tl.load(role + prompt * length + places, mask=here, other=0)
+    seen += prompt * 2 * length + places
+    sinks_seen = tl.load(seen, mask=here, other=0.0)
+    others_seen = tl.load(seen + length, mask=here, other=0.0)
+    sink = (roles & SINK) != 0
+    other = (roles & OTHER) != 0
+    asked = (roles & ASKED) != 0
 
-    sink_keys = tl.zeros([D_BLOCK], dtype=tl.float32)
-    sink_units = tl.zeros([D_BLOCK], dtype=tl.float32)
-    other_keys = tl.zeros([D_BLOCK], dtype=tl.float32)
-    other_units = tl.zeros([D_BLOCK], dtype=tl.float32)
-    n_sinks = 0.0
-    n_others = 0.0
-    totals = tl.zeros([8], dtype=tl.float32)
-    counts = tl.zeros([8], dtype=tl.float32)
-    slot = tl.arange(0, 8)
-    for first in tl.range(0, length, M):
-        places = first + tl.arange(0, M)
-        here = places < length
-        at = places.to(tl.int64)[:, None]
-        inside = here[:, None] & (dims < D)[None, :]
-        q = tl.load(query + at * query_t + dims[None, :], mask=inside, other=0.0).to(tl.float32)
-        k = tl.load(key + at * key_t + dims[None, :], mask=inside, other=0.0).to(tl.float32)
-        roles = tl.load(role + places, mask=here, other=0)
-        sink = (roles & SINK) != 0
-        other = (roles & OTHER) != 0
-        asked = (roles & ASKED) != 0
+    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    q = q.to(tl.float32)
+    k = k.to(tl.float32)
+    q_norm = tl.sqrt(tl.sum(q * q, 1))
+    k_norm = tl.sqrt(tl.sum(k * k, 1))
+    cosines = products / tl.maximum(k_norm, 1e-12)[None, :]
+    row = tl.arange(0, C)[:, None]
+    column = tl.arange(0, C)[None, :]
+    at_sinks = sink[None, :] & (column <= row)
+    at_others = other[None, :] & (column < row)  # a query's own key is no other key to it
+    to_sink = tl.sum(tl.where(at_sinks, products, 0.0), 1)
+    sink_cosine = tl.sum(tl.where(at_sinks, cosines, 0.0), 1)
+    to_other = tl.sum(tl.where(at_others, products, 0.0), 1)
+    other_cosine = tl.sum(tl.where(at_others, cosines, 0.0), 1)
+    if not FIRST_ONLY:
+        sums += ((prompt * kv_heads + head // GROUP) * 4 * D + dims) * chunks + chunk - 1
+        before = (dims < D) & (chunk > 0)
+        step = D * chunks
+        to_sink += tl.sum(q * tl.load(sums, mask=before, other=0.0)[None, :], 1)
+        sink_cosine += tl.sum(q * tl.load(sums + step, mask=before, other=0.0)[None, :], 1)
+        to_other += tl.sum(q * tl.load(sums + 2 * step, mask=before, other=0.0)[None, :], 1)
+        other_cosine += tl.sum(q * tl.load(sums + 3 * step, mask=before, other=0.0)[None, :], 1)
+    gap = to_sink / tl.maximum(sinks_seen, 1.0) - to_other / tl.maximum(others_seen, 1.0)
+    sink_cosine = sink_cosine / tl.maximum(sinks_seen, 1.0)
+    other_cosine = other_cosine / tl.maximum(others_seen, 1.0)
 
-        q_norm = tl.sqrt(tl.sum(q * q, 1))
-        k_norm = tl.sqrt(tl.sum(k * k, 1))
-        unit = k / tl.maximum(k_norm, 1e-12)[:, None]
-        sinks_seen = n_sinks + tl.cumsum(sink.to(tl.float32), 0)
-        others_seen = n_others + tl.cumsum(other.to(tl.float32), 0) - other.to(tl.float32)
-        per_sink = 1.0 / tl.maximum(sinks_seen, 1.0)
-        per_other = 1.0 / tl.maximum(others_seen, 1.0)
-
-        mine = tl.where(sink[:, None], k, 0.0)
-        to_sink = tl.sum(q * (tl.cumsum(mine, 0) + sink_keys[None, :]), 1) * per_sink
-        sink_keys += tl.sum(mine, 0)
-        mine = tl.where(sink[:, None], unit, 0.0)
-        sink_cosine = tl.sum(q * (tl.cumsum(mine, 0) + sink_units[None, :]), 1) * per_sink
-        sink_units += tl.sum(mine, 0)
-        # A query's own key is no other key to it.
-        mine = tl.where(other[:, None], k, 0.0)
-        to_other = tl.sum(q * (tl.cumsum(mine, 0) - mine + other_keys[None, :]), 1) * per_other
-        other_keys += tl.sum(mine, 0)
-        mine = tl.where(other[:, None], unit, 0.0)
-        other_cosine = tl.sum(q * (tl.cumsum(mine, 0) - mine + other_units[None, :]), 1)
-        other_cosine = other_cosine * per_other
-        other_units += tl.sum(mine, 0)
-        n_sinks += tl.sum(sink.to(tl.float32), 0)
-        n_others += tl.sum(other.to(tl.float32), 0)
-
-        near = asked & (sinks_seen > 0)
-        far = asked & (others_seen > 0)
-        both = near & far
-        totals += _at(0, slot, asked, q_norm)
-        totals += _at(1, slot, sink, k_norm)
-        # A query of length 0 has a gap, but points nowhere.
-        near = near & (q_norm > 0)
-        far = far & (q_norm > 0)
-        totals += _at(2, slot, near, sink_cosine / q_norm)
-        totals += _at(3, slot, far, other_cosine / q_norm)
-        totals += _at(4, slot, both, (to_sink - to_other) * scale)
-        counts += _at(0, slot, asked, asked.to(tl.float32))
-        counts += _at(1, slot, sink, sink.to(tl.float32))
-        counts += _at(2, slot, near, near.to(tl.float32))
-        counts += _at(3, slot, far, far.to(tl.float32))
-        counts += _at(4, slot, both, both.to(tl.float32))
-    row = prompt * tl.num_programs(0) + head
-    means = tl.where(counts > 0, totals / tl.maximum(counts, 1.0), float("nan"))
-    tl.store(result + row * 8 + slot, means)
+    near = asked & (sinks_seen > 0)
+    far = asked & (others_seen > 0)
+    both = near & far
+    near = near & (q_norm > 0)  # a query of length 0 has a gap, but no direction
+    far = far & (q_norm > 0)
+    result += ((prompt * tl.num_programs(1) + head) * chunks + chunk) * 10
+    _store(result, 0, asked, q_norm)
+    _store(result, 1, sink, k_norm)
+    _store(result, 2, near, sink_cosine / tl.maximum(q_norm, 1e-30))
+    _store(result, 3, far, other_cosine / tl.maximum(q_norm, 1e-30))
+    _store(result, 4, both, gap * scale)
 
 
 @triton.jit
 @no_type_check
-def _at(index: tl.constexpr, slot, where, x):
-    """The sum of some entries, in one slot."""
-    return tl.where(slot == index, tl.sum(tl.where(where, x, 0.0), 0), 0.0)
+def _store(result, index: tl.constexpr, where, x):
+    """The sum of some entries, and how many they are."""
+    tl.store(result + index, tl.sum(tl.where(where, x, 0.0), 0))
+    tl.store(result + 5 + index, tl.sum(where.to(tl.float32), 0))

@@ -22,8 +22,10 @@ def received_kernel(
     key,
     lse,
     chosen,
+    weights,
     received,
     entropy,
+    weighted,
     query_b,
     query_t,
     query_h,
@@ -46,13 +48,15 @@ def received_kernel(
     CAPPED: tl.constexpr,
     CHOSEN: tl.constexpr,
     ENTROPY: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Σ_i A_ij for one block of keys; with ENTROPY also −Σ_j A_ij ln A_ij, added up atomically.
+    """Σ_i A_ij for one block of keys, and sums along rows, which are added up atomically.
 
-    With CHOSEN, only queries whose ``chosen`` is not 0 enter either sum. KEYS_FIRST, which ENTROPY
-    excludes, lays tiles out as [key query] instead of [query key], see `_walk`.
+    With ENTROPY these are −Σ_j A_ij ln A_ij, with WEIGHTED Σ_j A_ij w_j. With CHOSEN, only queries
+    whose ``chosen`` is not 0 enter any sum. KEYS_FIRST, which sums along rows exclude, lays tiles
+    out as [key query] instead of [query key], see `_walk`.
     """
     first_key = tl.program_id(0) * N
     head = tl.program_id(1)
@@ -68,6 +72,12 @@ def received_kernel(
     lse += row * n_queries
     chosen += prompt * n_queries
     entropy += row * n_queries
+    weighted += row * n_queries
+    if WEIGHTED:
+        kv_row = prompt * (tl.num_programs(1) // GROUP) + head // GROUP
+        w = tl.load(weights + kv_row * n_keys + keys, mask=keys < n_keys, other=0.0)
+    else:
+        w = 0.0
 
     low = 0
     high = n_queries
@@ -89,15 +99,15 @@ def received_kernel(
     else:
         total = tl.zeros([M, N], dtype=tl.float32)
     total = _walk(
-        total, query, query_t, k, keys, lse, chosen, entropy, low, clear, n_queries, n_keys,
-        offset, window, scale, cap,
-        D, D_BLOCK, M, CAUSAL, WINDOWED, CAPPED, True, CHOSEN, ENTROPY,
+        total, query, query_t, k, keys, lse, chosen, w, entropy, weighted, low, clear, n_queries,
+        n_keys, offset, window, scale, cap,
+        D, D_BLOCK, M, CAUSAL, WINDOWED, CAPPED, True, CHOSEN, ENTROPY, WEIGHTED,
         KEYS_FIRST, PRECISION,
     )  # fmt: skip
     total = _walk(
-        total, query, query_t, k, keys, lse, chosen, entropy, clear, high, n_queries, n_keys,
-        offset, window, scale, cap,
-        D, D_BLOCK, M, CAUSAL, WINDOWED, CAPPED, False, CHOSEN, ENTROPY,
+        total, query, query_t, k, keys, lse, chosen, w, entropy, weighted, clear, high, n_queries,
+        n_keys, offset, window, scale, cap,
+        D, D_BLOCK, M, CAUSAL, WINDOWED, CAPPED, False, CHOSEN, ENTROPY, WEIGHTED,
         KEYS_FIRST, PRECISION,
     )  # fmt: skip
     if not KEYS_FIRST:
@@ -115,7 +125,9 @@ def _walk(
     keys,
     lse,
     chosen,
+    w,
     entropy,
+    weighted,
     low,
     high,
     n_queries,
@@ -133,13 +145,14 @@ def _walk(
     MASKED: tl.constexpr,
     CHOSEN: tl.constexpr,
     ENTROPY: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add the queries from low up to high to the total of each key.
 
     A sum that is taken in every step must lie along a tile's second axis, within the registers of
-    a few threads. The rows' sums of ENTROPY are such; the columns' then stay a tile until the end.
+    a few threads. Sums along rows are such; those over columns then stay a tile until the end.
     With KEYS_FIRST the columns' are, which saves the registers of that tile.
     """
     dims = tl.arange(0, D_BLOCK)
@@ -176,4 +189,7 @@ def _walk(
             if ENTROPY:
                 rows = tl.sum(pattern * logs, 1) * -LN_2
                 tl.atomic_add(entropy + queries, rows, mask=real, sem="relaxed")
+            if WEIGHTED:
+                rows = tl.sum(pattern * w[None, :], 1)
+                tl.atomic_add(weighted + queries, rows, mask=real, sem="relaxed")
     return total

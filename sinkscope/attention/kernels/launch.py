@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sinkscope.attention.call import AttentionCall
 from sinkscope.attention.kernels import Angles
-from sinkscope.attention.kernels.angles import angle_kernel
+from sinkscope.attention.kernels.angles import angle_kernel, key_sum_kernel
 from sinkscope.attention.kernels.columns import received_kernel
 from sinkscope.attention.kernels.forward import forward_kernel
 from sinkscope.attention.kernels.rows import chosen_kernel, row_kernel
@@ -96,20 +96,29 @@ def received_mass_by(
 
 
 @on_its_device
-def received_and_entropy(
+def row_and_column_sums(
     query: Query,
     key: Key,
     lse: LogSumExp,
     call: AttentionCall,
     queries: Bool[Tensor, "prompt query"] | None,
-) -> tuple[Float[Tensor, "prompt head key"], Float[Tensor, "prompt head query"]]:
-    """Both sums; the entropy is added up atomically, so its last digits vary between runs."""
+    entropy: bool,
+    weights: Float[Tensor, "prompt key kv_head"] | None,
+) -> tuple[Float[Tensor, "prompt head key"], LogSumExp | None, LogSumExp | None]:
+    """Σ_i A_ij, −Σ_j A_ij ln A_ij and Σ_j A_ij w_j in one pass over the pattern.
+
+    Sums along rows are added up atomically, so their last digits vary between runs.
+    """
     if call.mask is not None:  # rare: padded encoders
         received = received_mass(query, key, lse, call, queries)
-        entropy = row_entropy(query, key, lse, call)
-        return received, entropy if queries is None else entropy * queries[:, None, :]
-    entropy = torch.zeros_like(lse, dtype=torch.float32)
-    return _received(query, key, lse, call, queries, entropy), entropy
+        rows = row_entropy(query, key, lse, call) if entropy else None
+        mass = None if weights is None else weighted_mass(query, key, lse, call, weights)
+        if queries is not None:
+            rows, mass = (x if x is None else x * queries[:, None, :] for x in (rows, mass))
+        return received, rows, mass
+    rows = torch.zeros_like(lse, dtype=torch.float32) if entropy else None
+    mass = None if weights is None else torch.zeros_like(lse, dtype=torch.float32)
+    return _received(query, key, lse, call, queries, rows, mass, weights), rows, mass
 
 
 @on_its_device
@@ -162,7 +171,11 @@ def forward(
 
 @on_its_device
 def causal_angles(
-    query: Query, key: Key, role: Int[Tensor, "prompt position"], scale: float
+    query: Query,
+    key: Key,
+    role: Int[Tensor, "prompt position"],
+    seen: Float[Tensor, "prompt 2 position"],
+    scale: float,
 ) -> Angles:
     """Norms, cosines and the logit gap under a causal mask without a window.
 
@@ -170,17 +183,36 @@ def causal_angles(
         query: Queries as they enter the dot product.
         key: Keys as they enter the dot product.
         role: Bits of each position, see `angles.py`.
+        seen: How many sinks, and how many other keys, the query at each position sees.
         scale: Factor on the dot product.
     """
-    query, key, role = contiguous_rows(query), contiguous_rows(key), role.contiguous()
+    query, key, role, seen = (
+        contiguous_rows(query),
+        contiguous_rows(key),
+        role.contiguous(),
+        seen.contiguous(),
+    )
     prompts, length, heads, width = query.shape
-    result = torch.empty(prompts, heads, 8, dtype=torch.float32, device=query.device)
-    angle_kernel[(heads, prompts)](
-        query, key, role, result, *_strides(query), *_strides(key), length, float(scale),
-        GROUP=heads // key.shape[2], D=width, D_BLOCK=max(16, triton.next_power_of_2(width)),
-        M=32, num_warps=8,
+    kv_heads, block = key.shape[2], max(16, triton.next_power_of_2(width))
+    chunk = 64 if block <= 128 else 32
+    chunks = triton.cdiv(length, chunk)
+    shape = dict(D=width, D_BLOCK=block, C=chunk, num_warps=4)
+    sums = seen  # not read where there is one chunk
+    if chunks > 1:
+        sums = query.new_empty(prompts, kv_heads, 4, width, chunks, dtype=torch.float32)
+        key_sum_kernel[(chunks, kv_heads, prompts)](
+            key, role, sums, *_strides(key), length, chunks, **shape
+        )
+        sums = sums.cumsum(dim=-1)
+    result = query.new_empty(prompts, heads, chunks, 10, dtype=torch.float32)
+    angle_kernel[(chunks, heads, prompts)](
+        query, key, role, seen, sums, result, *_strides(query), *_strides(key), length, chunks,
+        float(scale), GROUP=heads // kv_heads, FIRST_ONLY=chunks == 1,
+        PRECISION=_precision(query), **shape,
     )  # fmt: skip
-    return Angles(*result[..., :5].unbind(-1))
+    total = result[:, :, 0] if chunks == 1 else result.sum(dim=2)
+    means = total[..., :5] / total[..., 5:]  # 0 / 0 is nan, as a mean over nothing should be
+    return Angles(*means.unbind(-1))
 
 
 def _received(
@@ -190,17 +222,25 @@ def _received(
     call: AttentionCall,
     queries: Bool[Tensor, "prompt query"] | None = None,
     entropy: LogSumExp | None = None,
+    weighted: LogSumExp | None = None,
+    weights: Float[Tensor, "prompt key kv_head"] | None = None,
 ) -> Float[Tensor, "prompt head key"]:
+    """Sums over columns, returned, and those along rows that there are tensors for, added there."""
     query, key, lse = contiguous_rows(query), contiguous_rows(key), lse.contiguous()
     received = lse.new_empty(len(key), query.shape[2], key.shape[1])
     shape = _shape(query, key, call)
-    kernel = "received" if entropy is None else "both"
-    rows, columns, warps, stages = _tile(kernel, query, shape["D_BLOCK"])
+    along_rows = entropy is not None or weighted is not None
+    rows, columns, warps, stages = _tile(
+        "both" if along_rows else "received", query, shape["D_BLOCK"]
+    )
+    sizes = lse if weights is None else weights.float().mT.contiguous()
     received_kernel[_grid(query, columns, key.shape[1])](
-        query, key, lse, lse if queries is None else queries.contiguous(), received,
-        lse if entropy is None else entropy, *_strides(query), *_strides(key), query.shape[1],
-        key.shape[1], **_numbers(call), **shape, M=rows, N=columns, CHOSEN=queries is not None,
-        ENTROPY=entropy is not None, KEYS_FIRST=entropy is None and shape["D_BLOCK"] <= 64,
+        query, key, lse, lse if queries is None else queries.contiguous(), sizes, received,
+        lse if entropy is None else entropy, lse if weighted is None else weighted,
+        *_strides(query), *_strides(key), query.shape[1], key.shape[1],
+        **_numbers(call), **shape, M=rows, N=columns, CHOSEN=queries is not None,
+        ENTROPY=entropy is not None, WEIGHTED=weighted is not None,
+        KEYS_FIRST=not along_rows and shape["D_BLOCK"] <= 64,
         PRECISION=_precision(query), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if call.mask is not None:

@@ -158,6 +158,8 @@ class LearnedSink(Observer, metric="learned_sink", reads="attention"):
 class ValueShare(Observer, metric="value_share", reads="attention", needs=("pattern", "value")):
     """The sink's share once attention is weighted by the size of the values."""
 
+    statistics = frozenset({"value_share"})
+
     def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
         """Mean over the queries after the sink."""
         return {"value_weighted_sink_share": x.value_weighted_share()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers.base import Observer, Scope
+from sinkscope.capture.observers.residual import token_summary
 from sinkscope.devices import Coming
 from sinkscope.metrics import residual
 from sinkscope.metrics._magnitude_median import magnitude_median
@@ -47,7 +48,11 @@ class Massive(Observer, metric="massive", reads="resid_post", core=True):
 
     def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> None:
         """Ask how many tokens pass the fixed part of the rule of Sun et al."""
-        peak = residual.token_peaks(x, batch.mask)
+        summary = token_summary(self.layer, x, batch)
+        if summary is None:
+            peak = residual.token_peaks(x, batch.mask)
+        else:
+            peak = torch.where(batch.mask, summary.peak, 0) if batch.ragged else summary.peak
         number = Coming((peak > residual.MASSIVE_MINIMUM).sum())
         self._asked.append(_Asked(self.layer, x, peak, number, batch, self._running))
         self._look(but_the_last=0 if batch.disturbed else _late(x))

@@ -19,6 +19,13 @@ from sinkscope.metrics._reduce import at_least_fp32
 from sinkscope.metrics.positions import first_true
 
 
+def token_summary(
+    layer: int, x: Float[Tensor, "prompt position dim"], batch: Batch
+) -> residual.TokenSummary | None:
+    """What three observers ask of a residual state, read once for all of them on CUDA."""
+    return batch.once(("token summary", layer), lambda: residual.token_summary(x, batch.first_sink))
+
+
 class ResidualNorms(Observer, metric="residual", reads="resid_post", core=True):
     """Norms after each block, the sink's peak over the others, and outlier tokens."""
 
@@ -28,7 +35,8 @@ class ResidualNorms(Observer, metric="residual", reads="resid_post", core=True):
 
     def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
         """One norm a token; everything else waits."""
-        return {"norm": residual.residual_norms(x)}
+        summary = token_summary(self.layer, x, batch)
+        return {"norm": residual.residual_norms(x) if summary is None else summary.norm}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Peaks and medians of all layers at once; an outlier in any layer is an outlier.
@@ -91,6 +99,9 @@ class CosineToSink(Observer, metric="cosine", reads="resid_post"):
 
     def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
         """One cosine a token."""
+        summary = token_summary(self.layer, x, batch)
+        if summary is not None:
+            return {"cosine_to_sink": summary.cosine}
         return {"cosine_to_sink": residual.cosine_to_sink(x, batch.sinks)}
 
     def where(self, name: str, batch: Batch) -> Bool[Tensor, "prompt position"]:

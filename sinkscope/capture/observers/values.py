@@ -73,9 +73,7 @@ class ValuesThroughOutput(ThroughOutput, metric="through_output", reads="value")
         self, x: Float[Tensor, "prompt position kv_head d_head"], batch: Batch
     ) -> dict[str, Tensor]:
         """By the Gram form, so nothing d_model wide is made."""
-        group = self.scope.n_heads // x.shape[2]
-        wide = x.repeat_interleave(group, dim=2)
-        return {"norm": values.norms_through(wide, self.scope.gram(self.layer))}
+        return {"norm": values.norms_through(x, self.scope.gram(self.layer))}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Norms by position, drains by prompt."""
