@@ -15,7 +15,7 @@ matter less there and two matter more: sink attention is a hint, removal is the 
 """
 
 import sinkscope as ss
-from sinkscope.experiments.ablation import removal
+from sinkscope.experiments.ablation import ablate_heads
 
 model = ss.load_model("smollm2-135m")
 kinds = {name: ss.texts(name, prompts=24, length=96) for name in ("prose", "code")}
@@ -27,7 +27,9 @@ always = (sink["prose"] * sink["code"]).flatten().topk(1).indices
 sometimes = (sink["code"] - sink["prose"]).flatten().topk(4).indices
 heads = [divmod(at, model.cfg.n_heads) for at in (*always.tolist(), *sometimes.tolist())]
 effect = {
-    name: removal(model, texts, "resample", heads=heads, progress=False).loss_change.abs().mean(0)
+    name: ablate_heads(model, texts, "resample", heads=heads, progress=False)
+    .loss_change.abs()
+    .mean(0)
     for name, texts in kinds.items()
 }
 for head in heads:

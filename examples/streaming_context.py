@@ -33,7 +33,7 @@ found = streaming_context(
     progress=False,
 )
 print(f"{found.about} · from token {found.after} on")
-for row in found.findings()["settings"]:
+for row in found.statistics()["settings"]:
     over = row["loss_over_everything"]
     print(
         f"{row['kept']:14}  perplexity {row['perplexity_after']:.1f}, "

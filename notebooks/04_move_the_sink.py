@@ -263,7 +263,7 @@ streamed = streaming_context(
 print(streamed.summary())
 
 # %%
-perplexity = streamed.frame().set_index("kept")["perplexity_after"]
+perplexity = streamed.to_frame().set_index("kept")["perplexity_after"]
 everything = perplexity["everything"]
 assert perplexity["0 sinks"] > 1.3 * everything and perplexity["96 as it is"] > 1.3 * everything
 assert perplexity["1 sink"] < 1.15 * everything

@@ -31,7 +31,7 @@ from einops import repeat
 
 import sinkscope as ss
 from sinkscope.experiments.dormant import dormancy
-from sinkscope.experiments.inactive_heads import sleep
+from sinkscope.experiments.inactive_heads import ablate_inactive
 from sinkscope.interventions import AblateHeads
 
 model = ss.load_model("smollm2-135m")
@@ -247,11 +247,11 @@ assert loud.sum() > 10 and output[layer, head] > 1.5
 
 # %%
 short = ss.token_ids(prose.tokens[:, :48])
-asleep = sleep(model, short, scores=("AHON-LN", "AWFT"), shares=(0.1, 0.2), draws=5)
-asleep.figures()["sleep"]
+asleep = ablate_inactive(model, short, scores=("AHON-LN", "AWFT"), shares=(0.1, 0.2), draws=5)
+asleep.figures()["inactive-heads"]
 
 # %%
-rise = (asleep.loss_asleep - asleep.loss).mean(-1)  # over prompts [score, share]
+rise = (asleep.ablated_loss - asleep.loss).mean(-1)  # over prompts [score, share]
 for score, (tenth, fifth) in zip(asleep.scores, rise.tolist(), strict=True):
     print(f"{score:8} a tenth asleep: {tenth:+.2f} nat, a fifth: {fifth:+.2f} nat")
 

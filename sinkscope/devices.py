@@ -130,8 +130,7 @@ def in_pieces(rows: int, size: int, work: Callable[[slice], Tensor]) -> Tensor:
 
 
 def _halved(size: int, error: RuntimeError) -> int:
-    text = str(error).lower()
-    if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in text:
+    if not ran_out_of_memory(error):
         raise error
     if size == 1:
         raise ModelError(

@@ -239,3 +239,35 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise ReportError(f"{path} cannot be written: {reason}.") from error
     return path
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold the lock on a file or folder while results are written there.
+
+    A process that ends, however it ends, gives up its locks. The same process may lock a path
+    again.
+
+    Args:
+        path: A file, which need not exist yet, or an existing folder.
+
+    Raises:
+        ReportError: If another process holds the lock, or no lock can be made there.
+    """
+    from filelock import FileLock, Timeout
+
+    path = Path(path).resolve()
+    beside = path / ".lock" if path.is_dir() else path.with_name(f".{path.name[:200]}.lock")
+    lock = FileLock(beside, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ReportError(
+            f"Another process is writing to {path}; wait until it has ended, or name another place."
+        ) from error
+    except OSError as error:
+        raise ReportError(f"{path} cannot be written: {error.strerror or error}.") from error
+    try:
+        yield
+    finally:
+        lock.release()

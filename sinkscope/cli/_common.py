@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sinkscope.errors import ReportError, SinkscopeError, TextError
-from sinkscope.output import as_json, as_wide_as_the_terminal
+from sinkscope.output import as_json, as_wide_as_the_terminal, locked
 
 if TYPE_CHECKING:
     from typer import Context
@@ -126,6 +126,11 @@ def interruptible(kept: Path | None) -> Iterator[None]:
         if kept is not None and kept.exists():
             typer.echo(f"Interrupted; the same command goes on from {kept}.", err=True)
         raise
+
+
+def locked_folder(out: Path | None) -> contextlib.AbstractContextManager[None]:
+    """The lock on --out, so that another process cannot write there meanwhile."""
+    return contextlib.nullcontext() if out is None else locked(out)
 
 
 def writable_folder(out: Path | None) -> Path | None:

@@ -1,4 +1,4 @@
-"""`sinkscope dormant`: which heads sleep on one kind of text and work on another."""
+"""`sinkscope dormant`: heads that are dormant on one kind of text and active on another."""
 
 from __future__ import annotations
 
@@ -25,13 +25,22 @@ def dormant(
     bos: common.Bos = "auto",
     remove: Annotated[
         str,
-        typer.Option(help="Remove every head in turn: zero, mean, resample, or several of them."),
+        typer.Option(help="Ablate every head in turn: zero, mean, resample, or several of them."),
     ] = "",
     remove_prompts: Annotated[
         int | None, typer.Option(min=1, help="On how many prompts of each kind.")
     ] = 8,
     sleep: Annotated[
-        bool, typer.Option("--sleep", help="Also ask how many heads can sleep at once, per input.")
+        bool,
+        typer.Option("--sleep", help="Also ablate the heads that each score flags as inactive."),
+    ] = False,
+    one_pass: Annotated[
+        bool,
+        typer.Option(
+            "--one-pass",
+            help="With --sleep: score and zero heads in one forward pass, as Sandoval-Segura et "
+            "al. do; by default scores are of the unchanged model.",
+        ),
     ] = False,
     seed: common.Seed = 0,
     device: common.Device = None,
@@ -41,20 +50,24 @@ def dormant(
 ) -> None:
     """Find heads that are dormant on one kind of text and active on another.
 
-    With --remove, every head is also taken out, and the loss says whether it mattered. With --out,
-    what is measured is kept as it comes: the same command continues an interrupted run. At the end
-    there are dormant.json, dormant.csv and dormant.html, and likewise sleep-KIND.*.
+    With --remove, every head is also ablated, and the loss without it is measured. With --out, each
+    result is kept when it is measured, and the same command continues an interrupted run. At the
+    end there are dormant.json, dormant.csv and dormant.html, and likewise sleep-KIND.*.
     """
     folder = common.writable_folder(out)
     kinds, modes = common.listed(domains), common.listed(remove)
     if kinds and all(map(common.is_exact, kinds)):
         common.refuse_beside_ids(context, domains, ("prompts", "length", "bos"))
-    with common.quiet_stdout(), common.interruptible(folder):
+    with common.quiet_stdout(), common.interruptible(folder), common.locked_folder(folder):
         import sinkscope as ss
         from sinkscope.experiments.dormant import dormancy, sources
-        from sinkscope.experiments.inactive_heads import sleep as put_to_sleep
+        from sinkscope.experiments.inactive_heads import ablate_inactive
+        from sinkscope.experiments.partial_forward import with_loss
+        from sinkscope.experiments.resume import file_stem
 
         bridge = ss.load_model(model, device=device, dtype=dtype)
+        if sleep:  # refuse before the work what would be refused after it
+            with_loss(ss.capabilities(bridge))
         texts = sources(kinds, prompts=prompts, length=length, bos=bos, seed=seed)
         shared: dict[str, Any] = dict(seed=seed, progress=common.progress_wanted())
         found: dict[str, Result] = {
@@ -68,9 +81,10 @@ def dormant(
             )
         }
         for kind, source in texts.items() if sleep else ():
-            name = f"sleep-{plain(kind)}"
+            name = f"sleep-{file_stem(kind)}"
             file = None if folder is None else folder / f"{name}.nc"
-            found[name] = put_to_sleep(bridge, source, file=file, **shared)
+            procedure = "one pass" if one_pass else "two passes"
+            found[name] = ablate_inactive(bridge, source, procedure=procedure, file=file, **shared)
         written = write(found, folder) if folder is not None else []
     if json:
         common.print_json({name: one.to_dict() for name, one in found.items()})
@@ -82,11 +96,6 @@ def dormant(
         typer.echo(f"wrote {file}")
 
 
-def plain(kind: str) -> str:
-    """A source of texts as part of a file's name."""
-    return "".join(letter if letter.isalnum() or letter in "._" else "_" for letter in kind)
-
-
 def write(found: dict[str, Result], folder: Path) -> list[Path]:
     """Write each result's JSON, table and page."""
-    return [file for name, result in found.items() for file in result.save(folder, name)]
+    return [file for name, result in found.items() for file in result.save(folder / name)]

@@ -48,14 +48,14 @@ def dynamics(
 ) -> None:
     """Follow the sink over training: scan every checkpoint on the same texts.
 
-    With --out, each checkpoint's report is kept as it comes, and an interrupted run continues; at
-    the end there are dynamics.json, dynamics.csv and dynamics.html.
+    With --out, each checkpoint's report is kept when it is measured, and an interrupted run
+    continues; at the end there are dynamics.json, dynamics.csv and dynamics.html.
     """
     folder = common.writable_folder(out)
     options: dict[str, Any] = {
         name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None
     }
-    with common.quiet_stdout(), common.interruptible(folder):
+    with common.quiet_stdout(), common.interruptible(folder), common.locked_folder(folder):
         from sinkscope.experiments.dynamics import by_step, usual_texts
         from sinkscope.experiments.dynamics import dynamics as follow
 
@@ -74,7 +74,7 @@ def dynamics(
             progress=common.progress_wanted(),
             **options,
         )
-        written = found.save(folder, "dynamics") if folder is not None else []
+        written = found.save(folder / "dynamics") if folder is not None else []
     if json:
         common.print_json(found.to_dict())
         return

@@ -47,14 +47,14 @@ def stream(
     out: common.Out = None,
     json: common.Json = False,
 ) -> None:
-    """Perplexity of a long text when each query sees a few kept elements and a window.
+    """Perplexity of a long text when each query sees a few kept positions and a window.
 
     The text, --texts, may be a file, and longer than the model's context. With --out, writes
-    stream.json, stream.csv, stream.html and stream.nc; the last one grows while it runs, and the
-    same command goes on from it after an interruption.
+    stream.json, stream.csv, stream.html and stream.nc. The last one is written while the command
+    runs, and the same command continues from it after an interruption.
     """
     folder = common.writable_folder(out)
-    with common.quiet_stdout():
+    with common.quiet_stdout(), common.locked_folder(folder):
         import sinkscope as ss
         from sinkscope.experiments.streaming_context import streaming_context
 
@@ -77,7 +77,7 @@ def stream(
                 file=file,
                 progress=common.progress_wanted(),
             )
-        written = found.save(folder, "stream") if folder is not None else []
+        written = found.save(folder / "stream") if folder is not None else []
     if json:
         common.print_json(found.to_dict())
         return

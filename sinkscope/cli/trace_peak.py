@@ -16,8 +16,8 @@ def trace_peak(
     modes: Annotated[
         str,
         typer.Option(
-            help="What takes the place of what is removed: some of zero, typical (the mean over "
-            "the other positions) and mean (at the sink), with commas between them."
+            help="The replacements: some of zero, typical (the mean over the other positions) and "
+            "mean (at the sink), with commas between them."
         ),
     ] = "zero,typical,mean",
     texts: common.Texts = "prose",
@@ -30,13 +30,13 @@ def trace_peak(
     out: common.Out = None,
     json: common.Json = False,
 ) -> None:
-    """Remove each block's attention and FFN output at the sink, and see what is left of the sink.
+    """Replace each block's attention and FFN output at the sink, and measure what is left of it.
 
     Takes one pass over the texts for each block, part and mode. With --out, writes
     trace-peak.json, trace-peak.csv and trace-peak.html.
     """
     folder = common.writable_folder(out)
-    with common.quiet_stdout():
+    with common.quiet_stdout(), common.locked_folder(folder):
         import sinkscope as ss
         from sinkscope.experiments.trace_peak import trace_peak as trace
 
@@ -47,7 +47,7 @@ def trace_peak(
             modes=common.some("--modes", modes),
             progress=common.progress_wanted(),
         )
-        written = found.save(folder, "trace-peak") if folder is not None else []
+        written = found.save(folder / "trace-peak") if folder is not None else []
     if json:
         common.print_json(found.to_dict())
         return

@@ -1,4 +1,4 @@
-"""`sinkscope waiver`: see, designate and move the sink."""
+"""`sinkscope waiver`: what makes a token the sink, and making another one the sink."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from sinkscope.experiments.result import Result
 
 QUESTIONS = {
-    "nonmixture": "Which FFN dims mark the element that mixes nothing? (Yan et al., Fig. 1)",
+    "nonmixture": "Which FFN dims mark a token that attends only to itself? (Yan et al., Fig. 1)",
     "norms": "Does the first position's vector stand out? (Fig. 2)",
-    "mask": "Does an element become the sink when it mixes nothing? (Fig. 3)",
+    "mask": "Does a token become the sink when it attends only to itself? (Fig. 3)",
     "positions": "Does another position's vector make a sink? (Fig. 4)",
-    "parts": "Which part of what makes the sink is enough, and which is needed?",
+    "parts": "Which part of what makes the sink is sufficient, and which is necessary?",
 }
 
 
@@ -34,7 +34,7 @@ def waiver(
     ] = "all",
     position: Annotated[
         int | None,
-        typer.Option(min=1, help="The element to designate; default: 255, or two thirds along."),
+        typer.Option(min=1, help="The position to designate; default: 255, or two thirds along."),
     ] = None,
     texts: common.Texts = "prose",
     prompts: common.Prompts = 8,
@@ -46,13 +46,13 @@ def waiver(
     out: common.Out = None,
     json: common.Json = False,
 ) -> None:
-    """Ask what makes an element the sink, and make another one the sink (Yan et al. 2407.01601).
+    """Ask what makes a token the sink, and make another one the sink (Yan et al. 2407.01601).
 
     With --out, writes QUESTION.json, QUESTION.csv and QUESTION.html (all figures) for each one.
     """
     folder = common.writable_folder(out)
     wanted = questions(ask)
-    with common.quiet_stdout():
+    with common.quiet_stdout(), common.locked_folder(folder):
         import sinkscope as ss
 
         loaded = ss.load_model(model, device=device, dtype=dtype)
@@ -60,6 +60,8 @@ def waiver(
         source = common.prompts_of(
             context, texts, void, prompts=prompts, length=length, bos=bos, seed=seed
         )
+        if ask != "all":
+            _refuse_before_the_work(wanted, loaded)
         answers = _answers(loaded, source, position, seed)
         found: dict[str, Result] = {}
         refused: dict[str, str] = {}
@@ -103,10 +105,28 @@ def questions(ask: str) -> tuple[str, ...]:
     return wanted
 
 
+def _refuse_before_the_work(wanted: tuple[str, ...], model: Any) -> None:
+    """Refuse a question that the model cannot answer before the others are answered.
+
+    Raises:
+        UnsupportedError: If there is one.
+    """
+    from sinkscope.experiments import waiver as experiment
+    from sinkscope.models.capabilities import capabilities
+
+    if "norms" in wanted:
+        experiment.position_norms(model)  # takes no time
+    can = capabilities(model)
+    if "positions" in wanted:
+        experiment.check_positions(can)
+    if "nonmixture" in wanted or "parts" in wanted:
+        can.hook("mlp_out", 0)
+
+
 def _answers(
     model: Any, source: Any, position: int | None, seed: int
 ) -> dict[str, Callable[[], Result]]:
-    """What answers each question."""
+    """The experiment for each question."""
     from sinkscope.experiments import waiver as experiment
 
     bar = common.progress_wanted()
@@ -121,4 +141,4 @@ def _answers(
 
 
 def _save(result: Result, folder: Any, name: str) -> list[Any]:
-    return [] if folder is None else result.save(folder, name)
+    return [] if folder is None else result.save(folder / name)

@@ -1,11 +1,15 @@
-"""What every head is worth: the loss of a model without it, head by head.
+"""Ablate every head in turn: the next-token loss of a model without it.
 
-A head of layer l changes nothing below l. So the residual stream is kept at every block in one
-ordinary pass, and a layer's heads are removed side by side, one copy of the batch each, from there
-on: half the blocks, and few large products instead of many small ones.
-
-Zeroing exaggerates, since later layers are used to a head's average: "mean" and "resample" leave
-that in place (see `interventions.AblateHeads`, whose figures these are).
+1. Run a batch of prompts once and keep the residual stream before every block.
+2. A head of layer l changes nothing below l. So for each layer, copy the kept residual stream once
+   for each of its heads, and run the blocks from l on with one head replaced in each copy: half the
+   blocks on average, and few large products instead of many small ones.
+3. What takes a head's place is zero, its mean over positions, or its output on another prompt
+   (Wang et al. 2022, "Interpretability in the Wild", arXiv 2211.00593, on mean ablation). Zero
+   exaggerates, since later layers are used to a head's average; see `interventions.AblateHeads`,
+   which does the same in whole forward passes.
+4. The effect of a head is the loss without it minus the baseline loss, prompt by prompt, with a
+   bootstrap interval over prompts.
 """
 
 from __future__ import annotations
@@ -24,12 +28,12 @@ from tqdm.auto import tqdm
 from sinkscope.capture import batches
 from sinkscope.devices import in_pieces
 from sinkscope.errors import TextError, UnsupportedError
-from sinkscope.experiments import result as _result
-from sinkscope.experiments import resume as _partial
 from sinkscope.experiments.partial_forward import Hooks, Partway, Track, with_predictions
-from sinkscope.experiments.result import Result
-from sinkscope.interventions import calibration as _calibration
+from sinkscope.experiments.renamed import attribute
+from sinkscope.experiments.result import Result, about, tidy
+from sinkscope.experiments.resume import Kept, kept_in, request_of
 from sinkscope.interventions.base import check_indices, check_layers, check_mode
+from sinkscope.interventions.calibration import mean_output
 from sinkscope.models.active import refuse_short_prompts
 from sinkscope.models.load import load_model
 from sinkscope.models.provenance import digest
@@ -42,97 +46,107 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-
-# --- What `removal` finds: the cost of each head, in a table and in words.
+MODES = ("zero", "mean", "resample")
+"""What takes the place of an ablated head's output."""
+_TOKENS = {"cuda": 2**16, "cpu": 2**12}
+"""Tokens of one forward pass, copies counted."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Removal(Result):
-    """The loss with all heads and without each of them.
+class Ablation(Result):
+    """The loss with all heads, and without each of them.
 
     Attributes:
-        mode: What took a head's place.
-        asked: What the figures were made of.
-        loss: Mean next-token loss of each prompt [nat]; nan where no head was removed.
-        loss_without: The same without the head; nan where it was not removed.
+        mode: What took a head's place, of `MODES`.
+        texts: Where the prompts came from.
+        loss: Baseline: mean next-token loss of each prompt [nat]; nan where no head was ablated.
+        ablated_loss: The same without the head; nan where it was not ablated.
     """
 
-    QUESTION = "What does it cost to remove a head?"
+    QUESTION = "What does ablating a head cost?"
 
     mode: str
-    asked: dict[str, Any]
+    texts: str
     loss: Float[Tensor, "prompt"]
-    loss_without: Float[Tensor, "prompt layer head"]
+    ablated_loss: Float[Tensor, "prompt layer head"]
+
+    loss_without = attribute("loss_without", "ablated_loss")
 
     @property
     def loss_change(self) -> Float[Tensor, "prompt layer head"]:
-        """What removing each head costs: the loss without it less the loss with it [nat]."""
-        return self.loss_without - self.loss[:, None, None]
+        """Effect of ablating each head: ablated loss minus baseline loss [nat]."""
+        return self.ablated_loss - self.loss[:, None, None]
 
     def interval(self, level: float = 0.95) -> Interval:
-        """Mean cost of each head over prompts with its bootstrap interval."""
+        """Mean loss change of each head over prompts, with its bootstrap interval [layer head].
+
+        Args:
+            level: Probability between the ends.
+        """
         return bootstrap(self.loss_change, level)
 
-    def frame(self) -> pd.DataFrame:
-        """One row a head: loss_change with the ends of its interval, domain and mode."""
-        import pandas as pd
+    def to_frame(self) -> pd.DataFrame:
+        """One row a head that was ablated.
 
+        Returns:
+            domain (the texts), layer, head, mode; loss_change with the ends of its 95 % interval
+            in loss_change_low and loss_change_high [nat].
+        """
         mean, low, high = self.interval()
         layers, heads = mean.shape
-        columns = _result.grid(
-            domain=[self.asked["texts"]], layer=range(layers), head=range(heads), mode=[self.mode]
+        axes = {"domain": [self.texts], "layer": range(layers), "head": range(heads)}
+        frame = tidy(
+            axes, mode=self.mode, loss_change=mean, loss_change_low=low, loss_change_high=high
         )
-        costs = {"loss_change": mean, "loss_change_low": low, "loss_change_high": high}
-        frame = pd.DataFrame(columns | {name: _result.flat(x) for name, x in costs.items()})
         return frame.dropna(subset="loss_change", ignore_index=True)
 
-    def findings(self) -> dict[str, Any]:
-        """The untouched loss, the dearest heads, and how many cost nothing that shows."""
+    def statistics(self) -> dict[str, Any]:
+        """The baseline loss, and the distribution of the effects over heads.
+
+        Returns:
+            mode; loss (baseline, with its interval); heads (how many were ablated); median_cost;
+            most_costly (the five heads with the largest mean loss change); significant and
+            harmful: for how many heads the 95 % interval of the loss change lies above 0 (ablation
+            raises the loss) and below 0 (ablation lowers it).
+        """
         mean, low, high = (end.flatten() for end in self.interval())
         cost = mean[~mean.isnan()]
-        heads = self.loss_without.shape[2]
-        dearest = mean.nan_to_num(-torch.inf).argsort(descending=True)[: min(5, len(cost))]
+        heads = self.ablated_loss.shape[2]
+        largest = mean.nan_to_num(-torch.inf).argsort(descending=True)[: min(5, len(cost))]
         return {
             "mode": self.mode,
             "loss": estimate(self.loss),
             "heads": len(cost),
             "median_cost": float(cost.median()),
-            "dearest": [
+            "most_costly": [
                 {"layer": at // heads, "head": at % heads, "loss_change": float(mean[at])}
-                for at in dearest.tolist()
+                for at in largest.tolist()
             ],
-            "dear": int((low > 0).sum()),
+            "significant": int((low > 0).sum()),
             "harmful": int((high < 0).sum()),
         }
 
     def summary(self) -> str:
-        """How much a head is worth, in words."""
-        found = self.findings()
-        dearest = [
+        """Baseline loss, median and largest effects, and how many are significant."""
+        found = self.statistics()
+        most = [
             f"{head['layer']}.{head['head']} ({number(head['loss_change'])})"
-            for head in found["dearest"]
+            for head in found["most_costly"]
         ]
         return (
-            f"The loss is {found['loss']} nat. Without one of {found['heads']} heads "
-            f"({self.mode}) it rises by {number(found['median_cost'])} in the median; by most "
-            f"without {listed(dearest)}. Heads that are "
-            f"missed for sure: {found['dear']}; that do harm for sure: {found['harmful']} (95 % "
-            "intervals over prompts, head by head)."
+            f"The baseline loss is {found['loss']} nat. Ablating one of {found['heads']} heads "
+            f"({self.mode}) raises it by {number(found['median_cost'])} in the median, and by most "
+            f"for {listed(most)}. Ablation significantly raises the loss for "
+            f"{found['significant']} heads and significantly lowers it for {found['harmful']} (95 "
+            "% intervals over prompts, head by head)."
         )
 
     def figures(self) -> dict[str, go.Figure]:
-        """None: a cost needs something to be drawn against, see `Dormancy.figures`."""
+        """None: an effect needs something to be plotted against, see `Dormancy.figures`."""
         return {}
 
 
-MODES = ("zero", "mean", "resample")
-_TOKENS = {"cuda": 2**16, "cpu": 2**12}
-"""Tokens of one forward pass, copies counted."""
-
-StandIn = Float[Tensor, "..."]
-
-
-def removal(
+def ablate_heads(
     model: Any,
     texts: Any,
     mode: str = "zero",
@@ -143,8 +157,8 @@ def removal(
     batch: int | None = None,
     file: str | Path | None = None,
     progress: bool = True,
-) -> Removal:
-    """Remove every head in turn and see what it costs.
+) -> Ablation:
+    """Ablate every head in turn, and measure the loss without it.
 
     Args:
         model: A bridge, or anything that `load_model` takes; interventions in force stay in force.
@@ -157,20 +171,24 @@ def removal(
         calibration: Texts for "mean" and "resample"; by default the prompts themselves, where
             "resample" then never takes a prompt's own.
         seed: Of the draws.
-        batch: Prompts at once; by default what fills the device.
-        file: A ``.nc`` file to keep the figures in as they come, and to continue from.
+        batch: Prompts at once; by default what fills the device. Where memory runs out, fewer
+            copies run at once.
+        file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
         progress: Whether to draw a progress bar.
 
+    Returns:
+        The baseline loss and the loss without each head, prompt by prompt.
+
     Raises:
-        UnsupportedError: If the model has no loss, if starting partway is not exact for it, or if a
-            head does not exist.
+        UnsupportedError: If the model has no loss, if starting at a later block is not exact for
+            it, or if a head does not exist.
         TextError: If a prompt has a single token, or ends before a position that an intervention
             changes; or "resample" gets prompts of several lengths, or a single prompt.
-        ReportError: If the file was begun with other settings; or hooks or interventions are in
-            force, which a file cannot tell apart.
+        ReportError: If the file holds another request's result, another process is writing to it,
+            or hooks or interventions are in force, which a file cannot record.
     """
     model = load_model(model)
-    file = _partial.kept_in(file, model)
+    file = kept_in(file, model)
     partway = Partway(model)
     can = partway.can
     prompts = with_predictions(as_texts(texts).tokenize(model).right_padded())
@@ -178,31 +196,29 @@ def removal(
     check_mode(mode, MODES)
     shape = len(prompts), can.n_layers, can.n_heads
     wanted = _wanted(heads, shape)
-    standing_in = None if calibration is None else as_texts(calibration).tokenize(model)
-    asked = _partial.asked_of(
-        model,
-        prompts,
+    stand_in = None if calibration is None else as_texts(calibration).tokenize(model)
+    request = {}
+    if file is not None:
+        drawn_from = None if stand_in is None else digest(stand_in)
+        request = request_of(model, prompts, mode=mode, seed=seed, calibration=drawn_from)
+    empty = Ablation(
+        about=about(model, prompts),
         mode=mode,
-        seed=seed,
-        calibration=None if standing_in is None else digest(standing_in),
-    )
-    empty = Removal(
-        about=_result.about(model, prompts),
-        mode=mode,
-        asked=asked,
+        texts=prompts.source,
         loss=torch.full((len(prompts),), torch.nan),
-        loss_without=torch.full(shape, torch.nan),
+        ablated_loss=torch.full(shape, torch.nan),
     )
-    growing = _partial.Growing(empty, file)
-    with growing.kept(), partway.opened():
-        _Run(partway, prompts, mode, standing_in, seed, batch).fill(growing, wanted, progress)
-    return growing.result
+    with Kept(Ablation, file, request) as kept, partway.opened():
+        result = kept.found or empty
+        run = _Run(partway, prompts, mode, stand_in, seed, batch)
+        run.fill(result, wanted, lambda: kept.grew(result), progress)
+    return result
 
 
 def _wanted(
     heads: Iterable[tuple[int, int]] | Tensor | None, shape: tuple[int, int, int]
 ) -> Bool[Tensor, "prompt layer head"]:
-    """Which heads are removed on which prompts.
+    """Which heads are ablated on which prompts.
 
     Raises:
         UnsupportedError: If one does not exist, or there are none.
@@ -224,7 +240,7 @@ def _wanted(
 
 
 class _Run:
-    """The removal of heads from batch after batch of prompts."""
+    """Ablation of heads, batch of prompts after batch."""
 
     def __init__(
         self,
@@ -243,14 +259,15 @@ class _Run:
         self._mean: dict[str, Tensor] = {}
         if mode == "mean":
             hooks = [self.can.hook("z", layer) for layer in range(self.can.n_layers)]
-            self._mean = _calibration.mean_output(partway.model, calibration or prompts, hooks)
+            self._mean = mean_output(partway.model, calibration or prompts, hooks)
         elif mode == "resample":
             self._others = _others(prompts, calibration, seed)
 
-    def fill(self, growing: _partial.Growing, wanted: Tensor, progress: bool) -> None:
-        """Measure what is wanted and still nan."""
-        found: Removal = growing.result
-        missing = found.loss_without.isnan() & wanted
+    def fill(
+        self, result: Ablation, wanted: Tensor, grew: Callable[[], None], progress: bool
+    ) -> None:
+        """Measure what is wanted and still nan, and say so after every layer."""
+        missing = result.ablated_loss.isnan() & wanted
         with tqdm(
             total=int(wanted.sum()),
             initial=int(wanted.sum() - missing.sum()),
@@ -261,16 +278,16 @@ class _Run:
             for rows in self._batches(missing):
                 heads = missing[rows[0]]
                 self._start(rows)
-                found.loss[rows] = self._untouched()
+                result.loss[rows] = self._baseline()
                 for layer in heads.any(dim=1).nonzero()[:, 0].tolist():
                     chosen = heads[layer].nonzero()[:, 0]
                     losses = self._without(layer, chosen)
-                    found.loss_without[rows[:, None], layer, chosen] = losses.T.cpu()
+                    result.ablated_loss[rows[:, None], layer, chosen] = losses.T.cpu()
                     bar.update(losses.numel())
-                    growing.grown()
+                    grew()
 
     def _batches(self, missing: Bool[Tensor, "prompt layer head"]) -> list[Tensor]:
-        """Batches of prompts, long ones first, that lack the same heads; those that lack any."""
+        """Batches of prompts, long ones first, in which the same heads are missing."""
         _, kind = missing.flatten(1).unique(dim=0, return_inverse=True)
         found = []
         for same in kind.unique().tolist():
@@ -280,7 +297,7 @@ class _Run:
         return found
 
     def _start(self, rows: Int[Tensor, "prompt"]) -> None:
-        """Run a batch of prompts whole; and what stands in for its heads, if that is prompts."""
+        """Run a batch of prompts, and with "resample" the prompts whose outputs replace theirs."""
         length = int(self.mask[rows].sum(dim=1).max())
         device = self.partway.device
         self._here = self.tokens[rows, :length].to(device), self.mask[rows, :length].to(device)
@@ -296,7 +313,7 @@ class _Run:
     def _keep(self, layer: int) -> Callable[..., None]:
         return lambda z, hook: self._z.__setitem__(layer, z)
 
-    def _untouched(self) -> Float[Tensor, "prompt"]:
+    def _baseline(self) -> Float[Tensor, "prompt"]:
         return self.partway.losses(*self._here, self._track.final).cpu()
 
     def _without(self, layer: int, heads: Int[Tensor, "head"]) -> Float[Tensor, "head prompt"]:
@@ -318,7 +335,7 @@ class _Run:
         return in_pieces(len(heads), copies, work)
 
     def _edit(self, layer: int, heads: Int[Tensor, "head"]) -> Callable[..., Tensor]:
-        """Take one head out of each copy of the batch."""
+        """Replace one head in each copy of the batch."""
 
         def edit(z: Float[Tensor, "row position head d_head"], hook: Any) -> Tensor:
             copy = torch.arange(len(heads), device=z.device)
@@ -329,8 +346,8 @@ class _Run:
 
         return edit
 
-    def _stand_in(self, layer: int, heads: Tensor, z: Tensor) -> StandIn:
-        """What each head puts out instead, to be broadcast to [copy prompt position d_head]."""
+    def _stand_in(self, layer: int, heads: Tensor, z: Tensor) -> Float[Tensor, "..."]:
+        """What replaces each head's output, to be broadcast to [copy prompt position d_head]."""
         if self.mode == "zero":
             return z.new_zeros(())
         if self.mode == "mean":
@@ -355,7 +372,7 @@ def _others(prompts: Texts, calibration: Texts | None, seed: int) -> Int[Tensor,
         return pool.tokens[torch.randint(len(pool), (len(prompts),), generator=generator)]
     if len(prompts) < 2:
         raise TextError('mode="resample" takes outputs of another prompt; give at least two.')
-    # Each prompt's next one around a shuffled circle: another one for sure.
+    # Each prompt gets the next one of a shuffled circle, which is never itself.
     circle = torch.randperm(len(prompts), generator=generator)
     partner = torch.empty_like(circle)
     partner[circle] = circle.roll(1)

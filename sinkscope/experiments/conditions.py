@@ -1,4 +1,11 @@
-"""A model under several conditions: start tokens × what was done to one position."""
+"""A model under several conditions: start tokens × what was done to one position.
+
+1. `designated` and `started` prepare the prompts: equal lengths, and a special, random or given
+   first token.
+2. `observe` runs the model under each `Condition` and measures what every position receives
+   (attention) and holds (value and residual norms, FFN outputs), and the loss.
+3. `Conditions` is the result: comparisons with the unchanged model, prompt by prompt.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +22,8 @@ from tqdm.auto import tqdm
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.readers import AttentionReader
 from sinkscope.errors import TextError
-from sinkscope.experiments import readout as _measure
-from sinkscope.experiments import result as _result
-from sinkscope.experiments.result import Result
+from sinkscope.experiments import readout
+from sinkscope.experiments.result import Result, about, stacked, tidy
 from sinkscope.interventions import ReplaceEnd, ReplaceStart
 from sinkscope.metrics import ffn
 from sinkscope.metrics.positions import masked_mean
@@ -31,6 +37,10 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 BY_POSITION = ("received_attention", "value_norm", "residual_norm")
+STARTS = ("special", "random", "given")
+
+Dims = frozenset[tuple[int, int]]
+"""Pairs of layer and dim."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -38,7 +48,7 @@ class Conditions(Result):
     """What every position receives and holds, condition by condition and prompt by prompt.
 
     Attributes:
-        position: The position that was acted upon.
+        position: The position that was changed.
         starts: Start of each condition, special, random or given.
         changes: What was done in each condition; "unchanged" for the reference.
         names: Title of each condition.
@@ -46,11 +56,11 @@ class Conditions(Result):
         received_attention: Importance of each key, mean over heads [probability].
         value_norm: Norm of each value, mean over KV heads [activation].
         residual_norm: Norm of each residual state after a layer [activation].
-        paid: Attention that the queries after `position` (all other queries where attention is
-            bidirectional) pay to position 0 and to `position` [probability]: the fair comparison,
-            since the same queries can see both.
+        paid: Attention of the queries after `position` (of all other queries where attention is
+            bidirectional) to position 0 and to `position` [probability]. The same queries can see
+            both, so the two are comparable.
         ffn_output: FFN output at position 0 and at `position` [activation].
-        ffn_mixed_max: Largest |FFN output| over all positions but those two [activation].
+        ffn_mixed_max: Largest |FFN output| over all other positions [activation].
         loss: Of each query's next token [nat]; None without a trained head or causality.
     """
 
@@ -93,7 +103,7 @@ class Conditions(Result):
     def peak(self, index: int, position: int) -> Float[Tensor, "prompt layer"]:
         """‖h‖ at a position over the median of all others but 0 and `position` [ratio]."""
         norm = self.residual_norm[index]
-        return norm[..., position] / _measure.median_of_others(norm, [0, self.position])
+        return norm[..., position] / readout.median_of_others(norm, [0, self.position])
 
     def highest_peak(self, index: int, position: int) -> Float[Tensor, "prompt"]:
         """`peak` after the layer where it is highest on average [ratio]."""
@@ -131,7 +141,7 @@ class Conditions(Result):
         return torch.cosine_similarity(first, other, dim=-1).mean(0)
 
     def loss_change(self, index: int) -> dict[str, Estimate] | None:
-        """Change of the loss against the reference, over queries after the position and at it."""
+        """Loss minus that of the reference, at the position and after it; None without a loss."""
         if self.loss is None:
             return None
         change = self.loss[index] - self.loss[self.reference(index)]
@@ -153,8 +163,8 @@ class Conditions(Result):
         """The queries whose attention is compared, in words."""
         return f"the queries {'after' if self.causal else 'other than 0 and'} {self.position}"
 
-    def findings(self) -> dict[str, Any]:
-        """The figures of every condition."""
+    def statistics(self) -> dict[str, Any]:
+        """Attention, peaks, drains, non-mixture dims and losses of every condition."""
         found: dict[str, Any] = {"position": self.position, "layers": self.layers}
         for index, name in enumerate(self.names):
             found[name] = {
@@ -182,56 +192,37 @@ class Conditions(Result):
         ]
 
     def summary(self) -> str:
-        """The figures of every condition in a table, and what changed in sentences."""
-        return summary(self)
+        """The statistics of every condition in a table, and what changed in sentences."""
+        return _summary(self)
 
-    def frame(self, layers: slice | None = None) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """Rows of condition, prompt, layer, position, metric and value, as figures take them.
 
         Every position as its mean over the later layers (layer -1), position 0 and the position
         in every layer, and each prompt's loss. `sink_attention` is that of the queries that
         `seeing` names.
-
-        Args:
-            layers: Which layers the means are over; the later ones by default.
         """
-        import pandas as pd
-
-        layers = self.later if layers is None else layers
+        prompts, layers, length = self.residual_norm.shape[1:]
+        axes = {"condition": self.names, "prompt": range(prompts)}
+        every_position = axes | {"layer": [-1], "position": range(length)}
+        every_layer = axes | {"layer": range(layers), "position": [0, self.position]}
         pieces = []
-        prompts, length = self.residual_norm.shape[1], self.residual_norm.shape[3]
         for metric in BY_POSITION:
-            x = getattr(self, metric)
-            columns = _result.grid(
-                condition=self.names, prompt=range(prompts), layer=[-1], position=range(length)
-            )
-            pieces.append(_rows(columns, metric, x[:, :, layers].mean(2)))
-            columns = _result.grid(
-                condition=self.names,
-                prompt=range(prompts),
-                layer=range(x.shape[2]),
-                position=[0, self.position],
-            )
-            pieces.append(_rows(columns, metric, x[..., [0, self.position]]))
-        columns = _result.grid(
-            condition=self.names,
-            prompt=range(prompts),
-            layer=range(self.paid.shape[2]),
-            position=[0, self.position],
-        )
-        pieces.append(_rows(columns, "sink_attention", self.paid.mean(3)))
+            x = self[metric]
+            mean = x[:, :, self.later].mean(2, keepdim=True)
+            pieces.append(tidy(every_position, metric=metric, value=mean))
+            pieces.append(tidy(every_layer, metric=metric, value=x[..., [0, self.position]]))
+        pieces.append(tidy(every_layer, metric="sink_attention", value=self.paid.mean(3)))
         if self.loss is not None:
-            columns = _result.grid(
-                condition=self.names, prompt=range(prompts), layer=[-1], position=[-1]
-            )
-            pieces.append(_rows(columns, "loss", self.loss[:, :, :-1].mean(2)))
-        return pd.concat(pieces, ignore_index=True)
+            mean = self.loss[:, :, :-1].mean(2)[..., None, None]
+            pieces.append(tidy(axes | {"layer": [-1], "position": [-1]}, metric="loss", value=mean))
+        return stacked(pieces)
 
     def figures(self) -> dict[str, go.Figure]:
         """Panels in the shape of the paper's figures 3 and 4, and the same by layer."""
         from sinkscope.plot import before_after
 
-        frame = self._in_order(self.frame())
+        frame = self._in_order(self.to_frame())
         averaged, layered = frame[frame["layer"] < 0], frame[frame["layer"] >= 0]
         panels: dict[str, Any] = dict(about=self.about, positions=(0, self.position))
         if len(set(self.changes)) > 2:
@@ -243,11 +234,11 @@ class Conditions(Result):
             )
         }
         for metric in BY_POSITION:
-            told = f"{self.about} · mean over {self.where}"
-            if metric == "received_attention":  # which is not what words and table count
-                told += ", of all queries that see a position"
+            note = f"{self.about} · mean over {self.where}"
+            if metric == "received_attention":  # summary and table state `paid`
+                note += ", of all queries that see a position"
             drawn[f"{metric}-by-position"] = before_after(
-                averaged, metric, **(panels | {"about": told})
+                averaged, metric, **(panels | {"about": note})
             )
         for metric in BY_POSITION[1:]:
             drawn[f"{metric}-by-layer"] = before_after(layered, metric, by="layer", **panels)
@@ -264,21 +255,147 @@ class Conditions(Result):
         return frame.sort_values("condition", key=lambda names: names.map(rank), kind="stable")
 
 
-def _rows(columns: dict[str, Any], metric: str, x: Tensor) -> pd.DataFrame:
-    import pandas as pd
+@dataclass(frozen=True)
+class Condition:
+    """One panel of the paper's figures.
 
-    return pd.DataFrame(columns | {"metric": metric, "value": _result.flat(x)})
+    Attributes:
+        name: Its title, such as "special start · 255 designated".
+        start: Of `STARTS`.
+        change: What is done to the position; "unchanged" for the reference.
+        texts: The prompts, with that start.
+        enter: Makes the intervention.
+    """
+
+    name: str
+    start: str
+    change: str
+    texts: Texts
+    enter: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-# --- What `Conditions` found, in a table and in sentences.
+def observe(
+    model: Any, prompts: Texts, conditions: list[Condition], position: int, progress: bool = True
+) -> dict[str, Any]:
+    """Measure every condition: the tensors of `Conditions`, and what names its conditions.
+
+    Args:
+        model: A bridge.
+        prompts: The prompts before any start token was put in.
+        conditions: In the order of the panels.
+        position: The position that is changed.
+        progress: Whether to draw a progress bar.
+    """
+    found: list[dict[str, Tensor]] = []
+    with tqdm(conditions, unit="condition", disable=not progress, leave=False) as bar:
+        for condition in bar:
+            with condition.enter():
+                found.append(_observe(model, condition, position))
+    stacked = {name: torch.stack([one[name] for one in found]) for name in found[0]}
+    own = all(condition.start == "given" for condition in conditions)
+    return {
+        "about": about(model, prompts, None if own else "as each condition says"),
+        "position": position,
+        "starts": tuple(condition.start for condition in conditions),
+        "changes": tuple(condition.change for condition in conditions),
+        "names": tuple(condition.name for condition in conditions),
+        "causal": capabilities(model).causal,
+        **stacked,
+    }
 
 
-Dims = frozenset[tuple[int, int]]
-"""Pairs of layer and dim."""
+def _observe(model: Any, condition: Condition, position: int) -> dict[str, Tensor]:
+    quantities = {
+        "received_attention": readout.RECEIVED,
+        "value_norm": readout.VALUE_NORM,
+        "residual_norm": readout.RESIDUAL_NORM,
+        "ffn_output": readout.Quantity("mlp_out", lambda x, _: x[:, [0, position]].float()),
+        "ffn_mixed_max": readout.FFN_MIXED_MAX,
+        "paid": readout.Quantity("attention", lambda x, batch: paid(x, batch, position)),
+    }
+    found = readout.measure(model, condition.texts, quantities, [0, position])
+    loss = readout.losses(model, condition.texts)
+    return found if loss is None else found | {"loss": loss}
 
 
-def summary(found: Conditions) -> str:
-    """How to read the table, the table, and a sentence or two for each change."""
+def paid(x: AttentionReader, batch: Batch, position: int) -> Float[Tensor, "prompt head target"]:
+    """Attention to 0 and to the position, from the queries that are after both."""
+    index = torch.arange(batch.length, device=batch.mask.device)
+    queries = batch.mask & (index != 0) & (index != position)
+    if batch.causal:
+        queries = queries & (index > position)
+    targets = [x.on_keys(_only(batch.mask, key)) for key in (0, position)]
+    return torch.stack([masked_mean(paid, queries[:, None], dim=-1) for paid in targets], dim=-1)
+
+
+def _only(mask: Bool[Tensor, "prompt key"], key: int) -> Bool[Tensor, "prompt key"]:
+    keys = torch.zeros_like(mask)
+    keys[:, key] = True
+    return keys
+
+
+def started(
+    model: Any, texts: Texts, starts: Iterable[str], ends: bool, seed: int
+) -> dict[str, Texts]:
+    """The prompts with each kind of start token, and of end token as well where `ends`.
+
+    Args:
+        model: A bridge.
+        texts: The prompts.
+        starts: Of `STARTS`.
+        ends: Whether to replace the last token too.
+        seed: Of the random tokens.
+
+    Raises:
+        UnsupportedError: If a start is unknown, or none is named.
+        TextError: If the model's tokenizer has no special token.
+    """
+    made: dict[str, Texts] = {}
+    for start in readout.chosen(starts, STARTS, "starts"):
+        made[start] = texts
+        if start != "given":
+            made[start] = ReplaceStart(model, start, seed=seed)(made[start])
+            if ends:
+                made[start] = ReplaceEnd(model, start, seed=seed + 1)(made[start])
+    return made
+
+
+def designated(model: Any, texts: Any, position: int | None) -> tuple[Texts, int]:
+    """The prompts, and the position to change: one with queries after it that predict a token.
+
+    Args:
+        model: A bridge.
+        texts: The prompts.
+        position: The position; that of `default_position` where it is None.
+
+    Raises:
+        TextError: If prompts differ in length, or end at the position or too soon after it.
+    """
+    prompts = readout.even(model, texts)
+    position = default_position(prompts.tokens.shape[1], position)
+    return readout.even(model, prompts, position, after=1 + readout.has_loss(model)), position
+
+
+def default_position(length: int, position: int | None) -> int:
+    """The paper's 255 where prompts are long enough, else two thirds of the way.
+
+    Args:
+        length: Tokens of each prompt.
+        position: What the caller named; None for the default.
+
+    Raises:
+        TextError: If the position is the first one.
+    """
+    if position is None:
+        return 255 if length > 272 else max(1, min(2 * length // 3, length - 3))
+    if position < 1:
+        raise TextError(
+            f"Position {position} cannot be made a sink beside position 0; choose one from 1."
+        )
+    return position
+
+
+def _summary(found: Conditions) -> str:
     usual = _dims(found, 0, 0)
     parts = [_head(found), _table(found)]
     parts += [f"Non-mixture dims of position 0, {found.names[0]}: {_listed(usual)}."]
@@ -292,7 +409,7 @@ def summary(found: Conditions) -> str:
 
 def _head(found: Conditions) -> str:
     return (
-        f"Attention: what {found.seeing} pay to a position, mean over heads and {found.where}. "
+        f"Attention: of {found.seeing} to a position, mean over heads and {found.where}. "
         "Peak: residual norm over the median of the other positions, after the layer where it is "
         f"highest. Drain: value norm over the mean of the others, mean over {found.where}. "
         "95 % intervals over prompts."
@@ -328,7 +445,7 @@ def _sentence(found: Conditions, index: int, usual: Dims) -> str:
     change = found.loss_change(index)
     if change is not None:
         after = change["after_it"]
-        unsure = ", which these prompts do not tell from 0" if after.low <= 0 <= after.high else ""
+        unsure = ", not significantly different from 0" if after.low <= 0 <= after.high else ""
         words.append(f"The loss of the tokens after {p} changes by {after.signed()} nat{unsure}.")
     return " ".join(words)
 
@@ -342,137 +459,8 @@ def _listed(dims: Dims) -> str:
     layers: dict[int, list[str]] = {}
     for layer, dim in sorted(dims):
         layers.setdefault(dim, []).append(str(layer))
-    told = [
+    named = [
         f"{dim} (layer{'s' if len(where) > 1 else ''} {listed(where)})"
         for dim, where in layers.items()
     ]
-    return listed(told) or "none"
-
-
-# --- Run a model under conditions, and see what every position receives and holds.
-
-STARTS = ("special", "random", "given")
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One panel of the paper's figures.
-
-    Attributes:
-        name: Its title, such as "special start · 255 designated".
-        start: Of `STARTS`.
-        change: What was done to the position; "unchanged" for the reference.
-        texts: The prompts, with that start.
-        enter: The intervention.
-    """
-
-    name: str
-    start: str
-    change: str
-    texts: Texts
-    enter: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-
-def observe(
-    model: Any, prompts: Texts, conditions: list[Condition], position: int, progress: bool = True
-) -> dict[str, Any]:
-    """Measure every condition: the tensors of `Conditions`, and what names its conditions.
-
-    Args:
-        model: A bridge.
-        prompts: The prompts before any start token was put in.
-        conditions: In the order of the panels.
-        position: The position that is acted upon.
-        progress: Whether to draw a progress bar.
-    """
-    found: list[dict[str, Tensor]] = []
-    with tqdm(conditions, unit="condition", disable=not progress, leave=False) as bar:
-        for condition in bar:
-            with condition.enter():
-                found.append(_observe(model, condition, position))
-    stacked = {name: torch.stack([one[name] for one in found]) for name in found[0]}
-    own = all(condition.start == "given" for condition in conditions)
-    return {
-        "about": _result.about(model, prompts, None if own else "as each condition says"),
-        "position": position,
-        "starts": tuple(condition.start for condition in conditions),
-        "changes": tuple(condition.change for condition in conditions),
-        "names": tuple(condition.name for condition in conditions),
-        "causal": capabilities(model).causal,
-        **stacked,
-    }
-
-
-def _observe(model: Any, condition: Condition, position: int) -> dict[str, Tensor]:
-    quantities = {
-        "received_attention": _measure.RECEIVED,
-        "value_norm": _measure.VALUE_NORM,
-        "residual_norm": _measure.RESIDUAL_NORM,
-        "ffn_output": _measure.Quantity("mlp_out", lambda x, _: x[:, [0, position]].float()),
-        "ffn_mixed_max": _measure.FFN_MIXED_MAX,
-        "paid": _measure.Quantity("attention", lambda x, batch: paid(x, batch, position)),
-    }
-    found = _measure.measure(model, condition.texts, quantities, [0, position])
-    loss = _measure.losses(model, condition.texts)
-    return found if loss is None else found | {"loss": loss}
-
-
-def paid(x: AttentionReader, batch: Batch, position: int) -> Float[Tensor, "prompt head target"]:
-    """Attention to 0 and to the position, from the queries that are after both."""
-    index = torch.arange(batch.length, device=batch.mask.device)
-    queries = batch.mask & (index != 0) & (index != position)
-    if batch.causal:
-        queries = queries & (index > position)
-    targets = [x.on_keys(_only(batch.mask, key)) for key in (0, position)]
-    return torch.stack([masked_mean(paid, queries[:, None], dim=-1) for paid in targets], dim=-1)
-
-
-def _only(mask: Bool[Tensor, "prompt key"], key: int) -> Bool[Tensor, "prompt key"]:
-    keys = torch.zeros_like(mask)
-    keys[:, key] = True
-    return keys
-
-
-def started(
-    model: Any, texts: Texts, starts: Iterable[str], ends: bool, seed: int
-) -> dict[str, Texts]:
-    """The prompts with each kind of start token, and of end token as well where `ends`.
-
-    Raises:
-        UnsupportedError: If a start is unknown, or none is named.
-        TextError: If the model's tokenizer has no special token.
-    """
-    made: dict[str, Texts] = {}
-    for start in _measure.chosen(starts, STARTS, "starts"):
-        made[start] = texts
-        if start != "given":
-            made[start] = ReplaceStart(model, start, seed=seed)(made[start])
-            if ends:
-                made[start] = ReplaceEnd(model, start, seed=seed + 1)(made[start])
-    return made
-
-
-def designated(model: Any, texts: Any, position: int | None) -> tuple[Texts, int]:
-    """The prompts, and the position to act upon: one with queries after it that predict a token.
-
-    Raises:
-        TextError: If prompts differ in length or hardly go beyond the position.
-    """
-    prompts = _measure.even(model, texts)
-    position = default_position(prompts.tokens.shape[1], position)
-    return _measure.even(model, prompts, position, after=1 + _measure.has_loss(model)), position
-
-
-def default_position(length: int, position: int | None) -> int:
-    """The paper's 255 where prompts are long enough, else two thirds of the way.
-
-    Raises:
-        TextError: If the position is the first one.
-    """
-    if position is None:
-        return 255 if length > 272 else max(1, min(2 * length // 3, length - 3))
-    if position < 1:
-        raise TextError(
-            f"Position {position} cannot be made a sink beside position 0; choose one from 1."
-        )
-    return position
+    return listed(named) or "none"

@@ -1,59 +1,235 @@
-"""Sinks, drains, peaks and dormancy over training: one scan a checkpoint, one table for all.
+"""Sinks, drains, peaks and dormant heads over training: one scan a checkpoint, one table for all.
 
-Guo et al. (2410.13835) follow OLMo-7B over 31 revisions. Here a checkpoint is whatever can become a
-model: a training step that TransformerLens knows, a Hub revision, a folder such as
-``checkpoint-500``, a model, or a function that makes one. Each is loaded, scanned and let go before
-the next; its report is kept, so that an interrupted run continues and later checkpoints can be
-added.
+Guo, Pai, Bai, Jiao, Jordan and Mei 2024, "Active-Dormant Attention Heads" (arXiv 2410.13835), who
+follow OLMo-7B over 31 revisions.
+
+1. Sort the checkpoints by training step. A checkpoint is whatever can become a model: a training
+   step that TransformerLens knows, a Hub revision, a folder such as ``checkpoint-500``, a snapshot
+   of the Bigram-Backcopy laboratory, a model, or a function that makes one.
+2. Load each, measure its loss, scan it on the same tokens, and free it before the next. Each report
+   is kept, so that an interrupted run continues and later checkpoints can be added.
+3. One curve a phenomenon against the step, and the step at which it is half-way.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinkscope.capture.scan import scan
 from sinkscope.errors import ModelError, ReportError, TextError, UnsupportedError
-from sinkscope.experiments import result as _result
-from sinkscope.experiments import resume as _partial
 from sinkscope.experiments.partial_forward import Partway, PromptLosses, with_predictions
-from sinkscope.experiments.result import Result
-from sinkscope.experiments.resume import checkpoint_configuration
+from sinkscope.experiments.renamed import argument, attribute
+from sinkscope.experiments.result import Result, stacked, tidy
+from sinkscope.experiments.resume import Kept, check, checkpoint_request, kept_in
 from sinkscope.metrics.heads import is_dormant
 from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.models.load import load_model
 from sinkscope.models.packaged import BUILT_IN, PACKAGES
 from sinkscope.models.provenance import digest
-from sinkscope.output import number, write_file
+from sinkscope.output import locked, number
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.texts import texts as make_texts
 from sinkscope.prompts.tokens import Texts
-from sinkscope.report.report import SinkReport, load_report
+from sinkscope.report.report import SinkReport
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+PER_HEAD = ("sink_attention", "sink_importance", "attention_entropy", "value_drain", "honor")
+PER_LAYER = ("residual_peak", "sink_residual_norm")
+METRICS = ("sink_attention", "values", "head_outputs", "residual", "entropy", "received")
+"""Of these, `entropy` is left out where attention is no softmax."""
 
-# --- What a checkpoint may be, its training step, and the texts that it is usually looked at on.
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Dynamics(Result):
+    """The reports of a model's checkpoints.
+
+    Attributes:
+        reports: By training step, rising.
+        loss: Mean next-token loss by step [nat]; without steps where the model has none.
+        sink_threshold: Mean sink attention above which a head counts as dormant [probability].
+    """
+
+    QUESTION = "When in training do sinks, drains and peaks grow?"
+
+    reports: dict[int, SinkReport]
+    loss: dict[int, float]
+    sink_threshold: float
+
+    parked = attribute("parked", "sink_threshold")
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The training steps."""
+        return tuple(self.reports)
+
+    def stacked(self, name: str) -> Float[Tensor, "step ..."]:
+        """Mean over prompts of a field of the report, step by step."""
+        return torch.stack([report.mean(name) for report in self.reports.values()])
+
+    def overview(self) -> dict[str, Float[Tensor, "step"]]:
+        """One curve for each phenomenon.
+
+        Returns:
+            sink_rate, of the first sink [share]; sink_attention, mean over heads [probability];
+            dormant_share, of heads [share]; value_drain, median over layers and kv_heads [ratio];
+            residual_peak, largest over layers [ratio]; and loss [nat] where there is one.
+        """
+        attention = self.stacked("sink_attention").flatten(1)
+        rates = [report.sink_rate_at(report.settings.epsilon) for report in self.reports.values()]
+        curves = {
+            "sink_rate": torch.tensor(rates),
+            "sink_attention": attention.mean(dim=1),
+            "dormant_share": is_dormant(attention, self.sink_threshold).float().mean(dim=1),
+            "value_drain": self.stacked("value_drain").flatten(1).median(dim=1).values,
+            "residual_peak": self.stacked("residual_peak").amax(dim=1),
+        }
+        if self.loss:
+            curves["loss"] = torch.tensor([self.loss[step] for step in self.steps])
+        return curves
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a metric, step, layer and head: metric, step, layer, head, value.
+
+        layer and head are -1 for the curves of `overview`, and head is for values of a layer;
+        value_drain has a kv_head in `head`. A metric that one of the checkpoints does not have
+        (entropy without a softmax) is left out.
+        """
+        pieces = [
+            self._rows(name, curve[:, None, None], layers=[-1], heads=[-1])
+            for name, curve in self.overview().items()
+        ]
+        for name in PER_LAYER:
+            x = self.stacked(name)[:, :, None]
+            pieces.append(self._rows(name, x, range(x.shape[1]), [-1]))
+        for name in PER_HEAD:
+            if any(getattr(report, name) is None for report in self.reports.values()):
+                continue
+            x = self.stacked(name)
+            pieces.append(self._rows(name, x, range(x.shape[1]), range(x.shape[2])))
+        return stacked(pieces)
+
+    def _rows(
+        self, metric: str, x: Float[Tensor, "step layer head"], layers: Any, heads: Any
+    ) -> pd.DataFrame:
+        axes = {"metric": [metric], "step": self.steps, "layer": layers, "head": heads}
+        return tidy(axes, value=x[None])
+
+    def statistics(self) -> dict[str, Any]:
+        """The curves, and when each phenomenon appears."""
+        curves = {name: curve.tolist() for name, curve in self.overview().items()}
+        return {"step": list(self.steps), "curves": curves, "half_way": self.half_way()}
+
+    def half_way(self) -> dict[str, int | None]:
+        """The first step at which each curve has come half of its way from first to last value."""
+        found: dict[str, int | None] = {}
+        for name, curve in self.overview().items():
+            way = (curve - curve[0]) / (curve[-1] - curve[0])
+            there = (way >= 0.5).nonzero()[:, 0]
+            found[name] = self.steps[int(there[0])] if len(there) else None
+        return found
+
+    def summary(self) -> str:
+        """First and last value of each curve, and when it was half-way between."""
+        half = self.half_way()
+        lines = [f"{len(self.steps)} checkpoints, steps {self.steps[0]:,} to {self.steps[-1]:,}:"]
+        if len(self.steps) == 1:
+            lines = [f"One checkpoint, step {self.steps[0]:,}:"]
+        for name, curve in self.overview().items():
+            first, last = (number(float(value)) for value in (curve[0], curve[-1]))
+            when = "" if half[name] is None else f", half-way by step {half[name]:,}"
+            lines.append(f"  {name.replace('_', ' ')} {first} → {last}{when}")
+        return "\n".join(lines)
+
+    def figures(self) -> dict[str, go.Figure]:
+        """One panel a phenomenon against the step."""
+        from sinkscope.plot import training_curves
+
+        frame = self.to_frame()
+        curves = frame[(frame["layer"] == -1) & (frame["head"] == -1)]
+        return {"dynamics": training_curves(curves, about=self.about, log_steps=False)}
+
+
+@argument("parked", "sink_threshold")
+def dynamics(
+    model: str | Path | None,
+    checkpoints: Mapping[int, Any] | Iterable[Any],
+    texts: Any = None,
+    *,
+    sink_threshold: float = 0.5,
+    sinks: Any = (0,),
+    out: str | Path | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Dynamics:
+    """Scan every checkpoint of a model on the same texts.
+
+    Args:
+        model: The Hub model that steps and revisions are of; None if each checkpoint says itself
+            what it is.
+        checkpoints: Each a training step that TransformerLens knows for this model (an int); a Hub
+            revision whose last number is the step, such as "step1000"; a folder likewise, such as
+            "runs/checkpoint-500"; a snapshot of the Bigram-Backcopy laboratory, such as
+            "runs/step-001000.safetensors"; or, in a mapping from step, any of these, anything that
+            `load_model` takes, or a function without arguments that gives such a thing.
+        texts: Prompts; by default 16 of prose, 256 tokens each, and for laboratory snapshots 16 of
+            their own task, as long as their context. They are tokenised by the first checkpoint,
+            and all get the same tokens.
+        sink_threshold: Mean sink attention above which a head counts as dormant [probability].
+        sinks: See `scan`.
+        out: A folder that keeps each checkpoint's report, and from which an interrupted run
+            continues. A checkpoint in a file is identified by path, size and time; one that a
+            function makes by its step alone.
+        progress: Whether to draw a progress bar.
+        **options: Passed on to `load_model`: device, dtype, ….
+
+    Returns:
+        The reports and losses by step.
+
+    Raises:
+        ModelError: If a checkpoint's step cannot be told, two have the same, or one cannot be
+            loaded.
+        TextError: If a prompt has a single token, and the model a loss.
+        ReportError: If the folder holds reports of other checkpoints, texts or settings, or another
+            process is writing to it.
+    """
+    named = by_step(checkpoints)
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    if texts is None:
+        texts = usual_texts(next(iter(named.values())))
+    run = _Checkpoints(model, texts, sinks, folder, options)
+    for step, checkpoint in named.items():
+        run.check(step, checkpoint)
+    with nullcontext() if folder is None else locked(folder):
+        bar = tqdm(named.items(), unit="checkpoint", disable=not progress, leave=False)
+        for step, checkpoint in bar:
+            run.measure(step, checkpoint)
+    return Dynamics(
+        about=run.about(), reports=run.reports, loss=run.loss, sink_threshold=sink_threshold
+    )
 
 
 def by_step(checkpoints: Mapping[int, Any] | Iterable[Any]) -> dict[int, Any]:
-    """Checkpoints by training step, rising.
+    """Checkpoints by training step, in rising order.
 
     Raises:
-        ModelError: If a step cannot be told, or two checkpoints have the same.
+        ModelError: If a step cannot be read off, or two checkpoints have the same.
     """
     if isinstance(checkpoints, Mapping):
         found = list(checkpoints.items())
@@ -94,14 +270,14 @@ def usual_texts(
     bos: str = "auto",
     seed: int = 0,
 ) -> Any:
-    """What a model is looked at on when nobody says: prose, or the task that a snapshot learnt.
+    """The texts when none are given: prose, or the task that a snapshot was trained on.
 
     Args:
         checkpoint: The first one.
         prompts: How many.
         length: Tokens of each; by default 256 of prose, and of a task the snapshot's context.
-        bos: For prose; a task begins as it was learnt.
-        seed: Where prose is cut, and what a task is drawn with.
+        bos: For prose; a task begins as in training.
+        seed: Where prose is cut, and of the draws of a task.
 
     Raises:
         TextError: If a task is to begin otherwise, or to be longer than the snapshot's context.
@@ -114,8 +290,8 @@ def usual_texts(
     context = model.config.context
     if bos != "auto":
         raise TextError(
-            "A laboratory snapshot is looked at on the task that it learnt, which has a BOS policy "
-            f"of its own; leave out {bos!r}, or name texts."
+            "A laboratory snapshot is scanned on the task that it was trained on, which has a BOS "
+            f"policy of its own; leave out {bos!r}, or name texts."
         )
     if length is not None and not 1 < length <= context:
         raise TextError(
@@ -126,192 +302,19 @@ def usual_texts(
 
 
 def laboratory_model(file: Path, device: Any = "cpu", **options: Any) -> Any:
-    """A snapshot that `sinkscope.bb.train` left, as a bridge.
+    """A snapshot that `sinkscope.bb.train` wrote, as a bridge.
 
     Raises:
-        ModelError: If anything but a device is asked of it.
+        ModelError: If any option but the device is given.
     """
     from sinkscope import bb
 
     if options:
-        raise ModelError(f"{file.name} is a laboratory's; of the options it takes device alone.")
+        raise ModelError(
+            f"{file.name} is a laboratory snapshot, which takes no option but the device."
+        )
     model, task = bb.load_model(file)
     return bb.to_bridge(model.to(device), name=file.stem, task=task)
-
-
-# --- What `dynamics` finds: a curve for each phenomenon, a table, words and a figure.
-
-PER_HEAD = ("sink_attention", "sink_importance", "attention_entropy", "value_drain", "honor")
-PER_LAYER = ("residual_peak", "sink_residual_norm")
-
-
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Dynamics(Result):
-    """The reports of a model's checkpoints.
-
-    Attributes:
-        reports: By training step, rising.
-        loss: Mean next-token loss by step [nat]; without steps where the model has none.
-        parked: Mean sink attention above which a head counts as dormant [probability].
-    """
-
-    QUESTION = "When in training do sinks, drains and peaks grow?"
-
-    reports: dict[int, SinkReport]
-    loss: dict[int, float]
-    parked: float
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """The training steps."""
-        return tuple(self.reports)
-
-    def stacked(self, name: str) -> Float[Tensor, "step ..."]:
-        """Mean over prompts of a field of the report, step by step."""
-        return torch.stack([report.mean(name) for report in self.reports.values()])
-
-    def overview(self) -> dict[str, Float[Tensor, "step"]]:
-        """One curve for each phenomenon.
-
-        Returns:
-            sink_rate, of the first sink [share]; sink_attention, mean over heads [probability];
-            dormant_share, of heads [share]; value_drain, median over layers and kv_heads [ratio];
-            residual_peak, largest over layers [ratio]; and loss [nat] where there is one.
-        """
-        attention = self.stacked("sink_attention").flatten(1)
-        rates = [report.sink_rate_at(report.settings.epsilon) for report in self.reports.values()]
-        curves = {
-            "sink_rate": torch.tensor(rates),
-            "sink_attention": attention.mean(dim=1),
-            "dormant_share": is_dormant(attention, self.parked).float().mean(dim=1),
-            "value_drain": self.stacked("value_drain").flatten(1).median(dim=1).values,
-            "residual_peak": self.stacked("residual_peak").amax(dim=1),
-        }
-        if self.loss:
-            curves["loss"] = torch.tensor([self.loss[step] for step in self.steps])
-        return curves
-
-    def frame(self) -> pd.DataFrame:
-        """One row a step, metric, layer and head: step, metric, layer, head, value.
-
-        layer and head are -1 for the curves of `overview`, head alone for figures of a layer;
-        value_drain has a kv_head in `head`. What one of the checkpoints cannot have (entropy
-        without a softmax) is left out.
-        """
-        import pandas as pd
-
-        pieces = [
-            self._rows(name, curve[:, None, None], layers=[-1], heads=[-1])
-            for name, curve in self.overview().items()
-        ]
-        for name in PER_LAYER:
-            x = self.stacked(name)[:, :, None]
-            pieces.append(self._rows(name, x, range(x.shape[1]), [-1]))
-        for name in PER_HEAD:
-            if any(getattr(report, name) is None for report in self.reports.values()):
-                continue
-            x = self.stacked(name)
-            pieces.append(self._rows(name, x, range(x.shape[1]), range(x.shape[2])))
-        return pd.concat(pieces, ignore_index=True)
-
-    def _rows(
-        self, metric: str, x: Float[Tensor, "step layer head"], layers: Any, heads: Any
-    ) -> pd.DataFrame:
-        import pandas as pd
-
-        columns = _result.grid(metric=[metric], step=self.steps, layer=layers, head=heads)
-        return pd.DataFrame(columns | {"value": _result.flat(x)})
-
-    def findings(self) -> dict[str, Any]:
-        """The curves, and when each phenomenon appears."""
-        curves = {name: curve.tolist() for name, curve in self.overview().items()}
-        return {"step": list(self.steps), "curves": curves, "half_way": self.half_way()}
-
-    def half_way(self) -> dict[str, int | None]:
-        """The first step at which each curve has come half of its way from first to last value."""
-        found: dict[str, int | None] = {}
-        for name, curve in self.overview().items():
-            way = (curve - curve[0]) / (curve[-1] - curve[0])
-            there = (way >= 0.5).nonzero()[:, 0]
-            found[name] = self.steps[int(there[0])] if len(there) else None
-        return found
-
-    def summary(self) -> str:
-        """First and last value of each curve, and when it was half-way between."""
-        half = self.half_way()
-        lines = [f"{len(self.steps)} checkpoints, steps {self.steps[0]:,} to {self.steps[-1]:,}:"]
-        if len(self.steps) == 1:
-            lines = [f"One checkpoint, step {self.steps[0]:,}:"]
-        for name, curve in self.overview().items():
-            first, last = (number(float(value)) for value in (curve[0], curve[-1]))
-            when = "" if half[name] is None else f", half-way by step {half[name]:,}"
-            lines.append(f"  {name.replace('_', ' ')} {first} → {last}{when}")
-        return "\n".join(lines)
-
-    def figures(self) -> dict[str, go.Figure]:
-        """One panel a phenomenon against the step."""
-        from sinkscope.plot import training_curves
-
-        frame = self.frame()
-        curves = frame[(frame["layer"] == -1) & (frame["head"] == -1)]
-        return {"dynamics": training_curves(curves, about=self.about, log_steps=False)}
-
-
-METRICS = ("sink_attention", "values", "head_outputs", "residual", "entropy", "received")
-"""Of these, `entropy` is left out where attention is no softmax."""
-
-
-def dynamics(
-    model: str | Path | None,
-    checkpoints: Mapping[int, Any] | Iterable[Any],
-    texts: Any = None,
-    *,
-    parked: float = 0.5,
-    sinks: Any = (0,),
-    out: str | Path | None = None,
-    progress: bool = True,
-    **options: Any,
-) -> Dynamics:
-    """Scan every checkpoint of a model on the same texts.
-
-    Args:
-        model: The Hub model that steps and revisions are of; None if each checkpoint says itself
-            what it is.
-        checkpoints: Each a training step that TransformerLens knows for this model (an int); a Hub
-            revision whose last number is the step, such as "step1000"; a folder likewise, such as
-            "runs/checkpoint-500"; a snapshot of the Bigram-Backcopy laboratory, such as
-            "runs/step-001000.safetensors"; or, in a mapping from step, any of these, anything that
-            `load_model` takes, or a function without arguments that gives such a thing.
-        texts: Prompts; by default 16 of prose, 256 tokens each, and for laboratory snapshots 16 of
-            their own task, as long as their context. They are tokenised by the first checkpoint,
-            and all get the same tokens.
-        parked: Mean sink attention above which a head counts as dormant [probability].
-        sinks: See `scan`.
-        out: A folder that keeps each checkpoint's report, and where an interrupted run continues.
-            A checkpoint in a file is known by path, size and time; one that a function gives is
-            known by its step alone.
-        progress: Whether to draw a progress bar.
-        **options: Passed on to `load_model`: device, dtype, ….
-
-    Raises:
-        ModelError: If a checkpoint's step cannot be told, two have the same, or one cannot be
-            loaded.
-        TextError: If a prompt has a single token, and the model a loss.
-        ReportError: If the folder holds reports of other checkpoints, texts or settings.
-    """
-    named = by_step(checkpoints)
-    folder = None if out is None else Path(out)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    if texts is None:
-        texts = usual_texts(next(iter(named.values())))
-    run = _Checkpoints(model, texts, sinks, folder, options)
-    for step, checkpoint in named.items():
-        run.check(step, checkpoint)
-    bar = tqdm(named.items(), unit="checkpoint", disable=not progress, leave=False)
-    for step, checkpoint in bar:
-        run.measure(step, checkpoint)
-    return Dynamics(about=run.about(), reports=run.reports, loss=run.loss, parked=parked)
 
 
 class _Checkpoints:
@@ -334,61 +337,51 @@ class _Checkpoints:
         self.loss: dict[int, float] = {}
 
     def check(self, step: int, checkpoint: Any) -> None:
-        """Whether the report that an earlier run left, if it did, is the one asked for.
+        """Refuse a report of an earlier run that was made for another request.
 
         Raises:
-            ReportError: If it is not, or hooks are in force on the checkpoint.
+            ReportError: If it was, or hooks are in force on the checkpoint.
         """
         if isinstance(checkpoint, TransformerBridge):
-            _partial.kept_in(self._folder, checkpoint)
-        file = self._file(step)
-        if file is None:
-            return
-        found = _beside(file).get("asked", {})
-        for what, now in self._asked(checkpoint).items():
-            if (then := found.get(what)) != now:
-                raise ReportError(
-                    f"The report of step {step} in {self._folder} was measured with another "
-                    f"{what} ({then or 'not said'}; now {now}); name another folder, or delete it."
-                )
-
-    def _asked(self, checkpoint: Any) -> dict[str, str]:
-        return checkpoint_configuration(
-            self._model, checkpoint, self._source, self._sinks, self._options
-        )
-
-    def _file(self, step: int) -> Path | None:
-        """Where an earlier run left the report, if it did."""
-        file = None if self._folder is None else self._folder / f"step-{step}.nc"
-        return file if file is not None and file.exists() else None
+            kept_in(self._folder, checkpoint)
+        if self._folder is not None:
+            check(self._file(step), self._request(checkpoint))
 
     def measure(self, step: int, checkpoint: Any) -> None:
-        """Scan a checkpoint, unless its report is there."""
-        report = self._kept(step)
-        if report is None:
-            report = self._scanned(step, checkpoint)
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        """Scan a checkpoint, unless its report is kept already."""
+        file = None if self._folder is None else self._file(step)
+        # The request is of the checkpoint as it was given, before it is wrapped.
+        request = {} if file is None else self._request(checkpoint)
+        with Kept(SinkReport, file, request) as kept:
+            report, loss = kept.found, kept.also.get("loss")
+            if report is None:
+                report, loss = self._scanned(step, checkpoint)
+                kept.write(report, loss=loss)
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            else:
+                self._check_tokens(step, report)
         self.reports[step] = report
+        if loss is not None:
+            self.loss[step] = loss
 
-    def _scanned(self, step: int, checkpoint: Any) -> SinkReport:
-        asked = self._asked(checkpoint)  # before a model in memory is wrapped
+    def _request(self, checkpoint: Any) -> dict[str, Any]:
+        return checkpoint_request(self._model, checkpoint, self._source, self._sinks, self._options)
+
+    def _file(self, step: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"step-{step}.nc"
+
+    def _scanned(self, step: int, checkpoint: Any) -> tuple[SinkReport, float | None]:
         model = self._load(checkpoint)
         self._check_shape(step, capabilities(model))
         prompts = self._prompts(model)
         loss = _loss(model, prompts)
         softmax = capabilities(model).softmax
         metrics = [metric for metric in METRICS if softmax or metric != "entropy"]
-        report = scan(model, prompts, metrics=metrics, sinks=self._sinks, progress=False).to("cpu")
-        if self._folder is not None:
-            # The report comes last: where it is, the loss is too.
-            beside = json.dumps({"loss": loss, "asked": asked}, indent=1)
-            write_file(self._folder / f"step-{step}.json", beside)
-            report.save(self._folder / f"step-{step}.nc")
-        if loss is not None:
-            self.loss[step] = loss
-        return report
+        report = scan(model, prompts, metrics=metrics, sinks=self._sinks, progress=False)
+        return report.to("cpu"), loss
 
     def _check_shape(self, step: int, can: Capabilities) -> None:
         """Curves over training are of one model: as many layers and heads in every checkpoint."""
@@ -429,19 +422,11 @@ class _Checkpoints:
                 self._check_same(step, report, self._texts)
         return self._texts
 
-    def _kept(self, step: int) -> SinkReport | None:
-        """The report that an earlier run left in the folder."""
-        file = self._file(step)
-        if file is None:
-            return None
-        report = load_report(file)
+    def _check_tokens(self, step: int, report: SinkReport) -> None:
+        """Refuse a kept report of other tokens than those of this run."""
         others = [Texts(one.tokens, one.mask, bos="", source="") for one in self.reports.values()]
         for prompts in others if self._texts is None else [self._texts]:
             self._check_same(step, report, prompts)
-        loss = _beside(file)["loss"]
-        if loss is not None:
-            self.loss[step] = loss
-        return report
 
     def _check_same(self, step: int, report: SinkReport, prompts: Texts) -> None:
         own = Texts(report.tokens, report.mask, bos="", source="")
@@ -459,11 +444,6 @@ class _Checkpoints:
         name = " to ".join(ends) if self._model is None else str(self._model)
         parts = (name, f"T = {settings.length:,}", f"BOS: {settings.bos}")
         return " · ".join([*parts, f"{prompts} × {settings.source}"])
-
-
-def _beside(report: Path) -> dict[str, Any]:
-    """What is kept with a report: the loss, and what was asked."""
-    return json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
 
 
 def _loss(model: Any, prompts: Texts) -> float | None:

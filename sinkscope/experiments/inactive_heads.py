@@ -1,16 +1,32 @@
-"""How many heads can sleep: zero the heads that a score calls inactive, and watch the loss.
+"""Ablate the heads that a score calls inactive, and measure the loss.
 
-As Sandoval-Segura et al. (2504.03889) do: whether a head is inactive is asked anew of every input.
-A first pass scores the heads of a prompt, a second one runs that prompt with the flagged heads'
-outputs zero at all positions. Thresholds are quantiles of a score over all prompts, layers and
-heads, so that a prompt with sleepier heads loses more of them. The paper measures accuracy on MMLU;
-here it is the loss, which feels a missing head long before an answer changes.
+Sandoval-Segura, Wang, Panda, Goldblum, Basri, Goldstein and Jacobs 2025, "Identifying and
+Evaluating Inactive Heads in Pretrained LLMs" (arXiv 2504.03889): whether a head is inactive is
+decided anew for every input, by one of thirteen scores (`metrics.heads.inactivity_scores`).
+
+1. Score every head of every prompt in a forward pass of the unchanged model.
+2. For each score and each share of heads, the threshold is that quantile of the score over all
+   prompts, layers and heads. Prompts with more inactive heads therefore lose more of them.
+3. Set the flagged heads' outputs to zero at all positions, and measure the loss. There are two
+   procedures:
+
+   "two passes" (ours)
+       The flags are those of the scores of step 1: all heads of a prompt are judged in the
+       unchanged model, and the share of flagged heads is the one that was asked for.
+   "one pass" (the paper's; its reproduction)
+       Each layer is scored and zeroed in the same forward pass, against the thresholds of step 2.
+       Heads that are zero in earlier layers change the scores of later ones, so that another
+       number of heads is flagged.
+4. As a baseline, as many heads of each prompt are drawn at random.
+
+The paper measures accuracy on MMLU. The loss is more sensitive: it rises with a missing head long
+before an answer changes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +34,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sinkscope.capture.batches import Batch, average
 from sinkscope.capture.scan import scan
 from sinkscope.errors import ReportError, SinkscopeError, UnsupportedError
-from sinkscope.experiments import result as _result
-from sinkscope.experiments import resume as _partial
-from sinkscope.experiments.partial_forward import Flags, Partway, PromptLosses, with_predictions
-from sinkscope.experiments.result import Result
-from sinkscope.metrics.heads import INACTIVE_IF, Direction, inactivity_threshold
+from sinkscope.experiments.partial_forward import (
+    Flags,
+    Hooks,
+    Partway,
+    PromptLosses,
+    with_predictions,
+)
+from sinkscope.experiments.renamed import attribute
+from sinkscope.experiments.result import Result, about, tidy
+from sinkscope.experiments.resume import Kept, kept_in, request_of
+from sinkscope.interventions.base import check_mode
+from sinkscope.metrics import values
+from sinkscope.metrics.heads import (
+    INACTIVE_IF,
+    Direction,
+    inactivity_scores,
+    inactivity_threshold,
+)
 from sinkscope.models.active import refuse_short_prompts
 from sinkscope.models.load import load_model
 from sinkscope.models.provenance import digest_of
@@ -40,58 +70,65 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-
-# --- How many heads can sleep within a tolerance of the loss: the result of `sleep`.
-
 RANDOM = "random"
+"""The baseline's name beside those of the scores."""
+PROCEDURES = ("two passes", "one pass")
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 _RESAMPLES = 1000
+_METRICS = ("sink_attention", "values", "head_outputs", "entropy")
+
+Scores = Mapping[str, Float[Tensor, "prompt layer head"]]
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Sleeping(Result):
-    """The loss with the heads asleep that a score flags.
+class InactiveAblation(Result):
+    """The loss when the heads that a score flags are set to zero.
 
     Attributes:
-        scores: Names along `score`; the last is "random", any heads at all.
-        asked: What the figures were made of.
-        quantile: Share of heads that each threshold flags, over all prompts.
-        loss: Mean next-token loss of each prompt with all heads [nat].
-        loss_asleep: The same with the flagged heads' outputs zero [nat].
-        share_removed: Share of each prompt's heads that were flagged.
+        scores: Names along `score`; the last is "random", heads drawn at random.
+        procedure: Of `PROCEDURES`.
+        shares: Share of heads that each threshold flags in the unchanged model, over all prompts.
+        quantile: The same as a tensor.
+        loss: Baseline: mean next-token loss of each prompt with all heads [nat].
+        ablated_loss: The same with the flagged heads' outputs zero [nat].
+        share_removed: Share of each prompt's heads that were set to zero.
     """
 
-    QUESTION = "How many heads can sleep at once?"
+    QUESTION = "How many heads can be ablated at once?"
 
     scores: list[str]
-    asked: dict[str, Any]
+    procedure: str
+    shares: list[float]
     quantile: Float[Tensor, "quantile"]
     loss: Float[Tensor, "prompt"]
-    loss_asleep: Float[Tensor, "score quantile prompt"]
+    ablated_loss: Float[Tensor, "score quantile prompt"]
     share_removed: Float[Tensor, "score quantile prompt"]
 
-    def largest_share(self, tolerance: float = 0.01) -> dict[str, dict[str, Any]]:
-        """How many heads each score can put to sleep within a tolerance of the untouched loss.
+    loss_asleep = attribute("loss_asleep", "ablated_loss")
 
-        The mean loss is followed from no head on until it first leaves the tolerance; the share in
-        between two thresholds is read off the straight line. Intervals are over prompts.
+    def largest_share(self, tolerance: float = 0.01) -> dict[str, dict[str, Any]]:
+        """The largest share of heads that can be zero within a tolerance of the baseline loss.
+
+        The mean loss is followed from no head on until it first leaves the tolerance, with straight
+        lines between the thresholds. Intervals are over prompts.
 
         Args:
-            tolerance: Share of the untouched loss.
+            tolerance: Share of the baseline loss.
 
         Returns:
-            For each score: `share`; `over_random`, how much more than random heads (both with
+            For each score: `share`; `over_random`, how much more than of random heads (both with
             intervals, from the same resamples); and `censored`, whether even the largest share
             tried stays within the tolerance.
         """
         draws = torch.Generator().manual_seed(0)
         prompts = len(self.loss)
         drawn = torch.randint(prompts, (_RESAMPLES, prompts), generator=draws).numpy()
-        share, asleep = (x.double().numpy() for x in (self.share_removed, self.loss_asleep))
+        share, ablated = (x.double().numpy() for x in (self.share_removed, self.ablated_loss))
         loss = self.loss.double().numpy()
 
         def reach(rows: np.ndarray) -> list[float]:
             limit = (1 + tolerance) * loss[rows].mean()
-            means = share[..., rows].mean(-1), asleep[..., rows].mean(-1)
+            means = share[..., rows].mean(-1), ablated[..., rows].mean(-1)
             return [
                 last_within(x, y, loss[rows].mean(), limit) for x, y in zip(*means, strict=True)
             ]
@@ -108,73 +145,84 @@ class Sleeping(Result):
             }
         return found
 
-    def frame(self) -> pd.DataFrame:
-        """One row a score, threshold and prompt: score, share_removed, loss, prompt.
+    def to_frame(self) -> pd.DataFrame:
+        """One row a score, threshold and prompt, as `plot.sleeping_heads` takes it.
 
-        `share_removed` is the mean over prompts, `share_of_prompt` that prompt's own; at a share of
-        0 stands the untouched loss.
+        Returns:
+            score, quantile, prompt; share_removed (mean over prompts), share_of_prompt (this
+            prompt's own) and loss [nat]. At a quantile of 0 stands the baseline loss.
         """
-        import pandas as pd
-
-        quantiles = [0.0, *self.quantile.tolist()]
-        prompts = range(len(self.loss))
-        columns = _result.grid(score=self.scores, quantile=quantiles, prompt=prompts)
         none = torch.zeros_like(self.share_removed[:, :1])
         share = torch.cat([none, self.share_removed], dim=1)
-        loss = torch.cat([self.loss.expand_as(none), self.loss_asleep], dim=1)
-        mean = share.mean(dim=-1, keepdim=True).expand_as(share)
-        columns |= {"share_removed": mean, "share_of_prompt": share, "loss": loss}
-        return pd.DataFrame(
-            {name: _result.flat(x) if isinstance(x, Tensor) else x for name, x in columns.items()}
-        )
+        loss = torch.cat([self.loss.expand_as(none), self.ablated_loss], dim=1)
+        axes = {
+            "score": self.scores,
+            "quantile": [0.0, *self.quantile.tolist()],
+            "prompt": range(len(self.loss)),
+        }
+        mean = share.mean(dim=-1, keepdim=True)
+        return tidy(axes, share_removed=mean, share_of_prompt=share, loss=loss)
 
-    def findings(self) -> dict[str, Any]:
-        """The untouched loss, the largest share within 1 %, and what each share costs."""
-        change = (self.loss_asleep - self.loss).mean(-1) / self.loss.mean()
+    def statistics(self) -> dict[str, Any]:
+        """The baseline loss, the largest share within 1 %, and the cost of each share.
+
+        Returns:
+            procedure; loss; largest_share, see there; for each score and share, the
+            relative_loss_change (mean over prompts, of the mean baseline loss), and heads_removed
+            (how many, all prompts together).
+        """
+        change = (self.ablated_loss - self.loss).mean(-1) / self.loss.mean()
         return {
+            "procedure": self.procedure,
             "loss": estimate(self.loss),
             "largest_share": self.largest_share(),
-            "relative_loss_change": {
-                score: dict(zip(map(str, self.asked["shares"]), row.tolist(), strict=True))
-                for score, row in zip(self.scores, change, strict=True)
-            },
+            "relative_loss_change": self._by_share(change),
+            "share_removed": self._by_share(self.share_removed.mean(-1)),
+        }
+
+    def _by_share(self, x: Float[Tensor, "score quantile"]) -> dict[str, dict[str, float]]:
+        return {
+            score: dict(zip(map(str, self.shares), row.tolist(), strict=True))
+            for score, row in zip(self.scores, x, strict=True)
         }
 
     def summary(self) -> str:
-        """How many heads can sleep, score by score, best first."""
+        """The largest share of heads that can be zero, score by score, largest first."""
         found = self.largest_share()
-        loss = estimate(self.loss)
         order = sorted(self.scores, key=lambda score: -found[score]["share"].mean)
-        lines = [f"Heads that can sleep within 1 % of the loss ({loss} nat), per input:"]
+        lines = [
+            f"Heads that can be ablated within 1 % of the baseline loss ({estimate(self.loss)} "
+            f"nat), flagged for each input in {self.procedure}:"
+        ]
         for score in order:
-            figures = found[score]
-            more = "at least " if figures["censored"] else ""
-            line = f"  {score:<10} {more}{_percent(figures['share'])} of heads"
+            values = found[score]
+            more = "at least " if values["censored"] else ""
+            line = f"  {score:<10} {more}{_percent(values['share'])} of heads"
             if score != RANDOM:
-                line += f" (over random {_percent(figures['over_random'])})"
+                line += f" ({_percent(values['over_random'])} more than at random)"
             lines.append(line)
         return "\n".join(lines)
 
     def figures(self) -> dict[str, go.Figure]:
-        """Loss against the share of heads asleep, one line a score."""
+        """Loss against the share of heads that are zero, one line a score."""
         from sinkscope.plot import sleeping_heads
 
-        return {"sleep": sleeping_heads(self.frame(), about=self.about)}
+        return {"inactive-heads": sleeping_heads(self.to_frame(), about=self.about)}
 
 
-def last_within(shares: np.ndarray, losses: np.ndarray, untouched: float, limit: float) -> float:
+def last_within(shares: np.ndarray, losses: np.ndarray, baseline: float, limit: float) -> float:
     """Where a curve of loss against share first exceeds a limit, on straight lines between points.
 
     Args:
         shares: In rising order, none 0.
         losses: The loss at each.
-        untouched: The loss at share 0.
-        limit: What the loss may come to.
+        baseline: The loss at share 0.
+        limit: The largest loss that is allowed.
 
     Returns:
         The share; the largest one if the limit is never exceeded.
     """
-    x, y = np.concatenate([[0.0], shares]), np.concatenate([[untouched], losses])
+    x, y = np.concatenate([[0.0], shares]), np.concatenate([[baseline], losses])
     beyond = np.flatnonzero(y > limit)
     if beyond.size == 0:
         return float(x[-1])
@@ -193,18 +241,13 @@ def _percent(share: Estimate) -> str:
     return f"{mean} %" if math.isnan(share.low) else f"{mean} % [{low}, {high}]"
 
 
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
-_METRICS = ("sink_attention", "values", "head_outputs", "entropy")
-
-Scores = Mapping[str, Float[Tensor, "prompt layer head"]]
-
-
-def sleep(
+def ablate_inactive(
     model: Any,
     texts: Any,
     *,
     scores: Iterable[str] = tuple(INACTIVE_IF),
     shares: Iterable[float] = SHARES,
+    procedure: str = "two passes",
     draws: int = 3,
     thresholds: SinkReport | None = None,
     also: Scores | None = None,
@@ -212,68 +255,79 @@ def sleep(
     batch: int | None = None,
     file: str | Path | None = None,
     progress: bool = True,
-) -> Sleeping:
-    """Put to sleep the heads that each score flags at each quantile, input by input.
+) -> InactiveAblation:
+    """Set to zero the heads that each score flags at each threshold, input by input.
 
     Args:
         model: A bridge, or anything that `load_model` takes.
         texts: Prompts.
         scores: Names from `metrics.heads.INACTIVE_IF`.
         shares: Quantiles: which share of heads a threshold flags, over all prompts.
+        procedure: "two passes" flags heads by their scores in the unchanged model; "one pass"
+            scores and zeroes layer after layer in one forward pass, as Sandoval-Segura et al. do.
         draws: How often random heads are drawn; their losses are averaged.
-        thresholds: A report to take thresholds from, as one would who has to choose them
-            beforehand; by default the quantiles of these very prompts.
+        thresholds: A report to take thresholds from, as for a model in use; by default the
+            quantiles of these prompts.
         also: Further scores of these prompts by name, a head being inactive where they are small,
-            such as `Removal.loss_change`.
+            such as `Ablation.loss_change`. They are fixed, whichever the procedure.
         seed: Of the random heads.
         batch: Prompts at once; by default what fills the device.
-        file: A ``.nc`` file to keep the figures in as they come, and to continue from.
+        file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
         progress: Whether to draw a progress bar.
+
+    Returns:
+        Losses and shares of flagged heads, for each score, threshold and prompt.
 
     Raises:
         UnsupportedError: If the model has no loss or cannot show what the scores need, or there is
-            no such score.
+            no such score or procedure.
         TextError: If a prompt has a single token, or ends before a position that an intervention
             changes.
-        ReportError: If the file was begun with other settings; or hooks or interventions are in
-            force, which a file cannot tell apart.
+        ReportError: If the file holds another request's result, another process is writing to it,
+            or hooks or interventions are in force, which a file cannot record.
     """
     model = load_model(model)
-    file = _partial.kept_in(file, model)
+    file = kept_in(file, model)
     partway = Partway(model)
     prompts = with_predictions(as_texts(texts).tokenize(model).right_padded())
     refuse_short_prompts(model, prompts.mask)
     names, shares = tuple(scores), tuple(sorted(set(map(float, shares))))
     _check(names, shares, draws)
+    check_mode(procedure, PROCEDURES)
     further = dict(also or {})
-    asked = _partial.asked_of(
-        model,
-        prompts,
-        scores=[*names, *further],
-        shares=list(shares),
-        draws=draws,
-        seed=seed,
-        also={name: digest_of(score) for name, score in further.items()},
-        thresholds=None if thresholds is None else _digest(thresholds, names),
-    )
+    request = {}
+    if file is not None:
+        request = request_of(
+            model,
+            prompts,
+            scores=[*names, *further],
+            shares=list(shares),
+            procedure=procedure,
+            draws=draws,
+            seed=seed,
+            also={name: digest_of(score) for name, score in further.items()},
+            thresholds=None if thresholds is None else _digest(thresholds, names),
+        )
     shape = len(names) + len(further) + 1, len(shares), len(prompts)
-    empty = Sleeping(
-        about=_result.about(model, prompts),
+    empty = InactiveAblation(
+        about=about(model, prompts),
         scores=[*names, *further, RANDOM],
-        asked=asked,
+        procedure=procedure,
+        shares=list(shares),
         quantile=torch.tensor(shares),
         loss=torch.full(shape[2:], torch.nan),
-        loss_asleep=torch.full(shape, torch.nan),
+        ablated_loss=torch.full(shape, torch.nan),
         share_removed=torch.full(shape, torch.nan),
     )
-    growing = _partial.Growing(empty, file)
-    if not growing.result.loss_asleep.isnan().any():
-        return growing.result
-    report = scan(model, prompts, metrics=_METRICS, progress=progress).to("cpu")
-    choose = _Chooser(report, names, thresholds, further, draws, seed)
-    with growing.kept(), partway.opened():
-        _fill(growing, PromptLosses(partway, prompts, batch), choose, progress)
-    return growing.result
+    with Kept(InactiveAblation, file, request) as kept:
+        result = kept.found or empty
+        if result.ablated_loss.isnan().any():
+            report = scan(model, prompts, metrics=_METRICS, progress=progress).to("cpu")
+            choose = _Chooser(report, names, thresholds, further, draws, seed)
+            with partway.opened():
+                measure = _Measure(partway, PromptLosses(partway, prompts, batch), choose)
+                measure.fill(result, lambda: kept.grew(result), progress)
+    return result
 
 
 def _digest(report: SinkReport, names: tuple[str, ...]) -> str:
@@ -296,7 +350,7 @@ def _check(names: tuple[str, ...], shares: tuple[float, ...], draws: int) -> Non
 
 
 class _Chooser:
-    """Says which heads of each prompt sleep, for a score and a quantile."""
+    """Which heads of each prompt are ablated, for a score and a share."""
 
     def __init__(
         self,
@@ -321,16 +375,20 @@ class _Chooser:
             self._scores[name] = score.cpu(), score.cpu(), "below"
         self._draws, self._seed = draws, seed
 
-    def __call__(self, name: str, quantile: float) -> list[Flags]:
-        """The flags; of random heads, several draws."""
+    def __call__(self, name: str, share: float) -> list[Flags]:
+        """The flags in the unchanged model; of random heads, several draws."""
         if name == RANDOM:
-            return [self._random(quantile, draw) for draw in range(self._draws)]
-        score, source, inactive_if = self._scores[name]
-        threshold = inactivity_threshold(source, quantile, inactive_if)
-        return [score < threshold if inactive_if == "below" else score > threshold]
+            return [self._random(share, draw) for draw in range(self._draws)]
+        score, _, inactive_if = self._scores[name]
+        return [_beyond(score, self.threshold(name, share), inactive_if)]
+
+    def threshold(self, name: str, share: float) -> float:
+        """The threshold of a score that flags this share of heads where thresholds come from."""
+        _, source, inactive_if = self._scores[name]
+        return inactivity_threshold(source, share, inactive_if)
 
     def _random(self, quantile: float, draw: int) -> Flags:
-        """The same number of heads of every prompt, drawn for each anew."""
+        """As many heads of every prompt, drawn for each prompt anew."""
         prompts, layers, heads = self._shape
         generator = torch.Generator().manual_seed(1000 * self._seed + draw)
         order = torch.rand(prompts, layers * heads, generator=generator).argsort(dim=1)
@@ -338,27 +396,89 @@ class _Chooser:
         return rearrange(chosen, "prompt (layer head) -> prompt layer head", layer=layers)
 
 
-def _fill(
-    growing: _partial.Growing, losses_of: PromptLosses, choose: _Chooser, progress: bool
-) -> None:
-    """Measure what is still nan."""
-    found: Sleeping = growing.result
-    missing = found.loss_asleep.isnan().any(dim=-1)
-    if found.loss.isnan().any():
-        found.loss[:] = losses_of()
-    bar = tqdm(
-        total=missing.numel(),
-        initial=missing.numel() - int(missing.sum()),
-        unit="threshold",
-        disable=not progress,
-        leave=False,
-    )
-    with bar:
-        for score, quantile in missing.nonzero().tolist():
-            flags = choose(found.scores[score], found.asked["shares"][quantile])
-            losses = torch.stack([losses_of(one) for one in flags])
-            shares = torch.stack([one.float().mean(dim=(1, 2)) for one in flags])
-            found.loss_asleep[score, quantile] = losses.mean(dim=0)
-            found.share_removed[score, quantile] = shares.mean(dim=0)
-            bar.update()
-            growing.grown()
+def _beyond(
+    score: Float[Tensor, "*shape"], threshold: float, inactive_if: Direction
+) -> Bool[Tensor, "*shape"]:
+    return score < threshold if inactive_if == "below" else score > threshold
+
+
+class _Measure:
+    """The losses with flagged heads set to zero."""
+
+    def __init__(self, partway: Partway, losses: PromptLosses, choose: _Chooser) -> None:
+        self._partway, self._losses, self._choose = partway, losses, choose
+
+    def fill(self, result: InactiveAblation, grew: Callable[[], None], progress: bool) -> None:
+        """Measure what is still nan."""
+        missing = result.ablated_loss.isnan().any(dim=-1)
+        if result.loss.isnan().any():
+            result.loss[:] = self._losses()
+        bar = tqdm(
+            total=missing.numel(),
+            initial=missing.numel() - int(missing.sum()),
+            unit="threshold",
+            disable=not progress,
+            leave=False,
+        )
+        with bar:
+            for row, column in missing.nonzero().tolist():
+                name, share = result.scores[row], result.shares[column]
+                one_pass = result.procedure == "one pass" and name in INACTIVE_IF
+                losses, flags = (self._one_pass if one_pass else self._two_passes)(name, share)
+                result.ablated_loss[row, column] = losses
+                result.share_removed[row, column] = flags
+                bar.update()
+                grew()
+
+    def _two_passes(self, name: str, share: float) -> tuple[Tensor, Tensor]:
+        """Loss and share of zeroed heads of each prompt; of random heads the mean over draws."""
+        flags = self._choose(name, share)
+        losses = torch.stack([self._losses(one) for one in flags])
+        return losses.mean(dim=0), torch.stack([one.float().mean((1, 2)) for one in flags]).mean(0)
+
+    def _one_pass(self, name: str, share: float) -> tuple[Tensor, Tensor]:
+        """The same, each layer scored and zeroed in the forward pass that gives the loss."""
+        threshold, inactive_if = self._choose.threshold(name, share), INACTIVE_IF[name]
+        can = self._partway.can
+        flagged: list[tuple[Tensor, Tensor]] = []
+
+        def hooks(batch: Batch) -> Hooks:
+            measured: dict[str, Tensor] = {}
+            count = torch.zeros(len(batch.tokens))
+            flagged.append((batch.rows, count))
+
+            def read(signal: str, layer: int, x: Any) -> None:
+                measured.update(_read(signal, x, batch, can.n_heads))
+
+            def zero(z: Float[Tensor, "prompt position head d_head"], hook: Any) -> Tensor:
+                norms = average(values.norms(z), batch.on(z.device).averages("mask", "last_token"))
+                mean, last = norms.unbind(-1)
+                sizes = {"head_output_norm": mean, "last_output_norm": last}
+                layer = {key: x.to(z.device)[:, None] for key, x in (measured | sizes).items()}
+                score = inactivity_scores(**layer)[name][:, 0]
+                flags = _beyond(score, threshold, inactive_if)
+                count.add_(flags.float().mean(dim=1).cpu() / can.n_layers)
+                return z.masked_fill(flags[:, None, :, None], 0)
+
+            edits = [(can.hook("z", layer), zero) for layer in range(can.n_layers)]
+            return [*self._partway.observers(batch, ("attention", "value"), read), *edits]
+
+        losses = self._losses.run(hooks)
+        rows, shares = (torch.cat(x) for x in zip(*flagged, strict=True))
+        return losses, shares[rows.argsort()]
+
+
+def _read(signal: str, x: Any, batch: Batch, n_heads: int) -> dict[str, Tensor]:
+    """What the scores need of a layer's attention or values [prompt head]."""
+    if signal == "attention":
+        own = x.batch
+        first = average(x.on_keys(own.first_token, most=1), own.averages("mask"))[..., 0]
+        entropy = average(x.entropy(), own.averages("mask"))[..., 0]
+        return {"first_token_attention": first, "attention_entropy": entropy}
+    norm = values.norms(x)  # [prompt kv_head position]
+    group = n_heads // norm.shape[1]
+    first, mean = norm[..., 0], values.mean_norm(norm, batch.on(x.device).mask)
+    return {
+        "first_value_norm": first.repeat_interleave(group, dim=-1),
+        "mean_value_norm": mean.repeat_interleave(group, dim=-1),
+    }

@@ -1,23 +1,28 @@
-"""Mixing with and without a sink: how far one changed token spreads, and what collapses.
+"""How far one changed token spreads, and how alike positions become, with and without a sink.
 
-Barbero et al. (2504.02732) read the sink as a brake on mixing: without it, attention heads could
-not help but blend what they see, a changed token would be felt everywhere, and representations
-would grow alike. Their experiment changes one word and follows the change through the layers, with
-and without ⟨bos⟩. Here the same text runs in up to three conditions:
+Barbero et al. 2025, "Why do LLMs attend to the first token?" (arXiv 2504.02732), explain the sink
+as a limit on mixing: without it, heads would have to mix what they see, a changed token would
+affect all later ones, and representations would become alike. They change one word and follow the
+change through the layers, with and without BOS.
 
-no bos
-    The text alone. Most models then park their attention on its first token instead.
-bos
-    The model's BOS token in front.
-no sink
-    With BOS, where there is one, but in the layers after the residual peak was written no query can
-    see the front token. (Hiding it in every layer takes away no sink: the next token is then the
-    first to mix nothing, and becomes one. Under rotary positions that is the same as dropping it.)
+1. Take each prompt twice, the second time with another token at one position.
+2. Run both in up to three conditions:
 
-Whether a condition has a sink is measured, not assumed: `front_rate` and `other_rate`.
+   "no bos"
+       The text alone. Most models then attend to its first token instead.
+   "bos"
+       The model's BOS token in front.
+   "no sink"
+       With BOS where there is one, but in the layers after the residual peak was written no query
+       can see the front token. (Hiding it in every layer removes no sink: the next token is then
+       the first that attends only to itself, and becomes one. With rotary positions that is the
+       same as dropping it.)
+3. Measure the difference of the residual states at every layer and position, and how alike the
+   positions are (`metrics.mixing`). Whether a condition has a sink is measured, too: `front_rate`
+   and `other_rate`.
 
-All other figures are about the text's own tokens after the first, so that conditions compare like
-with like and no sink is among them.
+All other values are of the text's own tokens after the first, so that conditions compare the same
+positions and none of them is a sink.
 """
 
 from __future__ import annotations
@@ -35,9 +40,8 @@ from tqdm.auto import tqdm
 from sinkscope.capture import batches, paths, runner
 from sinkscope.capture.scan import scan
 from sinkscope.errors import TextError, UnsupportedError
-from sinkscope.experiments import readout as _measure
-from sinkscope.experiments import result as _result
-from sinkscope.experiments.result import Result
+from sinkscope.experiments import readout
+from sinkscope.experiments.result import Result, about, stacked, tidy
 from sinkscope.interventions import ShiftSinkLogit
 from sinkscope.metrics import mixing as definitions
 from sinkscope.metrics.residual import residual_norms
@@ -51,22 +55,25 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-
-# --- What `mixing` finds: perturbations and collapse by condition, in a table, words and a figure.
+CONDITIONS = ("no bos", "bos", "no sink")
+_HIDING_SHIFT = -1e4
+"""Added to the sink's logit: its attention is then 0 in every dtype."""
+_TOKENS = {"cuda": 2**15, "cpu": 2**11}
+"""Tokens of one forward pass."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Mixing(Result):
-    """How a text's representations mix, condition by condition.
+    """Perturbations and likeness of positions, condition by condition.
 
-    `position` counts the text's own tokens from 0, BOS left out.
+    `position` counts the text's own tokens from 0, BOS excluded.
 
     Attributes:
         conditions: Names along `condition`.
         changed: The position whose token is changed.
         hidden_after: The layer after which "no sink" hides the front token; -1 without "no sink".
         front_rate: Share of heads for which the front token is a sink (sink rate, ε = 0.3).
-        other_rate: The same of the position in the first half for which it is largest.
+        other_rate: The largest such rate of any other position in the first half.
         perturbation: ‖h_i(x) − h_i(x')‖ after each block, where x' has another token at `changed`
             [activation].
         relative_perturbation: The same over ‖h_i(x)‖ [ratio].
@@ -93,51 +100,47 @@ class Mixing(Result):
         """Relative perturbation of the positions after the changed one, their mean [ratio]."""
         return self.relative_perturbation[..., self.changed + 1 :].mean(-1)
 
-    def frame(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """One row a condition, prompt, layer, position and metric, as `plot.before_after` takes it.
 
-        `position` is -1 for figures of a whole prompt.
+        `position` is -1 for values of a whole prompt.
         """
-        import pandas as pd
-
         pieces = []
         for metric in ("perturbation", "relative_perturbation"):
             pieces.append(self._rows(metric, self[metric], range(self[metric].shape[-1])))
         wholes = {name: self[name] for name in ("rank_collapse", "rank_share", "matrix_entropy")}
         for metric, x in ({"spread": self.spread} | wholes).items():
             pieces.append(self._rows(metric, x[..., None], [-1]))
-        return pd.concat(pieces, ignore_index=True)
+        return stacked(pieces)
 
     def _rows(self, metric: str, x: Tensor, positions: Iterable[int]) -> pd.DataFrame:
-        import pandas as pd
-
         _, prompts, layers, _ = x.shape
-        columns = _result.grid(
-            metric=[metric],
-            condition=self.conditions,
-            prompt=range(prompts),
-            layer=range(layers),
-            position=positions,
-        )
-        return pd.DataFrame(columns | {"value": _result.flat(x)})
+        axes = {
+            "metric": [metric],
+            "condition": self.conditions,
+            "prompt": range(prompts),
+            "layer": range(layers),
+            "position": list(positions),
+        }
+        return tidy(axes, value=x[None])
 
-    def findings(self) -> dict[str, Any]:
-        """Each condition's figures half-way up and after the last block, and their differences."""
+    def statistics(self) -> dict[str, Any]:
+        """Each condition's values half-way up and after the last block, and their differences."""
         found: dict[str, Any] = {}
         for index, condition in enumerate(self.conditions):
             rates = {name: float(self[name][index]) for name in ("front_rate", "other_rate")}
             found[condition] = rates | self._at(lambda x, index=index: x[index])
         for index, condition in enumerate(self.conditions[1:], start=1):
             # The same prompts run in every condition, so differences are taken prompt by prompt.
-            less = self._at(lambda x, index=index: x[index] - x[0])
-            found[f"{condition} less {self.conditions[0]}"] = less
+            difference = self._at(lambda x, index=index: x[index] - x[0])
+            found[f"{condition} minus {self.conditions[0]}"] = difference
         return found
 
     def _at(
         self, choose: Callable[[Tensor], Float[Tensor, "prompt layer"]]
     ) -> dict[str, dict[str, Estimate]]:
-        """Three figures, half-way up and after the last block."""
-        figures = {
+        """Three statistics, half-way up and after the last block."""
+        values = {
             "spread": self.spread,
             "rank_share": self.rank_share,
             "matrix_entropy": self.matrix_entropy,
@@ -146,15 +149,15 @@ class Mixing(Result):
         where = {"middle": layers // 2, "last": layers - 1}
         return {
             name: {place: estimate(choose(x)[:, layer]) for place, layer in where.items()}
-            for name, x in figures.items()
+            for name, x in values.items()
         }
 
     def summary(self) -> str:
         """Spread of a changed token and likeness of positions, condition by condition."""
-        found = self.findings()
+        found = self.statistics()
         lines = [
-            f"One token changed (position {self.changed}); later positions move by this share of "
-            "their norm, and share of ‖V‖_F that is not their common mean:"
+            f"One token changed (position {self.changed}): spread, the change of later positions "
+            "over their norm, and μ(V)/‖V‖, the share of ‖V‖_F that is not their common mean:"
         ]
         for condition in self.conditions:
             own = found[condition]
@@ -170,17 +173,12 @@ class Mixing(Result):
         """Relative perturbation by position, one panel a condition."""
         from sinkscope.plot import before_after
 
-        rows = self.frame()
+        rows = self.to_frame()
         return {
             "perturbation": before_after(
                 rows, "relative_perturbation", about=self.about, positions=[self.changed]
             )
         }
-
-
-CONDITIONS = ("no bos", "bos", "no sink")
-_OUT_OF_SIGHT = -1e4  # what is added to the sink's logit: its attention is 0 in every dtype
-_TOKENS = {"cuda": 2**15, "cpu": 2**11}
 
 
 def mixing(
@@ -203,13 +201,16 @@ def mixing(
         seed: Of the replacements.
         progress: Whether to draw a progress bar.
 
+    Returns:
+        Perturbations and likeness of positions, condition by condition.
+
     Raises:
-        TextError: If the prompts differ in length, end at the changed position, or carry BOS.
+        TextError: If the prompts differ in length, end at the changed position, or begin with BOS.
         UnsupportedError: If no condition is named; if "bos" is asked for and the model has none,
             or "no sink" of a model whose logits cannot be shifted.
     """
     model = load_model(model)
-    prompts = _measure.even(model, texts)
+    prompts = readout.even(model, texts)
     length = prompts.tokens.shape[1]
     changed = length // 4 if changed is None else changed
     if not 0 < changed < length - 1:
@@ -217,7 +218,7 @@ def mixing(
             f"The changed position {changed} should have tokens before and after it; prompts run "
             f"from 0 to {length - 1}."
         )
-    names = _measure.chosen(conditions, CONDITIONS, "conditions")
+    names = readout.chosen(conditions, CONDITIONS, "conditions")
     front = _front(model, prompts)
     if "bos" in names and front is None:
         raise UnsupportedError('This model has no BOS token, so there is no condition "bos".')
@@ -229,13 +230,13 @@ def mixing(
         if name == "no sink":
             after = _peak_layer(model, _preceded(prompts.tokens, token))
             layers = range(after + 1, capabilities(model).n_layers)
-            hiding = ShiftSinkLogit(model, _OUT_OF_SIGHT, position=0, layers=layers)
+            hiding = ShiftSinkLogit(model, _HIDING_SHIFT, position=0, layers=layers)
         with hiding:
             rates = _sink_rates(model, _preceded(prompts.tokens, token))
             found.append(rates | _follow(model, pairs, token))
     stacked = {field: torch.stack([one[field] for one in found]) for field in found[0]}
     return Mixing(
-        about=_result.about(model, prompts),
+        about=about(model, prompts),
         conditions=names,
         changed=changed,
         hidden_after=after,
@@ -270,7 +271,7 @@ def _peak_layer(model: Any, tokens: Int[Tensor, "prompt position"]) -> int:
 
 
 def _sink_rates(model: Any, tokens: Int[Tensor, "prompt position"]) -> dict[str, Tensor]:
-    """For how many heads the front token is a sink, and the likeliest other position."""
+    """For what share of heads the front token is a sink, and the largest other share."""
     rates = scan(model, token_ids(tokens), metrics=["received"], progress=False)["sink_rate"].cpu()
     half = max(2, len(rates) // 2)
     return {"front_rate": rates[0], "other_rate": rates[1:half].max()}
@@ -303,7 +304,7 @@ def _with_another(
     ids = torch.tensor(ordinary_ids(tokenizer, known) if tokenizer is not None else range(known))
     generator = torch.Generator().manual_seed(seed)
     drawn = ids[torch.randint(len(ids), (len(tokens),), generator=generator)]
-    # The same token by chance would change nothing: take its neighbour.
+    # Where the same token was drawn, take its neighbour.
     again = ids[(torch.searchsorted(ids, drawn) + 1) % len(ids)]
     tokens = tokens.clone()
     tokens[:, changed] = torch.where(drawn == tokens[:, changed].cpu(), again, drawn)
@@ -313,14 +314,14 @@ def _with_another(
 def _follow(
     model: Any, pairs: Int[Tensor, "prompt version position"], front: int | None
 ) -> dict[str, Tensor]:
-    """All figures of one condition [prompt layer ...], on the CPU."""
+    """All values of one condition [prompt layer ...], on the CPU."""
     can = capabilities(model)
     device = runner.input_device(model)
     size = max(1, _TOKENS.get(device.type, _TOKENS["cpu"]) // (2 * pairs.shape[2]))
     found: list[dict[int, dict[str, Tensor]]] = []
 
     def read(layer: int) -> Any:
-        return lambda x, hook: found[-1].__setitem__(layer, _figures(x, front is not None))
+        return lambda x, hook: found[-1].__setitem__(layer, _measured(x, front is not None))
 
     hooks = [(can.hook("resid_post", layer), read(layer)) for layer in range(can.n_layers)]
     with (
@@ -352,8 +353,8 @@ def _batch(
     return batches.cut(rows, mask, none, index, causal=causal, device=device)
 
 
-def _figures(x: Float[Tensor, "row position dim"], front: bool) -> dict[str, Tensor]:
-    """What one layer's residual states come to, from prompts and their changed versions."""
+def _measured(x: Float[Tensor, "row position dim"], front: bool) -> dict[str, Tensor]:
+    """The values of one layer, from the residual states of prompts and their changed versions."""
     pairs = x.unflatten(0, (-1, 2))[:, :, int(front) :].float()
     before, after = pairs.unbind(dim=1)
     norms = residual_norms(before)

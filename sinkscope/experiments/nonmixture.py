@@ -1,4 +1,15 @@
-"""Non-mixture features: what the FFN writes where nothing is mixed, and by which neurons."""
+"""FFN dims that mark a token which attends only to itself, and the neurons that write them.
+
+Yan et al. 2024, "Unveiling and Controlling Anomalous Attention Distribution in Transformers" (arXiv
+2407.01601), Fig. 1.
+
+1. Scan the FFN outputs of every layer at the position (which a self-only mask keeps from attending
+   to others, if it is not position 0) and at all others.
+2. A dim stands out where |x| exceeds a multiple of the median over dims and a multiple of the
+   largest |x| at any mixed position (`metrics.ffn.nonmixture_dims`; our rule, since the paper's is
+   not public).
+3. Split the value of each such dim into the contributions a_n · W_out[n, dim] of the neurons.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.capture.scan import scan
-from sinkscope.experiments import readout as _measure
-from sinkscope.experiments import result as _result
-from sinkscope.experiments.result import Result
+from sinkscope.experiments import readout
+from sinkscope.experiments.result import Result, about, tidy
 from sinkscope.interventions import SelfOnlyMask
 from sinkscope.models.capabilities import capabilities
 from sinkscope.models.load import load_model
@@ -27,28 +37,30 @@ if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
 
 NEURONS = 5
+"""Contributors that are kept for each dim."""
 _SHOWN = 0.05
+"""Smallest share of a value that the summary names a neuron for."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class NonMixture(Result):
-    """The FFN output of one element, as a rule one that mixes nothing, against all others.
+    """The FFN output of one position, usually one that attends only to itself, against all others.
 
     Attributes:
         report: The scan's FFN and residual fields, for figures and other thresholds.
-        position: The element.
-        masked: Whether a self-only mask kept it from mixing.
-        causal: Whether attention is: then position 0 mixes nothing without a mask.
+        position: The position.
+        masked: Whether a self-only mask kept it from attending to others.
+        causal: Whether attention is: then position 0 attends only to itself without a mask.
         over_median: |x| over the median |x| over dims has to exceed this.
         over_mixed: |x| over the largest |x| of any mixed position has to exceed this.
         contributor: The neurons that add most to each dim that stands out; None for mixtures of
             experts.
-        contribution: What each of them adds, mean over prompts, before any norm that follows the
-            down-projection [activation].
-        contribution_of_all: What all neurons add together.
+        contribution: The contribution of each of them, mean over prompts, before any norm that
+            follows the down-projection [activation].
+        contribution_of_all: The sum over all neurons.
     """
 
-    QUESTION = "Which FFN dims mark the element that mixes nothing?"
+    QUESTION = "Which FFN dims mark a token that attends only to itself?"
 
     report: SinkReport
     position: int
@@ -74,7 +86,7 @@ class NonMixture(Result):
         }
 
     def neurons(self) -> list[dict[str, Any]]:
-        """Which neurons write each dim that stands out, and how much of it each writes."""
+        """The neurons that contribute most to each dim that stands out, and their shares of it."""
         if self.contributor is None or self.contribution is None:
             return []
         assert self.contribution_of_all is not None
@@ -109,7 +121,7 @@ class NonMixture(Result):
             for layer, dim in enumerate(dims.tolist())
         ]
 
-    def findings(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, Any]:
         """Dims, the layers that first write them, and the neurons that do."""
         return {
             "position": self.position,
@@ -123,7 +135,7 @@ class NonMixture(Result):
         }
 
     def summary(self) -> str:
-        """What stands out, where it is first written, and by which neurons."""
+        """The dims that stand out, where they are first written, and by which neurons."""
         where = f"position {self.position}, which {self._why()}"
         rule = (
             f"By our operational rule, |x| > {self.over_median:g} × the median over dims and > "
@@ -161,10 +173,10 @@ class NonMixture(Result):
 
     def _why(self) -> str:
         if self.masked:
-            return "a self-only mask keeps from mixing"
+            return "attends only to itself by a mask"
         if self.causal and self.position == 0:
-            return "mixes nothing"
-        return "mixes as the others do"
+            return "attends only to itself"
+        return "attends to others like all positions"
 
     def _written_by(self, record: dict[str, Any]) -> str:
         own = [
@@ -175,17 +187,11 @@ class NonMixture(Result):
         ]
         return ", ".join(own[:3])
 
-    def frame(self) -> pd.DataFrame:
-        """One row a layer and dim: value at the non-mixed element and largest of the mixed ones."""
-        import pandas as pd
-
+    def to_frame(self) -> pd.DataFrame:
+        """One row a layer and dim: value at the position (nonmixed), largest of the others."""
         value = self.report.mean("ffn_sink")
-        columns = _result.grid(layer=range(value.shape[0]), dim=range(value.shape[1]))
-        figures = {
-            "nonmixed": _result.flat(value),
-            "mixed_max": _result.flat(self.report.mean("ffn_mixed_max")),
-        }
-        return pd.DataFrame(columns | figures)
+        axes = {"layer": range(value.shape[0]), "dim": range(value.shape[1])}
+        return tidy(axes, nonmixed=value, mixed_max=self.report.mean("ffn_mixed_max"))
 
     def figures(self) -> dict[str, go.Figure]:
         """FFN outputs of each layer where a dim stands out, as in the paper's figure 1."""
@@ -211,7 +217,7 @@ def nonmixture(
     over_mixed: float = 10.0,
     progress: bool = True,
 ) -> NonMixture:
-    """The dims in which the FFN output of a non-mixed element stands out (Yan et al., Fig. 1).
+    """The dims in which the FFN output of a non-mixed position stands out (Yan et al., Fig. 1).
 
     The paper's separation of mixture from non-mixture distributions is not public; the rule is
     operational and ours (`metrics.ffn.nonmixture_dims`).
@@ -219,14 +225,17 @@ def nonmixture(
     Args:
         model: A bridge, or anything that `load_model` takes.
         texts: Prompts of equal length.
-        position: The element. Position 0 under a causal mask mixes nothing by itself; in a
-            bidirectional model it mixes as the others do, and what marks it there is its position
+        position: Which one. Position 0 under a causal mask attends only to itself; in a
+            bidirectional model it attends to others as all do, and is distinguished by its position
             vector or its token.
-        mask: Whether a self-only mask keeps the element from mixing; by default everywhere but at
-            position 0.
+        mask: Whether a self-only mask keeps the position from attending to others; by default
+            everywhere but at position 0.
         over_median: Threshold on |x| over its median over dims.
         over_mixed: Threshold on |x| over the largest |x| of any mixed position.
         progress: Whether to draw a progress bar.
+
+    Returns:
+        The FFN outputs, the dims that stand out, and the neurons that write them.
 
     Raises:
         TextError: If prompts differ in length or end before the position.
@@ -234,7 +243,7 @@ def nonmixture(
     """
     model = load_model(model)
     can = capabilities(model)
-    prompts = _measure.even(model, texts, position)
+    prompts = readout.even(model, texts, position)
     masked = position != 0 if mask is None else mask
     with SelfOnlyMask(model, position) if masked else nullcontext():
         report = scan(
@@ -242,10 +251,10 @@ def nonmixture(
         )
         hidden = None
         if "neurons" in can.signals:
-            neurons = _measure.at("neurons", position)
-            hidden = _measure.measure(model, prompts, {"neurons": neurons}, [position])["neurons"]
+            neurons = readout.at("neurons", position)
+            hidden = readout.measure(model, prompts, {"neurons": neurons}, [position])["neurons"]
     result = NonMixture(
-        about=_result.about(model, prompts),
+        about=about(model, prompts),
         report=report,
         position=position,
         masked=masked,
@@ -259,7 +268,7 @@ def nonmixture(
 def _with_neurons(
     result: NonMixture, model: Any, hidden: Float[Tensor, "prompt layer neuron"]
 ) -> NonMixture:
-    """Split each dim that stands out into what every neuron adds: a_n · W_out[n, dim]."""
+    """Split each dim that stands out into the neurons' contributions a_n · W_out[n, dim]."""
     added = [
         hidden[:, record["layer"]].float().mean(0)
         * model.blocks[record["layer"]].mlp.W_out.detach()[:, record["dim"]].float().cpu()

@@ -1,14 +1,17 @@
-"""Run a model from any of its blocks on, and score its predictions in bounded memory.
+"""Start a forward pass at any block, and compute losses in bounded memory.
 
-The model's own forward pass runs, so that masks, positions, final norm, output head and softcap
-are what they always are. Blocks that come before the wanted one do not compute: each hands on the
-residual state that it was given for them, whatever hooks there make of it. Whether that is exact is
-tried on every model before it is relied on (a model may pass more from block to block than one
-residual stream). Interventions in force hold meanwhile as they do in whole passes, each once.
+1. `Partway` runs the model's own forward pass, so that masks, positions, final norm, output head
+   and softcap are unchanged. The blocks before the first one that is wanted do not compute: each
+   returns the given residual state.
+2. Whether that is exact is checked on every model before it is used, since a model may pass more
+   from block to block than one residual stream. Interventions in force apply as in whole passes.
+3. `Partway.losses` applies the output head to a few positions at a time; `PromptLosses` is the loss
+   of each prompt with some heads set to zero.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from sinkscope.attention.overrides import Overrides
 from sinkscope.capture import batches, paths, runner
+from sinkscope.capture.batches import Batch
 from sinkscope.devices import in_pieces
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.models.active import hooked
@@ -31,9 +35,12 @@ from sinkscope.prompts.tokens import Texts
 
 Hooks = Sequence[tuple[str, Callable[..., Tensor | None]]]
 Residual = Float[Tensor, "row position dim"]
+Flags = Bool[Tensor, "prompt layer head"]
 
 _LOGITS = {"cuda": 2**28, "cpu": 2**23}
-"""Logits held at once, as numbers: a gigabyte in fp32 on a GPU, 32 MB on a CPU."""
+"""Logits held at once: a gigabyte in fp32 on a GPU, 32 MB on a CPU."""
+_TOKENS = {"cuda": 2**16, "cpu": 2**12}
+"""Tokens of one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Track:
 
 
 def with_loss(can: Capabilities) -> Capabilities:
-    """The same capabilities, if the model's next-token loss means something.
+    """The same capabilities, if the model has a meaningful next-token loss.
 
     Raises:
         UnsupportedError: If it does not.
@@ -98,12 +105,12 @@ class Partway:
         self.device = runner.input_device(model)
         self._path = paths.choose(model, self.can, path)
         self._outputs: list[int | None] = []
-        with self._hooks_aside(), self.opened():
+        with self._without_hooks(), self.opened():
             self._check()
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Whatever must hold while the other methods are called."""
+        """Evaluation mode and the chosen attention path; the other methods are called inside."""
         with torch.inference_mode(), runner.evaluating(self.model), self._path.opened():
             yield
 
@@ -120,11 +127,11 @@ class Partway:
             return lambda x, hook: kept.__setitem__(layer, x)
 
         n_layers = self.can.n_layers
-        # What a block puts out rather than what the next one reads: edits of a block's input come
-        # after what it is given, and are made anew when the model starts there.
-        listening = [(self.can.hook("resid_post", i), keep(i + 1)) for i in range(n_layers)]
-        listening.append((self.can.hook("resid_pre", 0), keep(0)))
-        self._run(tokens, mask, [*hooks, *listening])
+        # The output of a block rather than the input of the next: edits of a block's input come
+        # later, and are applied again when the model starts there.
+        observers = [(self.can.hook("resid_post", i), keep(i + 1)) for i in range(n_layers)]
+        observers.append((self.can.hook("resid_pre", 0), keep(0)))
+        self._run(tokens, mask, [*hooks, *observers])
         return Track(tuple(kept[i] for i in range(n_layers)), kept[n_layers])
 
     def final(
@@ -135,18 +142,18 @@ class Partway:
         residual: Residual | None = None,
         hooks: Hooks = (),
     ) -> Residual:
-        """The residual state after the last block, when block ``layer`` reads ``residual``.
+        """The residual state after the last block, when block ``layer`` is given ``residual``.
 
         Args:
             tokens: What the residual belongs to.
             mask: True at real tokens.
             layer: The first block that runs.
-            residual: What it is given; None with ``layer=0``, where the embedding says it.
+            residual: Its input; None with ``layer=0``, which reads the embedding.
             hooks: Edits, as `TransformerBridge.hooks` takes them.
         """
         kept: list[Tensor] = []
         last = (self.can.hook("resid_post", self.can.n_layers - 1), lambda x, hook: kept.append(x))
-        with self._handing_on(layer, residual):
+        with self._starting_at(layer, residual):
             self._run(tokens, mask, [*hooks, last])
         return kept[0]
 
@@ -158,9 +165,9 @@ class Partway:
     ) -> Float[Tensor, "row"]:
         """Mean loss of each row's next-token predictions [nat]; nan where it predicts none.
 
-        The output head runs on a few positions at a time: logits over a vocabulary would be the
-        largest tensor by far. Hooks behind the blocks, on the final norm or the logits, have to
-        meet every position at once; what those inside do is in the residual state already.
+        The output head runs on a few positions at a time, since logits over a vocabulary would be
+        the largest tensor by far. Hooks after the blocks, on the final norm or the logits, need
+        all positions at once; the effect of those inside is in the residual state already.
         """
         names = hooked(self.model)
         inside = {name for name in names if name.startswith("blocks.")}
@@ -175,10 +182,10 @@ class Partway:
 
             def score(rows: slice, at: slice = at, here: Tensor = here, after: Tensor = after):
                 logits = self._logits(here[rows], final[rows, at])[:, : after.shape[1]].float()
-                told = logits.gather(-1, after[rows, :, None].to(logits.device))[..., 0]
-                return (logits.logsumexp(-1) - told).to(tokens.device)
+                target = logits.gather(-1, after[rows, :, None].to(logits.device))[..., 0]
+                return (logits.logsumexp(-1) - target).to(tokens.device)
 
-            with self._hooks_aside(inside):
+            with self._without_hooks(inside):
                 columns.append(in_pieces(len(tokens), max(1, room // width), score))
         real = mask[:, 1:]
         if not columns:
@@ -189,8 +196,8 @@ class Partway:
     def _logits(
         self, tokens: Int[Tensor, "row position"], final: Residual
     ) -> Float[Tensor, "row position vocab"]:
-        """What the final norm and the output head make of a residual state."""
-        with self._handing_on(self.can.n_layers, final):
+        """The logits of a residual state: final norm and output head."""
+        with self._starting_at(self.can.n_layers, final):
             return self.model(tokens, return_type="logits", use_cache=False)
 
     def _run(
@@ -199,19 +206,48 @@ class Partway:
         mask: Bool[Tensor, "row position"],
         hooks: Hooks,
     ) -> None:
-        rows = torch.arange(len(tokens))
-        none = torch.zeros_like(mask)
-        batch = batches.cut(tokens, mask, none, rows, causal=True, device=self.device)
         with self.model.hooks(fwd_hooks=list(hooks)):
-            runner.forward(self.model, batch)
+            runner.forward(self.model, self.batch(tokens, mask))
+
+    def batch(
+        self,
+        tokens: Int[Tensor, "row position"],
+        mask: Bool[Tensor, "row position"],
+        rows: Int[Tensor, "row"] | None = None,
+    ) -> Batch:
+        """These prompts as observers take them, with position 0 as the sink.
+
+        Args:
+            tokens: Right-padded token ids.
+            mask: True at real tokens.
+            rows: Which prompts of a text they are.
+        """
+        sinks = torch.zeros_like(mask)
+        sinks[:, 0] = True
+        all_rows = torch.arange(len(tokens))
+        batch = batches.cut(tokens, mask, sinks, all_rows, causal=True, device=self.device)
+        return batch if rows is None else dataclasses.replace(batch, rows=rows)
+
+    def observers(
+        self, batch: Batch, signals: Iterable[str], emit: Callable[[str, int, Any], None]
+    ) -> Hooks:
+        """Hooks that read signals of every layer of one batch, for `final`.
+
+        Args:
+            batch: What runs.
+            signals: "attention", or names of activations, see `Capabilities`.
+            emit: Called with signal, layer, and the activation or the attention's reader.
+        """
+        wanted = paths.Wanted(frozenset(signals), frozenset({"entropy"}))
+        return self._path.hooks(wanted, lambda: batch, emit)
 
     @contextmanager
-    def _handing_on(self, layer: int, residual: Residual | None) -> Iterator[None]:
-        """Inside, the blocks below ``layer`` hand on ``residual`` instead of computing."""
+    def _starting_at(self, layer: int, residual: Residual | None) -> Iterator[None]:
+        """Inside, the blocks below ``layer`` return ``residual`` instead of computing."""
         overrides, handles = Overrides(), []
 
-        def hand_on(block: Any, given: Any, output: Any) -> Any:
-            # Hooks have edited once more what their edits are in already.
+        def give(block: Any, given: Any, output: Any) -> Any:
+            # Hooks on these blocks have edited it again, although it holds their edits already.
             return (residual, *output[1:]) if isinstance(output, tuple) else residual
 
         try:
@@ -221,21 +257,21 @@ class Partway:
                 overrides.attribute(
                     block.original_component, "forward", lambda *args, out=out, **options: out
                 )
-                handles.append(block.register_forward_hook(hand_on))
+                handles.append(block.register_forward_hook(give))
             yield
         finally:
             overrides.undo()
             for handle in handles:
                 handle.remove()
 
-    def _hooks_aside(self, names: Iterable[str] | None = None) -> AbstractContextManager[None]:
-        """Put somebody's hooks aside: those on the points of these names, or all."""
+    def _without_hooks(self, names: Iterable[str] | None = None) -> AbstractContextManager[None]:
+        """Temporarily remove the caller's hooks on the points of these names, or on all."""
         points = self.model.hook_dict
         chosen = [points[name] for name in (points if names is None else names)]
         return only_hooks(chosen, (), lambda x, hook: None)
 
     def _check(self) -> None:
-        """Refuse a model that is not the same when it starts partway.
+        """Refuse a model whose result changes when it starts at a later block.
 
         Raises:
             UnsupportedError: If it is not.
@@ -258,8 +294,8 @@ class Partway:
         tolerance = 3e-2 if half else 1e-4
         plain = self.model(tokens, return_type="logits", use_cache=False)
         same = close(self._logits(tokens, track.final).float(), plain.float(), tolerance)
-        # The prompts change places from run to run, or else what a skipped block has left lying
-        # about from the run before would fit, and hide that a later block reads it.
+        # The prompts change places from run to run. Otherwise a value that a later block reads from
+        # a skipped one would be that of the run before, and fit by chance.
         for layer in range(self.can.n_layers):
             order = [1, 0] if layer % 2 == 0 else [0, 1]
             again = self.final(tokens[order], mask, layer, track.before[layer][order])
@@ -267,21 +303,13 @@ class Partway:
         if not same:
             raise UnsupportedError(
                 f"{self.can.architecture} does not give the same result when it starts at one of "
-                "its blocks, so its heads cannot be removed this way; AblateHeads removes them in "
+                "its blocks, so its heads cannot be ablated this way; AblateHeads ablates them in "
                 "whole forward passes."
             )
 
 
-# --- Losses of prompts when some heads of each put out nothing.
-
-_TOKENS = {"cuda": 2**16, "cpu": 2**12}
-"""Tokens of one forward pass."""
-
-Flags = Bool[Tensor, "prompt layer head"]
-
-
 class PromptLosses:
-    """The next-token loss of each prompt, again and again with other heads asleep.
+    """The next-token loss of each prompt with some of its heads set to zero.
 
     Args:
         partway: The model, opened.
@@ -295,22 +323,34 @@ class PromptLosses:
         room = _TOKENS.get(partway.device.type, _TOKENS["cpu"]) // self._tokens.shape[1]
         self._batches = batches.by_length(self._mask).split(batch or max(1, room))
 
-    def __call__(self, asleep: Flags | None = None) -> Float[Tensor, "prompt"]:
-        """The loss of each prompt when these heads put out nothing, at any position."""
+    def __call__(self, ablated: Flags | None = None) -> Float[Tensor, "prompt"]:
+        """The loss of each prompt when the output of these heads is zero at every position.
+
+        Args:
+            ablated: Which heads of which prompts [prompt layer head]; none by default.
+        """
+        return self.run(lambda batch: [] if ablated is None else self._zero(ablated[batch.rows]))
+
+    def run(self, hooks: Callable[[Batch], Hooks]) -> Float[Tensor, "prompt"]:
+        """The loss of each prompt under hooks that are made for every batch.
+
+        Args:
+            hooks: From a batch to edits, as `TransformerBridge.hooks` takes them.
+        """
         found = torch.full((len(self._tokens),), torch.nan)
         partway = self._partway
         for rows in self._batches:
             length = int(self._mask[rows].sum(dim=1).max())
             tokens, mask = (x[rows, :length].to(partway.device) for x in (self._tokens, self._mask))
-            hooks = [] if asleep is None else self._hooks(asleep[rows])
-            final = partway.final(tokens, mask, hooks=hooks)
+            batch = partway.batch(tokens, mask, rows)
+            final = partway.final(tokens, mask, hooks=hooks(batch))
             found[rows] = partway.losses(tokens, mask, final).cpu()
         return found
 
-    def _hooks(self, asleep: Flags) -> Hooks:
-        def silence(layer: int) -> Callable[..., Tensor]:
-            here = rearrange(asleep[:, layer], "prompt head -> prompt 1 head 1")
+    def _zero(self, ablated: Flags) -> Hooks:
+        def zero(layer: int) -> Callable[..., Tensor]:
+            here = rearrange(ablated[:, layer], "prompt head -> prompt 1 head 1")
             return lambda z, hook: z.masked_fill(here.to(z.device), 0)
 
-        layers = asleep.any(dim=2).any(dim=0).nonzero()[:, 0].tolist()
-        return [(self._partway.can.hook("z", layer), silence(layer)) for layer in layers]
+        layers = ablated.any(dim=2).any(dim=0).nonzero()[:, 0].tolist()
+        return [(self._partway.can.hook("z", layer), zero(layer)) for layer in layers]

@@ -1,7 +1,14 @@
-"""What every experiment hands back: labelled tensors, a tidy frame, words and figures."""
+"""The base of the experiments' results: labelled tensors, a tidy table, words, figures, files.
+
+Every experiment returns a subclass of `Result`, which says what is particular to it in four
+methods: `summary`, `statistics`, `to_frame` and `figures`. The rest follows from them: `to_dict`,
+`to_html`, `save`, and how a result shows on a terminal and in a notebook. `tidy` makes the tables.
+"""
 
 from __future__ import annotations
 
+import html
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sinkscope.experiments.renamed import warn
 from sinkscope.models.provenance import model_source
 from sinkscope.output import as_json, plain, wrapped, write_file
 from sinkscope.prompts.tokens import Texts
@@ -33,46 +41,52 @@ class Result(Labelled):
     about: str
 
     def summary(self) -> str:
-        """What was found, in words, with its figures."""
+        """The result in words and a table, with its statistics."""
         raise NotImplementedError
 
-    def frame(self) -> pd.DataFrame:
-        """A tidy frame, one row an observation, as the figures take it."""
+    def statistics(self) -> dict[str, Any]:
+        """The numbers that the summary states, by name, as plain values and `Estimate`."""
+        raise NotImplementedError
+
+    def to_frame(self) -> pd.DataFrame:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A tidy frame, one row an observation, as the figures take it.
+
+        The tensors themselves come by name, such as ``result["loss"]``, and all of them with
+        `to_xarray`.
+        """
         raise NotImplementedError
 
     def figures(self) -> dict[str, go.Figure]:
         """The figures by name."""
         raise NotImplementedError
 
-    def findings(self) -> dict[str, Any]:
-        """The figures that the summary states, as plain values ready for JSON."""
-        raise NotImplementedError
-
     def to_dict(self) -> dict[str, Any]:
-        """Findings and provenance, ready for JSON."""
-        return {"about": self.about, "summary": self.summary(), **plain(self.findings())}
+        """What was measured on, the summary and the statistics, ready for JSON."""
+        return {"about": self.about, "summary": self.summary(), **plain(self.statistics())}
 
-    def save(self, folder: str | Path, name: str) -> list[Path]:
-        """Write what was found: as JSON, as a table, and as one page with all figures.
+    def save(self, path: str | Path, name: str | None = None) -> list[Path]:
+        """Write the result as JSON, as a table, and as one page with all figures.
 
         Args:
-            folder: An existing folder.
-            name: Of the files, before ``.json``, ``.csv`` and ``.html``.
+            path: Of the files, without suffix: ``.json``, ``.csv`` and ``.html`` are added. The
+                folder has to exist.
+            name: Deprecated: of the files, `path` being their folder.
 
         Returns:
             The files written.
 
         Raises:
-            ReportError: If they cannot be.
+            ReportError: If they cannot be written.
         """
+        if name is not None:
+            warn("Result.save(folder, name)", "save(path)")
+            path = Path(path) / name
         contents = {
             "json": as_json(self.to_dict(), indent=1) + "\n",
-            "csv": self.frame().to_csv(index=False),
+            "csv": self.to_frame().to_csv(index=False),
             "html": self.to_html(),
         }
-        return [
-            write_file(Path(folder) / f"{name}.{suffix}", text) for suffix, text in contents.items()
-        ]
+        return [write_file(f"{path}.{suffix}", text) for suffix, text in contents.items()]
 
     def to_html(self) -> str:
         """One page with the question, the summary and every figure, which needs no network."""
@@ -80,13 +94,37 @@ class Result(Labelled):
 
         return to_html(self)
 
+    def frame(self) -> pd.DataFrame:
+        """Deprecated: the old name of `to_frame`."""
+        warn("Result.frame()", "to_frame()")
+        return self.to_frame()
+
+    def findings(self) -> dict[str, Any]:
+        """Deprecated: the old name of `statistics`."""
+        warn("Result.findings()", "statistics()")
+        return self.statistics()
+
     def __repr__(self) -> str:
         lines = f"{self.about}\n{self.summary()}".splitlines()
         return "\n".join(map(wrapped, lines))
 
+    def _repr_html_(self) -> str:
+        """The question and the same words for a notebook; tables keep their columns."""
+        words = html.escape(repr(self))
+        return (
+            f"<strong>{html.escape(self.QUESTION)}</strong>"
+            f'<pre style="background:transparent;color:inherit;overflow-x:auto">{words}</pre>'
+        )
+
 
 def about(model: Any, texts: Texts, bos: str | None = None) -> str:
-    """The line under a figure's title; `bos` says what stands in the place of the texts' own."""
+    """The line under a figure's title.
+
+    Args:
+        model: A bridge.
+        texts: The prompts.
+        bos: The BOS policy to state; that of the texts by default.
+    """
     parts = (
         model_source(model).name,
         f"T = {texts.tokens.shape[1]:,}",
@@ -96,18 +134,31 @@ def about(model: Any, texts: Texts, bos: str | None = None) -> str:
     return " · ".join(parts)
 
 
-def grid(**axes: Any) -> dict[str, Any]:
-    """Columns of a tidy frame for every combination of the axes' values, in C order."""
-    import numpy as np
+def tidy(axes: Mapping[str, Sequence[Any] | range], **columns: Any) -> pd.DataFrame:
+    """A tidy frame with one row for every combination of the axes' values.
 
-    sizes = [range(len(values)) for values in axes.values()]
-    index = np.stack(np.meshgrid(*sizes, indexing="ij")).reshape(len(axes), -1)
-    return {
-        name: np.asarray(list(values))[row]
-        for (name, values), row in zip(axes.items(), index, strict=True)
+    Args:
+        axes: Values along each axis, in the order of the tensors' dimensions.
+        columns: Tensors that broadcast to these axes, or one value for all rows.
+    """
+    import pandas as pd
+
+    frame = pd.MultiIndex.from_product(axes.values(), names=list(axes)).to_frame(index=False)
+    shape = [len(values) for values in axes.values()]
+    values = {
+        name: x.detach().cpu().double().expand(shape).flatten().numpy() if torch.is_tensor(x) else x
+        for name, x in columns.items()
     }
+    return frame.assign(**values)
 
 
-def flat(x: Tensor) -> Any:
+def stacked(pieces: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tidy frames below each other."""
+    import pandas as pd
+
+    return pd.concat(pieces, ignore_index=True)
+
+
+def column(x: Tensor) -> Any:
     """A tensor as one column, in C order."""
-    return torch.as_tensor(x).detach().cpu().double().flatten().numpy()
+    return x.detach().cpu().double().flatten().numpy()

@@ -1,12 +1,22 @@
-"""Long runs that survive an interruption: a result grows in a file and is taken up from there."""
+"""Resume long measurements: a result is kept in a file and continued if the request is the same.
+
+1. `request_of` and `checkpoint_request` say what a result depends on: the model by its name, all
+   its weights, settings and its output on a probe (`model_identity`), the exact tokens, and every option.
+2. `Kept` locks a result's file, compares the request that the file was begun with, and hands back
+   what it holds. The request is written beside it: ``prose.nc`` has ``prose.request.json``.
+3. Results that fill up in place, with nan where nothing was measured yet, are written every few
+   seconds (`Kept.grew`) and when the block ends, after an exception or Ctrl-C too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import re
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -16,135 +26,224 @@ from torch import nn
 
 from sinkscope.errors import ReportError
 from sinkscope.models.active import hooked
-from sinkscope.models.provenance import digest, dtype_of, model_source, weights_of
+from sinkscope.models.provenance import digest, dtype_of, model_identity, model_source
+from sinkscope.output import as_json, locked, write_file
 from sinkscope.prompts.recipes import TextSource
 from sinkscope.prompts.tokens import Texts
-from sinkscope.report import netcdf as _netcdf
+from sinkscope.report import netcdf
 from sinkscope.report.labelled import Labelled
 from sinkscope.report.settings import library_versions
 
 R = TypeVar("R", bound=Labelled)
+Request = dict[str, Any]
 
 _EVERY = 5.0
-"""Seconds between two writes."""
-"""Numbers of each row of each weight that a model's weights are known by."""
+"""Seconds between two writes of a result that fills up."""
+
+
+class Kept(Generic[R]):
+    """A result in a file, or in memory only.
+
+    Use it as a context manager. Inside, the file is locked against other processes.
+
+    Args:
+        kind: Class of the result.
+        file: A ``.nc`` file; None keeps nothing.
+        request: What the result depends on, as JSON knows it.
+
+    Attributes:
+        found: What the file holds; None if there is no file yet.
+        also: Values kept with it, see `write`.
+
+    Raises:
+        ReportError: On entry: if the file was begun with another request, cannot be read, or
+            another process is writing to it.
+    """
+
+    def __init__(self, kind: type[R], file: Path | None, request: Request) -> None:
+        self.found: R | None = None
+        self.also: dict[str, Any] = {}
+        self._kind, self._file, self._request = kind, file, request
+        self._unwritten: R | None = None
+        self._written = time.monotonic()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Kept[R]:
+        if self._file is None:
+            return self
+        with ExitStack() as stack:
+            stack.enter_context(locked(self._file))
+            if check(self._file, self._request):
+                self.found = netcdf.load(self._kind, self._file)
+                self.also = _beside(self._file)["also"]
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._stack:
+            if self._unwritten is not None:
+                self.write(self._unwritten)
+
+    def write(self, result: R, **also: Any) -> None:
+        """Write the result, and values beside it.
+
+        Args:
+            result: What was measured.
+            also: Values that belong to it, as JSON knows them.
+        """
+        self._unwritten, self._written = None, time.monotonic()
+        if self._file is not None:
+            self.also |= also
+            # The result comes last: where it is, its request is too.
+            content = as_json({"request": self._request, "also": self.also}, indent=1)
+            write_file(_request_file(self._file), content)
+            netcdf.save(result, self._file)
+
+    def grew(self, result: R) -> None:
+        """Note that more was measured; it is written every few seconds.
+
+        Where nothing was measured nothing is written: an empty file would be in the way of another
+        request.
+        """
+        self._unwritten = result
+        if time.monotonic() - self._written > _EVERY:
+            self.write(result)
+
+
+def check(file: Path, request: Request) -> bool:
+    """Whether a file holds a result; of another request it may not be.
+
+    Args:
+        file: The result's file.
+        request: What is asked for now.
+
+    Raises:
+        ReportError: If anything differs that the result depends on, or the record of it is missing
+            or damaged.
+    """
+    if not file.exists():
+        return False
+    found = _beside(file)["request"]
+    for name, value in json.loads(as_json(request)).items():
+        before = found.get(name)
+        if before != value and name == "identity":
+            raise ReportError(
+                f"{file} was measured on another model: its weights, settings, adapters or hooks "
+                "differ; name another folder, or delete that file."
+            )
+        if before != value:
+            raise ReportError(
+                f"{file} was measured with another {name} ({_shown(before)}; now {_shown(value)}); "
+                "name another folder, or delete that file."
+            )
+    return True
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _request_file(file: Path) -> Path:
+    return file.with_name(f"{file.stem}.request.json")
+
+
+def _beside(file: Path) -> dict[str, Any]:
+    """The request that a result was measured for, and what is kept with it.
+
+    Raises:
+        ReportError: If that file is missing or damaged.
+    """
+    record = _request_file(file)
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problem = "is missing"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    except (ValueError, RecursionError):  # no JSON, or no text
+        problem = "is damaged"
+    else:
+        if isinstance(found, dict) and all(
+            isinstance(found.get(name), dict) for name in ("request", "also")
+        ):
+            return found
+        problem = "is damaged"
+    raise ReportError(
+        f"{record} {problem}, which says what {file.name} was measured on, so that cannot be "
+        "continued; name another folder, or delete both files."
+    )
 
 
 def kept_in(place: str | Path | None, model: Any) -> Path | None:
-    """Where figures are to be kept, if anywhere.
+    """The file or folder to keep results in, if there is one.
+
+    Args:
+        place: What the caller named.
+        model: A bridge.
 
     Raises:
-        ReportError: If hooks are in force. What they do cannot be written down, so that the place
-            would hand these figures on as those of the model without them.
+        ReportError: If hooks are in force. What they do cannot be written down, and may show at
+            positions that no probe reaches, so that the place would hand back these results as
+            those of the model without them.
     """
     if place is not None and hooked(model):
         raise ReportError(
-            f"{place} keeps figures of a model as it is, and hooks or interventions are in force "
+            f"{place} keeps results of a model as it is, and hooks or interventions are in force "
             "on this one; measure under them without a file or folder."
         )
     return None if place is None else Path(place)
 
 
-def asked_of(model: Any, texts: Texts, **asked: Any) -> dict[str, Any]:
-    """What a result was made of: only a result that was asked for alike may be continued.
+def file_stem(name: str) -> str:
+    """A name, such as that of a text source, as part of a file's name.
+
+    Plain names stay as they are. Of all others a hash is added, so that two names never share a
+    file: "a-b.txt" becomes ``a_b.txt-62e1c9``.
+    """
+    if re.fullmatch(r"[a-z0-9_]{1,60}", name):
+        return name
+    plain = re.sub(r"[^\w.]+", "_", name)[-60:]
+    return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+# What results depend on.
+
+
+def request_of(model: Any, texts: Texts, **options: Any) -> Request:
+    """Everything that a result of a model on exact tokens depends on.
 
     Args:
         model: A bridge.
         texts: The prompts.
-        asked: Everything else that decides the figures, as JSON knows it.
+        options: Everything else that decides the numbers, as JSON knows it.
     """
     source = model_source(model)
     return {
         "model": source.name,
         "revision": source.revision,
         "dtype": dtype_of(model),
-        "weights": weights_of(model),
+        "identity": model_identity(model),
         "texts": texts.source,
         "bos": texts.bos,
         "tokens": digest(texts),
-        **asked,
+        **options,
         "sinkscope": library_versions()["sinkscope"],
     }
 
 
-class Growing(Generic[R]):
-    """A result whose tensors fill up, with nan where nothing was measured yet.
-
-    Args:
-        empty: The result before anything was measured; it has a field `asked`.
-        file: Where it grows, a ``.nc`` file; None keeps it in memory.
-
-    Attributes:
-        result: What there is so far; its tensors are written to in place.
-
-    Raises:
-        ReportError: If the file holds something that was asked for otherwise.
-    """
-
-    def __init__(self, empty: R, file: Path | None) -> None:
-        self.result: R = empty
-        self._file = file
-        self._news = False
-        self._written = time.monotonic()
-        if file is not None and file.exists():
-            self.result = _netcdf.load(type(empty), file)
-            check_same(_asked(self.result), _asked(empty), file)
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Write what there is when the block ends, by an exception or Ctrl-C too.
-
-        Where nothing was measured, nothing is written: an empty file would stand in the way of
-        another request.
-        """
-        try:
-            yield
-        finally:
-            self._write()
-
-    def grown(self) -> None:
-        """Say that there is more; it is written down every few seconds."""
-        self._news = True
-        if time.monotonic() - self._written > _EVERY:
-            self._write()
-
-    def _write(self) -> None:
-        if self._file is not None and self._news:
-            _netcdf.save(self.result, self._file)
-        self._news, self._written = False, time.monotonic()
+_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json")
 
 
-def _asked(result: Any) -> dict[str, Any]:
-    return result.asked
-
-
-def check_same(found: dict[str, Any], wanted: dict[str, Any], file: Path) -> None:
-    """Refuse to continue what was asked for otherwise.
-
-    Raises:
-        ReportError: If anything that was asked differs.
-    """
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise ReportError(
-                f"{file} was begun with another {name} ({found.get(name)!r}, now {value!r}); "
-                "name another folder, or delete that file."
-            )
-
-
-# --- What a checkpoint's report is made of, told before the checkpoint is loaded.
-
-_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "config.json")
-
-
-def checkpoint_configuration(
+def checkpoint_request(
     model: str | Path | None,
     checkpoint: Any,
     source: TextSource | Texts,
     sinks: Any,
     options: dict[str, Any],
-) -> dict[str, str]:
-    """Everything that decides the figures: only a report that was asked for alike is taken up.
+) -> Request:
+    """Everything that the report of a checkpoint depends on, known before it is loaded.
 
     Args:
         model: The Hub model that steps and revisions are of.
@@ -154,8 +253,10 @@ def checkpoint_configuration(
         options: Of `load_model`.
     """
     tokenizer = options.get("tokenizer")
+    in_memory = isinstance(checkpoint, nn.Module)
     return {
         "checkpoint": _checkpoint(model, checkpoint, options),
+        "identity": model_identity(checkpoint) if in_memory else None,
         "dtype": _dtype(checkpoint, options),
         "tokenizer": "" if tokenizer is None else str(getattr(tokenizer, "name_or_path", "given")),
         "texts": _texts(source),
@@ -166,11 +267,11 @@ def checkpoint_configuration(
 
 def _checkpoint(model: str | Path | None, checkpoint: Any, options: dict[str, Any]) -> str:
     if isinstance(checkpoint, nn.Module):
-        return f"{type(checkpoint).__name__} with weights {weights_of(checkpoint)}"
+        return type(checkpoint).__name__
     if isinstance(checkpoint, int):
         return f"step {checkpoint} of {model}"
     if callable(checkpoint):
-        return "what a function gives"
+        return "the result of a function"
     path = Path(checkpoint).expanduser()
     if path.exists():
         return _on_disk(path.resolve())
@@ -181,8 +282,8 @@ def _checkpoint(model: str | Path | None, checkpoint: Any, options: dict[str, An
 
 
 def _on_disk(path: Path) -> str:
-    """A path, and what changes when the weights there are written anew."""
-    files = [path] if path.is_file() else [f for glob in _WEIGHTS for f in path.glob(glob)]
+    """A path, and the size and time that change when the weights there are written anew."""
+    files = [path] if path.is_file() else [f for glob in _FILES for f in path.glob(glob)]
     found = [file.stat() for file in files]
     size = sum(each.st_size for each in found)
     written = datetime.fromtimestamp(max((each.st_mtime for each in found), default=0))
@@ -198,7 +299,7 @@ def _dtype(checkpoint: Any, options: dict[str, Any]) -> str:
 
 
 def _texts(source: TextSource | Texts) -> str:
-    """Exact ids by their hash; a recipe by its settings and the hash of its text."""
+    """Exact ids by a hash; a recipe by its settings and a hash of its text."""
     if isinstance(source, Texts):
         return f"{source.source}, tokens {digest(source.right_padded())}"
     settings = {

@@ -1,9 +1,16 @@
-"""Long texts through a small cache: what keeping a few sinks is worth, and which ones.
+"""Perplexity of a long text when each query sees a few kept positions and a window.
 
-StreamingLLM (Xiao et al. 2309.17453): a model that may only see a window of recent tokens breaks
-down once its first tokens have left the window, and recovers if a few of them are kept. Yan et al.
-(2407.01601) claim that any *designated* waiver element will do; here one in the middle is kept
-instead of the first tokens.
+Xiao, Tian, Chen, Han and Lewis 2023, "Efficient Streaming Language Models with Attention Sinks"
+(StreamingLLM, arXiv 2309.17453): a model that sees a window of recent tokens only breaks down once
+its first tokens have left the window, and recovers if a few of them are kept. Yan et al. 2024
+(arXiv 2407.01601) claim that any designated waiver element will do; here one in the middle of the
+text is kept instead of the first tokens.
+
+1. `plan` lists the settings: what is kept, the window, how positions are counted.
+2. For each setting, `stream` runs the text in chunks through a cache that holds the kept positions
+   and the window (`window_cache`), exactly as one token at a time would.
+3. Compare the losses token by token from where every window has left the start of the text, with
+   intervals over blocks of tokens.
 """
 
 from __future__ import annotations
@@ -24,11 +31,10 @@ from sinkscope.attention.kv_cache import cache_argument
 from sinkscope.capture import paths, runner
 from sinkscope.devices import trim
 from sinkscope.errors import TextError, UnsupportedError
-from sinkscope.experiments import result as _result
 from sinkscope.experiments.conditions import default_position
-from sinkscope.experiments.result import Result
-from sinkscope.experiments.resume import Growing, asked_of, kept_in
-from sinkscope.experiments.window_cache import COUNTED, Layout, Turner, WindowCache
+from sinkscope.experiments.result import Result, about, stacked
+from sinkscope.experiments.resume import Kept, kept_in, request_of
+from sinkscope.experiments.window_cache import COUNTED, KeyRotation, Layout, WindowCache
 from sinkscope.interventions.base import check_mode, check_positions
 from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.models.load import load_model
@@ -42,125 +48,19 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-# --- Which runs `streaming_context` makes: what is kept, in which window, counted how.
-
 AUTO = "auto"
-"""The designated position that nobody named."""
+"""The designated position when none is named."""
 
-
-@dataclass(frozen=True)
-class Setting:
-    """What the queries of one run may see.
-
-    Attributes:
-        kept: In words, such as "4 sinks" or "designated 255".
-        keep: Positions that are never forgotten.
-        window: Recent positions that a query sees, its own included; None for all.
-        counted: How positions are counted, of `COUNTED`.
-        alone: Positions designated by a self-only mask.
-    """
-
-    kept: str
-    keep: tuple[int, ...]
-    window: int | None
-    counted: str
-    alone: tuple[int, ...] = ()
-
-    @property
-    def moved_on(self) -> int:
-        """The first query with all kept elements behind it and the start outside its window."""
-        if self.window is None:
-            return 0
-        return max(self.window + len(self.keep), max(self.keep, default=0) + 1)
-
-
-def plan(
-    windows: Iterable[int],
-    sinks: Iterable[int],
-    designated: int | Iterable[int] | str | None,
-    counted: Iterable[str],
-    full: bool | None,
-    tokens: int,
-    can: Capabilities,
-) -> list[Setting]:
-    """Every run that was asked for, the model that sees everything first.
-
-    Raises:
-        TextError: If there is none, or a window shows nothing.
-    """
-    sinks, chosen = _counts(sinks), _designated(designated, tokens)
-    found: list[Setting] = []
-    fits = can.n_ctx is None or tokens <= can.n_ctx
-    if full if full is not None else fits:
-        found.append(Setting("everything", (), None, "absolute"))
-    for way in counted:
-        check_mode(way, COUNTED)
-        for window in windows:
-            if window < 1:
-                raise TextError(f"A window of {window} positions shows nothing; use 1 or more.")
-            for n in sinks:
-                name = f"{n} sink" if n == 1 else f"{n} sinks"
-                found.append(Setting(name, tuple(range(n)), window, way))
-            for p in chosen:
-                found.append(Setting(f"{p} as it is", (p,), window, way))
-                found.append(Setting(f"designated {p}", (p,), window, way, (p,)))
-    if not found:
-        raise TextError(
-            "Nothing is asked for: name a window and what to keep beside it, or run the model that "
-            "sees everything (full=True)."
-        )
-    return found
-
-
-def _counts(sinks: Iterable[int]) -> tuple[int, ...]:
-    """Numbers of first tokens to keep.
-
-    Raises:
-        TextError: If one is not a whole number from 0.
-    """
-    wanted = tuple(sinks)
-    for n in wanted:
-        if type(n) is not int or n < 0:
-            raise TextError(
-                f"{n!r} first tokens cannot be kept as sinks; expected whole numbers from 0, such "
-                "as [0, 4]."
-            )
-    return wanted
-
-
-def _designated(wanted: int | Iterable[int] | str | None, tokens: int) -> tuple[int, ...]:
-    if wanted is None:
-        return ()
-    if wanted == AUTO:
-        return (default_position(tokens, None),)
-    return check_positions(wanted)  # pyright: ignore[reportArgumentType]: it says what is wrong
-
-
-def check_lengths(settings: Sequence[Setting], tokens: int, can: Capabilities) -> None:
-    """Refuse positions that a model has no vectors for, and designated ones beyond the text.
-
-    Raises:
-        UnsupportedError: If learned positions end before the text does.
-        TextError: If a designated position is not in the text.
-    """
-    if can.positions == "learned" and can.n_ctx is not None and tokens > can.n_ctx:
-        raise UnsupportedError(
-            f"{can.architecture} has learned vectors for {can.n_ctx} positions and cannot be asked "
-            f"for {tokens}."
-        )
-    for setting in settings:
-        if max(setting.keep, default=0) >= tokens:
-            raise TextError(
-                f"Position {max(setting.keep)} is to be kept, and the text has {tokens} tokens."
-            )
-
-
-# --- What `streaming_context` finds: the loss of every token of a long text, setting by setting.
 
 BLOCK = 128
-"""Tokens of a block of the bootstrap: neighbours are alike, so blocks are drawn, not tokens."""
+"""Tokens of a block of the bootstrap: losses of neighbours are correlated, so blocks are drawn."""
 EVERYTHING, NO_SINKS = "everything", "0 sinks"
 _COUNTED = {"cache": "positions counted in the cache", "absolute": "positions counted absolutely"}
+
+
+SINKS = (0, 1, 2, 4, 8)
+_NATIVE = "TransformerLensNative"
+"""Architecture of models that do not come from transformers, such as the laboratory's."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -168,22 +68,20 @@ class StreamedContext(Result):
     """Loss of every token of a long text, setting by setting.
 
     Attributes:
-        asked: What the figures were made of.
         kept: What is kept in each setting, in words.
-        windows: Window of each setting; -1 sees everything.
+        windows: Window of each setting; -1 for full attention.
         counted: How positions were counted in each setting.
-        moved_on: The first query that, in every setting, has all kept elements behind it and the
+        moved_on: The first query that, in every setting, has all kept positions before it and the
             start outside its window.
         loss: Loss of each query's next token [nat]; nan at the last one, and where a setting has
             not run.
-        seconds: What each setting took.
-        cache_bytes: Keys and values held between chunks at the end.
-        full_bytes: What a cache of the whole text would hold.
+        seconds: Time that each setting took [s].
+        cache_bytes: Size of the keys and values held between chunks at the end.
+        full_bytes: Size of a cache of the whole text.
     """
 
-    QUESTION = "What are a few kept sinks worth when a long text passes through a window?"
+    QUESTION = "How much do a few kept sinks help when a long text passes through a window?"
 
-    asked: dict[str, Any]
     kept: list[str]
     windows: list[int]
     counted: list[str]
@@ -220,10 +118,10 @@ class StreamedContext(Result):
         return low, high
 
     def difference(self, setting: int, other: int, start: int = 0) -> Estimate:
-        """Mean loss of a setting less another's [nat], with a 95 % interval.
+        """Mean loss of a setting minus another's [nat], with a 95 % interval.
 
-        Both read the same tokens, so the difference is taken token by token and is far surer than
-        either perplexity.
+        Both read the same tokens, so the difference is paired token by token and far more precise
+        than either perplexity.
 
         Args:
             setting: Which one.
@@ -233,11 +131,11 @@ class StreamedContext(Result):
         return _over_blocks(self._loss(setting, start) - self._loss(other, start))
 
     def other(self, setting: int, kept: str) -> int | None:
-        """The setting with the same window and counting that keeps something else, if there is one.
+        """The setting with the same window and counting that keeps something else, if any.
 
         Args:
             setting: Which one.
-            kept: What that keeps, in the words of `kept`; "everything" has no window.
+            kept: What it keeps, in the words of `kept`; "everything" has no window.
         """
         for index, name in enumerate(self.kept):
             same = self._frame_of(index) == self._frame_of(setting)
@@ -256,8 +154,8 @@ class StreamedContext(Result):
         other = self.other(setting, kept)
         return None if other in (None, setting) else self.difference(setting, other, self.after)
 
-    def frame(self) -> pd.DataFrame:
-        """One row a setting: perplexity of the whole text and after the window has moved on."""
+    def to_frame(self) -> pd.DataFrame:
+        """One row a setting: perplexity of the whole text, and from `after` on."""
         import pandas as pd
 
         rows = []
@@ -284,27 +182,27 @@ class StreamedContext(Result):
             )
         return pd.DataFrame(rows)
 
-    def findings(self) -> dict[str, Any]:
-        """The table of `frame`, and paired differences of the loss after the window moved on."""
-        rows = self.frame().to_dict("records")
+    def statistics(self) -> dict[str, Any]:
+        """The table of `to_frame`, and paired differences of the loss from `after` on."""
+        rows = self.to_frame().to_dict("records")
         for setting, row in enumerate(rows):
             row["loss_over_everything"] = self._against(setting, EVERYTHING)
             row["loss_over_no_sinks"] = self._against(setting, NO_SINKS)
         return {"tokens": self.tokens, "after": self.after, "settings": rows}
 
     def summary(self) -> str:
-        """The table of perplexities, and in sentences what keeping something spares."""
-        rows = self.findings()["settings"]
+        """The table of perplexities, and how much each kept set lowers the loss."""
+        rows = self.statistics()["settings"]
         full = any(row["loss_over_everything"] for row in rows)
-        return "\n".join([self._head(full), self._table(rows, full), *self._spared(rows)])
+        return "\n".join([self._head(full), self._table(rows, full), *self._gains(rows)])
 
     def _head(self, full: bool) -> str:
         left = (
-            "where every window has left the start behind and what is kept has been read"
+            "where every window has left the start of the text and all kept positions were read"
             if self.after == self.moved_on
-            else "though not every window has left the start behind there"
+            else "where not every window has left the start of the text"
         )
-        over = ", and its loss over that of the model that sees everything [nat]" if full else ""
+        over = ", and the loss minus that of full attention [nat]" if full else ""
         return (
             f"{self.tokens:,} tokens, whose keys and values would fill "
             f"{float(self.full_bytes.max()) / 1e6:,.1f} MB. Perplexity from token {self.after:,} "
@@ -325,29 +223,29 @@ class StreamedContext(Result):
                 f"{row['tokens_per_second']:,.0f}",
             ]
             table.append(cells)
-        columns = ["kept", "window", "counted", "perplexity", *(["loss over all"] if full else [])]
+        columns = ["kept", "window", "counted", "perplexity", *(["loss − full"] if full else [])]
         return table_as_text([*columns, "KV [MB]", "tokens/s"], table)
 
-    def _spared(self, rows: list[dict[str, Any]]) -> list[str]:
-        """What each thing that is kept spares, window by window."""
+    def _gains(self, rows: list[dict[str, Any]]) -> list[str]:
+        """By how much each kept set lowers the loss, window by window."""
         sentences: dict[tuple[int, str], list[str]] = {}
         for setting, row in enumerate(rows):
             if row["loss_over_no_sinks"] is not None and row["window"] > 0:
-                spared = row["loss_over_no_sinks"].negated()
+                gain = row["loss_over_no_sinks"].negated()
                 sentences.setdefault(self._frame_of(setting), []).append(
-                    f"{row['kept']} {spared.to_decimals(3)}"
+                    f"{row['kept']} {gain.to_decimals(3)}"
                 )
         return [
-            f"Window {window:,}, {_COUNTED[counted]}: beside keeping no sink, what is kept spares "
-            f"(nat a token): {'; '.join(told)}."
-            for (window, counted), told in sentences.items()
+            f"Window {window:,}, {_COUNTED[counted]}: reduction of the loss against keeping no "
+            f"sink [nat a token]: {'; '.join(gains)}."
+            for (window, counted), gains in sentences.items()
         ]
 
     def figures(self) -> dict[str, go.Figure]:
         """Perplexity against the window and along the text, for each way of counting positions."""
         from sinkscope.plot import perplexity_along, perplexity_by_window
 
-        rows = self.frame().drop(columns=["perplexity", "perplexity_low", "perplexity_high"])
+        rows = self.to_frame().drop(columns=["perplexity", "perplexity_low", "perplexity_high"])
         rows = rows.rename(columns=lambda name: name.replace("perplexity_after", "perplexity"))
         drawn = {}
         ways = dict.fromkeys(c for c, w in zip(self.counted, self.windows, strict=True) if w > 0)
@@ -384,23 +282,18 @@ class StreamedContext(Result):
                         }
                     )
                 )
-        return pd.concat(pieces, ignore_index=True)
+        return stacked(pieces)
 
 
 def _over_blocks(x: Float[Tensor, "query"]) -> Estimate:
     """The mean, and its interval over blocks of `BLOCK` tokens or more, as equal as can be.
 
-    Every token is in a block: an interval over whole blocks of `BLOCK` alone would be that of
+    Every token is in a block; an interval over whole blocks of `BLOCK` alone would be that of
     another mean. Fewer tokens than two blocks have no interval.
     """
     blocks = [block.mean() for block in x.tensor_split(max(1, len(x) // BLOCK))]
     _, low, high = bootstrap(torch.stack(blocks))
     return Estimate(float(x.mean()), float(low), float(high))
-
-
-SINKS = (0, 1, 2, 4, 8)
-_NATIVE = "TransformerLensNative"
-"""Models that are no transformers ones, such as the laboratory's."""
 
 
 def streaming_context(
@@ -419,7 +312,7 @@ def streaming_context(
     file: str | Path | None = None,
     progress: bool = True,
 ) -> StreamedContext:
-    """Perplexity of a long text when each query sees a few kept elements and a window.
+    """Perplexity of a long text when each query sees a few kept positions and a window.
 
     Args:
         model: A bridge, or anything that `load_model` takes; causal, without windows of its own.
@@ -432,21 +325,24 @@ def streaming_context(
             "auto" for 255, or two thirds of the way in a text that hardly goes beyond.
         counted: "cache" counts positions inside the cache (StreamingLLM), "absolute" from the
             text's start.
-        full: Whether to run the model that sees everything, too; by default where the text is no
-            longer than the trained context.
-        chunk: Queries that run at once; any number gives the same figures.
+        full: Whether to run full attention too; by default where the text is no longer than the
+            trained context.
+        chunk: Queries that run at once; any number gives the same result.
         bos: What stands in front, see `texts`.
         seed: Of the order of documents.
-        file: A ``.nc`` file that the result grows in; a run that was interrupted goes on from it.
+        file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
         progress: Whether to draw a progress bar.
+
+    Returns:
+        The loss of every token, setting by setting.
 
     Raises:
         UnsupportedError: If the model is bidirectional, has no trained head, has sliding windows,
             or takes no cache; or if its positions cannot be counted as asked.
-        TextError: If the text is too short; a number of sinks, a chunk or a position is none; or
-            no window is asked for, nor the model that sees everything.
-        ReportError: If the file holds something that was asked for otherwise; or hooks or
-            interventions are in force, which a file cannot tell apart.
+        TextError: If the text is too short; a number of sinks, a chunk or a position is not valid;
+            or neither a window nor full attention is asked for.
+        ReportError: If the file holds another request's result, another process is writing to it,
+            or hooks or interventions are in force, which a file cannot record.
     """
     model = load_model(model)
     file = kept_in(file, model)
@@ -456,24 +352,135 @@ def streaming_context(
     prompts = long_text(model, text, tokens, bos=bos, seed=seed)
     settings = plan(windows, sinks, designated, counted, full, tokens, can)
     check_lengths(settings, tokens, can)
-    turner = Turner(model, can) if any(s.counted == "cache" for s in settings) else None
-    growing = Growing(_empty(model, prompts, settings), file)
-    result = growing.result
-    missing = [i for i in range(len(settings)) if bool(result.seconds[i].isnan())]
-    total = len(missing) * tokens
-    with growing.kept(), tqdm(total=total, unit="token", disable=not progress, leave=False) as bar:
-        for index in missing:
-            bar.set_description(f"{settings[index].kept}, window {settings[index].window}")
-            _run(model, prompts, settings[index], turner, chunk, result, index, bar)
-            growing.grown()
+    rotation = KeyRotation(model, can) if any(s.counted == "cache" for s in settings) else None
+    request = {} if file is None else request_of(model, prompts, settings=list(map(str, settings)))
+    with Kept(StreamedContext, file, request) as kept:
+        result = kept.found or _empty(model, prompts, settings)
+        missing = [i for i in range(len(settings)) if bool(result.seconds[i].isnan())]
+        total = len(missing) * tokens
+        with tqdm(total=total, unit="token", disable=not progress, leave=False) as bar:
+            for index in missing:
+                bar.set_description(f"{settings[index].kept}, window {settings[index].window}")
+                _run(model, prompts, settings[index], rotation, chunk, result, index, bar)
+                kept.grew(result)
     return result
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the queries of one run can see.
+
+    Attributes:
+        kept: In words, such as "4 sinks" or "designated 255".
+        keep: Positions that stay visible.
+        window: Recent positions that a query sees, its own included; None for all.
+        counted: How positions are counted, of `COUNTED`.
+        alone: Positions designated by a self-only mask.
+    """
+
+    kept: str
+    keep: tuple[int, ...]
+    window: int | None
+    counted: str
+    alone: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.kept}, window {self.window}, counted {self.counted}"
+
+    @property
+    def moved_on(self) -> int:
+        """The first query with all kept positions before it and the start outside its window."""
+        if self.window is None:
+            return 0
+        return max(self.window + len(self.keep), max(self.keep, default=0) + 1)
+
+
+def plan(
+    windows: Iterable[int],
+    sinks: Iterable[int],
+    designated: int | Iterable[int] | str | None,
+    counted: Iterable[str],
+    full: bool | None,
+    tokens: int,
+    can: Capabilities,
+) -> list[Setting]:
+    """Every run that is asked for, beginning with full attention.
+
+    Raises:
+        TextError: If there is none, or a window is empty.
+    """
+    sinks, chosen = _counts(sinks), _designated(designated, tokens)
+    found: list[Setting] = []
+    fits = can.n_ctx is None or tokens <= can.n_ctx
+    if full if full is not None else fits:
+        found.append(Setting("everything", (), None, "absolute"))
+    for way in counted:
+        check_mode(way, COUNTED)
+        for window in windows:
+            if window < 1:
+                raise TextError(f"A window of {window} positions is empty; use 1 or more.")
+            for n in sinks:
+                name = f"{n} sink" if n == 1 else f"{n} sinks"
+                found.append(Setting(name, tuple(range(n)), window, way))
+            for p in chosen:
+                found.append(Setting(f"{p} as it is", (p,), window, way))
+                found.append(Setting(f"designated {p}", (p,), window, way, (p,)))
+    if not found:
+        raise TextError(
+            "Nothing is asked for: name a window and what to keep beside it, or run full attention "
+            "(full=True)."
+        )
+    return found
+
+
+def _counts(sinks: Iterable[int]) -> tuple[int, ...]:
+    """Numbers of first tokens to keep.
+
+    Raises:
+        TextError: If one is not a whole number from 0.
+    """
+    wanted = tuple(sinks)
+    for n in wanted:
+        if type(n) is not int or n < 0:
+            raise TextError(
+                f"{n!r} first tokens cannot be kept as sinks; expected whole numbers from 0, such "
+                "as [0, 4]."
+            )
+    return wanted
+
+
+def _designated(wanted: int | Iterable[int] | str | None, tokens: int) -> tuple[int, ...]:
+    if wanted is None:
+        return ()
+    if wanted == AUTO:
+        return (default_position(tokens, None),)
+    return check_positions(wanted)  # pyright: ignore[reportArgumentType]: it refuses strings
+
+
+def check_lengths(settings: Sequence[Setting], tokens: int, can: Capabilities) -> None:
+    """Refuse positions that a model has no vectors for, and designated ones beyond the text.
+
+    Raises:
+        UnsupportedError: If learned positions end before the text does.
+        TextError: If a designated position is not in the text.
+    """
+    if can.positions == "learned" and can.n_ctx is not None and tokens > can.n_ctx:
+        raise UnsupportedError(
+            f"{can.architecture} has learned vectors for {can.n_ctx} positions, fewer than the "
+            f"{tokens} of the text."
+        )
+    for setting in settings:
+        if max(setting.keep, default=0) >= tokens:
+            raise TextError(
+                f"Position {max(setting.keep)} is to be kept, and the text has {tokens} tokens."
+            )
 
 
 def _run(
     model: Any,
     prompts: Texts,
     setting: Setting,
-    turner: Turner | None,
+    rotation: KeyRotation | None,
     chunk: int,
     result: StreamedContext,
     index: int,
@@ -481,13 +488,13 @@ def _run(
 ) -> None:
     """Fill one row of the result."""
     began = time.perf_counter()
-    loss, cache = stream(model, prompts, setting, turner, chunk, bar)
+    loss, cache = stream(model, prompts, setting, rotation, chunk, bar)
     result.loss[index] = loss
     held = cache.bytes()
     per_token = held / max(1, _tokens_held(setting, prompts.tokens.shape[1]))
     result.cache_bytes[index] = held
     result.full_bytes[index] = per_token * prompts.tokens.shape[1]
-    result.seconds[index] = time.perf_counter() - began  # last: it says that the row is complete
+    result.seconds[index] = time.perf_counter() - began  # last: the row is complete then
 
 
 def _tokens_held(setting: Setting, tokens: int) -> int:
@@ -501,36 +508,45 @@ def stream(
     model: Any,
     prompts: Texts,
     setting: Setting,
-    turner: Turner | None = None,
+    rotation: KeyRotation | None = None,
     chunk: int = 128,
     bar: Any = None,
 ) -> tuple[Float[Tensor, "query"], WindowCache]:
-    """The loss of every next token of one text under one setting, and the cache at the end."""
+    """The loss of every next token of one text under one setting, and the cache at the end.
+
+    Args:
+        model: A bridge.
+        prompts: One prompt.
+        setting: What its queries can see.
+        rotation: Of the kept keys, where positions are counted in the cache.
+        chunk: Queries that run at once.
+        bar: A progress bar, if there is one.
+    """
     device = runner.input_device(model)
     tokens = prompts.tokens[:1].to(device)
     length = tokens.shape[1]
-    cache = WindowCache(turner if setting.counted == "cache" else None)
+    cache = WindowCache(rotation if setting.counted == "cache" else None)
     losses = torch.full((length,), torch.nan)
-    with torch.inference_mode(), runner.evaluating(model), _opened(model) as streams:
+    with torch.inference_mode(), runner.evaluating(model), _opened(model) as streaming:
         for start in range(0, length, chunk):
             stop = min(start + chunk, length)
             layout = Layout.of(
                 start, stop, setting.window, setting.keep, setting.counted, setting.alone
             )
             cache.begin(layout, setting.keep)
-            seen = layout.visible().to(device)
+            visible = layout.visible().to(device)
             logits = model.original_model(
                 input_ids=tokens[:, start:stop],
                 position_ids=torch.arange(start, stop, device=device)[None],
-                attention_mask=seen if streams else _additive(seen, model.cfg.dtype),
+                attention_mask=visible if streaming else _additive(visible, model.cfg.dtype),
                 use_cache=True,
                 **{cache_argument(model.original_model): cache},
             ).logits[0]
-            told = tokens[0, start + 1 : stop + 1].to(logits.device)
+            targets = tokens[0, start + 1 : stop + 1].to(logits.device)
             loss = torch.nn.functional.cross_entropy(
-                logits[: len(told)].float(), told, reduction="none"
+                logits[: len(targets)].float(), targets, reduction="none"
             )
-            losses[start : start + len(told)] = loss.cpu()
+            losses[start : start + len(targets)] = loss.cpu()
             del logits, loss
             if device.type == "cpu":
                 trim()
@@ -541,15 +557,15 @@ def stream(
 
 @contextmanager
 def _opened(model: Any) -> Iterator[bool]:
-    """The fastest exact attention; whether it is the streaming one, which takes boolean masks."""
+    """The fastest exact attention path; true if it is the streaming one, which takes bool masks."""
     path = paths.choose(model, capabilities(model), "auto")
     with path.opened():
         yield path.name == "streaming"
 
 
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
-        ~seen, torch.finfo(dtype).min
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+        ~visible, torch.finfo(dtype).min
     )
 
 
@@ -564,11 +580,11 @@ def _check(can: Capabilities) -> Capabilities:
     elif not can.lm_head:
         reason = "has no trained output head, so its losses mean nothing"
     elif any(window is not None for window in can.windows):
-        reason = "has sliding windows of its own, in which no kept element can stay"
+        reason = "has sliding windows of its own, which no kept position can outlast"
     elif can.positions not in ("rotary", "learned", "none"):
-        reason = f"has {can.positions} positions, which are not known to count on in a cache"
+        reason = f"has {can.positions} positions, for which no counting in a cache is implemented"
     elif can.architecture == _NATIVE:
-        reason = "runs without a cache of keys and values, so no text can go through a small one"
+        reason = "runs without a cache of keys and values"
     else:
         return can
     raise UnsupportedError(f"{can.architecture} {reason}.")
@@ -582,12 +598,7 @@ def _empty(model: Any, prompts: Texts, settings: Sequence[Setting]) -> StreamedC
         return torch.full((size,), torch.nan, dtype=torch.float64)
 
     return StreamedContext(
-        about=_result.about(model, prompts),
-        asked=asked_of(
-            model,
-            prompts,
-            settings=[f"{s.kept}, window {s.window}, counted {s.counted}" for s in settings],
-        ),
+        about=about(model, prompts),
         kept=[s.kept for s in settings],
         windows=[-1 if s.window is None else s.window for s in settings],
         counted=[s.counted for s in settings],

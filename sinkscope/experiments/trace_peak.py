@@ -1,8 +1,14 @@
-"""Where the sink is made: take a block's attention or FFN output away at the sink, and look on.
+"""Which blocks write the residual peak at the sink, and which heads read it.
 
-Guo et al. (2410.13835, their table for Llama-3.1-8B): without the FFN of blocks 0 or 1 the residual
-peak is gone, without any attention it stays. Here every block is removed in turn, and the residual
-peak and the sink attention are read after every layer.
+Guo, Pai, Bai, Jiao, Jordan and Mei 2024, "Active-Dormant Attention Heads" (arXiv 2410.13835; their
+table for Llama-3.1-8B): without the FFN of blocks 0 or 1 the residual peak is gone, without any
+attention it stays.
+
+1. Measure residual norms and sink attention in every layer of the unchanged model.
+2. Replace the attention or FFN output of one block at the sink position, by zero or by a mean, and
+   measure them again: one pass over the texts for each block, part and replacement.
+3. A part is necessary for the peak if significantly less than half of the peak is left without it.
+   The heads that lose most sink attention without the part that writes the peak read it.
 """
 
 from __future__ import annotations
@@ -16,9 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope.experiments import readout as _measure
-from sinkscope.experiments import result as _result
-from sinkscope.experiments.result import Result
+from sinkscope.experiments import readout
+from sinkscope.experiments.result import Result, about, stacked, tidy
 from sinkscope.interventions import RemoveOutput, SetActivation
 from sinkscope.interventions.base import check_layers
 from sinkscope.models.capabilities import capabilities
@@ -32,31 +37,35 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-# --- What `trace_peak` finds: what is left of the peak and of its readers without each part.
+PARTS = {"attention": "attn", "ffn": "mlp"}
+MODES = ("zero", "typical", "mean")
 
 SINK_HEAD = 0.3
-"""A head that pays the sink more than this is counted as one of its readers (Gu et al.'s ε)."""
+"""Sink attention above which a head is a sink head (ε of Gu et al. 2024, arXiv 2410.10781)."""
 _NEEDED = 0.5
-"""A block is needed for the peak if less than this share of it is left without the block."""
+"""A block is necessary for the peak if less than this share of it is left without the block."""
 _PEAK = 2.0
-"""Below this many times the median of the others there is no peak to trace."""
+"""A peak is at least this many times the median norm of the other positions."""
+
+_PARTS = {"attention": "attention", "ffn": "FFN"}
+_MODES = {"zero": "zero", "typical": "its mean elsewhere", "mean": "its mean there"}
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class PeakTrace(Result):
-    """What is left of the sink when one part of one block is taken away there.
+    """Peak and sink attention when one part of one block is replaced at the sink.
 
-    Removed blocks run along `removed`, parts along `part` (attention, ffn) and replacements along
-    `mode`; `layer` is where it was read.
+    Blocks run along `removed`, parts along `part` (attention, ffn) and replacements along `mode`;
+    `layer` is where the values were read.
 
     Attributes:
         sink: The sink position.
         blocks: Blocks along `removed`.
         parts: Names along `part`.
         modes: Names along `mode`.
-        peak: ‖h_sink‖ of the untouched model [activation].
+        peak: ‖h_sink‖ of the unchanged model [activation].
         peak_ratio: The same over the median of the other positions [ratio].
-        attention: Mean attention to the sink in the untouched model [probability].
+        attention: Mean attention to the sink in the unchanged model [probability].
         peak_without: `peak` when a part is removed.
         peak_ratio_without: `peak_ratio` when a part is removed.
         attention_without: `attention` when a part is removed.
@@ -77,26 +86,29 @@ class PeakTrace(Result):
 
     @property
     def peak_layer(self) -> int:
-        """The layer after which the untouched peak is largest."""
+        """The layer after which the peak of the unchanged model is largest."""
         return int(self.peak.mean(0).argmax())
 
     def left(self, mode: str) -> Float[Tensor, "removed part"]:
         """Share of the peak that is left at `peak_layer`, mean over prompts; see `left_by_prompt`.
 
         Args:
-            mode: What took the place of what was removed.
+            mode: The replacement.
         """
         return self.left_by_prompt(mode).mean(-1)
 
     def left_by_prompt(self, mode: str) -> Float[Tensor, "removed part prompt"]:
-        """Share of the peak that is left at `peak_layer`, over what an ordinary position has.
+        """Share of the peak that is left at `peak_layer`, above the norm of an ordinary position.
 
-        (‖h_sink‖ without − median) / (‖h_sink‖ − median), so that 0 is "like any other position".
+        (‖h_sink‖ without the part − median) / (‖h_sink‖ − median): 0 is "like any other position".
+
+        Args:
+            mode: The replacement.
         """
         at = self.peak_layer
-        usual = (self.peak / self.peak_ratio)[:, at]
+        ordinary = (self.peak / self.peak_ratio)[:, at]
         now = self.peak_without[:, :, self.modes.index(mode), :, at]
-        return (now - usual) / (self.peak[:, at] - usual)
+        return (now - ordinary) / (self.peak[:, at] - ordinary)
 
     @property
     def written_in(self) -> int:
@@ -104,11 +116,14 @@ class PeakTrace(Result):
         return int(torch.diff(self.peak.mean(0), prepend=self.peak.new_zeros(1)).argmax())
 
     def needed(self, mode: str = "zero") -> list[tuple[int, str, float]]:
-        """The (block, part, share left) without which surely less than half of the peak is left.
+        """The (block, part, share left) without which significantly less than half is left.
 
-        Surely: the 95 % interval over prompts ends below half; of a single prompt, its own share
-        does. The one that writes it comes first, the others by how little is left without them.
-        None where the sink is no peak.
+        Significantly: the 95 % interval over prompts ends below half (with a single prompt, its
+        share is below half). The part that writes the peak comes first, the others by how little is
+        left without them. Empty where the sink is no peak.
+
+        Args:
+            mode: The replacement.
         """
         if not self.is_peak:
             return []
@@ -124,14 +139,18 @@ class PeakTrace(Result):
         """Share of the peak that is left without one part, with its interval over prompts.
 
         Args:
-            mode: What took its place.
+            mode: The replacement.
             row: Its block's place in `blocks`.
             column: Its place in `parts`.
         """
         return estimate(self.left_by_prompt(mode)[row, column])
 
     def least(self, mode: str = "zero") -> tuple[int, str, Estimate]:
-        """The (block, part, share left) without which least of the peak is left, sure or not."""
+        """The (block, part, share left) without which least of the peak is left.
+
+        Args:
+            mode: The replacement.
+        """
         row, column = divmod(int(self.left(mode).argmin()), len(self.parts))
         return self.blocks[row], self.parts[column], self.share_left(mode, row, column)
 
@@ -139,7 +158,7 @@ class PeakTrace(Result):
         """The heads that lose most of their sink attention without the block that writes the peak.
 
         Args:
-            mode: What took that block's place.
+            mode: The replacement of that block's part.
             n: How many.
 
         Returns:
@@ -162,8 +181,8 @@ class PeakTrace(Result):
             for index in lost.argsort(descending=True)[:n].tolist()
         ]
 
-    def findings(self) -> dict[str, Any]:
-        """The peak, and for each replacement the blocks it needs and the heads that read it."""
+    def statistics(self) -> dict[str, Any]:
+        """The peak, and for each replacement the necessary parts and the heads that read it."""
         at, later = self.peak_layer, self.later
         found: dict[str, Any] = {
             "sink": self.sink,
@@ -194,7 +213,7 @@ class PeakTrace(Result):
         return found
 
     def _paid(self, attention: Float[Tensor, "prompt layer head"]) -> dict[str, Any]:
-        """What the later layers pay the sink, and how many of their heads pay it a lot."""
+        """Mean attention of the later layers to the sink, and the number of their sink heads."""
         later = attention[:, self.later]
         return {
             "attention_after_peak": estimate(later.mean((1, 2))),
@@ -213,18 +232,16 @@ class PeakTrace(Result):
         return slice(min(self.written_in + 1, n_layers - 1), n_layers)
 
     def _without(self, block: int, part: str, mode: str) -> Float[Tensor, "prompt layer head"]:
-        """Attention to the sink when one part is removed."""
+        """Attention to the sink when one part is replaced."""
         where = self.blocks.index(block), self.parts.index(part), self.modes.index(mode)
         return self.attention_without[where]
 
     def summary(self) -> str:
-        """The parts that the peak needs in a table, and who writes and reads it in sentences."""
-        return summary(self)
+        """The necessary parts in a table, and the parts and heads that write and read the peak."""
+        return _summary(self)
 
-    def frame(self) -> pd.DataFrame:
-        """One row a removed block, part, replacement, prompt, read layer and metric."""
-        import pandas as pd
-
+    def to_frame(self) -> pd.DataFrame:
+        """One row a removed block, part, mode, prompt, layer and metric; -1, none: unchanged."""
         before = {
             "sink_residual_norm": self.peak,
             "residual_peak": self.peak_ratio,
@@ -236,23 +253,22 @@ class PeakTrace(Result):
             "sink_attention": self.attention_without.mean(-1),
         }
         prompts, layers = (range(size) for size in self.peak.shape)
-        untouched = _result.grid(
-            removed=[-1], part=["none"], mode=["none"], prompt=prompts, layer=layers
+        read = {"prompt": prompts, "layer": layers}
+        unchanged = {"removed": [-1], "part": ["none"], "mode": ["none"], **read}
+        replaced = {"removed": self.blocks, "part": self.parts, "mode": self.modes, **read}
+        return stacked(
+            [
+                tidy(axes, metric=metric, value=x)
+                for metric in before
+                for axes, x in ((unchanged, before[metric]), (replaced, after[metric]))
+            ]
         )
-        rows = _result.grid(
-            removed=self.blocks, part=self.parts, mode=self.modes, prompt=prompts, layer=layers
-        )
-        pieces = []
-        for metric in before:
-            for columns, x in ((untouched, before[metric]), (rows, after[metric])):
-                pieces.append(pd.DataFrame(columns | {"metric": metric, "value": _result.flat(x)}))
-        return pd.concat(pieces, ignore_index=True)
 
     def figures(self) -> dict[str, go.Figure]:
         """Matrices [removed block × part × read layer] of the peak and of the sink attention."""
         from sinkscope.plot import peak_trace as draw
 
-        frame = self.frame()
+        frame = self.to_frame()
         return {
             f"{metric}-{mode}": draw(frame, metric, about=self.about, mode=mode)
             for metric in ("sink_residual_norm", "sink_attention")
@@ -260,22 +276,124 @@ class PeakTrace(Result):
         }
 
 
-# --- What `PeakTrace` found, in a table and in sentences.
+def trace_peak(
+    model: Any,
+    texts: Any,
+    *,
+    sink: int = 0,
+    blocks: Iterable[int] | None = None,
+    parts: Iterable[str] = ("attention", "ffn"),
+    modes: Iterable[str] = MODES,
+    progress: bool = True,
+) -> PeakTrace:
+    """Replace the attention or FFN output of each block at the sink, and read every layer.
 
-_PARTS = {"attention": "attention", "ffn": "FFN"}
-_MODES = {"zero": "zero", "typical": "its mean elsewhere", "mean": "its mean there"}
+    Costs one pass over the texts for each block, part and mode; a few short prompts are enough.
+
+    Args:
+        model: A bridge, or anything that `load_model` takes.
+        texts: Prompts of equal length.
+        sink: The sink position.
+        blocks: Which blocks to change; all by default.
+        parts: Of "attention" and "ffn".
+        modes: The replacements. "zero"; "typical", the part's mean output at the other positions,
+            as if the sink were one of them; or "mean", its mean at the sink over the prompts, which
+            keeps what all prompts share (Sun et al. 2024, "Massive Activations in Large Language
+            Models", arXiv 2402.17762, find that this changes nothing).
+        progress: Whether to draw a progress bar.
+
+    Returns:
+        Peak and sink attention in every layer, unchanged and with each part replaced.
+
+    Raises:
+        TextError: If the prompts differ in length or end before the sink.
+        UnsupportedError: If the model shows no attention or FFN outputs; or a part or mode is
+            unknown, or none is named.
+    """
+    model = load_model(model)
+    can = capabilities(model)
+    prompts = readout.even(model, texts, sink)
+    chosen = check_layers(None if blocks is None else tuple(blocks), can.n_layers)
+    parts = readout.chosen(parts, tuple(PARTS), "parts")
+    modes = readout.chosen(modes, MODES, "modes")
+    outputs = _typical(model, prompts, sink, parts)
+    unchanged = _read(model, prompts, sink)
+    without: list[dict[str, Tensor]] = []
+    total = len(chosen) * len(parts) * len(modes)
+    with tqdm(total=total, unit="removal", disable=not progress, leave=False) as bar:
+        for block in chosen:
+            for part in parts:
+                for mode in modes:
+                    with _replaced(model, block, part, mode, sink, outputs):
+                        without.append(_read(model, prompts, sink))
+                    bar.update()
+    shape = len(chosen), len(parts), len(modes)
+    stacked = {
+        name: torch.stack([one[name] for one in without]).unflatten(0, shape) for name in unchanged
+    }
+    return PeakTrace(
+        about=about(model, prompts),
+        sink=sink,
+        blocks=chosen,
+        parts=parts,
+        modes=modes,
+        **unchanged,
+        **{f"{name}_without": x for name, x in stacked.items()},
+    )
 
 
-def summary(found: PeakTrace) -> str:
-    """The peak, the parts it needs, and who writes and reads it."""
-    facts = found.findings()
+def _read(model: Any, prompts: Texts, sink: int) -> dict[str, Tensor]:
+    """Peak and sink attention in every layer, of the model as it is now."""
+    wanted = {"norm": readout.RESIDUAL_NORM, "attention": readout.TO_SINKS}
+    found = readout.measure(model, prompts, wanted, [sink])
+    norm = found["norm"]
+    return {
+        "peak": norm[..., sink],
+        "peak_ratio": norm[..., sink] / readout.median_of_others(norm, [sink]),
+        "attention": found["attention"],
+    }
+
+
+def _typical(
+    model: Any, prompts: Texts, sink: int, parts: Iterable[str]
+) -> dict[tuple[str, str], Float[Tensor, "layer dim"]]:
+    """The mean output of each part, at the sink and elsewhere, by part and mode."""
+
+    def others(x: Tensor, batch: Any) -> Tensor:
+        return (x.float().sum(1) - x[:, sink].float()) / (x.shape[1] - 1)
+
+    found: dict[tuple[str, str], Tensor] = {}
+    for part in parts:
+        signal = f"{PARTS[part]}_out"
+        wanted = {
+            "mean": readout.at(signal, sink),
+            "typical": readout.Quantity(signal, others),
+        }
+        for mode, x in readout.measure(model, prompts, wanted, [sink]).items():
+            found[part, mode] = x.mean(0)
+    return found
+
+
+def _replaced(
+    model: Any, block: int, part: str, mode: str, sink: int, outputs: dict[Any, Tensor]
+) -> Any:
+    """The intervention that replaces a part of a block at the sink."""
+    if mode == "zero":
+        return RemoveOutput(model, block, PARTS[part], sink)
+    return SetActivation(
+        model, block, None, sink, outputs[part, mode][block], at=f"{PARTS[part]}_out"
+    )
+
+
+def _summary(found: PeakTrace) -> str:
+    facts = found.statistics()
     head = (
         f"The residual state of position {found.sink} is largest after layer "
         f"{facts['peak_layer']}: {facts['peak']}, {facts['peak_ratio']} times the median of the "
-        f"others. {_later(facts)} pay it {facts['attention_after_peak']} of their attention."
+        f"others. Mean attention to it in {_later(facts)}: {facts['attention_after_peak']}."
     )
     if not found.is_peak:
-        return f"{head} That is no peak, so there is nothing to trace."
+        return f"{head} This is no peak, so there is nothing to trace."
     parts = [head]
     if any(facts[mode]["needed"] for mode in found.modes):
         parts += [
@@ -289,15 +407,14 @@ def summary(found: PeakTrace) -> str:
 
 def _later(facts: dict[str, Any]) -> str:
     first, last = facts["later_layers"]
-    return f"Layers {first} to {last}" if last > first else f"Layer {first}"
+    return f"layers {first} to {last}" if last > first else f"layer {first}"
 
 
 def _table(found: PeakTrace, facts: dict[str, Any]) -> str:
-
     heads = found.attention[:, found.later].mean(0).numel()
 
-    def read(read: dict[str, Any]) -> list[str]:
-        return [read["attention_after_peak"].to_decimals(3), f"{read['sink_heads']} of {heads}"]
+    def read(row: dict[str, Any]) -> list[str]:
+        return [row["attention_after_peak"].to_decimals(3), f"{row['sink_heads']} of {heads}"]
 
     rows = [["nothing", "", "100 %", *read(facts)]]
     rows += [
@@ -310,23 +427,23 @@ def _table(found: PeakTrace, facts: dict[str, Any]) -> str:
 
 
 def _sentences(found: PeakTrace, facts: dict[str, Any], mode: str) -> list[str]:
-    """Who writes the peak, what else it needs, and who reads it, with one replacement."""
+    """What writes the peak, what else is necessary, and what reads it, with one replacement."""
     how = f"replaced by {_MODES[mode]}" if mode != "zero" else "set to zero"
     needed = facts[mode]["needed"]
     if not needed:
         return [_none_needed(found, mode, how)]
     first, *others = needed
     was, now = (x["attention_after_peak"].mean for x in (facts, first))
-    writes = "writes" if first["block"] == facts["written_in"] else "is needed for"
+    writes = "writes" if first["block"] == facts["written_in"] else "is necessary for"
     text = (
         f"The {_named(first)} {writes} the peak: {how}, it leaves {_left(first['peak_left'])}, and "
         f"attention to position {found.sink} {'falls' if now <= was else 'rises'} by "
         f"{100 * abs(1 - now / was):.0f} %."
     )
     if others:
-        text += f" The peak also needs {listed(_grouped(others))}."
+        text += f" Also necessary: {listed(_grouped(others))}."
     if not any(one["part"] == "attention" for one in needed) and "attention" in found.parts:
-        text += " No block's attention is needed."
+        text += " No block's attention is necessary."
     heads = [
         f"{one['layer']}.{one['head']} ({one['attention']:.2f} → {one['attention_without']:.2f})"
         for one in facts[mode]["readers"]
@@ -335,24 +452,24 @@ def _sentences(found: PeakTrace, facts: dict[str, Any], mode: str) -> list[str]:
 
 
 def _none_needed(found: PeakTrace, mode: str, how: str) -> str:
-    """That no part is surely needed, and how little may be left."""
+    """That no part is significantly necessary, and how little may be left."""
     block, part, share = found.least(mode)
     if share.mean >= 0.5:
         least = 100 * share.mean
-        return f"Whatever single part is {how}, at least {least:.0f} % of the peak is left" + (
+        return f"Whichever single part is {how}, at least {least:.0f} % of the peak is left" + (
             ": it hardly depends on the text." if mode == "mean" and least > 90 else "."
         )
     return (
-        f"No single part is surely needed for the peak: {how}, the "
+        f"No single part is significantly necessary for the peak: {how}, the "
         f"{_named({'block': block, 'part': part})} leaves least, {_left(share)}, and that interval "
-        "does not end below half; more prompts may tell."
+        "does not end below half; more prompts may decide."
     )
 
 
 def _left(share: Estimate) -> str:
-    """What is left of the peak; less than nothing is a norm below that of the others."""
+    """The share of the peak that is left; a negative one is a norm below that of the others."""
     if round(100 * share.mean) < 0:
-        return f"nothing of it (less than the others have: {_percent(share)})"
+        return f"nothing of it (a norm below that of the others: {_percent(share)})"
     return f"{_percent(share)} of it"
 
 
@@ -377,113 +494,3 @@ def _percent(share: Estimate) -> str:
     if share.low != share.low:
         return f"{100 * share.mean:.0f} %"
     return f"{100 * share.mean:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
-
-
-PARTS = {"attention": "attn", "ffn": "mlp"}
-MODES = ("zero", "typical", "mean")
-
-
-def trace_peak(
-    model: Any,
-    texts: Any,
-    *,
-    sink: int = 0,
-    blocks: Iterable[int] | None = None,
-    parts: Iterable[str] = ("attention", "ffn"),
-    modes: Iterable[str] = MODES,
-    progress: bool = True,
-) -> PeakTrace:
-    """Remove attention or FFN output of each block at the sink, and read the sink in every layer.
-
-    Costs one pass over the texts for each block, part and mode; a few short prompts are enough.
-
-    Args:
-        model: A bridge, or anything that `load_model` takes.
-        texts: Prompts of equal length.
-        sink: The sink position.
-        blocks: Which blocks to remove; all by default.
-        parts: Of "attention" and "ffn".
-        modes: What takes the place of what is removed. "zero"; "typical", the part's mean output
-            at the other positions, as if the sink were one of them; or "mean", its mean at the
-            sink over the prompts, which leaves what all prompts share (Sun et al. 2402.17762 find
-            that this changes nothing).
-        progress: Whether to draw a progress bar.
-
-    Raises:
-        TextError: If the prompts differ in length or end before the sink.
-        UnsupportedError: If the model shows no attention or FFN outputs; or a part or mode is
-            unknown, or none is named.
-    """
-    model = load_model(model)
-    can = capabilities(model)
-    prompts = _measure.even(model, texts, sink)
-    chosen = check_layers(None if blocks is None else tuple(blocks), can.n_layers)
-    parts = _measure.chosen(parts, tuple(PARTS), "parts")
-    modes = _measure.chosen(modes, MODES, "modes")
-    outputs = _typical(model, prompts, sink, parts)
-    untouched = _read(model, prompts, sink)
-    without: list[dict[str, Tensor]] = []
-    total = len(chosen) * len(parts) * len(modes)
-    with tqdm(total=total, unit="removal", disable=not progress, leave=False) as bar:
-        for block in chosen:
-            for part in parts:
-                for mode in modes:
-                    with _removal(model, block, part, mode, sink, outputs):
-                        without.append(_read(model, prompts, sink))
-                    bar.update()
-    shape = len(chosen), len(parts), len(modes)
-    stacked = {
-        name: torch.stack([one[name] for one in without]).unflatten(0, shape) for name in untouched
-    }
-    return PeakTrace(
-        about=_result.about(model, prompts),
-        sink=sink,
-        blocks=chosen,
-        parts=parts,
-        modes=modes,
-        **untouched,
-        **{f"{name}_without": x for name, x in stacked.items()},
-    )
-
-
-def _read(model: Any, prompts: Texts, sink: int) -> dict[str, Tensor]:
-    """Peak and sink attention in every layer, of the model as it is now."""
-    wanted = {"norm": _measure.RESIDUAL_NORM, "attention": _measure.TO_SINKS}
-    found = _measure.measure(model, prompts, wanted, [sink])
-    norm = found["norm"]
-    return {
-        "peak": norm[..., sink],
-        "peak_ratio": norm[..., sink] / _measure.median_of_others(norm, [sink]),
-        "attention": found["attention"],
-    }
-
-
-def _typical(
-    model: Any, prompts: Texts, sink: int, parts: Iterable[str]
-) -> dict[tuple[str, str], Float[Tensor, "layer dim"]]:
-    """What each part puts out on average, at the sink and elsewhere, by part and mode."""
-
-    def others(x: Tensor, batch: Any) -> Tensor:
-        return (x.float().sum(1) - x[:, sink].float()) / (x.shape[1] - 1)
-
-    found: dict[tuple[str, str], Tensor] = {}
-    for part in parts:
-        signal = f"{PARTS[part]}_out"
-        wanted = {
-            "mean": _measure.at(signal, sink),
-            "typical": _measure.Quantity(signal, others),
-        }
-        for mode, x in _measure.measure(model, prompts, wanted, [sink]).items():
-            found[part, mode] = x.mean(0)
-    return found
-
-
-def _removal(
-    model: Any, block: int, part: str, mode: str, sink: int, outputs: dict[Any, Tensor]
-) -> Any:
-    """The intervention that removes a part of a block at the sink."""
-    if mode == "zero":
-        return RemoveOutput(model, block, PARTS[part], sink)
-    return SetActivation(
-        model, block, None, sink, outputs[part, mode][block], at=f"{PARTS[part]}_out"
-    )

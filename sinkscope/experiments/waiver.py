@@ -1,18 +1,20 @@
-"""The waiver phenomenon (Yan et al. 2024, arXiv 2407.01601), asked of any model.
+"""The waiver phenomenon, measured on any model.
 
-An element can waive its own contribution (small values) and absorb the attention that heads do not
-need. Which element that is depends on what makes it special: being the one that mixes nothing, or
-its position vector. Each function asks one of the paper's questions:
+Yan et al. 2024, "Unveiling and Controlling Anomalous Attention Distribution in Transformers" (arXiv
+2407.01601): an element can waive its own contribution (small values) and absorb the attention that
+heads do not need. Which one does depends on what distinguishes it: that it attends only to itself,
+or its position vector. One function for each of the paper's questions:
 
 ========================= ============================================================= =======
-`nonmixture`              which FFN-output dims mark the element that mixes nothing      Fig. 1
+`nonmixture`              which FFN-output dims mark a token that attends only to itself  Fig. 1
 `position_norms`          whether the first position's vector stands out                 Fig. 2
-`structured_mask`         whether an element that is made to mix nothing becomes a sink  Fig. 3
+`structured_mask`         whether a token that attends only to itself becomes a sink     Fig. 3
 `position_embeddings`     whether another position's vector makes a sink                 Fig. 4
-`which_part`              which layers, dims or norms it takes                           ours
+`which_part`              which layers, dims or norms are needed for that                ours
 ========================= ============================================================= =======
 
-Each returns a result with ``summary()``, ``frame()``, ``figures()``, ``to_dict()`` and ``save()``.
+Here are the questions about position vectors and the mask; `nonmixture` and `which_part` are in
+modules of their own.
 """
 
 from __future__ import annotations
@@ -26,17 +28,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinkscope.errors import UnsupportedError
-from sinkscope.experiments import conditions as _observe
-from sinkscope.experiments import result as _result
+from sinkscope.experiments import conditions
 from sinkscope.experiments.conditions import Condition, Conditions
 from sinkscope.experiments.nonmixture import NonMixture, nonmixture
-from sinkscope.experiments.result import Result
+from sinkscope.experiments.result import Result, tidy
 from sinkscope.experiments.which_part import WhichPart, which_part
 from sinkscope.interventions import PositionEmbeddingEdit, PositionIdEdit, SelfOnlyMask
 from sinkscope.interventions.base import check_mode
 from sinkscope.interventions.positions import position_table
 from sinkscope.metrics.positions import position_embedding_norm
-from sinkscope.models.capabilities import capabilities
+from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.models.load import load_model
 from sinkscope.models.provenance import model_source
 from sinkscope.output import number
@@ -59,8 +60,6 @@ __all__ = [
 ]
 
 
-# --- Position vectors: their norms (Fig. 2), and a position that is given another one's (Fig. 4).
-
 CHANGES = ("first replaced", "last replaced", "first swapped", "last swapped")
 
 
@@ -76,8 +75,8 @@ class PositionNorms(Result):
 
     norm: Float[Tensor, "position"]
 
-    def findings(self) -> dict[str, Any]:
-        """The first norm, the last, the largest, and what they all but the first are like."""
+    def statistics(self) -> dict[str, Any]:
+        """The first norm, the last, the largest, and the distribution of all but the first."""
         others = self.norm[1:]
         return {
             "first": float(self.norm[0]),
@@ -93,7 +92,7 @@ class PositionNorms(Result):
 
     def summary(self) -> str:
         """Whether the first vector stands out."""
-        found = self.findings()
+        found = self.statistics()
         first = (
             f"position 0, {number(found['first'])}: {number(found['first_over_median'])} times "
             f"the median of the others, {number(found['deviations'])} of their standard "
@@ -112,12 +111,9 @@ class PositionNorms(Result):
             f"{second}. That of {first}."
         )
 
-    def frame(self) -> pd.DataFrame:
-        """One row a position."""
-        import pandas as pd
-
-        columns = _result.grid(position=range(len(self.norm)))
-        return pd.DataFrame(columns | {"metric": "norm", "value": _result.flat(self.norm)})
+    def to_frame(self) -> pd.DataFrame:
+        """One row a position: position, metric ("norm") and value."""
+        return tidy({"position": range(len(self.norm))}, metric="norm", value=self.norm)
 
     def figures(self) -> dict[str, go.Figure]:
         """Norm by position, in the shape of the paper's figure 2."""
@@ -127,7 +123,13 @@ class PositionNorms(Result):
 
 
 def position_norms(model: Any) -> PositionNorms:
-    """L2 norm of every learned position vector (Yan et al. 2407.01601, Fig. 2).
+    """L2 norm ‖p_t‖ of every learned position vector (Yan et al. 2024, 2407.01601, Fig. 2).
+
+    Args:
+        model: A bridge, or anything that `load_model` takes.
+
+    Returns:
+        The norms by position.
 
     Raises:
         UnsupportedError: If the model has no learned position vectors.
@@ -145,7 +147,7 @@ def position_norms(model: Any) -> PositionNorms:
 
 
 class PositionEdit(Conditions):
-    """What another position's vector does; conditions are {start and end} × {changes}."""
+    """The effect of another position's vector; conditions are {start and end} × {changes}."""
 
     QUESTION = "Does another position's vector make a sink?"
 
@@ -160,42 +162,61 @@ def position_embeddings(
     seed: int = 0,
     progress: bool = True,
 ) -> PositionEdit:
-    """Give a position the first or the last position's vector (Yan et al. 2407.01601, Fig. 4).
+    """Give a position the first or the last position's vector (Yan et al. 2024, Fig. 4).
 
     Whether the paper replaced or swapped is not public; both are offered. On rotary models position
-    ids stand in for vectors: "first" rotates the element as if it stood at 0, "last" as at the last
+    ids stand in for vectors: "first" rotates the token as at position 0, "last" as at the last
     position of the prompt.
 
     Args:
         model: A bridge, or anything that `load_model` takes.
         texts: Prompts of equal length that go beyond `position`.
-        position: Which element; 255 by default, or two thirds of the way in short prompts.
+        position: Which one; 255 by default, or two thirds of the way in short prompts.
         starts: Of "special", "random" (start and end tokens both) and "given".
         changes: Of `CHANGES`; the unchanged model always comes first.
         seed: Of the random tokens.
         progress: Whether to draw a progress bar.
+
+    Returns:
+        What every position receives and holds, condition by condition.
 
     Raises:
         UnsupportedError: If positions are neither learned nor rotary.
         TextError: If prompts differ in length or end before the position.
     """
     model = load_model(model)
-    prompts, position = _observe.designated(model, texts, position)
+    prompts, position = conditions.designated(model, texts, position)
     length = prompts.tokens.shape[1]
     edits = {
         change: _edit(model, check_mode(change, CHANGES), position, length) for change in changes
     }
-    conditions = []
-    for start, with_start in _observe.started(model, prompts, starts, True, seed).items():
+    cases = []
+    for start, with_start in conditions.started(model, prompts, starts, True, seed).items():
         title = f"{start} start and end · {position}"
-        conditions.append(Condition(f"{title} unchanged", start, "unchanged", with_start))
+        cases.append(Condition(f"{title} unchanged", start, "unchanged", with_start))
         for change, enter in edits.items():
-            conditions.append(Condition(f"{title}: {change}", start, change, with_start, enter))
-    return PositionEdit(**_observe.observe(model, prompts, conditions, position, progress))
+            cases.append(Condition(f"{title}: {change}", start, change, with_start, enter))
+    return PositionEdit(**conditions.observe(model, prompts, cases, position, progress))
+
+
+def check_positions(can: Capabilities) -> None:
+    """Refuse a model whose positions `position_embeddings` cannot exchange.
+
+    Args:
+        can: Its capabilities.
+
+    Raises:
+        UnsupportedError: If positions are neither learned nor rotary.
+    """
+    if can.positions not in ("learned", "rotary"):
+        raise UnsupportedError(
+            f"{can.architecture} has {can.positions} positions; only learned and rotary ones can "
+            "be exchanged."
+        )
 
 
 def _edit(model: Any, change: str, position: int, length: int) -> Any:
-    """The intervention of a change, ready to be made."""
+    """A function that makes the intervention of a change."""
     which, how = change.split()
     mode = {"replaced": "replace", "swapped": "swap"}[how]
     if capabilities(model).positions == "learned":
@@ -204,17 +225,14 @@ def _edit(model: Any, change: str, position: int, length: int) -> Any:
     else:
         source = {"first": 0, "last": length - 1}[which]
         make = functools.partial(PositionIdEdit, model, source, position, mode)
-    make()  # refuses now what it would refuse later
+    make()  # refuse before the work what would be refused during it
     return make
 
 
-# --- The structured mask: let one element mix nothing, and see whether it becomes the sink.
-
-
 class Designation(Conditions):
-    """What designating a position does; conditions are {start} × {unchanged, designated}."""
+    """The effect of designating a position; conditions are {start} × {unchanged, designated}."""
 
-    QUESTION = "Does an element become the sink when it mixes nothing?"
+    QUESTION = "Does a token become the sink when it attends only to itself?"
 
 
 def structured_mask(
@@ -227,33 +245,39 @@ def structured_mask(
     seed: int = 0,
     progress: bool = True,
 ) -> Designation:
-    """Designate a position as the waiver element by a self-only mask (Yan et al., Fig. 3).
+    """Designate a position as the waiver element by a self-only mask (Yan et al. 2024, Fig. 3).
 
-    Every prompt runs with a special and with a random start token, as it is and with `position`
-    seeing itself alone. The paper's mask is not public; a self-only row is our reading of it, and
-    what Li et al. (2605.06611) found to make a sink.
+    Every prompt runs with a special and with a random start token, unchanged and with `position`
+    attending only to itself. The paper's mask is not public; a self-only row is our reading of it,
+    and what Li et al. (2605.06611) find to make a sink.
 
     Args:
         model: A bridge, or anything that `load_model` takes.
         texts: Prompts of equal length that go beyond `position`.
-        position: Which element; 255 by default, or two thirds of the way in short prompts.
+        position: Which one; 255 by default, or two thirds of the way in short prompts.
         starts: Of "special", "random" and "given" (the prompts as they are).
         layers: Where the mask holds; all by default.
         seed: Of the random tokens.
         progress: Whether to draw a progress bar.
 
+    Returns:
+        What every position receives and holds, condition by condition.
+
+    Returns:
+        What every position receives and holds, condition by condition.
+
     Raises:
         TextError: If prompts differ in length or end before the position.
     """
     model = load_model(model)
-    prompts, position = _observe.designated(model, texts, position)
+    prompts, position = conditions.designated(model, texts, position)
     masked = functools.partial(SelfOnlyMask, model, position, layers=layers)
-    conditions = []
-    for start, with_start in _observe.started(model, prompts, starts, False, seed).items():
-        conditions.append(
+    cases = []
+    for start, with_start in conditions.started(model, prompts, starts, False, seed).items():
+        cases.append(
             Condition(f"{start} start · {position} unchanged", start, "unchanged", with_start)
         )
-        conditions.append(
+        cases.append(
             Condition(
                 f"{start} start · {position} designated",
                 start,
@@ -262,4 +286,4 @@ def structured_mask(
                 masked,
             )
         )
-    return Designation(**_observe.observe(model, prompts, conditions, position, progress))
+    return Designation(**conditions.observe(model, prompts, cases, position, progress))

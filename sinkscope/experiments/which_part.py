@@ -1,4 +1,15 @@
-"""Which part makes the sink: the mask's layers, the non-mixture dims, or the norm alone."""
+"""Which part of what makes a position a sink is sufficient, and which is necessary.
+
+Ours, after Yan et al. 2024 (arXiv 2407.01601), who make a sink by a mask, and Li et al. (arXiv
+2605.06611).
+
+1. Measure the natural sink, position 0: the layer that adds most to its residual norm, and the
+   FFN-output dims that stand out there (`metrics.ffn.nonmixture_dims`).
+2. At position 0, set those dims to zero or to their mean, or the norm to an ordinary one.
+3. At another position, apply a self-only mask in some layers only, or with the dims set to zero; or
+   no mask, with the dims or the norm set to the sink's.
+4. Report attention to the position, residual peak and loss in each case.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +18,16 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.errors import UnsupportedError
-from sinkscope.experiments import conditions as _observe
-from sinkscope.experiments import readout as _measure
-from sinkscope.experiments import result as _result
+from sinkscope.experiments import conditions, readout
 from sinkscope.experiments.conditions import Condition
-from sinkscope.experiments.result import Result
+from sinkscope.experiments.result import Result, about, stacked, tidy
 from sinkscope.interventions import ScaleActivation, SelfOnlyMask, SetActivation
 from sinkscope.metrics import ffn
 from sinkscope.models.capabilities import capabilities
@@ -31,12 +41,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-# --- What `which_part` finds: what is left of a sink when only a part of what makes it is there.
-
-
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class WhichPart(Result):
-    """What is left of a sink when only a part of what makes it is there.
+    """Attention, peak and loss when only a part of what makes a sink is present.
 
     Attributes:
         position: The designated position.
@@ -45,13 +52,13 @@ class WhichPart(Result):
         dims_by_rule: Whether those pass the non-mixture rule, or are only its three largest.
         cases: What was done, in words.
         targets: Which position each case is about: 0 or `position`. The first case is the natural
-            sink, position 0 of the untouched model.
+            sink, position 0 of the unchanged model.
         paid: Attention to the target in the later layers, mean over heads [probability].
         peak: ‖h_target‖ over the median of the others, where highest [ratio].
         loss: Mean loss of the queries after the position [nat]; None without a trained head.
     """
 
-    QUESTION = "Which part of what makes the sink is enough, and which is needed?"
+    QUESTION = "Which part of what makes the sink is sufficient, and which is necessary?"
 
     position: int
     peak_layer: int
@@ -64,10 +71,14 @@ class WhichPart(Result):
     loss: Float[Tensor, "case prompt"] | None = None
 
     def left(self, case: int) -> float:
-        """Attention to the target as a share of what the natural sink receives."""
+        """Attention to the target as a share of that to the natural sink.
+
+        Args:
+            case: Which one.
+        """
         return float(self.paid[case].mean() / self.paid[0].mean())
 
-    def findings(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, Any]:
         """One record a case."""
         rows = []
         for case, name in enumerate(self.cases):
@@ -90,14 +101,14 @@ class WhichPart(Result):
         }
 
     def summary(self) -> str:
-        """The table of what remains."""
+        """The cases in a table."""
         dims = ", ".join(map(str, self.dims))
         kind = "non-mixture dims" if self.dims_by_rule else "largest dims (none passes the rule)"
         head = (
             f"Layer {self.peak_layer} adds most to the residual norm of position 0; {kind} of its "
             f"FFN output: {dims}. Attention is that of the queries after {self.position} (all "
             "others, where attention is bidirectional) in the later half of the layers, share is "
-            "its ratio to what position 0 receives in the untouched model. 95 % intervals over "
+            "its ratio to the attention to position 0 in the unchanged model. 95 % intervals over "
             "prompts."
         )
         rows = []
@@ -116,25 +127,23 @@ class WhichPart(Result):
         columns += ["loss"] if self.loss is not None else []
         return f"{head}\n{table_as_text(columns, rows)}"
 
-    def frame(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """Rows of condition (the case), prompt, layer (-1), position, metric and value."""
-        import pandas as pd
-
         pieces = []
         quantities = {"sink_attention": self.paid, "residual_peak": self.peak, "loss": self.loss}
         for metric, x in quantities.items():
             if x is None:
                 continue
-            columns = _result.grid(condition=self.cases, prompt=range(x.shape[1]), layer=[-1])
-            columns["position"] = torch.tensor(self.targets).repeat_interleave(x.shape[1]).numpy()
-            pieces.append(pd.DataFrame(columns | {"metric": metric, "value": _result.flat(x)}))
-        return pd.concat(pieces, ignore_index=True)
+            axes = {"condition": self.cases, "prompt": range(x.shape[1]), "layer": [-1]}
+            positions = np.repeat(self.targets, x.shape[1])
+            pieces.append(tidy(axes, position=positions, metric=metric, value=x[..., None]))
+        return stacked(pieces)
 
     def figures(self) -> dict[str, go.Figure]:
         """Every case side by side, for the designated position and for position 0."""
         from sinkscope.plot import before_after
 
-        frame = self.frame()
+        frame = self.to_frame()
         shown = {"sink_attention": "Attention to", "residual_peak": "Residual peak at"}
         return {
             f"{metric}-at-{target}": before_after(
@@ -162,7 +171,7 @@ def which_part(
     seed: int = 0,
     progress: bool = True,
 ) -> WhichPart:
-    """Take apart what makes a position a sink, and keep one part at a time.
+    """Keep one part at a time of what makes a position a sink.
 
     At `position`, designated by a self-only mask: the mask in the first layers only, in the layers
     up to the peak, only after it; everywhere but with the non-mixture dims set to zero; and without
@@ -172,38 +181,41 @@ def which_part(
     Args:
         model: A bridge, or anything that `load_model` takes.
         texts: Prompts of equal length that go beyond `position`.
-        position: Which element; 255 by default, or two thirds of the way in short prompts.
+        position: Which position; 255 by default, or two thirds of the way in short prompts.
         start: "special", "random" or "given".
         first_layers: How many first layers to mask alone, one case each.
         seed: Of the random tokens.
         progress: Whether to draw a progress bar.
 
+    Returns:
+        One case a row, the natural sink first.
+
     Raises:
-        UnsupportedError: If a number of first layers is none.
+        UnsupportedError: If a number of first layers is not a whole number from 1.
         TextError: If prompts differ in length or end before the position.
     """
     model = load_model(model)
     first_layers = _counts(first_layers)
-    prompts, position = _observe.designated(model, texts, position)
-    prompts = _observe.started(model, prompts, [start], False, seed)[start]
-    sink = _Sink.look(model, prompts, position)
+    prompts, position = conditions.designated(model, texts, position)
+    prompts = conditions.started(model, prompts, [start], False, seed)[start]
+    sink = _Sink.measure(model, prompts, position)
     cases = [*_natural(model, sink), *_designated(model, position, sink, first_layers)]
     found = []
     for name, _, enter in tqdm(cases, unit="case", disable=not progress, leave=False):
         case = Condition(name, start, "unchanged", prompts, enter)
         found.append(_read(model, case, position))
-    aimed = [target for _, target, _ in cases]
+    targets = [target for _, target, _ in cases]
     losses = [one["loss"] for one in found if one["loss"] is not None]
     return WhichPart(
-        about=_result.about(model, prompts),
+        about=about(model, prompts),
         position=position,
         peak_layer=sink.layer,
         dims=sink.dims,
         dims_by_rule=sink.by_rule,
         cases=tuple(name for name, _, _ in cases),
-        targets=tuple(position if target else 0 for target in aimed),
-        paid=torch.stack([one["paid"][:, at] for one, at in zip(found, aimed, strict=True)]),
-        peak=torch.stack([one["peak"][:, at] for one, at in zip(found, aimed, strict=True)]),
+        targets=tuple(position if target else 0 for target in targets),
+        paid=torch.stack([one["paid"][:, at] for one, at in zip(found, targets, strict=True)]),
+        peak=torch.stack([one["peak"][:, at] for one, at in zip(found, targets, strict=True)]),
         loss=torch.stack(losses) if losses else None,
     )
 
@@ -226,36 +238,36 @@ def _counts(first_layers: Iterable[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Sink:
-    """What the natural sink is like where the peak is written.
+    """The natural sink in the layer that writes the peak.
 
     Attributes:
         layer: The layer that adds most to ‖h_0‖.
         dims: Its FFN's dims that stand out at 0.
         by_rule: Whether they pass the non-mixture rule.
         written: FFN output at 0 in those dims, mean over prompts.
-        held: Residual state at 0 in those dims after that layer, mean over prompts.
+        residual: Residual state at 0 in those dims after that layer, mean over prompts.
         norm: ‖h_0‖ after that layer.
-        usual: Median norm of the others there.
+        ordinary: Median norm of the others there.
     """
 
     layer: int
     dims: tuple[int, ...]
     by_rule: bool
     written: Float[Tensor, "dim"]
-    held: Float[Tensor, "dim"]
+    residual: Float[Tensor, "dim"]
     norm: float
-    usual: float
+    ordinary: float
 
     @classmethod
-    def look(cls, model: Any, prompts: Texts, position: int) -> _Sink:
-        """Look at the untouched model."""
+    def measure(cls, model: Any, prompts: Texts, position: int) -> _Sink:
+        """Measure the unchanged model."""
         wanted = {
-            "norm": _measure.RESIDUAL_NORM,
-            "ffn": _measure.at("mlp_out", 0),
-            "mixed": _measure.FFN_MIXED_MAX,
-            "resid": _measure.at("resid_post", 0),
+            "norm": readout.RESIDUAL_NORM,
+            "ffn": readout.at("mlp_out", 0),
+            "mixed": readout.FFN_MIXED_MAX,
+            "resid": readout.at("resid_post", 0),
         }
-        found = _measure.measure(model, prompts, wanted)
+        found = readout.measure(model, prompts, wanted)
         norm = found["norm"].mean(0)
         growth = torch.diff(norm[:, 0], prepend=norm.new_zeros(1))
         layer = int(growth.argmax())
@@ -270,9 +282,9 @@ class _Sink:
             dims=dims,
             by_rule=by_rule,
             written=x.mean(0)[list(dims)],
-            held=found["resid"][:, layer].mean(0)[list(dims)],
+            residual=found["resid"][:, layer].mean(0)[list(dims)],
             norm=float(norm[layer, 0]),
-            usual=float(_measure.median_of_others(norm[None], [0])[0, layer]),
+            ordinary=float(readout.median_of_others(norm[None], [0])[0, layer]),
         )
 
 
@@ -281,19 +293,19 @@ Case = tuple[str, int, Enter]
 
 
 def _natural(model: Any, sink: _Sink) -> list[Case]:
-    """Cases about position 0, the untouched model first."""
+    """Cases about position 0, the unchanged model first."""
 
     def dims(value: Any) -> Enter:
         return lambda: SetActivation(model, sink.layer, sink.dims, 0, value, at="mlp_out")
 
     def norm() -> ScaleActivation:
-        return ScaleActivation(model, sink.layer, 0, norm=sink.usual)
+        return ScaleActivation(model, sink.layer, 0, norm=sink.ordinary)
 
     return [
-        ("untouched", 0, nullcontext),
+        ("unchanged", 0, nullcontext),
         ("the peak's dims set to 0", 0, dims("zero")),
         ("the peak's dims set to their mean", 0, dims(sink.written)),
-        ("the norm alone set to an ordinary one", 0, norm),
+        ("only the norm, set to an ordinary one", 0, norm),
     ]
 
 
@@ -318,18 +330,18 @@ def _designated(model: Any, p: int, sink: _Sink, first_layers: Iterable[int]) ->
     ]
     after = range(peak + 1, n_layers)
     return [
-        ("untouched", 1, nullcontext),
+        ("unchanged", 1, nullcontext),
         ("masked in every layer", 1, mask()),
         *first,
         (f"masked up to the peak (layer {peak})", 1, mask(range(peak + 1))),
         *([("masked only after the peak", 1, mask(after))] if len(after) else []),
-        ("masked, the peak's dims set to 0", 1, _both(mask(), dims("zero", "mlp_out"))),
-        ("unmasked, the dims set to the sink's", 1, dims(sink.held, "resid_post")),
-        ("unmasked, the norm alone set to the sink's", 1, norm),
+        ("masked, the peak's dims set to 0", 1, _together(mask(), dims("zero", "mlp_out"))),
+        ("unmasked, the dims set to the sink's", 1, dims(sink.residual, "resid_post")),
+        ("unmasked, only the norm set to the sink's", 1, norm),
     ]
 
 
-def _both(*enter: Enter) -> Enter:
+def _together(*enter: Enter) -> Enter:
     @contextmanager
     def entered() -> Any:
         with ExitStack() as stack:
@@ -343,14 +355,14 @@ def _both(*enter: Enter) -> Enter:
 def _read(model: Any, case: Condition, position: int) -> dict[str, Any]:
     """Attention to and peaks of both targets [prompt target], and the later loss [prompt]."""
     wanted = {
-        "norm": _measure.RESIDUAL_NORM,
-        "paid": _measure.Quantity("attention", lambda x, batch: _observe.paid(x, batch, position)),
+        "norm": readout.RESIDUAL_NORM,
+        "paid": readout.Quantity("attention", lambda x, batch: conditions.paid(x, batch, position)),
     }
     with case.enter():
-        found = _measure.measure(model, case.texts, wanted)
-        loss = _measure.losses(model, case.texts)
+        found = readout.measure(model, case.texts, wanted)
+        loss = readout.losses(model, case.texts)
     norm = found["norm"]
-    median = _measure.median_of_others(norm, [0, position])
+    median = readout.median_of_others(norm, [0, position])
     ratio = norm[..., [0, position]] / median[..., None]
     later = norm.shape[1] // 2
     return {

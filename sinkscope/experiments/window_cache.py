@@ -1,11 +1,16 @@
-"""A KV cache of a few kept elements and a window, exact for a whole chunk of queries at once.
+"""A KV cache of a few kept positions and a window, exact for a whole chunk of queries at once.
 
-StreamingLLM (2309.17453) feeds one token at a time: each query sees the kept elements and the most
-recent W positions, itself included, and positions are counted inside the cache. Fed in chunks, each
-query of a chunk has a window of its own, which a mask says, and kept elements that stand at another
-distance from each query, which needs a copy of their keys for each query, rotated accordingly.
-Rotary attention depends on distances alone, so nothing is approximated; memory is bounded by
-window, chunk and kept elements.
+StreamingLLM (Xiao et al. 2023, arXiv 2309.17453) feeds one token at a time: each query sees the
+kept positions and the most recent W positions, itself included, and positions are counted inside
+the cache. Here queries run in chunks:
+
+1. `Layout` says which keys the queries of a chunk see. Each query has a window of its own, which a
+   mask expresses.
+2. With positions counted in the cache, the kept keys stand at another distance from each query.
+   `KeyRotation` gives each query its own copy of them, re-rotated accordingly. Rotary attention
+   depends on distances only, so nothing is approximated.
+3. `WindowCache` stores the kept positions and the window of every layer. Its memory is bounded by
+   window, chunk and number of kept positions.
 """
 
 from __future__ import annotations
@@ -30,14 +35,12 @@ from sinkscope.models.capabilities import Capabilities
 from sinkscope.models.probe import only_hooks, probe_tokens
 from sinkscope.models.signals import close
 
-# --- Rotary keys rotated on, so that a cache can count its own positions.
 
+class KeyRotation:
+    """Rotates keys by a further number of positions, as their own model rotates them.
 
-class Turner:
-    """Rotates keys on by a number of positions, the way their own model rotates them.
-
-    Whether it does is tried before it is relied on: in a text of one token over and over nothing
-    but the rotation tells positions apart, so a layer's first key turned by n is its key n.
+    This is verified on the model first: in a text of one repeated token only the rotation
+    distinguishes positions, so a layer's first key rotated by n has to equal its key n.
 
     Args:
         model: A bridge.
@@ -60,57 +63,63 @@ class Turner:
         if can.positions != "rotary" or len(found) != 1 or self._rotate is None:
             raise UnsupportedError(
                 f"Positions can be counted in the cache where they are rotary; {can.architecture} "
-                f'has {can.positions} ones that cannot be turned; count them as "absolute".'
+                f'has {can.positions} ones that cannot be re-rotated; count them as "absolute".'
             )
         self._angles: Any = found[0].original_component
         kind = getattr(self._angles, "rope_type", "default")
         if kind in ("dynamic", "longrope"):
             raise UnsupportedError(
                 f"The rotary angles of {can.architecture} change with the length of the text "
-                f'({kind}), so keys in a cache cannot be turned; count positions as "absolute".'
+                f'({kind}), so keys in a cache cannot be re-rotated; count positions as "absolute".'
             )
-        if not self._turns(model):
+        if not self._is_exact(model):
             raise UnsupportedError(
                 f"The keys of {can.architecture} are not rotated alike in every layer, or not as "
                 'its rotary embedding says; count positions as "absolute".'
             )
 
-    def turn(
+    def rotate(
         self,
         key: Float[Tensor, "prompt kv_head kept d_head"],
         by: Int[Tensor, "query kept"],
     ) -> Float[Tensor, "prompt kv_head copy d_head"]:
-        """A copy of every key for every query, query after query, each rotated on by `by`."""
+        """A copy of every key for every query, query after query, each rotated further.
+
+        Args:
+            key: Keys as the cache holds them.
+            by: By how many positions.
+        """
         wide = repeat(key.float(), "b h k d -> b h (q k) d", q=len(by))
         ids = rearrange(by, "q k -> 1 (q k)").to(key.device)
         cos, sin = self._angles(wide, ids)
         scale = getattr(self._angles, "attention_scaling", 1.0)
-        # Some models rotate the first part of a key only, in their attention or in this function.
+        # Some models rotate only the first part of a key, in their attention or in this function.
         part, rest = wide[..., : cos.shape[-1]], wide[..., cos.shape[-1] :]
         assert self._rotate is not None
-        turned = self._rotate(part, part, cos / scale, sin / scale)[1]
-        return torch.cat([turned, rest], dim=-1).to(key.dtype)
+        rotated = self._rotate(part, part, cos / scale, sin / scale)[1]
+        return torch.cat([rotated, rest], dim=-1).to(key.dtype)
 
-    def _turns(self, model: Any) -> bool:
-        """Whether every layer's keys turn as they should."""
+    def _is_exact(self, model: Any) -> bool:
+        """Whether every layer's keys are rotated as assumed."""
         device = runner.input_device(model)
         probe = probe_tokens(model)[:1]
         tokens = probe[:, :1].expand_as(probe).to(device)
         cache = DynamicCache()
-        aside = only_hooks(model.hook_dict.values(), (), lambda x, hook: None)
-        with torch.inference_mode(), runner.evaluating(model), aside:
+        no_hooks = only_hooks(model.hook_dict.values(), (), lambda x, hook: None)
+        with torch.inference_mode(), runner.evaluating(model), no_hooks:
             given = {cache_argument(model.original_model): cache}
             model.original_model(input_ids=tokens, use_cache=True, **given)
             by = torch.arange(tokens.shape[1])[:, None]
             half = model.cfg.dtype in (torch.float16, torch.bfloat16)
-            # Wrong turns miss by the size of a key; half precision by 3 % in SmolLM2's last layers.
+            # Wrong rotations miss by the size of a key, half precision by 3 % in SmolLM2's last
+            # layers.
             tolerance = 0.2 if half else 1e-3
             try:
                 return all(
-                    close(self.turn(keys[:, :, :1], by).float(), keys.float(), tolerance)
+                    close(self.rotate(keys[:, :, :1], by).float(), keys.float(), tolerance)
                     for keys in (layer.keys for layer in cache.layers)
                 )
-            except RuntimeError as error:  # angles of another width than the keys they turn
+            except RuntimeError as error:  # angles of another width than the keys
                 if ran_out_of_memory(error):
                     raise
                 return False
@@ -122,9 +131,9 @@ COUNTED = ("cache", "absolute")
 
 @dataclass(frozen=True)
 class Layout:
-    """Which keys the queries of one chunk see, and where they count them to be.
+    """Which keys the queries of one chunk see, and at which positions.
 
-    Keys come in this order: kept elements that have left the window (with positions counted in the
+    Keys come in this order: kept positions that have left the window (with positions counted in the
     cache, a copy of each for every query), the window before the chunk, the chunk.
 
     Attributes:
@@ -153,7 +162,7 @@ class Layout:
         counted: str,
         alone: Sequence[int] = (),
     ) -> Layout:
-        """The layout of a chunk when `keep` are the positions never to be forgotten."""
+        """The layout of a chunk when the positions `keep` stay visible."""
         left = () if window is None else tuple(k for k in sorted(keep) if k <= stop - 1 - window)
         return cls(start, stop, window, left, counted, tuple(alone))
 
@@ -163,7 +172,7 @@ class Layout:
         return 0 if self.window is None else max(0, self.start - self.window + 1)
 
     def visible(self) -> Bool[Tensor, "1 1 query key"]:
-        """Which query sees which key."""
+        """The attention mask: which query sees which key."""
         query = torch.arange(self.start, self.stop)[:, None]
         key = torch.arange(self.first, self.stop)[None, :]
         recent = key <= query
@@ -179,10 +188,10 @@ class Layout:
             left = rearrange(own[:, :, None] & left[:, None, :], "query copy k -> query (copy k)")
         return torch.cat([left, recent], dim=1)[None, None]
 
-    def turns(self) -> Int[Tensor, "query kept"]:
-        """How much farther on each kept key stands for each query when counted in the cache.
+    def rotations(self) -> Int[Tensor, "query kept"]:
+        """By how many positions each kept key is rotated further for each query.
 
-        In the cache, the r-th kept element stands at r, and the query at the cache's end.
+        In the cache, the r-th kept position is at r, and the query at the end of the cache.
         """
         assert self.window is not None
         query = torch.arange(self.start, self.stop)[:, None]
@@ -194,22 +203,22 @@ class Layout:
 
 
 class WindowCache(Cache):
-    """Keeps some positions and a window of the rest, layer by layer.
+    """Stores some positions and a window of the rest, layer by layer.
 
     Args:
-        turner: Rotates keys; None where positions are counted absolutely.
+        rotation: Of the kept keys; None where positions are counted absolutely.
     """
 
-    def __init__(self, turner: Turner | None = None) -> None:
+    def __init__(self, rotation: KeyRotation | None = None) -> None:
         super().__init__(layers=[])
-        self._turner = turner
+        self._rotation = rotation
         self._layout: Layout | None = None
         self._kept: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
         self._recent: dict[int, tuple[Tensor, Tensor]] = {}
         self._keep: frozenset[int] = frozenset()
 
     def begin(self, layout: Layout, keep: Sequence[int]) -> None:
-        """Say which chunk comes next."""
+        """Set the layout of the next chunk."""
         self._layout, self._keep = layout, frozenset(keep)
 
     def get_seq_length(self, layer_idx: int = 0, *_: Any) -> int:
@@ -219,7 +228,7 @@ class WindowCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take a layer's keys and values of the chunk; give those its queries attend to."""
+        """Store a layer's keys and values of the chunk, and return those its queries attend to."""
         layout = self._layout
         assert layout is not None
         self._absorb(key_states, value_states, layer_idx, layout)
@@ -234,8 +243,8 @@ class WindowCache(Cache):
         kept = [self._kept[layer_idx][position] for position in layout.kept]
         old_key = torch.stack([one[0] for one in kept], dim=2)
         old_value = torch.stack([one[1] for one in kept], dim=2)
-        if self._turner is not None:
-            old_key = self._turner.turn(old_key, layout.turns())
+        if self._rotation is not None:
+            old_key = self._rotation.rotate(old_key, layout.rotations())
             old_value = repeat(old_value, "b h k d -> b h (q k) d", q=layout.stop - layout.start)
         return torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
 
@@ -246,7 +255,7 @@ class WindowCache(Cache):
         return sum(x.numel() * x.element_size() for pair in pairs for x in pair)
 
     def _absorb(self, key: Tensor, value: Tensor, layer: int, layout: Layout) -> None:
-        """Put aside the chunk's positions that are never to be forgotten."""
+        """Store the chunk's positions that stay visible."""
         own = self._kept.setdefault(layer, {})
         for position in range(layout.start, layout.stop):
             if position in self._keep:

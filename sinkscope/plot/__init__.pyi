@@ -27,6 +27,7 @@ from .timing import bench_ratios as bench_ratios
 from .trace import peak_trace as peak_trace
 from .training import cures as cures
 from .training import knockout_risks as knockout_risks
+from .training import mitigations as mitigations
 from .training import training_curves as training_curves
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "bench_ratios",
     "peak_trace",
     "cures",
+    "mitigations",
     "knockout_risks",
     "training_curves",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _RISKS = ("backcopy_excess", "bigram_excess")
 
 
-def cures(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
+def mitigations(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
     """A cell a run and phenomenon: whether it is there, its mean and interval over seeds.
 
     The frame is what `sinkscope.bb.summarise` gives, one row a cell:
@@ -46,7 +47,7 @@ def cures(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figur
         ReportError: If a column is missing.
     """
     columns = ("attention", "optimizer", "phenomenon", "mean", "low", "high", "present")
-    frames.need(frame, "cures", *columns)
+    frames.need(frame, "mitigations", *columns)
     colours = palette(theme)
     runs = list(dict.fromkeys(zip(frame["attention"], frame["optimizer"], strict=True)))
     kinds = list(dict.fromkeys(frame["phenomenon"]))
@@ -73,6 +74,16 @@ def cures(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figur
     title = "Which attention and optimiser grow which phenomenon"
     finish(figure, title, about, theme, height=180 + 52 * len(runs))
     return figure.update_layout(margin_t=130)
+
+
+def cures(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
+    """Deprecated: the old name of `mitigations`."""
+    warnings.warn(
+        "plot.cures is now plot.mitigations; the old name will go in the release after this one.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return mitigations(frame, about=about, theme=theme)
 
 
 def knockout_risks(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:

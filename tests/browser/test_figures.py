@@ -53,7 +53,7 @@ def all_figures(theme: str) -> dict:
         "perplexity_along": plot.perplexity_along(frames.along(), **told),
         "perplexity_by_window": plot.perplexity_by_window(frames.windows(), **told),
         "bench_ratios": plot.bench_ratios(frames.timings(), **told),
-        "cures": plot.cures(frames.cured(), **told),
+        "cures": plot.mitigations(frames.cured(), **told),
         "knockout_risks": plot.knockout_risks(frames.knocked_out(), **told),
     }
 

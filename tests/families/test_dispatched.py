@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import sinkscope as ss
 from sinkscope.errors import UnsupportedError
-from sinkscope.experiments.ablation import removal
+from sinkscope.experiments.ablation import ablate_heads
 
 from .architectures import BY_NAME, Family
 
@@ -65,7 +65,7 @@ def test_interventions_and_removal_are_too(name: str, tmp_path: Path) -> None:
     for one in (model, whole):
         with ss.SelfOnlyMask(one, position=5):
             masked = ss.scan(one, tokens, metrics="core", progress=False).sink_attention
-        found.append((masked, removal(one, tokens, "zero", progress=False).loss_without))
+        found.append((masked, ablate_heads(one, tokens, "zero", progress=False).ablated_loss))
     torch.testing.assert_close(found[0], found[1])
 
 

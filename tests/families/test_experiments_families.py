@@ -210,7 +210,7 @@ def test_position_norms(name: str) -> None:
     found = position_norms(family.build())
     np.testing.assert_allclose(found.norm.numpy(), want, rtol=1e-5)
     assert len(found.norm) == 64
-    assert found.findings()["first_over_median"] == pytest.approx(
+    assert found.statistics()["first_over_median"] == pytest.approx(
         want[0] / np.median(want[1:]), rel=0.05
     )
     with pytest.raises(UnsupportedError, match="no learned position vectors"):
@@ -261,13 +261,13 @@ def test_results_come_as_words_tables_figures_and_files(tmp_path) -> None:
         page = files[2].read_text()
         assert page.count('<div class="figure"') == len(result.figures())
         assert f"<h1>{result.QUESTION}</h1>" in page and result.QUESTION.endswith("?")
-        assert not result.frame().empty
+        assert not result.to_frame().empty
         assert repr(result).startswith("LlamaForCausalLM · T = 24")
     mask = results["mask"]
     assert " · BOS: as each condition says · " in mask.about, (
         "the starts differ from the texts' own"
     )
-    frame = mask.frame()
+    frame = mask.to_frame()
     at = frame[(frame["metric"] == "residual_norm") & (frame["position"] == P)]
     at = at[(at["condition"] == mask.names[1]) & (at["layer"] == 2) & (at["prompt"] == 1)]
     assert at["value"].tolist() == pytest.approx([float(mask.residual_norm[1, 1, 2, P])])
@@ -287,7 +287,7 @@ def test_the_last_position_that_is_taken_has_a_loss_after_it(length: int) -> Non
     mask = structured_mask(model, texts, named, **options)
     assert mask.position == last
     np.testing.assert_allclose(mask.loss[0, :, last + 1].numpy(), want, atol=1e-4)
-    after = mask.findings()[mask.names[1]]["loss_change"]["after_it"]
+    after = mask.statistics()[mask.names[1]]["loss_change"]["after_it"]
     plain = family.build()
     with attention(plain, masked(plain, family, [last])), torch.no_grad():
         logits = plain(tokens).logits[:, last + 1]

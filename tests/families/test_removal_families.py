@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import sinkscope as ss
 from sinkscope.errors import UnsupportedError
 from sinkscope.experiments import partial_forward as _partway
-from sinkscope.experiments.ablation import removal
+from sinkscope.experiments.ablation import ablate_heads
 from sinkscope.experiments.partial_forward import Partway
 
 from .architectures import FAMILIES, N_HEADS, N_LAYERS, Family
@@ -91,9 +91,9 @@ def by_hand(
 def test_zero(causal: Family) -> None:
     tokens = causal.tokens()
     want = by_hand(causal, tokens, lambda layer, head, z: torch.zeros_like(z))
-    got = removal(ss.load_model(causal.build()), ss.token_ids(tokens), "zero", progress=False)
+    got = ablate_heads(ss.load_model(causal.build()), ss.token_ids(tokens), "zero", progress=False)
     np.testing.assert_allclose(got.loss.numpy(), losses(causal.build(), tokens), atol=1e-5)
-    np.testing.assert_allclose(got.loss_without.numpy(), want, atol=1e-5)
+    np.testing.assert_allclose(got.ablated_loss.numpy(), want, atol=1e-5)
     change = want - losses(causal.build(), tokens)[:, None, None]
     assert np.abs(change).max() > 1e-2, "no head does anything"
     np.testing.assert_allclose(got.loss_change.numpy(), change, atol=2e-5)
@@ -104,14 +104,14 @@ def test_mean(causal: Family) -> None:
     z = reference(causal.build(), other, parts=causal.parts)["z"].double().numpy()
     typical = torch.tensor(z.mean(axis=(1, 2))).float()
     want = by_hand(causal, tokens, lambda layer, head, z: typical[layer, head].expand_as(z))
-    got = removal(
+    got = ablate_heads(
         ss.load_model(causal.build()),
         ss.token_ids(tokens),
         "mean",
         calibration=ss.token_ids(other),
         progress=False,
     )
-    np.testing.assert_allclose(got.loss_without.numpy(), want, atol=1e-5)
+    np.testing.assert_allclose(got.ablated_loss.numpy(), want, atol=1e-5)
 
 
 def test_resample_from_one_prompt(causal: Family) -> None:
@@ -121,14 +121,14 @@ def test_resample_from_one_prompt(causal: Family) -> None:
     want = by_hand(
         causal, tokens, lambda layer, head, own: z[layer, :, : own.shape[1], head].expand_as(own)
     )
-    got = removal(
+    got = ablate_heads(
         ss.load_model(causal.build()),
         ss.token_ids(tokens),
         "resample",
         calibration=ss.token_ids(other),
         progress=False,
     )
-    np.testing.assert_allclose(got.loss_without.numpy(), want, atol=1e-5)
+    np.testing.assert_allclose(got.ablated_loss.numpy(), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", ["stock", "streaming"])
@@ -162,7 +162,7 @@ def test_losses_do_not_depend_on_how_logits_are_cut(causal: Family, monkeypatch)
 def test_a_bidirectional_model_is_refused() -> None:
     bert = next(family for family in FAMILIES if not family.causal)
     with pytest.raises(UnsupportedError, match="predicts no next token"):
-        removal(ss.load_model(bert.build()), ss.token_ids(bert.tokens()), progress=False)
+        ablate_heads(ss.load_model(bert.build()), ss.token_ids(bert.tokens()), progress=False)
 
 
 TUPLES = {
@@ -192,5 +192,5 @@ def test_blocks_that_return_tuples(model_class: str) -> None:
             handle.remove()
     model = ss.load_model(family.build())
     assert Partway(model)._outputs == [2, 2]
-    got = removal(model, ss.token_ids(tokens), progress=False)
-    np.testing.assert_allclose(got.loss_without.numpy(), want, atol=1e-5)
+    got = ablate_heads(model, ss.token_ids(tokens), progress=False)
+    np.testing.assert_allclose(got.ablated_loss.numpy(), want, atol=1e-5)

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinkscope as ss
-from sinkscope.experiments.ablation import removal
-from sinkscope.experiments.inactive_heads import sleep
+from sinkscope.experiments.ablation import ablate_heads
+from sinkscope.experiments.inactive_heads import ablate_inactive
 from sinkscope.experiments.mixing import mixing
 from sinkscope.experiments.nonmixture import nonmixture
 from sinkscope.experiments.streaming_context import streaming_context
@@ -159,11 +159,11 @@ def streamed(model: Any, family: Family) -> Any:
 
 
 EXPERIMENTS: dict[str, Callable[[Any, Family], Any]] = {
-    "removal": lambda model, family: removal(model, family.tokens(), progress=False),
-    "removal resample": lambda model, family: removal(
+    "removal": lambda model, family: ablate_heads(model, family.tokens(), progress=False),
+    "removal resample": lambda model, family: ablate_heads(
         model, family.tokens(), "resample", progress=False
     ),
-    "sleep": lambda model, family: sleep(model, family.tokens(), progress=False),
+    "sleep": lambda model, family: ablate_inactive(model, family.tokens(), progress=False),
     "trace_peak": lambda model, family: trace_peak(model, family.tokens(), progress=False),
     "nonmixture": lambda model, family: nonmixture(
         model, family.tokens(), over_median=1.0, over_mixed=0.5, progress=False

@@ -29,7 +29,7 @@ def test_every_figure_names_what_it_was_measured_on():
         plot.perplexity_by_window(frames.windows(), about=ABOUT),
         plot.perplexity_along(frames.along(), about=ABOUT),
         plot.bench_ratios(frames.timings(), about=ABOUT),
-        plot.cures(frames.cured(), about=ABOUT),
+        plot.mitigations(frames.cured(), about=ABOUT),
         plot.knockout_risks(frames.knocked_out(), about=ABOUT),
     ]
     for figure in figures:
@@ -226,7 +226,7 @@ def test_bench_says_what_did_not_run():
 
 
 def test_cures_say_yes_no_or_unclear_in_words():
-    figure = plot.cures(frames.cured(), about=ABOUT)
+    figure = plot.mitigations(frames.cured(), about=ABOUT)
     (cells,) = figure.data
     assert list(cells.y) == ["softmax · adamw", "softmax · sgd", "relu · adamw"]
     assert np.asarray(cells.z).tolist() == [[1, 1], [1, 0.5], [0, 0]]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.experiments.ablation import removal
-from sinkscope.experiments.inactive_heads import sleep
+from sinkscope.experiments.ablation import ablate_heads
+from sinkscope.experiments.inactive_heads import ablate_inactive
 from sinkscope.experiments.mixing import mixing
 from sinkscope.interventions import AblateHeads
 from sinkscope.statistics import max_t
@@ -27,13 +27,13 @@ def test_removal_equals_whole_passes(smollm2) -> None:
     """Three heads, against AblateHeads in whole forward passes and losses in float64."""
     texts = prose(2, 64).tokenize(smollm2)
     heads = [(0, 4), (14, 2), (29, 8)]
-    found = removal(smollm2, texts, heads=heads, progress=False)
+    found = ablate_heads(smollm2, texts, heads=heads, progress=False)
     for layer, head in heads:
         with AblateHeads(smollm2, [(layer, head)]), torch.no_grad():
             logits = smollm2(texts.tokens).double()
         nll = logits[:, :-1].log_softmax(-1).gather(-1, texts.tokens[:, 1:, None])
         want = -nll.mean(dim=(1, 2)).float()
-        got = found.loss_without[:, layer, head]
+        got = found.ablated_loss[:, layer, head]
         torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
         assert (got - found.loss).abs().max() > 1e-3
 
@@ -72,7 +72,7 @@ def test_what_removal_says_of_heads_that_park(smollm2, sink_attention) -> None:
     for domain, attention in sink_attention.items():
         assert attention[:, *never].mean() > 0.95
         heads = [never, *sometimes]
-        found = removal(smollm2, kind(domain), "resample", heads=heads, progress=False)
+        found = ablate_heads(smollm2, kind(domain), "resample", heads=heads, progress=False)
         change = found.loss_change.abs()
         assert change[:, *never].max() < 0.003, "nat, on any prompt"
         effect[domain] = sum(change[:, *head].mean() for head in sometimes)
@@ -82,7 +82,7 @@ def test_what_removal_says_of_heads_that_park(smollm2, sink_attention) -> None:
 
 def test_sleep_is_cheap_where_the_sink_says_so_and_not_at_random(smollm2) -> None:
     """Of the loss: AWFT 2 % −0.1 %, 10 % +6 %; random 10 % +12 %, 30 % +60 %; HONOR 30 % +14 %."""
-    found = sleep(
+    found = ablate_inactive(
         smollm2,
         prose(5, 96),
         scores=["AWFT", "AHON-LN"],
@@ -90,7 +90,7 @@ def test_sleep_is_cheap_where_the_sink_says_so_and_not_at_random(smollm2) -> Non
         draws=1,
         progress=False,
     )
-    rise = (found.loss_asleep - found.loss).mean(-1) / found.loss.mean()
+    rise = (found.ablated_loss - found.loss).mean(-1) / found.loss.mean()
     awft, honor, random = rise
     assert awft[0].abs() < 0.01
     assert random[1] > 1.1 * awft[1] > 0

@@ -37,13 +37,13 @@ def test_sinks_keep_the_model_alive(streamed: StreamedContext) -> None:
 def test_a_designated_element_stands_in_for_the_start(streamed: StreamedContext) -> None:
     assert after(streamed, "designated 64") == pytest.approx(after(streamed, "4 sinks"), rel=0.05)
     assert after(streamed, "64 as it is") == pytest.approx(after(streamed, "0 sinks"), rel=0.05)
-    rows = {row["kept"]: row for row in streamed.findings()["settings"]}
+    rows = {row["kept"]: row for row in streamed.statistics()["settings"]}
     assert rows["designated 64"]["loss_over_no_sinks"].high < -0.4
     assert abs(rows["64 as it is"]["loss_over_no_sinks"].mean) < 0.05
 
 
 def test_the_cache_holds_the_window_and_the_sinks(streamed: StreamedContext) -> None:
-    frame = streamed.frame().set_index("kept")
+    frame = streamed.to_frame().set_index("kept")
     per_position = 30 * 2 * 3 * 64 * 4 / 1e6
     assert frame.loc["4 sinks", "kv_megabytes"] == pytest.approx(per_position * (127 + 4))
     assert frame.loc["everything", "kv_share"] == pytest.approx(1)

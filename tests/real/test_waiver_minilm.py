@@ -29,7 +29,7 @@ def row(found: PositionEdit, start: str, change: str) -> int:
 
 
 def test_the_first_vector_stands_far_out(minilm) -> None:
-    found = position_norms(minilm).findings()
+    found = position_norms(minilm).statistics()
     assert found["first_over_median"] > 4
     assert found["deviations"] > 30
     assert found["first"] > 2 * found["largest_of_others"]

@@ -12,14 +12,14 @@ import torch
 
 import sinkscope as ss
 from sinkscope.errors import ReportError, TextError, UnsupportedError
-from sinkscope.experiments.ablation import Removal, removal
+from sinkscope.experiments.ablation import Ablation, ablate_heads
 from sinkscope.experiments.dormant import dormancy
 from tests.families.architectures import BY_NAME, N_HEADS, N_LAYERS
 from tests.families.reference import reference
 
 LLAMA = BY_NAME["llama"]
 # Random weights give no dormant head, so the thresholds are set where this model's heads lie.
-BOUNDS = dict(parked=0.15, drop=0.05)
+BOUNDS = dict(sink_threshold=0.15, drop=0.05)
 SEED = 11
 
 
@@ -81,7 +81,7 @@ def test_alike_kinds_differ_in_nothing(model) -> None:
     """Two samples of one kind of text: no head is named."""
     tokens = kinds(12)["low"]
     same = {"one": ss.token_ids(tokens[::2]), "other": ss.token_ids(tokens[1::2])}
-    found = dormancy(model, same, parked=0.05, drop=0.001, progress=False)
+    found = dormancy(model, same, sink_threshold=0.05, drop=0.001, progress=False)
     assert found.differing() == []
     assert found.p_values["one", "other"].min() > 0.05
     assert "No head" in found.summary()
@@ -89,7 +89,7 @@ def test_alike_kinds_differ_in_nothing(model) -> None:
 
 def test_the_frame_has_every_head_and_domain(model) -> None:
     found = dormancy(model, domains(), **BOUNDS, progress=False)
-    frame = found.frame()
+    frame = found.to_frame()
     assert len(frame) == 2 * N_LAYERS * N_HEADS
     scores = found.reports["high"].inactivity_scores()
     assert len(scores) == 13
@@ -111,21 +111,21 @@ def test_removal_is_on_the_first_prompts_and_of_named_heads_on_all(model) -> Non
         model, domains(), **BOUNDS, remove=["zero", "mean"], remove_prompts=3, progress=False
     )
     named = found.differing()
-    assert list(found.removals) == ["zero", "mean"]
-    whole = removal(model, domains()["low"], "zero", progress=False)
-    got = found.removals["zero"]["low"]
-    measured = ~got.loss_without.isnan()
+    assert list(found.ablations) == ["zero", "mean"]
+    whole = ablate_heads(model, domains()["low"], "zero", progress=False)
+    got = found.ablations["zero"]["low"]
+    measured = ~got.ablated_loss.isnan()
     assert measured[:3].all()
     for layer in range(N_LAYERS):
         for head in range(N_HEADS):
             is_named = any((h["layer"], h["head"]) == (layer, head) for h in named)
             assert measured[3:, layer, head].all() == is_named
     torch.testing.assert_close(
-        got.loss_without[measured], whole.loss_without[measured], atol=1e-5, rtol=0
+        got.ablated_loss[measured], whole.ablated_loss[measured], atol=1e-5, rtol=0
     )
     for head in named:
         for place, domain in enumerate((head["dormant_on"], head["active_on"])):
-            own = found.removals["zero"][domain].loss_change[:, head["layer"], head["head"]]
+            own = found.ablations["zero"][domain].loss_change[:, head["layer"], head["head"]]
             cost, effect = head["zero"]["cost"][place], head["zero"]["effect"][place]
             assert cost.mean == pytest.approx(float(own.mean()), abs=1e-6)
             assert effect.mean == pytest.approx(np.mean([abs(x) for x in own.tolist()]), abs=1e-6)
@@ -146,12 +146,12 @@ def test_a_domain_on_which_every_head_matters_more_confirms_none(model) -> None:
             for shape in [(24, N_LAYERS, N_HEADS)]
         }
         removals = {
-            name: Removal(
-                about="", mode="zero", asked={}, loss=torch.zeros(24), loss_without=torch.tensor(x)
+            name: Ablation(
+                about="", mode="zero", texts="", loss=torch.zeros(24), ablated_loss=torch.tensor(x)
             )
             for name, x in changes.items()
         }
-        again = replace(found, removals={"zero": removals})
+        again = replace(found, ablations={"zero": removals})
         for name, x in changes.items():
             want = np.mean([np.median(np.sort(np.abs(row).ravel())[:-1]) for row in x])
             assert again.typical_effect("zero")[name] == pytest.approx(want)  # the lower median
@@ -175,7 +175,7 @@ def test_prediction_is_a_rank_correlation_over_heads(model) -> None:
     table = found.prediction("zero")
     assert len(table) == 2 * 14  # sink attention and the thirteen scores, on either domain
     for domain in ("low", "high"):
-        cost = found.removals["zero"][domain].loss_change[:4].double().mean(0).flatten().numpy()
+        cost = found.ablations["zero"][domain].loss_change[:4].double().mean(0).flatten().numpy()
         score = found.reports[domain].inactivity_scores()["AHON"][:4].double().mean(0)
         ordered = [z.argsort().argsort() for z in (score.flatten().numpy(), cost)]
         want = np.corrcoef(*ordered)[0, 1]
@@ -184,7 +184,7 @@ def test_prediction_is_a_rank_correlation_over_heads(model) -> None:
         assert row["low"] <= row["high"]
         assert row["expected"] == 1
     assert set(table.query("score == 'AWFT'")["expected"]) == {-1}
-    effect = found.removals["zero"]["high"].loss_change[:4].double().abs().mean(0).flatten()
+    effect = found.ablations["zero"]["high"].loss_change[:4].double().abs().mean(0).flatten()
     entropy = found.reports["high"].attention_entropy[:4].double().mean(0).flatten()
     ordered = [z.numpy().argsort().argsort() for z in (entropy, effect)]
     row = found.prediction("zero", "effect").query("domain == 'high' and score == 'AEQD'").iloc[0]
@@ -198,12 +198,12 @@ def test_prediction_is_a_rank_correlation_over_heads(model) -> None:
 def test_the_figure_of_costs_is_on_the_prompts_that_its_sentence_counts(model) -> None:
     found = dormancy(model, domains(), **BOUNDS, remove="zero", remove_prompts=3, progress=False)
     assert found.differing(), "heads that were removed on all prompts are what the case is about"
-    title = found.figures()["removal-zero"].layout.title
+    title = found.figures()["ablation-zero"].layout.title
     assert "on 3 prompts of each" in title.subtitle.text
-    dots = {trace.name: trace for trace in found.figures()["removal-zero"].data}
+    dots = {trace.name: trace for trace in found.figures()["ablation-zero"].data}
     for domain in ("low", "high"):
         attention = sink_attention_by_hand(kinds()[domain])[:3].mean(0).flatten()
-        cost = found.removals["zero"][domain].loss_change[:3].double().mean(0).flatten().numpy()
+        cost = found.ablations["zero"][domain].loss_change[:3].double().mean(0).flatten().numpy()
         np.testing.assert_allclose(dots[domain].x, attention, atol=1e-5)
         np.testing.assert_allclose(dots[domain].customdata[:, 2], cost, atol=1e-9)
         ordered = [z.argsort().argsort() for z in (attention, cost)]
@@ -218,12 +218,12 @@ def test_words_figures_and_json(model, tmp_path) -> None:
     text = found.summary()
     first = found.differing()[0]
     assert f"{first['layer']}.{first['head']}" in text and "Rank correlation" in text
-    assert "Removal (zero) confirms" in text
+    assert "Ablation (zero) confirms" in text
     figures = found.figures()
-    assert set(figures) == {"low-high", "removal-zero"}
+    assert set(figures) == {"low-high", "ablation-zero"}
     assert len(figures["low-high"].data[0].x) == N_LAYERS * N_HEADS
     json.dumps(found.to_dict(), allow_nan=False)
-    names = {file.name for file in found.save(tmp_path, "dormant")}
+    names = {file.name for file in found.save(tmp_path / "dormant")}
     assert {"dormant.json", "dormant.csv", "dormant.html"} == names
 
 
@@ -235,7 +235,7 @@ def test_three_domains_are_compared_in_pairs(model) -> None:
     assert set(found.p_values) == {("low", "high"), ("low", "all"), ("high", "all")}
     want = (3 * two.p_values["low", "high"]).clamp(max=1)
     torch.testing.assert_close(found.p_values["low", "high"], want)
-    assert len(found.frame()) == 3 * N_LAYERS * N_HEADS
+    assert len(found.to_frame()) == 3 * N_LAYERS * N_HEADS
 
 
 def test_a_folder_is_continued_or_refused(model, tmp_path, monkeypatch) -> None:
@@ -252,8 +252,8 @@ def test_a_folder_is_continued_or_refused(model, tmp_path, monkeypatch) -> None:
     for domain in ("low", "high"):
         assert second.reports[domain].equals(first.reports[domain])
         assert torch.equal(
-            second.removals["zero"][domain].loss_without,
-            first.removals["zero"][domain].loss_without,
+            second.ablations["zero"][domain].ablated_loss,
+            first.ablations["zero"][domain].ablated_loss,
         )
     swapped = dict(zip(("high", "low"), domains().values(), strict=True))
     with pytest.raises(ReportError, match="another tokens"):
@@ -261,7 +261,7 @@ def test_a_folder_is_continued_or_refused(model, tmp_path, monkeypatch) -> None:
     with pytest.raises(ReportError, match="another sinks"):
         dormancy(model, domains(), sinks=(1,), out=tmp_path, progress=False)
     half = ss.load_model(LLAMA.build(SEED).to(torch.bfloat16))
-    with pytest.raises(ReportError, match=r"another dtype \('float32', now 'bfloat16'\)"):
+    with pytest.raises(ReportError, match=r"another dtype \(float32; now bfloat16\)"):
         dormancy(half, domains(), out=tmp_path, progress=False)
 
 
@@ -274,10 +274,10 @@ def test_what_is_refused(model) -> None:
         dormancy(model, domains() | {"short": ss.token_ids([[5], [5, 6]])}, progress=False)
     with pytest.raises(UnsupportedError, match="no mode"):
         dormancy(model, domains(), remove="median", progress=False)
-    with pytest.raises(TextError, match="removed on 0 prompts"):
+    with pytest.raises(TextError, match="ablated on 0 prompts"):
         dormancy(model, domains(), remove="zero", remove_prompts=0, progress=False)
     bert = BY_NAME["bert"]
     with pytest.raises(UnsupportedError, match="no loss"):
         dormancy(ss.load_model(bert.build()), domains(), remove="zero", progress=False)
     found = dormancy(ss.load_model(bert.build()), domains(), progress=False)
-    assert len(found.frame()) == 2 * N_LAYERS * N_HEADS, "scores need no loss"
+    assert len(found.to_frame()) == 2 * N_LAYERS * N_HEADS, "scores need no loss"

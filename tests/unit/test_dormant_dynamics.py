@@ -33,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_curves_are_those_of_each_checkpoint(folders) -> None:
-    found = dynamics(None, folders, ss.token_ids(TOKENS), parked=0.1, progress=False)
+    found = dynamics(None, folders, ss.token_ids(TOKENS), sink_threshold=0.1, progress=False)
     assert found.steps == STEPS
     curves = found.overview()
     for index, seed in enumerate(SEEDS.values()):
@@ -58,7 +58,7 @@ def test_curves_are_those_of_each_checkpoint(folders) -> None:
 
 def test_the_frame_has_a_row_a_step_and_head(folders) -> None:
     found = dynamics(None, folders, ss.token_ids(TOKENS), progress=False)
-    frame = found.frame()
+    frame = found.to_frame()
     heads = frame.query("metric == 'sink_attention' and head >= 0")
     assert len(heads) == 3 * N_LAYERS * N_HEADS
     row = heads.query("step == 50 and layer == 2 and head == 3")["value"].item()
@@ -149,7 +149,9 @@ def test_a_folder_of_another_request_is_refused(folders, tmp_path) -> None:
         follow([step], dtype="bfloat16")
     moved = tmp_path / "other" / step.name
     LLAMA.build(seed=9).save_pretrained(moved)
-    with pytest.raises(ReportError, match="step 400 .* another checkpoint .*/other/checkpoint-400"):
+    with pytest.raises(
+        ReportError, match="step-400.nc .* another checkpoint .*/other/checkpoint-400"
+    ):
         follow([moved])
     again = follow([step], sinks=iter([0]))
     assert again.reports[400].equals(first.reports[400])
@@ -173,7 +175,7 @@ def test_models_in_memory_and_lists_of_strings_are_told_apart(tmp_path) -> None:
     strings = ["w5 w6 w7 w8", "w9 w8 w7 w6"]
     first = follow(1, strings)
     assert follow(1, strings).reports[7].equals(first.reports[7])
-    with pytest.raises(ReportError, match="another checkpoint"):
+    with pytest.raises(ReportError, match="another model"):
         follow(2, strings)
     with pytest.raises(ReportError, match="another texts"):
         follow(1, strings[::-1])
@@ -215,7 +217,7 @@ def test_snapshots_without_a_softmax_have_no_entropy(tmp_path) -> None:
     )
     bb.train(config, folder=tmp_path, progress=False)
     found = dynamics(None, sorted(tmp_path.glob("step-*.safetensors")), progress=False)
-    metrics = set(found.frame()["metric"])
+    metrics = set(found.to_frame()["metric"])
     assert {"sink_attention", "value_drain", "honor", "residual_peak"} <= metrics
     assert "attention_entropy" not in metrics
 

@@ -120,7 +120,7 @@ def test_no_sink_hides_the_front_token_in_later_layers(model, texts) -> None:
 
 def test_words_table_figure_and_json(model, texts, tmp_path) -> None:
     found = mixing(model, texts, changed=CHANGED, progress=False)
-    frame = found.frame()
+    frame = found.to_frame()
     assert set(frame["condition"]) == {"no bos", "bos", "no sink"}
     row = frame.query(
         "metric == 'relative_perturbation' and condition == 'bos' and prompt == 2 and layer == 1 "
@@ -130,7 +130,7 @@ def test_words_table_figure_and_json(model, texts, tmp_path) -> None:
     whole = frame.query("metric == 'rank_share' and position == -1")
     assert len(whole) == 3 * 3 * 3
     assert "no sink" in found.summary()
-    less = found.findings()["no sink less no bos"]["spread"]["last"]
+    less = found.statistics()["no sink less no bos"]["spread"]["last"]
     want = (found.spread[2, :, -1] - found.spread[0, :, -1]).mean()
     assert less.mean == pytest.approx(float(want))
     json.dumps(found.to_dict(), allow_nan=False)

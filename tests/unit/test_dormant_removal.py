@@ -16,7 +16,7 @@ import sinkscope as ss
 from sinkscope.devices import in_pieces
 from sinkscope.errors import ModelError, ReportError, TextError, UnsupportedError
 from sinkscope.experiments import partial_forward as _partway
-from sinkscope.experiments.ablation import removal
+from sinkscope.experiments.ablation import ablate_heads
 from sinkscope.experiments.partial_forward import Partway
 from sinkscope.interventions import (
     AblateHeads,
@@ -46,32 +46,32 @@ def texts():
 def test_ragged_prompts_cost_what_they_cost_alone(model) -> None:
     ids = LLAMA.tokens(prompts=3, length=20).tolist()
     ids = [ids[0][:9], ids[1], ids[2][:14]]
-    together = removal(model, ss.token_ids(ids), progress=False)
+    together = ablate_heads(model, ss.token_ids(ids), progress=False)
     for prompt, row in enumerate(ids):
-        alone = removal(model, ss.token_ids([row]), progress=False)
+        alone = ablate_heads(model, ss.token_ids([row]), progress=False)
         torch.testing.assert_close(
-            together.loss_without[prompt], alone.loss_without[0], atol=1e-5, rtol=0
+            together.ablated_loss[prompt], alone.ablated_loss[0], atol=1e-5, rtol=0
         )
 
 
 def test_a_prompt_that_ends_before_an_intervention_is_refused(model) -> None:
     ids = LLAMA.tokens(prompts=2, length=20).tolist()
     with ZeroValue(model, 15), pytest.raises(TextError, match="outside the shortest prompt"):
-        removal(model, ss.token_ids([ids[0][:9], ids[1]]), progress=False)
+        ablate_heads(model, ss.token_ids([ids[0][:9], ids[1]]), progress=False)
 
 
 def test_some_heads_on_some_prompts(model, texts) -> None:
-    whole = removal(model, texts, progress=False)
-    few = removal(model, texts, heads=[(0, 3), (2, 1)], progress=False)
-    assert int((~few.loss_without.isnan()).sum()) == 2 * 5
-    assert torch.allclose(few.loss_without[:, 2, 1], whole.loss_without[:, 2, 1], atol=1e-6)
+    whole = ablate_heads(model, texts, progress=False)
+    few = ablate_heads(model, texts, heads=[(0, 3), (2, 1)], progress=False)
+    assert int((~few.ablated_loss.isnan()).sum()) == 2 * 5
+    assert torch.allclose(few.ablated_loss[:, 2, 1], whole.ablated_loss[:, 2, 1], atol=1e-6)
     where = torch.zeros(5, 3, 4, dtype=torch.bool)
     where[:2] = True
     where[:, 1, 1] = True
-    both = removal(model, texts, heads=where, batch=2, progress=False)
-    assert torch.equal(~both.loss_without.isnan(), where)
-    assert torch.allclose(both.loss_without[where], whole.loss_without[where], atol=1e-6)
-    frame = few.frame()
+    both = ablate_heads(model, texts, heads=where, batch=2, progress=False)
+    assert torch.equal(~both.ablated_loss.isnan(), where)
+    assert torch.allclose(both.ablated_loss[where], whole.ablated_loss[where], atol=1e-6)
+    frame = few.to_frame()
     assert list(zip(frame["layer"], frame["head"], strict=True)) == [(0, 3), (2, 1)]
     np.testing.assert_allclose(
         frame["loss_change"], few.loss_change.mean(0)[[0, 2], [3, 1]], atol=1e-6
@@ -80,7 +80,7 @@ def test_some_heads_on_some_prompts(model, texts) -> None:
 
 def test_resampling_takes_another_prompt_and_the_same_for_all_heads(model, texts) -> None:
     """Each head's loss is that of a run in which some other prompt's output stands in."""
-    got = removal(model, texts, "resample", seed=3, progress=False)
+    got = ablate_heads(model, texts, "resample", seed=3, progress=False)
     partway = Partway(model)
     fits = torch.zeros(5, 5, dtype=torch.bool)  # [prompt, who may stand in]
     for other in range(5):
@@ -91,7 +91,7 @@ def test_resampling_takes_another_prompt_and_the_same_for_all_heads(model, texts
                 with partway.opened():
                     final = partway.final(texts.tokens, texts.mask)
                     losses = partway.losses(texts.tokens, texts.mask, final)
-            agree &= (losses - got.loss_without[:, layer, head]).abs() < 1e-5
+            agree &= (losses - got.ablated_loss[:, layer, head]).abs() < 1e-5
         fits[:, other] = agree
     assert fits.sum(dim=1).tolist() == [1] * 5, "one prompt stands in for each"
     assert not fits.diagonal().any(), "and never the prompt itself"
@@ -136,13 +136,13 @@ def test_interventions_hold_as_in_whole_passes(model, monkeypatch, what, path, l
 
     plain = loss()
     with IN_FORCE[what](model):
-        got = removal(model, ss.token_ids(tokens), heads=HEADS, progress=False)
+        got = ablate_heads(model, ss.token_ids(tokens), heads=HEADS, progress=False)
         assert (got.loss - plain).abs().max() > 1e-3, "the intervention does nothing"
         torch.testing.assert_close(got.loss, loss(), atol=1e-5, rtol=0)
         for layer, head in HEADS:
             with AblateHeads(model, [(layer, head)]):
                 want = loss()
-            torch.testing.assert_close(got.loss_without[:, layer, head], want, atol=1e-5, rtol=0)
+            torch.testing.assert_close(got.ablated_loss[:, layer, head], want, atol=1e-5, rtol=0)
     torch.testing.assert_close(loss(), plain)
 
 
@@ -152,10 +152,10 @@ def test_the_model_comes_out_as_it_went_in(model, texts, monkeypatch) -> None:
     def fail(*args: object) -> None:
         raise ValueError("mine")
 
-    removal(model, texts, heads=[(1, 1)], progress=False)
+    ablate_heads(model, texts, heads=[(1, 1)], progress=False)
     monkeypatch.setattr(Partway, "losses", fail)
     with pytest.raises(ValueError, match="mine"):
-        removal(model, texts, heads=[(1, 1)], progress=False)
+        ablate_heads(model, texts, heads=[(1, 1)], progress=False)
     assert torch.equal(model(texts.tokens), before)
     for block in model.blocks:
         assert "forward" not in vars(block.original_component)
@@ -166,7 +166,7 @@ def test_an_interrupted_run_continues_and_comes_to_the_same(
     model, texts, tmp_path, monkeypatch
 ) -> None:
     file = tmp_path / "removal.nc"
-    whole = removal(model, texts, batch=2, progress=False)
+    whole = ablate_heads(model, texts, batch=2, progress=False)
     real, calls = Partway.losses, []
 
     def counted(self, *args):
@@ -178,31 +178,33 @@ def test_an_interrupted_run_continues_and_comes_to_the_same(
     monkeypatch.setattr(Partway, "losses", counted)
     limit = 6  # in the middle of the second batch of prompts
     with pytest.raises(KeyboardInterrupt):
-        removal(model, texts, batch=2, file=file, progress=False)
+        ablate_heads(model, texts, batch=2, file=file, progress=False)
     begun, limit = len(calls), 0
-    again = removal(model, texts, batch=2, file=file, progress=False)
+    again = ablate_heads(model, texts, batch=2, file=file, progress=False)
     # Three batches of a pass each and three layers; the first batch is not run again.
     assert begun + len(calls[begun:]) < 12 + 6
-    assert torch.equal(again.loss_without, whole.loss_without)
+    assert torch.equal(again.ablated_loss, whole.ablated_loss)
     done = len(calls)
-    assert removal(model, texts, file=file, progress=False).loss_without.equal(whole.loss_without)
+    assert ablate_heads(model, texts, file=file, progress=False).ablated_loss.equal(
+        whole.ablated_loss
+    )
     assert len(calls) == done, "nothing is left to measure"
 
 
 def test_what_is_refused_leaves_no_file_in_the_way(model, tmp_path) -> None:
     file, ragged = tmp_path / "removal.nc", ss.token_ids([[5, 6, 7], [5, 6]])
     with pytest.raises(TextError, match="equal length"):
-        removal(model, ragged, "resample", file=file, progress=False)
+        ablate_heads(model, ragged, "resample", file=file, progress=False)
     assert not file.exists()
-    kept = removal(model, ragged, "zero", file=file, progress=False)
-    again = removal(model, ragged, "zero", file=file, progress=False)
-    assert file.exists() and torch.equal(again.loss_without, kept.loss_without)
+    kept = ablate_heads(model, ragged, "zero", file=file, progress=False)
+    again = ablate_heads(model, ragged, "zero", file=file, progress=False)
+    assert file.exists() and torch.equal(again.ablated_loss, kept.ablated_loss)
 
 
 @pytest.mark.parametrize("other", ["mode", "tokens", "seed"])
 def test_a_file_of_other_settings_is_refused(model, texts, tmp_path, other) -> None:
     file = tmp_path / "removal.nc"
-    removal(model, texts, heads=[(0, 0)], file=file, progress=False)
+    ablate_heads(model, texts, heads=[(0, 0)], file=file, progress=False)
     changed = {
         "mode": (texts, dict(mode="mean")),
         "tokens": (ss.token_ids(texts.tokens.flip(0)), dict()),
@@ -210,24 +212,24 @@ def test_a_file_of_other_settings_is_refused(model, texts, tmp_path, other) -> N
     }
     prompts, options = changed[other]
     with pytest.raises(ReportError, match=f"another {other}"):
-        removal(model, prompts, heads=[(0, 0)], file=file, progress=False, **options)
+        ablate_heads(model, prompts, heads=[(0, 0)], file=file, progress=False, **options)
 
 
 def test_what_is_refused(model, texts) -> None:
     with pytest.raises(UnsupportedError, match="no mode"):
-        removal(model, texts, "median")
+        ablate_heads(model, texts, "median")
     with pytest.raises(UnsupportedError, match="heads run from 0 to 3"):
-        removal(model, texts, heads=[(0, 4)])
+        ablate_heads(model, texts, heads=[(0, 4)])
     with pytest.raises(UnsupportedError, match="No head"):
-        removal(model, texts, heads=[])
+        ablate_heads(model, texts, heads=[])
     with pytest.raises(UnsupportedError, match="prompt layer head"):
-        removal(model, texts, heads=torch.ones(2, 3, 4, dtype=torch.bool))
+        ablate_heads(model, texts, heads=torch.ones(2, 3, 4, dtype=torch.bool))
     with pytest.raises(TextError, match="two tokens or more"):
-        removal(model, ss.token_ids([[5], [5, 6, 7]]), progress=False)
+        ablate_heads(model, ss.token_ids([[5], [5, 6, 7]]), progress=False)
     with pytest.raises(TextError, match="at least two"):
-        removal(model, ss.token_ids([[5, 6, 7]]), "resample")
+        ablate_heads(model, ss.token_ids([[5, 6, 7]]), "resample")
     with pytest.raises(TextError, match="equal length"):
-        removal(model, ss.token_ids([[5, 6, 7], [5, 6]]), "resample")
+        ablate_heads(model, ss.token_ids([[5, 6, 7], [5, 6]]), "resample")
 
 
 def test_a_model_that_hands_on_more_than_the_residual_stream_is_refused() -> None:
@@ -268,9 +270,9 @@ def test_pieces_shrink_when_memory_runs_out() -> None:
 
 
 def test_words_and_findings(model, texts) -> None:
-    found = removal(model, texts, progress=False)
+    found = ablate_heads(model, texts, progress=False)
     cost = found.loss_change.mean(0)
-    dearest = found.findings()["dearest"][0]
-    assert cost[dearest["layer"], dearest["head"]] == cost.max()
-    assert f"{dearest['layer']}.{dearest['head']}" in found.summary()
-    assert found.findings()["heads"] == 12
+    most = found.statistics()["most_costly"][0]
+    assert cost[most["layer"], most["head"]] == cost.max()
+    assert f"{most['layer']}.{most['head']}" in found.summary()
+    assert found.statistics()["heads"] == 12

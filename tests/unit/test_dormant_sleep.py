@@ -8,7 +8,7 @@ import torch
 
 import sinkscope as ss
 from sinkscope.errors import ReportError, SinkscopeError, TextError, UnsupportedError
-from sinkscope.experiments.inactive_heads import RANDOM, _Chooser, last_within, sleep
+from sinkscope.experiments.inactive_heads import RANDOM, _Chooser, ablate_inactive, last_within
 from sinkscope.experiments.partial_forward import PromptLosses
 from tests.families.architectures import BY_NAME, N_HEADS, N_LAYERS
 from tests.families.reference import reference
@@ -70,7 +70,7 @@ def asleep_by_hand(flags: np.ndarray) -> np.ndarray:
 
 def test_flagged_heads_are_zero_per_input(model) -> None:
     by_hand = scores_by_hand()
-    found = sleep(
+    found = ablate_inactive(
         model, ss.token_ids(TOKENS), scores=list(by_hand), shares=SHARES, batch=3, progress=False
     )
     np.testing.assert_allclose(found.loss.numpy(), losses(LLAMA.build(), TOKENS), atol=1e-5)
@@ -82,9 +82,9 @@ def test_flagged_heads_are_zero_per_input(model) -> None:
                 found.share_removed[index, column].numpy(), flags.mean((1, 2)), atol=1e-6
             )
             np.testing.assert_allclose(
-                found.loss_asleep[index, column].numpy(), asleep_by_hand(flags), atol=1e-5
+                found.ablated_loss[index, column].numpy(), asleep_by_hand(flags), atol=1e-5
             )
-    assert (found.loss_asleep - found.loss).abs().max() > 0.01
+    assert (found.ablated_loss - found.loss).abs().max() > 0.01
 
 
 def test_random_heads_are_as_many_as_asked_for(model) -> None:
@@ -96,17 +96,17 @@ def test_random_heads_are_as_many_as_asked_for(model) -> None:
         assert flags.sum(dim=(1, 2)).tolist() == [3] * 4  # a quarter of twelve heads
     assert not torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0][0], draws[0][1]), "each prompt has heads of its own"
-    found = sleep(
+    found = ablate_inactive(
         model, ss.token_ids(TOKENS), scores=["AWFT"], shares=[0.25], seed=1, progress=False
     )
     by_hand = np.mean([asleep_by_hand(flags.numpy()) for flags in draws], axis=0)
-    np.testing.assert_allclose(found.loss_asleep[-1, 0].numpy(), by_hand, atol=1e-5)
+    np.testing.assert_allclose(found.ablated_loss[-1, 0].numpy(), by_hand, atol=1e-5)
 
 
 def test_thresholds_of_another_text_and_scores_of_ones_own(model) -> None:
     other = ss.scan(model, ss.token_ids(LLAMA.tokens(prompts=3, seed=5)), progress=False)
     own = torch.arange(4 * 12.0).reshape(4, 3, 4)
-    found = sleep(
+    found = ablate_inactive(
         model,
         ss.token_ids(TOKENS),
         scores=["AHON-LN"],
@@ -120,7 +120,7 @@ def test_thresholds_of_another_text_and_scores_of_ones_own(model) -> None:
     flags = scores_by_hand()["AHON-LN"] < threshold
     np.testing.assert_allclose(found.share_removed[0, 0].numpy(), flags.mean((1, 2)), atol=1e-6)
     mine = own.numpy() < np.quantile(own.numpy(), 0.3)
-    np.testing.assert_allclose(found.loss_asleep[1, 0].numpy(), asleep_by_hand(mine), atol=1e-5)
+    np.testing.assert_allclose(found.ablated_loss[1, 0].numpy(), asleep_by_hand(mine), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -138,11 +138,11 @@ def test_last_within(losses_at: list[float], want: float) -> None:
 
 
 def test_largest_share_and_its_interval(model) -> None:
-    found = sleep(model, ss.token_ids(TOKENS), scores=["AWFT", "AHON"], progress=False)
+    found = ablate_inactive(model, ss.token_ids(TOKENS), scores=["AWFT", "AHON"], progress=False)
     shares = found.largest_share(tolerance=0.01)
     for index, score in enumerate(found.scores):
         x = found.share_removed[index].double().mean(-1).numpy()
-        y = found.loss_asleep[index].double().mean(-1).numpy()
+        y = found.ablated_loss[index].double().mean(-1).numpy()
         limit = 1.01 * float(found.loss.double().mean())
         # A fine walk along the same straight lines.
         grid = np.linspace(0, x[-1], 100_001)
@@ -158,7 +158,7 @@ def test_largest_share_and_its_interval(model) -> None:
 def test_an_interrupted_run_continues(model, tmp_path, monkeypatch) -> None:
     file, texts = tmp_path / "sleep.nc", ss.token_ids(TOKENS)
     options = dict(scores=["AWFT", "AEQD"], shares=SHARES, draws=2, progress=False)
-    whole = sleep(model, texts, **options)
+    whole = ablate_inactive(model, texts, **options)
     real, calls = PromptLosses.__call__, []
 
     def counted(self, *args):
@@ -169,14 +169,14 @@ def test_an_interrupted_run_continues(model, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(PromptLosses, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
-        sleep(model, texts, file=file, **options)
-    again = sleep(model, texts, file=file, **options)
+        ablate_inactive(model, texts, file=file, **options)
+    again = ablate_inactive(model, texts, file=file, **options)
     # Untouched, two flagged, one lost; then the two flagged that are left and four random.
     assert len(calls) == 4 + 2 + 4
-    assert torch.equal(again.loss_asleep, whole.loss_asleep)
+    assert torch.equal(again.ablated_loss, whole.ablated_loss)
     assert torch.equal(again.share_removed, whole.share_removed)
     with pytest.raises(ReportError, match="another draws"):
-        sleep(model, texts, file=file, **(options | dict(draws=3)))
+        ablate_inactive(model, texts, file=file, **(options | dict(draws=3)))
 
 
 def test_a_file_knows_its_thresholds_and_scores(model, tmp_path) -> None:
@@ -192,43 +192,48 @@ def test_a_file_knows_its_thresholds_and_scores(model, tmp_path) -> None:
     for index, (report, mine) in enumerate(zip(reports, own, strict=True)):
         file = tmp_path / f"{index}.nc"
         asked = options | dict(thresholds=report, also={"mine": mine}, file=file)
-        for found in (sleep(model, texts, **asked), sleep(model, texts, **asked)):
+        for found in (
+            ablate_inactive(model, texts, **asked),
+            ablate_inactive(model, texts, **asked),
+        ):
             source = report.inactivity_scores()["AHON-LN"].double().numpy()
             flags = by_hand < np.quantile(source, 0.3)
             np.testing.assert_allclose(
-                found.loss_asleep[0, 0].numpy(), asleep_by_hand(flags), atol=1e-5
+                found.ablated_loss[0, 0].numpy(), asleep_by_hand(flags), atol=1e-5
             )
             flags = mine.numpy() < np.quantile(mine.numpy(), 0.3)
             np.testing.assert_allclose(
-                found.loss_asleep[1, 0].numpy(), asleep_by_hand(flags), atol=1e-5
+                found.ablated_loss[1, 0].numpy(), asleep_by_hand(flags), atol=1e-5
             )
         with pytest.raises(ReportError, match="another also"):
-            sleep(model, texts, **(asked | dict(also={"mine": own[1 - index]})))
+            ablate_inactive(model, texts, **(asked | dict(also={"mine": own[1 - index]})))
         with pytest.raises(ReportError, match="another thresholds"):
-            sleep(model, texts, **(asked | dict(thresholds=reports[1 - index])))
+            ablate_inactive(model, texts, **(asked | dict(thresholds=reports[1 - index])))
 
 
 def test_the_frame_is_what_the_figure_takes(model) -> None:
-    found = sleep(model, ss.token_ids(TOKENS), scores=["AWFT"], shares=SHARES, progress=False)
-    frame = found.frame()
+    found = ablate_inactive(
+        model, ss.token_ids(TOKENS), scores=["AWFT"], shares=SHARES, progress=False
+    )
+    frame = found.to_frame()
     assert len(frame) == 2 * 3 * 4
     row = frame.query("score == 'AWFT' and quantile > 0.2 and prompt == 2").iloc[0]
-    assert row["loss"] == pytest.approx(float(found.loss_asleep[0, 1, 2]))
+    assert row["loss"] == pytest.approx(float(found.ablated_loss[0, 1, 2]))
     assert row["share_of_prompt"] == pytest.approx(float(found.share_removed[0, 1, 2]))
     assert row["share_removed"] == pytest.approx(float(found.share_removed[0, 1].mean()))
     untouched = frame.query("share_removed == 0 and score == 'AWFT'")
     np.testing.assert_allclose(untouched["loss"], found.loss)
-    lines = {trace.name for trace in found.figures()["sleep"].data if trace.name}
+    lines = {trace.name for trace in found.figures()["inactive-heads"].data if trace.name}
     assert lines == {"AWFT", RANDOM}
 
 
 def test_what_is_refused(model) -> None:
     texts = ss.token_ids(TOKENS)
     with pytest.raises(TextError, match="token ids has 1 token, .* two tokens or more"):
-        sleep(model, ss.token_ids([[5], [5, 6, 7]]), progress=False)
+        ablate_inactive(model, ss.token_ids([[5], [5, 6, 7]]), progress=False)
     with pytest.raises(UnsupportedError, match="no score 'HONOR'"):
-        sleep(model, texts, scores=["HONOR"], progress=False)
+        ablate_inactive(model, texts, scores=["HONOR"], progress=False)
     with pytest.raises(SinkscopeError, match="between 0 and 1"):
-        sleep(model, texts, shares=[0.0, 0.5], progress=False)
+        ablate_inactive(model, texts, shares=[0.0, 0.5], progress=False)
     with pytest.raises(ReportError, match="'mine'"):
-        sleep(model, texts, also={"mine": torch.zeros(3, 3, 4)}, progress=False)
+        ablate_inactive(model, texts, also={"mine": torch.zeros(3, 3, 4)}, progress=False)

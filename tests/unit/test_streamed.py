@@ -37,7 +37,7 @@ def found() -> StreamedContext:
 
 
 def test_perplexities_are_those_after_the_window_moved_on(found: StreamedContext) -> None:
-    frame = found.frame()
+    frame = found.to_frame()
     for setting, row in enumerate(frame.to_dict("records")):
         own = found.loss[setting].double().numpy()[:-1]
         assert row["perplexity"] == pytest.approx(np.exp(own.mean()), rel=1e-6)
@@ -51,7 +51,7 @@ def test_perplexities_are_those_after_the_window_moved_on(found: StreamedContext
 
 
 def test_differences_are_taken_token_by_token(found: StreamedContext) -> None:
-    rows = found.findings()["settings"]
+    rows = found.statistics()["settings"]
     assert rows[0]["loss_over_everything"] is None and rows[0]["loss_over_no_sinks"] is None
     for row, over in zip(rows[1:], OVER[1:], strict=True):
         estimate = row["loss_over_everything"]
@@ -107,7 +107,7 @@ def test_figures_show_blocks_along_the_text_and_each_window(found: StreamedConte
     assert list(none.x)[:2] == [64, 192]
     by_window = {line.name: line for line in drawn["perplexity-cache"].data}
     assert list(by_window["0 sinks"].x) == [64, 128]
-    after = found.frame().set_index(["kept", "window"])["perplexity_after"]
+    after = found.to_frame().set_index(["kept", "window"])["perplexity_after"]
     assert list(by_window["0 sinks"].y) == pytest.approx(
         [after["0 sinks", 64], after["0 sinks", 128]]
     )

@@ -1,0 +1,7 @@
+"""The old name of `sinkscope.experiments.ablation`, for one release."""
+
+from sinkscope.experiments.renamed import names
+
+_NEW = "sinkscope.experiments.ablation"
+
+__getattr__ = names(__name__, {"removal": (_NEW, "ablate_heads"), "Removal": (_NEW, "Ablation")})

@@ -1,0 +1,70 @@
+"""Names of the release before: they work, and warn with the new one."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def warn(old: str, new: str, stacklevel: int = 3) -> None:
+    """Warn that a name will go.
+
+    Args:
+        old: The name that was used.
+        new: What to use.
+        stacklevel: Which caller the warning points at.
+    """
+    warnings.warn(
+        f"{old} is now {new}; the old name will go in the release after this one.",
+        DeprecationWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def attribute(old: str, new: str) -> Any:
+    """A property that hands back the attribute of the new name."""
+
+    def get(self: Any) -> Any:
+        warn(f"{type(self).__name__}.{old}", new)
+        return getattr(self, new)
+
+    return property(get, doc=f"The old name of `{new}`.")
+
+
+def argument(old: str, new: str) -> Callable[[F], F]:
+    """A decorator: the function also takes an argument by its old name."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            if old in options:
+                warn(f"{function.__name__}({old}=)", f"{new}=")
+                options[new] = options.pop(old)
+            return function(*args, **options)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def names(module: str, moved: dict[str, tuple[str, str]]) -> Callable[[str], Any]:
+    """A module's ``__getattr__`` for names that live elsewhere.
+
+    Args:
+        module: The module that had them.
+        moved: From the old name to the module and name of today.
+    """
+    import importlib
+
+    def get(name: str) -> Any:
+        if name not in moved:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        where, new = moved[name]
+        warn(f"{module}.{name}", f"{where}.{new}")
+        return getattr(importlib.import_module(where), new)
+
+    return get
