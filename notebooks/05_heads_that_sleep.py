@@ -195,7 +195,7 @@ assert len(domains.differing()) <= 5, "next to none"
 # prompt* within a domain, code above all, as much as between the two. A claim about domains needs
 # many prompts and a correction for many heads, or it will be made of noise. That cuts both ways: this
 # is no proof that there is no difference. With 128 windows a side (on a GPU;
-# `docs/heads-that-sleep.md`) 192 of the 270 heads differ, most of them parked more on *code*. Three
+# `docs/inactive-heads.md`) 192 of the 270 heads differ, most of them parked more on *code*. Three
 # pass the strict rule, by a little, and no head of this model sleeps wholly on the one and works on
 # the other.
 #
@@ -281,7 +281,7 @@ assert parked_most[:, 24, 6].all() and not quietest[:, 24, 6].any()
 # is the output norm the better guide?
 #
 # Four prompts. You know by now what that does not prove, and here it would mislead you. Over 128
-# windows of prose (`docs/heads-that-sleep.md`) the far end of the figure stands: with three tenths of
+# windows of prose (`docs/inactive-heads.md`) the far end of the figure stands: with three tenths of
 # the heads asleep the loss is up by 14 % for the quiet, by 52 % for the parked, by 60 % at random. The
 # near end does not. At a tenth both cost 6 %, since in some windows the quiet heads are badly missed:
 # windows of which we happened to draw none. And who may lose 1 % of the loss at most can zero 4.5 % of

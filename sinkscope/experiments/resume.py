@@ -1,7 +1,8 @@
 """Resume long measurements: a result is kept in a file and continued if the request is the same.
 
-1. `request_of` and `checkpoint_request` say what a result depends on: the model by its name, all
-   its weights, settings and its output on a probe (`model_identity`), the exact tokens, and every option.
+1. `request_of` and `checkpoint_request` say what a result depends on: the model by its name and
+   its identity (all weights, settings, and the output on a probe), the exact tokens, and every
+   option.
 2. `Kept` locks a result's file, compares the request that the file was begun with, and hands back
    what it holds. The request is written beside it: ``prose.nc`` has ``prose.request.json``.
 3. Results that fill up in place, with nan where nothing was measured yet, are written every few

@@ -24,7 +24,7 @@ def hooked(model: Any) -> set[str]:
     """Names of the hook points with hooks on them, permanent ones (the model's own) left out.
 
     Every intervention shows here but one that edits weights (`PositionEmbeddingEdit`), which
-    `_partial.weights_of` tells apart.
+    `provenance.model_identity` tells apart.
     """
     return {
         name

@@ -26,23 +26,10 @@ from sinkscope.models.packaged import sha256
 from sinkscope.models.probe import evaluating, probe_tokens
 from sinkscope.prompts.tokens import Texts
 
-_COLUMNS = 4
-
 
 def dtype_of(model: Any) -> str:
     """The weights' dtype, as `Settings.dtype` says it."""
     return str(next(model.original_model.parameters()).dtype).removeprefix("torch.")
-
-
-def weights_of(model: Any) -> str:
-    """A hash of a few numbers of every row of every weight."""
-    content = hashlib.sha256()
-    for weight in getattr(model, "original_model", model).parameters():
-        content.update(repr(tuple(weight.shape)).encode())
-        if not weight.is_meta:
-            rows = weight.detach() if weight.ndim < 2 else weight.detach().flatten(1)[:, :_COLUMNS]
-            content.update(digest_of(rows).encode())
-    return content.hexdigest()[:16]
 
 
 def model_identity(model: Any) -> str:

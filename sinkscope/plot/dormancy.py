@@ -1,4 +1,4 @@
-"""Heads that sleep on one kind of text and work on another, and what removing them costs."""
+"""Heads on two kinds of text, the effect of ablating them, and of ablating many at once."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def removal_cost(
     about: About,
     theme: Theme = None,
 ) -> go.Figure:
-    """A dot a head: what removing it costs against how much it attends to the sink.
+    """A dot a head: the cost of ablating it against its sink attention.
 
     The frame is tidy, one row a head and domain:
 
@@ -130,10 +130,10 @@ def removal_cost(
     ======================================= ===== ================================================
 
     The title gives Spearman's rank correlation for each domain. The cost's axis is linear about
-    zero and logarithmic beyond, with room for heads whose removal helps.
+    zero and logarithmic beyond, with room for heads whose ablation lowers the loss.
 
     Args:
-        frame: As above; one mode of removal (zero, mean or resample), named in `about`.
+        frame: As above; one mode of ablation (zero, mean or resample), named in `about`.
         metric: Column along x.
         about: Settings of the report, or a line that says model, T, BOS and ε.
         theme: "light", "dark", or the default.
@@ -163,17 +163,17 @@ def removal_cost(
     figure.update_yaxes(
         title_text="loss change without the head [nat]", **ticks(frame["loss_change"], unit)
     )
-    title = f"What removing a head costs ({', '.join(correlations)})"
+    title = f"Cost of ablating a head ({', '.join(correlations)})"
     return finish(figure, title, about, theme, height=520)
 
 
 def sleeping_heads(
     frame: pd.DataFrame, *, about: About, tolerance: float = 0.01, theme: Theme = None
 ) -> go.Figure:
-    """How the loss rises as a score puts heads to sleep; random heads as the baseline.
+    """Loss against the share of heads that a score sets to zero; random heads for comparison.
 
-    Drawn is each prompt's loss over its untouched one, as a share of the untouched mean: prompts
-    differ in their loss far more than sleeping heads change it. The axis is linear up to 1 % and
+    Drawn is each prompt's loss minus its baseline loss, as a share of the mean baseline: prompts
+    differ in their loss far more than ablated heads change it. The axis is linear up to 1 % and
     logarithmic beyond. Scores are in the order of their mean height, the best first.
 
     The frame is tidy, one row an observation:
@@ -191,11 +191,11 @@ def sleeping_heads(
     Args:
         frame: As above.
         about: Settings of the report, or a line that says model, T, BOS and ε.
-        tolerance: Share of the untouched loss that may be lost; drawn as a line.
+        tolerance: Share of the baseline loss that is allowed; drawn as a line.
         theme: "light", "dark", or the default.
 
     Raises:
-        ReportError: If a column is missing, or the untouched loss.
+        ReportError: If a column is missing, or the baseline loss.
     """
     frames.need(frame, "sleeping_heads", "score", "share_removed", "loss")
     if "prompt" not in frame:
@@ -223,35 +223,35 @@ def sleeping_heads(
         )  # fmt: skip
         figure.data[-1].update(
             customdata=ends,
-            hovertemplate=f"{name}, %{{x:.1%}} of heads asleep<br>loss %{{customdata[0]:+.2%}}"
+            hovertemplate=f"{name}, %{{x:.1%}} of heads ablated<br>loss %{{customdata[0]:+.2%}}"
             "<br>95 % interval: %{customdata[1]:+.2%} to %{customdata[2]:+.2%}<extra></extra>",
         )
     figure.add_hline(
         float(squeezed(tolerance, _PERCENT)), line=dict(color=colours.faint, dash="dash", width=1),
-        annotation_text=f"untouched + {tolerance:.0%}", annotation_position="bottom right",
+        annotation_text=f"baseline + {tolerance:.0%}", annotation_position="bottom right",
     )  # fmt: skip
-    figure.update_xaxes(title_text="share of heads put to sleep", tickformat=".0%")
+    figure.update_xaxes(title_text="share of heads set to zero", tickformat=".0%")
     drawn = np.concatenate([curve["mean"] for curve in curves.values()])
     figure.update_yaxes(title_text="change of the loss", **ticks(drawn, _PERCENT, "{:+.0%}".format))
-    finish(figure, "How many heads can sleep", about, theme, height=560)
+    finish(figure, "Loss with inactive heads ablated", about, theme, height=560)
     legend = dict(orientation="v", x=1.02, xanchor="left", y=1, yanchor="top", yref="paper")
     return figure.update_layout(legend=legend, height=560, margin=dict(t=ROOM, b=56))
 
 
 def _relative(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with `change`, each loss over its prompt's untouched one [of the untouched mean].
+    """The frame with `change`, each loss minus its prompt's baseline [share of the mean].
 
     Raises:
-        ReportError: If a prompt's untouched loss is not there.
+        ReportError: If a prompt's baseline loss is missing.
     """
-    untouched = frame[frame["share_removed"] == 0].groupby("prompt")["loss"].mean()
-    if not frame["prompt"].isin(untouched.index).all():
+    baseline = frame[frame["share_removed"] == 0].groupby("prompt")["loss"].mean()
+    if not frame["prompt"].isin(baseline.index).all():
         raise ReportError(
-            "sleeping_heads compares with the untouched loss: give every prompt a row whose "
+            "sleeping_heads compares with the baseline loss: give every prompt a row whose "
             "share_removed is 0."
         )
-    change = frame["loss"] - frame["prompt"].map(untouched)
-    return frame.assign(change=change / untouched.mean())
+    change = frame["loss"] - frame["prompt"].map(baseline)
+    return frame.assign(change=change / baseline.mean())
 
 
 def _squeezed_costs(rows: pd.DataFrame, unit: float) -> pd.DataFrame:

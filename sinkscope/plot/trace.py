@@ -1,4 +1,4 @@
-"""Where a residual peak is made: what is left of it when a block's part is removed."""
+"""Where a residual peak is made: what is left of it when a part of a block is replaced."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def peak_trace(
     ======== ===== ===============================================================================
     column   type  meaning
     ======== ===== ===============================================================================
-    removed  int   block whose part was removed at the sink; -1 for the untouched model
-    part     str   "attention", "ffn" or "both"; "none" for the untouched model
-    mode     str   what took its place, such as "zero"; "none" for the untouched model
+    removed  int   block whose part was removed at the sink; -1 for the unchanged model
+    part     str   "attention", "ffn" or "both"; "none" for the unchanged model
+    mode     str   the replacement, such as "zero"; "none" for the unchanged model
     layer    int   block in which the figure was read; after it, for residual norms
     metric   str   "sink_residual_norm", "residual_peak", "sink_attention", …
     value    float the figure; several rows of one cell (prompts) are averaged
     ======== ===== ===============================================================================
 
     Args:
-        frame: As above; the rows of the untouched model are needed where `relative`.
+        frame: As above; the rows of the unchanged model are needed where `relative`.
         metric: Which metric's rows to draw.
         about: Settings of the report, or a line that says model, T, BOS and ε.
         mode: Which replacement's rows to draw.
-        relative: Whether to show each figure as a share of the untouched model's at that layer;
+        relative: Whether to show each figure as a share of the unchanged model's at that layer;
             1 is "nothing lost". Otherwise the figures themselves.
         theme: "light", "dark", or the default.
 
@@ -79,13 +79,13 @@ def peak_trace(
         subplot_titles=[_PARTS[part] for part in parts],
     )  # fmt: skip
     for column, (part, table) in enumerate(tables.items(), start=1):
-        untouched = np.broadcast_to(baseline.reindex(table.columns).to_numpy(), table.shape)
+        unchanged = np.broadcast_to(baseline.reindex(table.columns).to_numpy(), table.shape)
         figure.add_heatmap(
-            x=table.columns, y=table.index.map(str), z=table.to_numpy(), customdata=untouched,
+            x=table.columns, y=table.index.map(str), z=table.to_numpy(), customdata=unchanged,
             coloraxis="coloraxis", row=1, col=column,
             hovertemplate=f"without the {_PARTS[part]} of block %{{y}}, {read} %{{x}}<br>"
             f"{label}: %{{z:.3~g}}<br>"
-            "untouched: %{customdata:.4~g}<extra></extra>",
+            "unchanged: %{customdata:.4~g}<extra></extra>",
         )  # fmt: skip
     rows_drawn = max(len(table) for table in tables.values())
     figure.update_xaxes(title_text=read, showgrid=False)

@@ -59,8 +59,8 @@ def test_the_loss_changes_by_little(designated: Designation, start: str) -> None
     assert abs(change["after_it"].mean) < 0.15
     assert change["after_it"].low <= change["after_it"].mean <= change["after_it"].high
     # What came before the element never sees it, and the element itself is blind to the text.
-    untouched = designated.loss[after, :, :255] - designated.loss[after - 1, :, :255]
-    assert untouched.abs().max() < 1e-3
+    unchanged = designated.loss[after, :, :255] - designated.loss[after - 1, :, :255]
+    assert unchanged.abs().max() < 1e-3
     assert change["at_the_position"].mean > 0.5
 
 
@@ -95,13 +95,13 @@ def test_which_part_makes_it(smollm2) -> None:
     assert found.peak_layer == PEAK_LAYER and found.dims == (DIM,) and found.dims_by_rule
     designated = left["masked in every layer", P]
     assert designated > 0.4
-    assert left["untouched", P] < 0.1
+    assert left["unchanged", P] < 0.1
     assert left["masked in layers 0 to 2", P] < 0.1, "the mask has to last longer"
     assert left[f"masked up to the peak (layer {PEAK_LAYER})", P] > 0.8 * designated
     assert left["masked only after the peak", P] < 0.2 * designated
-    assert left["unmasked, the norm alone set to the sink's", P] < 0.2 * designated
-    assert left["the norm alone set to an ordinary one", 0] < 0.2
+    assert left["unmasked, only the norm set to the sink's", P] < 0.2 * designated
+    assert left["only the norm, set to an ordinary one", 0] < 0.2
     assert left["the peak's dims set to their mean", 0] == pytest.approx(1, abs=0.05)
     loss = dict(zip(found.cases, found.loss.mean(1).tolist(), strict=False))
-    assert loss["the peak's dims set to 0"] > loss["untouched"] + 5, "the model survived"
-    assert loss["the peak's dims set to their mean"] == pytest.approx(loss["untouched"], abs=0.05)
+    assert loss["the peak's dims set to 0"] > loss["unchanged"] + 5, "the model survived"
+    assert loss["the peak's dims set to their mean"] == pytest.approx(loss["unchanged"], abs=0.05)

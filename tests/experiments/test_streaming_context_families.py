@@ -23,8 +23,7 @@ from transformers import PreTrainedModel
 import sinkscope as ss
 from sinkscope.errors import ReportError, TextError, UnsupportedError
 from sinkscope.experiments.streaming_context import Setting, streaming_context
-
-from .architectures import BY_NAME, COMMON, GROUPED, SPECIAL, Family
+from tests.families.architectures import BY_NAME, COMMON, GROUPED, SPECIAL, Family
 
 ROTARY = ("llama", "qwen3", "olmo2", "gpt_neox", "phi3", "mixtral")
 TOKENS = 40
@@ -133,10 +132,10 @@ def test_equals_attention_by_hand(name: str, counted: str, kept: str) -> None:
 
 def run(model: object, tokens: Tensor, setting: Setting, chunk: int) -> Tensor:
     from sinkscope.experiments.streaming_context import stream
-    from sinkscope.experiments.window_cache import Turner
+    from sinkscope.experiments.window_cache import KeyRotation
 
-    turner = Turner(model, ss.capabilities(model)) if setting.counted == "cache" else None
-    return stream(model, ss.token_ids(tokens), setting, turner, chunk)[0]
+    rotation = KeyRotation(model, ss.capabilities(model)) if setting.counted == "cache" else None
+    return stream(model, ss.token_ids(tokens), setting, rotation, chunk)[0]
 
 
 @pytest.mark.parametrize("counted", ["cache", "absolute"])
@@ -155,7 +154,7 @@ def test_chunks_change_nothing(name: str, counted: str) -> None:
 
 
 def test_keys_that_are_not_rotated_alike_in_every_layer_are_refused() -> None:
-    """SmolLM3 has layers without positions: turned keys would be wrong there, and no error."""
+    """SmolLM3 has layers without positions: re-rotated keys would silently be wrong there."""
     settings = dict(GROUPED, no_rope_layers=[1, 0, 1])
     model = ss.load_model(Family("smollm3", "SmolLM3ForCausalLM", settings).build())
     tokens = BY_NAME["llama"].tokens(prompts=1, length=TOKENS)

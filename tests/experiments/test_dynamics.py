@@ -13,9 +13,9 @@ import sinkscope as ss
 from sinkscope.errors import ModelError, ReportError, TextError
 from sinkscope.experiments import dynamics as module
 from sinkscope.experiments.dynamics import dynamics
+from tests.experiments.test_ablation_families import losses
 from tests.families.architectures import BY_NAME, N_HEADS, N_LAYERS
 from tests.families.reference import reference
-from tests.families.test_removal_families import losses
 
 LLAMA = BY_NAME["llama"]
 TOKENS = LLAMA.tokens(prompts=3, length=16)

@@ -10,9 +10,9 @@ import sinkscope as ss
 from sinkscope.errors import ReportError, SinkscopeError, TextError, UnsupportedError
 from sinkscope.experiments.inactive_heads import RANDOM, _Chooser, ablate_inactive, last_within
 from sinkscope.experiments.partial_forward import PromptLosses
+from tests.experiments.test_ablation_families import edited, losses
 from tests.families.architectures import BY_NAME, N_HEADS, N_LAYERS
 from tests.families.reference import reference
-from tests.families.test_removal_families import edited, losses
 
 LLAMA = BY_NAME["llama"]
 TOKENS = LLAMA.tokens(prompts=4, length=20)
@@ -85,6 +85,53 @@ def test_flagged_heads_are_zero_per_input(model) -> None:
                 found.ablated_loss[index, column].numpy(), asleep_by_hand(flags), atol=1e-5
             )
     assert (found.ablated_loss - found.loss).abs().max() > 0.01
+
+
+def one_pass_by_hand(name: str, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Losses and shares of flagged heads, a layer at a time in transformers' own model.
+
+    The scores of a layer are those of a run in which the heads flagged in earlier layers are zero;
+    the threshold is the quantile of the scores of the unchanged model.
+    """
+    unchanged = np.sort(scores_by_hand()[name].ravel())
+    threshold = np.quantile(unchanged, 1 - share if name == "AWFT" else share)
+    flags = np.zeros((4, N_LAYERS, N_HEADS), dtype=bool)
+    for layer in range(N_LAYERS):
+        plain = LLAMA.build()
+        kept: dict[str, np.ndarray] = {}
+
+        def silence(index: int, z: torch.Tensor, layer: int = layer, kept: dict = kept) -> None:
+            if index == layer:
+                kept["z"] = z.detach().double().numpy().copy()
+            for prompt, head in np.argwhere(flags[:, index]):
+                z[prompt, :, head] = 0
+
+        with edited(plain, LLAMA, silence), torch.no_grad():
+            attentions = plain(TOKENS, output_attentions=True).attentions
+        norms = np.linalg.norm(kept["z"], axis=-1)  # [prompt position head]
+        first = attentions[layer][..., 0].double().numpy()  # [prompt head query]
+        for prompt in range(4):
+            for head in range(N_HEADS):
+                if name == "AWFT":
+                    flags[prompt, layer, head] = first[prompt, head].mean() > threshold
+                else:
+                    mean = norms[prompt].mean()
+                    flags[prompt, layer, head] = norms[prompt, :, head].mean() / mean < threshold
+    return asleep_by_hand(flags), flags.mean((1, 2))
+
+
+@pytest.mark.parametrize("name", ["AWFT", "AHON-LN"])
+def test_one_pass_scores_and_zeroes_layer_after_layer(model, name: str) -> None:
+    options = dict(scores=[name], shares=[0.4], draws=1, batch=3, progress=False)
+    found = ablate_inactive(model, ss.token_ids(TOKENS), procedure="one pass", **options)
+    losses_want, shares_want = one_pass_by_hand(name, 0.4)
+    np.testing.assert_allclose(found.share_removed[0, 0].numpy(), shares_want, atol=1e-6)
+    np.testing.assert_allclose(found.ablated_loss[0, 0].numpy(), losses_want, atol=1e-5)
+    two = ablate_inactive(model, ss.token_ids(TOKENS), **options)
+    assert (two.ablated_loss[0] - found.ablated_loss[0]).abs().max() > 1e-4, "they differ"
+    assert torch.equal(two.ablated_loss[1], found.ablated_loss[1]), "random heads are the same"
+    with pytest.raises(UnsupportedError, match="no mode"):
+        ablate_inactive(model, ss.token_ids(TOKENS), procedure="three passes", progress=False)
 
 
 def test_random_heads_are_as_many_as_asked_for(model) -> None:
@@ -221,8 +268,8 @@ def test_the_frame_is_what_the_figure_takes(model) -> None:
     assert row["loss"] == pytest.approx(float(found.ablated_loss[0, 1, 2]))
     assert row["share_of_prompt"] == pytest.approx(float(found.share_removed[0, 1, 2]))
     assert row["share_removed"] == pytest.approx(float(found.share_removed[0, 1].mean()))
-    untouched = frame.query("share_removed == 0 and score == 'AWFT'")
-    np.testing.assert_allclose(untouched["loss"], found.loss)
+    baseline = frame.query("share_removed == 0 and score == 'AWFT'")
+    np.testing.assert_allclose(baseline["loss"], found.loss)
     lines = {trace.name for trace in found.figures()["inactive-heads"].data if trace.name}
     assert lines == {"AWFT", RANDOM}
 

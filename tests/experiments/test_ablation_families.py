@@ -22,9 +22,8 @@ from sinkscope.errors import UnsupportedError
 from sinkscope.experiments import partial_forward as _partway
 from sinkscope.experiments.ablation import ablate_heads
 from sinkscope.experiments.partial_forward import Partway
-
-from .architectures import FAMILIES, N_HEADS, N_LAYERS, Family
-from .reference import reference
+from tests.families.architectures import FAMILIES, N_HEADS, N_LAYERS, Family
+from tests.families.reference import reference
 
 CAUSAL = [family for family in FAMILIES if family.causal]
 

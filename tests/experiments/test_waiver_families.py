@@ -15,10 +15,15 @@ from sinkscope.experiments.nonmixture import nonmixture
 from sinkscope.experiments.trace_peak import trace_peak
 from sinkscope.experiments.waiver import position_embeddings, position_norms, structured_mask
 from sinkscope.experiments.which_part import which_part
-
-from .architectures import BY_NAME, N_LAYERS, Family
-from .reference import reference
-from .test_interventions_families import TABLES, attention, masked, module_of, module_output
+from tests.families.architectures import BY_NAME, N_LAYERS, Family
+from tests.families.reference import reference
+from tests.families.test_interventions_families import (
+    TABLES,
+    attention,
+    masked,
+    module_of,
+    module_output,
+)
 
 P = 15
 NAMES = ("llama", "gemma2", "gpt_oss", "gpt2", "bert")
@@ -256,7 +261,7 @@ def test_results_come_as_words_tables_figures_and_files(tmp_path) -> None:
         "trace": trace_peak(model, texts, modes=["zero"], progress=False),
     }
     for name, result in results.items():
-        files = result.save(tmp_path, name)
+        files = result.save(tmp_path / name)
         assert [file.suffix for file in files] == [".json", ".csv", ".html"]
         page = files[2].read_text()
         assert page.count('<div class="figure"') == len(result.figures())

@@ -59,7 +59,7 @@ def test_an_interruption_says_what_is_kept(app, folder, tmp_path, monkeypatch) -
     def stop(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "removal", stop)
+    monkeypatch.setattr(experiment, "ablate_heads", stop)
     kinds = f"{folder / 'one.json'},{folder / 'two.json'}"
     out = tmp_path / "out"
     done = run(app, folder / "model", "--domains", kinds, "--remove", "zero", "--out", out)
@@ -95,7 +95,7 @@ def test_files_and_json_agree(app, tmp_path, monkeypatch) -> None:
         assert len(shares) == 14 and "random" in shares
     again = run(app, tmp_path / "model", "--domains", kinds, *asked, "--out", out)
     assert again.exit_code == 0
-    assert "Dormant heads" in again.stdout and f"wrote {out / 'dormant.json'}" in again.stdout
+    assert "Sink heads" in again.stdout and f"wrote {out / 'dormant.json'}" in again.stdout
 
 
 def test_one_kind_is_refused(app, folder) -> None:

@@ -130,7 +130,7 @@ def test_words_table_figure_and_json(model, texts, tmp_path) -> None:
     whole = frame.query("metric == 'rank_share' and position == -1")
     assert len(whole) == 3 * 3 * 3
     assert "no sink" in found.summary()
-    less = found.statistics()["no sink less no bos"]["spread"]["last"]
+    less = found.statistics()["no sink minus no bos"]["spread"]["last"]
     want = (found.spread[2, :, -1] - found.spread[0, :, -1]).mean()
     assert less.mean == pytest.approx(float(want))
     json.dumps(found.to_dict(), allow_nan=False)

@@ -47,7 +47,7 @@ def test_waiver_answers_what_it_can_and_says_what_it_cannot(folder, tmp_path) ->
         assert json.loads((tmp_path / f"{name}.json").read_text())["about"].endswith("text.txt")
         assert (tmp_path / f"{name}.csv").exists() and (tmp_path / f"{name}.html").exists()
     told = run(*asked, "--ask", "mask, nonmixture", "--position", 7)
-    assert "Does an element become the sink when it mixes nothing?" in told.stdout
+    assert "Does a token become the sink when it attends only to itself?" in told.stdout
     assert "special, designated" in told.stdout and "after 7" in told.stdout
     assert max(map(len, told.stdout.splitlines())) <= 100
     assert isinstance(run(*asked, "--ask", "norms").exception, SinkscopeError)
