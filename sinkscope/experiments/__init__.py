@@ -1,8 +1,19 @@
-"""Experiments: a paper's question, asked of any model.
+"""Experiments: one module a question that a paper asks, for any model.
 
-Each module is one question: a function that takes a model and texts, and the result that it
-returns, with ``summary()`` (words), ``to_frame()`` (a tidy table), ``figures()`` (Plotly),
-``to_dict()`` and ``save()``.
+=================== ==========================================================================
+`waiver`            what makes a token the sink, and making another one the sink
+`trace_peak`        which blocks write the residual peak, and which heads read it
+`dormant`           which heads are dormant on one kind of text and active on another
+`ablation`          the loss without each head
+`inactive_heads`    the loss without the heads that a score calls inactive
+`mixing`            how far a changed token spreads, with and without a sink
+`dynamics`          sinks, drains and peaks over training
+`streaming_context` perplexity of a long text through a window with a few kept positions
+=================== ==========================================================================
+
+Each function takes a model and texts and returns a `result.Result`, with ``summary()`` (words),
+``statistics()`` (numbers), ``to_frame()`` (a tidy table), ``figures()`` (Plotly), ``to_dict()`` and
+``save(path)``. `resume` keeps results in files, `readout` and `partial_forward` run the model.
 """
 
 import lazy_loader

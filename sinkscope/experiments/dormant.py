@@ -467,8 +467,8 @@ def _about(model: Any, kinds: Mapping[str, Texts]) -> str:
 def _report(model: Any, name: str, kind: Texts, request: _Request) -> SinkReport:
     """Scan a domain, unless its report is kept already."""
     file = request.file(name)
-    asked = {} if file is None else request_of(model, kind, sinks=request.sinks)
-    with Kept(SinkReport, file, asked) as kept:
+    request_now = {} if file is None else request_of(model, kind, sinks=request.sinks)
+    with Kept(SinkReport, file, request_now) as kept:
         report = kept.found or _scanned(model, kind, request)
         if kept.found is None:
             kept.write(report)

@@ -179,8 +179,7 @@ def dynamics(
     """Scan every checkpoint of a model on the same texts.
 
     Args:
-        model: The Hub model that steps and revisions are of; None if each checkpoint says itself
-            what it is.
+        model: The Hub model that steps and revisions are of; None if no checkpoint is one.
         checkpoints: Each a training step that TransformerLens knows for this model (an int); a Hub
             revision whose last number is the step, such as "step1000"; a folder likewise, such as
             "runs/checkpoint-500"; a snapshot of the Bigram-Backcopy laboratory, such as
@@ -201,7 +200,7 @@ def dynamics(
         The reports and losses by step.
 
     Raises:
-        ModelError: If a checkpoint's step cannot be told, two have the same, or one cannot be
+        ModelError: If a checkpoint's step is unknown, two have the same, or one cannot be
             loaded.
         TextError: If a prompt has a single token, and the model a loss.
         ReportError: If the folder holds reports of other checkpoints, texts or settings, or another

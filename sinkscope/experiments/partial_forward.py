@@ -96,7 +96,7 @@ class Partway:
         path: How attention runs, see `capture.paths.choose`.
 
     Raises:
-        UnsupportedError: If its loss means nothing, or if starting partway is not exact for it.
+        UnsupportedError: If it has no meaningful loss, or starting at a block is not exact for it.
     """
 
     def __init__(self, model: Any, path: str = "auto") -> None:
@@ -171,13 +171,13 @@ class Partway:
         """
         names = hooked(self.model)
         inside = {name for name in names if name.startswith("blocks.")}
-        whole = names != inside
+        behind = names != inside
         room = _LOGITS["cuda" if final.is_cuda else "cpu"] // self.can.d_vocab
         length = tokens.shape[1] - 1
-        width = max(1, length if whole else min(room, length))
+        width = max(1, length if behind else min(room, length))
         columns = []
         for start in range(0, length, width):
-            at = slice(start, min(start + width, length) + whole)
+            at = slice(start, min(start + width, length) + behind)
             here, after = tokens[:, at], tokens[:, start + 1 : start + width + 1]
 
             def score(rows: slice, at: slice = at, here: Tensor = here, after: Tensor = after):

@@ -1,4 +1,8 @@
-"""What the experiments read off a model: one number a prompt, layer and head, position or dim."""
+"""Measure a few quantities of every prompt and layer in one pass, for the experiments.
+
+`measure` runs the texts once and returns tensors [prompt layer ...] for the given `Quantity`
+objects; `losses` are the next-token losses; `even` checks that prompts have one length.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +32,12 @@ LOSS_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something to read in every layer.
+    """Something to measure in every layer.
 
     Attributes:
         signal: "attention", or the name of an activation (see `Capabilities`).
         reduce: From the signal and its batch to [prompt ...].
-        statistics: What it asks of an `AttentionReader`.
+        statistics: What `reduce` calls of an `AttentionReader`, see there.
     """
 
     signal: str
@@ -59,7 +63,7 @@ def _value_norms(
 RECEIVED = Quantity("attention", _received, frozenset({"received"}))
 """Importance of each key, mean over heads [prompt position]."""
 TO_SINKS = Quantity("attention", _to_sinks)
-"""Attention that the queries after the sinks pay to them [prompt head]."""
+"""Attention of the queries after the sinks to them [prompt head]."""
 VALUE_NORM = Quantity("value", _value_norms)
 """Norm of each value, mean over KV heads [prompt position]."""
 RESIDUAL_NORM = Quantity("resid_post", lambda x, batch: residual.residual_norms(x))
@@ -74,7 +78,7 @@ def at(signal: str, position: int) -> Quantity:
 
 
 class _Keep(Observer):
-    """Keeps what a quantity comes to, for every prompt."""
+    """Keeps one quantity of every prompt."""
 
     def __init__(self, name: str, quantity: Quantity, scope: Scope) -> None:
         self.signal, self.statistics = quantity.signal, quantity.statistics  # type: ignore[misc]
@@ -92,7 +96,7 @@ class _Keep(Observer):
 def measure(
     model: Any, texts: Texts, quantities: dict[str, Quantity], sinks: Iterable[int] = (0,)
 ) -> dict[str, Float[Tensor, "prompt layer ..."]]:
-    """Read quantities in every layer, in one pass over the texts.
+    """Measure quantities in every layer, in one pass over the texts.
 
     Args:
         model: A bridge, with whatever interventions are in force.

@@ -26,7 +26,7 @@ def warn(old: str, new: str, stacklevel: int = 3) -> None:
 
 
 def attribute(old: str, new: str) -> Any:
-    """A property that hands back the attribute of the new name."""
+    """A property with the old name of an attribute."""
 
     def get(self: Any) -> Any:
         warn(f"{type(self).__name__}.{old}", new)

@@ -3,8 +3,8 @@
 1. `request_of` and `checkpoint_request` say what a result depends on: the model by its name and
    its identity (all weights, settings, and the output on a probe), the exact tokens, and every
    option.
-2. `Kept` locks a result's file, compares the request that the file was begun with, and hands back
-   what it holds. The request is written beside it: ``prose.nc`` has ``prose.request.json``.
+2. `Kept` locks a result's file, compares its request with the one of now, and returns what the
+   file holds. The request is written beside it: ``prose.nc`` has ``prose.request.json``.
 3. Results that fill up in place, with nan where nothing was measured yet, are written every few
    seconds (`Kept.grew`) and when the block ends, after an exception or Ctrl-C too.
 """
@@ -172,8 +172,8 @@ def _beside(file: Path) -> dict[str, Any]:
             return found
         problem = "is damaged"
     raise ReportError(
-        f"{record} {problem}, which says what {file.name} was measured on, so that cannot be "
-        "continued; name another folder, or delete both files."
+        f"{record} {problem}; it records what {file.name} was measured on, which therefore cannot "
+        "be continued. Name another folder, or delete both files."
     )
 
 
@@ -186,8 +186,8 @@ def kept_in(place: str | Path | None, model: Any) -> Path | None:
 
     Raises:
         ReportError: If hooks are in force. What they do cannot be written down, and may show at
-            positions that no probe reaches, so that the place would hand back these results as
-            those of the model without them.
+            positions that no probe reaches, so that later runs would return these results for
+            the model without them.
     """
     if place is not None and hooked(model):
         raise ReportError(

@@ -328,7 +328,7 @@ def streaming_context(
         full: Whether to run full attention too; by default where the text is no longer than the
             trained context.
         chunk: Queries that run at once; any number gives the same result.
-        bos: What stands in front, see `texts`.
+        bos: The BOS policy, see `texts`.
         seed: Of the order of documents.
         file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
         progress: Whether to draw a progress bar.

@@ -87,7 +87,7 @@ def test_a_damaged_request_is_one_sentence(model, tmp_path, content: bytes | Non
     keep(model, file)
     record = tmp_path / "a.request.json"
     record.unlink() if content is None else record.write_bytes(content)
-    with pytest.raises(ReportError, match="a.request.json is (damaged|missing), .*delete both"):
+    with pytest.raises(ReportError, match="a.request.json is (damaged|missing); .*delete both"):
         keep(model, file)
 
 
