@@ -199,7 +199,7 @@ class InactiveAblation(Result):
             more = "at least " if values["censored"] else ""
             line = f"  {score:<10} {more}{_percent(values['share'])} of heads"
             if score != RANDOM:
-                line += f" ({_percent(values['over_random'])} more than at random)"
+                line += f" (minus random {_percent(values['over_random'])})"
             lines.append(line)
         return "\n".join(lines)
 
