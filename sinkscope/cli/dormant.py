@@ -62,30 +62,30 @@ def dormant(
         import sinkscope as ss
         from sinkscope.experiments.dormant import dormancy, sources
         from sinkscope.experiments.inactive_heads import ablate_inactive
-        from sinkscope.experiments.partial_forward import with_loss
+        from sinkscope.experiments.partial_forward import Partway
         from sinkscope.experiments.resume import file_stem
 
         bridge = ss.load_model(model, device=device, dtype=dtype)
         if sleep:  # refuse before the work what would be refused after it
-            with_loss(ss.capabilities(bridge))
+            Partway(bridge)
         texts = sources(kinds, prompts=prompts, length=length, bos=bos, seed=seed)
         shared: dict[str, Any] = dict(seed=seed, progress=common.progress_wanted())
-        found: dict[str, Result] = {
-            "dormant": dormancy(
-                bridge,
-                texts,
-                remove=modes,
-                remove_prompts=remove_prompts,
-                out=folder,
-                **shared,
-            )
-        }
+        found: dict[str, Result] = {}
+        written: list[Path] = []
+
+        def keep(name: str, result: Result) -> None:
+            found[name] = result
+            written.extend([] if folder is None else result.save(folder / name))
+
+        result = dormancy(
+            bridge, texts, remove=modes, remove_prompts=remove_prompts, out=folder, **shared
+        )
+        keep("dormant", result)
         for kind, source in texts.items() if sleep else ():
             name = f"sleep-{file_stem(kind)}"
             file = None if folder is None else folder / f"{name}.nc"
             procedure = "one pass" if one_pass else "two passes"
-            found[name] = ablate_inactive(bridge, source, procedure=procedure, file=file, **shared)
-        written = write(found, folder) if folder is not None else []
+            keep(name, ablate_inactive(bridge, source, procedure=procedure, file=file, **shared))
     if json:
         common.print_json({name: one.to_dict() for name, one in found.items()})
         return
@@ -94,8 +94,3 @@ def dormant(
         typer.echo()
     for file in written:
         typer.echo(f"wrote {file}")
-
-
-def write(found: dict[str, Result], folder: Path) -> list[Path]:
-    """Write each result's JSON, table and page."""
-    return [file for name, result in found.items() for file in result.save(folder / name)]

@@ -11,6 +11,8 @@ from sinkscope.cli import _common as common
 from sinkscope.errors import SinkscopeError, UnsupportedError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sinkscope.experiments.result import Result
 
 QUESTIONS = {
@@ -65,6 +67,7 @@ def waiver(
         answers = _answers(loaded, source, position, seed)
         found: dict[str, Result] = {}
         refused: dict[str, str] = {}
+        written: list[Path] = []
         for question in wanted:
             try:
                 found[question] = answers[question]()
@@ -72,7 +75,8 @@ def waiver(
                 if ask != "all":
                     raise
                 refused[question] = str(error)
-        written = [file for name, one in found.items() for file in _save(one, folder, name)]
+            else:
+                written += [] if folder is None else found[question].save(folder / question)
     if json:
         answered = {name: one.to_dict() for name, one in found.items()}
         common.print_json({**answered, "refused": refused})
@@ -138,7 +142,3 @@ def _answers(
         "positions": lambda: experiment.position_embeddings(model, source, **shared),
         "parts": lambda: experiment.which_part(model, source, **shared),
     }
-
-
-def _save(result: Result, folder: Any, name: str) -> list[Any]:
-    return [] if folder is None else result.save(folder / name)

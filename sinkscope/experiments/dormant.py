@@ -30,13 +30,12 @@ from sinkscope.capture.scan import scan
 from sinkscope.errors import ReportError, TextError
 from sinkscope.experiments import result as _result
 from sinkscope.experiments.ablation import MODES, Ablation, ablate_heads
-from sinkscope.experiments.partial_forward import with_loss, with_predictions
+from sinkscope.experiments.partial_forward import Partway, with_predictions
 from sinkscope.experiments.renamed import argument, attribute, warn
 from sinkscope.experiments.result import Result, stacked, tidy
 from sinkscope.experiments.resume import Kept, file_stem, kept_in, request_of
 from sinkscope.interventions.base import check_mode
 from sinkscope.metrics.heads import INACTIVE_IF, is_active_dormant, is_dormant
-from sinkscope.models.capabilities import capabilities
 from sinkscope.models.load import load_model
 from sinkscope.output import counted, listed, locked, number
 from sinkscope.prompts.recipes import TextSource
@@ -351,7 +350,7 @@ def dormancy(
     folder = kept_in(out, model)
     modes = tuple(check_mode(mode, MODES) for mode in _names(remove))
     if modes:
-        with_loss(capabilities(model))
+        Partway(model)  # refuse before the scans what would be refused after them
     if remove_prompts is not None and remove_prompts < 1:
         raise TextError(
             f"Heads cannot be ablated on {remove_prompts} prompts; give 1 or more, or None for all."
