@@ -114,6 +114,7 @@ def is_plainly_causal(call: AttentionCall, n_queries: int, n_keys: int) -> bool:
     """Whether the mask is causal and nothing else."""
     return (
         call.mask is None
+        and call.key_bias is None
         and call.causal
         and call.offset == 0
         and n_queries == n_keys
@@ -125,6 +126,7 @@ def sees_everything(call: AttentionCall, n_queries: int, n_keys: int) -> bool:
     """Whether every query sees every key, as in an encoder or in decoding one token."""
     return (
         call.mask is None
+        and call.key_bias is None
         and (not call.causal or call.offset >= n_keys - 1)
         and (call.window is None or max(call.offset + n_queries, n_keys) <= call.window)
     )
@@ -169,6 +171,8 @@ def _attend_cpu(
     fused = (
         call.softcap is None and query.shape[-1] == value.shape[-1] and query.dtype in CPU_DTYPES
     )
+    # The kernel takes a bias in the dtype of the queries, which rounds in half precision.
+    fused &= call.key_bias is None or query.dtype not in HALF
     if not fused:
         return attend_in_tiles(query, key, value, call)
     if is_plainly_causal(call, n_queries, n_keys):
@@ -201,7 +205,8 @@ def _flash_cpu_in_tiles(
     A sliding window then also saves its work: keys that a range cannot see are never read.
     """
     pieces = []
-    for queries, keys in tiles(query[:, :1], key.shape[2], call):
+    heads = query if call.key_bias is not None else query[:, :1]
+    for queries, keys in tiles(heads, key.shape[2], call):
         seen = call.visible(queries, keys, query.device)
         bias = call.bias(queries, keys, query.device)
         bias = bias if bias is None else bias.to(query.dtype)
@@ -256,6 +261,7 @@ def fused_kernels_take(query: Tensor, value: Tensor, call: AttentionCall) -> boo
     width = query.shape[-1]
     return (
         call.softcap is None
+        and call.key_bias is None
         and width == value.shape[-1]
         and width % 8 == 0
         and width <= FLASH_WIDTH

@@ -109,10 +109,12 @@ class _Positioned:
         self._hook = hook
         self._flat = attn._qk_norm_phase == "pre_reshape"
         self._per_head = attn._qk_norm_per_head
+        # Hunyuan's norms come after the rotation, and see heads first like the stock bridge.
+        self._rotated = bool(getattr(attn.config, "qk_norm_after_rope", False))
 
     def __call__(self, x: Float[Tensor, "prompt _ *_"], **kwargs: Any) -> Tensor:
         run = type(self._norm).forward
-        if self._flat:
+        if self._flat or self._rotated:
             return self._hook(run(self._norm, x))
         if self._per_head:
             return self._hook(run(self._norm, x).transpose(1, 2)).transpose(1, 2)

@@ -18,7 +18,7 @@ from sinkscope.errors import SinkscopeError
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention call: s_ij = cap(scale · q_i·k_j) where j is visible to i, else -inf.
+    """One attention call: s_ij = cap(scale · q_i·k_j) + b_j where j is visible to i, else -inf.
 
     Query i stands at key index p = ``offset`` + i. Key j is visible to it if j ≤ p (when
     ``causal``), |p − j| < ``window`` (when there is one), and ``mask`` allows it.
@@ -29,6 +29,9 @@ class AttentionCall:
         window: Sliding window [tokens], or None.
         causal: Whether a query sees no later key.
         learned_sink: Logit of each head that joins the softmax's denominator, or None.
+        key_bias: b_j of each head, or None. ALiBi (Press et al. 2021, arXiv:2108.12409) adds
+            slope · (j − p) to a score; the part of it that is the same for all keys of a query
+            leaves A_ij as it is, and transformers' models add slope · j.
         mask: None, or real keys [prompt key] (True = visible), or whatever the caller passed
             [prompt|1 head|1 query key]: bool (True = visible), or a float added to the scores.
         offset: Keys before the first query: the length of a KV cache.
@@ -41,6 +44,7 @@ class AttentionCall:
     window: int | None = None
     causal: bool = True
     learned_sink: Float[Tensor, "head"] | None = None
+    key_bias: Float[Tensor, "_ head key"] | None = None
     mask: Shaped[Tensor, "prompt key"] | Shaped[Tensor, "_ _ query key"] | None = None
     offset: int = 0
     prescale: float = 1.0
@@ -88,11 +92,16 @@ class AttentionCall:
 
     def bias(
         self, queries: slice, keys: slice, device: torch.device
-    ) -> Float[Tensor, "_ _ query key"] | None:
-        """The float mask that the caller passed, cut to these queries and keys, or None."""
+    ) -> Float[Tensor, "_ _ _ key"] | None:
+        """What is added to the scores of these queries and keys, or None.
+
+        The sum of `key_bias` and of the mask, if it is a float one.
+        """
+        added = None if self.key_bias is None else self.key_bias[:, :, None, keys].to(device)
         if self.mask is None or self.mask.ndim == 2 or not self.mask.is_floating_point():
-            return None
-        return self.mask[..., queries, keys].to(device)
+            return added
+        mask = self.mask[..., queries, keys].to(device)
+        return mask if added is None else mask + added
 
     def at_keys(self, index: Int[Tensor, "prompt chosen"]) -> ChosenKeys:
         """The same call, restricted to some keys of each prompt."""
@@ -147,12 +156,15 @@ class ChosenKeys:
             return seen
         return seen & self._cut(queries)
 
-    def bias(self, queries: slice) -> Float[Tensor, "prompt _ query chosen"] | None:
-        """The float mask that the caller passed, at these keys, or None."""
-        mask = self.call.mask
+    def bias(self, queries: slice) -> Float[Tensor, "prompt _ _ chosen"] | None:
+        """`AttentionCall.bias` at these keys."""
+        mask, added = self.call.mask, self.call.key_bias
+        if added is not None:
+            added = added.to(self.index.device).expand(len(self.index), -1, -1)
+            added = added.gather(2, self.index[:, None].expand(-1, added.shape[1], -1))[:, :, None]
         if mask is None or mask.ndim == 2 or not mask.is_floating_point():
-            return None
-        return self._cut(queries)
+            return added
+        return self._cut(queries) if added is None else self._cut(queries) + added
 
     def _cut(self, queries: slice) -> Tensor:
         mask, index = self.call.mask.to(self.index.device), self.index

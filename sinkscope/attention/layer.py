@@ -11,10 +11,16 @@ split (re-implemented, separate projections)
     *are* the bridge's submodules, so that their hook points fire. What transformers knows and a
     re-implementation may not (scale, softcap, learned sinks, multipliers) is then right by
     construction. The hook points that only the re-implementation fires are fired here.
+    Of its subclasses, those that leave out the rotation in some layers (SmolLM3, Cohere2, EXAONE 4)
+    need nothing else, since transformers' module leaves it out by itself.
 fused (re-implemented, one projection for q, k and v)
-    `JointQKVAttentionBridge` (GPT-2, NeoX, Phi-3, …) splits the fused weight at boot; transformers'
-    module would bypass q, k and v. It has a clean seam, `_reconstruct_attention`, which takes q, k
-    and v after their hooks: only that is overridden.
+    `JointQKVAttentionBridge` (GPT-2, NeoX, Phi-3, Falcon, BLOOM, MPT, …) splits the fused weight at
+    boot; transformers' module would bypass q, k and v. It has a clean seam,
+    `_reconstruct_attention`, which takes q, k and v after their hooks: only that is overridden. The
+    position bias of ALiBi is among its arguments.
+
+A few delegated modules call no attention function. GPT-Neo and GPT-J have a method of their own in
+its place, ``_attn``, which is overridden; XGLM's `forward` is written out here.
 """
 
 from __future__ import annotations
@@ -23,13 +29,18 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformer_lens.model_bridge.generalized_components import BloomAttentionBridge
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+from transformer_lens.model_bridge.generalized_components.mpt_alibi_attention import (
+    MPTALiBiAttentionBridge,
+)
 
 from sinkscope.attention.attend import attend, attend_densely
 from sinkscope.attention.bypass import show_as_stock
@@ -64,6 +75,10 @@ class StreamingLayer:
         if self._kind == "fused":
             overrides.attribute(self.attn, "_reconstruct_attention", self._reconstruct)
             return
+        if hasattr(self.core, "_attn"):
+            overrides.attribute(self.core, "_attn", self._attend_causally)
+        elif type(self.core).__name__ == "XGLMAttention":
+            overrides.attribute(self.core, "forward", self._attend_as_xglm)
         overrides.attribute(self.attn, "forward", self._delegate)
         if self._kind == "split":
             overrides.attribute(self.attn.o, "forward", self._project)
@@ -88,6 +103,45 @@ class StreamingLayer:
             key, value = self._fire_keys(key, value)
         call = describe(self.core, query, key, mask, scaling, **options)
         return self._attend(query, key, value, call, dropout)
+
+    def _attend_causally(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
+    ) -> tuple[Float[Tensor, "prompt head query d_value"], None]:
+        """``_attn`` of GPT-Neo, some of whose layers have a window, and of GPT-J."""
+        core = self.core
+        query = self.attn.hook_rot_q(query)
+        if not self._keys_have_fired:
+            key, value = self._fire_keys(key, value)
+        call = describe(core, query, key, attention_mask, 1.0 / getattr(core, "scale_attn", 1.0))
+        local = getattr(core, "attention_type", "global") == "local"
+        # The module is causal by a buffer of its own, whatever the mask.
+        call = replace(
+            call,
+            causal=True,
+            window=core.config.window_size if local else None,
+            offset=key.shape[2] - query.shape[2],
+            prescale=1.0,
+        )
+        z = self._attend(query, key, value, call, _dropout(core))
+        return rearrange(z, "b q h d -> b h q d"), None
+
+    def _attend_as_xglm(
+        self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """``forward`` of XGLM's attention."""
+        core, width = self.core, self.core.head_dim
+        query = core.q_proj(hidden_states) * core.scaling
+        key, value = core.k_proj(hidden_states), core.v_proj(hidden_states)
+        query, key, value = (
+            rearrange(x, "b t (h d) -> b h t d", d=width) for x in (query, key, value)
+        )
+        cache = cache_in(kwargs)
+        if cache is not None:
+            cache = getattr(cache, "self_attention_cache", cache)
+            key, value = cache.update(key, value, core.layer_idx)
+        dropout = float(core.dropout) if core.training else 0.0
+        z = self.attend(query, key, value, attention_mask, 1.0, dropout)
+        return core.out_proj(rearrange(z, "b q h d -> b q (h d)")), None
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, dropout: float
@@ -116,11 +170,18 @@ class StreamingLayer:
         if self._kind == "split":
             refuse_forked_inputs(self.attn)
             rotary = kwargs.get("position_embeddings")
-            if rotary is not None:
+            if rotary is not None and self._rotates():
                 rotary = self.attn._apply_position_embedding_hooks(rotary)
                 kwargs["position_embeddings"] = rotary
         with self._keys_fire_into(cache_in(kwargs)):
             return AttentionBridge.forward(self.attn, *args, **kwargs)
+
+    def _rotates(self) -> bool:
+        """Whether this layer has rotary embeddings where the model passes them to every layer."""
+        if not getattr(self.attn, "rope_optional", False):
+            return True
+        without = getattr(self.attn, "_is_nope_layer", None)
+        return bool(self.core.use_rope) if without is None else not without()
 
     @contextmanager
     def _keys_fire_into(self, cache: Any) -> Iterator[None]:
@@ -152,6 +213,9 @@ class StreamingLayer:
         attn = self.attn
         n_heads = attn.config.n_heads
         n_kv_heads = getattr(attn.config, "n_key_value_heads", None) or n_heads
+        clip = getattr(attn, "_clip_qkv", None)  # MPT's
+        if clip:
+            q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
         query, key, value, *_ = attn._reshape_qkv_to_heads(q, k, v, n_heads, n_kv_heads)
         rotary = kwargs.get("position_embeddings")
         if rotary is not None and hasattr(attn, "_apply_rotary_pos_emb"):
@@ -159,8 +223,12 @@ class StreamingLayer:
             query, key = attn._apply_rotary_pos_emb(query, key, cos, sin)
         query = attn.hook_rot_q(query)
         key, value = attn._update_kv_cache(*self._fire_keys(key, value), **kwargs)
-        scaling = getattr(self.core, "scaling", None)
-        call = describe(self.core, query, key, kwargs.get("attention_mask"), scaling)
+        scaling = getattr(self.core, "scaling", getattr(self.core, "softmax_scale", None))
+        mask = kwargs.get("attention_mask")
+        if isinstance(attn, MPTALiBiAttentionBridge) and isinstance(mask, Tensor):
+            mask = ~mask  # True is hidden there
+        call = describe(self.core, query, key, mask, scaling)
+        call = replace(call, key_bias=_alibi(attn, kwargs, key, call.scale))
         z = self._attend(query, key, value, call, _dropout(self.core))
         return self._project(rearrange(z, "b q h d -> b q (h d)")), None
 
@@ -172,6 +240,19 @@ class StreamingLayer:
         n_heads = attn.config.n_heads
         per_head = rearrange(o.hook_in(z), "b q (h d) -> b q h d", h=n_heads)
         return attn._compute_per_head_result(per_head, n_heads, per_head.shape[-1])
+
+
+def _alibi(
+    attn: AttentionBridge, kwargs: dict[str, Any], key: Tensor, scale: float
+) -> Float[Tensor, "_ head key"] | None:
+    """What ALiBi adds to the scores, from the arguments of BLOOM's, Falcon's or MPT's attention."""
+    n_keys = key.shape[2]
+    if kwargs.get("position_bias") is not None:  # MPT's, which ends at the last key
+        return rearrange(kwargs["position_bias"][..., -n_keys:], "h 1 k -> 1 h k")
+    if kwargs.get("alibi") is None:
+        return None
+    bias = rearrange(kwargs["alibi"], "(b h) 1 k -> b h k", b=len(key))[..., :n_keys].float()
+    return bias if isinstance(attn, BloomAttentionBridge) else bias * scale  # Falcon's
 
 
 def materialises(attn: AttentionBridge) -> bool:

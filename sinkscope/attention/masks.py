@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -33,6 +33,12 @@ class MaskSpec:
     window: int | None = None
     padding: Bool[Tensor, "prompt key"] | None = None
     offset: int = 0
+    ndim: ClassVar[int] = 0
+    """What Falcon takes for the number of axes of a tensor: not four, nothing to add ALiBi to."""
+
+    def to(self, *_: Any) -> MaskSpec:
+        """The same; MPT casts its mask to bool."""
+        return self
 
 
 def streaming_mask(

@@ -175,8 +175,9 @@ class Stream:
         that were built from it: writing to it would switch those too.
         """
         own: dict[int, PreTrainedConfig] = {}
-        kinds = {type(core.config) for core in _layers}
-        for module in self.bridge.original_model.modules():
+        model = self.bridge.original_model
+        kinds = {type(getattr(core, "config", model.config)) for core in _layers}
+        for module in model.modules():
             config = module.__dict__.get("config")
             if type(config) not in kinds:
                 continue

@@ -6,12 +6,19 @@ import inspect
 from typing import Any, Literal
 
 from torch import nn
+from transformer_lens.model_bridge.generalized_components import (
+    ALiBiJointQKVAttentionBridge,
+    BloomAttentionBridge,
+)
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import (
     JointQKVAttentionBridge as Joint,
 )
 from transformer_lens.model_bridge.generalized_components.joint_qkv_position_embeddings_attention import (  # noqa: E501
     JointQKVPositionEmbeddingsAttentionBridge as RotaryJoint,
+)
+from transformer_lens.model_bridge.generalized_components.mpt_alibi_attention import (
+    MPTALiBiAttentionBridge,
 )
 from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import (
     PositionEmbeddingsAttentionBridge as Split,
@@ -20,6 +27,19 @@ from transformer_lens.model_bridge.generalized_components.position_embeddings_at
 from sinkscope.errors import UnsupportedError
 
 Kind = Literal["delegated", "split", "fused"]
+
+_FUSED = (
+    Joint,
+    RotaryJoint,
+    BloomAttentionBridge,
+    ALiBiJointQKVAttentionBridge,
+    MPTALiBiAttentionBridge,
+)
+_OWN_ARITHMETIC = {
+    "delegated": ("GPTNeoSelfAttention", "GPTJAttention", "XGLMAttention"),
+    "fused": ("FalconAttention", "BloomAttention", "MptAttention"),
+}
+"""transformers' modules that call no attention function, but whose arithmetic `layer` knows."""
 
 
 def attention_of(bridge: Any) -> list[AttentionBridge]:
@@ -41,22 +61,27 @@ def attention_of(bridge: Any) -> list[AttentionBridge]:
 
 def kind_of(attn: AttentionBridge) -> Kind | None:
     """How the stock bridge computes this attention, or None if it is none of the known ways."""
-    forward = type(attn).forward
-    if forward is AttentionBridge.forward:
+    kind = type(attn)
+    if kind.forward is AttentionBridge.forward:
         return "delegated"
-    if forward is Split.forward:
+    # Subclasses that only leave out the rotation in some layers, as transformers' module does.
+    if kind.forward is Split.forward or getattr(kind, "rope_optional", False):
         return "split"
-    stock = (Joint._reconstruct_attention, RotaryJoint._reconstruct_attention)
-    if forward is Joint.forward and type(attn)._reconstruct_attention in stock:
-        return "fused"
+    for fused in _FUSED:
+        stock = kind.forward is fused.forward
+        if stock and kind._reconstruct_attention is fused._reconstruct_attention:
+            return "fused"
     return None
 
 
 def core_module(attn: AttentionBridge) -> nn.Module | None:
-    """The wrapped transformers module that looks up an attention function, if there is just one."""
+    """The wrapped transformers module that attends, if there is just one that can stream."""
     original = attn.original_component
     cores = [module for module in original.modules() if _looks_up_attention(module)]
-    return cores[0] if len(cores) == 1 else None
+    if len(cores) == 1:
+        return cores[0]
+    known = _OWN_ARITHMETIC.get(kind_of(attn) or "", ())
+    return original if not cores and type(original).__name__ in known else None
 
 
 def _looks_up_attention(module: nn.Module) -> bool:
@@ -78,8 +103,6 @@ def _why_not(attn: nn.Module) -> str | None:
     gated = {"hook_q_gate", "hook_gate"} & set(attn._hook_registry)
     if gated or "hook_k" not in attn.hook_aliases:
         return "gated or rescaled projections"
-    if getattr(attn.config, "qk_norm_after_rope", False):
-        return "norms between the rotation and the dot product"
     if kind_of(attn) == "split" and _forks_inputs(attn):
         return "split inputs (use_split_qkv_input or use_attn_in; switch them off)"
     return None

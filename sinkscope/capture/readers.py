@@ -250,11 +250,12 @@ class StreamReader:
     def logit_gap(self) -> Float[Tensor, "prompt head"]:
         """By prefix sums of keys where scores are linear in them; otherwise score by score.
 
-        Linear they are not under a softcap, nor where a mask, an intervention's say, hides or
-        shifts some besides causality, window and padding.
+        They are not linear under a softcap or a position bias, nor where a mask, for example an
+        intervention's, hides or shifts some besides causality, window and padding.
         """
         b, mask = self.batch, self.call.mask
-        if self.call.softcap is None and (mask is None or mask.ndim == 2):
+        plain = self.call.softcap is None and self.call.key_bias is None
+        if plain and (mask is None or mask.ndim == 2):
             if self._angles is not None:
                 return self._angles.gap
             gap, valid = geometry.logit_gap_rows(

@@ -106,6 +106,10 @@ def _refuse_foreign(bridge: Any, name: str) -> None:
         reason = "is not a single stack of blocks"
     elif without:
         reason = f"has no attention in {len(without)} of its {len(blocks)} blocks"
+    elif getattr(config, "new_decoder_architecture", False):
+        # TransformerLens 4.3 takes Falcon's rows for all queries, all keys, all values; they are
+        # the queries, the key and the value of one group after another.
+        reason = "has a fused projection that TransformerLens splits in the wrong places"
     elif getattr(config, "kv_lora_rank", None) or isinstance(blocks[0].attn, MLAAttentionBridge):
         reason = "uses multi-head latent attention, whose keys and values are never stored per head"
     else:

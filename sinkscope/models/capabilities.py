@@ -276,6 +276,9 @@ def _look(model: Any) -> Capabilities:
     tolerance = 3e-2 if half else 2e-3  # the tighter one still leaves room for TF32 on a GPU
     causal = is_causal(seen, anatomy.n_layers, tolerance)
     found = find_signals(seen, anatomy, causal, tolerance)
+    if anatomy.architecture == "FalconForCausalLM" and anatomy.positions == "alibi":
+        # transformers 5.23 puts the bias into the mask too, which its sdpa attention alone expects.
+        found.stock_differs = "transformers' eager attention adds ALiBi twice, its sdpa one once"
     if half and found.stock_differs is None and (why := fails_without_cache(model)):
         found.stock_differs = f"it does not run without a KV cache in this dtype ({why})"
     _refuse_unmeasurable(anatomy, found, seen)

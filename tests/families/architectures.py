@@ -72,6 +72,8 @@ class Family:
         stock_scores: Whether the stock bridge's ``hook_attn_scores`` holds true scores.
         prescale: What its queries are multiplied by before they reach the attention function.
         stock_rotated: Whether the stock bridge shows queries and keys as attention uses them.
+        attention: transformers' implementation that is the reference. Falcon's eager one adds ALiBi
+            twice, in the mask and by itself.
         length: Suggested number of positions, longer than any window.
     """
 
@@ -91,15 +93,16 @@ class Family:
     stock_scores: bool = True
     stock_rotated: bool = True
     prescale: float = 1.0
+    attention: str = "eager"
     length: int = 24
 
-    def build(self, seed: int = 0) -> PreTrainedModel:
-        """Make the tiny model: eager attention, eval mode, float32, on the CPU."""
+    def build(self, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
+        """Make the tiny model: eval mode, float32, on the CPU."""
         model_class = getattr(transformers, self.model_class)
         config = model_class.config_class(**self.settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = model_class._from_config(config, attn_implementation="eager").eval()
+            model = model_class._from_config(config, attn_implementation=attention).eval()
             _spread_weights(model)
         return model
 
@@ -276,7 +279,138 @@ OTHERS: tuple[Family, ...] = (
         ),
         moe=True,
     ),
+    Family("smollm3", "SmolLM3ForCausalLM", dict(GROUPED, no_rope_layers=[1, 0, 1])),
+    Family(
+        "cohere2",
+        "Cohere2ForCausalLM",
+        dict(GROUPED, sliding_window=WINDOW, layer_types=[SLIDING, FULL, SLIDING]),
+        windows=(WINDOW, None, WINDOW),
+        parallel_blocks=True,
+    ),
+    Family(
+        "exaone4",
+        "Exaone4ForCausalLM",
+        dict(GROUPED, sliding_window=WINDOW, layer_types=[SLIDING, FULL, SLIDING]),
+        parts=POST_NORMED,
+        windows=(WINDOW, None, WINDOW),
+    ),
+    Family(
+        "hunyuan",
+        "HunYuanDenseV1ForCausalLM",
+        dict(GROUPED, head_dim=16),
+        d_head=16,
+        stock_rotated=False,
+    ),
 )
 """Families that differ from those above in one respect, and take fewer of the tests."""
 
-BY_NAME: dict[str, Family] = {family.name: family for family in (*FAMILIES, *OTHERS)}
+_FALCON = dict(
+    vocab_size=VOCAB,
+    hidden_size=D_MODEL,
+    num_hidden_layers=N_LAYERS,
+    num_attention_heads=N_HEADS,
+    ffn_hidden_size=D_MLP,
+    **SPECIAL,
+)
+OWN_ARITHMETIC: tuple[Family, ...] = (
+    Family(
+        "gpt_neo",
+        "GPTNeoForCausalLM",
+        dict(
+            vocab_size=VOCAB,
+            hidden_size=D_MODEL,
+            num_layers=N_LAYERS,
+            num_heads=N_HEADS,
+            intermediate_size=D_MLP,
+            max_position_embeddings=64,
+            window_size=WINDOW,
+            attention_types=[[["global", "local", "global"], 1]],
+            **SPECIAL,
+        ),
+        parts=Parts("transformer.h", "attn", "mlp", "mlp.c_proj"),
+        positions="learned",
+        n_kv_heads=N_HEADS,
+        windows=(None, WINDOW, None),
+    ),
+    Family(
+        "gptj",
+        "GPTJForCausalLM",
+        dict(
+            vocab_size=VOCAB,
+            n_embd=D_MODEL,
+            n_layer=N_LAYERS,
+            n_head=N_HEADS,
+            n_inner=D_MLP,
+            n_positions=64,
+            rotary_dim=4,
+            **SPECIAL,
+        ),
+        parts=Parts("transformer.h", "attn", "mlp", "mlp.fc_out"),
+        n_kv_heads=N_HEADS,
+        parallel_blocks=True,
+    ),
+    Family(
+        "xglm",
+        "XGLMForCausalLM",
+        dict(
+            vocab_size=VOCAB,
+            d_model=D_MODEL,
+            num_layers=N_LAYERS,
+            attention_heads=N_HEADS,
+            ffn_dim=D_MLP,
+            max_position_embeddings=64,
+            **SPECIAL,
+        ),
+        parts=Parts("model.layers", "self_attn", "fc2", "fc2"),
+        positions="sinusoidal",
+        n_kv_heads=N_HEADS,
+        prescale=(D_MODEL // N_HEADS) ** -0.5,
+    ),
+    Family(
+        "falcon_multi_query",
+        "FalconForCausalLM",
+        dict(_FALCON, multi_query=True),
+        parts=Parts("transformer.h", "self_attention", "mlp", "mlp.dense_4h_to_h"),
+        n_kv_heads=1,
+        parallel_blocks=True,
+    ),
+    Family(
+        "falcon_alibi",
+        "FalconForCausalLM",
+        dict(_FALCON, multi_query=True, alibi=True),
+        parts=Parts("transformer.h", "self_attention", "mlp", "mlp.dense_4h_to_h"),
+        positions="alibi",
+        n_kv_heads=1,
+        parallel_blocks=True,
+        attention="sdpa",
+    ),
+    Family(
+        "bloom",
+        "BloomForCausalLM",
+        dict(vocab_size=VOCAB, hidden_size=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, **SPECIAL),
+        parts=Parts("transformer.h", "self_attention", "mlp", "mlp.dense_4h_to_h"),
+        positions="alibi",
+        n_kv_heads=N_HEADS,
+    ),
+    Family(
+        "mpt",
+        "MptForCausalLM",
+        dict(
+            vocab_size=VOCAB,
+            d_model=D_MODEL,
+            n_layers=N_LAYERS,
+            n_heads=N_HEADS,
+            expansion_ratio=2,
+            max_seq_len=64,
+            **SPECIAL,
+        ),
+        parts=Parts("transformer.blocks", "attn", "ffn", "ffn.down_proj"),
+        positions="alibi",
+        n_kv_heads=N_HEADS,
+    ),
+)
+"""Families whose attention in transformers calls no attention function."""
+
+BY_NAME: dict[str, Family] = {
+    family.name: family for family in (*FAMILIES, *OTHERS, *OWN_ARITHMETIC)
+}

@@ -8,7 +8,7 @@ import torch
 
 import sinkscope as ss
 
-from .architectures import BY_NAME, Family
+from .architectures import BY_NAME, OTHERS, Family
 from .oracle import expected
 from .reference import reference
 
@@ -48,6 +48,17 @@ def path(request: pytest.FixtureRequest) -> str:
 
 
 def test_every_field_agrees(family: Family, family_reference: dict, path: str) -> None:
+    compare_every_field(family, family_reference, path)
+
+
+@pytest.mark.parametrize("name", [family.name for family in OTHERS])
+def test_every_field_agrees_on_others(name: str, path: str) -> None:
+    family = BY_NAME[name]
+    ref = reference(family.build(), family.tokens(), parts=family.parts)
+    compare_every_field(family, ref, path)
+
+
+def compare_every_field(family: Family, family_reference: dict, path: str) -> None:
     tokens = family.tokens()
     real = np.ones(tokens.shape, dtype=bool)
     oracle = expected(family_reference, real, family.causal, prescale=family.prescale)

@@ -22,7 +22,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def kernels_for(query: Tensor, call: AttentionCall) -> ModuleType | None:
     """The module of kernels that can take this call, or None: use plain torch."""
     fits = query.dtype in DTYPES and query.shape[-1] <= WIDEST_HEAD
-    if not query.is_cuda or not fits or (call.mask is not None and call.mask.ndim == 4):
+    dense = call.key_bias is not None or (call.mask is not None and call.mask.ndim == 4)
+    if not query.is_cuda or not fits or dense:
         return None
     try:
         from sinkscope.attention.kernels import launch
