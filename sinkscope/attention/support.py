@@ -59,6 +59,16 @@ def attention_of(bridge: Any) -> list[AttentionBridge]:
     return components
 
 
+def takes_attention_functions(bridge: Any) -> bool:
+    """Whether every block streams through an attention function that transformers looks up."""
+    try:
+        components = attention_of(bridge)
+    except UnsupportedError:
+        return False
+    cores = [core_module(attn) for attn in components]
+    return all(core is not None and _looks_up_attention(core) for core in cores)
+
+
 def kind_of(attn: AttentionBridge) -> Kind | None:
     """How the stock bridge computes this attention, or None if it is none of the known ways."""
     kind = type(attn)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sinkscope.attention.call import AttentionCall
 from sinkscope.attention.masks import MaskSpec
-from sinkscope.attention.support import attention_of
+from sinkscope.attention.support import takes_attention_functions
 from sinkscope.devices import ran_out_of_memory
 from sinkscope.errors import UnsupportedError
 from sinkscope.interventions.base import (
@@ -220,11 +220,8 @@ def prove(
     """
     if all(name != "attention_mask" for name, _ in edit.masks.values()):
         return  # the laboratory's attention, which is ours
-    try:
-        attention_of(edit.model)
+    if takes_attention_functions(edit.model):
         return
-    except UnsupportedError:
-        pass
     done = _proved.setdefault(edit.model, set())
     for layer in edit.layers:
         inner = getattr(edit.model.blocks[layer].attn, "original_component", None)

@@ -13,12 +13,12 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    BloomConfig,
-    BloomForCausalLM,
-    GPTNeoConfig,
-    GPTNeoForCausalLM,
+    CodeGenConfig,
+    CodeGenForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     masking_utils,
@@ -361,20 +361,16 @@ def test_several_texts_in_one_row(bridge: TransformerBridge, tokens: Tensor) -> 
 
 
 UNSUPPORTED = {
-    "BloomForCausalLM": lambda: BloomForCausalLM(
-        BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
-    ),
-    "GPTNeoForCausalLM": lambda: GPTNeoForCausalLM(
-        GPTNeoConfig(
-            vocab_size=97,
-            hidden_size=32,
-            num_layers=2,
-            num_heads=4,
-            max_position_embeddings=64,
-            attention_types=[[["global"], 2]],
+    "CodeGenForCausalLM": lambda: CodeGenForCausalLM(
+        CodeGenConfig(
+            vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4,
+            bos_token_id=1, eos_token_id=2,
         )
     ),
-}
+    "MambaForCausalLM": lambda: MambaForCausalLM(
+        MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=8)
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
