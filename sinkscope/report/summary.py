@@ -252,9 +252,8 @@ def as_html(report: SinkQuantities) -> str:
     """The summary as HTML that inherits the notebook's colours, light or dark."""
     columns, rows = heads_of(report)
     heads = f"<div>Strongest sink heads</div>{table_as_html(columns, rows)}" if rows else ""
-    said = (
-        f'<p style="max-width:75ch">{html.escape(text)}</p>' if (text := headline(report)) else ""
-    )
+    text = html.escape(headline(report))
+    said = f'<div style="max-width:75ch">{text}</div>' if text else ""
     return (
         f'<div style="color:inherit;overflow-x:auto"><strong>{html.escape(title_of(report))}'
         f"</strong>{said}{facts_as_html(facts_of(report))}{heads}</div>"
