@@ -10,7 +10,18 @@ import warnings
 
 import typer
 
-from sinkscope.cli import bb, bench, dormant, dynamics, models, scan, stream, trace_peak, waiver
+from sinkscope.cli import (
+    bb,
+    bench,
+    dormant,
+    dynamics,
+    models,
+    report,
+    scan,
+    stream,
+    trace_peak,
+    waiver,
+)
 
 app = typer.Typer(
     name="sinkscope",
@@ -22,6 +33,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("scan")(scan.scan)
+app.command("report")(report.report)
+app.command("compare")(report.compare)
 app.command("waiver")(waiver.waiver)
 app.command("dormant")(dormant.dormant)
 app.command("dynamics")(dynamics.dynamics)

@@ -57,8 +57,9 @@ def scan(
             if tokens is None
             else common.exact_ids(context, tokens, ("texts", *common.RECIPE))
         )
+        loaded = ss.load_model(model, device=device, dtype=dtype)
         report = ss.scan(
-            ss.load_model(model, device=device, dtype=dtype),
+            loaded,
             source,
             metrics=common.some("--metrics", metrics),
             sinks=where,
@@ -67,7 +68,7 @@ def scan(
             batch=batch or "auto",
             progress=common.progress_wanted(),
         )
-        written = write(report, folder) if folder is not None else []
+        written = write(report, folder, loaded) if folder is not None else []
     if json:
         common.print_json(report.to_dict())
         return
@@ -94,12 +95,17 @@ def sink_positions(text: str) -> Any:
         ) from None
 
 
-def write(report: SinkReport, folder: Path) -> list[Path]:
-    """Write what a scan leaves in its folder; without any figure per head, no table of heads."""
+def write(report: SinkReport, folder: Path, model: Any) -> list[Path]:
+    """Write what a scan leaves in its folder; without any figure per head, no table of heads.
+
+    The page also shows attention patterns, for which the model runs once more on two prompts.
+    """
+    from sinkscope.capture.patterns import head_patterns
+
     report.save(folder / "report.nc")
     written = [folder / "report.nc"]
     if per_head := report.measured(*PER_HEAD):
         write_file(folder / HEADS, report.to_frame(*per_head).to_csv(index=False))
         written.append(folder / HEADS)
-    write_file(folder / "report.html", report.to_html())
+    write_file(folder / "report.html", report.to_html(head_patterns(model, report)))
     return [*written, folder / "report.html"]

@@ -10,6 +10,7 @@ import numpy as np
 from plotly.utils import PlotlyJSONEncoder
 
 _TYPES = {"f": "float32", "i": "int32", "u": "int32", "b": "uint8"}
+_BYTE = np.dtype("uint8")
 _SHORT = 2**16  # whole numbers below it take two bytes
 
 
@@ -38,7 +39,7 @@ class Pack:
 
 def packed(values: np.ndarray) -> dict[str, Any]:
     """An array as its little-endian bytes in base64: float32, int32, uint16 or uint8."""
-    kind = _TYPES[values.dtype.kind]
+    kind = "uint8" if values.dtype == _BYTE else _TYPES[values.dtype.kind]
     if kind == "int32" and values.size and 0 <= values.min() and values.max() < _SHORT:
         kind = "uint16"
     data = np.ascontiguousarray(values, dtype=np.dtype(kind).newbyteorder("<"))

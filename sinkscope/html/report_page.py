@@ -1,29 +1,27 @@
-"""The one-file report: a page that needs no kernel and no network.
+"""The page of a report: what it shows in words and in a few numbers, then every head.
 
-Its figures are those of this package. Clicking a head, sliding the threshold and sorting a table
-are the page's own script, in ``assets`` as one reads it.
+Its figures are those of `sinkscope.plot`. Choosing a head, sliding the threshold and sorting a
+table are the page's own scripts, in ``assets`` as one reads them.
 """
 
 from __future__ import annotations
 
 import html
-import re
-from importlib import resources
 from typing import TYPE_CHECKING
 
 from sinkscope.html.data import page_data
-from sinkscope.html.pack import script_json
+from sinkscope.html.page import asset, filled, page
 from sinkscope.plot.labels import in_words, plain_about, readable
-from sinkscope.report import summary as _summary
+from sinkscope.report import headline, summary
 
 if TYPE_CHECKING:
+    from sinkscope.report.patterns import HeadPatterns
     from sinkscope.report.report import SinkReport
 
-_SCRIPTS = ("store.js", "figures.js", "tokens.js", "tables.js", "main.js")
-_PLACE = re.compile(r"\{\{(\w+)\}\}")
+_SCRIPTS = ("store.js", "patterns.js", "figures.js", "tokens.js", "tables.js", "main.js")
 
 
-def to_html(report: SinkReport) -> str:
+def to_html(report: SinkReport, patterns: HeadPatterns | None = None) -> str:
     """A self-contained HTML page of a report: figures, tokens, tables, provenance.
 
     Nothing is fetched when it is opened, and its content-security policy forbids it. The tokens
@@ -31,34 +29,38 @@ def to_html(report: SinkReport) -> str:
 
     Args:
         report: What a scan gave; fields that it lacks are left out of the page.
+        patterns: Attention patterns of its first prompts, which a report itself does not keep; see
+            `sinkscope.capture.patterns.head_patterns`.
 
     Returns:
         The page, about 5 MB of it Plotly.
     """
-    from plotly.offline import get_plotlyjs
-
-    filled = {
-        "title": html.escape(_summary.title_of(report)),
-        "about": html.escape(plain_about(report.settings)),
-        "facts": _definitions(_summary.facts_of(report)),
-        "settings": _definitions(_settings(report)),
-        "style": _asset("page.css"),
-        "plotly": get_plotlyjs(),
-        "data": script_json(page_data(report)),
-        "script": "\n".join(_asset(name) for name in _SCRIPTS),
-    }
-    return _PLACE.sub(lambda place: filled[place[1]], _asset("page.html"))
+    body = filled(
+        asset("report.html"),
+        headline=html.escape(readable(headline.headline(report))),
+        numbers=_numbers(report),
+        facts=_definitions(summary.facts_of(report)),
+        terms=_definitions(list(headline.TERMS.items())),
+        settings=_definitions(_settings(report)),
+    )
+    about = plain_about(report.settings)
+    return page(summary.title_of(report), about, body, page_data(report, patterns), _SCRIPTS)
 
 
-def _asset(name: str) -> str:
-    folder = resources.files("sinkscope.html") / "assets"
-    return (folder / name).read_text(encoding="utf-8")
+def _numbers(report: SinkReport) -> str:
+    """The few numbers to look at first, each with what it is."""
+    return "\n".join(
+        f'<div title="{html.escape(term)}"><dt>{html.escape(what)}</dt>'
+        f"<dd>{html.escape(value)}</dd></div>"
+        for value, what, term in headline.numbers(report)
+    )
 
 
 def _definitions(facts: list[tuple[str, str]]) -> str:
-    """Label and text, one pair a line, as an HTML definition list's rows."""
+    """Rows of a definition list; a term has its definition under the pointer."""
     return "\n".join(
-        f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(readable(text))}</dd></div>"
+        f'<div><dt title="{html.escape(headline.TERMS.get(label, ""))}">{html.escape(label)}</dt>'
+        f"<dd>{html.escape(readable(text))}</dd></div>"
         for label, text in facts
     )
 

@@ -16,7 +16,7 @@ from sinkscope.plot.bars import add_uniform, bars, hover_names, mark_few, unifor
 from sinkscope.plot.bins import Bins, bins
 from sinkscope.plot.figure import ROOM, finish
 from sinkscope.plot.scales import is_wide, y_scale
-from sinkscope.plot.theme import Theme, palette
+from sinkscope.plot.theme import LIGHT
 from sinkscope.plot.values import interval_of, is_known, mean_of, sink_positions
 
 if TYPE_CHECKING:
@@ -32,28 +32,28 @@ _CELLS = 400_000
 in its bin each figure is."""
 
 View = dict[str, Any]
+_THEME = "light"  # that figures are sent in: the page knows the dark colours
 
 
-def views(report: SinkReport, pack: Pack, metrics: list[str], theme: Theme) -> dict[str, View]:
+def views(report: SinkReport, pack: Pack, metrics: list[str]) -> dict[str, View]:
     """Every figure that the report has the fields for, defined in some prompt, by name.
 
     Args:
         report: What a scan gave.
         pack: Where the arrays go.
         metrics: Names of the head map's metrics.
-        theme: "light" or "dark".
     """
     made: dict[str, View] = {}
     if metrics:
-        made["map"] = _map(report, metrics[0], theme)
+        made["map"] = _map(report, metrics[0])
     for name, (field, at) in _LINKED.items():
         if is_known(report, field):
-            made[name] = _linked(report, pack, field, at, theme)
+            made[name] = _linked(report, pack, field, at)
     if is_known(report, "received_by_distance"):
-        made["queries"] = _queries(report, pack, theme)
+        made["queries"] = _queries(report, pack)
     for name, (fields, draw) in _STATIC.items():
         if all(is_known(report, field) for field in fields):
-            made[name] = view(draw(report, theme=theme))
+            made[name] = view(draw(report, theme=_THEME))
     if "rate" in made:  # the script draws the line at the threshold
         made["rate"]["layout"] |= dict(shapes=[], annotations=[])
     if "positions" in made:
@@ -88,24 +88,24 @@ def view(figure: go.Figure, depends: tuple[str, ...] = ()) -> View:
     }
 
 
-def _map(report: SinkReport, metric: str, theme: Theme) -> View:
+def _map(report: SinkReport, metric: str) -> View:
     """The head map's frame; the script fills in the metric, the threshold and the choice."""
     variable = report.variables()[metric]
     figures = interval_of(report, metric, RESAMPLES)
-    figure = heads.empty_map(heads.heatmap(figures, variable), variable, palette(theme))
+    figure = heads.empty_map(heads.heatmap(figures, variable), variable, LIGHT)
     height = int(np.clip(150 + 19 * report.settings.n_layers, 320, 900)) + ROOM - _TOP
-    finish(figure, "", report.settings, theme, height=height)
+    finish(figure, "", report.settings, _THEME, height=height)
     made = view(figure, ("metric", "epsilon", "layer", "head"))
     cells = made["data"][0]
     for name in ("z", "customdata", "hovertemplate", "zmin", "zmax", "colorscale"):
         cells.pop(name, None)
     below = dict(type="heatmap", showscale=False, hoverinfo="skip", xgap=1, ygap=1, zmin=0, zmax=1)
-    muted = palette(theme).muted[1]
+    muted = LIGHT.muted[1]
     made["data"].append(below | {"colorscale": [[0, muted], [1, muted]]})
     return made
 
 
-def _linked(report: SinkReport, pack: Pack, field: str, at: tuple[str, ...], theme: Theme) -> View:
+def _linked(report: SinkReport, pack: Pack, field: str, at: tuple[str, ...]) -> View:
     """Bars over positions of the chosen layer and head."""
     places = page_bins(report)
     every = mean_of(report, field)
@@ -113,14 +113,14 @@ def _linked(report: SinkReport, pack: Pack, field: str, at: tuple[str, ...], the
     pack.add(field, figures)
     _pack_names(report, pack, places)
     variable = report.variables()[field]
-    figure = bars(report, variable, places, figures[(0,) * len(at)], theme)
+    figure = bars(report, variable, places, figures[(0,) * len(at)], _THEME)
     levels = [uniform_level(report, field, layer) for layer in range(report.settings.n_layers)]
     if levels[0] is not None:
-        add_uniform(figure, places, levels[0], theme)
-        mark_few(figure, report, palette(theme))
+        add_uniform(figure, places, levels[0], _THEME)
+        mark_few(figure, report, LIGHT)
         pack.add(f"{field}.uniform", places.maximum(np.stack(levels)))
     figure.update_yaxes(**y_scale(field in positions.LOG_METRICS and is_wide(every)))
-    finish(figure, "", report.settings, theme, height=330)
+    finish(figure, "", report.settings, _THEME, height=330)
     made = view(figure, at)
     for trace, take in zip(made["data"], ("sinks", "others"), strict=False):
         trace["y"] = pack.ref(field, *at, take=take)
@@ -152,19 +152,34 @@ def names(report: SinkReport) -> dict[str, list[str]]:
     }
 
 
-def _queries(report: SinkReport, pack: Pack, theme: Theme) -> View:
+def _queries(report: SinkReport, pack: Pack) -> View:
     """Attention to the sink by query position, in the chosen head."""
     pack.add("received_by_distance", mean_of(report, "received_by_distance"))
-    figure = layers.attention_by_query(report, 0, 0, theme=theme)
+    figure = layers.attention_by_query(report, 0, 0, theme=_THEME)
     figure.update_layout(height=330)
     made = view(figure, ("layer", "head"))
     trace = made["data"][0]
     trace["y"] = pack.ref("received_by_distance", "layer", "head")
     trace["hovertemplate"] = "queries from %{x}<br>attention to the sink: %{y:,.3~r}<extra></extra>"
-    trace["line"] = dict(color=palette(theme).sink)
+    trace["line"] = dict(color=LIGHT.sink)
     made["layout"]["yaxis"] |= dict(range=[0, 1.02])
     made["layout"]["showlegend"] = False
     return made
+
+
+def pattern(report: SinkReport) -> View:
+    """The frame of one head's attention pattern; the script fills in its cells."""
+    cells = go.Heatmap(
+        zmin=0, zmax=1, hoverongaps=False,
+        colorbar=dict(title=dict(text="attention [probability]", side="right")),
+        hovertemplate="%{text}<br>largest attention [probability]: %{z:,.2~r}<extra></extra>",
+    )  # fmt: skip
+    figure = go.Figure(cells)
+    plain = dict(showgrid=False, zeroline=False)
+    figure.update_xaxes(title_text="key", **plain)
+    figure.update_yaxes(title_text="query", autorange="reversed", **plain)
+    finish(figure, "", report.settings, _THEME, height=470)
+    return view(figure, ("layer", "head"))
 
 
 def _name_columns(report: SinkReport, pack: Pack, made: View) -> None:

@@ -6,6 +6,7 @@ from .dims import nonmixture_dims as nonmixture_dims
 from .dormancy import domain_scatter as domain_scatter
 from .dormancy import removal_cost as removal_cost
 from .dormancy import sleeping_heads as sleeping_heads
+from .export import paper as paper
 from .export import save as save
 from .heads import head_change as head_change
 from .heads import head_map as head_map
@@ -39,6 +40,7 @@ __all__ = [
     "domain_scatter",
     "removal_cost",
     "sleeping_heads",
+    "paper",
     "save",
     "head_change",
     "head_map",

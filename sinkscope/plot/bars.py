@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
 
 
+_BARS = 128  # that a figure has room for
+
+
 def bars(
     report: SinkReport | None,
     variable: Variable,
@@ -27,6 +30,8 @@ def bars(
     theme: Theme = None,
 ) -> go.Figure:
     """A bar a bin; the first trace holds the sinks, the second all others.
+
+    Of more than 128 bins the others are one line, and the sinks are dots on it.
 
     Args:
         report: Whose sinks and tokens; without one, position 0 stands out and there are no tokens.
@@ -40,22 +45,33 @@ def bars(
     first = "the first" if report is None else "sink"
     names = places.names() if report is None else hover_names(report, places)
     is_sink = np.isin(places.first, sinks)
+    as_line = len(places.first) > _BARS
     figure = go.Figure()
     for chosen, name, colour, outline in (
         (is_sink, first, colours.sink, 2),  # seen where a bar is thinner than a pixel
         (~is_sink, "other positions", colours.other, 0),
     ):
-        figure.add_bar(
+        shown: dict[str, Any] = dict(
             x=places.first[chosen],
-            width=places.width()[chosen],
-            offset=-0.5,
             y=values[chosen],
             name=name,
-            marker=dict(color=colour, line=dict(width=outline, color=colour)),
             text=[name for name, wanted in zip(names, chosen, strict=True) if wanted],
-            textposition="none",
             hovertemplate=f"%{{text}}<br>{axis_label(variable)}: %{{y:,.4~r}}<extra></extra>",
         )
+        if as_line:
+            mode = "markers" if outline else "lines"
+            figure.add_scatter(
+                **shown, mode=mode, marker=dict(color=colour, size=9), line=dict(color=colour)
+            )
+            continue
+        figure.add_bar(
+            **shown,
+            width=places.width()[chosen],
+            offset=-0.5,
+            marker=dict(color=colour, line=dict(width=outline, color=colour)),
+            textposition="none",
+        )
+    figure.update_yaxes(rangemode="tozero")
     figure.update_xaxes(
         title_text="position of the key" if "attention" in variable.name else "position",
         range=[-0.5 - 0.012 * places.size, places.size - 0.5],

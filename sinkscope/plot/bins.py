@@ -10,7 +10,7 @@ import numpy as np
 
 LONGEST = 1024
 """Bins of a line or of bars: about as many as a screen has columns for."""
-_KEPT = 6  # columns of a map that a kept position takes
+_KEPT = 50  # a kept position takes one fiftieth of a map
 
 
 class Bins(NamedTuple):
@@ -56,17 +56,15 @@ class Bins(NamedTuple):
     def columns(self, keep: Sequence[int] = ()) -> np.ndarray:
         """Where the bins begin and end on a map that draws all of them equally wide [bin + 1].
 
-        Drawn to scale, one position of thousands would be thinner than a pixel. The positions in
-        `keep` are six times as wide, so that a sink is seen on a telephone too.
+        Drawn to scale, one position of hundreds would be thinner than a few pixels. The positions
+        in `keep` take a fiftieth of the map each, so that a sink is seen on a telephone too.
         """
-        if not self.binned:
-            return self.edges()
-        width = np.where(np.isin(self.first, keep), _KEPT, 1)
+        width = np.where(np.isin(self.first, keep), -(-len(self.first) // _KEPT), 1)
         return np.append(0, np.cumsum(width)) - 0.5
 
     def ticks(self, columns: np.ndarray) -> dict[str, Any]:
         """Ticks of an axis whose bins lie at `columns`: at round positions, which they name."""
-        if not self.binned:
+        if np.array_equal(columns, self.edges()):
             return dict(dtick=1) if self.size <= 10 else {}
         round_numbers = (n * 10**power for power in itertools.count() for n in (1, 2, 5))
         step = next(number for number in round_numbers if self.size <= 10 * number)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sinkscope.errors import ReportError
 from sinkscope.plot import frames
 from sinkscope.plot.bins import bins
 from sinkscope.plot.figure import finish, layer_ticks
-from sinkscope.plot.labels import About, escaped, heading
+from sinkscope.plot.labels import About, differences, escaped, heading
 from sinkscope.plot.lines import band
+from sinkscope.plot.positions import mean_over_heads
 from sinkscope.plot.scales import y_scale
 from sinkscope.plot.theme import Palette, Theme, palette
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from sinkscope.report.report import SinkReport
 
 COLUMNS = ("condition", "prompt", "layer", "position", "metric", "value")
 _ABREAST = 6  # conditions whose names fit side by side
@@ -29,10 +33,10 @@ LOG_METRICS = ("residual_norm", "residual_peak", "sink_residual_norm")
 
 
 def before_after(
-    frame: pd.DataFrame,
+    frame: pd.DataFrame | Mapping[str, SinkReport],
     metric: str,
     *,
-    about: About,
+    about: About | None = None,
     by: Literal["position", "layer", "condition"] = "position",
     positions: Sequence[int] | None = None,
     log: bool | None = None,
@@ -58,9 +62,11 @@ def before_after(
     ========== ======= ===========================================================================
 
     Args:
-        frame: As above.
+        frame: As above; or reports by the name of their condition, such as {"before": one,
+            "after": other}, whose figure a position is drawn, mean over prompts and heads.
         metric: Which metric's rows to draw.
-        about: Settings of one of the reports, or a line that says model, T, BOS and ε.
+        about: Settings of one of the reports, or a line that says model, T, BOS and ε; of reports
+            by default what they share.
         by: What runs along x. "position": a dot a sequence and position, mean over the layers in
             the frame, as in the paper's scatter panels. "layer": mean over sequences with its 95 %
             interval, one line a position. "condition": one panel, one line a sequence through all
@@ -77,6 +83,11 @@ def before_after(
     Raises:
         ReportError: If a column, the metric, or all rows are missing.
     """
+    if isinstance(frame, Mapping):
+        about = differences(list(frame.values())) if about is None else about
+        frame = _frame_of(frame, metric)
+    if about is None:
+        raise ReportError("A frame does not say what it was measured on; pass about=.")
     frames.need(frame, "before_after", *COLUMNS)
     rows = frames.pick(frame, "metric", metric)
     colours = palette(theme)
@@ -110,6 +121,26 @@ def before_after(
         (figure.update_xaxes if downwards else figure.update_yaxes)(**y_scale(True))
     title = f"{heading(metric)} by {by}" if title is None else title
     return finish(figure, escaped(title), about, theme, height=height)
+
+
+def _frame_of(reports: Mapping[str, SinkReport], metric: str) -> pd.DataFrame:
+    """The rows of reports: each layer and position, mean over prompts and heads."""
+    import pandas as pd
+
+    pieces = []
+    for condition, report in reports.items():
+        dims = report._require(metric).dims
+        if dims[0] != "layer" or dims[-1] != "position":
+            raise ReportError(
+                f"{metric} has the dimensions {' '.join(dims)}; before_after draws reports' "
+                "figures with layer and position, such as received_attention; by_layer draws those "
+                "with prompt and layer."
+            )
+        values = mean_over_heads(report, metric)
+        layer, position = np.indices(values.shape)
+        columns = dict(layer=layer.ravel(), position=position.ravel(), value=values.ravel())
+        pieces.append(pd.DataFrame(columns).assign(condition=condition, prompt=0, metric=metric))
+    return pd.concat(pieces, ignore_index=True)
 
 
 def _positions(

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinkscope.errors import SinkscopeError
+from sinkscope.output import write_file
+from sinkscope.plot.theme import template
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -13,19 +15,73 @@ if TYPE_CHECKING:
 IMAGES = (".png", ".svg", ".pdf", ".webp", ".jpg")
 CONFIG = {"displaylogo": False, "responsive": True}
 """Plotly's settings of a figure in a page."""
+_WIDTH = 900  # pixels of a picture of a figure that has no width of its own
+_SLIDER = 80  # pixels that a slider takes below a figure
+
+
+COLUMN, PAGE = 3.3, 6.8
+"""Widths of a figure in a paper [inch]: of one column, and of the page."""
+_PIXELS = 96  # of a picture to the inch
+_POINT = 96 / 72  # pixels
+
+
+def paper(
+    figure: go.Figure, inches: float = COLUMN, *, height: float | None = None, points: float = 8
+) -> go.Figure:
+    """The figure as a paper prints it: to size, in its type size, without a title or buttons.
+
+    Args:
+        figure: Any figure of this package; it stays as it is.
+        inches: Width: 3.3 for a column, 6.8 for a page.
+        height: Height [inch]; by default 0.72 of the width, or less where the page is wide.
+        points: Size of all text.
+
+    Returns:
+        A new figure in light colours. `save` writes it as a vector picture to ".pdf" or ".svg".
+    """
+    shown = _without_controls(figure)
+    size = points * _POINT
+    height = (
+        inches * (0.72 if inches <= (COLUMN + PAGE) / 2 else 0.45) if height is None else height
+    )
+    font = dict(size=size)
+    shown.layout.title = None
+    shown.update_layout(
+        template=template("light"), width=round(inches * _PIXELS),
+        height=round(height * _PIXELS), margin=dict(l=4, r=4, t=4, b=4), font=font,
+        legend=dict(font=font),
+    )  # fmt: skip
+    shown.update_xaxes(title_font=font, tickfont=font, title_standoff=4, automargin=True)
+    shown.update_yaxes(title_font=font, tickfont=font, title_standoff=4, automargin=True)
+    shown.update_annotations(font_size=size)
+    if len(shown.layout.annotations) or shown.layout.legend.orientation != "v":
+        shown.update_layout(margin_t=round(2.2 * size))
+    bar = dict(title=dict(font=font, side="right"), tickfont=font, thickness=0.7 * size)
+    for trace in shown.data:
+        if trace.type == "heatmap":
+            trace.update(colorbar=bar)
+        elif trace.type == "scatter":
+            width, dot = trace.line.width, trace.marker.size
+            trace.update(line_width=min(width, 1.2) if width else 1.2, textfont_size=size)
+            if isinstance(dot, int | float):
+                trace.marker.size = min(dot, 4)
+    return shown
 
 
 def save(
-    figure: go.Figure, path: str | Path, *, width: int = 900, height: int | None = None,
+    figure: go.Figure, path: str | Path, *, width: int | None = None, height: int | None = None,
     scale: float = 2.0,
 ) -> Path:  # fmt: skip
     """Write a figure as a file whose suffix says the kind.
 
+    A picture shows what the figure shows first; sliders and buttons, which nobody can press there,
+    are left out of it.
+
     Args:
-        figure: What to write.
+        figure: What to write; `paper` gives it the size and type of a paper.
         path: ".html" for an interactive page that needs no network; ".png", ".svg", ".pdf",
             ".webp" or ".jpg" for a picture, drawn by Chrome through Kaleido.
-        width: Of a picture [pixel].
+        width: Of a picture [pixel]; by default the figure's own, or 900.
         height: Of a picture [pixel]; by default the figure's own.
         scale: Pixels of the file for each pixel of the picture (".png", ".webp", ".jpg").
 
@@ -41,14 +97,23 @@ def save(
         raise SinkscopeError(
             f"{path} does not say what kind of file to write; end it in .html, {', '.join(IMAGES)}."
         )
-    try:
-        if path.suffix == ".html":
-            figure.write_html(path, include_plotlyjs=True, config=CONFIG)
-        else:
-            path.write_bytes(_image(figure, path.suffix[1:], width, height, scale))
-    except OSError as error:
-        raise SinkscopeError(f"{path} cannot be written: {error.strerror or error}.") from error
-    return path
+    if path.suffix == ".html":
+        return write_file(path, figure.to_html(include_plotlyjs=True, config=CONFIG))
+    shown = _without_controls(figure)
+    width = width or shown.layout.width or _WIDTH
+    return write_file(path, _image(shown, path.suffix[1:], width, height, scale))
+
+
+def _without_controls(figure: go.Figure) -> go.Figure:
+    """A copy without sliders and buttons, and without the room that they took."""
+    import plotly.graph_objects as go
+
+    shown = go.Figure(figure)
+    below = bool(len(shown.layout.sliders))
+    shown.layout.sliders = shown.layout.updatemenus = ()
+    if below and shown.layout.height:
+        shown.layout.height -= _SLIDER
+    return shown
 
 
 def _image(figure: go.Figure, kind: str, width: int, height: int | None, scale: float) -> bytes:

@@ -11,7 +11,14 @@ from sinkscope.errors import ReportError
 from sinkscope.metrics.heads import INACTIVE_IF
 from sinkscope.plot.figure import finish, tick_step
 from sinkscope.plot.labels import axis_label, heading, in_words
-from sinkscope.plot.scales import colour_scale, emptied, log_switch, value_range
+from sinkscope.plot.scales import (
+    colour_scale,
+    emptied,
+    log_bar,
+    log_switch,
+    ratio_colours,
+    value_range,
+)
 from sinkscope.plot.theme import SEQUENTIAL, Palette, Theme, palette
 from sinkscope.plot.values import Interval, interval_of, mean_of, remembered
 from sinkscope.report.labelled import Variable, to_numpy
@@ -116,23 +123,34 @@ def heatmap(figures: Interval, variable: Variable) -> go.Heatmap:
     unit = f" {variable.unit}" if variable.unit not in (None, "1") else ""
     hover = (
         f"layer %{{y}}, {in_words(variable.dims[-1])} %{{x}}<br>"
-        f"{in_words(variable.name)}: %{{z:,.4~r}}{unit}"
+        f"{in_words(variable.name)}: %{{customdata[0]:,.4~r}}{unit}"
     )
-    shown: dict[str, Any] = dict(hovertemplate=f"{hover}<extra></extra>")
     if not np.isnan(figures.low).all():
-        shown["customdata"] = np.stack([figures.low, figures.high], axis=-1)
-        interval_text = "<br>95 % interval: %{customdata[0]:,.4~r} to %{customdata[1]:,.4~r}"
-        shown["hovertemplate"] = f"{hover}{interval_text}<extra></extra>"
-    low, high = value_range(figures.mean, variable.unit)
+        hover += "<br>95 % interval: %{customdata[1]:,.4~r} to %{customdata[2]:,.4~r}"
+    z, low, high = coloured(figures.mean, variable)
     return go.Heatmap(
-        z=figures.mean,
+        z=z,
         zmin=low,
         zmax=high,
         xgap=1,
         ygap=1,
-        colorbar=dict(title=dict(text=axis_label(variable), side="right")),
-        **shown,
+        customdata=np.stack(figures, axis=-1),
+        hovertemplate=f"{hover}<extra></extra>",
+        colorbar=dict(title=dict(text=axis_label(variable), side="right"))
+        | (log_bar(low, high) if is_ratio(variable) else {}),
     )
+
+
+def is_ratio(variable: Variable) -> bool:
+    """Whether a figure is a ratio, drawn on a logarithmic scale whose middle is 1."""
+    return variable.unit == "ratio"
+
+
+def coloured(values: np.ndarray, variable: Variable) -> tuple[np.ndarray, float, float]:
+    """What the colours of a head map stand for, and the ends of its scale."""
+    if is_ratio(variable):
+        return ratio_colours(values)
+    return values, *value_range(values, variable.unit)
 
 
 def empty_map(cells: go.Heatmap, variable: Variable, colours: Palette) -> go.Figure:
@@ -183,7 +201,8 @@ def _step(
     title = (
         f"{name}: {share:.0%} of {number} {kind if number != 1 else kind[:-1]} above {threshold:g}"
     )
-    cut = (threshold - cells.zmin) / (cells.zmax - cells.zmin)
+    at = threshold if not is_ratio(variable) else np.log10(max(threshold, 1e-30))
+    cut = float((at - cells.zmin) / (cells.zmax - cells.zmin))
     return {"colorscale": [emptied(scale, cut, colours)]}, {"title.text": title}
 
 

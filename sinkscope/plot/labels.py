@@ -39,6 +39,17 @@ def plain_about(about: Settings) -> str:
     return readable(" · ".join(parts))
 
 
+def differences(reports: list[SinkReport]) -> str:
+    """The line under a title for several reports: what they share, and how many values else."""
+    parts = []
+    for name, prefix in (
+        ("model", ""), ("length", "T = "), ("bos", "BOS: "), ("epsilon", "ε = "), ("source", ""),
+    ):  # fmt: skip
+        values = list(dict.fromkeys(str(getattr(report.settings, name)) for report in reports))
+        parts.append(prefix + (", ".join(values) if len(values) < 4 else f"{len(values)} values"))
+    return " · ".join(parts)
+
+
 def in_words(name: str) -> str:
     """A field's name as words: "sink_attention" is "sink attention"."""
     if name == "received_peak":  # a mean over layers and heads, which peaks at the sink

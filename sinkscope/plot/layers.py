@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ import plotly.graph_objects as go
 from sinkscope.errors import ReportError
 from sinkscope.output import number
 from sinkscope.plot.figure import finish, layer_ticks
-from sinkscope.plot.labels import axis_label, heading, in_words, with_unit
+from sinkscope.plot.labels import axis_label, differences, escaped, heading, in_words, with_unit
 from sinkscope.plot.lines import band, graded
 from sinkscope.plot.scales import log_switch, y_scale
 from sinkscope.plot.theme import Theme, palette
@@ -27,11 +28,12 @@ from sinkscope.plot.values import (
 from sinkscope.statistics import bootstrap
 
 if TYPE_CHECKING:
+    from sinkscope.report.labelled import Variable
     from sinkscope.report.report import SinkReport
 
 
 def by_layer(
-    report: SinkReport,
+    report: SinkReport | Mapping[str, SinkReport],
     *metrics: str,
     log: bool = False,
     title: str | None = None,
@@ -41,7 +43,8 @@ def by_layer(
     """Lines over the layers: mean over prompts (and a layer's heads) with its 95 % interval.
 
     Args:
-        report: What a scan gave.
+        report: What a scan gave; or several reports by name, such as {"before": one, "after":
+            other}, whose lines are then drawn together.
         metrics: Fields of one unit that have a prompt and a layer, such as "sink_cosine" and
             "other_cosine".
         log: Whether y starts logarithmic; where nothing is negative a button changes it.
@@ -55,13 +58,12 @@ def by_layer(
     """
     if not metrics:
         raise ReportError('by_layer needs the name of a field, such as "sink_attention".')
-    variables = [report._require(name) for name in metrics]
+    named = dict(report) if isinstance(report, Mapping) else {"": report}
+    if not named:
+        raise ReportError("by_layer was given no report.")
+    first = next(iter(named.values()))
+    variables = [_checked(one, name) for one in named.values() for name in metrics]
     for variable in variables:
-        if variable.dims[:2] != ("prompt", "layer") or "dim" in variable.dims:
-            raise ReportError(
-                f"{variable.name} has the dimensions {' '.join(variable.dims)}; expected prompt "
-                "and layer, and perhaps head."
-            )
         if variable.unit != variables[0].unit:
             raise ReportError(
                 f"{variables[0].name} [{variables[0].unit}] and {variable.name} [{variable.unit}] "
@@ -69,26 +71,40 @@ def by_layer(
             )
     colours = palette(theme)
     figure = go.Figure()
-    for index, variable in enumerate(variables):
+    lines = [(name, one, metric) for name, one in named.items() for metric in metrics]
+    for index, (name, one, metric) in enumerate(lines):
+        own = in_words(metric) if len(metrics) > 1 or not name else ""
         band(
             figure,
-            np.arange(report.sizes["layer"]),
-            _over_heads(report, variable.name),
-            name=in_words(variable.name),
+            np.arange(one.sizes["layer"]),
+            _over_heads(one, metric),
+            name=", ".join(filter(None, [escaped(name), own])),
             colour=colours.series[index % len(colours.series)],
-            label=axis_label(variable),
+            label=axis_label(one.variables()[metric]),
             along="layer",
         )
     axis = axis or _shared(metrics) or ", ".join(in_words(name) for name in metrics)
-    figure.update_xaxes(title_text="layer", **layer_ticks(report.sizes["layer"]))
+    figure.update_xaxes(title_text="layer", **layer_ticks(first.sizes["layer"]))
     figure.update_yaxes(
         title_text=with_unit(axis, variables[0].unit).strip(),
         **y_scale(log),
     )
-    if all(np.nanmin(_over_heads(report, name).mean, initial=1) > 0 for name in metrics):
+    if all(np.nanmin(_over_heads(one, metric).mean, initial=1) > 0 for _, one, metric in lines):
         figure.update_layout(updatemenus=[log_switch(log)])
     names = " and ".join(in_words(name) for name in metrics)
-    return finish(figure, title or f"{heading(names)} by layer", report.settings, theme)
+    about = first.settings if len(named) == 1 else differences(list(named.values()))
+    return finish(figure, title or f"{heading(names)} by layer", about, theme)
+
+
+def _checked(report: SinkReport, name: str) -> Variable:
+    """What a metric is, if it has a prompt and a layer."""
+    variable = report._require(name)
+    if variable.dims[:2] != ("prompt", "layer") or "dim" in variable.dims:
+        raise ReportError(
+            f"{variable.name} has the dimensions {' '.join(variable.dims)}; expected prompt and "
+            "layer, and perhaps head."
+        )
+    return variable
 
 
 def _shared(metrics: tuple[str, ...]) -> str:
@@ -185,7 +201,7 @@ def attention_by_query(
         chosen = range(figures.shape[1]) if heads is None else [heads]
         lines = {f"layer {layer}, head {h}": figures[layer, h] for h in chosen}
         where = f"layer {layer}" + ("" if heads is None else f", head {heads}")
-    scale = graded(len(lines), palette(theme))
+    scale = graded(len(lines))
     figure = go.Figure()
     for (name, line), colour in zip(lines.items(), scale, strict=True):
         figure.add_scatter(

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.colors
 import plotly.graph_objects as go
 
-from sinkscope.plot.theme import DARK, LIGHT, SEQUENTIAL, Palette, faded
+from sinkscope.plot.theme import DARK, LIGHT, SEQUENTIAL, faded
 
 _POINTS = 80  # that are drawn as symbols
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "triangle-down")
@@ -74,8 +74,7 @@ def band(
     )  # fmt: skip
 
 
-def graded(size: int, colours: Palette) -> list[str]:
-    """Colours of as many lines in an order, first to last: viridis without the paper's end."""
-    ends = (0.0, 0.9) if colours is LIGHT else (0.25, 1.0)
-    points = np.linspace(*ends, max(size, 2)).tolist()
+def graded(size: int) -> list[str]:
+    """Colours of as many lines in an order, first to last: viridis, seen on light and dark."""
+    points = np.linspace(0.2, 0.9, max(size, 2)).tolist()
     return plotly.colors.sample_colorscale(plotly.colors.get_colorscale(SEQUENTIAL), points)[:size]

@@ -57,6 +57,7 @@ POSITION_DIMS = (
 LOG_METRICS = ("residual_norm",)  # as bars, where they differ widely
 _LINEAR_MAPS = ("cosine_to_sink",)
 _COLUMNS = 512  # of a map; more are binned
+_NAMED = 3  # secondary sinks above a map
 
 
 def by_position(
@@ -70,9 +71,10 @@ def by_position(
 ) -> go.Figure:
     """Bars over the positions of the text, in one head or the mean of a layer's heads.
 
-    Beyond 1,024 positions each bar is the largest of a few neighbours and the title says so; the
-    first sixteen positions and the sinks are always drawn alone. A dotted line shows what uniform
-    attention would give. What the last quarter of a causal text receives is
+    Beyond 128 positions the sinks are dots and the others a line; beyond 1,024 each point is the
+    largest of a few neighbours and the title says so. The first sixteen positions and the sinks are
+    always drawn alone. A dotted line shows what uniform attention would give. What the last quarter
+    of a causal text receives is
     shaded: few queries see its keys, and an average over few is seldom small.
 
     Args:
@@ -165,11 +167,32 @@ def position_map(
         title_text="layer", autorange="reversed", showgrid=False, zeroline=False,
         dtick=tick_step(len(z)),
     )  # fmt: skip
+    _name_secondary(figure, report, metric, places, columns)
     heads = "" if len(variable.dims) == 2 else f", mean over {in_words(variable.dims[1])}s"
     note = f", maxima of {len(places.first)} columns" if places.binned else ""
     title = f"{heading(metric)} by layer and position{heads}{note}"
     height = max(380, min(900, 210 + 16 * len(z)))
     return finish(figure, title, report.settings, theme, height=height)
+
+
+def _name_secondary(
+    figure: go.Figure, report: SinkReport, metric: str, places: Bins, columns: np.ndarray
+) -> None:
+    """Name, above the map, the positions that are no sink and yet receive as much in some layer."""
+    if metric != "received_attention":
+        return
+    largest = np.nan_to_num(mean_over_heads(report, metric)).max(axis=0)
+    largest[sink_positions(report)] = 0
+    if (start := few_from(report)) is not None:
+        largest[start:] = 0
+    for position in np.argsort(-largest)[:_NAMED].tolist():
+        if largest[position] <= report.settings.epsilon:
+            break
+        x = float(np.interp(position, places.edges(), columns))
+        figure.add_annotation(
+            x=x, y=1, yref="paper", yanchor="bottom", showarrow=False, font_size=11,
+            text=f"secondary: {position}",
+        )  # fmt: skip
 
 
 def map_bins(report: SinkReport) -> Bins:

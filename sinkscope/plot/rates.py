@@ -13,7 +13,7 @@ import torch
 from sinkscope.errors import ReportError
 from sinkscope.metrics.positions import uniform_received
 from sinkscope.plot.figure import finish
-from sinkscope.plot.labels import escaped
+from sinkscope.plot.labels import differences, escaped
 from sinkscope.plot.lines import band
 from sinkscope.plot.theme import Theme, palette
 from sinkscope.plot.values import (
@@ -71,7 +71,7 @@ def sink_rate(reports: SinkReport | Mapping[str, SinkReport], *, theme: Theme = 
     title = "Sink rate against ε"
     if not isinstance(reports, Mapping):
         title += f" (at {epsilon:g}: first sink {first.sink_rate_at(epsilon):.1%})"
-    about = first.settings if len(named) == 1 else _differences(list(named.values()))
+    about = first.settings if len(named) == 1 else differences(list(named.values()))
     return finish(figure, title, about, theme)
 
 
@@ -116,7 +116,7 @@ def sink_rate_by_length(
     figure.update_xaxes(title_text="T [positions]", type="log", tickvals=lengths, ticktext=lengths)
     figure.update_yaxes(title_text="sink rate [share of heads]", range=[0, 1.02], tickformat=".0%")
     title = f"Sink rate against the length of the text, ε = {epsilon:g}"
-    return finish(figure, title, _differences(list(reports)), theme, height=480)
+    return finish(figure, title, differences(list(reports)), theme, height=480)
 
 
 def _rate_at(report: SinkReport, epsilons: np.ndarray) -> Interval:
@@ -157,17 +157,6 @@ def _other_positions(figure: go.Figure, report: SinkReport, colour: str) -> None
             hovertemplate=f"position {position}, ε = %{{x:.2f}}<br>sink rate [share]: %{{y:.3~g}}"
             "<extra></extra>",
         )  # fmt: skip
-
-
-def _differences(reports: list[SinkReport]) -> str:
-    """The line under a title for several reports: what they share, and how many values else."""
-    parts = []
-    for name, prefix in (
-        ("model", ""), ("length", "T = "), ("bos", "BOS: "), ("epsilon", "ε = "), ("source", ""),
-    ):  # fmt: skip
-        values = list(dict.fromkeys(str(getattr(report.settings, name)) for report in reports))
-        parts.append(prefix + (", ".join(values) if len(values) < 4 else f"{len(values)} values"))
-    return " · ".join(parts)
 
 
 def _length(report: SinkReport) -> int:

@@ -27,6 +27,19 @@ def value_range(figures: np.ndarray, unit: str | None) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
+def ratio_colours(ratios: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """log10 of ratios, and the ends of a diverging scale for it whose middle is 1.
+
+    The scale reaches a hundredfold either way at most; what lies beyond has the colour of its end,
+    and so has a ratio of zero.
+    """
+    with np.errstate(divide="ignore"):
+        z = np.log10(ratios)
+    finite = np.abs(z[np.isfinite(z)])
+    reach = min(max(float(finite.max(initial=0.0)), _LEAST_REACH), _RATIO_REACH)
+    return np.clip(z, -reach, reach), -reach, reach
+
+
 def log_bar(low: float, high: float, pixels: int = 250) -> dict[str, Any]:
     """Ticks of a colour bar of logarithms, labelled with what they are logarithms of.
 
@@ -54,6 +67,7 @@ def _three_digits(figure: float) -> str:
 
 _LABEL = 18  # pixels of a colour bar that a label takes
 _SIGNED = ("logit", "1")  # units of figures that may lie on either side of zero
+_RATIO_REACH, _LEAST_REACH = 2.0, 0.1  # decades of a scale of ratios either way from 1
 _DECADES = 5  # that a logarithmic scale spans at most
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from sinkscope.statistics import Interval, bootstrap
 if TYPE_CHECKING:
     import pandas as pd
 
+_PAGE = "sinkscope.html.comparison_page"
+"""The module that draws the page, found by name: drawing stands above what it draws."""
 _UNCHANGED = "No figure changed."
 
 
@@ -143,6 +146,10 @@ class Comparison:
         for title, figure in figures.items():
             columns[f"{title} [{variable.unit}]"] = to_numpy(figure).ravel()
         return pd.DataFrame(columns)
+
+    def to_html(self) -> str:
+        """One page of what changed, with no request and no other file."""
+        return importlib.import_module(_PAGE).to_html(self)
 
     def __repr__(self) -> str:
         from sinkscope.output import table_as_text

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
+    from sinkscope.report.patterns import HeadPatterns
+
 _PAGE = "sinkscope.html.report_page"
 """The module that draws a report as a page, found by name: drawing stands above what it draws."""
 
@@ -101,9 +103,14 @@ class SinkReport(SinkQuantities):
         """One JSON object of all figures; nan and inf are null."""
         return json.dumps(self.to_dict(), allow_nan=False)
 
-    def to_html(self) -> str:
-        """One interactive page with everything inside: no kernel, no request, no other file."""
-        return importlib.import_module(_PAGE).to_html(self)
+    def to_html(self, patterns: HeadPatterns | None = None) -> str:
+        """One interactive page with everything inside: no kernel, no request, no other file.
+
+        Args:
+            patterns: attention patterns of the first prompts, which a report does not keep; see
+                `sinkscope.capture.patterns.head_patterns`. Without them the page shows none.
+        """
+        return importlib.import_module(_PAGE).to_html(self, patterns)
 
     def merge(self, other: SinkReport) -> SinkReport:
         """The report of both reports' prompts, as if they had been scanned together.

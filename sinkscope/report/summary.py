@@ -131,7 +131,10 @@ def massive_dims(report: SinkQuantities) -> str | None:
     if not largest:
         return "none"
     dims = sorted(largest, key=lambda dim: -abs(largest[dim]))
-    shown = [f"{d} ({number(largest[d])}, {_runs(layers[d])})" for d in dims[:_SHOWN]]
+    shown = [
+        f"{d} ({number(largest[d])}, layer{'s' if len(layers[d]) > 1 else ''} {runs(layers[d])})"
+        for d in dims[:_SHOWN]
+    ]
     return and_more(shown, len(dims))
 
 
@@ -214,13 +217,13 @@ def _sink_tokens(report: SinkQuantities) -> str:
     return f" ({and_more(shown, len(tokens))})" if shown else ""
 
 
-def _runs(layers: set[int]) -> str:
-    """Layers as runs: {1, 2, 3, 7} is "layers 1-3, 7"."""
-    runs = []
+def runs(layers: set[int]) -> str:
+    """Layers as runs: {1, 2, 3, 7} is "1-3, 7"."""
+    found = []
     for _, group in groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0]):
         run = [layer for _, layer in group]
-        runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(runs)}"
+        found.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ", ".join(found)
 
 
 Fact = tuple[str, str]

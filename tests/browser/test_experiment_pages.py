@@ -30,10 +30,11 @@ def red_green_blue(colour: str) -> str:
 
 
 def papers(page) -> set[str]:
-    """The colours that lie behind text and behind each figure."""
+    """The colours that lie behind each section's text and behind each figure."""
     return set(
         page.evaluate(
-            """[getComputedStyle(document.body).backgroundColor,
+            """[...[...document.querySelectorAll('.card')]
+                    .map(card => getComputedStyle(card).backgroundColor),
                 ...[...document.querySelectorAll('.figure .main-svg:first-of-type')]
                     .map(svg => svg.style.background || getComputedStyle(svg).backgroundColor)]"""
         )
@@ -44,7 +45,8 @@ def test_a_page_asks_its_question_and_heads_every_figure(open_page, found) -> No
     opened = open_drawn(open_page, found.to_html())
     page = opened.page
     assert opened.said == [] and opened.requests == []
-    assert page.title() == "Does another position's vector make a sink? synthetic"
+    assert page.title() == "Does another position's vector make a sink?"
+    assert page.locator("header .about").inner_text() == found.about
     assert page.locator("h1").all_inner_texts() == ["Does another position's vector make a sink?"]
     titles = [figure.layout.title.text for figure in found.figures().values()]
     assert page.locator("h2").all_inner_texts() == titles

@@ -59,7 +59,7 @@ def all_figures(theme: str) -> dict:
 
 
 def test_no_figure_of_the_package_is_left_out():
-    not_figures = {"save", "set_theme", "template", "to_html"}
+    not_figures = {"paper", "save", "set_theme", "template"}
     drawn = {name.split(",")[0] for name in all_figures("light")}
     assert drawn == set(plot.__all__) - not_figures
 

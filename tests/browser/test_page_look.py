@@ -63,7 +63,7 @@ def test_the_tokens_that_few_queries_see_are_named(open_page):
         page.page.select_option("#prompt", "1")
         assert page.page.text_content("#few").startswith(expected)
         assert causal or page.page.text_content("#few") == ""
-        page.page.select_option("#quantity", "1")
+        page.page.select_option("#quantity", label="residual outlier [ratio]")
         assert page.page.text_content("#few") == ""
 
 
@@ -130,7 +130,8 @@ def test_print_is_light_and_without_controls(open_page):
     assert not page.page.locator("#metric").is_visible()
     key = page.page.locator("#key")
     assert key.is_visible() and page.page.locator("#scale-bar").is_visible()
-    assert key.inner_text() == "Prompt 0, mean received attention [probability], logarithmic:"
+    said = r"Prompt 0, attention received in layer \d, head \d, mean over prompts, linear:"
+    assert re.fullmatch(said, key.inner_text())
     assert page.page.locator('[data-view="rate"] .annotation-text').text_content() == "ε = 0.3"
     page.page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.page.get_attribute("html", "data-theme") == "light"
@@ -144,7 +145,8 @@ def test_print_is_light_and_without_controls(open_page):
     assert not page.page.locator(".head label").first.is_visible()
     left = """one => document.querySelector(one).getBoundingClientRect().left"""
     assert page.page.evaluate(left, "h1") == page.page.evaluate(left, "main .card")
-    assert len(on_paper) > 5 and all(500 < width <= 680 for width in on_paper), "A4 and Letter"
+    assert page.page.locator("details:not([open])").count() == 0, "paper does not unfold"
+    assert len(on_paper) > 5 and all(250 < width <= 680 for width in on_paper), "A4 and Letter"
     page.page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.page.get_attribute("html", "data-theme") == "dark"
     assert max(page.page.evaluate(widths)) > 1000, "as wide as the window again"

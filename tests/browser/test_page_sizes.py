@@ -31,7 +31,7 @@ def test_a_page_shows_what_there_is_and_nothing_else(open_page, kept):
     for view, field in (("received", "received_attention"), ("residual", "residual_norm")):
         assert (view in views) == (field in kept), "linked figures need no map"
     assert all(page.data(view) for view in views)
-    assert page.page.locator("h2").first.inner_text() == "Summary"
+    assert page.page.locator("h2").last.inner_text() == "Facts, terms, settings"
 
 
 def test_without_a_map_a_head_is_chosen_by_its_numbers(open_page):
@@ -115,8 +115,9 @@ def test_of_many_prompts_the_page_holds_the_first_and_says_so(open_page):
     assert page.text("#prompts-held") == "The page holds the first 128 of 150 prompts."
     assert page.page.locator("#prompt option").count() == 128
     rows = page.page.locator('[data-table="tokens"] tbody tr')
-    for row, prompt in ((0, 140), (1, 7)):  # the first is not held: nothing to show of it
-        assert rows.nth(row).locator("td").first.inner_text() == str(prompt)
+    for row, place in ((0, ("3", "140")), (1, ("5", "7"))):  # prompt 140 is not held
+        cells = rows.nth(row).locator("td")
+        assert (cells.nth(0).inner_text(), cells.nth(2).inner_text()) == place
         rows.nth(row).click()
         assert page.page.input_value("#prompt") == ("0" if row == 0 else "7")
     assert page.text("#token-chosen").startswith("Position 5, ")

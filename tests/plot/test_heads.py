@@ -19,7 +19,8 @@ def test_head_map_shows_the_mean_over_prompts_with_its_interval():
     (cells,) = figure.data
     expected = report.sink_attention.double().numpy().mean(axis=0)
     np.testing.assert_allclose(cells.z, expected, rtol=1e-6)
-    low, high = np.moveaxis(cells.customdata, -1, 0)
+    mean, low, high = np.moveaxis(cells.customdata, -1, 0)
+    np.testing.assert_allclose(mean, expected, rtol=1e-6)
     assert (low <= expected).all() and (expected <= high).all()
     assert (low < high).all()
     assert "95 % interval" in cells.hovertemplate
@@ -79,7 +80,7 @@ def test_kv_heads_keep_their_own_axis():
 
 def test_one_prompt_has_no_interval():
     figure = plot.head_map(synthetic_report(prompts=1))
-    assert figure.data[0].customdata is None
+    assert np.isnan(figure.data[0].customdata[..., 1:]).all()
     assert "interval" not in figure.data[0].hovertemplate
 
 
@@ -171,3 +172,15 @@ def test_head_change_of_other_texts_pairs_nothing():
 def test_head_change_refuses_other_sizes():
     with pytest.raises(ReportError, match="cannot be compared head by head"):
         plot.head_change(synthetic_report(), synthetic_report(heads=4))
+
+
+def test_ratios_are_coloured_by_their_logarithm_about_one():
+    drain = torch.tensor([[0.01, 0.1, 1.0, 2.0], [1e-4, 0.0, 0.5, 1.0]]).expand(2, 2, 4)
+    report = synthetic_report(2, layers=2, heads=4, kv_heads=4, value_drain=drain)
+    cells = plot.head_map(report, "value_drain").data[0]
+    assert (cells.zmin, cells.zmax) == (-2, 2), "a hundredfold either way at most"
+    np.testing.assert_allclose(
+        cells.z, [[-2, -1, 0, np.log10(2)], [-2, -2, np.log10(0.5), 0]], atol=1e-6
+    )
+    np.testing.assert_allclose(cells.customdata[..., 0], drain[0], rtol=1e-6)
+    assert cells.colorbar.ticktext[0] == "0.01" and "1" in cells.colorbar.ticktext

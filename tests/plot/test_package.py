@@ -41,7 +41,9 @@ def test_figures_need_no_model_library():
 
 def test_page_files_travel_with_the_package():
     root = Path(html.__file__).parent / "assets"
-    assert {"page.html", "page.css", "main.js"} <= {path.name for path in root.iterdir()}
+    assert {"skeleton.html", "report.html", "look.css", "main.js"} <= {
+        path.name for path in root.iterdir()
+    }
     settings = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     assert settings["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == ["sinkscope"]
 
@@ -97,5 +99,5 @@ def test_readme_lists_exactly_the_figures_there_are():
     rows = readme.partition("### Figures")[2].partition("\n## ")[0].splitlines()
     first = " ".join(row.split("|")[1] for row in rows if row.startswith("| `"))
     listed = [name for name in first.split("`")[1::2] if name != "ss.plot."]
-    others = {"save", "set_theme", "template", "to_html"}
+    others = {"paper", "save", "set_theme", "template"}
     assert sorted(listed) == sorted(set(plot.__all__) - others)

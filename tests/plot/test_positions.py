@@ -12,12 +12,9 @@ from tests.unit.report_factory import only, synthetic_report
 
 
 def drawn(figure) -> dict[int, float]:
-    """Bar heights by position."""
+    """Heights of the sinks and of the others, as bars or a line, by position."""
     return {
-        int(x): float(y)
-        for trace in figure.data
-        if trace.type == "bar"
-        for x, y in zip(trace.x, trace.y, strict=True)
+        int(x): float(y) for trace in figure.data[:2] for x, y in zip(trace.x, trace.y, strict=True)
     }
 
 
@@ -73,14 +70,14 @@ def test_long_text_is_drawn_in_bins_that_keep_every_maximum():
     assert f"maxima of {len(heights):,} bins" in figure.layout.title.text
 
 
-def test_a_sink_in_the_middle_keeps_a_bar_of_its_own():
+def test_a_sink_in_the_middle_is_drawn_where_it_is():
     sinks = torch.zeros(1, 5000, dtype=torch.bool)
     sinks[0, 3333] = True
     report = synthetic_report(
         prompts=1, layers=1, heads=2, kv_heads=1, positions=5000, sink_mask=sinks
     )
     sink = plot.by_position(report, layer=0, head=0).data[0]
-    assert (sink.x.tolist(), sink.width.tolist()) == ([3333], [1])
+    assert (sink.type, sink.mode, sink.x.tolist()) == ("scatter", "markers", [3333])
     assert sink.y[0] == report.received_attention[0, 0, 3333]
 
 

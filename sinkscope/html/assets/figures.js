@@ -1,21 +1,18 @@
 // The figures: drawn by Plotly from what the package made, moved by what is chosen.
 
 // On a touch screen a drag scrolls the page, and no button hides a legend.
-const touch = matchMedia("(hover: none)");
 const narrow = matchMedia("(max-width: 600px)");
-const config = () => ({
-  displaylogo: false, responsive: true, displayModeBar: touch.matches ? false : "hover",
-});
 const figures = [...document.querySelectorAll("[data-view]")];
 
 function draw(element) {
   const name = element.dataset.view;
-  const view = page.views[state.theme][name];
+  const view = coloured(page.views[name], theme.name);
   const data = resolve(view.data);
-  const layout = resolve(view.layout);
-  layout.template = page.themes[state.theme].template;
+  const layout = sized(element, resolve(view.layout));
+  layout.template = page.themes[theme.name].template;
   layout.shapes = [...(layout.shapes ?? []), ...marks(name)];
   if (name === "map") fillMap(data, layout);
+  if (name === "pattern") fillPattern(data, layout);
   if (name === "positions") data[0].text = Array(page.sizes.layer).fill(data[0].text);
   if (name in state.log) setScale(layout.yaxis, state.log[name], data);
   if (name === "rate") layout.annotations = layout.shapes.map(nameThreshold);
@@ -64,7 +61,7 @@ function nameThreshold({ x0 }) {
 
 // A frame about the chosen layer, dark within light or light within dark: seen on every colour.
 function framed(columns) {
-  const { ink, paper } = page.themes[state.theme];
+  const { ink, paper } = page.themes[theme.name];
   return [[paper, 5], [ink, 2]].map(([color, width]) => ({
     type: "rect", ...columns, y0: state.layer - 0.5, y1: state.layer + 0.5, line: { color, width },
   }));
@@ -72,7 +69,7 @@ function framed(columns) {
 
 // Lines and frames that show what is chosen elsewhere.
 function marks(name) {
-  const colours = page.themes[state.theme];
+  const colours = page.themes[theme.name];
   const line = { color: colours.ink, width: 2 };
   const vertical = (x, dash) => ({
     type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: { ...line, width: 1, dash },
@@ -86,6 +83,7 @@ function marks(name) {
   }
   if (name === "layers" || name === "drains") return [vertical(state.layer, "dot")];
   if (name === "rate" && metric()?.threshold !== null && metric()) return [vertical(state.epsilon)];
+  if (name === "pattern") return [];
   if (["received", "values", "residual"].includes(name) && state.position !== null) {
     return [vertical(state.position, "dot")];
   }
@@ -94,19 +92,18 @@ function marks(name) {
 
 // The head map: the chosen metric's cells, those at or below the threshold empty.
 function fillMap(data, layout) {
-  const { name, label, dim, hover, range, scale, interval } = metric();
+  const { name, label, dim, hover, range, scale, interval, log, ticks } = metric();
   const cells = rows(`${name}.mean`);
   const [above, below] = data;
-  above.z = cells;
+  const kept = (x) => Math.min(Math.max(Math.log10(x), range[0]), range[1]);
+  above.z = log ? cells.map((row) => row.map(kept)) : cells;
   [above.zmin, above.zmax] = range;
-  above.colorscale = page.themes[state.theme][scale];
-  above.colorbar = { ...above.colorbar, title: { text: label, side: "right" } };
+  above.colorscale = page.themes[theme.name][scale];
+  above.colorbar = { ...above.colorbar, title: { text: label, side: "right" }, ...ticks };
   above.hovertemplate = hover;
-  if (interval) {
-    const ends = rows(`${name}.ends`);
-    above.customdata = cells.map((row, layer) =>
-      Array.from(row, (_, head) => [ends[layer][2 * head], ends[layer][2 * head + 1]]));
-  }
+  const ends = interval ? rows(`${name}.ends`) : null;
+  above.customdata = cells.map((row, layer) => Array.from(row, (x, head) =>
+    (ends ? [x, ends[layer][2 * head], ends[layer][2 * head + 1]] : [x])));
   below.z = cells.map((row) => Array.from(row, (x) => (x <= state.epsilon ? 1 : null)));
   layout.xaxis.title.text = DIM_WORDS[dim];
   layout.xaxis.dtick = tick(cells[0].length);
@@ -168,7 +165,7 @@ function headAt(column) {
 
 // The position of a bar or of a cell; where it stands for several, the one whose value it shows.
 function positionAt(name, { x, curveNumber, pointNumber }) {
-  const view = page.views.light[name];
+  const view = page.views[name];
   if (!view.peak) return x;
   if (name === "positions") return rows(view.peak)[pointNumber[0]][pointNumber[1]];
   const bin = array(["sinks", "others"][curveNumber]).values[pointNumber];
@@ -198,5 +195,3 @@ function moveOnMap(event) {
     head: within(state.head + step[1] * width, page.sizes.head),
   });
 }
-
-const within = (index, size) => Math.min(Math.max(Math.round(index) || 0, 0), size - 1);

@@ -3,54 +3,15 @@
 // Parts of the page whose figures the report does not have.
 function removeMissing() {
   const has = (name) =>
-    name in page.views.light ||
+    name in page.views ||
     (name === "tokens" && page.tokens !== null) ||
+    (name === "strongest" && page.patterns !== undefined) ||
     (name === "tables" && document.querySelector("[data-table]") !== null);
   for (const card of document.querySelectorAll("[data-view-card]")) {
     if (!has(card.dataset.viewCard)) card.remove();
   }
   for (const section of document.querySelectorAll("[data-needs]")) {
     if (!section.dataset.needs.split(" ").some(has)) section.remove();
-  }
-}
-
-function startTheme() {
-  const button = byId("theme");
-  const system = matchMedia("(prefers-color-scheme: dark)");
-  let byHand = false;
-  const show = () => {
-    document.documentElement.dataset.theme = state.theme;
-    button.textContent = state.theme === "dark" ? "Light" : "Dark";
-  };
-  watch(["theme"], show);
-  state.theme = system.matches ? "dark" : "light";
-  show();
-  button.addEventListener("click", () => {
-    byHand = true;
-    choose({ theme: state.theme === "dark" ? "light" : "dark" });
-  });
-  system.addEventListener("change", () => {
-    if (!byHand) choose({ theme: system.matches ? "dark" : "light" });
-  });
-  // Paper is white.
-  let before = state.theme;
-  addEventListener("beforeprint", () => {
-    before = state.theme;
-    choose({ theme: "light" });
-    fitPaper(true);
-  });
-  addEventListener("afterprint", () => {
-    fitPaper(false);
-    choose({ theme: before });
-  });
-}
-
-// Figures as wide as the sheet: at once, since printing does not wait.
-function fitPaper(printing) {
-  document.documentElement.toggleAttribute("data-print", printing);
-  for (const figure of document.querySelectorAll(".js-plotly-plot")) {
-    const width = printing ? figure.parentElement.clientWidth : null;
-    Plotly.relayout(figure, { width, autosize: !printing });
   }
 }
 
@@ -74,8 +35,10 @@ function startMap() {
   byId("metric").addEventListener("change", ({ target }) => choose({ metric: target.value }));
   byId("epsilon").addEventListener("input", ({ target }) => choose({ epsilon: Number(target.value) }));
   document.querySelector('[data-view="map"]').addEventListener("keydown", moveOnMap);
+  watch(["metric"], () => { byId("metric").value = state.metric; });
   watch(["metric"], startMetric);
   watch(["metric", "epsilon"], describeCount);
+  byId("metric").value = state.metric;
   startMetric();
 }
 
@@ -83,7 +46,7 @@ function startMap() {
 const MARKED_BY = {
   map: ["metric", "epsilon", "layer", "head"],
   received: ["position"], values: ["position"], residual: ["position"],
-  layers: ["layer"], drains: ["layer"], positions: ["layer"], rate: ["epsilon"],
+  pattern: ["prompt"], layers: ["layer"], drains: ["layer"], positions: ["layer"], rate: ["epsilon"],
 };
 
 // To a screen reader a figure is a picture called as its heading is.
@@ -96,26 +59,30 @@ function nameAsPicture(element, heading) {
 async function startFigures() {
   for (const element of figures.filter((one) => one.isConnected)) {
     const name = element.dataset.view;
-    const view = page.views.light[name];
+    const view = page.views[name];
     const heading = element.closest(".card").querySelector("h3");
     if (heading && heading.textContent === "") heading.textContent = view.title;
     if (heading) nameAsPicture(element, heading);
     if (view.note) element.insertAdjacentText("afterend", view.note);
     const depends = view.depends.map((dim) => (dim === "kv_head" ? "head" : dim));
-    watch(["theme", "log", ...depends, ...(MARKED_BY[name] ?? [])], () => draw(element));
+    theme.watchers.push(() => draw(element));
+    watch(["log", ...depends, ...(MARKED_BY[name] ?? [])], () => draw(element));
     await draw(element);
     listen(element);
   }
 }
 
 async function start() {
+  followAddress();
   startTheme();
   startTables();
   removeMissing();
   if (byId("layer")) startChoice();
   if (page.metrics.length > 0) startMap();
   startTokens();
+  startPatterns();
   await startFigures();
+  addEventListener("hashchange", followAddress);
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
 }
 

@@ -1,7 +1,4 @@
-// The page's data, what is chosen on it, and what has to be drawn again when that changes.
-
-const page = JSON.parse(document.getElementById("data").textContent);
-const byId = (id) => document.getElementById(id);
+// What is chosen on the page, and what has to be drawn again when that changes.
 
 const READERS = {
   float32: [Float32Array, 4], int32: [Int32Array, 4], uint16: [Uint16Array, 2], uint8: [Uint8Array, 1],
@@ -23,15 +20,15 @@ function array(name) {
 
 const state = {
   ...page.start,
-  theme: "light",
   prompt: 0,
   quantity: 0,
   position: null, // chosen in a figure or among the tokens
   epsilon: null,
   log: { // which y axes are logarithmic
-    received: false, values: false, residual: page.views.light.residual?.layout.yaxis.type === "log",
+    received: false, values: false, residual: page.views.residual?.layout.yaxis.type === "log",
   },
 };
+const ADDRESSED = ["layer", "head", "metric", "prompt"]; // choices that the address holds
 
 const watchers = [];
 
@@ -40,10 +37,25 @@ function watch(keys, draw) {
   watchers.push({ keys, draw });
 }
 
+// Choose what the address says, as far as this page has it.
+function followAddress() {
+  const { layer, head, prompt, metric: name } = address.read();
+  const changes = {};
+  if (layer) changes.layer = within(Number(layer), page.sizes.layer);
+  if (head) changes.head = within(Number(head), page.sizes.head);
+  if (prompt && page.tokens) changes.prompt = within(Number(prompt), page.tokens.prompts.length);
+  if (page.metrics.some((one) => one.name === name)) changes.metric = name;
+  choose(changes);
+}
+
+const within = (index, size) => Math.min(Math.max(Math.round(index) || 0, 0), size - 1);
+
 function choose(changes) {
   const keys = Object.keys(changes).filter((key) => changes[key] !== state[key]);
   if (keys.length === 0) return;
   Object.assign(state, changes);
+  const addressed = keys.filter((key) => ADDRESSED.includes(key));
+  if (addressed.length) address.write(Object.fromEntries(addressed.map((key) => [key, state[key]])));
   for (const watcher of watchers) {
     if (watcher.keys.some((key) => keys.includes(key))) watcher.draw();
   }
@@ -89,13 +101,16 @@ function resolve(node) {
 
 const metric = () => page.metrics.find((one) => one.name === state.metric);
 
-// A number in about three digits.
+// A number as the package writes it: three significant digits, whole from a thousand on.
 function number(x) {
-  if (x === null || !Number.isFinite(x)) return "–";
-  const size = Math.abs(x);
-  if (size !== 0 && (size < 1e-4 || size >= 1e7)) return x.toExponential(2);
-  if (size >= 100) return Math.round(x).toLocaleString("en-US");
-  return String(Number(x.toPrecision(3)));
+  if (x === null || x === undefined || Number.isNaN(x)) return "–";
+  if (!Number.isFinite(x)) return x > 0 ? "∞" : "−∞";
+  const rounded = Number(x.toPrecision(3));
+  const size = Math.abs(rounded);
+  if (size >= 1000) return x.toLocaleString("en-US", { maximumFractionDigits: 0 });
+  if (size === 0 || size >= 1e-4) return String(rounded);
+  const [digits, power] = x.toExponential(2).split("e-");
+  return `${Number(digits)}e-${power.padStart(2, "0")}`;
 }
 
 const DIM_WORDS = { head: "head", kv_head: "KV head", layer: "layer" };

@@ -41,6 +41,36 @@ function compare(column, direction) {
   };
 }
 
+// Buttons that copy a table, and save it as a file of comma-separated values.
+function exports(table) {
+  const make = (label, act) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = label;
+    button.addEventListener("click", () => act(button));
+    return button;
+  };
+  const quoted = (cell) => {
+    const text = cell === null ? "" : String(cell);
+    return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const copy = make("Copy", async (button) => {
+    const text = table().map((row) => row.map((cell) => cell ?? "").join("\t")).join("\n");
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  });
+  const save = make("CSV", () => {
+    const text = table().map((row) => row.map(quoted).join(",")).join("\r\n");
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+    link.download = "table.csv";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  });
+  return [copy, save];
+}
+
 // Fill a card with a table. `pick` says what a row chooses when it is clicked.
 function fill(card, { columns, kinds, rows: all, of, about }, { sortBy = null, pick = null } = {}) {
   let column = sortBy;
@@ -56,7 +86,7 @@ function fill(card, { columns, kinds, rows: all, of, about }, { sortBy = null, p
   scroll.className = "scroll";
   more.className = "more";
   button.type = "button";
-  more.append(button, note);
+  more.append(button, note, ...exports(() => [columns, ...all]));
   scroll.append(table);
   if (about) {
     const said = document.createElement("p");
@@ -94,16 +124,15 @@ function fill(card, { columns, kinds, rows: all, of, about }, { sortBy = null, p
       if (pick) {
         row.className = "link";
         row.tabIndex = 0;
-        row.addEventListener("click", () => choose(pick(values)));
-        row.addEventListener("keydown", ({ key }) => { if (key === "Enter") choose(pick(values)); });
+        row.addEventListener("click", () => pick(values));
+        row.addEventListener("keydown", ({ key }) => { if (key === "Enter") pick(values); });
       }
       return row;
     }));
     button.hidden = all.length <= ROWS_SHOWN;
     button.textContent = shown < all.length ? `Show all ${all.length}` : `Show ${ROWS_SHOWN}`;
     note.textContent = of > all.length
-      ? `The largest ${all.length} of ${of.toLocaleString("en-US")}.` : "";
-    more.hidden = button.hidden && note.textContent === "";
+      ? `The first ${all.length} of ${of.toLocaleString("en-US")}.` : "";
   }
 
   button.addEventListener("click", () => {
@@ -117,9 +146,18 @@ function startTables() {
   const tables = { ...page.tables };
   if (page.columns.length > 0) tables.heads = headsTable();
   const held = page.tokens?.prompts.length ?? 0;
+  const show = (changes, id) => {
+    choose(changes);
+    byId(id)?.scrollIntoView({ block: "start" });
+  };
   const options = {
-    heads: { sortBy: 2, pick: ([layer, head]) => ({ layer, head }) },
-    tokens: { pick: ([prompt, position]) => (prompt < held ? { prompt, position } : {}) },
+    heads: { sortBy: 2, pick: ([layer, head]) => show({ layer, head }, "heads-title") },
+    tokens: {
+      pick: ([position, , prompt]) =>
+        show(prompt < held ? { prompt, position } : { position }, "tokens-title"),
+    },
+    massive: { pick: ([, position]) => show({ position }, "tokens-title") },
+    dims: { pick: ([layer]) => show({ layer }, "heads-title") },
   };
   for (const card of document.querySelectorAll("[data-table]")) {
     const table = tables[card.dataset.table];

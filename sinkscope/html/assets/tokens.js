@@ -3,14 +3,38 @@
 const PAGE_OF_TOKENS = 512;
 let firstToken = 0;
 
-const quantity = () => page.tokens.quantities[state.quantity];
+// What tokens are shaded by: what the chosen head gives them, or a figure that each token has.
+const OF_HEAD = {
+  name: "received_attention", ofHead: true, label: "attention received in the chosen head",
+};
+const quantities = () => [
+  ...(headReceived() ? [OF_HEAD] : []), ...(page.tokens?.quantities ?? []),
+];
+const quantity = () => quantities()[state.quantity];
 const strip = byId("strip");
 
-function tokenValues() {
-  const stored = quantity();
+// Whether the page holds a figure a position of every head: long texts are binned.
+function headReceived() {
+  const stored = page.arrays.received_attention;
+  return stored !== undefined && stored.shape[2] === page.sizes.position;
+}
+
+function tokenValues(stored = quantity()) {
+  if (stored.ofHead) return ofHead();
   stored.unpacked ??= unpack(stored.values);
   const { values, shape } = stored.unpacked;
   return values.subarray(state.prompt * shape[1], (state.prompt + 1) * shape[1]);
+}
+
+// What the chosen head's queries pay each position: in this prompt, where the page holds its
+// patterns, and otherwise on average over prompts.
+function ofHead() {
+  const at = page.patterns?.prompts.indexOf(state.prompt) ?? -1;
+  if (at < 0) return slice("received_attention", ["layer", "head"]);
+  const { values, shape } = array("patterns.received");
+  const [, layers, heads, positions] = shape;
+  const start = ((at * layers + state.layer) * heads + state.head) * positions;
+  return Float32Array.from(values.subarray(start, start + positions), (x) => x / 65535);
 }
 
 // Where a value lies between the ends of the scale, 0 to 1.
@@ -30,15 +54,11 @@ function scaleOf(values) {
   };
 }
 
-// Colours between the stops of viridis, mixed in RGB as Plotly does.
-function colour(share) {
-  const stops = page.themes[state.theme].sequential;
-  const next = Math.max(1, stops.findIndex(([at]) => at >= share));
-  const [[from, a], [to, b]] = [stops[next - 1], stops[next]];
-  const part = (share - from) / (to - from);
-  const parts = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
-  const [one, other] = [parts(a), parts(b)];
-  return one.map((x, i) => Math.round(x + part * (other[i] - x)));
+// A shade of the sink's hue over the page's own colour, so that text stays ink on it.
+function shade(share) {
+  const [r, g, b] = parts(page.themes[theme.name].sink);
+  const most = theme.name === "dark" ? 0.5 : 0.7;
+  return `rgba(${r}, ${g}, ${b}, ${(most * share).toFixed(3)})`;
 }
 
 function drawTokens() {
@@ -47,21 +67,20 @@ function drawTokens() {
   const values = tokenValues();
   const scale = scaleOf(values.subarray(0, tokens.length));
   const end = Math.min(firstToken + PAGE_OF_TOKENS, tokens.length);
-  const parts = [];
+  const shown = [];
   for (let position = firstToken; position < end; position += 1) {
     const span = document.createElement("span");
-    const [r, g, b] = colour(scale.at(values[position]));
     span.textContent = tokens[position];
     span.dataset.position = position;
     span.setAttribute("role", "option");
     span.setAttribute("aria-selected", String(position === state.position));
     span.title = `position ${position}: ${quantity().label} ${number(values[position])}`;
-    span.style.backgroundColor = `rgb(${r}, ${g}, ${b})`;
-    span.style.color = 0.299 * r + 0.587 * g + 0.114 * b > 100 ? "#000" : "#fff";
-    parts.push(span);
-    if (tokens[position].includes("⏎")) parts.push(document.createElement("br"));
+    span.style.backgroundColor = shade(scale.at(values[position]));
+    if (!page.tokens.spaced && position > firstToken && !tokens[position].startsWith("##")) shown.push(" ");
+    shown.push(span);
+    if (tokens[position].includes("⏎")) shown.push(document.createElement("br"));
   }
-  strip.replaceChildren(...parts);
+  strip.replaceChildren(...shown);
   drawScale(scale);
   describeColours();
   describePages(tokens.length, end);
@@ -71,21 +90,20 @@ function drawTokens() {
 function drawScale({ low, high }) {
   byId("scale-low").textContent = number(low);
   byId("scale-high").textContent = number(high);
-  const canvas = byId("scale-bar");
-  const context = canvas.getContext("2d");
-  for (let x = 0; x < canvas.width; x += 1) {
-    context.fillStyle = `rgb(${colour(x / (canvas.width - 1)).join(", ")})`;
-    context.fillRect(x, 0, 1, canvas.height);
-  }
+  byId("scale-bar").style.background = `linear-gradient(to right, ${shade(0)}, ${shade(1)})`;
 }
 
 // What the fields above the tokens say, for paper; and which tokens few queries see.
 function describeColours() {
   const kind = byId("log-tokens").checked ? "logarithmic" : "linear";
-  byId("key").textContent = `Prompt ${state.prompt}, ${quantity().label}, ${kind}:`;
+  const said = quantity().ofHead
+    ? `attention received in layer ${state.layer}, head ${state.head}` +
+      (page.patterns?.prompts.includes(state.prompt) ? "" : ", mean over prompts")
+    : quantity().label;
+  byId("key").textContent = `Prompt ${state.prompt}, ${said}, ${kind}:`;
   const length = page.tokens.lengths[state.prompt];
   const start = length - Math.floor(length / 4);
-  byId("few").textContent = page.causal && quantity().name === "received_peak" && start < length
+  byId("few").textContent = page.causal && quantity().name.startsWith("received_") && start < length
     ? `From position ${start.toLocaleString("en-US")} on, keys are seen by few queries, above all by their own: ` +
       "what they receive is an average over these few."
     : "";
@@ -110,11 +128,7 @@ function describeToken() {
     said.textContent = position === null ? "" : `Position ${position} lies beyond these tokens.`;
     return;
   }
-  const figures = page.tokens.quantities.map((one) => {
-    one.unpacked ??= unpack(one.values);
-    const { values, shape } = one.unpacked;
-    return `${one.label} ${number(values[state.prompt * shape[1] + position])}`;
-  });
+  const figures = quantities().map((one) => `${one.label} ${number(tokenValues(one)[position])}`);
   said.textContent = `Position ${position}, “\u2068${tokens[position]}\u2069”: ${figures.join(", ")}`;
 }
 
@@ -153,7 +167,7 @@ function startTokens() {
     byId("prompts-held").textContent =
       `The page holds the first ${prompts.length} of ${of.toLocaleString("en-US")} prompts.`;
   }
-  page.tokens.quantities.forEach((one, index) => byId("quantity").add(new Option(one.label, index)));
+  quantities().forEach((one, index) => byId("quantity").add(new Option(one.label, index)));
   byId("prompt").addEventListener("change", ({ target }) => {
     firstToken = 0;
     choose({ prompt: Number(target.value) });
@@ -167,7 +181,9 @@ function startTokens() {
     if (target.dataset.position) choose({ position: Number(target.dataset.position) });
   });
   strip.addEventListener("keydown", moveAmongTokens);
-  watch(["prompt", "quantity", "theme"], drawTokens);
+  watch(["prompt", "quantity"], drawTokens);
+  watch(["layer", "head"], () => { if (quantity().ofHead) drawTokens(); else describeToken(); });
+  theme.watchers.push(drawTokens);
   watch(["position"], showPosition);
   drawTokens();
 }

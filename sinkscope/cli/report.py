@@ -1,0 +1,52 @@
+"""`sinkscope report` and `sinkscope compare`: what kept reports show, alone and side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sinkscope.cli import _common as common
+from sinkscope.output import write_file
+
+File = Annotated[Path, typer.Argument(help="A report.nc that `sinkscope scan --out` wrote.")]
+Page = Annotated[
+    Path | None,
+    typer.Option(help="Where the page goes; default: beside the report, with the suffix .html."),
+]
+
+
+def report(file: File, page: Page = None, json: common.Json = False) -> None:
+    """Show a kept report again and make its page; no model is loaded.
+
+    Example: `sinkscope report out/report.nc`
+    """
+    import sinkscope as ss
+
+    found = ss.load_report(file)
+    if json:
+        common.print_json(found.to_dict())
+        return
+    written = write_file(page or file.with_suffix(".html"), found.to_html())
+    common.show(found)
+    typer.echo(f"wrote {written}")
+
+
+def compare(
+    before: File,
+    after: File,
+    page: Annotated[
+        Path | None, typer.Option(help="Also write a page with what changed; ends in .html.")
+    ] = None,
+) -> None:
+    """Set two kept reports of the same tokens side by side: what changed, and where most.
+
+    Example: `sinkscope compare before/report.nc after/report.nc --page change.html`
+    """
+    import sinkscope as ss
+
+    found = ss.compare(ss.load_report(before), ss.load_report(after))
+    common.show(found)
+    if page is not None:
+        typer.echo(f"wrote {write_file(page, found.to_html())}")

@@ -1,0 +1,84 @@
+// What every page shares: its data, the choices in its address, its theme, and the printed sheet.
+
+const page = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+
+// The choices that the address holds: "#layer=3&theme=dark".
+const address = {
+  read: () => Object.fromEntries(new URLSearchParams(location.hash.slice(1))),
+  write(choices) {
+    const all = new URLSearchParams(Object.entries({ ...address.read(), ...choices }));
+    history.replaceState(null, "", `#${all}`);
+  },
+};
+
+// A figure's colours in a theme: figures come in light ones, and each has a dark twin.
+const RGBA = /^rgba\((\d+), ?(\d+), ?(\d+), ?([\d.]+)\)$/;
+const hex = (parts) => `#${parts.map((x) => Number(x).toString(16).padStart(2, "0")).join("")}`;
+const parts = (colour) => [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
+
+function twin(text) {
+  if (Object.hasOwn(page.themes.twins, text)) return page.themes.twins[text];
+  const rgba = text.match(RGBA);
+  const dark = rgba && page.themes.twins[hex(rgba.slice(1, 4))];
+  return dark ? `rgba(${parts(dark).join(",")},${rgba[4]})` : text;
+}
+
+function coloured(node, theme) {
+  if (theme === "light" || node === null || ArrayBuffer.isView(node)) return node;
+  if (typeof node === "string") return twin(node);
+  if (Array.isArray(node)) return node.map((one) => coloured(one, theme));
+  if (typeof node !== "object") return node;
+  return Object.fromEntries(Object.entries(node).map(([key, one]) => [key, coloured(one, theme)]));
+}
+
+// The system's theme until one is chosen; paper is always white.
+const theme = {
+  name: "light",
+  watchers: [],
+  show(name) {
+    theme.name = name;
+    document.documentElement.dataset.theme = name;
+    byId("theme").textContent = name === "dark" ? "Light" : "Dark";
+    for (const draw of theme.watchers) draw();
+  },
+};
+
+function startTheme() {
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const wanted = () => address.read().theme ?? (system.matches ? "dark" : "light");
+  theme.show(wanted() === "dark" ? "dark" : "light");
+  byId("theme").addEventListener("click", () => {
+    address.write({ theme: theme.name === "dark" ? "light" : "dark" });
+    theme.show(wanted());
+  });
+  system.addEventListener("change", () => theme.show(wanted()));
+  addEventListener("beforeprint", () => {
+    fitPaper(true);
+    theme.show("light");
+  });
+  addEventListener("afterprint", () => {
+    fitPaper(false);
+    theme.show(wanted());
+  });
+}
+
+// Figures as wide as the sheet, at once, since printing does not wait; folded parts open.
+const opened = [];
+function fitPaper(printing) {
+  document.documentElement.toggleAttribute("data-print", printing);
+  if (printing) opened.push(...document.querySelectorAll("details:not([open])"));
+  for (const part of opened) part.open = printing;
+  if (!printing) opened.length = 0;
+}
+
+// A figure's size in the place it has: given on paper, found by itself on the screen.
+function sized(element, layout) {
+  const printing = document.documentElement.hasAttribute("data-print");
+  return { ...layout, ...(printing ? { width: element.clientWidth, autosize: false } : {}) };
+}
+
+const touch = matchMedia("(hover: none)");
+const config = () => ({
+  displaylogo: false, responsive: true, displayModeBar: touch.matches ? false : "hover",
+});
