@@ -22,9 +22,9 @@ from sinkscope.explorer.session import (
 from sinkscope.explorer.widgets import (
     PlainViews,
     PromptBox,
+    first_head,
     plain_views,
     show_in,
-    strongest_head,
     why_not,
 )
 from sinkscope.output import number
@@ -106,10 +106,11 @@ class Explorer:
             )
         self.before, self.after, self.model, self.theme = report, None, model, theme
         self.shown = "before"
+        self._intervention: tuple[str, Where] | None = None
         self.metric = "sink_attention" if "sink_attention" in metrics else metrics[0]
         self.epsilon: float | None = report.settings.epsilon
         self.prompt = 0
-        self.layer, self.head = strongest_head(report)
+        self.layer, self.head = first_head(report)
         self.figures = {name: go.FigureWidget() for name in self._drawers() if self._has(name)}
         self.panel = Panel(self, metrics)
         self.widget = self.panel.widget
@@ -149,6 +150,7 @@ class Explorer:
         """
         self.before = scanned_text(self._needed_model(), text, self.before.settings)
         self.after, self.shown, self.prompt = None, "before", 0
+        self._intervention = None
         self.panel.follow()
         self._redraw(*self.figures)
 
@@ -168,8 +170,10 @@ class Explorer:
             raise SinkscopeError(
                 f"There is no intervention {name!r}; choose from {_quoted(INTERVENTIONS)}."
             )
-        with INTERVENTIONS[name](model, Where(position, self.layer, self.head)):
+        where = Where(position, self.layer, self.head)
+        with INTERVENTIONS[name](model, where):
             self.after = scanned_again(model, self.before)
+        self._intervention = name, where
         self.shown = "change"
         self.panel.follow()
         self._redraw(*self.figures)
@@ -237,7 +241,7 @@ class Explorer:
         figure = positions.by_position(
             self.report, metric, layer=self.layer, head=head, theme=self.theme
         )
-        return figure.update_layout(height=360)
+        return figure.update_layout(height=320)
 
     def _tokens(self) -> go.Figure:
         return strip.token_strip(
@@ -245,16 +249,33 @@ class Explorer:
         )
 
     def _pattern(self) -> go.Figure:
+        """The chosen head's pattern: as it is, under the intervention, or what that changed."""
         real = self.report.mask[self.prompt]
         tokens = self.report.tokens[self.prompt][real][:_LONGEST_PATTERN]
         text = self.report.token_text
+        pattern = self._head_pattern(tokens)
+        said = "" if self.after is None else f", {self.shown}"
         return attention_pattern(
-            head_pattern(self._needed_model(), tokens, self.layer, self.head),
+            pattern,
             None if text is None else text[self.prompt],
             about=self.report.settings,
-            title=f"Prompt {self.prompt}, layer {self.layer}, head {self.head}, untouched",
+            title=f"Prompt {self.prompt}, layer {self.layer}, head {self.head}{said}",
             theme=self.theme,
         )
+
+    def _head_pattern(self, tokens: Any) -> Any:
+        """[query key] of the report that is shown; of "change", after minus before."""
+        model = self._needed_model()
+        before = after = None
+        if self._intervention is None or self.shown != "after":
+            before = head_pattern(model, tokens, self.layer, self.head)
+        if self._intervention is not None and self.shown != "before":
+            name, where = self._intervention
+            with INTERVENTIONS[name](model, where):
+                after = head_pattern(model, tokens, self.layer, self.head)
+        if before is None or after is None:
+            return after if before is None else before
+        return after - before
 
     # -- the rest --------------------------------------------------------------------------------
 
@@ -302,7 +323,7 @@ class Explorer:
 
 
 _WIDTHS = {
-    "map": 430, "received": 560, "values": 560, "residual": 560, "tokens": 1000, "pattern": 700,
+    "map": 520, "received": 375, "values": 375, "residual": 375, "tokens": 1130, "pattern": 610,
 }  # fmt: skip
 _HEAD = {"layer", "head", "shown"}
 _MOVED_BY = {
@@ -320,8 +341,6 @@ _CHOICES = ("layer", "head", "prompt", "metric", "epsilon", "shown")
 def _quoted(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
-
-# --- The explorer's controls and how they are laid out.
 
 _FIELD = {"description_width": "initial"}
 
@@ -427,7 +446,7 @@ class Panel:
         self._explorer.intervene(self.what.value, self.position.value)
 
     def _do(self, saying: str, act: Callable[[], None]) -> None:
-        """Do something that takes a while; what goes wrong is said beside the controls."""
+        """Do something that takes a while, under a bar that runs; what goes wrong is said there."""
         with self._busy(saying):
             try:
                 act()
@@ -436,7 +455,7 @@ class Panel:
 
     @contextmanager
     def _busy(self, saying: str) -> Iterator[None]:
-        self.said.value = saying
+        self.said.value = f"<progress></progress> {saying}"  # without a value its bar runs
         self.ask.disabled = self.apply.disabled = True
         try:
             yield
@@ -445,21 +464,19 @@ class Panel:
 
     def _laid_out(self) -> w.Widget:
         figures = self._explorer.figures
-        beside = [figures[name] for name in ("received", "values", "residual") if name in figures]
-        below = [figures[name] for name in ("tokens", "pattern") if name in figures]
+        lines = (("map", "pattern"), ("received", "values", "residual"), ("tokens",))
         wrap = w.Layout(flex_flow="row wrap", align_items="center")
+        wide = w.Layout(flex_flow="row wrap", width="100%")
         rows: list[w.Widget] = [
             self.about,
             w.Box([self.metric, self.epsilon, self.layer, self.head, self.prompt], layout=wrap),
             w.Box([self.said, self.shown], layout=wrap),
-            w.Box([_cell([figures["map"]]), _cell(beside)], layout=w.Layout(flex_flow="row wrap")),
-            *(_cell([figure]) for figure in below),
+            *(
+                w.Box([figures[name] for name in line if name in figures], layout=wide)
+                for line in lines
+            ),
         ]
         if self._explorer.model is not None:
             rows.insert(2, self.ask)
             rows.insert(3, w.Box([self.what, self.position, self.apply], layout=wrap))
-        return w.VBox(rows)
-
-
-def _cell(figures: list[Any]) -> w.VBox:
-    return w.VBox(figures, layout=w.Layout(flex="0 0 auto"))
+        return w.VBox(rows, layout=w.Layout(width="100%"))

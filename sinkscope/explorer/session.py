@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from sinkscope.report.settings import Settings
 
 
-# --- The interventions that the explorer offers, each with what it needs to know.
-
-
 class Where(NamedTuple):
     """What is chosen in the explorer when an intervention is asked for."""
 

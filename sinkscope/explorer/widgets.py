@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +22,6 @@ from sinkscope.plot.values import is_known, mean_of
 
 if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
-
-
-# --- The explorer's box for a prompt, whose button sends the text along with the click.
 
 
 class PromptBox(anywidget.AnyWidget):
@@ -94,7 +92,7 @@ class PlainViews:
 
 def plain_views(report: SinkReport, reason: str, theme: Theme) -> PlainViews:
     """The figures that the report has the fields for, at its strongest sink head."""
-    layer, head = strongest_head(report)
+    layer, head = first_head(report)
     share = report.settings.n_heads // report.settings.n_kv_heads
     draw = {
         "sink_attention": lambda: heads.head_map(report, theme=theme),
@@ -112,13 +110,21 @@ def plain_views(report: SinkReport, reason: str, theme: Theme) -> PlainViews:
     return PlainViews(reason, made)
 
 
-def strongest_head(report: SinkReport) -> tuple[int, int]:
-    """Layer and head with the largest mean attention to the sink; the first where unmeasured."""
+_FLAT = 0.9  # from this sink attention on, a head shows nothing but the sink
+
+
+def first_head(report: SinkReport) -> tuple[int, int]:
+    """Layer and head to open on: the largest mean attention to the sink that is at most 0.9.
+
+    Of a head that attends to nothing else every figure is a flat line. Where there is no other, the
+    strongest; where attention to the sink was not measured, the first.
+    """
     if report.sink_attention is None:
         return 0, 0
-    mean = mean_of(report, "sink_attention")
-    flat = [-1.0 if value != value else value for value in mean.ravel().tolist()]
-    return divmod(max(range(len(flat)), key=flat.__getitem__), mean.shape[1])
+    mean = np.nan_to_num(mean_of(report, "sink_attention"), nan=-1.0)
+    telling = np.where(mean <= _FLAT, mean, -1.0)
+    at = int(telling.argmax() if telling.max() > 0 else mean.argmax())
+    return divmod(at, mean.shape[1])
 
 
 def show_in(widget: go.FigureWidget, figure: go.Figure, width: int) -> None:
@@ -128,7 +134,8 @@ def show_in(widget: go.FigureWidget, figure: go.Figure, width: int) -> None:
     and a width cannot be taken: so the width is given, and the title has one short line.
     """
     figure.layout.title.subtitle = None
-    figure.update_layout(title=dict(x=0.01, xref="container", font_size=15))
+    figure.update_layout(title=dict(x=0.01, xref="container", font_size=14))
+    figure.layout.title.text = _short(figure.layout.title.text, width)
     figure.update_layout(width=width, margin_t=figure.layout.margin.t - 22)
     figure.layout.height -= 22
     for trace in figure.data:
@@ -141,6 +148,16 @@ def show_in(widget: go.FigureWidget, figure: go.Figure, width: int) -> None:
             for old, new in zip(widget.data, figure.data, strict=True):
                 old.update(new.to_plotly_json(), overwrite=True)
         widget.layout = figure.layout
+
+
+_LETTER = 7.5  # pixels of a letter of a title
+
+
+def _short(title: str, width: int) -> str:
+    """A title's first clause where all of it does not fit the figure."""
+    if len(title) * _LETTER <= width:
+        return title
+    return re.split(r"; | \(", title)[0]
 
 
 _GRIDS = ("z", "customdata")

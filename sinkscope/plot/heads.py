@@ -287,7 +287,7 @@ def head_change(
     *,
     theme: Theme = None,
 ) -> go.Figure:
-    """Layer × head map of what an intervention changed: after less before.
+    """Layer × head map of what an intervention changed: after minus before.
 
     Where both reports hold the same tokens, the hover has the 95 % interval of the paired
     difference; a dot marks the heads whose interval leaves out zero.
@@ -323,7 +323,7 @@ def head_change(
             colorscale=colour_scale(True, colours),
             customdata=np.stack([mean_of(before, metric), mean_of(after, metric),
                                  low, high], axis=-1),
-            colorbar=dict(title=dict(text=label, side="right")),
+            colorbar=dict(title=dict(text=label, side="right"), tickformat="~g"),
             hovertemplate=f"layer %{{y}}, {in_words(variable.dims[-1])} %{{x}}<br>{label}: "
             "%{z:.3~g}<br>before %{customdata[0]:.3~g}, after %{customdata[1]:.3~g}"
             "<br>95 % interval: %{customdata[2]:.3~g} to %{customdata[3]:.3~g}<extra></extra>",
@@ -344,7 +344,7 @@ def head_change(
     sure = (
         f"; {len(rows)} of {change.size} intervals leave out 0" if paired and len(one) > 1 else ""
     )
-    title = f"{heading(metric)}: after less before{sure}"
+    title = f"{heading(metric)}: after minus before{sure}"
     height = max(380, min(900, 200 + 18 * change.shape[0]))
     return finish(figure, title, after.settings, theme, height=height)
 

@@ -99,10 +99,9 @@ def token_strip(
         f"position {start + i}: {plotly_token(word)}<br>{label}: {number(value)}"
         for i, (word, value) in enumerate(zip(words, values.tolist(), strict=True))
     ]
-    lines = [str(start + row * columns) for row in range(rows)]
+    lines = [f"{start + row * columns:,}" for row in range(rows)]  # what each row begins with
     figure = go.Figure(
         go.Heatmap(
-            y=lines,
             z=_grid(z.tolist(), rows, columns, np.nan).astype(float),
             zmin=low, zmax=high, xgap=2, ygap=2, hoverongaps=False,
             customdata=_grid(hovers, rows, columns, ""),
@@ -113,13 +112,18 @@ def token_strip(
     # A heatmap writes all its cells in one colour, or in Plotly's grey.
     figure.add_scatter(
         x=[index % columns for index in range(len(words))],
-        y=[lines[index // columns] for index in range(len(words))],
+        y=[index // columns for index in range(len(words))],
         text=[_short(word) for word in words], mode="text", hoverinfo="skip", showlegend=False,
         textfont=dict(size=11, color=_legible((z - low) / (high - low), palette(theme))),
     )  # fmt: skip
     figure.update_xaxes(visible=False, range=[-0.5, columns - 0.5])
     figure.update_yaxes(
-        title_text="position", type="category", range=[rows - 0.5, -0.5], showgrid=False
+        title_text="position",
+        tickvals=list(range(rows)),
+        ticktext=lines,
+        range=[rows - 0.5, -0.5],
+        showgrid=False,
+        zeroline=False,
     )
     part = "" if stop - start == length else f", positions {start} to {stop - 1} of {length:,}"
     title = f"{heading(metric)}: tokens of prompt {prompt}{part}"

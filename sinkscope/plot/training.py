@@ -10,6 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sinkscope.output import number
 from sinkscope.plot import frames
 from sinkscope.plot.figure import finish
 from sinkscope.plot.labels import About, escaped, in_words
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_MOST = {"sink": 1.0}  # the largest possible value of a phenomenon; none can be negative
 _RISKS = ("backcopy_excess", "bigram_excess")
 
 
@@ -56,8 +58,8 @@ def mitigations(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go
     for row in frame.itertuples():
         place = runs.index((row.attention, row.optimizer)), kinds.index(row.phenomenon)
         level[place] = {"yes": 1.0, "no": 0.0}.get(row.present.rstrip("?"), 0.5)
-        interval = "" if np.isnan(row.low) else f"<br>{row.low:.3g} to {row.high:.3g}"
-        text[place] = f"<b>{escaped(row.present)}</b>, {row.mean:.3g}{interval}"
+        interval = _interval(row.phenomenon, row.low, row.high)
+        text[place] = f"<b>{escaped(row.present)}</b>, {number(row.mean)}{interval}"
     scale = [[0, faded(colours.other, 0.35)], [0.5, faded(colours.faint, 0.25)]]
     figure = go.Figure(
         go.Heatmap(
@@ -84,6 +86,15 @@ def cures(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figur
         stacklevel=2,
     )
     return mitigations(frame, about=about, theme=theme)
+
+
+def _interval(phenomenon: str, low: float, high: float) -> str:
+    """A cell's second line; an interval beyond what is possible says that seeds are too few."""
+    if np.isnan(low):
+        return ""
+    if low < 0 or high > _MOST.get(phenomenon, np.inf):
+        return "<br>too few seeds"
+    return f"<br>{number(low)} to {number(high)}"
 
 
 def knockout_risks(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:

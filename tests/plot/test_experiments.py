@@ -248,3 +248,18 @@ def test_a_missing_column_is_named():
         plot.removal_cost(frames.domains().iloc[:0], about=ABOUT)
     with pytest.raises(ReportError, match="no metric 'nothing'"):
         plot.before_after(frames.conditions(), "nothing", about=ABOUT)
+
+
+def test_an_impossible_interval_over_seeds_is_not_written():
+    """An interval of two seeds may leave the probabilities: its ends say nothing."""
+    columns = ["attention", "optimizer", "phenomenon", "mean", "low", "high", "present"]
+    rows = [
+        ("softmax", "adam", "sink", 0.25, -1.99, 2.49, "unclear"),
+        ("softmax", "adam", "drain", 0.5, 0.4, 0.6, "yes"),
+        ("softmax", "adam", "peak", 30.0, 12.0, 1234.5, "yes"),
+    ]
+    figure = plot.mitigations(pd.DataFrame(rows, columns=columns), about="synthetic")
+    assert figure.data[0].text.tolist() == [
+        ["<b>unclear</b>, 0.25<br>too few seeds", "<b>yes</b>, 0.5<br>0.4 to 0.6",
+         "<b>yes</b>, 30<br>12 to 1,234"]
+    ]  # fmt: skip

@@ -42,8 +42,9 @@ def send(explorer, text: str) -> None:
     explorer.panel.ask._handle_custom_msg({"text": text}, [])
 
 
-def test_starts_at_the_strongest_head_with_every_figure_but_the_pattern(explorer):
+def test_starts_at_a_strong_head_that_is_no_flat_line_with_every_figure_but_the_pattern(explorer):
     mean = explorer.report.sink_attention.mean(0)
+    mean[mean > 0.9] = 0
     assert (explorer.layer, explorer.head) == divmod(int(mean.argmax()), 6)
     assert set(explorer.figures) == {"map", "received", "values", "residual", "tokens"}
 
@@ -190,6 +191,30 @@ def test_intervention_shows_what_changed(with_model):
     with_model.choose(shown="after")
     shown = np.array(with_model.figures["map"].data[0].z, dtype=float)
     np.testing.assert_allclose(shown, with_model.after.sink_attention.double().mean(0), rtol=1e-5)
+
+
+def test_the_pattern_follows_before_after_and_change(with_model):
+    with_model.choose(layer=1, head=2)
+    with_model.intervene("Self-only mask at the position", 5)
+    drawn = {}
+    for shown in ("before", "after", "change"):
+        with_model.choose(shown=shown)
+        drawn[shown] = np.array(with_model.figures["pattern"].data[0].z, dtype=float)
+        assert shown in with_model.figures["pattern"].layout.title.text
+    assert drawn["before"][5, 0] > 0.01
+    assert drawn["after"][5, :6].tolist() == pytest.approx([0, 0, 0, 0, 0, 1], abs=1e-6)
+    seen = np.tril_indices(12)
+    np.testing.assert_allclose(
+        drawn["change"][seen], (drawn["after"] - drawn["before"])[seen], atol=1e-6
+    )
+
+
+def test_a_prompt_of_two_rows_keeps_both():
+    explorer = ss.explore(synthetic_report(2, positions=30), widgets=True)
+    tokens = explorer.figures["tokens"]
+    assert tokens.data[1].y.tolist() == [0] * 12 + [1] * 12 + [2] * 6
+    assert tokens.layout.yaxis.ticktext == ("0", "12", "24")
+    assert tokens.layout.yaxis.range == (2.5, -0.5) and tokens.layout.yaxis.type is None
 
 
 def test_an_intervention_that_is_not_there_is_refused(with_model):

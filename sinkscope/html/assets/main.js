@@ -5,7 +5,7 @@ function removeMissing() {
   const has = (name) =>
     name in page.views ||
     (name === "tokens" && page.tokens !== null) ||
-    (name === "strongest" && page.patterns !== undefined) ||
+    (name === "strongest" && page.patterns !== undefined && "sink_attention.mean" in page.arrays) ||
     (name === "tables" && document.querySelector("[data-table]") !== null);
   for (const card of document.querySelectorAll("[data-view-card]")) {
     if (!has(card.dataset.viewCard)) card.remove();

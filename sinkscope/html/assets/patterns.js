@@ -39,13 +39,12 @@ function mixed(share) {
   return parts(a).map((x, i) => Math.round(x + part * (parts(b)[i] - x)));
 }
 
-function paint(canvas, layer, head) {
+function paint(canvas, layer, head, colours) {
   const cells = cellsOf(layer, head);
   const side = cells.length;
   canvas.width = canvas.height = side;
   const context = canvas.getContext("2d");
   const image = context.createImageData(side, side);
-  const colours = Array.from({ length: 256 }, (_, x) => mixed(x / 255));
   cells.forEach((row, query) => row.forEach((x, key) => {
     if (!(page.causal && key > query)) image.data.set([...colours[x], 255], 4 * (query * side + key));
   }));
@@ -69,13 +68,20 @@ function startPatterns() {
     });
     return { button, canvas, layer, head };
   });
+  const colours = Array.from({ length: 256 }, (_, x) => mixed(x / 255));
   const draw = () => {
-    for (const { button, canvas, layer, head } of buttons) {
-      paint(canvas, layer, head);
+    for (const { canvas, layer, head } of buttons) {
+      paint(canvas, layer, head, colours);
+    }
+    mark();
+  };
+  const mark = () => {
+    for (const { button, layer, head } of buttons) {
       button.setAttribute("aria-pressed", String(layer === state.layer && head === state.head));
     }
   };
   byId("strongest").append(...buttons.map(({ button }) => button));
-  watch(["prompt", "layer", "head"], draw);
+  watch(["prompt"], draw);
+  watch(["layer", "head"], mark);
   draw();
 }

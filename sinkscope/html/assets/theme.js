@@ -60,6 +60,9 @@ function startTheme() {
   addEventListener("afterprint", () => {
     fitPaper(false);
     theme.show(wanted());
+    for (const figure of document.querySelectorAll(".js-plotly-plot")) {
+      Plotly.relayout(figure, { width: null, autosize: true }); // as wide as its place again
+    }
   });
 }
 
