@@ -15,7 +15,6 @@ from sinkscope.plot import heads
 from sinkscope.plot.labels import axis_label, heading, in_words
 from sinkscope.plot.scales import log_bar
 from sinkscope.plot.values import interval_of, is_known, mean_of
-from sinkscope.report.fields import SinkFields
 from sinkscope.report.labelled import to_numpy
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def page_data(report: SinkReport, patterns: HeadPatterns | None = None) -> dict[
         },
         "start": _strongest_head(report, names),
         "metrics": metrics,
-        "columns": _columns(report, names),
+        "columns": [n for n, field in report.variables().items() if field.tabled and n in names],
         "arrays": pack.arrays,
         "lists": views.names(report) if linked else {},
         "views": drawn,
@@ -72,13 +71,6 @@ def _patterns(
 def _ordered(names: list[str]) -> list[str]:
     """The metrics one looks at first, first."""
     return sorted(names, key=lambda name: (*_FIRST, name).index(name))
-
-
-def _columns(report: SinkReport, names: list[str]) -> list[str]:
-    """The table of heads: the fields that say they stand there, then a user's own metrics."""
-    fields = report.variables()
-    own = [name for name in names if name not in SinkFields.variables()]
-    return list(dict.fromkeys([n for n in fields if fields[n].tabled and n in names] + own))
 
 
 def _metric(report: SinkReport, pack: Pack, name: str) -> dict[str, Any]:
