@@ -72,6 +72,8 @@ def bars(
             textposition="none",
         )
     figure.update_yaxes(rangemode="tozero")
+    if as_line:  # a point is found wherever in its column the pointer is
+        figure.update_layout(hovermode="x", hoverdistance=5)
     figure.update_xaxes(
         title_text="position of the key" if "attention" in variable.name else "position",
         range=[-0.5 - 0.012 * places.size, places.size - 0.5],

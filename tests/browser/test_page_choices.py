@@ -59,9 +59,9 @@ def test_the_address_holds_head_prompt_metric_and_theme(opened):
 def test_a_row_brings_its_head_into_view_and_a_table_can_be_saved(opened):
     table = opened.page.locator('[data-table="heads"]')
     table.locator("tbody tr").nth(3).click()
-    opened.page.wait_for_function(
-        """Math.abs(document.getElementById('heads-title').getBoundingClientRect().top) < 40"""
-    )
+    opened.page.wait_for_timeout(1500)  # it scrolls smoothly
+    top = "document.getElementById('heads-title').getBoundingClientRect().top"
+    assert abs(opened.page.evaluate(top)) < 40
     with opened.page.expect_download() as download:
         table.get_by_role("button", name="CSV").click()
     rows = download.value.path().read_text(encoding="utf-8").split("\r\n")

@@ -212,7 +212,7 @@ def test_the_pattern_follows_before_after_and_change(with_model):
 def test_a_prompt_of_two_rows_keeps_both():
     explorer = ss.explore(synthetic_report(2, positions=30), widgets=True)
     tokens = explorer.figures["tokens"]
-    assert tokens.data[1].y.tolist() == [0] * 12 + [1] * 12 + [2] * 6
+    assert list(tokens.data[1].y) == [0] * 12 + [1] * 12 + [2] * 6
     assert tokens.layout.yaxis.ticktext == ("0", "12", "24")
     assert tokens.layout.yaxis.range == (2.5, -0.5) and tokens.layout.yaxis.type is None
 

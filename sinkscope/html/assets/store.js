@@ -107,7 +107,7 @@ function number(x) {
   if (!Number.isFinite(x)) return x > 0 ? "∞" : "−∞";
   const rounded = Number(x.toPrecision(3));
   const size = Math.abs(rounded);
-  if (size >= 1000) return x.toLocaleString("en-US", { maximumFractionDigits: 0 });
+  if (size >= 1000) return x.toLocaleString("en-US", { maximumFractionDigits: 0, roundingMode: "halfEven" });
   if (size === 0 || size >= 1e-4) return String(rounded);
   const [digits, power] = x.toExponential(2).split("e-");
   return `${Number(digits)}e-${power.padStart(2, "0")}`;
