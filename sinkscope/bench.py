@@ -3,7 +3,7 @@
 Random weights of real shapes: time depends on shapes, and hardly on what the weights say. Where it
 does, they say what trained ones do: the first token holds a massive activation, for which a scan
 pays in every layer. A row is a way of running the same batch: the bare model with transformers'
-sdpa attention and without TransformerLens; observers on the stock bridge; observers on the
+sdpa attention and without TransformerLens; observers on the eager bridge; observers on the
 streaming path.
 """
 
@@ -147,8 +147,8 @@ SIZES = ((100, 64), (8, 1024), (1, 8192), (1, 32768))
 
 BARE = "transformers"
 WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "stock core": ("stock", ("core",)),
-    "stock all": ("stock", ("all",)),
+    "eager core": ("eager", ("core",)),
+    "eager all": ("eager", ("all",)),
     "core": ("streaming", ("core",)),
     "core + received": ("streaming", ("core", "received")),
     "core + received + entropy": ("streaming", ("core", "received", "entropy")),

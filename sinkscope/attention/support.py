@@ -141,6 +141,6 @@ def refuse_forked_inputs(attn: AttentionBridge) -> None:
 def _refusal(bridge: Any, reason: str) -> UnsupportedError:
     name = getattr(bridge.cfg, "architecture", None) or type(bridge.original_model).__name__
     return UnsupportedError(
-        f"{name} cannot stream attention exactly, because {reason}: use the stock path "
-        '(path="stock", or path="auto" to have it chosen).'
+        f"{name} cannot stream attention exactly, because {reason}: use eager "
+        'attention (attention="eager", or "auto" to have it chosen).'
     )

@@ -1,4 +1,4 @@
-"""The two ways attention is read: the stock bridge's patterns, or the streaming path.
+"""The two ways attention is read: eager, with every pattern materialised, or streaming.
 
 A path knows which hook points to listen to and turns what fires there into signals: plain
 activations under their name, and one "attention" signal a layer with an `AttentionReader`.
@@ -88,10 +88,10 @@ def _pattern_hook(
     return hook_fn
 
 
-class StockPath:
+class EagerPath:
     """The bridge as TransformerLens made it: every layer materialises its pattern."""
 
-    name = "stock"
+    name = "eager"
 
     def __init__(self, capabilities: Capabilities) -> None:
         self._capabilities = capabilities
@@ -108,9 +108,9 @@ class StockPath:
                 yield
             except UserWarning as warning:
                 raise UnsupportedError(
-                    f"The stock path of {self._capabilities.architecture} ignores edits of "
+                    f"Eager attention of {self._capabilities.architecture} ignores edits of "
                     "hook_attn_scores and hook_pattern, so a scan there would not measure what the "
-                    'model does; use path="streaming" where the model has it.'
+                    'model does; use attention="streaming" where the model has it.'
                 ) from warning
 
     def hooks(self, wanted: Wanted, batch: Callable[[], Batch], emit: Emit) -> Hooks:
@@ -202,41 +202,47 @@ class StreamingPath:
             for signal, hook in names.items():
                 if "attention" in signals or signal in signals:
                     found.append((f"{block}.{hook}", holding(layer, signal)))
-            if "attention" in signals and self._stream.materialises(layer):
-                hook = _pattern_hook(layer, inputs, can.windows[layer], batch, emit)
+            materialised = self._stream.materialises(layer) or bool(signals & {"pattern", "scores"})
+            if "scores" in signals or ("attention" in signals and materialised):
                 found.append((f"{block}.hook_attn_scores", holding(layer, "scores")))
+            if "pattern" in signals:
+                found.append((f"{block}.hook_pattern", passing(layer, "pattern")))
+            if "attention" in signals and materialised:
+                hook = _pattern_hook(layer, inputs, can.windows[layer], batch, emit)
                 found.append((f"{block}.hook_pattern", hook))
             elif "attention" in signals:
                 found.append((f"{block}.hook_lse", ready(layer)))
-            for signal in sorted(signals - {"attention", *names}):
+            for signal in sorted(signals - {"attention", "pattern", "scores", *names}):
                 found.append((can.signals[signal].format(layer=layer), passing(layer, signal)))
         return found
 
 
-def choose(model: Any, capabilities: Capabilities, path: str) -> Path:
-    """The path asked for; "auto" takes the streaming one wherever it is exact.
+def choose(model: Any, capabilities: Capabilities, attention: str) -> Path:
+    """The way of reading attention asked for; "auto" streams wherever that is exact.
 
     Raises:
-        UnsupportedError: If `path` is unknown, or cannot be exact for this model.
+        UnsupportedError: If it is unknown, or cannot be exact for this model.
     """
-    if path == "stock":
-        return _stock(capabilities)
-    if path not in ("auto", "streaming"):
-        raise UnsupportedError(f'There is no path {path!r}; choose "auto", "streaming" or "stock".')
+    if attention == "eager":
+        return _eager(capabilities)
+    if attention not in ("auto", "streaming"):
+        raise UnsupportedError(
+            f'attention is {attention!r}; choose "auto", "streaming" or "eager".'
+        )
     try:
         attention_of(model)  # all that `streaming` refuses on entry, at a tenth of its cost
     except UnsupportedError:
-        if path == "streaming":
+        if attention == "streaming":
             raise
-        return _stock(capabilities)
+        return _eager(capabilities)
     return StreamingPath(model, capabilities)
 
 
-def _stock(capabilities: Capabilities) -> StockPath:
-    """The stock path, unless the bridge computes something else than its model there."""
+def _eager(capabilities: Capabilities) -> EagerPath:
+    """Eager attention, unless the bridge computes something else than its model there."""
     if capabilities.stock_differs is not None:
         raise UnsupportedError(
-            f"The stock path cannot be exact for {capabilities.architecture}: "
+            f"Eager attention cannot be exact for {capabilities.architecture}: "
             f"{capabilities.stock_differs}."
         )
-    return StockPath(capabilities)
+    return EagerPath(capabilities)

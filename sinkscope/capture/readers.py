@@ -1,7 +1,7 @@
 """What one layer's attention looked like, whichever path computed it.
 
 Observers ask an `AttentionReader`; they never learn whether a pattern was materialised.
-`PatternReader` applies the definitions of `sinkscope.metrics` to the stock bridge's scores and
+`PatternReader` applies the definitions of `sinkscope.metrics` to the eager bridge's scores and
 pattern: the slow oracle. `StreamReader` gets the same numbers out of queries, keys and the
 log-sum-exp, with nothing T×T.
 """
@@ -112,12 +112,12 @@ class PatternReader:
         """See `metrics.attention.logit_gap_rows`.
 
         Raises:
-            UnsupportedError: If the stock bridge shows no true pre-softmax scores here.
+            UnsupportedError: If the eager bridge shows no true pre-softmax scores here.
         """
         if self.scores is None:
             raise UnsupportedError(
-                "sink_logit_gap needs pre-softmax scores, which the stock bridge of this "
-                'architecture does not show; measure it with path="streaming".'
+                "sink_logit_gap needs pre-softmax scores, which the eager bridge of this "
+                'architecture does not show; measure it with attention="streaming".'
             )
         b = self.batch
         gap, valid = attention.logit_gap_rows(self.scores, b.sinks, b.mask, b.causal, self.window)
@@ -131,12 +131,12 @@ class PatternReader:
         """See `metrics.geometry.sink_logit_decomposition`.
 
         Raises:
-            UnsupportedError: If the stock bridge never fires post-rotary queries and keys here.
+            UnsupportedError: If the eager bridge never fires post-rotary queries and keys here.
         """
         if self.query is None or self.key is None:
             raise UnsupportedError(
                 "The norms and cosines of the sink logit need post-rotary queries and keys, which "
-                'the stock bridge of this architecture does not fire; use path="streaming".'
+                'the eager bridge of this architecture does not fire; use attention="streaming".'
             )
         b = self.batch
         return geometry.sink_logit_decomposition(
@@ -147,12 +147,12 @@ class PatternReader:
         """See `metrics.attention.value_weighted_share`.
 
         Raises:
-            UnsupportedError: If the stock bridge shows no true values here.
+            UnsupportedError: If the eager bridge shows no true values here.
         """
         if self.value is None:
             raise UnsupportedError(
                 "value_weighted_sink_share needs values as the attention weights mix them, which "
-                'the stock bridge of this architecture does not show; use path="streaming".'
+                'the eager bridge of this architecture does not show; use attention="streaming".'
             )
         b, norm = self.batch, values.norms(self.value)
         return attention.value_weighted_share(self._pattern, norm, b.sinks, b.mask, b.causal)

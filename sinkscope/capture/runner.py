@@ -28,7 +28,7 @@ from sinkscope.prompts.tokens import Texts
 
 _TOKENS_A_BATCH = {"cuda": 2**16, "cpu": 2**12}
 _PATTERN_BYTES = 2**30
-"""Where "auto" starts: tokens that fill a device, and (stock path) room for one layer's pattern."""
+"""Where "auto" starts: tokens that fill a device, and room for one layer's eager pattern."""
 
 
 def run(
@@ -186,7 +186,7 @@ def _first_size(model: Any, texts: Texts, path: Path) -> int:
     """Prompts of the first batch: about what fills the device."""
     length = texts.mask.shape[1]
     size = _TOKENS_A_BATCH.get(input_device(model).type, 2**12) // length
-    if path.name == "stock":
+    if path.name == "eager":
         # Scores, pattern and its fp32 copy live at once in one layer.
         size = min(size, _PATTERN_BYTES // (12 * model.cfg.n_heads * length**2))
     return max(1, size)
@@ -199,8 +199,8 @@ def _smaller(size: int, batch: Batch, error: RuntimeError) -> int:
     if size == 1:
         raise ModelError(
             f"One prompt of {batch.length} positions does not fit in the memory of "
-            f'{batch.tokens.device}; use shorter texts, path="streaming", metrics="core", or a '
-            "device with more memory."
+            f'{batch.tokens.device}; use shorter texts, attention="streaming", metrics="core", '
+            "or a device with more memory."
         ) from error
     if batch.tokens.is_cuda:
         torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -18,10 +19,10 @@ from sinkscope.capture.observers.discovery import FindSinks
 from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
 from sinkscope.metrics import positions, values
 from sinkscope.metrics.attention import bucket_edges
-from sinkscope.models.active import in_force
+from sinkscope.models.active import in_force, user_hooks
 from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.models.load import load_model
-from sinkscope.models.provenance import model_source
+from sinkscope.models.provenance import model_source, weights_of
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts
 from sinkscope.report.fields import metric_of
@@ -41,8 +42,9 @@ def scan(
     sinks: Sinks = (0,),
     epsilon: float = 0.3,
     batch: int | Literal["auto"] = "auto",
-    path: str = "auto",
+    attention: str = "auto",
     progress: bool = True,
+    path: str | None = None,
 ) -> SinkReport:
     """Measure the sinks of a model on some texts, in one forward pass a batch.
 
@@ -58,8 +60,11 @@ def scan(
             sink positions of each prompt (`metrics.positions.find_sinks`).
         epsilon: Threshold of the sink rate [probability].
         batch: Prompts a forward pass; "auto" fills the device and backs off when memory runs out.
-        path: How attention is read. Both ways are exact; "auto" streams wherever it can.
+        attention: How attention is read: "streaming" (fused attention; nothing is materialised),
+            "eager" (every layer's pattern is), or "auto", which streams wherever it can. Both are
+            exact.
         progress: Whether to draw a progress bar.
+        path: Deprecated; the former name of `attention`, whose "stock" is now "eager".
 
     Returns:
         The report; fields that were not measured are None.
@@ -70,12 +75,19 @@ def scan(
         TextError: If the texts do not fit the model, or a sink position lies beyond a prompt.
         UnsupportedError: If a metric or the path asked for cannot be exact for this model.
     """
+    if path is not None:
+        warnings.warn(
+            'scan(path=...) is now scan(attention=...), and "stock" is "eager".',
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        attention = "eager" if path == "stock" else path
     _check(metrics, epsilon, batch)
     sinks = _positions(sinks)
     model = load_model(model)
     can = capabilities(model)
     prompts = as_texts(texts).tokenize(model).right_padded()
-    how = paths.choose(model, can, path)
+    how = paths.choose(model, can, attention)
     interventions = in_force(model)
     softmax = can.softmax and all(one.softmax for one in interventions)
     chosen = choose_metrics(metrics, replace(can, softmax=softmax), how.name)
@@ -217,7 +229,7 @@ def _settings(
     metrics: tuple[str, ...],
     sinks: Sinks,
     epsilon: float,
-    path: str,
+    attention: str,
 ) -> Settings:
     source = model_source(model)
     weight = next(model.original_model.parameters())
@@ -232,7 +244,7 @@ def _settings(
         length=texts.tokens.shape[1],
         epsilon=epsilon,
         sinks="auto" if sinks == "auto" else ",".join(map(str, sinks)),
-        path=path,
+        attention=attention,
         causal=can.causal,
         windows=can.windows,
         metrics=metrics,
@@ -241,4 +253,6 @@ def _settings(
         n_kv_heads=can.n_kv_heads,
         seed=texts.seed,
         interventions=tuple(map(repr, in_force(model))),
+        hooks=user_hooks(model),
+        weights=weights_of(model),
     )

@@ -34,7 +34,10 @@ def scan(
     ] = "all",
     sinks: Annotated[str, typer.Option(help="Positions with commas between them, or auto.")] = "0",
     epsilon: Annotated[float, typer.Option(help="Threshold of the sink rate.")] = 0.3,
-    path: Annotated[str, typer.Option(help="auto, streaming, or stock.")] = "auto",
+    attention: Annotated[
+        str, typer.Option(help="How attention is read: auto, streaming, or eager.")
+    ] = "auto",
+    path: Annotated[str | None, typer.Option(hidden=True)] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Prompts a pass; default: auto.")] = None,
     seed: common.Seed = 0,
     device: common.Device = None,
@@ -64,6 +67,7 @@ def scan(
             metrics=common.some("--metrics", metrics),
             sinks=where,
             epsilon=epsilon,
+            attention=attention,
             path=path,
             batch=batch or "auto",
             progress=common.progress_wanted(),

@@ -143,7 +143,7 @@ def _scanned_like(model: Any, texts: Any, settings: Settings) -> SinkReport:
         metrics=settings.metrics,
         sinks=sinks if sinks == "auto" else [int(sink) for sink in sinks.split(",")],
         epsilon=settings.epsilon,
-        path="stock" if settings.path == "stock" else "auto",  # an intervention may need the stock
+        attention="eager" if settings.attention == "eager" else "auto",
         progress=False,
     )
 

@@ -33,6 +33,33 @@ def hooked(model: Any) -> set[str]:
     }
 
 
+_OURS = ("torch.", "transformers.", "transformer_lens.", "sinkscope.", "accelerate.", "peft.")
+
+
+def user_hooks(model: Any) -> tuple[str, ...]:
+    """Where hooks are that neither this package nor a library put there.
+
+    Returns:
+        Names of hook points, and of the model's own modules that have a torch hook.
+    """
+    named = [
+        point.name or name  # hook_dict has aliases of one point
+        for name, point in model.hook_dict.items()
+        if any(_is_users(handle.user_hook) for handle in point.fwd_hooks)
+    ]
+    for name, module in model.original_model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(map(_is_users, hooks)) and not hasattr(module, "fwd_hooks"):
+            named.append(f"{name} (torch)")
+    return tuple(sorted(set(named)))
+
+
+def _is_users(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)  # of a functools.partial
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return hook is not None and not f"{module}.".startswith(_OURS)
+
+
 @runtime_checkable
 class InForce(Protocol):
     """What has to be known of an intervention.

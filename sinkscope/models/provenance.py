@@ -32,6 +32,12 @@ def dtype_of(model: Any) -> str:
     return str(next(model.original_model.parameters()).dtype).removeprefix("torch.")
 
 
+def weights_of(model: Any) -> str:
+    """A hash of every weight and saved buffer, bit by bit, computed where each lies."""
+    lines = "\n".join(_weights(getattr(model, "original_model", model)))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
 def model_identity(model: Any) -> str:
     """What identifies a model: two models with equal identities compute the same.
 

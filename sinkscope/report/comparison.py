@@ -173,6 +173,7 @@ class Comparison:
         changed = ", ".join(
             f"{name}: {printable(_words(old))} → {printable(_words(new))}"
             for name, (old, new) in self.changed_settings.items()
+            if name != "weights"
         )
         return f"Before and after, {model}" + (f" ({changed})" if changed else "")
 

@@ -127,12 +127,17 @@ def extended(cls: type[L], variables: tuple[Variable, ...]) -> type[L]:
         cls.__name__,
         added,
         bases=(cls,),
-        namespace={"__module__": cls.__module__, "__doc__": cls.__doc__},
+        namespace={"__module__": cls.__module__, "__doc__": cls.__doc__, "_extends": cls},
         frozen=True,
         eq=False,
         repr=False,
         kw_only=True,
     )
+
+
+def _rebuilt(cls: type[L], variables: tuple[Variable, ...], values: dict[str, Any]) -> L:
+    """Undo `Labelled.__reduce__`."""
+    return extended(cls, variables)(**values)
 
 
 def _annotated(cls: type) -> dict[str, Any]:
@@ -216,6 +221,11 @@ class Labelled:
                     )
                 owner.setdefault(dim, name)
         return sizes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        declared = tuple(v for v in self.variables().values() if v.declared)
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return _rebuilt, (getattr(type(self), "_extends", type(self)), declared, values)
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name.

@@ -15,7 +15,7 @@ _LIBRARIES = ("sinkscope", "torch", "transformers", "transformer-lens")
 
 # Settings that leave a trace in the report but do not change what its figures mean: two reports
 # that differ only here may be merged. Everything else has to agree.
-_PROVENANCE = ("device", "path", "seed", "length", "versions")
+_PROVENANCE = ("device", "attention", "seed", "length", "versions", "weights", "hooks")
 
 
 def library_versions() -> dict[str, str]:
@@ -51,12 +51,15 @@ class Settings:
         length: number of positions of the longest prompt, BOS included (T).
         epsilon: threshold of `SinkReport.sink_rate`.
         sinks: the sink positions asked for: "0", "0,255" or "auto".
-        path: how attention was read: "stock" or "streaming". Both are exact.
+        attention: how attention was read: "eager" or "streaming". Both are exact.
         causal: whether a query sees only the keys up to itself.
         windows: each layer's sliding window in positions, None for a layer that sees everything.
         metrics: what was asked of the scan.
         seed: of the texts and of anything random in the scan; None where merged reports differ.
-        interventions: those in force while it was measured, the outermost first; not hooks.
+        interventions: those in force while it was measured, the outermost first.
+        hooks: where hooks of the user's own were meanwhile.
+        weights: hash of all weights that were measured; "" in reports of earlier versions, which
+            did not record it.
         versions: see `library_versions`.
     """
 
@@ -69,7 +72,7 @@ class Settings:
     length: int
     epsilon: float
     sinks: str
-    path: str
+    attention: str
     causal: bool
     windows: tuple[int | None, ...]
     metrics: tuple[str, ...]
@@ -79,6 +82,8 @@ class Settings:
     revision: str = ""
     seed: int | None = 0
     interventions: tuple[str, ...] = ()
+    hooks: tuple[str, ...] = ()
+    weights: str = ""
     versions: dict[str, str] = field(default_factory=library_versions)
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,11 +96,15 @@ class Settings:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Settings:
-        """Undo `to_dict`."""
+        """Undo `to_dict`, also of earlier versions."""
+        plain = dict(plain)
+        if "path" in plain:  # its name until 0.1
+            words = plain.pop("path").split(", ")
+            plain["attention"] = ", ".join("eager" if w == "stock" else w for w in words)
         tuples = {
             name: tuple(plain[name])
-            for name in ("windows", "metrics", "interventions")
-            if name in plain  # reports of earlier versions lack the last
+            for name in ("windows", "metrics", "interventions", "hooks")
+            if name in plain  # reports of earlier versions lack the last two
         }
         return cls(**{**plain, **tuples})
 
@@ -113,6 +122,17 @@ class Settings:
                     f"These reports cannot be merged because their {name} differs: {mine!r} and "
                     f"{theirs!r}; merge only reports that were scanned with the same settings."
                 )
+        if self.weights and other.weights and self.weights != other.weights:
+            raise ReportError(
+                f"These reports cannot be merged because {self.model} had other weights in each; "
+                "scan both texts with one model."
+            )
+        if hooks := self.hooks or other.hooks:
+            raise ReportError(
+                f"These reports cannot be merged because hooks of one's own were at "
+                f"{', '.join(hooks[:3])} while one was measured, and nothing tells whether they "
+                "did the same in the other; scan all texts at once."
+            )
         made = [settings.versions.get("sinkscope", "") for settings in (self, other)]
         if made[0] != made[1]:
             raise ReportError(
@@ -123,7 +143,8 @@ class Settings:
         return dataclasses.replace(
             self,
             device=_either(self.device, other.device),
-            path=_either(self.path, other.path),
+            attention=_either(self.attention, other.attention),
+            weights=self.weights or other.weights,
             seed=self.seed if self.seed == other.seed else None,
             length=max(self.length, other.length),
             versions={

@@ -176,7 +176,7 @@ def provenance(report: SinkQuantities) -> str:
     revision = (
         f", revision {printable(s.revision.removeprefix('sha256:'))[:12]}" if s.revision else ""
     )
-    return f"{s.path} path on {s.device}{revision}{seed}; {', '.join(versions)}"
+    return f"{s.attention} attention on {s.device}{revision}{seed}; {', '.join(versions)}"
 
 
 def uniform(report: SinkQuantities) -> float:

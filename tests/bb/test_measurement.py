@@ -282,7 +282,7 @@ def test_a_scan_measures_any_attention_by_loops(kind, tokens):
     if kind not in ("softmax", "gated", "off-by-one"):
         assert report.attention_entropy is None
         del expected["attention_entropy"]
-    assert report.settings.path == "stock"
+    assert report.settings.attention == "eager"
     for name, figures in expected.items():
         want = torch.tensor(figures, dtype=torch.float64)
         got = report[name].double().flatten()
@@ -313,8 +313,8 @@ def test_what_is_not_defined_is_refused_in_a_sentence(tokens):
         scan(relu, texts, metrics="entropy", progress=False)
     with pytest.raises(UnsupportedError, match="a gate stands between the values and W_O"):
         scan(gated, texts, metrics="through_output", progress=False)
-    with pytest.raises(UnsupportedError, match="stock path"):
-        scan(relu, texts, metrics="sink_attention", path="streaming", progress=False)
+    with pytest.raises(UnsupportedError, match="use eager attention"):
+        scan(relu, texts, metrics="sink_attention", attention="streaming", progress=False)
     assert "no distribution" in capabilities(relu).unavailable["entropy"]
     assert not any("streaming" in why for why in capabilities(relu).unavailable.values())
     assert capabilities(gated).gated and not capabilities(relu).gated

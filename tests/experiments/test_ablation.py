@@ -121,7 +121,7 @@ def _third(x: torch.Tensor, hook: Any) -> torch.Tensor:
     return torch.cat([x[:, :3], 3 * x[:, 3:4], x[:, 4:-1], -x[:, -1:]], dim=1)
 
 
-@pytest.mark.parametrize(("path", "logits"), [("auto", 8 * 97), ("stock", 2**23)])
+@pytest.mark.parametrize(("path", "logits"), [("auto", 8 * 97), ("eager", 2**23)])
 @pytest.mark.parametrize("what", IN_FORCE)
 def test_interventions_hold_as_in_whole_passes(model, monkeypatch, what, path, logits) -> None:
     """Heads against AblateHeads and the loss of a whole pass; with logits in pieces, too."""

@@ -130,7 +130,7 @@ def test_resample_from_one_prompt(causal: Family) -> None:
     np.testing.assert_allclose(got.ablated_loss.numpy(), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["stock", "streaming"])
+@pytest.mark.parametrize("path", ["eager", "streaming"])
 def test_both_paths_start_at_any_block(causal: Family, path: str) -> None:
     """The residual stream after the last block is transformers' own, wherever the model starts."""
     tokens = causal.tokens()

@@ -39,20 +39,20 @@ def spread_out(family: Family, folder: Path) -> TransformerBridge:
     return ss.load_model(original)
 
 
-@pytest.mark.parametrize("path", ["stock", "streaming"])
+@pytest.mark.parametrize("path", ["eager", "streaming"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_scan_is_that_of_the_model_in_one_place(name: str, path: str, tmp_path: Path) -> None:
     family = BY_NAME[name]
     model = spread_out(family, tmp_path)
     whole = ss.load_model(family.build(), device="cpu")
     tokens = family.tokens()
-    want = ss.scan(whole, tokens, path=path, progress=False)
-    got = ss.scan(model, tokens, path=path, progress=False)
+    want = ss.scan(whole, tokens, attention=path, progress=False)
+    got = ss.scan(model, tokens, attention=path, progress=False)
     assert set(want.measured()) - set(got.measured()) <= THROUGH_OUTPUT
     for field in got.measured():
         torch.testing.assert_close(got[field], want[field], equal_nan=True)
     with pytest.raises(UnsupportedError, match="weights are offloaded"):
-        ss.scan(model, tokens, path=path, metrics=["through_output"], progress=False)
+        ss.scan(model, tokens, attention=path, metrics=["through_output"], progress=False)
 
 
 @pytest.mark.parametrize("name", NAMES[:-1])

@@ -46,7 +46,7 @@ def family(request: pytest.FixtureRequest) -> Family:
     return BY_NAME[request.param]
 
 
-@pytest.fixture(params=["stock", "streaming"])
+@pytest.fixture(params=["eager", "streaming"])
 def path(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -15,7 +15,7 @@ from sinkscope.models.load import load_model
 from .architectures import BY_NAME
 
 DTYPES = [torch.bfloat16, torch.float16]
-PATHS = ["stock", "streaming"]
+PATHS = ["eager", "streaming"]
 
 
 @cache
@@ -64,7 +64,7 @@ def test_a_scan_is_off_by_no_more_than_the_model(name: str, dtype: torch.dtype, 
     """Attention to the first token, against float32; transformers' own rounding is the measure."""
     family = BY_NAME[name]
     model = load_model(family.build().to(dtype))
-    report = ss.scan(model, ss.token_ids(family.tokens()), path=path, progress=False)
+    report = ss.scan(model, ss.token_ids(family.tokens()), attention=path, progress=False)
 
     def first_token(patterns: Tensor) -> Tensor:
         return patterns[..., 0].mean(-1).transpose(0, 1)

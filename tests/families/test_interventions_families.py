@@ -43,7 +43,7 @@ from .oracle import expected
 from .reference import reference
 
 P = 10
-PATHS = ("stock", "streaming")
+PATHS = ("eager", "streaming")
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:
@@ -141,7 +141,7 @@ def test_a_scan_sees_the_mask(family: Family, path: str) -> None:
     oracle = expected(ref, np.ones(tokens.shape, dtype=bool), family.causal)
     model = ss.load_model(family.build())
     with SelfOnlyMask(model, P):
-        report = ss.scan(model, ss.token_ids(tokens), path=path, progress=False)
+        report = ss.scan(model, ss.token_ids(tokens), attention=path, progress=False)
     for name in (
         "sink_attention",
         "received_attention",
@@ -274,7 +274,7 @@ def test_replace_softmax(family: Family, path: str) -> None:
         with pytest.raises(UnsupportedError, match="learned sinks"):
             ReplaceSoftmax(model, "sigmoid")
         return
-    if path == "stock" and not family.stock_scores:
+    if path == "eager" and not family.stock_scores:
         with pytest.raises(UnsupportedError, match="ignores an edited pattern"):
             with ReplaceSoftmax(model, "sigmoid"):
                 run(model, tokens, path)
@@ -304,7 +304,7 @@ def test_replace_softmax(family: Family, path: str) -> None:
     before = run(model, tokens, path)
     with ReplaceSoftmax(model, "sigmoid"):
         got = run(model, tokens, path)
-        report = ss.scan(model, ss.token_ids(tokens), path=path, progress=False)
+        report = ss.scan(model, ss.token_ids(tokens), attention=path, progress=False)
         with ss.streaming(model), pytest.raises(UnsupportedError, match="log-sum-exp"):
             model.run_with_hooks(
                 tokens, fwd_hooks=[("blocks.0.attn.hook_lse", lambda x, hook: None)]
@@ -563,7 +563,7 @@ def test_a_position_id_that_no_token_has_is_refused(
     with pytest.raises(TextError, match="24 lies outside .* 0 to 23"), edit:
         run(model, tokens, path)
     with pytest.raises(TextError, match="0 to 23"), edit:
-        ss.scan(model, ss.token_ids(tokens), path=path, progress=False)
+        ss.scan(model, ss.token_ids(tokens), attention=path, progress=False)
     ids, real = list(range(24)), torch.ones_like(tokens)
     ids[3] = 24
     with torch.no_grad():
@@ -610,7 +610,7 @@ def test_position_ids_that_turn_other_tokens_are_refused(kind: str) -> None:
             PositionIdEdit(model, 40, 15)
     else:
         with PositionIdEdit(model, 40, 15):
-            assert_close(run(model, tokens, "stock"), second)
+            assert_close(run(model, tokens, "eager"), second)
 
 
 # -- manners ------------------------------------------------------------------------------------
@@ -655,20 +655,20 @@ def test_the_model_comes_out_as_it_went_in(family: Family) -> None:
     model, tokens = ss.load_model(family.build()), family.tokens()
     interventions = every_intervention(model, family)
     before = fingerprint(model)
-    logits = run(model, tokens, "stock")
+    logits = run(model, tokens, "eager")
     for intervention in interventions:
         with pytest.raises(KeyError, match="mine"), intervention:
-            run(model, tokens, "stock")
+            run(model, tokens, "eager")
             raise KeyError("mine")
         assert same(fingerprint(model), before), type(intervention).__name__
-        assert torch.equal(run(model, tokens, "stock"), logits)
+        assert torch.equal(run(model, tokens, "eager"), logits)
     first, second = interventions[0], interventions[-1]
     for _ in range(2):
         with first, second:
-            changed = run(model, tokens, "stock")
+            changed = run(model, tokens, "eager")
         assert same(fingerprint(model), before)
     with second, first:
-        assert_close(run(model, tokens, "stock"), changed)
+        assert_close(run(model, tokens, "eager"), changed)
 
 
 def test_nested_interventions_compose(family: Family, path: str) -> None:
@@ -749,9 +749,9 @@ def test_refusals() -> None:
     model = ss.load_model(BY_NAME["llama"].build())
     tokens = BY_NAME["llama"].tokens(length=8)
     with pytest.raises(TextError, match="0 to 7"), SelfOnlyMask(model, 8):
-        run(model, tokens, "stock")
+        run(model, tokens, "eager")
     with pytest.raises(TextError, match="0 to 7"), RemoveOutput(model, 0, "mlp", 8):
-        run(model, tokens, "stock")
+        run(model, tokens, "eager")
     with pytest.raises(TextError, match="whole numbers"):
         SelfOnlyMask(model, -1)
     with pytest.raises(UnsupportedError, match="layers run from 0 to 2"):

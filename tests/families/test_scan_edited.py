@@ -102,7 +102,7 @@ def test_hooks_of_the_user_are_measured(name: str, point: str) -> None:
         untouched = ss.scan(family.build(), tokens, metrics=["sink_attention"], progress=False)
         report = ss.scan(model, tokens, metrics=METRICS, progress=False)
         want = expected(model, tokens, family.causal)
-    assert report.settings.path == "streaming"
+    assert report.settings.attention == "streaming"
     assert (report.sink_attention - untouched.sink_attention).abs().max() > 0.01, "it is an edit"
     check(report, want)
 
@@ -116,7 +116,7 @@ def interventions(model) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("path", ["stock", "streaming"])
+@pytest.mark.parametrize("path", ["eager", "streaming"])
 @pytest.mark.parametrize("which", ["self-only", "early", "shift", "both"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_interventions_are_measured(name: str, which: str, path: str) -> None:
@@ -124,7 +124,7 @@ def test_interventions_are_measured(name: str, which: str, path: str) -> None:
     model, tokens = ss.load_model(family.build(), device="cpu"), family.tokens()
     shift = ss.ShiftSinkLogit(model, -1.0) if which == "both" else nullcontext()
     with interventions(model)[which], shift:
-        report = ss.scan(model, tokens, metrics=METRICS, path=path, progress=False)
+        report = ss.scan(model, tokens, metrics=METRICS, attention=path, progress=False)
         want = expected(model, tokens, family.causal)
     check(report, want)
 
@@ -132,8 +132,8 @@ def test_interventions_are_measured(name: str, which: str, path: str) -> None:
 def test_a_shift_of_the_logit_shifts_the_gap() -> None:
     family = BY_NAME["llama"]
     model, tokens = ss.load_model(family.build(), device="cpu"), family.tokens()
-    for path in ("stock", "streaming"):
-        ask = dict(metrics=["logit_gap"], path=path, progress=False)
+    for path in ("eager", "streaming"):
+        ask = dict(metrics=["logit_gap"], attention=path, progress=False)
         before = ss.scan(model, tokens, **ask).sink_logit_gap
         with ss.ShiftSinkLogit(model, -3.0):
             after = ss.scan(model, tokens, **ask).sink_logit_gap
@@ -149,13 +149,13 @@ def test_a_window_that_transformers_only_shows_as_a_dense_mask() -> None:
     family = Family("encoder", "Gemma3ForCausalLM", settings)
     model, tokens = ss.load_model(family.build(), device="cpu"), family.tokens()
     report = ss.scan(model, tokens, progress=False)
-    assert (report.settings.path, report.settings.causal) == ("streaming", False)
+    assert (report.settings.attention, report.settings.causal) == ("streaming", False)
     _, pattern, _ = seen_after(model, tokens)
     paid, seeing = pattern.sum(axis=3), (pattern > 0).any(axis=2).sum(axis=2)  # over queries
     received = (paid / seeing[:, :, None]).transpose(1, 0, 2, 3)
     np.testing.assert_allclose(report.sink_importance, received[..., 0], atol=1e-5)
     np.testing.assert_allclose(report.received_attention, received.mean(0), atol=1e-5)
-    stock = ss.scan(model, tokens, path="stock", progress=False)
+    stock = ss.scan(model, tokens, attention="eager", progress=False)
     for field in ("uniform_ratio", "sink_logit_gap", "sink_cosine", "other_cosine", "sink_rate"):
         torch.testing.assert_close(report[field], stock[field], atol=2e-5, rtol=1e-5)
 
@@ -178,14 +178,14 @@ def test_a_prompt_without_a_sink_is_left_out_of_the_cosine() -> None:
     torch.testing.assert_close(merged.cosine_to_sink, whole.cosine_to_sink)
 
 
-@pytest.mark.parametrize("path", ["stock", "streaming"])
+@pytest.mark.parametrize("path", ["eager", "streaming"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_autocast_around_a_scan_changes_nothing(name: str, path: str) -> None:
     family = BY_NAME[name]
     model, tokens = ss.load_model(family.build(), device="cpu"), family.tokens()
-    plain = ss.scan(model, tokens, path=path, progress=False)
+    plain = ss.scan(model, tokens, attention=path, progress=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = ss.scan(model, tokens, path=path, progress=False)
+        inside = ss.scan(model, tokens, attention=path, progress=False)
         with ss.streaming(model), torch.no_grad():
             logits = model(tokens)
     assert inside.sink_attention.dtype == torch.float32
@@ -202,11 +202,11 @@ def test_where_the_stock_bridge_shows_no_values_attention_is_still_measured() ->
         attentions = original(tokens, output_attentions=True).attentions
     want = torch.stack([a[:, :, 1:, 0].mean(-1) for a in attentions], dim=1)
     model = ss.load_model(original, device="cpu")
-    for path in ("stock", "auto"):
-        report = ss.scan(model, tokens, path=path, progress=False)
+    for path in ("eager", "auto"):
+        report = ss.scan(model, tokens, attention=path, progress=False)
         torch.testing.assert_close(report.sink_attention, want, atol=1e-5, rtol=0)
     with pytest.raises(UnsupportedError, match="value"):
-        ss.scan(model, tokens, path="stock", metrics=["value_share"])
+        ss.scan(model, tokens, attention="eager", metrics=["value_share"])
 
 
 @pytest.mark.parametrize("pad", [0, 1, 3])
@@ -247,12 +247,12 @@ def columns_side_by_side(x: Tensor, hook: object) -> Tensor:
 def test_the_layout_that_a_hook_leaves_changes_nothing(name: str, point: str) -> None:
     family = BY_NAME[name]
     model, tokens = ss.load_model(family.build()), family.tokens()
-    want = ss.scan(model, tokens, path="streaming", progress=False)
+    want = ss.scan(model, tokens, attention="streaming", progress=False)
     with (
         ss.streaming(model),
         model.hooks(fwd_hooks=[(f"blocks.1.attn.{point}", columns_side_by_side)]),
     ):
-        got = ss.scan(model, tokens, path="streaming", progress=False)
+        got = ss.scan(model, tokens, attention="streaming", progress=False)
     for field in want.measured():
         torch.testing.assert_close(got[field], want[field], rtol=1e-4, atol=1e-5, equal_nan=True)
 
@@ -263,16 +263,16 @@ def test_an_edit_that_the_stock_bridge_ignores_is_refused(name: str, point: str)
     family = BY_NAME[name]
     model, tokens = ss.load_model(family.build()), family.tokens()
     name = f"blocks.1.attn.{point}"
-    want = ss.scan(model, tokens, path="stock", progress=False)
+    want = ss.scan(model, tokens, attention="eager", progress=False)
     with model.hooks(fwd_hooks=[(name, halve_pattern)]):
         with pytest.raises(UnsupportedError, match="ignores edits of hook_attn_scores"):
-            ss.scan(model, tokens, path="stock", progress=False)
-        ss.scan(model, tokens, path="streaming", progress=False)
+            ss.scan(model, tokens, attention="eager", progress=False)
+        ss.scan(model, tokens, attention="streaming", progress=False)
     with model.hooks(fwd_hooks=[(name, lambda x, hook: None)]):  # who only looks may
-        assert ss.scan(model, tokens, path="stock", progress=False).equals(want)
+        assert ss.scan(model, tokens, attention="eager", progress=False).equals(want)
 
 
-@pytest.mark.parametrize("path", ["stock", "streaming"])
+@pytest.mark.parametrize("path", ["eager", "streaming"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
 def test_scores_edited_after_another_operator_was_entered_are_the_ones_it_takes(
     name: str, path: str
@@ -284,7 +284,7 @@ def test_scores_edited_after_another_operator_was_entered_are_the_ones_it_takes(
     edits = [(f"blocks.{i}.attn.hook_attn_scores", lower_scores) for i in layers]
     with ss.ReplaceSoftmax(model, "sigmoid"), model.hooks(fwd_hooks=edits):
         scores, pattern, _ = seen_after(model, tokens)
-        report = ss.scan(model, tokens, path=path, metrics=list(METRICS[:2]), progress=False)
+        report = ss.scan(model, tokens, attention=path, metrics=list(METRICS[:2]), progress=False)
     seen = scores > -1e30
     logits = np.where(seen, scores, 0) - np.log(seen.sum(-1, keepdims=True))
     by_hand = seen / (1 + np.exp(-logits))

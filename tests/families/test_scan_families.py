@@ -12,7 +12,7 @@ from .architectures import BY_NAME, OTHERS, Family
 from .oracle import expected
 from .reference import reference
 
-PATHS = ("stock", "streaming")
+PATHS = ("eager", "streaming")
 # float32 models against a float64 oracle of float32 tensors; norms are compared relatively.
 PROBABILITY = dict(atol=1e-5, rtol=0)
 MAGNITUDE = dict(atol=1e-5, rtol=1e-4)
@@ -62,13 +62,13 @@ def compare_every_field(family: Family, family_reference: dict, path: str) -> No
     tokens = family.tokens()
     real = np.ones(tokens.shape, dtype=bool)
     oracle = expected(family_reference, real, family.causal, prescale=family.prescale)
-    report = ss.scan(family.build(), ss.token_ids(tokens), path=path, progress=False)
+    report = ss.scan(family.build(), ss.token_ids(tokens), attention=path, progress=False)
     compared = compare(report, oracle)
-    assert report.settings.path == path
+    assert report.settings.attention == path
     missing = set(oracle) - compared
-    if path == "stock" and not family.stock_scores:
+    if path == "eager" and not family.stock_scores:
         missing -= {"sink_logit_gap"}
-    if path == "stock" and not family.stock_rotated:
+    if path == "eager" and not family.stock_rotated:
         missing -= {"sink_query_norm", "sink_key_norm", "sink_cosine", "other_cosine"}
     if not family.learned_sinks:
         missing -= {"learned_sink_mass"}
@@ -86,7 +86,7 @@ def test_another_sink_and_ragged_prompts(family: Family, path: str) -> None:
     oracle = expected(ref, mask, family.causal, sink=3, prescale=family.prescale)
     rows = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
     report = ss.scan(
-        family.build(), ss.token_ids(rows), sinks=[3], batch=2, path=path, progress=False
+        family.build(), ss.token_ids(rows), sinks=[3], batch=2, attention=path, progress=False
     )
     assert len(compare(report, oracle)) > 20
 
@@ -97,13 +97,13 @@ def test_padding_batching_and_order_move_nothing(name: str, path: str) -> None:
     family = BY_NAME[name]
     tokens = family.tokens(prompts=4, length=12)
     model = ss.load_model(family.build())
-    alone = ss.scan(model, ss.token_ids(tokens), batch=1, path=path, progress=False)
+    alone = ss.scan(model, ss.token_ids(tokens), batch=1, attention=path, progress=False)
     order = [2, 0, 3, 1]
     padded = torch.zeros(4, 20, dtype=torch.long)
     padded[:, 8:] = tokens[order]
     mask = torch.zeros(4, 20, dtype=torch.bool)
     mask[:, 8:] = True
-    shuffled = ss.scan(model, ss.token_ids(padded, mask), batch=3, path=path, progress=False)
+    shuffled = ss.scan(model, ss.token_ids(padded, mask), batch=3, attention=path, progress=False)
     for field in alone.measured():
         dims = alone.variables()[field].dims
         if dims[:2] != ("prompt", "layer"):

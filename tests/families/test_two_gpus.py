@@ -72,14 +72,14 @@ def assert_same_figures(got: Any, want: Any, besides: tuple[str, ...] = ()) -> N
         )
 
 
-@pytest.mark.parametrize("path", ["stock", "streaming"])
+@pytest.mark.parametrize("path", ["eager", "streaming"])
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_scan(name: str, path: str) -> None:
     family = BY_NAME[name]
     rows = zip(family.tokens().tolist(), (24, 9, 17), strict=True)
     ragged = ss.token_ids([row[:length] for row, length in rows])
     got, want = (
-        ss.scan(model, ragged, path=path, progress=False)
+        ss.scan(model, ragged, attention=path, progress=False)
         for model in (on_both(family), on_one(family))
     )
     assert got.measured() == want.measured()
@@ -124,7 +124,7 @@ INTERVENTIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("path", ["stock", "streaming"])
+@pytest.mark.parametrize("path", ["eager", "streaming"])
 @pytest.mark.parametrize("what", INTERVENTIONS)
 def test_an_intervention(what: str, path: str) -> None:
     tokens = LLAMA.tokens()
@@ -132,7 +132,7 @@ def test_an_intervention(what: str, path: str) -> None:
     for model in (on_both(LLAMA), on_one(LLAMA)):
         before = model(tokens.to(FIRST), return_type="logits")
         with INTERVENTIONS[what](model):
-            found.append(ss.scan(model, tokens, metrics="core", path=path, progress=False))
+            found.append(ss.scan(model, tokens, metrics="core", attention=path, progress=False))
         assert torch.equal(model(tokens.to(FIRST), return_type="logits"), before)
     assert_same_figures(*found)
 

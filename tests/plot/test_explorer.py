@@ -280,10 +280,10 @@ def test_another_revision_is_refused_and_none_is_taken(model, with_model):
         attach_source(model, source)
 
 
-@pytest.mark.parametrize("path", ["stock", "streaming"])
+@pytest.mark.parametrize("path", ["eager", "streaming"])
 def test_the_same_tokens_are_measured_in_the_same_way_and_called_the_same(model, path):
     texts = ss.random_tokens(prompts=2, length=12, seed=7)
-    before = ss.scan(model, texts, path=path, progress=False)
+    before = ss.scan(model, texts, attention=path, progress=False)
     explorer = ss.explore(before, model=model, widgets=True)
     explorer.intervene("Zero the value at the position", 5)
     for name in ("path", "source", "bos", "seed", "length", "epsilon", "sinks", "metrics"):

@@ -37,7 +37,7 @@ def written(smollm2, prompt: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("path", ["stock", "streaming"])
+@pytest.mark.parametrize("path", ["eager", "streaming"])
 def test_the_text_of_plain_transformers(
     smollm2, prompt: torch.Tensor, written: torch.Tensor, path: str, cached: bool
 ) -> None:

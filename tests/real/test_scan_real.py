@@ -158,8 +158,8 @@ def _uniform(length: int) -> float:
 
 def test_stock_and_streaming_agree_on_smollm2(smollm2) -> None:
     texts = ss.texts("code", prompts=2, length=160)
-    stock = ss.scan(smollm2, texts, path="stock", progress=False)
-    fast = ss.scan(smollm2, texts, path="streaming", progress=False)
+    stock = ss.scan(smollm2, texts, attention="eager", progress=False)
+    fast = ss.scan(smollm2, texts, attention="streaming", progress=False)
     for name in stock.measured():
         if stock[name].is_floating_point():
             torch.testing.assert_close(
@@ -172,7 +172,9 @@ def test_bfloat16_paths_differ_by_no_more_than_bfloat16_costs(smollm2) -> None:
     rounded = ss.load_model("smollm2-135m", dtype="bfloat16")
     texts = ss.texts("prose", prompts=2, length=96)
     exact = ss.scan(smollm2, texts, progress=False)
-    stock, fast = (ss.scan(rounded, texts, path=p, progress=False) for p in ("stock", "streaming"))
+    stock, fast = (
+        ss.scan(rounded, texts, attention=p, progress=False) for p in ("eager", "streaming")
+    )
     for name in ("sink_attention", "first_token_attention", "received_attention"):
         between = (fast[name] - stock[name]).abs().nan_to_num().max()
         cost = (stock[name] - exact[name]).abs().nan_to_num().max()

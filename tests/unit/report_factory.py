@@ -30,7 +30,7 @@ def synthetic_settings(**changes: Any) -> Settings:
         length=16,
         epsilon=0.3,
         sinks="0",
-        path="stock",
+        attention="eager",
         causal=True,
         windows=(None, 8, None, 8),
         metrics=("attention", "values", "residual", "ffn"),

@@ -162,10 +162,10 @@ def test_a_stock_bridge_that_scales_other_than_its_model_is_found_out(std: float
     assert 'attention="streaming" measures' in eager["residual"]
     assert set(eager) == {*can.available, "learned_sink"}
     report = scan(bridge, tokens, progress=False)
-    assert report.settings.path == "streaming"
+    assert report.settings.attention == "streaming"
     torch.testing.assert_close(report.sink_attention, expected)
-    with pytest.raises(UnsupportedError, match="stock path cannot be exact .* scales q·k by 0.354"):
-        scan(bridge, tokens, path="stock", metrics=["residual"], progress=False)
+    with pytest.raises(UnsupportedError, match="Eager attention cannot be exact .* by 0.354"):
+        scan(bridge, tokens, attention="eager", metrics=["residual"], progress=False)
 
 
 def test_a_stock_bridge_that_scales_as_its_model_does_is_believed() -> None:

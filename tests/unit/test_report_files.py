@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import h5netcdf
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -122,7 +125,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     def fail(*_: object) -> None:
         raise accident
 
-    monkeypatch.setattr(netcdf, "_write_rest", fail)  # after the tensors were written
+    monkeypatch.setattr(os, "fsync", fail)  # after the content was written
     with pytest.raises((ReportError, KeyboardInterrupt)):
         synthetic_report(seed=2).save(path)
     assert path.read_bytes() == before
@@ -176,4 +179,65 @@ def test_a_newer_format_or_another_type_is_refused(tmp_path: Path):
         load_report(path)
     path = netcdf.save(synthetic_report().massive, tmp_path / "m.nc")
     with pytest.raises(ReportError, match="holds a MassiveActivations, not a SinkReport"):
+        load_report(path)
+
+
+FULL_DISK = """
+import resource, signal, sys
+import sinkscope as ss
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+report = ss.load_report(sys.argv[1])
+for size in range(0, int(sys.argv[3]), 997):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        report.save(sys.argv[2])
+    except ss.SinkscopeError as error:
+        assert "cannot be written" in str(error), error
+    else:
+        raise SystemExit(f"wrote {size} bytes of more")
+print("alive")
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_does_no_harm(tmp_path: Path):
+    """A file may have only so many bytes, in a process of its own: HDF5 used to crash there."""
+    source = synthetic_report(seed=1).save(tmp_path / "source.nc")
+    target = synthetic_report(seed=2).save(tmp_path / "target.nc")
+    before = target.read_bytes()
+    size = str(source.stat().st_size)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(source), str(target), size],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["alive"], done.stderr
+    assert target.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["source.nc", "target.nc"]
+
+
+def _external_storage(file: h5py.File, secret: Path) -> None:
+    del file["honor"]
+    external = [(str(secret), 0, h5py.h5f.UNLIMITED)]
+    file.create_dataset("honor", (3, 4, 6), "f4", external=external)
+
+
+def _external_link(file: h5py.File, secret: Path) -> None:
+    del file["honor"]
+    file["honor"] = h5py.ExternalLink(str(secret), "/honor")
+
+
+def _virtual(file: h5py.File, secret: Path) -> None:
+    del file["honor"]
+    layout = h5py.VirtualLayout((3, 4, 6), "f4")
+    layout[:] = h5py.VirtualSource(str(secret), "honor", (3, 4, 6))
+    file.create_virtual_dataset("honor", layout)
+
+
+@pytest.mark.parametrize("how", [_external_storage, _external_link, _virtual])
+def test_a_strangers_report_that_reads_other_files_is_refused(tmp_path: Path, how: Callable):
+    path = synthetic_report(seed=1).save(tmp_path / "r.nc")
+    secret = synthetic_report(seed=2).save(tmp_path / "secret.nc")
+    with h5py.File(path, "r+") as file:
+        how(file, secret)
+    with pytest.raises(ReportError, match="'honor' is a link to other files"):
         load_report(path)

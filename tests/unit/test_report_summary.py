@@ -79,7 +79,7 @@ def test_the_summary_says_what_stands_out():
     assert line(text, "Massive dims") == "3 (401, layer 1), 7 (-149, layer 1)"
     assert line(text, "Non-mixture dims") == "layer 1: 3"
     assert "marks 3 of 48 tokens as sink or outlier, at positions 0 (×3)" in text
-    assert line(text, "Made with").startswith("stock path on cpu, revision 0123abcd, seed 0; ")
+    assert line(text, "Made with").startswith("eager attention on cpu, revision 0123abcd, seed 0; ")
     strongest = report.top_heads(1)[0]
     row = next(row for row in text.splitlines() if f"{strongest['sink_attention']:.3f}" in row)
     assert row.split()[:2] == [str(strongest["layer"]), str(strongest["head"])]
@@ -222,7 +222,7 @@ def pair():
         sink_attention=before.sink_attention + shift,
         residual_norm=before.residual_norm * 0.5,
         honor=None,
-        settings=dataclasses.replace(before.settings, path="streaming"),
+        settings=dataclasses.replace(before.settings, attention="streaming"),
     )
     return before, after, shift
 
@@ -268,7 +268,7 @@ def test_comparison_names_what_changed(pair):
     before, after, _ = pair
     comparison = compare(before, after)
     assert "honor" not in comparison.names and "sink_attention" in comparison.names
-    assert comparison.changed_settings == {"path": ("stock", "streaming")}
+    assert comparison.changed_settings == {"attention": ("eager", "streaming")}
     text = repr(comparison)
     assert "path: stock → streaming" in text
     assert "sink_attention [probability]" in text and "residual_norm [activation]" in text

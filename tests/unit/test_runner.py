@@ -51,20 +51,20 @@ def assert_same(before: dict, after: dict) -> None:
     assert before == after
 
 
-@pytest.mark.parametrize("path", ["stock", "streaming"])
+@pytest.mark.parametrize("path", ["eager", "streaming"])
 def test_the_model_comes_out_as_it_went_in(model, tokens, path) -> None:
     seen = []
     model.add_hook("blocks.1.hook_resid_post", lambda x, hook: seen.append(x.shape))
     model.original_model.model.layers[1].train()  # flags need not be uniform
     before = state(model)
     logits = model(tokens.tokens)
-    ss.scan(model, tokens, path=path, progress=False)
+    ss.scan(model, tokens, attention=path, progress=False)
     assert_same(before, state(model))
     assert torch.equal(model(tokens.tokens), logits)
     assert len(seen) >= 3, "the caller's own hook must survive and fire"
 
 
-@pytest.mark.parametrize("path", ["stock", "streaming"])
+@pytest.mark.parametrize("path", ["eager", "streaming"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_interruption_leaves_nothing_behind(model, tokens, path, error, monkeypatch) -> None:
     before = state(model)
@@ -78,7 +78,7 @@ def test_an_interruption_leaves_nothing_behind(model, tokens, path, error, monke
 
     monkeypatch.setattr(runner, "forward", failing)
     with pytest.raises(error):
-        ss.scan(model, tokens, path=path, batch=2, progress=False)
+        ss.scan(model, tokens, attention=path, batch=2, progress=False)
     assert len(calls) == 2
     assert_same(before, state(model))
 
@@ -102,7 +102,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_figure(model, tokens, mon
         )
 
 
-@pytest.mark.parametrize("path", ["stock", "streaming"])
+@pytest.mark.parametrize("path", ["eager", "streaming"])
 def test_a_batch_that_was_too_large_leaves_nothing_in_memory(model, tokens, path) -> None:
     """A layer's scores wait for its pattern: there memory runs out, before the pattern is read."""
     too_large, left = [], []
@@ -121,7 +121,7 @@ def test_a_batch_that_was_too_large_leaves_nothing_in_memory(model, tokens, path
 
     points = {"blocks.1.attn.hook_attn_scores": scores, "blocks.1.attn.hook_pattern": pattern}
     with model.hooks(fwd_hooks=[*points.items(), ("blocks.0.hook_resid_pre", first)]):
-        ss.scan(model, tokens, batch=6, path=path, progress=False)
+        ss.scan(model, tokens, batch=6, attention=path, progress=False)
     assert too_large and not left
 
 
@@ -248,7 +248,7 @@ def test_nan_in_the_residual_stream_is_an_error(model, tokens) -> None:
     [
         (dict(metrics="entropie"), UnsupportedError, "There is no metric 'entropie'"),
         (dict(metrics=["learned_sink"]), UnsupportedError, "has no learned sink"),
-        (dict(path="fast"), UnsupportedError, "There is no path 'fast'"),
+        (dict(attention="fast"), UnsupportedError, "attention is 'fast'"),
         (dict(sinks=[16]), TextError, "run from 0 to 15"),
         (dict(sinks=[]), TextError, "expected positions"),
         (dict(sinks=[True]), TextError, "expected positions"),
