@@ -117,10 +117,11 @@ def test_another_version_of_sinkscope_is_refused():
 def test_where_it_ran_does_not_matter_and_is_recorded():
     versions = {"python": "3.12.1", "sinkscope": "0.1.0", "torch": "2.13.0"}
     other = synthetic_report(
-        settings={"device": "cuda:0", "path": "streaming", "seed": 3, "versions": versions}
+        settings={"device": "cuda:0", "attention": "streaming", "seed": 3, "versions": versions}
     )
     merged = synthetic_report().merge(other).settings
-    assert (merged.device, merged.path, merged.seed) == ("cpu, cuda:0", "stock, streaming", None)
+    assert (merged.device, merged.attention) == ("cpu, cuda:0", "eager, streaming")
+    assert merged.seed is None
     assert merged.versions["python"] == "3.11.7, 3.12.1"
     assert merged.versions["torch"] == "2.13.0"
 
