@@ -96,7 +96,7 @@ def test_hiding_the_first_token_everywhere_is_dropping_it(texts) -> None:
     model = ss.load_model(LLAMA.build())
     with torch.no_grad():
         alone = model(texts.tokens[:, 1:])
-        with ShiftSinkLogit(model, module._OUT_OF_SIGHT, position=0):
+        with ShiftSinkLogit(model, module._HIDING_SHIFT, position=0):
             hidden = model(texts.tokens)[:, 1:]
     torch.testing.assert_close(hidden, alone, atol=1e-4, rtol=1e-4)
 

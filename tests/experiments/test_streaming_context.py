@@ -24,7 +24,6 @@ def found() -> StreamedContext:
     held = torch.tensor([1024.0, 127, 131, 128, 128, 63]).double()
     return StreamedContext(
         about="synthetic",
-        asked={},
         kept=KEPT,
         windows=WINDOWS,
         counted=["absolute", *["cache"] * 5],
@@ -91,7 +90,7 @@ def test_a_text_that_ends_too_soon_is_not_said_to_have_moved_on(found: StreamedC
 
     short = dataclasses.replace(found, moved_on=TOKENS - 10)
     assert short.after == TOKENS // 2
-    assert "not every window has left the start behind" in short.summary()
+    assert "where not every window has left the start of the text" in short.summary()
 
 
 def test_figures_show_blocks_along_the_text_and_each_window(found: StreamedContext) -> None:

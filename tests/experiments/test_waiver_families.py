@@ -184,11 +184,11 @@ def test_a_part_is_named_only_where_its_interval_ends_below_half() -> None:
     unsure, sure, below = [-8.0, 8.0] * 2, [3.0, 2.9, 3.1, 3.0], [-1.0, -1.1, -1.2, -1.0]
     found = traced(unsure, sure)
     assert [one[:2] for one in found.needed()] == [(1, "ffn")]
-    assert "needed for the peak: set to zero, it leaves 20 % [19, 21] of it" in found.summary()
+    assert "necessary for the peak: set to zero, it leaves 20 % [19, 21] of it" in found.summary()
     text = traced(unsure).summary()
-    assert "No single part is surely needed" in text and "writes the peak" not in text
-    assert "leaves least, nothing of it (less than the others have: -10 % [" in text
-    assert "leaves nothing of it (less than the others have: -2" in traced(below).summary()
+    assert "No single part is significantly necessary" in text and "writes the peak" not in text
+    assert "leaves least, nothing of it (a norm below that of the others: -10 % [" in text
+    assert "leaves nothing of it (a norm below that of the others: -2" in traced(below).summary()
     assert traced([3.0]).needed() == [(0, "ffn", pytest.approx(0.2))], "one prompt has no interval"
 
 
