@@ -159,6 +159,25 @@ def _value(report: SinkQuantities) -> str:
 # What the sentences say is computed here.
 
 
+def uniform(report: SinkQuantities) -> float:
+    """`sink_attention` if every query spread its attention evenly over the keys that it sees."""
+    from sinkscope.metrics._reduce import sliding_sum
+    from sinkscope.metrics.attention import sink_attention
+    from sinkscope.metrics.positions import reach, visible_keys
+
+    mask, causal = report.mask, report.settings.causal
+    sinks = report.sink_mask.to(mask.device)
+
+    def in_layer(window: int | None) -> torch.Tensor:
+        sinks_seen = sliding_sum(sinks.float(), *reach(causal, window))
+        even = sinks_seen / visible_keys(mask, causal, window)
+        return sink_attention(even[:, None], sinks, mask, causal)
+
+    layers = Counter(report.settings.windows or (None,))
+    total = sum(count * in_layer(window) for window, count in layers.items())
+    return float((total / layers.total()).nanmean())
+
+
 def _head_counts(report: SinkQuantities) -> tuple[int, int] | None:
     """Sink heads, and heads with a defined sink attention; None where it was not measured."""
     if report.sink_attention is None:
@@ -168,8 +187,6 @@ def _head_counts(report: SinkQuantities) -> tuple[int, int] | None:
 
 def _strength(report: SinkQuantities) -> tuple[float, float]:
     """Mean sink attention over heads, and what an even spread would give [probability]."""
-    from sinkscope.report.summary import uniform
-
     return float(report.mean("sink_attention").nanmean()), uniform(report)
 
 

@@ -25,7 +25,7 @@ from sinkscope.output import (
     table_as_text,
     wrapped,
 )
-from sinkscope.report.headline import PEAK, headline
+from sinkscope.report.headline import PEAK, headline, uniform
 from sinkscope.report.quantities import SinkQuantities
 from sinkscope.statistics import bootstrap
 
@@ -177,25 +177,6 @@ def provenance(report: SinkQuantities) -> str:
         f", revision {printable(s.revision.removeprefix('sha256:'))[:12]}" if s.revision else ""
     )
     return f"{s.attention} attention on {s.device}{revision}{seed}; {', '.join(versions)}"
-
-
-def uniform(report: SinkQuantities) -> float:
-    """`sink_attention` if every query spread its attention evenly over the keys that it sees."""
-    from sinkscope.metrics._reduce import sliding_sum
-    from sinkscope.metrics.attention import sink_attention
-    from sinkscope.metrics.positions import reach, visible_keys
-
-    mask, causal = report.mask, report.settings.causal
-    sinks = report.sink_mask.to(mask.device)
-
-    def in_layer(window: int | None) -> torch.Tensor:
-        sinks_seen = sliding_sum(sinks.float(), *reach(causal, window))
-        even = sinks_seen / visible_keys(mask, causal, window)
-        return sink_attention(even[:, None], sinks, mask, causal)
-
-    layers = Counter(report.settings.windows or (None,))
-    total = sum(count * in_layer(window) for window, count in layers.items())
-    return float((total / layers.total()).nanmean())
 
 
 def _positions(report: SinkQuantities) -> str:
