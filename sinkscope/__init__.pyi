@@ -12,13 +12,13 @@ from .interventions.activations import RemoveOutput as RemoveOutput
 from .interventions.activations import ScaleActivation as ScaleActivation
 from .interventions.activations import SetActivation as SetActivation
 from .interventions.heads import AblateHeads as AblateHeads
-from .interventions.heads import ScaleValue as ScaleValue
-from .interventions.heads import ZeroValue as ZeroValue
-from .interventions.masks import SelfOnlyMask as SelfOnlyMask
-from .interventions.masks import ShiftSinkLogit as ShiftSinkLogit
 from .interventions.positions import PositionEmbeddingEdit as PositionEmbeddingEdit
 from .interventions.positions import PositionIdEdit as PositionIdEdit
+from .interventions.self_only import SelfOnlyMask as SelfOnlyMask
+from .interventions.sink_logit import ShiftSinkLogit as ShiftSinkLogit
 from .interventions.softmax import ReplaceSoftmax as ReplaceSoftmax
+from .interventions.values import ScaleValue as ScaleValue
+from .interventions.values import ZeroValue as ZeroValue
 from .models.capabilities import capabilities as capabilities
 from .models.load import load_model as load_model
 from .prompts.replace import ReplaceEnd as ReplaceEnd

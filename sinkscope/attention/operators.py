@@ -1,11 +1,11 @@
-"""What may stand where softmax stands: each turns one row of scores into attention weights.
+"""Functions that turn a row of attention scores into attention weights: softmax and alternatives.
 
-Every operator takes masked scores in float32, hidden entries at `HIDDEN` or below, and returns the
-pattern; a hidden key always gets weight 0. Visibility is read off the scores, so that an edit of
-`hook_attn_scores` (hide this key, show that one) reaches every operator alike.
+Every operator takes scores and the mask of visible keys, and returns the pattern; a hidden key has
+weight 0 and counts nowhere. Without a mask the scores are masked ones, in float32, whose hidden
+entries lie at `HIDDEN` or below: an edit of the scores that hides a key then reaches the operator.
+A row without a visible key is zero, except under `softmax`, whose rows always sum to 1.
 
-`spare` is the logit of a place outside the sequence to which a head may send its attention; the
-rows of such a pattern sum to less than 1.
+`OPERATORS` lists those that need nothing but scores, by the names that users give.
 """
 
 from __future__ import annotations
@@ -13,69 +13,96 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 HIDDEN = torch.finfo(torch.float32).min / 2
 Scores = Float[Tensor, "*row key"]
+Visible = Bool[Tensor, "*#row key"]
 Pattern = Float[Tensor, "*row key"]
 
 
-def softmax(scores: Scores) -> Pattern:
+def softmax(scores: Scores, visible: Visible | None = None) -> Pattern:
     """exp(s_j) / Σ_k exp(s_k)."""
-    return torch.softmax(scores, dim=-1)
+    return torch.softmax(_masked(scores, visible), dim=-1)
 
 
-def softmax_with_spare(scores: Scores, spare: Float[Tensor, "*#row 1"]) -> Pattern:
-    """exp(s_j) / (exp(spare) + Σ_k exp(s_k)).
+def softmax_with_extra_logit(
+    scores: Scores, logit: Float[Tensor, "*#row 1"], visible: Visible | None = None
+) -> Pattern:
+    """exp(s_j) / (exp(logit) + Σ_k exp(s_k)): the rest of the row, the off-sequence mass, is lost.
 
-    With spare = 0 this is softmax-off-by-one (Miller 2023); with one learned number per head, the
-    sink logit of gpt-oss; with spare = q·k* for a learned key k* whose value is zero, the key bias
-    of Gu et al. 2024 (§ "attention biases").
+    With one learned logit per head it is the attention sink of gpt-oss (OpenAI 2025, gpt-oss-120b
+    & gpt-oss-20b Model Card, arXiv 2508.10925); with logit = q·k* for a learned key k* whose value
+    is zero, the key bias of Gu et al. (2024, When Attention Sink Emerges in Language Models: An
+    Empirical View, arXiv 2410.10781).
     """
-    total = torch.logaddexp(torch.logsumexp(scores, dim=-1, keepdim=True), spare)
+    scores = _masked(scores, visible)
+    total = torch.logaddexp(torch.logsumexp(scores, dim=-1, keepdim=True), logit)
     return torch.exp(scores - total)
 
 
-def relu(scores: Scores) -> Pattern:
-    """max(s_j, 0) / (number of visible keys): the ReLU attention of Guo et al. 2024."""
-    return torch.relu(scores) / _number(scores)
+def off_by_one(scores: Scores, visible: Visible | None = None) -> Pattern:
+    """exp(s_j) / (1 + Σ_k exp(s_k)): softmax with an extra logit of 0.
+
+    Source: Miller (2023), Attention Is Off By One; as a zero sink in Xiao et al. (2023), Efficient
+    Streaming Language Models with Attention Sinks, arXiv 2309.17453, section 3.3.
+    """
+    return softmax_with_extra_logit(scores, scores.new_zeros(1), visible)
 
 
-def sigmoid(scores: Scores) -> Pattern:
-    """σ(s_j − ln n) with n visible keys (Ramapuram et al. 2024): starts at softmax's 1/n."""
-    return torch.sigmoid(scores - _number(scores).log())
+def relu(scores: Scores, visible: Visible | None = None) -> Pattern:
+    """max(s_j, 0) / n with n visible keys.
+
+    Source: Guo et al. (2024), Active-Dormant Attention Heads, arXiv 2410.13835.
+    """
+    return torch.relu(_masked(scores, visible)) / _count(scores, visible)
 
 
-def softpick(scores: Scores, eps: float = 1e-8) -> Pattern:
-    """max(e^s_j − 1, 0) / (Σ_k |e^s_k − 1| + ε) (Zuhri et al. 2025), safe from overflow."""
+def sigmoid(scores: Scores, visible: Visible | None = None) -> Pattern:
+    """σ(s_j − ln n) with n visible keys: about 1/n each where the scores are 0, as with softmax.
+
+    Source: Ramapuram et al. (2024), Theory, Analysis, and Best Practices for Sigmoid
+    Self-Attention, arXiv 2409.04431.
+    """
+    return torch.sigmoid(_masked(scores, visible) - _count(scores, visible).log())
+
+
+def softpick(scores: Scores, visible: Visible | None = None, eps: float = 1e-8) -> Pattern:
+    """max(e^s_j − 1, 0) / (Σ_k |e^s_k − 1| + ε), computed without overflow.
+
+    Source: Zuhri et al. (2025), Softpick: No Attention Sink, No Massive Activations with Rectified
+    Softmax, arXiv 2504.20966.
+    """
+    scores = _masked(scores, visible)
     shift = scores.amax(-1, keepdim=True).clamp(min=0.0)
     lifted = torch.exp(scores - shift) - torch.exp(-shift)
-    weight = torch.where(_visible(scores), lifted.abs(), 0.0).sum(-1, keepdim=True)
+    weight = torch.where(scores > HIDDEN, lifted.abs(), 0.0).sum(-1, keepdim=True)
     return torch.relu(lifted) / (weight + eps)
 
 
-def nothing(scores: Scores) -> Pattern:
-    """No attention at all: what a layer without attention is measured as."""
+def zero(scores: Scores, visible: Visible | None = None) -> Pattern:
+    """No attention to any key: the pattern of a layer without attention."""
     return torch.zeros_like(scores)
 
 
-def _visible(scores: Scores) -> Tensor:
-    return scores > HIDDEN
+Operator = Callable[[Scores, Visible], Pattern]
+"""From scores and the mask of visible keys, both [prompt head query key], to the pattern."""
 
-
-def _number(scores: Scores) -> Tensor:
-    """Visible keys of each row, or 1 where there are none: nothing over nothing is nothing."""
-    return _visible(scores).sum(-1, keepdim=True).clamp(min=1)
-
-
-PLAIN: dict[str, Callable[[Scores], Pattern]] = {
+OPERATORS: dict[str, Operator] = {
     "softmax": softmax,
-    "gated": softmax,  # the gate multiplies the head's output, not its pattern
     "relu": relu,
     "sigmoid": sigmoid,
+    "off-by-one": off_by_one,
     "softpick": softpick,
-    "none": nothing,
 }
-SPARE = ("off-by-one", "learned-sink", "key-bias")
-ATTENTIONS = ("softmax", "relu", "sigmoid", *SPARE, "softpick", "gated")
+
+
+def _masked(scores: Scores, visible: Visible | None) -> Scores:
+    return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
+
+
+def _count(scores: Scores, visible: Visible | None) -> Tensor:
+    """The visible keys of each row [*row 1], and 1 where there are none: 0 / 0 is 0 here."""
+    seen = scores > HIDDEN if visible is None else visible
+    return seen.sum(-1, keepdim=True).clamp(min=1)

@@ -1,12 +1,12 @@
-"""Any laboratory model as a `TransformerBridge`, measured like every other model.
+"""Any toy model as a `TransformerBridge`, measured like every other model.
 
-The bridge wraps a copy of the module itself, through TransformerLens' own native adapter, so there
-is no second implementation that could disagree. One component differs from the stock one: attention
-here hands its *true* pre-softmax scores to `hook_attn_scores` and takes edits of both scores and
-pattern back, whatever the operator; a gated layer shows its gate in `hook_gate`.
+The bridge wraps a copy of the module itself, through TransformerLens' own native adapter, so that
+there is no second implementation. One component differs from the native one: attention passes its
+true pre-softmax scores to `hook_attn_scores` and uses edits of both scores and pattern, whatever
+the operator; a gated layer has a `hook_gate`.
 
-`scan` measures every operator. Where attention is no softmax it leaves out the entropy of rows that
-are no distribution; behind a gate, what W_O would make of a value.
+`scan` measures every operator. Where attention is not a softmax it leaves out the entropy of its
+rows, which are no distributions; behind a gate it leaves out the norms of W_O v.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ def to_bridge(
     name: str = "bigram-backcopy",
     task: BigramBackcopy | None = None,
 ) -> TransformerBridge:
-    """Wrap a copy of `model`; the model itself is left as it is.
+    """Wrap a copy of `model`, which itself stays as it is.
 
-    Layers that lack attention or a feed-forward network get one that computes exactly nothing
-    (zero weights, zero pattern), and a linear feed-forward is written as a two-matrix one whose
+    Layers without attention or a feed-forward network get one whose output is exactly zero (zero
+    weights, zero pattern), and a linear feed-forward is written as a network of two matrices whose
     neurons are its outputs: every layer then has every hook point, and the logits are unchanged.
 
     Args:
-        model: any laboratory model, trained or not.
-        name: recorded as `cfg.model_name`.
-        task: give the bridge this task's character tokenizer, if its symbols are characters.
+        model: Any toy model, trained or not.
+        name: Recorded as `cfg.model_name`.
+        task: Give the bridge this task's character tokenizer, if its symbols are characters.
+
+    Returns:
+        The bridge, in evaluation mode.
     """
     from transformer_lens import TransformerBridgeConfig
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
@@ -76,21 +79,21 @@ def _use_true_attention(adapter: ArchitectureAdapter, gated: bool) -> None:
     from sinkscope.bb.attention_bridge import BackcopyAttentionBridge
 
     block = adapter.component_mapping["blocks"]
-    stock = block.submodules["attn"]
+    native = block.submodules["attn"]
     block.submodules["attn"] = BackcopyAttentionBridge(
-        name=stock.name, config=adapter.cfg, submodules=stock.submodules, gated=gated
+        name=native.name, config=adapter.cfg, submodules=native.submodules, gated=gated
     )
-    # Hook points of the stock component's optional split inputs, which ours has no use for.
-    gone = {"hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"}
-    block.hook_aliases = {k: v for k, v in block.hook_aliases.items() if k not in gone}
+    # Hook points of the native component's optional split inputs, which ours does not have.
+    absent = {"hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"}
+    block.hook_aliases = {k: v for k, v in block.hook_aliases.items() if k not in absent}
 
 
 def _uniform(model: BackcopyTransformer) -> BackcopyTransformer:
-    """Give every block both halves, in place, without changing what the model computes."""
+    """Give every block attention and feed-forward, in place, without changing the logits."""
     config, like = model.config, model.head.weight
     for block in model.layers:
         if block.attn is None:
-            block.ln1, block.attn = _norm(config, like), _silent_attention(config, like)
+            block.ln1, block.attn = _norm(config, like), _zero_attention(config, like)
         if block.mlp is None:
             block.ln2, block.mlp = _norm(config, like), _feed_forward(config, like)
         elif not isinstance(block.mlp, FeedForward):
@@ -103,7 +106,7 @@ def _norm(config: ModelConfig, like: Tensor) -> nn.Module:
     return norm.to(like)
 
 
-def _silent_attention(config: ModelConfig, like: Tensor) -> Attention:
+def _zero_attention(config: ModelConfig, like: Tensor) -> Attention:
     attention = Attention(config, "none").to(like)
     for weight in attention.parameters():
         nn.init.zeros_(weight)

@@ -1,8 +1,9 @@
-"""Which part carries which risk: interventions on a trained laboratory model (Guo et al. 2024, §2).
+"""Interventions on a trained toy model: which part is responsible for which risk.
 
-Zero a head: only the trigger queries should suffer, which is what *active-dormant* means. Zero the
-feed-forward network: the bigram goes. Force the pattern that theory calls clean (all on BOS where
-the head sleeps, all on the previous token where it works): nothing should change.
+Guo et al. (2024, section 2). With a head set to zero only the risk on trigger queries should rise,
+which is what *active-dormant* means; with the feed-forward network set to zero the bigram is lost;
+the pattern of the theory (all attention on BOS where the head is dormant, on the previous token
+where it is active) should change neither risk.
 """
 
 from __future__ import annotations
@@ -27,8 +28,13 @@ def knockouts(
 ) -> pd.DataFrame:
     """Both risks of the model as it is and under every intervention.
 
+    Args:
+        model: A toy model.
+        task: The task that the tokens were drawn from.
+        tokens: Sequences that begin with BOS.
+
     Returns:
-        one row per intervention: intervention, layer, head (-1: none), backcopy_risk, bigram_risk,
+        One row per intervention: intervention, layer, head (-1: none), backcopy_risk, bigram_risk,
         backcopy_excess, bigram_excess [nat].
     """
     import pandas as pd
@@ -70,7 +76,7 @@ def on_sink(pattern: Float[Tensor, "*row query key"]) -> Float[Tensor, "*row que
 def clean(
     pattern: Float[Tensor, "prompt query key"], is_trigger: Bool[Tensor, "prompt query"]
 ) -> Float[Tensor, "prompt query key"]:
-    """What the head should do: trigger queries read the previous token, the others the sink."""
+    """The pattern of the theory: trigger queries attend to the previous token, others to BOS."""
     length = pattern.shape[-1]
     previous = torch.eye(length, device=pattern.device, dtype=pattern.dtype).roll(-1, dims=1)
     return torch.where(is_trigger[..., None], previous, on_sink(pattern))

@@ -1,7 +1,8 @@
 """The three phenomena and the two risks of one model, as Guo et al. define them on this task.
 
-All measured in float32 from one forward pass, averaged over *non-trigger queries*, where the head
-has nothing to copy and may sleep. Position 0 is the sink and is never a query: it sees only itself.
+All are computed in float32 from one forward pass and averaged over *non-trigger queries*, where the
+head has nothing to copy and can be dormant. Position 0 is the sink and not counted as a query,
+since it attends only to itself.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ RECORDED = ("hook_attn_scores", "hook_pattern", "hook_v", "hook_resid_post")
 
 @dataclass(frozen=True)
 class Phenomena:
-    """One model at one moment. Layers without attention hold NaN in the attention's fields.
+    """Measurements of one model. Layers without attention have NaN in the fields of attention.
 
     Attributes:
         backcopy_risk: cross-entropy on trigger queries against the true next symbol [nat].
@@ -31,8 +32,8 @@ class Phenomena:
         sink_attention: mean attention to position 0 [probability].
         sink_share: attention to position 0 over the row's sum of |attention|, for operators whose
             rows do not sum to 1; an all-zero row counts as 0.
-        spare_attention: 1 - the row's sum: what goes to no position at all [probability].
-        trigger_attention: `sink_attention` on trigger queries, where the head is at work.
+        spare_attention: the off-sequence mass, 1 - the row's sum [probability].
+        trigger_attention: `sink_attention` on trigger queries, where the head is active.
         logit_gap: s_i0 - mean over 1 <= j < i of s_ij, averaged per query symbol, then over
             non-trigger symbols [logit].
         logit_gap_low, logit_gap_high: 10 and 90 % quantile of it over non-trigger symbols.
@@ -90,22 +91,25 @@ def measure(
     """Measure a model on token sequences of its task.
 
     Args:
-        model: on any device, any dtype; it is run as it is, outside autocast.
-        task: the task the tokens were drawn from.
-        tokens: sequences that begin with BOS.
-        tap: an intervention, applied before anything is recorded.
+        model: A toy model on any device and of any dtype; it runs outside autocast.
+        task: The task that the tokens were drawn from.
+        tokens: Sequences that begin with BOS.
+        tap: An intervention, applied before values are recorded.
+
+    Returns:
+        The measurements, on the CPU.
     """
     kept, record = recorder(*RECORDED)
     logits = model(tokens, tap=lambda name, value: record(name, tap(name, value)))
     device = tokens.device
     is_trigger = task.is_trigger.to(device)[tokens]
-    at_work, idle = is_trigger.clone(), ~is_trigger & (tokens < task.symbols)
-    at_work[:, 0] = idle[:, 0] = False
+    active, dormant = is_trigger.clone(), ~is_trigger & (tokens < task.symbols)
+    active[:, 0] = dormant[:, 0] = False
     layers = range(model.config.layers)
-    attention = [_attention(model, layer, kept, tokens, task, at_work, idle) for layer in layers]
+    attention = [_attention(model, layer, kept, tokens, task, active, dormant) for layer in layers]
     residual = torch.stack([_residual(kept[f"blocks.{layer}.hook_resid_post"]) for layer in layers])
     return Phenomena(
-        **_risks(logits, task, tokens, at_work, idle),
+        **_risks(logits, task, tokens, active, dormant),
         **{name: torch.stack([a[name] for a in attention]).cpu() for name in attention[0]},
         residual_norm=residual[:, 0].cpu(),
         residual_others=residual[:, 1].cpu(),
@@ -118,18 +122,18 @@ def _risks(
     logits: Float[Tensor, "prompt position vocab"],
     task: BigramBackcopy,
     tokens: Int[Tensor, "prompt position"],
-    at_work: Bool[Tensor, "prompt position"],
-    idle: Bool[Tensor, "prompt position"],
+    active: Bool[Tensor, "prompt position"],
+    dormant: Bool[Tensor, "prompt position"],
 ) -> dict[str, float]:
     truth = task.oracle(tokens)
     log_p = torch.log_softmax(logits.double(), dim=-1)[..., : task.symbols]
     cross = -(truth * log_p).sum(-1)
     entropy = torch.special.entr(truth).sum(-1)
     return {
-        "backcopy_risk": float(cross[at_work].mean()),
-        "bigram_risk": float(cross[idle].mean()),
-        "backcopy_excess": float((cross - entropy)[at_work].mean()),
-        "bigram_excess": float((cross - entropy)[idle].mean()),
+        "backcopy_risk": float(cross[active].mean()),
+        "bigram_risk": float(cross[dormant].mean()),
+        "backcopy_excess": float((cross - entropy)[active].mean()),
+        "bigram_excess": float((cross - entropy)[dormant].mean()),
     }
 
 
@@ -139,8 +143,8 @@ def _attention(
     kept: dict[str, Tensor],
     tokens: Int[Tensor, "prompt position"],
     task: BigramBackcopy,
-    at_work: Bool[Tensor, "prompt position"],
-    idle: Bool[Tensor, "prompt position"],
+    active: Bool[Tensor, "prompt position"],
+    dormant: Bool[Tensor, "prompt position"],
 ) -> dict[str, Float[Tensor, "head"]]:
     names = (
         *("sink_attention", "sink_share", "spare_attention", "trigger_attention"),
@@ -153,14 +157,14 @@ def _attention(
     prefix = f"blocks.{layer}.attn."
     pattern = kept[prefix + "hook_pattern"].float()
     to_sink, total = pattern[..., 0], pattern.abs().sum(-1)
-    gap = _gap_per_symbol(kept[prefix + "hook_attn_scores"].float(), tokens, task, idle)
+    gap = _gap_per_symbol(kept[prefix + "hook_attn_scores"].float(), tokens, task, dormant)
     low, high = gap.nanquantile(torch.tensor([0.1, 0.9], device=gap.device), dim=0)
     norms = _value_norms(model, layer, kept[prefix + "hook_v"])
     values = (
-        _over(to_sink, idle),
-        _over(torch.where(total > 0, to_sink.abs() / total, 0.0), idle),
-        _over(1 - pattern.sum(-1), idle),
-        _over(to_sink, at_work),
+        _over(to_sink, dormant),
+        _over(torch.where(total > 0, to_sink.abs() / total, 0.0), dormant),
+        _over(1 - pattern.sum(-1), dormant),
+        _over(to_sink, active),
         *(gap.nanmean(0), low, high),
         *(norms[:, 0].mean(0), norms[:, 1:].mean((0, 1))),
         norms[:, 0].mean(0) / norms[:, 1:].mean((0, 1)),
@@ -178,7 +182,7 @@ def _gap_per_symbol(
     scores: Float[Tensor, "prompt head query key"],
     tokens: Int[Tensor, "prompt position"],
     task: BigramBackcopy,
-    idle: Bool[Tensor, "prompt query"],
+    dormant: Bool[Tensor, "prompt query"],
 ) -> Float[Tensor, "symbol head"]:
     """s_i0 minus the mean score of the keys strictly between the sink and the query, per symbol.
 
@@ -188,8 +192,8 @@ def _gap_per_symbol(
     between = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril(-1)
     between[:, 0] = False
     others = torch.where(between, scores, 0.0).sum(-1) / between.sum(-1).clamp(min=1)
-    gap = rearrange(scores[..., 0] - others, "b h q -> b q h")[:, 2:][idle[:, 2:]]
-    symbol = tokens[:, 2:][idle[:, 2:]]
+    gap = rearrange(scores[..., 0] - others, "b h q -> b q h")[:, 2:][dormant[:, 2:]]
+    symbol = tokens[:, 2:][dormant[:, 2:]]
     total = gap.new_zeros(task.vocab, gap.shape[1]).index_add_(0, symbol, gap)
     count = torch.bincount(symbol, minlength=task.vocab)[:, None]
     return torch.where(count > 0, total / count, torch.nan)

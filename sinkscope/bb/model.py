@@ -1,11 +1,12 @@
-"""The laboratory's transformer: the model of Guo et al. 2024, and the cures proposed since.
+"""The toy transformer: the model of Guo et al. 2024, and the mitigations proposed since.
 
 Pre-norm, learned token and position embeddings, ReLU feed-forward, no biases in linear maps, untied
 unembedding, PyTorch's default initialisation. Sub-modules are named as TransformerLens names those
-of its native model, so `sinkscope.bb.to_bridge` wraps this very module and converts nothing.
+of its native model, so that `sinkscope.bb.to_bridge` wraps this module and converts nothing.
 
 Every intermediate value passes through a *tap*, a function (name, tensor) -> tensor with the hook
 names of TransformerLens. A tap records, edits, or (the default) does nothing and compiles away.
+Start at `BackcopyTransformer`, at the end of this file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sinkscope.attention.operators import PLAIN, SPARE, softmax_with_spare
+from sinkscope.attention import operators
 from sinkscope.bb.config import ModelConfig
 from sinkscope.errors import UnsupportedError
 
@@ -33,7 +34,14 @@ def no_tap(name: str, value: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with a choice of operator; see `sinkscope.attention.operators`."""
+    """Causal self-attention of one of the kinds `sinkscope.bb.ATTENTIONS`.
+
+    "softmax", "relu", "sigmoid", "off-by-one" and "softpick" name an operator of
+    `sinkscope.attention.operators`. "learned-sink" and "key-bias" are softmax with an extra logit:
+    a learned number per head, or q·k* with a learned key k* whose value is zero. "gated" is softmax
+    with a gate on the head's output, σ(W_g x) element by element (Qiu et al. 2025, Gated Attention
+    for Large Language Models, arXiv 2505.06708).
+    """
 
     def __init__(self, config: ModelConfig, operator: str) -> None:
         super().__init__()
@@ -53,7 +61,7 @@ class Attention(nn.Module):
         visible: Bool[Tensor, "*#prompt query key"],
         tap: Tap = no_tap,
     ) -> Float[Tensor, "prompt position dim"]:
-        """What the layer adds to the residual stream; `visible` says which keys a query sees."""
+        """What the layer adds to the residual stream; `visible` is the attention mask."""
         split = partial(rearrange, pattern="b t (h d) -> b t h d", h=self.heads)
         query = tap("hook_q", split(self.q(hidden_states)))
         key = tap("hook_k", split(self.k(hidden_states)))
@@ -63,7 +71,7 @@ class Attention(nn.Module):
         scores = tap("hook_attn_scores", scores)
         pattern = tap("hook_pattern", self.pattern(scores, query)).to(value.dtype)
         z = einsum(pattern, value, "b h q k, b k h d -> b q h d")
-        if self.operator == "gated":  # Qiu et al. 2025: element-wise, from the layer's own input
+        if self.operator == "gated":
             z = z * tap("hook_gate", torch.sigmoid(split(self.gate(hidden_states))))
         z = tap("hook_z", z)
         return self.o(rearrange(z, "b q h d -> b q (h d)"))
@@ -72,16 +80,17 @@ class Attention(nn.Module):
         self, scores: Float[Tensor, "prompt head query key"], query: Tensor
     ) -> Float[Tensor, "prompt head query key"]:
         """Attention weights from masked scores, by this layer's operator."""
-        if self.operator not in SPARE:
-            return PLAIN[self.operator](scores)
-        if self.operator == "off-by-one":
-            spare = scores.new_zeros(1)
-        elif self.operator == "learned-sink":
-            spare = rearrange(self.sinks.float(), "h -> h 1 1")
-        else:
-            spare = einsum(query.float(), self.bias_key.float(), "b q h d, h d -> b h q")
-            spare = spare.unsqueeze(-1) * self.scale
-        return softmax_with_spare(scores, spare)
+        if self.operator == "learned-sink":
+            sinks = rearrange(self.sinks.float(), "h -> h 1 1")
+            return operators.softmax_with_extra_logit(scores, sinks)
+        if self.operator == "key-bias":
+            logit = einsum(query.float(), self.bias_key.float(), "b q h d, h d -> b h q")
+            return operators.softmax_with_extra_logit(scores, logit.unsqueeze(-1) * self.scale)
+        if self.operator == "gated":  # the gate multiplies the head's output, not its pattern
+            return operators.softmax(scores)
+        if self.operator == "none":
+            return operators.zero(scores)
+        return operators.OPERATORS[self.operator](scores, None)
 
 
 class FeedForward(nn.Module):
@@ -102,10 +111,10 @@ class FeedForward(nn.Module):
 
 
 class TokenEmbedding(nn.Embedding):
-    """A small table looked up very often: its gradient is one matrix product.
+    """An embedding whose gradient is one matrix product and therefore deterministic.
 
-    The usual gradient adds 131,072 rows into 67 in whatever order the GPU's atomics happen to take;
-    this one costs the same and gives the same bits every time.
+    The usual gradient adds 131,072 rows into 67 in the order of the GPU's atomic operations; this
+    one costs the same and has the same bits every time.
     """
 
     def forward(self, input_ids: Int[Tensor, "*row"]) -> Float[Tensor, "*row dim"]:
@@ -131,12 +140,12 @@ class LinearFeedForward(nn.Linear):
     """One matrix in place of the feed-forward network."""
 
     def forward(self, hidden_states: Tensor, tap: Tap = no_tap) -> Tensor:
-        """The matrix's product; there is nothing inside to tap."""
+        """W x; there is no intermediate value to tap."""
         return super().forward(hidden_states)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)); either half may be absent."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); either part may be absent."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -172,11 +181,12 @@ class Block(nn.Module):
 
 
 class BackcopyTransformer(nn.Module):
-    """The whole model: token ids in, logits out.
+    """The whole model, from token ids to logits.
 
     Args:
-        config: what to build.
-        seed: draw the weights from this seed, leaving the global generator alone; None uses it.
+        config: The architecture.
+        seed: Draw the weights from this seed and leave torch's global generator as it is; None
+            draws from the global generator.
     """
 
     def __init__(self, config: ModelConfig, seed: int | None = None) -> None:
@@ -209,19 +219,22 @@ class BackcopyTransformer(nn.Module):
         """Logits after every position.
 
         Args:
-            input_ids: token ids.
-            attention_mask: 1 for real tokens; padding must stand on the right.
-            tap: sees, and may replace, every intermediate value.
-            inputs_embeds: not supported; named so that it is refused rather than ignored.
-            unused: options of Hugging Face models that a bridge passes along.
+            input_ids: Token ids.
+            attention_mask: 1 for real tokens; padding must be on the right.
+            tap: Records, and may replace, every intermediate value.
+            inputs_embeds: Not supported; named so that it is refused rather than ignored.
+            unused: Options of Hugging Face models that a bridge passes along.
+
+        Raises:
+            UnsupportedError: For input embeddings, padding on the left, or too many tokens.
         """
         if inputs_embeds is not None:
-            raise UnsupportedError("this model takes token ids, not inputs_embeds: pass input_ids")
+            raise UnsupportedError("This model takes token ids, not inputs_embeds; pass input_ids.")
         length = input_ids.shape[1]
         if length > self.config.context:
             raise UnsupportedError(
                 f"{length} tokens were given, but this model has {self.config.context} position "
-                f"embeddings: cut the input"
+                "embeddings; cut the input."
             )
         visible = self.causal[:length, :length]
         if attention_mask is not None:
@@ -237,8 +250,8 @@ class BackcopyTransformer(nn.Module):
     def _unpadded(visible: Tensor, attention_mask: Tensor) -> Bool[Tensor, "prompt query key"]:
         if attention_mask.ndim != 2 or not bool((attention_mask[:, 0] != 0).all()):
             raise UnsupportedError(
-                f"padding must stand on the right and the mask be [prompt position]: positions are "
-                f"learned, so token 0 must stand at 0 (got a mask of {tuple(attention_mask.shape)})"
+                "Padding must be on the right and the mask [prompt position], since positions are "
+                f"learned; this mask has the shape {tuple(attention_mask.shape)}."
             )
         return visible & (attention_mask != 0).unsqueeze(1)
 

@@ -1,4 +1,4 @@
-"""The optimisers the laboratory compares, all of them PyTorch's own, and their state as tensors."""
+"""The optimisers that are compared, all of them PyTorch's own, and their state as tensors."""
 
 from __future__ import annotations
 

@@ -113,13 +113,13 @@ def _short(value: str | int | float) -> str | int | float:
 def task_texts(
     prompts: int = 16, length: int = 256, seed: int = 0, task: BigramBackcopy | None = None
 ) -> Texts:
-    """Sequences of a laboratory task as prompts for `scan`.
+    """Sequences of a Bigram-Backcopy task as prompts for `scan`.
 
     Args:
-        prompts: how many.
-        length: tokens of each, BOS included.
-        seed: what they are drawn with.
-        task: the packaged model's task when left out.
+        prompts: Number of prompts.
+        length: Tokens of each, BOS included.
+        seed: Of the draws.
+        task: By default the task of the packaged model.
     """
     from sinkscope.prompts.tokens import Texts
 

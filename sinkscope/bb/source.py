@@ -1,9 +1,8 @@
-"""Where the Bigram-Backcopy task's characters come from: a marginal and a transition matrix.
+"""The base process of the Bigram-Backcopy task: a marginal and a transition matrix.
 
-A source is two tables of numbers and nothing else, so that a run, a checkpoint and a test can carry
-theirs. The default one is derived from the help texts that ship inside every Python and is stored
-as counts beside this file: those texts change between Python versions, the laboratory's numbers
-must not.
+A source is two tables of numbers, so that runs, checkpoints and tests can contain theirs. The
+default one was counted on the help texts that come with Python and is stored as counts beside this
+file, since those texts change between Python versions and the results must not.
 """
 
 from __future__ import annotations

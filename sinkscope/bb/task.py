@@ -31,15 +31,19 @@ class BigramBackcopy:
     """Bigram-Backcopy over a bigram source.
 
     Ids 0 … V-1 are the source's symbols, V is BOS and V+1 a delimiter that is never emitted (the
-    reference keeps it, so the vocabulary of 65 symbols is 67).
+    reference has it too, so that 65 symbols make a vocabulary of 67).
+
+    With `bos` other than 1 the vocabulary differs from the reference's, where every BOS token has
+    an id of its own: V + bos + 1 ids (66 without BOS; 68 with two, `<s_0>` and `<s_1>`). Here it is
+    always V + 2, and several BOS tokens are the same id several times.
 
     Args:
-        source: the base process; the shipped English counts when left out.
-        triggers: how many of the most frequent symbols are triggers, or their ids.
-        bos: how many BOS tokens open a sequence (the paper: 1; 0 and 2 are its ablations).
+        source: The base process; by default the English counts that come with sinkscope.
+        triggers: How many of the most frequent symbols are triggers (the paper's k), or their ids.
+        bos: How many BOS tokens a sequence begins with (the paper: 1; 0 and 2 are its ablations).
 
     Raises:
-        TextError: for triggers that are no symbols, or that leave nothing to start from.
+        TextError: If a trigger is no symbol, or all symbols are triggers.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A character tokenizer for laboratory models, so that any text can be shown to them."""
+"""A character tokenizer for toy models, so that they can run on any text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ BOS, DELIMITER = "<s>", "<d>"
 
 
 def make_tokenizer(task: BigramBackcopy) -> PreTrainedTokenizerFast | None:
-    """One token a character, with BOS in front; None where the source's symbols have no text.
+    """One token per character, with BOS in front; None if the source's symbols have no text.
 
-    Characters that the source does not know become the delimiter, which the task never emits and
-    the model has therefore never seen.
+    Characters that the source does not have become the delimiter, which the task never emits and on
+    which the model was therefore never trained.
     """
     if task.source.symbols is None or any(len(symbol) != 1 for symbol in task.source.symbols):
         return None

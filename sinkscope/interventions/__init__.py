@@ -1,23 +1,33 @@
 """Interventions: context managers that change one thing about how a model runs.
 
-They compose with every measurement, work on both attention paths and on every architecture they
-accept, and leave the model bit for bit as it was, after an error too::
+They compose with every measurement, work on both attention paths and on every architecture that
+they accept, and leave the model bit for bit as it was, after an error too::
 
     with SelfOnlyMask(model, position=255):
         after = scan(model, texts)
 
-What one cannot do exactly on an architecture it refuses with a sentence. `ReplaceStart` and
-`ReplaceEnd` are the exception in form: they turn texts into texts, so that a report names the
-tokens that ran.
+What cannot be done exactly on an architecture is refused in a sentence. `ReplaceStart` and
+`ReplaceEnd` differ in form: they turn texts into texts, so that a report names the tokens that ran.
+
+    activations  SetActivation, RemoveOutput, ScaleActivation: the residual stream and block outputs
+    heads        AblateHeads: the heads' outputs
+    values       ScaleValue, ZeroValue: the value vectors
+    self_only    SelfOnlyMask: the attention mask
+    sink_logit   ShiftSinkLogit: one key's logit
+    softmax      ReplaceSoftmax: the attention operator
+    positions    PositionEmbeddingEdit, PositionIdEdit: learned vectors and rotary ids
+    base         the base classes; to add an intervention, start there
 """
 
 from __future__ import annotations
 
 from sinkscope.interventions.activations import RemoveOutput, ScaleActivation, SetActivation
-from sinkscope.interventions.heads import AblateHeads, ScaleValue, ZeroValue
-from sinkscope.interventions.masks import SelfOnlyMask, ShiftSinkLogit
+from sinkscope.interventions.heads import AblateHeads
 from sinkscope.interventions.positions import PositionEmbeddingEdit, PositionIdEdit
+from sinkscope.interventions.self_only import SelfOnlyMask
+from sinkscope.interventions.sink_logit import ShiftSinkLogit
 from sinkscope.interventions.softmax import ReplaceSoftmax
+from sinkscope.interventions.values import ScaleValue, ZeroValue
 from sinkscope.prompts.replace import ReplaceEnd, ReplaceStart
 
 __all__ = [

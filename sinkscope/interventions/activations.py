@@ -1,4 +1,4 @@
-"""Set, scale or remove what the residual stream and the two halves of a block hold."""
+"""Set, scale or remove the residual stream, or what attention and feed-forward add to it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from sinkscope.interventions.base import (
     check_indices,
     check_layers,
     check_mode,
+    check_number,
     check_positions,
 )
 from sinkscope.interventions.calibration import mean_at, needs_calibration
 
 PLACES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
-"""Where an activation can be edited: a block's input, what its halves add, and its output."""
+"""Activations that can be edited: a block's input, what its two parts add, and its output."""
 
 
 class _AtPositions(HookedIntervention):
-    """Base: edits one activation of a layer at some positions."""
+    """Base: edit one activation of a layer at some positions."""
 
     def __init__(self, model: Any, layer: int, positions: int | Iterable[int], at: str) -> None:
         super().__init__(model)
         check_mode(at, PLACES)
-        (self.layer,) = check_layers(layer, self.can.n_layers)
+        (self.layer,) = check_layers(layer, self.caps.n_layers)
         self._given = check_positions(positions)
         self.positions = tuple(sorted(self._given))
-        self.hook = self.can.hook(at, self.layer)
+        self.hook = self.caps.hook(at, self.layer)
 
     def _hooks(self) -> Hooks:
         return [(self.hook, self._edit)]
@@ -47,31 +48,33 @@ class _AtPositions(HookedIntervention):
         return x
 
     def new(self, old: Float[Tensor, "prompt row dim"], first: int) -> Tensor:
-        """What takes the place of the activation at positions ``first`` and after."""
+        """The new activation, of `self.positions[first:]`."""
         raise NotImplementedError
 
 
 class SetActivation(_AtPositions):
-    """Sets some dims of an activation at some positions.
+    """Set some dims d of an activation at some positions p: x_pd = value.
 
-    Setting massive activations to zero breaks a model, setting them to their mean changes nothing
-    (Sun et al. 2402.17762, Table 3): always look at both.
+    Setting massive activations to zero breaks a model, setting them to their mean changes almost
+    nothing (Sun et al. 2024, Massive Activations in Large Language Models, arXiv 2402.17762,
+    Table 3): always compare both.
 
     Args:
         model: A bridge.
         layer: The block.
-        dims: Which residual channels; None for all of them.
-        positions: Where.
+        dims: The residual dims; None for all of them.
+        positions: The positions.
         mode: "zero"; "mean", the mean over the calibration prompts at that same position and dim;
             a number; or a tensor or nested list that broadcasts to [position dim], in the order of
             ``positions`` and ``dims``.
-        at: "resid_pre", "attn_out", "mlp_out" (what a half adds to the stream) or "resid_post".
-        calibration: Texts for "mean"; measured now, on the model as it is now.
+        at: "resid_pre", "attn_out", "mlp_out" (what a part adds to the stream) or "resid_post".
+        calibration: Texts for "mean"; they run at once, on the model as it is now.
 
     Raises:
-        UnsupportedError: If the layer or a dim does not exist, or this architecture shows no such
-            activation.
-        TextError: If a prompt does not reach a position (when it runs), or no calibration prompt.
+        UnsupportedError: If the layer or a dim does not exist, the value does not fit, or this
+            architecture has no hook point for the activation.
+        TextError: If a position is not a whole number from 0, (when it runs) beyond a prompt, or
+            beyond every calibration prompt.
     """
 
     def __init__(
@@ -86,12 +89,12 @@ class SetActivation(_AtPositions):
         calibration: Any = None,
     ) -> None:
         super().__init__(model, layer, positions, at)
-        self.dims = check_indices(dims, self.can.d_model, "dim")
+        self.dims = check_indices(dims, self.caps.d_model, "dim")
         self._chosen = slice(None) if self.dims is None else list(self.dims)
         self.value = self._value(mode, calibration)
 
     def _value(self, mode: Any, calibration: Any) -> Float[Tensor, "position dim"]:
-        n_dims = self.can.d_model if self.dims is None else len(self.dims)
+        n_dims = self.caps.d_model if self.dims is None else len(self.dims)
         shape = len(self.positions), n_dims
         if isinstance(mode, str):
             check_mode(mode, ("zero", "mean"))
@@ -121,15 +124,19 @@ class SetActivation(_AtPositions):
 
 
 class RemoveOutput(SetActivation):
-    """Takes away what one half of a block adds at some positions, or puts its mean there.
+    """Remove what attention or feed-forward adds to the residual stream at some positions.
 
     Args:
         model: A bridge.
         layer: The block.
         part: "attn" or "mlp".
-        positions: Where; the other positions keep theirs.
-        mode: "zero" or "mean"; see `SetActivation`.
+        positions: The positions; the output at others stays.
+        mode: "zero", or "mean" to put its mean there; see `SetActivation`.
         calibration: Texts for "mean".
+
+    Raises:
+        UnsupportedError: As in `SetActivation`.
+        TextError: As in `SetActivation`.
     """
 
     def __init__(
@@ -150,15 +157,22 @@ class RemoveOutput(SetActivation):
 
 
 class ScaleActivation(_AtPositions):
-    """Scales an activation at some positions: its norm changes, its direction does not.
+    """Scale an activation at some positions, x → factor · x or norm · x / ‖x‖.
+
+    Its direction stays as it is.
 
     Args:
         model: A bridge.
         layer: The block.
-        positions: Where.
-        factor: What to multiply by; or give `norm`.
-        norm: The norm to give it [activation].
+        positions: The positions.
+        factor: The factor; or give `norm`.
+        norm: The new Euclidean norm [activation].
         at: See `SetActivation`.
+
+    Raises:
+        UnsupportedError: If the layer does not exist, this architecture has no hook point for the
+            activation, or not exactly one of factor and norm is given.
+        TextError: If a position is not a whole number from 0, or (when it runs) beyond a prompt.
     """
 
     def __init__(
@@ -174,10 +188,11 @@ class ScaleActivation(_AtPositions):
         super().__init__(model, layer, positions, at)
         if (factor is None) == (norm is None):
             raise UnsupportedError("ScaleActivation takes either a factor or a norm.")
-        self.factor, self.norm = factor, norm
+        self.factor = None if factor is None else check_number(factor, "factor")
+        self.norm = None if norm is None else check_number(norm, "norm")
 
     def new(self, old: Float[Tensor, "prompt row dim"], first: int) -> Tensor:
-        """The same direction with another length."""
+        """The scaled activation."""
         if self.factor is not None:
             return old * self.factor
         size = torch.linalg.vector_norm(old, dim=-1, keepdim=True, dtype=torch.float32)

@@ -1,14 +1,21 @@
-"""What every intervention is: a context manager that leaves the model as it found it.
+"""The base of all interventions: context managers that leave the model as it was.
 
-Edits are hooks, so nothing of the model is written to (the one exception, learned position
-vectors, are copied back). Hooks that were added first run first: enter an intervention before the
-hooks that are to see its effect. Of two interventions on the same activation the inner one has the
-last word.
+`Intervention` is the context manager; `HookedIntervention` is the base of most, which only names
+hook points and edits; `Cursor` says which positions of the sequence a forward pass holds; the
+`check_…` functions validate arguments. To add an intervention, subclass `HookedIntervention` in a
+file of its own and add it to `sinkscope.interventions.__init__`.
+
+Edits are hooks, so that no weight is written to (learned position vectors are the one exception;
+they are copied back). Hooks run in the order in which they were added: enter an intervention before
+adding hooks that should read its effect. Of two interventions on one activation the inner one is
+applied last.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
@@ -28,36 +35,37 @@ class Intervention(AbstractContextManager):
     """Base of all interventions.
 
     Interventions nest, compose with every measurement on both attention paths, and can be entered
-    again after they ended. Positions are token indices, counted from 0; through a KV cache they
-    count from the start of the sequence.
+    again after they ended. Positions are token indices from 0; with a KV cache they count from the
+    start of the sequence.
 
     Args:
         model: A TransformerBridge.
 
     Attributes:
-        positions: Those that every prompt must have.
-        softmax: Whether rows of attention stay a softmax's: weights that sum to one at most.
+        positions: The positions that every prompt must have.
+        softmax: Whether attention rows are still those of a softmax (non-negative weights whose sum
+            is at most one), so that their entropy is defined.
     """
 
     positions: tuple[int, ...] = ()
     softmax = True
-    _asked: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Keep what was asked for, whatever a subclass makes of it: reports name it."""
+        """Keep the arguments as they were given: the repr, which reports record, shows them."""
         new = super().__new__(cls)
-        new._asked = args, kwargs
+        new._arguments = args, kwargs
         return new
 
     def __repr__(self) -> str:
-        args, kwargs = self._asked
-        asked = inspect.signature(type(self)).bind(*args, **kwargs).arguments
-        words = [f"{name}={_plain(value)}" for name, value in asked.items() if name != "model"]
-        return f"{type(self).__name__}({', '.join(words)})"
+        args, kwargs = self._arguments
+        given = inspect.signature(type(self)).bind(*args, **kwargs).arguments
+        shown = [f"{name}={_plain(value)}" for name, value in given.items() if name != "model"]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def __init__(self, model: Any) -> None:
         self.model = mended(model)
-        self.can = capabilities(model)
+        self.caps = capabilities(model)
         self._undo: ExitStack | None = None
 
     def __enter__(self) -> Intervention:
@@ -82,26 +90,27 @@ class Intervention(AbstractContextManager):
             undo.close()
 
     def _begin(self, undo: ExitStack) -> None:
-        """Take effect, and leave in `undo` all it takes to undo that."""
+        """Take effect, and register on `undo` whatever reverts it."""
         raise NotImplementedError
 
     def _follow_hooks(self, undo: ExitStack, layer: int = 0) -> None:
-        """Be in force when the bridge's hooks are, for an edit that is none of them.
+        """For an edit that is not a hook of the bridge: be in force only when its hooks are.
 
-        Whoever puts the hooks of a bridge aside, to look at the model itself, means us too.
+        Code that temporarily removes the hooks of a bridge, to examine the model itself, then
+        suspends this edit as well.
         """
         self._point = self.model.hook_dict[f"blocks.{layer}.hook_in"]
-        undo.enter_context(self.model.hooks(fwd_hooks=[(self._point.name, self._witness)]))
+        undo.enter_context(self.model.hooks(fwd_hooks=[(self._point.name, self._marker)]))
 
     def _in_force(self) -> bool:
-        return any(handle.user_hook == self._witness for handle in self._point.fwd_hooks)
+        return any(handle.user_hook == self._marker for handle in self._point.fwd_hooks)
 
-    def _witness(self, x: Tensor, hook: Any) -> None:
-        """Does nothing; its presence says that hooks are in force."""
+    def _marker(self, x: Tensor, hook: Any) -> None:
+        """No effect; its presence says that the bridge's hooks are in force."""
 
 
 class HookedIntervention(Intervention):
-    """An intervention that edits activations where they fire."""
+    """Base of interventions that edit activations at hook points of the bridge."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -112,17 +121,17 @@ class HookedIntervention(Intervention):
         undo.enter_context(self.model.hooks(fwd_hooks=self._hooks()))
 
     def _hooks(self) -> Hooks:
-        """Hook names, and what edits the activation there."""
+        """Names of hook points, each with the function that edits the activation there."""
         raise NotImplementedError
 
 
 class Cursor:
-    """Where in the sequence the tokens of the running forward pass stand.
+    """The positions in the sequence of the current forward pass.
 
     Attributes:
-        past: Tokens that came before this pass (the length of its KV cache).
+        past: Tokens before this pass (the length of its KV cache).
         length: Tokens of this pass.
-        passes: How many passes there have been.
+        passes: Number of passes so far.
     """
 
     def __init__(self) -> None:
@@ -147,10 +156,10 @@ class Cursor:
         self.passes += 1
 
     def rows(self, positions: Iterable[int]) -> list[int]:
-        """Where these positions lie in this pass; those of earlier passes are left out.
+        """The rows of these positions in this pass, without those of earlier passes.
 
         Raises:
-            TextError: If a position lies beyond the tokens seen so far.
+            TextError: If a position is beyond the tokens so far.
         """
         end = self.past + self.length
         for position in positions:
@@ -163,7 +172,7 @@ class Cursor:
 
 
 def _plain(value: Any) -> str:
-    """An argument in words; what is no plain value by its kind alone, such as texts or tensors."""
+    """An argument as text; texts, tensors and other objects by their type alone."""
     if isinstance(value, list | tuple | set | frozenset | range):
         listed = ", ".join(map(_plain, value))
         return f"({listed})" if isinstance(value, tuple) else f"[{listed}]"
@@ -176,8 +185,8 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
-def check_layers(layers: int | Iterable[int] | None, n_layers: int) -> tuple[int, ...]:
-    """Layers as a tuple; None stands for all of them.
+def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
+    """Layers as a tuple; None means all of them.
 
     Raises:
         UnsupportedError: If there are none, or one that the model does not have.
@@ -187,9 +196,7 @@ def check_layers(layers: int | Iterable[int] | None, n_layers: int) -> tuple[int
     return _indices(layers, n_layers, "layer")
 
 
-def check_indices(
-    indices: int | Iterable[int] | None, size: int, what: str
-) -> tuple[int, ...] | None:
+def check_indices(indices: Any, size: int, what: str) -> tuple[int, ...] | None:
     """Heads, dims and the like as a tuple; None (all of them) stays None.
 
     Raises:
@@ -198,14 +205,14 @@ def check_indices(
     return None if indices is None else _indices(indices, size, what)
 
 
-def check_positions(positions: int | Iterable[int]) -> tuple[int, ...]:
-    """Positions as a tuple; whether a prompt reaches them shows when it runs.
+def check_positions(positions: Any) -> tuple[int, ...]:
+    """Positions as a tuple; whether a prompt has them is checked when it runs.
 
     Raises:
         TextError: If there are none, or one is not a whole number from 0.
     """
-    wanted = (positions,) if isinstance(positions, int) else tuple(positions)
-    if not wanted or any(type(position) is not int or position < 0 for position in wanted):
+    wanted = _whole_numbers(positions)
+    if not wanted or min(wanted) < 0:
         raise TextError(
             f"Positions are {positions!r}; expected whole numbers from 0, such as 255 or [0, 255]."
         )
@@ -213,23 +220,57 @@ def check_positions(positions: int | Iterable[int]) -> tuple[int, ...]:
 
 
 def check_mode(mode: str, modes: tuple[str, ...]) -> str:
-    """The mode, if there is such a one.
+    """The mode, if it is one of `modes`.
 
     Raises:
-        UnsupportedError: If there is not.
+        UnsupportedError: If it is not.
     """
     if mode not in modes:
         raise UnsupportedError(f"There is no mode {mode!r}; choose one of {', '.join(modes)}.")
     return mode
 
 
-def _indices(indices: int | Iterable[int], size: int, what: str) -> tuple[int, ...]:
-    wanted = (indices,) if isinstance(indices, int) else tuple(indices)
+def check_number(value: Any, what: str) -> float:
+    """A finite number as a float.
+
+    Raises:
+        UnsupportedError: If it is none.
+    """
+    try:
+        number = float(value) if not isinstance(value, str | bytes | bool) else math.nan
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UnsupportedError(f"The {what} is {value!r}; pass a finite number.")
+    return number
+
+
+def _indices(indices: Any, size: int, what: str) -> tuple[int, ...]:
+    wanted = _whole_numbers(indices)
+    if wanted is None:
+        raise UnsupportedError(
+            f"There is no {what} {indices!r}; this model's {what}s run from 0 to {size - 1}."
+        )
     for index in wanted:
-        if type(index) is not int or not 0 <= index < size:
+        if not 0 <= index < size:
             raise UnsupportedError(
                 f"There is no {what} {index!r}; this model's {what}s run from 0 to {size - 1}."
             )
     if not wanted:
         raise UnsupportedError(f"No {what} is named; name at least one, from 0 to {size - 1}.")
     return tuple(dict.fromkeys(wanted))
+
+
+def _whole_numbers(values: Any) -> tuple[int, ...] | None:
+    """One or several whole numbers (NumPy's and torch's too) as a tuple, or None if not."""
+    try:
+        several = [values] if hasattr(values, "__index__") and not _has_items(values) else [*values]
+        if any(isinstance(value, bool) for value in several):
+            return None
+        return tuple(operator.index(value) for value in several)
+    except TypeError:
+        return None
+
+
+def _has_items(values: Any) -> bool:
+    return getattr(values, "ndim", 0) > 0

@@ -1,4 +1,4 @@
-"""What a model's activations are on calibration texts, for interventions that need typical ones."""
+"""Activations on calibration texts, for interventions that replace activations by typical ones."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Listener = Callable[[Tensor, Batch], None]
 
 
 def run_through(model: Any, texts: Any, listeners: dict[str, Listener]) -> None:
-    """Run texts through a model and hand every batch's activations to those who listen.
+    """Run texts through a model and pass every batch's activations to listeners.
 
     Args:
         model: A bridge.
         texts: Anything that a scan takes.
-        listeners: Hook name to what is called with the activation and the batch it belongs to.
+        listeners: For each hook name, a function of the activation and its batch.
 
     Raises:
-        TextError: If a prompt does not reach a position that an intervention in force changes.
+        TextError: If a prompt lacks a position that an intervention in force changes.
     """
-    can = capabilities(model)
+    caps = capabilities(model)
     prompts = as_texts(texts).tokenize(model).right_padded()
     refuse_short_prompts(model, prompts.mask)
     order = batches.by_length(prompts.mask)
@@ -48,12 +48,12 @@ def run_through(model: Any, texts: Any, listeners: dict[str, Listener]) -> None:
     with (
         torch.inference_mode(),
         runner.evaluating(model),
-        paths.choose(model, can, "auto").opened(),
+        paths.choose(model, caps, "auto").opened(),
         model.hooks(fwd_hooks=hooks),
     ):
         for rows in order.split(size):
             batch = batches.cut(
-                prompts.tokens, prompts.mask, none, rows, causal=can.causal, device=device
+                prompts.tokens, prompts.mask, none, rows, causal=caps.causal, device=device
             )
             running[:] = [batch]
             runner.forward(model, batch)
@@ -92,7 +92,7 @@ def mean_at(
 def mean_output(
     model: Any, texts: Any, hooks: Iterable[str]
 ) -> dict[str, Float[Tensor, "head d_head"]]:
-    """Mean over prompts and real positions of the heads' outputs, by hook name."""
+    """Mean of the heads' outputs over prompts and non-padding positions, by hook name."""
     total: dict[str, Tensor] = {}
     count: dict[str, Tensor] = {}
 
@@ -115,7 +115,7 @@ def outputs(
     """The outputs of some heads on every prompt, by hook name.
 
     Raises:
-        TextError: If the prompts differ in length: which one stands in must not depend on that.
+        TextError: If the prompts differ in length: the choice of one must not depend on that.
     """
     kept: dict[str, list[Tensor]] = {name: [] for name in heads}
 

@@ -1,4 +1,4 @@
-"""Interventions on what a model is told about where a token stands."""
+"""Edit the position of a token: its learned position vector, or its rotary position id."""
 
 from __future__ import annotations
 
@@ -17,28 +17,32 @@ _MODES = ("replace", "swap")
 
 
 class PositionEmbeddingEdit(Intervention):
-    """Gives a position the learned vector of another one (Yan et al. 2407.01601, Fig. 4).
+    """Give a position the learned vector of another one: W_pos[target] = W_pos[source].
 
-    The embedding table itself is edited, and copied back bit for bit: the edit then holds on every
-    path, with padding and through a KV cache.
+    The embedding table itself is edited, and copied back bit for bit afterwards, so that the edit
+    takes effect on every path, with padding and with a KV cache.
 
     Args:
         model: A bridge with learned position embeddings.
-        source: Position whose vector to take; negative ones count from the last.
-        target: Position that is to have it.
-        mode: "replace" leaves `source` its vector; "swap" gives it the target's.
+        source: The position whose vector is taken; negative ones count from the last.
+        target: The position that gets it.
+        mode: "replace", or "swap" to give `source` the target's vector as well.
 
     Raises:
-        UnsupportedError: If the model has no learned position embeddings.
-        TextError: If a position lies outside the table.
+        UnsupportedError: If the model has no learned position embeddings, or they are not rows of
+            one table.
+        TextError: If a position is outside the table.
+
+    Source: Yan et al. (2024), Unveiling and Controlling Anomalous Attention Distribution in
+    Transformers, arXiv 2407.01601, Fig. 4.
     """
 
     def __init__(self, model: Any, source: int, target: int, mode: str = "replace") -> None:
         super().__init__(model)
-        if self.can.positions != "learned":
+        if self.caps.positions != "learned":
             raise UnsupportedError(
-                f"{self.can.architecture} has no learned position embeddings (its positions are "
-                f"{self.can.positions}); for rotary ones use PositionIdEdit."
+                f"{self.caps.architecture} has no learned position embeddings (its positions are "
+                f"{self.caps.positions}); for rotary ones use PositionIdEdit."
             )
         self.mode = check_mode(mode, _MODES)
         self._table, first = position_table(model)
@@ -61,22 +65,21 @@ class PositionEmbeddingEdit(Intervention):
 
 
 class PositionIdEdit(Intervention):
-    """Rotates a token as if it stood somewhere else: the rotary counterpart of the above.
+    """Give a token the rotary position id of another position.
 
-    Queries and keys of `target` are rotated by the angles of `source` in every layer. Who sees
-    whom stays as it is.
+    Queries and keys at `target` are rotated by the angles of `source` in every layer. The attention
+    mask stays as it is.
 
     Args:
         model: A bridge with rotary positions.
-        source: The position id to give.
-        target: The position that is to have it.
-        mode: "replace", or "swap" to rotate `source` as `target` as well.
+        source: The position id that is given.
+        target: The position that gets it.
+        mode: "replace", or "swap" to give `source` the id of `target` as well.
 
     Raises:
-        UnsupportedError: If the model is not rotary, computes its angles where no one can see, or
-            has others for a longer text, so that one far id would turn every token.
-        TextError: If a position is not a whole number from 0, or (when it runs) a prompt does not
-            reach one that is to change.
+        UnsupportedError: If the model has no rotary position ids that can be edited, or angles that
+            depend on the largest id, so that one far id would rotate every token.
+        TextError: If a position is not a whole number from 0, or (when it runs) beyond a prompt.
     """
 
     def __init__(self, model: Any, source: int, target: int, mode: str = "replace") -> None:
@@ -92,15 +95,15 @@ class PositionIdEdit(Intervention):
         self.source, self.target = source, target
         self.positions = (target, source) if mode == "swap" else (target,)
         self._rotaries = [m for m in model.modules() if isinstance(m, RotaryEmbeddingBridge)]
-        if self.can.positions != "rotary" or not self._rotaries:
+        if self.caps.positions != "rotary" or not self._rotaries:
             raise UnsupportedError(
-                f"{self.can.architecture} has no rotary position ids to edit (its positions are "
-                f"{self.can.positions}); for learned ones use PositionEmbeddingEdit."
+                f"{self.caps.architecture} has no rotary position ids to edit (its positions are "
+                f"{self.caps.positions}); for learned ones use PositionEmbeddingEdit."
             )
         if kinds := _kinds(self._rotaries) & {"dynamic", "longrope"}:
             raise UnsupportedError(
-                f"The rotary angles of {self.can.architecture} change with the largest position id "
-                f"({', '.join(sorted(kinds))}), so editing one would turn other tokens too."
+                f"The rotary angles of {self.caps.architecture} depend on the largest position id "
+                f"({', '.join(sorted(kinds))}), so that editing one would rotate other tokens too."
             )
 
     def _begin(self, undo: ExitStack) -> None:
@@ -132,7 +135,7 @@ class PositionIdEdit(Intervention):
 
 
 def _kinds(rotaries: list[Any]) -> set[str]:
-    """The ways in which rotary embeddings make their angles, by transformers' names."""
+    """The kinds of rotary embedding, by transformers' names."""
     kinds: set[str] = set()
     for rotary in rotaries:
         kind = getattr(rotary.original_component, "rope_type", "default")
@@ -143,11 +146,11 @@ def _kinds(rotaries: list[Any]) -> set[str]:
 def position_table(model: Any) -> tuple[Float[Tensor, "row dim"], int]:
     """The table of learned position vectors, and its row for position 0.
 
-    Some models (OPT, RoBERTa) keep rows in front that no position uses, so what really comes out
+    Some models (OPT, RoBERTa) have rows in front that no position uses, so the embedding's output
     for positions 0, 1, 2, … is looked up in the table.
 
     Raises:
-        UnsupportedError: If what comes out is not in the table.
+        UnsupportedError: If that output is not in the table.
     """
     table = model.W_pos
     shown = probe(model, lambda name: name == "pos_embed.hook_out").kept.get("pos_embed.hook_out")

@@ -193,7 +193,7 @@ def test_right_padding_changes_nothing_and_left_padding_is_refused(tokens):
     with torch.inference_mode():
         padded = model(tokens, attention_mask=mask)
         torch.testing.assert_close(padded[:, :15], model(tokens[:, :15]), atol=1e-5, rtol=0)
-    with pytest.raises(UnsupportedError, match="padding must stand on the right"):
+    with pytest.raises(UnsupportedError, match="Padding must be on the right"):
         model(tokens, attention_mask=mask.flip(1))
 
 
@@ -221,7 +221,7 @@ def test_impossible_models_are_refused(tokens):
         ModelError, match="attention 'hard' is not known, choose one of softmax, relu"
     ):
         ModelConfig(attention="hard")
-    with pytest.raises(ModelError, match="no_ffn=.1,. names a layer outside 0 … 0"):
+    with pytest.raises(ModelError, match="no_ffn=.1,. names a layer outside 0 to 0"):
         ModelConfig(no_ffn=(1,))
     with pytest.raises(ModelError, match="multiple of the 3 heads"):
         ModelConfig(heads=3)

@@ -43,7 +43,7 @@ def test_means_leave_padding_out(model: object, ragged: list[list[int]]) -> None
     np.testing.assert_allclose(edit.value.numpy(), np.stack(want), atol=1e-5)
     heads = AblateHeads(model, [(1, 2)], "mean", calibration=calibration)
     every = np.concatenate([r["z"][1, 0, :, 2].double().numpy() for r in refs])
-    (typical,) = heads._typical.values()
+    (typical,) = heads.replacement.values()
     np.testing.assert_allclose(typical[2].numpy(), every.mean(0), atol=1e-5)
 
 

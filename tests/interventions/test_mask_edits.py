@@ -1,4 +1,4 @@
-"""Attention that only its own stock path runs takes an edited mask exactly, or the edit is refused.
+"""A model's own attention applies an edited mask exactly, or the edit is refused.
 
 transformers has no one rule for masks: MPT hides where a boolean mask is True, CodeGen adds a mask
 before it divides the scores, XGLM takes none with an axis for heads.
@@ -93,7 +93,7 @@ def test_what_it_would_do_otherwise_is_refused(name: str, edit: Any) -> None:
     model = bridge(name)
     before = first_pattern(model)
     for _ in range(2):  # the second time too
-        with pytest.raises(UnsupportedError, match="does not take an edited mask as"), edit(model):
+        with pytest.raises(UnsupportedError, match="does not apply an edited mask as"), edit(model):
             pass
     assert torch.equal(first_pattern(model), before)
 

@@ -1,0 +1,101 @@
+"""Verify that a model's own attention applies an edited mask as intended.
+
+transformers has no one rule: most models add a mask to the scores, some add it before they scale
+them, some read a boolean mask the other way round, some refuse one with a head axis. The streaming
+path applies masks itself; everything else is verified by arithmetic: with the edit in force the
+pattern of a probe has to be softmax(ln A + edit), A being the pattern without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sinkscope.attention.support import takes_attention_functions
+from sinkscope.devices import ran_out_of_memory
+from sinkscope.errors import UnsupportedError
+from sinkscope.interventions.masks import MaskIntervention
+from sinkscope.models.probe import evaluating, only_hooks, probe_tokens
+
+Pattern = Float[Tensor, "prompt head query key"]
+
+_verified: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
+"""By model, the kinds of edit and of attention that have been verified."""
+
+
+def verify(
+    edit: MaskIntervention, like: Callable[[int], MaskIntervention], kind: object = None
+) -> None:
+    """Apply an edit to a few tokens, once for each kind of attention in the model.
+
+    Args:
+        edit: The edit to verify.
+        like: Makes the same edit of a single layer, at positions that the probe has.
+        kind: Whatever else of the edit a verification depends on.
+
+    Raises:
+        UnsupportedError: If the model's attention applies it otherwise.
+    """
+    if all(name != "attention_mask" for name, _ in edit.arguments.values()):
+        return  # the attention of sinkscope.bb, which applies masks as they are
+    if takes_attention_functions(edit.model):
+        return
+    done = _verified.setdefault(edit.model, set())
+    for layer in edit.layers:
+        inner = getattr(edit.model.blocks[layer].attn, "original_component", None)
+        key = type(edit), kind, type(inner), edit.caps.windows[layer]
+        if key in done:
+            continue
+        done.add(key)  # first, so that the trial does not verify itself
+        try:
+            if not _is_applied(like(layer), layer):
+                raise UnsupportedError(_refusal(edit))
+        except (RuntimeError, ValueError, TypeError) as error:
+            done.discard(key)
+            if ran_out_of_memory(error):
+                raise
+            raise UnsupportedError(_refusal(edit)) from error
+        except UnsupportedError:
+            done.discard(key)
+            raise
+
+
+def _is_applied(edit: MaskIntervention, layer: int) -> bool:
+    tokens = probe_tokens(edit.model)
+    name = edit.caps.hook("pattern", layer)
+    points = set(edit.model.hook_dict.values())
+    with only_hooks(points, (), _nothing), evaluating(edit.model), torch.no_grad():
+        before = _pattern(edit.model, tokens, name)
+        with edit:
+            after = _pattern(edit.model, tokens, name)
+            bias = edit.edit(torch.zeros(1, 1, *before.shape[2:]))
+    want = (before.log() + bias.double()).softmax(-1)
+    close = 1e-4 if edit.model.cfg.dtype == torch.float32 else 2e-2
+    return bool(((after - want).abs() <= close).all())
+
+
+def _pattern(model: Any, tokens: Tensor, name: str) -> Pattern:
+    kept: list[Pattern] = []
+
+    def keep(pattern: Pattern, hook: Any) -> None:
+        kept.append(pattern.double().cpu())
+
+    with model.hooks(fwd_hooks=[(name, keep)]):
+        model(tokens.to(model.cfg.device), return_type=None)
+    return kept[-1]
+
+
+def _nothing(x: Any, hook: Any) -> None:
+    """A hook without effect."""
+
+
+def _refusal(edit: MaskIntervention) -> str:
+    return (
+        f"{edit.caps.architecture} does not apply an edited mask as {type(edit).__name__} intends, "
+        "so this intervention cannot be exact there."
+    )

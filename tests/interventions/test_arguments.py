@@ -1,0 +1,49 @@
+"""Arguments of every kind: NumPy's and torch's whole numbers count, all else is a sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
+from sinkscope.interventions.base import check_indices, check_layers, check_number, check_positions
+
+THREE = [
+    np.int64(3),
+    torch.tensor(3),
+    [3],
+    (3,),
+    np.array([3]),
+    torch.tensor([3]),
+    {3},
+    range(3, 4),
+]
+
+
+@pytest.mark.parametrize("three", THREE, ids=lambda three: type(three).__name__)
+def test_whole_numbers_of_any_kind_are_taken(three: Any) -> None:
+    for found in (check_positions(three), check_layers(three, 4), check_indices(three, 4, "head")):
+        assert found == (3,) and type(found[0]) is int
+
+
+@pytest.mark.parametrize(
+    "wrong", [True, 3.0, "3", [3.0], ["3"], [True], [None], object(), -1, [], 1j]
+)
+def test_what_is_no_whole_number_is_refused_in_a_sentence(wrong: Any) -> None:
+    with pytest.raises(TextError, match="whole numbers from 0"):
+        check_positions(wrong)
+    for check in (lambda: check_layers(wrong, 4), lambda: check_indices(wrong, 4, "layer")):
+        with pytest.raises(UnsupportedError, match=r"There is no layer|No layer is named"):
+            check()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), "2", None, [1.0, 2.0], 1j, 10**400])
+def test_what_is_no_finite_number_is_refused_in_a_sentence(wrong: Any) -> None:
+    with pytest.raises(SinkscopeError, match="The factor is .* pass a finite number"):
+        check_number(wrong, "factor")
+    assert (
+        check_number(np.float32(2.5), "factor") == 2.5 == check_number(torch.tensor(2.5), "factor")
+    )
