@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -160,10 +160,12 @@ def dynamics(
         curves = bb.dynamics(runs)
         every = bb.dynamics(runs, metrics=None)
         fits, laws = [], []
-        for (run, seed), log in every.groupby(["run", "seed"], sort=False):
-            if log["step"].max() < 2 * LAWS_FROM:
+        for pair, log in every.groupby(["run", "seed"], sort=False):
+            run, seed = cast("tuple[str, int]", pair)
+            last = int(log["step"].to_numpy().max())
+            if last < 2 * LAWS_FROM:
                 raise SinkscopeError(
-                    f"Run {run} of seed {seed} ends at step {log['step'].max()}; growth laws are "
+                    f"Run {run} of seed {seed} ends at step {last}; growth laws are "
                     f"asymptotic and need at least {2 * LAWS_FROM} steps."
                 )
             fitted, law = bb.growth_laws(log, start=LAWS_FROM)
