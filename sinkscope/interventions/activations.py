@@ -16,10 +16,10 @@ from sinkscope.interventions.base import (
     check_indices,
     check_layers,
     check_mode,
-    check_number,
     check_positions,
 )
 from sinkscope.interventions.calibration import mean_at, needs_calibration
+from sinkscope.validation import real_number
 
 PLACES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 """Activations that can be edited: a block's input, what its two parts add, and its output."""
@@ -188,8 +188,9 @@ class ScaleActivation(_AtPositions):
         super().__init__(model, layer, positions, at)
         if (factor is None) == (norm is None):
             raise UnsupportedError("ScaleActivation takes either a factor or a norm.")
-        self.factor = None if factor is None else check_number(factor, "factor")
-        self.norm = None if norm is None else check_number(norm, "norm")
+        refuse = UnsupportedError
+        self.factor = None if factor is None else real_number("factor", factor, error=refuse)
+        self.norm = None if norm is None else real_number("norm", norm, error=refuse)
 
     def new(self, old: Float[Tensor, "prompt row dim"], first: int) -> Tensor:
         """The scaled activation."""

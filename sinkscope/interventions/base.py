@@ -14,8 +14,6 @@ applied last.
 from __future__ import annotations
 
 import inspect
-import math
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
@@ -27,6 +25,7 @@ from sinkscope.attention.upstream import mended
 from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
 from sinkscope.models.active import enforced
 from sinkscope.models.capabilities import capabilities
+from sinkscope.validation import shown, whole_numbers
 
 Hooks = list[tuple[str, Callable[..., Tensor | None]]]
 
@@ -211,12 +210,7 @@ def check_positions(positions: Any) -> tuple[int, ...]:
     Raises:
         TextError: If there are none, or one is not a whole number from 0.
     """
-    wanted = _whole_numbers(positions)
-    if not wanted or min(wanted) < 0:
-        raise TextError(
-            f"Positions are {positions!r}; expected whole numbers from 0, such as 255 or [0, 255]."
-        )
-    return tuple(dict.fromkeys(wanted))
+    return whole_numbers("positions", positions, error=TextError)
 
 
 def check_mode(mode: str, modes: tuple[str, ...]) -> str:
@@ -230,47 +224,10 @@ def check_mode(mode: str, modes: tuple[str, ...]) -> str:
     return mode
 
 
-def check_number(value: Any, what: str) -> float:
-    """A finite number as a float.
-
-    Raises:
-        UnsupportedError: If it is none.
-    """
-    try:
-        number = float(value) if not isinstance(value, str | bytes | bool) else math.nan
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise UnsupportedError(f"The {what} is {value!r}; pass a finite number.")
-    return number
-
-
 def _indices(indices: Any, size: int, what: str) -> tuple[int, ...]:
-    wanted = _whole_numbers(indices)
-    if wanted is None:
-        raise UnsupportedError(
-            f"There is no {what} {indices!r}; this model's {what}s run from 0 to {size - 1}."
-        )
-    for index in wanted:
-        if not 0 <= index < size:
-            raise UnsupportedError(
-                f"There is no {what} {index!r}; this model's {what}s run from 0 to {size - 1}."
-            )
-    if not wanted:
-        raise UnsupportedError(f"No {what} is named; name at least one, from 0 to {size - 1}.")
-    return tuple(dict.fromkeys(wanted))
-
-
-def _whole_numbers(values: Any) -> tuple[int, ...] | None:
-    """One or several whole numbers (NumPy's and torch's too) as a tuple, or None if not."""
     try:
-        several = [values] if hasattr(values, "__index__") and not _has_items(values) else [*values]
-        if any(isinstance(value, bool) for value in several):
-            return None
-        return tuple(operator.index(value) for value in several)
-    except TypeError:
-        return None
-
-
-def _has_items(values: Any) -> bool:
-    return getattr(values, "ndim", 0) > 0
+        return whole_numbers(what, indices, at_most=size - 1)
+    except SinkscopeError:
+        raise UnsupportedError(
+            f"There is no {what} {shown(indices)}; this model's {what}s run from 0 to {size - 1}."
+        ) from None

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from sinkscope.errors import UnsupportedError
-from sinkscope.interventions.base import check_indices, check_number, check_positions
+from sinkscope.interventions.base import check_indices, check_positions
 from sinkscope.interventions.mask_verification import verify
 from sinkscope.interventions.masks import Mask, MaskIntervention, additive, hidden
+from sinkscope.validation import real_number
 
 
 class ShiftSinkLogit(MaskIntervention):
@@ -41,7 +42,7 @@ class ShiftSinkLogit(MaskIntervention):
         heads: int | Iterable[int] | None = None,
     ) -> None:
         super().__init__(model, layers)
-        self.shift = check_number(shift, "shift")
+        self.shift = real_number("shift", shift, error=UnsupportedError)
         self.positions = (self.position,) = check_positions(position)
         self.heads = check_indices(heads, self.caps.n_heads, "head")
         if any(name != "attention_mask" for name, _ in self.arguments.values()):

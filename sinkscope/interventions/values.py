@@ -8,14 +8,15 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from sinkscope.errors import UnsupportedError
 from sinkscope.interventions.base import (
     HookedIntervention,
     Hooks,
     check_indices,
     check_layers,
-    check_number,
     check_positions,
 )
+from sinkscope.validation import real_number
 
 
 class ScaleValue(HookedIntervention):
@@ -43,7 +44,7 @@ class ScaleValue(HookedIntervention):
         kv_heads: int | Iterable[int] | None = None,
     ) -> None:
         super().__init__(model)
-        self.factor = check_number(factor, "factor")
+        self.factor = real_number("factor", factor, error=UnsupportedError)
         self.positions = check_positions(positions)
         self.layers = check_layers(layers, self.caps.n_layers)
         self.kv_heads = check_indices(kv_heads, self.caps.n_kv_heads, "kv_head")

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
-from sinkscope.interventions.base import check_indices, check_layers, check_number, check_positions
+import sinkscope as ss
+from sinkscope.errors import TextError, UnsupportedError
+from sinkscope.interventions import ScaleActivation, ScaleValue, ShiftSinkLogit
+from sinkscope.interventions.base import check_indices, check_layers, check_positions
+
+from ..families.architectures import BY_NAME
 
 THREE = [
     np.int64(3),
@@ -36,14 +40,18 @@ def test_what_is_no_whole_number_is_refused_in_a_sentence(wrong: Any) -> None:
     with pytest.raises(TextError, match="whole numbers from 0"):
         check_positions(wrong)
     for check in (lambda: check_layers(wrong, 4), lambda: check_indices(wrong, 4, "layer")):
-        with pytest.raises(UnsupportedError, match=r"There is no layer|No layer is named"):
+        with pytest.raises(UnsupportedError, match="There is no layer"):
             check()
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), "2", None, [1.0, 2.0], 1j, 10**400])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_is_no_finite_number_is_refused_in_a_sentence(wrong: Any) -> None:
-    with pytest.raises(SinkscopeError, match="The factor is .* pass a finite number"):
-        check_number(wrong, "factor")
-    assert (
-        check_number(np.float32(2.5), "factor") == 2.5 == check_number(torch.tensor(2.5), "factor")
-    )
+    model = ss.load_model(BY_NAME["llama"].build())
+    for make, name in (
+        (lambda: ShiftSinkLogit(model, wrong), "shift"),
+        (lambda: ScaleValue(model, wrong), "factor"),
+        (lambda: ScaleActivation(model, 0, 0, wrong), "factor"),
+        (lambda: ScaleActivation(model, 0, 0, norm=wrong), "norm"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"{name} is .*; expected a finite number"):
+            make()

@@ -767,7 +767,7 @@ def test_refusals() -> None:
     assert held.value.tolist() == [[3.0, 4.0], [1.0, 2.0]]  # in the order of the positions 4, 9
     with pytest.raises(TextError, match="No calibration prompt reaches"):
         SetActivation(model, 0, 1, 9, "mean", calibration=ss.token_ids(tokens))
-    with pytest.raises(UnsupportedError, match="finite"):
+    with pytest.raises(UnsupportedError, match="finite number"):
         ShiftSinkLogit(model, float("-inf"))
     with pytest.raises(UnsupportedError, match="either a factor or a norm"):
         ScaleActivation(model, 0, 0)
