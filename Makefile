@@ -17,7 +17,7 @@ CPU_ONLY := $(if $(filter file,$(origin TORCH)),$(shell \
 MODELS := smollm2-135m minilm-l6
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup models demo test test-latest constraints lint types notebooks-html clean
+.PHONY: setup models demo quick test test-latest constraints lint types notebooks-html clean
 
 setup: $(VENV)/.installed
 
@@ -65,8 +65,15 @@ lint: setup
 types: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# One thread for each of as many processes as there are cores: small models gain nothing from more.
 test: models lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# While working: no real models, no browser, no notebooks, one family of models for all.
+quick: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q -m "not (real or browser or slow or gpu)" \
+	  tests/attention tests/capture tests/prompts tests/test_statistics.py tests/test_validation.py \
+	  $(wildcard tests/unit/test_metrics*.py tests/unit/test_report*.py)
 
 # The newest of everything, beyond the bounds of pyproject.toml too, in an environment of its own:
 # finds on purpose what the next release of a dependency breaks.
