@@ -64,7 +64,7 @@ def test_a_row_brings_its_head_into_view_and_a_table_can_be_saved(opened):
     assert abs(opened.page.evaluate(top)) < 40
     with opened.page.expect_download() as download:
         table.get_by_role("button", name="CSV").click()
-    rows = download.value.path().read_text(encoding="utf-8").split("\r\n")
+    rows = download.value.path().read_text(encoding="utf-8").splitlines()
     assert rows[0].startswith("layer,head,sink attention [probability],")
     assert len(rows) == 25
     mean = plain_report().sink_attention.double().mean(0)
