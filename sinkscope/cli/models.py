@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from sinkscope.cli import _common as common
@@ -45,3 +47,30 @@ def show(model: common.Model, device: common.Device = None, dtype: common.Dtype 
 
         found = ss.capabilities(ss.load_model(model, device=device, dtype=dtype))
     Console().print(describe(found))
+
+
+@app.command()
+def families(
+    architecture: Annotated[
+        list[str] | None, typer.Argument(help="transformers' class names; all by default.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="As the page docs/families.md.")] = False,
+) -> None:
+    """Run tiny random models of every architecture, and say what is measured on each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    with common.quiet_stdout():
+        from sinkscope.families import cells, run, table
+
+        rows = []
+        for one in run(architecture):
+            rows.append(one)
+            typer.echo(f"  {one.architecture}", err=True)
+    if markdown:
+        typer.echo(table(rows), nl=False)
+        return
+    shown = Table("architecture", "metrics", "ways", "fp32", "bf16", "what is missing")
+    for one in rows:
+        shown.add_row(*cells(one))
+    Console().print(shown)

@@ -72,5 +72,5 @@ def test_a_scan_is_off_by_no_more_than_the_model(name: str, dtype: torch.dtype, 
     truth, theirs = first_token(reference(name)[1]), first_token(rounded(name, dtype)[1])
     rounding = (theirs - truth).abs().max()
     assert 0 < rounding < 0.02
-    off = (report.first_token_attention - truth).abs().max()
+    off = (report["first_token_attention"] - truth).abs().max()
     assert off <= 2 * rounding, (float(off), float(rounding))

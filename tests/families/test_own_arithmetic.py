@@ -119,10 +119,10 @@ def test_both_ways_agree(family: Family) -> None:
 def test_an_edited_mask_reaches_both_ways(name: str) -> None:
     family = BY_NAME[name]
     model, prompts = load_model(family.build()), ss.token_ids(family.tokens())
-    plain = ss.scan(model, prompts, metrics="core", progress=False).sink_attention
+    plain = ss.scan(model, prompts, metrics="core", progress=False)["sink_attention"]
     with ss.SelfOnlyMask(model, 5):
         stock, ours = (
-            ss.scan(model, prompts, metrics="core", path=path, progress=False).sink_attention
+            ss.scan(model, prompts, metrics="core", path=path, progress=False)["sink_attention"]
             for path in ("stock", "streaming")
         )
     torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,245 @@
+"""What sinkscope measures on each language model that TransformerLens boots, found by running them.
+
+For each name that TransformerLens registers:
+
+1. `tiny_model` builds a random model of its transformers class, a few dozen channels wide, with
+   weights large enough that attention is far from uniform;
+2. transformers' own eager forward pass gives logits and attention patterns;
+3. the model is bridged, asked for its capabilities, and scanned on both ways of attending, in
+   float32 and in bfloat16;
+4. the largest difference between the two, or the reason for which there is none, is a `Row`.
+
+`table` writes the rows as the page docs/families.md, which a test compares with new runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sinkscope.capture.scan import scan
+from sinkscope.errors import SinkscopeError
+from sinkscope.models.capabilities import capabilities
+from sinkscope.models.checkpoint import seeded_weights
+from sinkscope.models.load import load_model
+from sinkscope.output import UNDEFINED
+from sinkscope.prompts.tokens import token_ids
+
+VOCABULARY = 97
+PROMPTS, LENGTH = 2, 20
+LARGEST = 3_000_000
+"""Parameters of a tiny model; more are a config with sizes that are not known here."""
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32, "d_model": 32, "n_embd": 32, "word_embed_proj_dim": 32,
+    "num_hidden_layers": 4, "num_layers": 4, "n_layer": 4, "n_layers": 4,
+    "num_attention_heads": 4, "attention_heads": 4, "num_heads": 4, "n_head": 4, "n_heads": 4,
+    "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 8,
+    "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "ffn_hidden_size": 48,
+    "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "mlp_hidden_size": 48,
+    "max_position_embeddings": 64, "n_positions": 64, "max_seq_len": 64, "rotary_dim": 4,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "sliding_window": 8, "window_size": 8,
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "first_k_dense_replace": 1, "state_size": 8, "lru_width": 32,
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
+    "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+"""Sizes of a tiny model under the names that configs give them."""
+
+OWN: dict[str, dict[str, Any]] = {
+    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 2]]},
+    "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0, 1, 0]},
+}
+"""Settings that single architectures need besides."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One architecture.
+
+    Attributes:
+        architecture: transformers' class.
+        metrics: Metrics that a scan takes, or 0 where it is refused.
+        ways: Ways of attending that are exact: "eager", "streaming".
+        difference: Largest difference of logits (relative to the largest logit) and of attention
+            to the first token [probability] from transformers' eager forward pass in float32, over
+            both ways; nan where there is nothing to compare.
+        half: The same in bfloat16, where both round.
+        reason: Why it is refused, or what one way cannot do; "" where nothing is missing.
+    """
+
+    architecture: str
+    metrics: int = 0
+    ways: tuple[str, ...] = ()
+    difference: float = math.nan
+    half: float = math.nan
+    reason: str = ""
+
+
+def architectures() -> list[str]:
+    """Language models that TransformerLens registers and transformers has a class for."""
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+    kinds = ("ForCausalLM", "ForMaskedLM", "LMHeadModel")
+    known = (name for name in SUPPORTED_ARCHITECTURES if hasattr(transformers, name))
+    return sorted(name for name in known if name.endswith(kinds))
+
+
+def run(names: list[str] | None = None) -> Iterator[Row]:
+    """Rows, one after another.
+
+    Args:
+        names: Architectures; all of them if None.
+    """
+    for name in architectures() if names is None else names:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield row(name)
+
+
+def row(name: str) -> Row:
+    """Build, run and compare one architecture; what fails is in the row, whatever it raises."""
+    try:
+        return _compared(name)
+    except Exception as error:  # a defect, which the page shows
+        return Row(name, reason=f"fails: {type(error).__name__}: {_first_line(error)}")
+
+
+def _compared(name: str) -> Row:
+    try:
+        model = tiny_model(name)
+        truth = _theirs(model)
+    except Exception as error:  # whatever a config or a module of transformers may raise
+        return Row(name, reason=f"no tiny model ({_first_line(error)})")
+    try:
+        bridge = load_model(tiny_model(name))
+        can = capabilities(bridge)
+    except SinkscopeError as error:
+        return Row(name, reason=str(error))
+    found: dict[str, float] = {}
+    reason = can.not_streamed or can.stock_differs or ""
+    for way in ("eager", "streaming"):
+        try:
+            found[way] = _off(bridge, way, truth)
+        except SinkscopeError as error:
+            reason = reason or str(error)
+    try:
+        rounded = load_model(tiny_model(name).to(torch.bfloat16))
+        half = max((_off(rounded, way, truth) for way in found), default=math.nan)
+    except SinkscopeError as error:
+        half, reason = math.nan, reason or f"in bfloat16: {error}"
+    difference = max(found.values(), default=math.nan)
+    return Row(name, len(can.available), tuple(found), difference, half, reason)
+
+
+def tiny_model(name: str) -> PreTrainedModel:
+    """A random model of a transformers class: eager attention, eval mode, float32, seeded."""
+    model_class = getattr(transformers, name)
+    config = copy.deepcopy(model_class.config_class())
+    derived = {key for key in SMALL if isinstance(getattr(type(config), key, None), property)}
+    known = {key: SMALL[key] for key in SMALL.keys() - derived if hasattr(config, key)}
+    config = model_class.config_class(**known | OWN.get(name, {}))
+    config.use_cache = False
+    with torch.device("meta"):
+        size = sum(p.numel() for p in model_class._from_config(copy.deepcopy(config)).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters though every known size is small")
+    with seeded_weights():
+        model = model_class._from_config(config, attn_implementation="eager").eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=0.2)
+    return model
+
+
+def _tokens() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(4, VOCABULARY, (PROMPTS, LENGTH), generator=generator)
+
+
+def _theirs(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """Transformers' logits, and attention to the first token [prompt layer head] if it tells."""
+    with torch.no_grad():
+        output = model(input_ids=_tokens(), output_attentions=True)
+    patterns = getattr(output, "attentions", None)
+    if not patterns or any(p is None or p.ndim != 4 for p in patterns):
+        return output.logits.float(), None
+    return output.logits.float(), torch.stack([p[..., 0].mean(-1) for p in patterns], dim=1).float()
+
+
+def _off(bridge: Any, way: str, truth: tuple[Tensor, Tensor | None]) -> float:
+    """Largest difference of a scan, and of the logits of the way that it took, from the truth."""
+    from sinkscope.attention.streaming import streaming
+
+    logits, first = truth
+    path = {"eager": "stock"}.get(way, way)
+    report = scan(bridge, token_ids(_tokens()), path=path, progress=False)
+    with torch.no_grad():
+        if way == "streaming":
+            with streaming(bridge):
+                ours = bridge(_tokens())
+        else:
+            ours = bridge(_tokens())
+    off = float((ours.float() - logits).abs().max() / logits.abs().max())
+    measured = report.first_token_attention
+    if first is None or measured is None:
+        return off
+    return max(off, float((measured - first).abs().max()))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:120] or type(error).__name__
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+HEADER = """# Architectures
+
+What sinkscope measures on tiny random models of every language model that TransformerLens boots and
+transformers has a class for. `sinkscope models families --markdown` writes this page. *fp32* is the
+largest difference from transformers' own eager forward pass, of logits (relative to the largest)
+and of attention to the first token, rounded up to a power of ten; *bf16* is the same in bfloat16,
+where both sides round, and rounding sends some tokens to another expert. Metrics are those that a
+scan takes.
+
+| architecture | metrics | ways | fp32 | bf16 | what is missing |
+|---|---|---|---|---|---|
+"""
+
+
+def table(rows: list[Row]) -> str:
+    """The page, in Markdown."""
+    return HEADER + "".join(f"| {' | '.join(cells(one))} |\n" for one in rows)
+
+
+def cells(one: Row) -> tuple[str, ...]:
+    """The cells of a row."""
+    return (
+        one.architecture,
+        str(one.metrics or UNDEFINED),
+        ", ".join(one.ways) or UNDEFINED,
+        _power(one.difference),
+        _power(one.half),
+        one.reason.replace("|", "/"),
+    )
+
+
+def _power(difference: float) -> str:
+    if math.isnan(difference):
+        return UNDEFINED
+    return "0" if difference == 0 else f"1e{math.ceil(math.log10(difference)):+03d}"
