@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Shaped
@@ -139,6 +142,38 @@ def _halved(size: int, error: RuntimeError) -> int:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return size // 2
+
+
+# --- One thread at a time on a model, and torch as it comes.
+
+_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_guard = threading.Lock()
+
+
+@contextmanager
+def exclusive(model: Any) -> Iterator[None]:
+    """Inside, other threads that measure this model wait: what hooks see is one model's one pass.
+
+    Args:
+        model: A model or a bridge.
+    """
+    with _guard:
+        lock = _locks.setdefault(model, threading.RLock())
+    with lock:
+        yield
+
+
+@contextmanager
+def usual_torch() -> Iterator[None]:
+    """Inside, new tensors are float32 on the CPU, whatever defaults the user has set."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        # Such a context costs microseconds for each call of torch: only where there is need of it.
+        with nullcontext() if device.type == "cpu" else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def chosen_device(device: str | torch.device | None) -> torch.device:

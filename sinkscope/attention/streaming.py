@@ -11,6 +11,7 @@ materialise them, and edits take effect.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,8 @@ IMPLEMENTATION = "sinkscope_streaming"
 
 _layers: dict[nn.Module, StreamingLayer] = {}
 _streams: dict[nn.Module, Stream] = {}
+_guard = threading.RLock()
+"""Held while a context begins or ends: both write to tables that all streams share."""
 
 
 @contextmanager
@@ -82,12 +85,14 @@ def streaming(bridge: TransformerBridge) -> Iterator[Stream]:
     if bridge in _streams:
         yield _streams[bridge]
         return
-    stream = Stream(mended(bridge))
-    stream._begin()
+    with _guard:
+        stream = Stream(mended(bridge))
+        stream._begin()
     try:
         yield stream
     finally:
-        stream._end()
+        with _guard:
+            stream._end()
 
 
 class Stream:

@@ -258,6 +258,13 @@ def cut(
     )
 
 
+def classes(
+    mask: Bool[Tensor, "prompt position"], class_of: Callable[[int], int]
+) -> Int[Tensor, "prompt"]:
+    """The class of each prompt's length; in the order of `by_length`, equal ones are neighbours."""
+    return torch.tensor([class_of(length) for length in mask.sum(dim=1).tolist()])
+
+
 def by_length(mask: Bool[Tensor, "prompt position"]) -> Int[Tensor, "prompt"]:
     """Prompts from long to short: little padding, and the largest batch comes first.
 

@@ -19,6 +19,7 @@ from sinkscope.attention.support import attention_of
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.readers import PatternReader, StreamReader
 from sinkscope.errors import UnsupportedError
+from sinkscope.models.bridging import proof_of
 from sinkscope.models.capabilities import Capabilities
 
 Emit = Callable[[str, int, Any], None]
@@ -228,6 +229,12 @@ def choose(model: Any, capabilities: Capabilities, attention: str) -> Path:
     if attention not in ("auto", "streaming"):
         raise UnsupportedError(
             f'attention is {attention!r}; choose "auto", "streaming" or "eager".'
+        )
+    if (differs := proof_of(model).streaming) is not None:
+        if attention == "auto":
+            return _eager(capabilities)
+        raise UnsupportedError(
+            f"Streaming attention cannot be exact for {capabilities.architecture}: {differs}."
         )
     try:
         attention_of(model)  # all that `streaming` refuses on entry, at a tenth of its cost

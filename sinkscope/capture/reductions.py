@@ -71,7 +71,7 @@ def received_summary(
         per_query: See `Batch.per_query`.
         thresholds: Thresholds of the sink rate [probability].
     """
-    alpha = mass * per_query[:, None, :]
+    alpha = mass.float() * per_query[:, None, :]
     entries = rearrange(alpha, "prompt head key -> (prompt head) key")
     return ReceivedSummary(
         alpha=alpha,

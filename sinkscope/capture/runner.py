@@ -21,9 +21,10 @@ from sinkscope.capture import batches
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers.base import Observer
 from sinkscope.capture.paths import Path, Wanted
-from sinkscope.devices import ran_out_of_memory
+from sinkscope.devices import exclusive, ran_out_of_memory
 from sinkscope.errors import ModelError
 from sinkscope.models.active import refuse_short_prompts
+from sinkscope.models.rope import length_class
 from sinkscope.prompts.tokens import Texts
 
 _TOKENS_A_BATCH = {"cuda": 2**16, "cpu": 2**12}
@@ -64,6 +65,7 @@ def run(
     refuse_short_prompts(model, texts.mask)
     device = input_device(model)
     order = batches.by_length(texts.mask)
+    classes = batches.classes(texts.mask, length_class(model.original_model))[order]
     size = batch if isinstance(batch, int) else _first_size(model, texts, path)
     listener = _Listener(observers)
     disturbed = any(has_hooks(point) for point in model.hook_dict.values())
@@ -77,7 +79,8 @@ def run(
         tqdm(total=len(order), unit="prompt", disable=not progress, leave=False) as bar,
     ):
         while done < len(order):
-            rows = order[done : done + size]
+            together = classes[done : done + size] == classes[done]
+            rows = order[done : done + size][together]
             listener.batch = batches.cut(
                 texts.tokens,
                 texts.mask,
@@ -171,15 +174,16 @@ def input_device(model: Any) -> torch.device:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode inside; every module's own training flag outside."""
-    training = [module for module in model.original_model.modules() if module.training]
-    if training:  # for a large model, saying it again takes tens of milliseconds
-        model.original_model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    """Evaluation mode, for this thread alone, inside; every module's own training flag outside."""
+    with exclusive(model):
+        training = [module for module in model.original_model.modules() if module.training]
+        if training:  # for a large model, saying it again takes tens of milliseconds
+            model.original_model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _first_size(model: Any, texts: Texts, path: Path) -> int:

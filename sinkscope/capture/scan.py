@@ -9,19 +9,20 @@ from numbers import Integral
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinkscope.capture import observers, paths, runner
 from sinkscope.capture.observers import Observer, Scope
 from sinkscope.capture.observers.discovery import FindSinks
+from sinkscope.devices import exclusive, usual_torch
 from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
 from sinkscope.metrics import positions, values
 from sinkscope.metrics.attention import bucket_edges
 from sinkscope.models.active import in_force, user_hooks
 from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.models.load import load_model
+from sinkscope.models.output import output_weight
 from sinkscope.models.provenance import model_source, weights_of
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts
@@ -49,8 +50,7 @@ def scan(
     """Measure the sinks of a model on some texts, in one forward pass a batch.
 
     Args:
-        model: A bridge, or anything that `load_model` takes; a transformers model is wrapped in
-            place.
+        model: A bridge, or anything that `load_model` takes; a transformers model is left as it is.
         texts: What `texts()` gives, exact `token_ids`, or a list of strings.
         metrics: "all", "core" (what costs next to nothing at any length), or names from
             `capabilities(model).available`, those of one's own `Observer` included; a list may hold
@@ -85,6 +85,21 @@ def scan(
     _check(metrics, epsilon, batch)
     sinks = _positions(sinks)
     model = load_model(model)
+    with exclusive(model), usual_torch():
+        return _scan(model, texts, metrics, sinks, epsilon, batch, attention, progress)
+
+
+def _scan(
+    model: Any,
+    texts: Any,
+    metrics: Metrics,
+    sinks: Sinks,
+    epsilon: float,
+    batch: int | Literal["auto"],
+    attention: str,
+    progress: bool,
+) -> SinkReport:
+    """The same for a bridge, with arguments that were checked."""
     can = capabilities(model)
     prompts = as_texts(texts).tokenize(model).right_padded()
     how = paths.choose(model, can, attention)
@@ -170,15 +185,6 @@ class Grams:
         if layer not in self._made:
             self._made[layer] = values.gram(output_weight(self._model, layer))
         return self._made[layer]
-
-
-def output_weight(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:
-    """W_O of every head of a layer, as it multiplies z from the right."""
-    weight = model.blocks[layer].attn.W_O
-    if weight.ndim == 3:
-        return weight
-    heads = model.cfg.n_heads
-    return rearrange(weight, "(head d_head) d_model -> head d_head d_model", head=heads)
 
 
 def _sink_mask(sinks: Sinks, texts: Texts) -> Bool[Tensor, "prompt position"]:

@@ -54,6 +54,11 @@ def user_hooks(model: Any) -> tuple[str, ...]:
     return tuple(sorted(set(named)))
 
 
+def is_wiring(hook: Any) -> bool:
+    """Whether a hook is one that a library put there for its own purposes."""
+    return not _is_users(hook)
+
+
 def _is_users(hook: Any) -> bool:
     function = getattr(hook, "func", hook)  # of a functools.partial
     module = getattr(function, "__module__", None) or type(function).__module__
@@ -97,6 +102,13 @@ def enforced(model: Any, intervention: InForce) -> Iterator[None]:
 def in_force(model: Any) -> tuple[InForce, ...]:
     """The interventions in force on a model, the outermost first."""
     return tuple(_in_force.get(model, ()))
+
+
+def has_foreign_hooks(bridge: Any) -> bool:
+    """Whether hooks or interventions of somebody are on a bridge, permanent hooks included."""
+    points = getattr(bridge, "hook_dict", {}).values()
+    hooks = [handle.user_hook for point in points for handle in point.fwd_hooks]
+    return bool(in_force(bridge)) or not all(map(is_wiring, hooks))
 
 
 def refuse_short_prompts(model: Any, mask: Bool[Tensor, "prompt position"]) -> None:

@@ -16,13 +16,18 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sinkscope.errors import UnsupportedError
+from sinkscope.devices import exclusive, ran_out_of_memory, usual_torch
+from sinkscope.errors import ModelError, UnsupportedError
 from sinkscope.models.anatomy import Anatomy, read_anatomy
+from sinkscope.models.bridging import proof_of
+from sinkscope.models.output import why_no_map
 from sinkscope.models.probe import (
     CANDIDATES,
+    PROJECTED,
     B,
     Findings,
     Probe,
+    Z,
     evaluating,
     fails_without_cache,
     only_hooks,
@@ -73,7 +78,7 @@ def _not_streamed(model: Any) -> str | None:
         attention_of(model)
     except UnsupportedError as error:
         return str(error)
-    return None
+    return proof_of(model).streaming
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,9 @@ class Capabilities:
         gated: Whether a gate multiplies each head's mixture of values before W_O; ``z`` is what
             W_O reads, the gated one.
         even_kv_heads: Whether all layers have the same number of KV heads.
-        split_output: Whether the bridge hands out every layer's W_O head by head; it does not where
-            layers differ in geometry or weights are offloaded.
+        split_output: Whether every layer's output projection was seen to be a linear map of z, so
+            that it has a W_O for each head; it has none where layers differ in geometry or weights
+            are offloaded.
         windows: Sliding window of each layer in positions, the query's own counted; ``None`` is
             full attention.
         softcap: Bound on the scores, or ``None``.
@@ -245,11 +251,12 @@ def capabilities(model: Any) -> Capabilities:
             f"A TransformerBridge is needed here, not a {type(model).__name__}; "
             "sinkscope.load_model makes one."
         )
-    state = _attention_state(model)
-    kept = _known.get(model)
-    if kept is None or kept[0] != state:
-        _known[model] = kept = (state, _look(model))
-    return kept[1]
+    with exclusive(model), usual_torch():
+        state = _attention_state(model)
+        kept = _known.get(model)
+        if kept is None or kept[0] != state:
+            _known[model] = kept = (state, _look(model))
+        return kept[1]
 
 
 def _attention_state(model: Any) -> tuple[Any, ...]:
@@ -265,9 +272,13 @@ def _look(model: Any) -> Capabilities:
     wanted = {hook.format(layer=i) for hook in CANDIDATES for i in range(anatomy.n_layers)}
     try:
         seen = probe(model, wanted.__contains__)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a foreign forward pass may raise
+        if ran_out_of_memory(error):
+            raise ModelError(
+                f"A dozen tokens of {anatomy.architecture} do not fit in the memory of "
+                f"{model.cfg.device} beside the weights; use a device with more memory, or "
+                "dtype='bfloat16'."
+            ) from error
         raise UnsupportedError(
             f"{anatomy.architecture} does not run on plain token ids, so sinkscope cannot measure "
             f"it: {str(error).partition(chr(10))[0] or type(error).__name__}"
@@ -279,10 +290,11 @@ def _look(model: Any) -> Capabilities:
     if anatomy.architecture == "FalconForCausalLM" and anatomy.positions == "alibi":
         # transformers 5.23 puts the bias into the mask too, which its sdpa attention alone expects.
         found.stock_differs = "transformers' eager attention adds ALiBi twice, its sdpa one once"
+    found.stock_differs = found.stock_differs or proof_of(model).stock
     if half and found.stock_differs is None and (why := fails_without_cache(model)):
         found.stock_differs = f"it does not run without a KV cache in this dtype ({why})"
     _refuse_unmeasurable(anatomy, found, seen)
-    return _assemble(model, anatomy, seen, found, causal)
+    return _assemble(model, anatomy, seen, found, causal, tolerance)
 
 
 def _refuse_unmeasurable(anatomy: Anatomy, found: Findings, seen: Probe) -> None:
@@ -290,8 +302,8 @@ def _refuse_unmeasurable(anatomy: Anatomy, found: Findings, seen: Probe) -> None
     runs = {seen.fired[f"blocks.{layer}.hook_in"] for layer in range(anatomy.n_layers)}
     if runs != {1}:
         reason = "does not run each of its blocks exactly once"
-    elif "pattern" in found.reasons and "value" in found.reasons:
-        reason = f"does not show its attention ({found.reasons['value']})"
+    elif "pattern" in found.reasons and "z" in found.reasons:
+        reason = f"does not show its attention ({found.reasons['z']})"
     elif "resid_post" in found.reasons:
         reason = f"has no plain residual stream ({found.reasons['resid_post']})"
     else:
@@ -302,7 +314,7 @@ def _refuse_unmeasurable(anatomy: Anatomy, found: Findings, seen: Probe) -> None
 
 
 def _assemble(
-    model: Any, anatomy: Anatomy, seen: Probe, found: Findings, causal: bool
+    model: Any, anatomy: Anatomy, seen: Probe, found: Findings, causal: bool, tolerance: float
 ) -> Capabilities:
     cfg = model.cfg
 
@@ -327,7 +339,7 @@ def _assemble(
         softmax=found.softmax,
         gated=found.gated,
         even_kv_heads=len({_kv_groups(block) for block in model.blocks}) == 1,
-        split_output=all(map(_splits_output, model.blocks)),
+        split_output=why_no_map(model, *_projected(seen, anatomy), tolerance) is None,
         windows=anatomy.windows,
         softcap=anatomy.softcap,
         scales=found.scales,
@@ -349,12 +361,11 @@ def _kv_groups(block: Any) -> int | None:
     return getattr(attn, "num_key_value_groups", None)
 
 
-def _splits_output(block: Any) -> bool:
-    """Whether the bridge hands out W_O head by head."""
-    try:
-        return block.attn.W_O.ndim in (2, 3)
-    except Exception:  # whatever a bridge may raise: then no metric can have it either
-        return False
+def _projected(
+    seen: Probe, anatomy: Anatomy
+) -> tuple[list[torch.Tensor] | None, list[torch.Tensor] | None]:
+    """What the output projection of each layer read and gave."""
+    return seen.layers(Z, anatomy.n_layers), seen.layers(PROJECTED, anatomy.n_layers)
 
 
 def _is_parallel(model: Any, found: Findings, seen: Probe) -> bool:

@@ -157,17 +157,30 @@ def check_finite(model: torch.nn.Module, name: str) -> None:
     broken = [
         key.replace("._original_component", "")
         for key, weight in model.named_parameters()
-        if weight.is_floating_point()
-        and not weight.is_meta
-        and weight.numel()
-        # The extremes pass NaN and infinity on, and need no tensor of the weight's size.
-        and not torch.stack(weight.detach().aminmax()).isfinite().all()
+        if weight.is_floating_point() and not _is_finite(weight.detach())
     ]
     if broken:
         raise ModelError(
             f"The weights of {name} hold NaN or infinite values in {len(broken)} tensors "
             f"(first {broken[0]}), so every figure would be NaN; the checkpoint is damaged."
         )
+
+
+_PIECE = 2**24
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    """Whether a weight, or whatever a quantised one is made of, has finite numbers only."""
+    if hasattr(weight, "__tensor_flatten__"):  # torchao keeps integers and scales inside
+        names, _ = weight.__tensor_flatten__()
+        return all(_is_finite(getattr(weight, name)) for name in names)
+    if weight.is_meta or not weight.numel() or not weight.is_floating_point():
+        return True
+    if weight.element_size() > 1:
+        # The extremes pass NaN and infinity on, and need no tensor of the weight's size.
+        return bool(torch.stack(weight.aminmax()).isfinite().all())
+    pieces = weight.flatten().split(_PIECE)  # torch compares no numbers of eight bits
+    return all(bool(piece.float().isfinite().all()) for piece in pieces)
 
 
 @contextmanager

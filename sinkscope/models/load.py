@@ -1,8 +1,10 @@
-"""Loading any model that TransformerLens can bridge: by name, from files, or from memory."""
+"""Loading any model that TransformerLens can bridge: by name, from files, or from memory.
+
+`load_model` finds out what it was given and reads it; `bridging` makes the bridge, and proves it.
+"""
 
 from __future__ import annotations
 
-import copy
 import os
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -10,20 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from transformer_lens import TransformerBridge
-from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-from transformer_lens.model_bridge.sources.transformers import (
-    determine_architecture_from_hf_config,
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Pipeline,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from sinkscope.attention.upstream import mended
-from sinkscope.devices import chosen_device
+from sinkscope.devices import chosen_device, exclusive, usual_torch
 from sinkscope.errors import ModelError, UnsupportedError
+from sinkscope.models.active import has_foreign_hooks
+from sinkscope.models.bridging import (
+    bridge_of,
+    build,
+    is_current,
+    is_headless,
+    prove,
+    remember,
+    self_contained,
+    tokenizer_of,
+    with_untrained_head,
+)
 from sinkscope.models.checkpoint import (
     CheckpointReader,
     check_files,
@@ -31,118 +47,14 @@ from sinkscope.models.checkpoint import (
     has_tokenizer,
     one_sentence,
     quiet,
-    seeded_weights,
 )
+from sinkscope.models.fused import put_together
 from sinkscope.models.gguf import read_gguf
 from sinkscope.models.hub import find_on_hub
 from sinkscope.models.packaged import BUILT_IN, PACKAGES, packaged_folder
 from sinkscope.models.provenance import ModelSource, attach_source, model_source
-
-# --- Bridging a transformers model that is already in memory, with or without a tokenizer.
-
-_BRIDGE = "_sinkscope_bridge"
-
-
-def bridge_in_memory(model: PreTrainedModel, tokenizer: Any, name: str) -> TransformerBridge:
-    """Wrap a transformers model, which is changed in place, and needs no tokenizer.
-
-    Raises:
-        ModelError: If the model is in a bridge already.
-        UnsupportedError: If TransformerLens has no adapter for its class.
-    """
-    if any(isinstance(module, GeneralizedComponent) for module in model.modules()):
-        raise ModelError(
-            f"This {type(model).__name__} is inside a TransformerBridge already; pass the bridge."
-        )
-    if type(model).__name__ not in SUPPORTED_ARCHITECTURES:
-        raise UnsupportedError(
-            f"TransformerLens has no adapter for {type(model).__name__}, so sinkscope cannot "
-            "measure it."
-        )
-    _own_config(model)
-    # Other implementations show no attention patterns. Calling boot_transformers(hf_model=...)
-    # would do the same, but it asks the hub for a tokenizer where none is given.
-    model.set_attn_implementation("eager")
-    return build_bridge_from_module(
-        model.eval(),
-        type(model).__name__,
-        hf_config=copy.deepcopy(model.config),
-        tokenizer=None if tokenizer is None else self_contained(tokenizer),
-        model_name=name,
-    )
-
-
-def remember(model: PreTrainedModel, bridge: TransformerBridge) -> None:
-    """Let a model that was given once be given again: whoever scans it never saw the bridge."""
-    model.__dict__[_BRIDGE] = bridge  # past nn.Module, which would register it
-
-
-def bridge_of(model: PreTrainedModel) -> TransformerBridge | None:
-    """The bridge that a transformers model was wrapped in by `load_model`, or None."""
-    return model.__dict__.get(_BRIDGE)
-
-
-def is_headless(model: PreTrainedModel) -> bool:
-    """Whether this is a bare body, like BertModel, which TransformerLens cannot bridge."""
-    return model.base_model is model and type(model).__name__ not in SUPPORTED_ARCHITECTURES
-
-
-def with_untrained_head(body: PreTrainedModel) -> PreTrainedModel:
-    """Put a bare body under the output head of its family; the head's weights are drawn, seeded.
-
-    The body is used, not copied. Nothing measured inside the blocks depends on the head.
-
-    Raises:
-        UnsupportedError: If TransformerLens has no model of this family.
-    """
-    config = copy.deepcopy(body.config)
-    config.architectures = None
-    try:
-        headed = getattr(transformers, determine_architecture_from_hf_config(config))
-    except (ValueError, AttributeError) as error:
-        raise UnsupportedError(
-            f"TransformerLens has no adapter for {type(body).__name__}, so sinkscope cannot "
-            "measure it."
-        ) from error
-    with seeded_weights():
-        model = headed(config)
-    model = model.to(device=body.device, dtype=body.dtype)
-    setattr(model, model.base_model_prefix, body)
-    model.tie_weights()
-    return model
-
-
-def self_contained(tokenizer: Any) -> Any:
-    """A tokenizer that TransformerLens takes, whether or not it was read from a folder.
-
-    TransformerLens reloads a tokenizer from its ``name_or_path`` to make it prepend BOS, which
-    fails for one that was made in memory. Saying that BOS is seen to prevents the reload; whether
-    the tokenizer really prepends one is found out by encoding.
-    """
-    if tokenizer.init_kwargs.get("name_or_path"):
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.name_or_path = ""
-    tokenizer.init_kwargs |= {"name_or_path": "", "add_bos_token": True}
-    return tokenizer
-
-
-def _own_config(model: nn.Module) -> None:
-    """Give a model configs of its own: models share those they were built from.
-
-    Otherwise switching this model's attention would switch every sibling's.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if isinstance(config, PreTrainedConfig):
-            module.__dict__["config"] = copy.deepcopy(config, memo)
-
-
-def place(model: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
-    """Move and cast a model in place where that was asked for."""
-    if device is not None or dtype is not None:
-        model.to(device=device, dtype=dtype)
+from sinkscope.models.rope import forget_earlier_lengths
+from sinkscope.models.sharing import is_elsewhere, moved, shared_copy
 
 
 @dataclass(frozen=True)
@@ -175,20 +87,24 @@ def load_model(
 
     Args:
         spec: A packaged model ("smollm2-135m", "minilm-l6", "bb-3l"), a Hugging Face Hub id, a
-            model folder, a ``.gguf`` file, a transformers model in memory (which is wrapped, and
-            thereby changed, in place; the next time it is given, its bridge is returned), or a
-            bridge (which is returned as it is).
-        device: Where to put it; a GPU if there is one. A model in memory stays where it is.
+            model folder, a ``.gguf`` file, a transformers model in memory, or a bridge (which is
+            returned as it is). A model in memory is not changed: its bridge is a copy that shares
+            its weights, so that edits of them in place are seen, and is returned the next time the
+            model is given. Wrappers (`torch.compile`, `nn.DataParallel`, `AveragedModel`, a
+            `PeftModel`, a pipeline) stand for the model inside.
+        device: Where to put it; a GPU if there is one. A model in memory is measured where it is;
+            asked for elsewhere, a copy with weights of its own is made.
         dtype: "float32" (the default, whatever the checkpoint's), "bfloat16", "float16", or "auto"
-            for the checkpoint's own. A model in memory keeps its own.
+            for the checkpoint's own. A model in memory keeps its own; asked for in another, a copy
+            with weights of its own is made.
         revision: Branch, tag or commit of a hub model.
         checkpoint: Training step of a hub model whose checkpoints TransformerLens knows (Pythia,
             stanford-crfm).
         device_map: Spread a large model over devices, as transformers does; instead of ``device``.
         trust_remote_code: Run Python code that comes with the checkpoint.
         allow_pickle: Read weights from pickle files, which can run code, if there are no others.
-        tokenizer: A tokenizer to use instead of the checkpoint's. Give it here: one that is set on
-            the bridge later never prepends BOS.
+        tokenizer: A tokenizer, used exactly as it is instead of the checkpoint's, or the name or
+            folder of one. Give it here: one that is set on the bridge later never prepends BOS.
         name: What reports call the model; ``spec`` by default.
 
     Returns:
@@ -203,25 +119,14 @@ def load_model(
         >>> model_source(model).kind
         'packaged'
     """
+    spec, tokenizer = unwrapped(spec, tokenizer)
+    choices = (device, dtype, revision, checkpoint, device_map, tokenizer)
+    chosen = any(choice is not None for choice in choices)
     if isinstance(spec, TransformerBridge):
-        asked = (device, dtype, revision, checkpoint, device_map, tokenizer)
-        if any(choice is not None for choice in asked):
-            raise ModelError(
-                "A TransformerBridge is used as it is: move or cast it with bridge.to(...) before "
-                "passing it, and pass no other arguments."
-            )
-        return mended(spec)
+        return _as_it_is(spec, chosen)
     if device is not None and device_map is not None:
         raise ModelError("Pass either device or device_map, not both.")
     in_memory = isinstance(spec, PreTrainedModel)
-    if in_memory and (known := bridge_of(spec)) is not None:
-        asked = (device, dtype, revision, checkpoint, device_map, tokenizer, name)
-        if any(choice is not None for choice in asked):
-            raise ModelError(
-                f"This {type(spec).__name__} has been loaded already, as it was then; pass it "
-                "alone, or load it with these arguments first."
-            )
-        return known
     if not in_memory and not isinstance(spec, str | os.PathLike):
         raise ModelError(
             f"A {type(spec).__name__} is neither a transformers model nor a TransformerBridge, nor "
@@ -232,22 +137,69 @@ def load_model(
         dtype=_dtype(dtype, default=None if in_memory else torch.float32),
         device_map=device_map,
         trust_remote_code=trust_remote_code,
-        tokenizer=tokenizer,
+        tokenizer=_tokenizer(tokenizer, trust_remote_code),
         allow_pickle=allow_pickle,
         name=name or (type(spec).__name__ if in_memory else os.fspath(spec)),
     )
-    if in_memory:
-        bridge, source = _from_memory(spec, request)
-    else:
+    with usual_torch():
+        if in_memory:
+            with exclusive(spec):
+                return _from_memory(spec, request, anew=chosen or name is not None)
         with quiet():
             bridge, source = _from_name(os.fspath(spec), request, revision, checkpoint)
         bridge.requires_grad_(False)
+        return _finished(bridge, source, request)
+
+
+def _as_it_is(bridge: TransformerBridge, chosen: bool) -> TransformerBridge:
+    """A bridge that was passed."""
+    if chosen:
+        raise ModelError(
+            "A TransformerBridge is used as it is: move or cast it with bridge.to(...) before "
+            "passing it, and pass no other arguments."
+        )
+    with exclusive(bridge):
+        if not is_current(bridge):
+            raise ModelError(
+                f"The {type(bridge.original_model).__name__} that this bridge was made of has been "
+                "changed since (a module, hook, adapter or setting); pass what "
+                "load_model(model) gives now."
+            )
+    return mended(bridge)
+
+
+def _finished(
+    bridge: TransformerBridge, source: ModelSource, request: _Request
+) -> TransformerBridge:
     bridge.cfg.model_name = request.name
     check_finite(bridge.original_model, request.name)
     attach_source(bridge, replace(source, name=request.name))
-    if in_memory:
-        remember(spec, bridge)
     return mended(bridge).eval()
+
+
+def unwrapped(spec: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """What a wrapper of torch, transformers or PEFT holds, and the tokenizer of a pipeline.
+
+    Raises:
+        UnsupportedError: If the wrapper computes something that the model inside does not.
+    """
+    while not isinstance(spec, PreTrainedModel | TransformerBridge):
+        if isinstance(spec, OptimizedModule):
+            spec = spec._orig_mod
+        elif isinstance(spec, nn.DataParallel | DistributedDataParallel | AveragedModel):
+            spec = spec.module
+        elif isinstance(spec, Pipeline):
+            spec, tokenizer = spec.model, tokenizer or spec.tokenizer
+        elif any(kind.__name__ == "PeftModel" for kind in type(spec).__mro__):
+            if spec.active_peft_config.is_prompt_learning:
+                raise UnsupportedError(
+                    f"{type(spec).__name__} puts learned prompts before the tokens, which "
+                    "sinkscope does not measure; adapters inside the model it does."
+                )
+            spec = spec.get_base_model()
+        else:
+            break
+    return spec, tokenizer
 
 
 Loaded = tuple[TransformerBridge, ModelSource]
@@ -324,13 +276,14 @@ def _from_checkpoint(
                 tokenizer=request.tokenizer and self_contained(request.tokenizer),
                 **common,
             )
+            put_together(bridge)
+            forget_earlier_lengths(bridge.original_model)
         else:
             # boot_transformers cannot do without a tokenizer.
             model = reader.from_pretrained(
                 where, config=config, dtype=dtype, device_map=request.device_map, **common
             )
-            place(model, request.device, None)
-            bridge = bridge_in_memory(model, None, where)
+            bridge = build(_placed(model, request.device), None, where)
     return bridge, reader.trained_head
 
 
@@ -344,21 +297,51 @@ def _from_gguf(path: Path, request: _Request) -> Loaded:
         raise ModelError("device_map is not for GGUF files; pass device instead.")
     model, tokenizer = read_gguf(path, request.dtype or torch.float32)
     with one_sentence(request.name):
-        place(model, request.device, None)
-        bridge = bridge_in_memory(model, request.tokenizer or tokenizer, str(path))
+        bridge = build(_placed(model, request.device), request.tokenizer or tokenizer, str(path))
     return bridge, ModelSource(str(path), "gguf", weights=(path,))
 
 
-def _from_memory(model: PreTrainedModel, request: _Request) -> Loaded:
+def _placed(model: PreTrainedModel, device: torch.device | None) -> PreTrainedModel:
+    return model if device is None else model.to(device=device)
+
+
+def _from_memory(model: PreTrainedModel, request: _Request, anew: bool) -> TransformerBridge:
+    """The bridge of a model in memory; one of its own where it was asked for otherwise.
+
+    Raises:
+        ModelError: If the model has been changed while hooks were on its bridge.
+    """
     if request.device_map is not None:
         raise ModelError("device_map is for models read from files; this one is in memory.")
+    known = bridge_of(model)
+    if known is not None and known.original_model is model and anew:
+        raise ModelError("This model is inside a TransformerBridge already; pass the bridge.")
+    if known is not None and not anew:
+        with exclusive(known):
+            if is_current(known, compare=has_foreign_hooks(known)):
+                return known
+        if has_foreign_hooks(known):
+            raise ModelError(
+                f"This {type(model).__name__} has been changed (a module, hook, adapter or "
+                "setting) since hooks or interventions were put on its bridge; put them on what "
+                "load_model(model) gives now."
+            )
+        request = replace(request, tokenizer=tokenizer_of(known), name=model_source(known).name)
     headless = is_headless(model)
     with one_sentence(request.name):
+        ours = shared_copy(model)
+        if moves := is_elsewhere(model, request.device, request.dtype):
+            ours = moved(ours, request.device, request.dtype)
         if headless:
-            model = with_untrained_head(model)
-        place(model, request.device, request.dtype)
-        bridge = bridge_in_memory(model, request.tokenizer, request.name)
-    return bridge, ModelSource(request.name, "memory", trained_head=not headless)
+            ours = with_untrained_head(ours)
+        reference = shared_copy(ours)
+        bridge = build(ours, request.tokenizer, request.name)
+        source = ModelSource(request.name, "memory", trained_head=not headless)
+        bridge = _finished(bridge, source, request)
+        prove(bridge, reference)
+    if not moves:
+        remember(model, bridge, request.tokenizer)
+    return bridge
 
 
 def _revision_of(spec: str, revision: str | None, checkpoint: int) -> str:
@@ -368,6 +351,26 @@ def _revision_of(spec: str, revision: str | None, checkpoint: int) -> str:
         raise ModelError("Pass either revision or checkpoint, not both.")
     with one_sentence(f"checkpoint {checkpoint} of {spec}"):
         return _resolve_checkpoint_to_revision(spec, None, checkpoint)
+
+
+def _tokenizer(tokenizer: Any, trust_remote_code: bool) -> Any:
+    """The tokenizer that was given, read from files where its name or folder was.
+
+    Raises:
+        ModelError: If it is no tokenizer, or cannot be read.
+    """
+    if isinstance(tokenizer, str | os.PathLike):
+        with one_sentence(f"the tokenizer {os.fspath(tokenizer)}"):
+            folder = PACKAGES.get(os.fspath(tokenizer)) and packaged_folder(os.fspath(tokenizer))
+            return AutoTokenizer.from_pretrained(
+                folder or os.fspath(tokenizer), trust_remote_code=trust_remote_code
+            )
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ModelError(
+            f"tokenizer is a {type(tokenizer).__name__}; expected a transformers tokenizer, or the "
+            "name or folder of one."
+        )
+    return tokenizer
 
 
 def _dtype(dtype: str | torch.dtype | None, default: torch.dtype | None) -> torch.dtype | None:

@@ -33,7 +33,8 @@ VALUE, Z = B + "attn.hook_v", B + "attn.hook_z"
 GATES = (B + "attn.hook_gate", B + "attn.hook_q_gate")
 RESID_PRE, RESID_POST = B + "hook_resid_pre", B + "hook_resid_post"
 # On BERT hook_attn_out is the state after the next norm; what attention adds is attn.o's output.
-ATTN_OUT = (B + "hook_attn_out", B + "attn.o.hook_out")
+PROJECTED = B + "attn.o.hook_out"
+ATTN_OUT = (B + "hook_attn_out", PROJECTED)
 MLP_OUT = (B + "hook_mlp_out", B + "mlp.out.hook_out")
 LN1_IN, LN1_OUT, LN2_IN = B + "ln1.hook_in", B + "ln1.hook_out", B + "ln2.hook_in"
 NEURONS, DOWN_IN = B + "mlp.hook_post", B + "mlp.out.hook_in"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 
 from sinkscope.devices import ran_out_of_memory
-from sinkscope.models.active import in_force
+from sinkscope.models.active import has_foreign_hooks, in_force, is_wiring
 from sinkscope.models.packaged import sha256
 from sinkscope.models.probe import evaluating, probe_tokens
+from sinkscope.models.sharing import settings_of, stated_by
 from sinkscope.prompts.tokens import Texts
 
 
@@ -139,71 +141,32 @@ def _sums(words: Tensor) -> list[int]:
     ]
 
 
-_STATE = frozenset(vars(nn.Module())) | {
-    "gradient_checkpointing",
-    "max_seq_len_cached",
-    "_is_hf_initialized",
-}
-"""Attributes of modules that are no settings: torch's own, and what a forward pass leaves."""
-
-
 def _modules(model: nn.Module) -> Iterator[str]:
     """Class and plain settings of every module, and the config."""
     for name, module in sorted(model.named_modules(), key=lambda each: _plain(each[0])):
         if _is_component(module) or isinstance(module, nn.ModuleList):
             continue
         kind = f"{_plain(name)} {type(module).__module__}.{type(module).__qualname__}"
-        # A transformers model keeps its settings in its config, and notes for itself beside it.
-        inside = {} if hasattr(module, "base_model_prefix") else vars(module)
-        settings = {
-            k: plain for k, x in inside.items() if k not in _STATE and _is_plain(plain := x)
-        }
-        yield f"{kind} {sorted(settings.items())!r}"
-    config = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
-        stated = {k: v for k, v in config.to_dict().items() if k not in _OF_NO_ACCOUNT}
-        yield json.dumps(stated, sort_keys=True, default=repr)
-
-
-_OF_NO_ACCOUNT = frozenset(
-    {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
-    | {"return_dict", "output_attentions", "output_hidden_states", "_attn_implementation"}
-)
-"""What configs state that does not change what a model computes (dtypes are the weights')."""
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether an attribute is a number, a word, or made of such."""
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, (*value, *value.values())))
-    if isinstance(value, list | tuple | set | frozenset):
-        return not isinstance(value, set | frozenset) and all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+        yield f"{kind} {settings_of(module)!r}"
+    yield json.dumps(stated_by(getattr(model, "config", None)), sort_keys=True, default=repr)
 
 
 def _foreign(model: Any) -> bool:
     """Whether code takes part that is neither torch's nor transformers'."""
-    points = getattr(model, "hook_dict", {}).values()
-    if any(handle for point in points for handle in point.fwd_hooks if not _is_wiring(handle.hook)):
-        return True
-    return any(map(_is_foreign, getattr(model, "original_model", model).modules()))
-
-
-_KNOWN = ("torch.", "transformers.", "transformer_lens.", "sinkscope.")
+    modules = getattr(model, "original_model", model).modules()
+    return has_foreign_hooks(model) or any(map(_is_foreign, modules))
 
 
 def _is_foreign(module: nn.Module) -> bool:
-    if not type(module).__module__.startswith(_KNOWN):
+    if isinstance(module, HookPoint):  # its hooks were looked at already
+        return False
+    if "forward" in vars(module) or not type(module).__module__.startswith(_KNOWN):
         return True
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if type(module).__module__.startswith("transformer_lens.hook_points"):
-        return False  # its hooks were looked at already, by what the bridge knows of them
-    return any(not _is_wiring(hook) for hook in hooks)
+    return not all(map(is_wiring, hooks))
 
 
-def _is_wiring(hook: Any) -> bool:
-    """Whether a hook is one that the libraries put there themselves."""
-    return str(getattr(hook, "__module__", "")).startswith(_KNOWN)
+_KNOWN = ("torch.", "transformers.", "transformer_lens.", "sinkscope.")
 
 
 def _output(model: Any, foreign: bool) -> Iterator[str]:

@@ -55,7 +55,7 @@ def test_models_of_one_config_stay_apart() -> None:
     load_model(ours)
     assert theirs.config._attn_implementation == "sdpa"
     assert theirs.model.layers[0].self_attn.config._attn_implementation == "sdpa"
-    assert ours.model.layers[0].self_attn.original_component.config is ours.config
+    assert ours.model.layers[0].self_attn.config is ours.config is theirs.config
 
 
 def test_sdpa_bert_shows_its_pattern() -> None:
@@ -99,16 +99,17 @@ def test_copies_know_their_source() -> None:
     assert model_source(copy.deepcopy(bridge)) == model_source(bridge)
 
 
-def test_a_model_is_wrapped_once() -> None:
+def test_a_model_has_one_bridge() -> None:
     model = tiny_llama()
-    weights = set(model.state_dict())
     bridge = load_model(model)
     assert load_model(model) is bridge
-    with pytest.raises(ModelError, match="has been loaded already, as it was then"):
-        load_model(model, dtype="float64")
+    cast = load_model(model, dtype="float64")
+    assert cast is not bridge and cast.cfg.dtype == torch.float64
+    assert load_model(model) is bridge and model.dtype == torch.float32
     copied = copy.deepcopy(bridge)
     assert load_model(copied.original_model) is copied is not bridge
-    assert len(weights) <= len(model.state_dict()) == len(copied.original_model.state_dict())
+    with pytest.raises(ModelError, match="inside a TransformerBridge already"):
+        load_model(copied.original_model, name="other")
     by_hand = tiny_llama()
     build_bridge_from_module(by_hand, "LlamaForCausalLM", hf_config=by_hand.config)
     with pytest.raises(ModelError, match="inside a TransformerBridge already"):

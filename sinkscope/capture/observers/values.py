@@ -60,8 +60,8 @@ class ThroughOutput(Observer):
             return GATED
         if not can.split_output:
             return (
-                f"TransformerLens does not give W_O of this {can.architecture} head by head, which "
-                "it cannot where layers differ in geometry or weights are offloaded"
+                f"the output projections of this {can.architecture} give no W_O for each head, as "
+                "where layers differ in geometry, weights are offloaded, or they are not linear"
             )
         return None
 

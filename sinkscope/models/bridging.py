@@ -1,0 +1,372 @@
+"""From a transformers model in memory to a TransformerLens bridge that is proved to be the model.
+
+1. The model is not touched: the bridge is built on a copy that shares its weights (`sharing`).
+2. Fused projections stay whole, so that what sits on them is measured (`fused`).
+3. Both are run on a few tokens. Where the bridge's blocks give something else than the model's,
+   a way of reading attention that does so is refused, with the block and what is peculiar in it.
+
+A model that is given again gets the same bridge, unless its structure has changed in the meantime.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformer_lens import TransformerBridge
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformer_lens.model_bridge.sources.transformers import (
+    determine_architecture_from_hf_config,
+)
+from transformers import PreTrainedModel
+
+from sinkscope.attention.streaming import streaming
+from sinkscope.attention.support import attention_of
+from sinkscope.attention.upstream import mended
+from sinkscope.devices import ran_out_of_memory
+from sinkscope.errors import ModelError, UnsupportedError
+from sinkscope.models.checkpoint import seeded_weights
+from sinkscope.models.fused import all_components, keep_fused
+from sinkscope.models.probe import evaluating, only_hooks, probe_tokens
+from sinkscope.models.rope import forget_earlier_lengths
+from sinkscope.models.sharing import Structure, shared_copy, structure_of
+
+# --- Building.
+
+
+def build(model: PreTrainedModel, tokenizer: Any, name: str) -> TransformerBridge:
+    """Put a bridge around a transformers model, which becomes part of it.
+
+    Args:
+        model: A model that nobody else uses: read from a file, or a `shared_copy`.
+        tokenizer: A tokenizer, or None for a bridge that takes token ids only.
+        name: What the bridge calls the model.
+
+    Raises:
+        UnsupportedError: If TransformerLens has no adapter for its class.
+    """
+    if type(model).__name__ not in SUPPORTED_ARCHITECTURES:
+        raise UnsupportedError(
+            f"TransformerLens has no adapter for {type(model).__name__}, so sinkscope cannot "
+            "measure it."
+        )
+    # Other implementations show no attention patterns. Calling boot_transformers(hf_model=...)
+    # would do the same, but it asks the hub for a tokenizer where none is given.
+    model.set_attn_implementation("eager")
+    model.config.return_dict = True
+    with seeded_weights():  # TransformerLens draws weights that it then replaces
+        bridge = build_bridge_from_module(
+            model.eval(),
+            type(model).__name__,
+            hf_config=copy.deepcopy(model.config),
+            tokenizer=None if tokenizer is None else self_contained(tokenizer),
+            model_name=name,
+            post_adapter_hook=lambda adapter: keep_fused(
+                inner
+                for component in adapter.component_mapping.values()
+                for inner in all_components(component)
+            ),
+        )
+    forget_earlier_lengths(bridge.original_model)
+    return mended(bridge)
+
+
+def self_contained(tokenizer: Any) -> Any:
+    """A copy of a tokenizer that TransformerLens takes as it is.
+
+    TransformerLens reads a tokenizer again from where its name points to, to make it prepend BOS:
+    tokens that were added since, another BOS or another vocabulary would be lost, and one that was
+    made in memory cannot be read at all. Saying that BOS is seen to prevents that; whether the
+    tokenizer really prepends one is found out by encoding.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    name = tokenizer.init_kwargs.get("name_or_path") or ""
+    tokenizer.init_kwargs |= {"name_or_path": name, "add_bos_token": True}
+    return tokenizer
+
+
+def is_headless(model: PreTrainedModel) -> bool:
+    """Whether this is a bare body, like BertModel, which TransformerLens cannot bridge."""
+    return model.base_model is model and type(model).__name__ not in SUPPORTED_ARCHITECTURES
+
+
+def with_untrained_head(body: PreTrainedModel) -> PreTrainedModel:
+    """Put a bare body under the output head of its family; the head's weights are drawn, seeded.
+
+    The body is used, not copied. Nothing measured inside the blocks depends on the head.
+
+    Raises:
+        UnsupportedError: If TransformerLens has no model of this family.
+    """
+    config = copy.deepcopy(body.config)
+    config.architectures = None
+    try:
+        headed = getattr(transformers, determine_architecture_from_hf_config(config))
+    except (ValueError, AttributeError) as error:
+        raise UnsupportedError(
+            f"TransformerLens has no adapter for {type(body).__name__}, so sinkscope cannot "
+            "measure it."
+        ) from error
+    with seeded_weights():
+        model = headed(config)
+    model = model.to(device=body.device, dtype=body.dtype)
+    setattr(model, model.base_model_prefix, body)
+    model.tie_weights()
+    return model
+
+
+# --- Proving.
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Whether a bridge computes what its model does.
+
+    Attributes:
+        stock: In what the bridge as TransformerLens made it differs, or None.
+        streaming: In what it differs while attention streams, or None.
+    """
+
+    stock: str | None = None
+    streaming: str | None = None
+
+
+_PROOF = "_sinkscope_proof"
+
+
+def proof_of(bridge: Any) -> Proof:
+    """What was found when the bridge was made; nothing of a bridge that was made elsewhere."""
+    return bridge.__dict__.get(_PROOF, Proof())
+
+
+States = list[Tensor]
+"""What each block hands on [prompt position channel], then the logits."""
+
+
+def prove(bridge: TransformerBridge, model: PreTrainedModel) -> None:
+    """Compare a bridge with its model on a few tokens, and note the result on the bridge.
+
+    Args:
+        bridge: The bridge, as it was just made.
+        model: A `shared_copy` of the model, that is no part of any bridge.
+    """
+    model.set_attn_implementation("eager")
+    wanted = _states_of_model(bridge, model)
+    if wanted is None:  # then no bridge can be measured either, and `capabilities` says why
+        return
+    stock = _difference(bridge, model, wanted)
+    streamed = _streamed_difference(bridge, model, wanted) if _streams(bridge) else None
+    bridge.__dict__[_PROOF] = Proof(stock, streamed)
+
+
+def _streamed_difference(
+    bridge: TransformerBridge, model: PreTrainedModel, wanted: States
+) -> str | None:
+    """The same while attention streams, which may also be what transformers' sdpa computes.
+
+    The two are not always one: Falcon's eager attention adds its position bias twice.
+    """
+    with streaming(bridge):
+        difference = _difference(bridge, model, wanted)
+    if difference is None:
+        return None
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:  # the architecture has no such attention
+        return difference
+    fused = _states_of_model(bridge, model)
+    if fused is None:
+        return difference
+    with streaming(bridge):
+        return _difference(bridge, model, fused) and difference
+
+
+def _states_of_model(bridge: TransformerBridge, model: nn.Module) -> States | None:
+    """The states of a transformers model under its own eager attention, None where it fails."""
+    states: States = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        states.append(_first(output).detach().float().cpu())
+
+    try:
+        blocks = [model.get_submodule(block.name) for block in bridge.blocks]
+        handles = [block.register_forward_hook(keep) for block in blocks]
+        try:
+            with evaluating(model), torch.no_grad():
+                output = model(input_ids=_tokens(bridge, model), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [*states, output.logits.detach().float().cpu()]
+    except Exception as error:
+        if ran_out_of_memory(error):
+            raise
+        return None
+
+
+def _states_of_bridge(bridge: TransformerBridge) -> States:
+    states: States = []
+    ends = [block.hook_out for block in bridge.blocks]
+
+    def keep(activation: Tensor, hook: Any) -> None:
+        states.append(activation.detach().float().cpu())
+
+    with (
+        only_hooks(set(bridge.hook_dict.values()), ends, keep),
+        evaluating(bridge),
+        torch.no_grad(),
+    ):
+        logits = bridge(_tokens(bridge, bridge.original_model), return_type="logits")
+    return [*states, logits.detach().float().cpu()]
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _tokens(bridge: TransformerBridge, model: nn.Module) -> Tensor:
+    return probe_tokens(bridge).to(next(model.parameters()).device)
+
+
+def _streams(bridge: TransformerBridge) -> bool:
+    try:
+        attention_of(bridge)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def _difference(bridge: TransformerBridge, model: nn.Module, wanted: States) -> str | None:
+    """Where the bridge first computes something else than the model, in words; None if nowhere."""
+    try:
+        found = _states_of_bridge(bridge)
+    except Exception as error:
+        if ran_out_of_memory(error):
+            raise
+        return f"TransformerLens cannot run it ({str(error).partition(chr(10))[0]})"
+    if len(found) != len(wanted):
+        return "TransformerLens runs other blocks than the model"
+    for index, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+        off = _error(ours, theirs)
+        if off <= _tolerance(bridge):
+            continue
+        if index == len(bridge.blocks):
+            return f"TransformerLens computes other logits than the model (off by {off:.2g})"
+        block = model.get_submodule(bridge.blocks[index].name)
+        peculiar = "".join(f", in which {name} is a {kind}" for name, kind in _peculiar(block))
+        return (
+            f"TransformerLens computes block {index} otherwise than the model (off by {off:.2g}"
+            f"{peculiar})"
+        )
+    return None
+
+
+def _error(ours: Tensor, theirs: Tensor) -> float:
+    """Relative error of a typical position.
+
+    Not of the worst: in half precision a mixture of experts may send one token elsewhere.
+    """
+    if ours.shape != theirs.shape:
+        return float("inf")
+    size = theirs.norm(dim=-1).clamp_min(1e-30)
+    return float(((ours - theirs).norm(dim=-1) / size).flatten().quantile(0.5))
+
+
+def _tolerance(bridge: TransformerBridge) -> float:
+    return 5e-2 if bridge.cfg.dtype in (torch.float16, torch.bfloat16) else 1e-3
+
+
+_USUAL = ("torch.nn.modules.", "transformers.")
+
+
+def _peculiar(block: nn.Module) -> list[tuple[str, str]]:
+    """Modules of a block that are not torch's or transformers', or have hooks on them."""
+    return [
+        (name, "hooked " * hooked + type(module).__name__)
+        for name, module in block.named_modules()
+        if (hooked := bool(module._forward_hooks or module._forward_pre_hooks))
+        or not type(module).__module__.startswith(_USUAL)
+    ][:3]
+
+
+# --- Models in memory and their bridges.
+
+
+@dataclass
+class _Made:
+    """A bridge that was made of a model in memory.
+
+    Attributes:
+        model: The model.
+        structure: Its structure when the bridge was last known to be the model.
+        tokenizer: The tokenizer that was given with it, or None.
+    """
+
+    model: ref[nn.Module]
+    structure: Structure
+    tokenizer: Any
+
+
+_bridges: WeakKeyDictionary[nn.Module, TransformerBridge] = WeakKeyDictionary()
+_made: WeakKeyDictionary[TransformerBridge, _Made] = WeakKeyDictionary()
+_BRIDGE = "_sinkscope_bridge"
+
+
+def remember(model: PreTrainedModel, bridge: TransformerBridge, tokenizer: Any) -> None:
+    """Let a model that was given once be given again: whoever scans it never saw the bridge."""
+    _bridges[model] = bridge
+    _made[bridge] = _Made(ref(model), structure_of(model), tokenizer)
+    bridge.original_model.__dict__[_BRIDGE] = bridge  # past nn.Module, which would register it
+
+
+def bridge_of(model: PreTrainedModel) -> TransformerBridge | None:
+    """The bridge that `load_model` made of a model, or whose model this is.
+
+    Raises:
+        ModelError: If the model is part of a bridge that was made elsewhere.
+    """
+    if (inside := model.__dict__.get(_BRIDGE)) is not None:
+        return inside
+    if any(isinstance(module, GeneralizedComponent) for module in model.modules()):
+        raise ModelError(
+            f"This {type(model).__name__} is inside a TransformerBridge already; pass the bridge."
+        )
+    return _bridges.get(model)
+
+
+def tokenizer_of(bridge: TransformerBridge) -> Any:
+    """The tokenizer that a model in memory was given with, or None."""
+    made = _made.get(bridge)
+    return None if made is None else made.tokenizer
+
+
+def is_current(bridge: TransformerBridge, compare: bool = True) -> bool:
+    """Whether a bridge still is the model that it was made of.
+
+    Weights are shared and need no look; other bridges are nobody's copies.
+
+    Args:
+        bridge: The bridge.
+        compare: Whether to compare what both compute where their structures differ. They may
+            compute the same: a module that counts its calls, say.
+    """
+    made = _made.get(bridge)
+    model = None if made is None else made.model()
+    if made is None or model is None or (now := structure_of(model)) == made.structure:
+        return True
+    if not compare:
+        return False
+    copied: Any = shared_copy(model)
+    copied.set_attn_implementation("eager")
+    wanted = _states_of_model(bridge, copied)
+    if wanted is None or _difference(bridge, model, wanted) is not None:
+        return False
+    made.structure = now
+    return True

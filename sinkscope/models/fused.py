@@ -1,0 +1,242 @@
+"""Fused projections, kept whole: q, k and v are cut out of what the model's own module gives.
+
+Where a model has one projection for queries, keys and values (GPT-2's c_attn, NeoX's
+query_key_value, Phi-3's qkv_proj) or for both halves of a gated FFN (gate_up_proj), TransformerLens
+cuts the *weight* into several new modules and never calls the model's own. Whatever sits on that
+module (an adapter, a hook, fake quantisation, a class of one's own) is then dropped, a quantised
+weight cannot be read at all, and some of the cuts are copies that no later edit of the weight
+reaches. Here the module is called, once for all of its parts, and its *output* is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.generalized_components.joint_gate_up_mlp import (
+    JointGateUpMLPBridge,
+)
+from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import (
+    JointQKVAttentionBridge,
+)
+from transformers.pytorch_utils import Conv1D
+
+Split = Callable[[Any], tuple[nn.Module, ...]]
+
+
+def keep_fused(components: Iterable[Any]) -> None:
+    """Let components cut the outputs of fused projections, before they are put around a model."""
+    for component in components:
+        if isinstance(component, JointQKVAttentionBridge):
+            component.split_qkv_matrix = _Cutter(component.split_qkv_matrix)
+        elif isinstance(component, JointGateUpMLPBridge):
+            component.split_gate_up_matrix = _Cutter(component.split_gate_up_matrix)
+
+
+def put_together(bridge: Any) -> None:
+    """The same for a bridge that has been built, whose components hold cut weights already."""
+    for component in list(bridge.original_model.modules()):
+        if isinstance(component, JointQKVAttentionBridge):
+            component.split_qkv_matrix = _Cutter(component.split_qkv_matrix)
+            parts = component.split_qkv_matrix(component.original_component)
+            projections = (component.q, component.k, component.v)
+        elif isinstance(component, JointGateUpMLPBridge):
+            component.split_gate_up_matrix = _Cutter(component.split_gate_up_matrix)
+            parts = component.split_gate_up_matrix(component.original_component)
+            projections = (component.gate, getattr(component, "in"))
+        else:
+            continue
+        for projection, part in zip(projections, parts, strict=True):
+            projection.set_original_component(part)
+
+
+class _Cutter:
+    """Stands in for a function of TransformerLens that cuts a fused weight.
+
+    Args:
+        split: That function: from the module that holds the fused projection to its parts.
+    """
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def __call__(self, holder: nn.Module) -> tuple[nn.Module, ...]:
+        numbered = _Numbered(holder, "rows")
+        parts = self._split(numbered)
+        if len(_numbers(parts[0])) == 1:  # GPT-2's projections have their outputs in columns
+            numbered = _Numbered(holder, "columns")
+            parts = self._split(numbered)
+        fused = Fused(numbered.fused, [_slice(_numbers(part)) for part in parts])
+        return tuple(FusedPart(fused, index) for index in range(len(parts)))
+
+
+class _Numbered:
+    """A module whose projections have weights that say which row or column each entry is from."""
+
+    def __init__(self, holder: nn.Module, along: str) -> None:
+        self._holder = holder
+        self._along = along
+        self.fused: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._holder, name)
+        if isinstance(found, GeneralizedComponent) and found.original_component is not None:
+            found = found.original_component
+        if not isinstance(found, nn.Module) or not hasattr(found, "weight"):
+            return found
+        self.fused = found
+        return _NumberedWeight(*_sizes(found), self._along, getattr(found, "bias", None))
+
+
+class _NumberedWeight:
+    """The weight and bias of a projection, their entries numbered; nothing of its size is made."""
+
+    def __init__(self, rows: int, columns: int, along: str, bias: Tensor | None) -> None:
+        size = rows if along == "rows" else columns
+        numbers = torch.arange(size, dtype=torch.float64, device="cpu")
+        shaped = numbers[:, None] if along == "rows" else numbers[None, :]
+        self.weight = shaped.expand(rows, columns)
+        self.bias = None if bias is None else torch.zeros(bias.shape[0], dtype=torch.float64)
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """Rows and columns of a projection's weight, which may be packed where it is quantised."""
+    rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if isinstance(rows, int) and isinstance(columns, int) and module.weight.ndim != 2:
+        return rows, columns
+    return tuple(module.weight.shape)
+
+
+def _numbers(part: nn.Module) -> list[int]:
+    """The numbers of a part's outputs, in order; one number if outputs do not tell apart."""
+    weight: Any = part.weight
+    found = weight[:, 0].long().tolist()
+    return found if len(set(found)) > 1 else found[:1]
+
+
+def _slice(outputs: list[int]) -> slice | Int[Tensor, "output"]:
+    """A run of outputs as a slice, which needs no copy."""
+    first, last = outputs[0], outputs[-1]
+    if outputs == list(range(first, last + 1)):
+        return slice(first, last + 1)
+    return torch.tensor(outputs)
+
+
+class Fused:
+    """A fused projection and where the outputs of its parts are.
+
+    Args:
+        module: The model's own module.
+        outputs: Which of its outputs each part has.
+    """
+
+    def __init__(self, module: nn.Module, outputs: list[slice | Tensor]) -> None:
+        self.module = module
+        self.outputs = outputs
+        self.points: list[Any] = []
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """The outputs of one part; the module runs once for parts that get the same input.
+
+        A hook may change the input of one part in place: then each part runs the module itself.
+        """
+        if self._input is not x or self._output is None or self._edited():
+            self._input, self._output = x, self.module(x)
+        output = self._cut(self._output, index)
+        if index == len(self.outputs) - 1:
+            self._input = self._output = None
+        return output
+
+    def _edited(self) -> bool:
+        return any(point._forward_hooks for point in self.points)
+
+    def _cut(self, x: Tensor, index: int, dim: int = -1) -> Tensor:
+        outputs = self.outputs[index]
+        if isinstance(outputs, slice):
+            return x.narrow(dim, outputs.start, outputs.stop - outputs.start)
+        if outputs.device != x.device:
+            self.outputs[index] = outputs = outputs.to(x.device)
+        return x.index_select(dim, outputs)
+
+    def weight(self, index: int) -> Float[Tensor, "output input"]:
+        """The rows of the weight that a part multiplies by, as `nn.Linear` keeps them.
+
+        Raises:
+            AttributeError: If the module is no plain projection, so that its weight is not all.
+        """
+        kind = type(self.module)
+        if kind not in (nn.Linear, Conv1D) or self.module._forward_hooks:
+            raise AttributeError(
+                f"{kind.__name__} is no plain projection, so its weight cannot be read apart from "
+                "what sits on it."
+            )
+        weight: Any = self.module.weight
+        return self._cut(weight.T if kind is Conv1D else weight, index, dim=0)
+
+    def bias(self, index: int) -> Float[Tensor, "output"] | None:
+        """The entries of the bias that a part adds."""
+        bias: Any = getattr(self.module, "bias", None)
+        return None if bias is None else self._cut(bias, index)
+
+
+class FusedPart(nn.Linear):
+    """One of the projections that a fused one consists of.
+
+    It has no weights of its own, and its ``weight`` and ``bias`` are cut when they are asked for,
+    until it is given some, as TransformerLens gives processed weights; then it is a plain linear
+    layer.
+
+    Args:
+        fused: The fused projection.
+        index: Which of its parts this is.
+    """
+
+    def __init__(self, fused: Fused, index: int) -> None:
+        nn.Module.__init__(self)  # nn.Linear's would draw weights
+        self.__dict__["_fused"] = fused  # not registered: the model holds it under its own name
+        self._index = index
+        outputs = fused.outputs[index]
+        run = isinstance(outputs, slice)
+        self.out_features = outputs.stop - outputs.start if run else len(outputs)
+
+    def forward(self, input: Float[Tensor, "*_ input"]) -> Float[Tensor, "*_ output"]:
+        """The part's outputs."""
+        if self._parameters:
+            return nn.functional.linear(input, self.weight, self.bias)
+        return self._fused.part(input, self._index)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("weight", "bias"):
+            return super().__getattr__(name)
+        if name in self._parameters:
+            return self._parameters[name]
+        found = getattr(self._fused, name)(self._index)
+        return None if found is None else nn.Parameter(found, requires_grad=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("weight", "bias"):
+            return super().__setattr__(name, value)
+        other = "bias" if name == "weight" else "weight"
+        if not self._parameters:
+            self._parameters[other] = getattr(self, other)
+        self._parameters[name] = value
+        return None
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        for name in ("weight", "bias"):
+            value = getattr(self, name)
+            if value is not None:
+                destination[prefix + name] = value if keep_vars else value.detach()
+
+
+def all_components(component: Any) -> Iterator[Any]:
+    """A component of an adapter's plan and all those inside it."""
+    yield component
+    for inner in getattr(component, "submodules", {}).values():
+        yield from all_components(inner)

@@ -1,0 +1,182 @@
+"""A copy of a model that shares its weights: a structure of its own over the same numbers.
+
+TransformerLens puts its components into the model that it is given. What a user trains, saves and
+hooks has to stay as it is, so a bridge is built on such a copy: modules, configs, training flags
+and lists of hooks are the copy's own, while parameters, buffers and hook functions are the very
+objects of the model. No weight is copied, and an edit of a weight in place is seen by both.
+
+What is *not* seen is a change of the structure after the copy was made: another hook, an adapter
+put in or switched off, a module replaced. `structure_of` tells two states of a model apart by that.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.overrides import TorchFunctionMode
+
+from sinkscope.errors import ModelError
+from sinkscope.models.active import is_wiring
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model's modules and configs over the same parameters, buffers and hooks.
+
+    Blocks that `torch.compile` wrapped stand in the copy as they were before: a compiled graph
+    would run past the hook points.
+
+    Raises:
+        ModelError: If the model holds something that cannot be copied.
+    """
+    inside = set(map(id, model.modules()))
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        shared = (*module._parameters.values(), *module._buffers.values())
+        if hasattr(module, "max_seq_len_cached"):
+            # A rotary embedding may rewrite its frequencies in each forward pass.
+            shared = tuple(module._parameters.values())
+            memo |= {id(x): x.clone() for x in module._buffers.values() if x is not None}
+        hooks = (_owner(hook) for hooks in _hooks(module) for hook in hooks.values())
+        memo |= {id(x): x for x in (*shared, *hooks) if x is not None and id(x) not in inside}
+    try:
+        with _SharedTensors():
+            for module in reversed(list(model.modules())):
+                if isinstance(module, OptimizedModule):
+                    memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
+            return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"sinkscope measures a copy of this {type(model).__name__} that shares its weights, "
+            f"and the model holds something that cannot be copied ({error}); take that off first."
+        ) from error
+
+
+def is_elsewhere(model: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> bool:
+    """Whether any weight lies on another device, or is of another dtype, than asked for."""
+    where = None if device is None else torch.empty(0, device=device).device
+    return any(
+        (where is not None and p.device != where)
+        or (dtype is not None and p.is_floating_point() and p.dtype != dtype)
+        for p in model.parameters()
+    )
+
+
+def moved(copied: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
+    """Move and cast a `shared_copy`, which ends the sharing."""
+    own: dict[int, nn.Parameter] = {}
+    for module in copied.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                alias = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+                module._parameters[name] = own.setdefault(id(p), alias)
+    return copied.to(device=device, dtype=dtype)
+
+
+class _SharedTensors(TorchFunctionMode):
+    """Inside, `copy.deepcopy` hands tensors on as they are."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _hooks(module: nn.Module) -> Iterator[Mapping[int, Any]]:
+    """The dictionaries in which torch keeps what is hooked to a module's forward and backward."""
+    yield module._forward_hooks
+    yield module._forward_pre_hooks
+    yield module._backward_hooks
+    yield module._backward_pre_hooks
+
+
+def _owner(hook: Any) -> Any:
+    """The object that holds a hook's state, which is the user's and must not be copied."""
+    if isinstance(hook, MethodType):
+        return hook.__self__
+    return None if isinstance(hook, FunctionType) else hook
+
+
+Structure = tuple[Any, ...]
+
+
+def structure_of(model: nn.Module) -> Structure:
+    """Everything about a model that a `shared_copy` of it does not share.
+
+    Modules and their classes, which parameters and buffers they hold and where those lie, what is
+    hooked to them, and their plain settings (the scale of an adapter, say). Training flags are left
+    out: a scan evaluates. Equal structures mean that a copy is still one of this model.
+    """
+    config = getattr(model, "config", None)
+    return (repr(stated_by(config)), *map(_state_of, model.modules()))
+
+
+NOT_STATED = frozenset(
+    {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+    | {"return_dict", "output_attentions", "output_hidden_states", "_attn_implementation"}
+)
+"""What configs state that does not change what a model computes (dtypes are the weights')."""
+
+
+def stated_by(config: Any) -> dict[str, Any]:
+    """What a config states that decides what a model computes."""
+    known = config.to_dict() if hasattr(config, "to_dict") else {}
+    return {key: known[key] for key in sorted(known) if key not in NOT_STATED}
+
+
+def _state_of(module: nn.Module) -> Structure:
+    tensors = {**module._parameters, **module._buffers}
+    own = vars(module)
+    if hasattr(module, "max_seq_len_cached"):  # a rotary embedding, see `shared_copy`
+        default = own.get("rope_type") == "default"
+        tensors = {name: x if default else None for name, x in tensors.items()}
+    return (
+        id(module),
+        type(module),
+        tuple((name, id(x), _kind(x)) for name, x in tensors.items()),
+        tuple(
+            (key, id(hook))
+            for hooks in _hooks(module)
+            for key, hook in hooks.items()
+            if not is_wiring(hook)
+        ),
+        id(own.get("forward")),
+        repr(settings_of(module)),
+    )
+
+
+def _kind(x: Tensor | None) -> Any:
+    return None if x is None else (x.dtype, x.device, tuple(x.shape))
+
+
+NOT_SETTINGS = frozenset(vars(nn.Module())) | {
+    "gradient_checkpointing",
+    "max_seq_len_cached",
+    "_is_hf_initialized",
+}
+"""Attributes of modules that are no settings: torch's own, and what a forward pass leaves."""
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """A module's plain settings: the scale of an adapter, an epsilon, whether it is switched off.
+
+    A transformers model keeps its settings in its config, and notes for itself beside it.
+    """
+    own = {} if hasattr(module, "base_model_prefix") else vars(module)
+    return {key: own[key] for key in sorted(own) if key not in NOT_SETTINGS and is_plain(own[key])}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an attribute is a number, a word, or made of such."""
+    if isinstance(value, Mapping):
+        return all(map(is_plain, (*value, *value.values())))
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
