@@ -52,7 +52,7 @@ def test_found_again_when_attention_changes() -> None:
     assert "pattern" in eager.signals and "pattern" not in sdpa.signals
     assert 'set_attn_implementation("eager")' in sdpa.unavailable_on("eager")["sink_attention"]
     assert {"z", "resid_post"} <= set(sdpa.signals) and "value" not in sdpa.signals
-    assert "no pattern to prove" in sdpa.unavailable_on("eager")["value_norm"]
+    assert "no pattern to prove" in sdpa.unavailable_on("eager")["values"]
     assert not eager.causal and not sdpa.causal
     bridge.original_model.set_attn_implementation("eager")
     assert capabilities(bridge) == eager
