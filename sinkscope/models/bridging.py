@@ -177,10 +177,8 @@ def _streamed_difference(
         difference = _difference(bridge, model, wanted)
     if difference is None:
         return None
-    try:
-        model.set_attn_implementation("sdpa")
-    except ValueError:  # the architecture has no such attention
-        return difference
+    # Not set_attn_implementation, which leaves Falcon as it is.
+    model.config._attn_implementation = "sdpa"
     fused = _states_of_model(bridge, model)
     if fused is None:
         return difference
