@@ -100,8 +100,23 @@ class CheckpointReader:
                 f"The weights of {name} do not fit its config: {key} has the shape "
                 f"{list(found)} where {list(expected)} was expected."
             )
+        _refuse_wrapped(info["unexpected_keys"], name)
         self.trained_head = has_trained_head(model, info["missing_keys"], name)
         return model
+
+
+def _refuse_wrapped(unexpected: Iterable[str], name: str) -> None:
+    """Refuse weights that were saved from inside a wrapper of torch.
+
+    Raises:
+        ModelError: If they were.
+    """
+    for prefix, wrapper in (("_orig_mod.", "torch.compile"), ("module.", "DataParallel")):
+        if any(key.startswith(prefix) for key in unexpected):
+            raise ModelError(
+                f"The weights of {name} begin with {prefix!r}: they were saved from inside a "
+                f"wrapper ({wrapper}); save the model inside it (its .{prefix.rstrip('.')})."
+            )
 
 
 def has_trained_head(model: PreTrainedModel, missing: Iterable[str], name: str) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -237,10 +238,27 @@ def _from_name(
 
 def _from_folder(folder: Path, request: _Request) -> Loaded:
     files = tuple(path.name for path in folder.iterdir())
+    _refuse_adapter(folder, files)
     check_files(str(folder), files, request.allow_pickle)
     weights = tuple(sorted(folder.glob("*.safetensors")))
     bridge, trained_head = _from_checkpoint(str(folder), None, has_tokenizer(files), request)
     return bridge, ModelSource(str(folder), "folder", trained_head=trained_head, weights=weights)
+
+
+def _refuse_adapter(folder: Path, files: tuple[str, ...]) -> None:
+    """Refuse a folder that holds an adapter and not the model that it is for.
+
+    Raises:
+        ModelError: If it does.
+    """
+    if "adapter_config.json" not in files or "config.json" in files:
+        return
+    with one_sentence(str(folder)):
+        base = json.loads((folder / "adapter_config.json").read_text())
+    raise ModelError(
+        f"{folder} holds an adapter of {base.get('base_model_name_or_path', 'another model')} and "
+        "no model; pass what peft.AutoPeftModelForCausalLM.from_pretrained(folder) gives."
+    )
 
 
 def _from_hub(spec: str, request: _Request, revision: str | None, checkpoint: int | None) -> Loaded:
