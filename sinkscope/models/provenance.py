@@ -35,9 +35,11 @@ def dtype_of(model: Any) -> str:
 
 
 def weights_of(model: Any) -> str:
-    """A hash of every weight and saved buffer, bit by bit, computed where each lies."""
-    lines = "\n".join(_weights(getattr(model, "original_model", model)))
-    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+    """A hash of every weight, of all modules and their settings, and of the config.
+
+    It leaves out what hooks do, which a report names beside it, and holds on every device.
+    """
+    return _hash(*_known_parts(model))[:16]
 
 
 def model_identity(model: Any) -> str:
@@ -58,11 +60,17 @@ def model_identity(model: Any) -> str:
     Returns:
         32 hexadecimal digits.
     """
+    return _hash(*_known_parts(model), *_output(model, _foreign(model)))[:32]
+
+
+def _known_parts(model: Any) -> Iterator[str]:
     module = getattr(model, "original_model", model)
-    content = hashlib.sha256()
-    for part in (*_weights(module), *_modules(module), *_output(model, _foreign(model))):
-        content.update(part.encode() + b"\0")
-    return content.hexdigest()[:32]
+    yield from _weights(module)
+    yield from _modules(module)
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def _plain(name: str) -> str:
