@@ -1,4 +1,4 @@
-"""The shipped laboratory model shows what it was shipped for, and a classroom can grow its own."""
+"""The packaged toy model shows sink, drain and peak, and a classroom run forms a sink of its own."""
 
 from __future__ import annotations
 
@@ -129,14 +129,14 @@ def test_experiments_take_it_or_say_why_not(model):
 
 
 def test_other_names_are_refused():
-    with pytest.raises(ModelError, match="no packaged laboratory model 'bb-9l'"):
+    with pytest.raises(ModelError, match="no packaged toy model 'bb-9l'"):
         bb.load_packaged("bb-9l")
 
 
 @pytest.mark.slow
 def test_a_classroom_grows_a_sink():
     run = bb.train(bb.TrainConfig.classroom(steps=400), device="cpu", progress=False)
-    log = run.frame()
+    log = run.to_frame()
     curve = log[log.metric == "sink_attention"].set_index("step").value
     assert curve[0] < 0.1 and curve[400] > 0.8
     drain = log[log.metric == "value_drain"].set_index("step").value
