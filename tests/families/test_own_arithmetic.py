@@ -70,7 +70,9 @@ def test_a_scan_equals_transformers_patterns(family: Family) -> None:
     with torch.no_grad():
         output = family.build()(tokens, attention_mask=mask, output_attentions=True)
     rows = [row[: int(real.sum())].tolist() for row, real in zip(tokens, mask, strict=True)]
-    report = ss.scan(family.build(), ss.token_ids(rows), batch=2, path="streaming", progress=False)
+    report = ss.scan(
+        family.build(), ss.token_ids(rows), batch=2, attention="streaming", progress=False
+    )
     for prompt, length in enumerate(map(len, rows)):
         for layer, patterns in enumerate(output.attentions):
             pattern = patterns[prompt, :, :length, :length].double()
@@ -102,10 +104,10 @@ def test_both_ways_agree(family: Family) -> None:
     prompts = ss.token_ids(rows)
     if family.attention != "eager":
         with pytest.raises(UnsupportedError, match="adds ALiBi twice"):
-            ss.scan(family.build(), prompts, path="stock", progress=False)
+            ss.scan(family.build(), prompts, attention="eager", progress=False)
         return
-    stock = ss.scan(family.build(), prompts, path="stock", progress=False)
-    ours = ss.scan(family.build(), prompts, path="streaming", progress=False)
+    stock = ss.scan(family.build(), prompts, attention="eager", progress=False)
+    ours = ss.scan(family.build(), prompts, attention="streaming", progress=False)
     assert set(stock.measured()) <= set(ours.measured())
     for field in stock.measured():
         torch.testing.assert_close(
@@ -122,8 +124,10 @@ def test_an_edited_mask_reaches_both_ways(name: str) -> None:
     plain = ss.scan(model, prompts, metrics="core", progress=False)["sink_attention"]
     with ss.SelfOnlyMask(model, 5):
         stock, ours = (
-            ss.scan(model, prompts, metrics="core", path=path, progress=False)["sink_attention"]
-            for path in ("stock", "streaming")
+            ss.scan(model, prompts, metrics="core", attention=attention, progress=False)[
+                "sink_attention"
+            ]
+            for attention in ("eager", "streaming")
         )
     torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
     assert (ours - plain).abs().max() > 1e-3
