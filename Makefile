@@ -17,7 +17,7 @@ CPU_ONLY := $(if $(filter file,$(origin TORCH)),$(shell \
 MODELS := smollm2-135m minilm-l6
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup models demo quick test test-latest constraints lint types notebooks-html clean
+.PHONY: setup models demo quick test test-latest constraints lint types docs notebooks-html dist clean
 
 setup: $(VENV)/.installed
 
@@ -90,5 +90,15 @@ notebooks-html: models
 	$(BIN)/jupyter nbconvert --execute --to html --config notebooks/html/nbconvert_config.py \
 	  --output-dir out/notebooks notebooks/0*.ipynb
 
+# The documentation, in half a minute; warnings are errors. Lessons that notebooks-html has drawn
+# become pages of it. The search box needs a server: $(BIN)/python -m http.server -d out/docs
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Open out/docs/index.html in a browser."
+
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+
 clean:
-	rm -rf $(VENV) .venv-latest out
+	rm -rf $(VENV) .venv-latest out dist
