@@ -17,7 +17,7 @@ from sinkscope.experiments.waiver import position_embeddings, position_norms, st
 from sinkscope.experiments.which_part import which_part
 from tests.families.architectures import BY_NAME, N_LAYERS, Family
 from tests.families.reference import reference
-from tests.families.test_interventions_families import (
+from tests.interventions.test_families import (
     TABLES,
     attention,
     masked,

@@ -25,8 +25,8 @@ from sinkscope.interventions import (
     ShiftSinkLogit,
 )
 
+from ..interventions.test_families import assert_close, attention, masked
 from .architectures import BY_NAME, FAMILIES, Family
-from .test_interventions_families import assert_close, attention, masked
 
 CAUSAL = [family.name for family in FAMILIES if family.causal]
 P, PROMPT, NEW = 10, 12, 6
