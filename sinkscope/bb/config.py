@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sinkscope.errors import ModelError
+from sinkscope.validation import one_of, real_number, shown, whole_number
 
 ATTENTIONS = (
     *("softmax", "relu", "sigmoid", "off-by-one"),
@@ -69,8 +69,9 @@ class ModelConfig:
                 raise ModelError(
                     f"{name}={getattr(self, name)} names a layer outside 0 to {self.layers - 1}."
                 )
-        _check_one_of(ATTENTIONS, "attention", self.attention)
-        _check_one_of((False, True), "no_norm", self.no_norm)
+        one_of("attention", self.attention, ATTENTIONS, ModelError)
+        if not isinstance(self.no_norm, bool):
+            raise ModelError(f"no_norm is {shown(self.no_norm)}; expected True or False.")
         if self.width % self.heads:
             raise ModelError(f"width {self.width} must be a multiple of the {self.heads} heads.")
 
@@ -156,9 +157,10 @@ class TrainConfig:
         _check_at_least(0, self, "steps", "seed", "bos")
         _check_at_least(0, self, "snapshots", several=True)
         _check_at_least(0, self, "triggers", several=not isinstance(self.triggers, int))
-        _check_one_of(OPTIMIZERS, "optimizer", self.optimizer)
-        _check_one_of(("auto", "fp32", "bf16"), "precision", self.precision)
-        _check_one_of((None, False, True), "compile", self.compile)
+        one_of("optimizer", self.optimizer, OPTIMIZERS, ModelError)
+        one_of("precision", self.precision, ("auto", "fp32", "bf16"), ModelError)
+        if not isinstance(self.compile, bool | None):
+            raise ModelError(f"compile is {shown(self.compile)}; expected True, False or None.")
         if not isinstance(self.clamp, tuple) or set(self.clamp) - set(CLAMPS):
             raise ModelError(f"clamp is {self.clamp!r}, it must name some of {', '.join(CLAMPS)}.")
         if self.length > self.model.context:
@@ -174,11 +176,12 @@ class TrainConfig:
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", LEARNING_RATES[self.optimizer])
         for name in ("learning_rate", "weight_decay", "eps", "momentum"):
-            _check_number(name, getattr(self, name))
+            value = real_number(name, getattr(self, name), at_least=0, error=ModelError)
+            object.__setattr__(self, name, value)
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:
             raise ModelError(f"betas are {self.betas!r}, they must be two numbers.")
         for beta in self.betas:
-            _check_number("betas", beta, below=1.0)
+            real_number("betas", beta, at_least=0, below=1, error=ModelError)
 
     @property
     def hold(self) -> tuple[str, ...]:
@@ -233,21 +236,13 @@ def _check_at_least(
 ) -> None:
     for name in names:
         value = getattr(config, name)
-        numbers = value if several else (value,)
-        if not isinstance(numbers, tuple) or any(type(n) is not int or n < least for n in numbers):
-            kind = "a tuple of whole numbers" if several else "a whole number"
-            raise ModelError(f"{name} is {value!r}, it must be {kind} from {least}.")
-
-
-def _check_one_of(choices: tuple[Any, ...], name: str, value: Any) -> None:
-    if not any(value is choice or value == choice for choice in choices):
-        shown = ", ".join(map(str, choices))
-        raise ModelError(f"{name} {value!r} is not known, choose one of {shown}.")
-
-
-def _check_number(name: str, value: Any, below: float = math.inf) -> None:
-    if type(value) not in (int, float) or not 0 <= value < below:
-        raise ModelError(f"{name} is {value!r}, it must be a number from 0 to below {below}.")
+        if not several:
+            checked = whole_number(name, value, at_least=least, error=ModelError)
+        elif isinstance(value, tuple):
+            checked = tuple(whole_number(name, n, at_least=least, error=ModelError) for n in value)
+        else:
+            raise ModelError(f"{name} is {shown(value)}; expected a tuple of whole numbers.")
+        object.__setattr__(config, name, checked)
 
 
 def _settings(

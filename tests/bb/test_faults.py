@@ -59,7 +59,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], str]] = {
     "an unknown setting": ({"config": {**CONFIG, "magic": 1}}, {}, "'magic', which is not known"),
     "an unknown attention": (
         {"config": {**CONFIG, "model": {**CONFIG["model"], "attention": "x"}}}, {},
-        "attention 'x' is not known",
+        "attention is 'x'",
     ),
     "a rate that is a word": ({"config": {**CONFIG, "eps": "small"}}, {}, "eps is 'small'"),
     "a step that is a string": ({"step": "6"}, {}, "step is '6'"),
@@ -269,8 +269,8 @@ def test_a_folder_that_cannot_be_is_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"attentions": ("softmax", "tanh")}, "attention 'tanh' is not known"),
-        ({"optimizers": ("adamw", "adam")}, "optimizer 'adam' is not known"),
+        ({"attentions": ("softmax", "tanh")}, "attention is 'tanh'"),
+        ({"optimizers": ("adamw", "adam")}, "optimizer is 'adam'"),
         ({"seeds": (1, -1)}, "seed is -1"),
         ({"attentions": ()}, "nothing to compare"),
         ({"config": TINY.replace(triggers=(70,))}, "must be symbol ids"),

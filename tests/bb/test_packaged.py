@@ -1,4 +1,4 @@
-"""The packaged toy model shows sink, drain and peak, and a classroom run forms a sink of its own."""
+"""The packaged toy model shows sink, drain and peak; a classroom run forms a sink of its own."""
 
 from __future__ import annotations
 

@@ -313,19 +313,19 @@ def test_clamped_values_are_the_starting_models():
 
 
 def test_impossible_configurations_are_refused():
-    with pytest.raises(ModelError, match="choose one of adamw, sgd, muon"):
+    with pytest.raises(ModelError, match="expected one of adamw, sgd, muon"):
         TrainConfig(optimizer="adam")
     with pytest.raises(ModelError, match="do not fit a context of 256"):
         TrainConfig(length=300)
-    with pytest.raises(ModelError, match="precision 'fp8'"):
+    with pytest.raises(ModelError, match="precision is 'fp8'"):
         TrainConfig(precision="fp8")
     for name in ("layers", "heads", "width"):
-        with pytest.raises(ModelError, match=f"{name} is 0, it must be a whole number from 1"):
+        with pytest.raises(ModelError, match=f"{name} is 0; expected a whole number from 1"):
             ModelConfig(**{name: 0})
     for name in ("batch", "measure_every", "measure_prompts", "save_every"):
-        with pytest.raises(ModelError, match=f"{name} is 0, it must be a whole number from 1"):
+        with pytest.raises(ModelError, match=f"{name} is 0; expected a whole number from 1"):
             TrainConfig(**{name: 0})
-    with pytest.raises(ModelError, match="seed is -1, it must be a whole number from 0"):
+    with pytest.raises(ModelError, match="seed is -1; expected a whole number from 0"):
         TrainConfig(seed=-1)
 
 
