@@ -186,8 +186,15 @@ def chosen_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
+        if chosen.type == "cpu" and chosen.index:  # torch takes any number; there is one CPU
+            raise RuntimeError(f"no CPU {chosen.index}")
         torch.empty(1, device=chosen).item()  # "meta" exists only in name
-    except (RuntimeError, AssertionError) as error:  # torch says "no CUDA" with an assertion
+    except (
+        RuntimeError,
+        AssertionError,
+        TypeError,
+        ValueError,
+    ) as error:  # torch says "no CUDA" with an assertion
         # A GPU may be there and only torch not see it; of other names torch lists all it knows.
         why = f" ({str(error).splitlines()[0]})" if str(device).startswith("cuda") else ""
         raise ModelError(f"There is no device {str(device)!r} here{why}; try 'cpu'.") from error

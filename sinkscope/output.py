@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import html
 import io
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import shutil
 import textwrap
+import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -207,11 +210,30 @@ def as_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
+def as_csv(frame: Any) -> str:
+    """A pandas frame as CSV, in which no text is a formula.
+
+    A spreadsheet would run a cell that begins with =, +, - or @, and a file's name may; such text
+    gets an apostrophe in front, which spreadsheets do not show.
+    """
+    guarded = frame.rename(columns=_no_formula)
+    for name in guarded.columns:
+        if guarded[name].dtype.kind not in "biufc":
+            guarded[name] = guarded[name].map(_no_formula)
+    return guarded.to_csv(index=False)
+
+
+def _no_formula(value: Any) -> Any:
+    risky = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if risky else value
+
+
 def write_file(path: str | Path, content: str | bytes) -> Path:
     """Write a file whole or not at all: what was there before stays until the new one is on disk.
 
     The content goes to a new file beside it with a name of its own, is flushed to the disk, and is
-    then renamed. Several processes may write the same file: the last one wins, and none fails.
+    then renamed. Several processes may write the same file: the last one wins, and none fails. What
+    a killed process left of an earlier attempt is removed.
 
     Returns:
         The path.
@@ -220,9 +242,10 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
         ReportError: If it cannot be written; nothing is left behind.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+    unfinished = path.with_name(f"{_unfinished(path)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
     data = content.encode() if isinstance(content, str) else content
     try:
+        _remove_orphans(path)
         # A name that nobody can have linked elsewhere, with the permissions of any new file.
         handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
@@ -271,3 +294,37 @@ def locked(path: str | Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+_ORPHANED_AFTER = 24 * 3600  # seconds after which a process of another machine is taken for dead
+
+
+def _unfinished(path: Path) -> str:
+    """How the names of a file's unfinished versions begin, with this machine's mark."""
+    machine = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+    return f".{path.name[:150]}.{machine}-"
+
+
+def _remove_orphans(path: Path) -> None:
+    """Remove unfinished files whose process is dead, or which nobody has written to for a day."""
+    mine = _unfinished(path)
+    pattern = re.compile(re.escape(f".{path.name[:150]}.") + r"[0-9a-f]{8}-(\d+)-[0-9a-f]{8}\.tmp")
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if (match := pattern.fullmatch(entry.name)) is None:
+                continue
+            with contextlib.suppress(OSError):
+                old = time.time() - entry.stat(follow_symlinks=False).st_mtime > _ORPHANED_AFTER
+                here = entry.name.startswith(mine) and os.name == "posix"
+                if not _is_running(int(match[1])) if here else old:
+                    os.unlink(entry.path)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # on POSIX signal 0 is none; it asks whether one could be sent
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True  # somebody else's
+    return True

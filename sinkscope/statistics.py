@@ -12,8 +12,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from sinkscope import validation
 from sinkscope.errors import ReportError, TextError
 from sinkscope.output import number
+from sinkscope.validation import probability, whole_number
 
 # --- Intervals for a handful of seeds.
 
@@ -80,11 +82,9 @@ def bootstrap(
     Raises:
         ReportError: a level outside (0, 1), or no resamples.
     """
-    if not 0 < level < 1 or resamples < 1:
-        raise ReportError(
-            f"An interval needs a level between 0 and 1 and at least one resample, not "
-            f"{level} and {resamples}."
-        )
+    level = probability("level", level, error=ReportError)
+    resamples = whole_number("resamples", resamples, at_least=1, error=ReportError)
+    seed = validation.seed(seed, error=ReportError)
     prompts = x.shape[0]
     draws = torch.Generator().manual_seed(seed)
     drawn = torch.randint(prompts, (resamples, prompts), generator=draws)

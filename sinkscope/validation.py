@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from sinkscope.errors import SinkscopeError
@@ -149,6 +151,30 @@ def one_of(
     if not isinstance(value, str) or value not in choices:
         raise error(f"{name} is {shown(value)}; expected one of {', '.join(choices)}.")
     return value
+
+
+def text(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) -> str:
+    """A string.
+
+    Raises:
+        SinkscopeError: If it is anything else; of the kind `error`.
+    """
+    if not isinstance(value, str):
+        raise error(f"{name} is {shown(value)}; expected a string.")
+    return value
+
+
+def path(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) -> Path:
+    """A path, given as a string or a path object.
+
+    Raises:
+        SinkscopeError: If it is anything else; of the kind `error`.
+    """
+    if isinstance(value, os.PathLike):
+        value = value.__fspath__()
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise error(f"{name} is {shown(value)}; expected the path of a file.")
+    return Path(value)
 
 
 def shown(value: Any, longest: int = 60) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -30,6 +29,7 @@ from sinkscope.report.fields import metric_of
 from sinkscope.report.labelled import extended
 from sinkscope.report.report import SinkReport
 from sinkscope.report.settings import Settings
+from sinkscope.validation import probability, shown, whole_number, whole_numbers
 
 Metrics = str | Iterable[str]
 Sinks = Iterable[int] | Literal["auto"]
@@ -82,7 +82,7 @@ def scan(
             stacklevel=2,
         )
         attention = "eager" if path == "stock" else path
-    _check(metrics, epsilon, batch)
+    epsilon, batch = _check(metrics, epsilon, batch)
     sinks = _positions(sinks)
     model = load_model(model)
     with exclusive(model), usual_torch():
@@ -205,19 +205,29 @@ def _positions(sinks: Any) -> tuple[int, ...] | Literal["auto"]:
     """Sinks as they were asked for, checked; each position once, in order."""
     if isinstance(sinks, str) and sinks == "auto":
         return "auto"
-    wanted = tuple(sinks) if isinstance(sinks, Iterable) and not isinstance(sinks, str) else ()
-    if not wanted or any(isinstance(p, bool) or not isinstance(p, Integral) for p in wanted):
-        raise TextError(f'sinks is {sinks!r}; expected positions such as [0], or "auto".')
-    return tuple(sorted({int(position) for position in wanted}))
+    try:
+        return tuple(sorted(whole_numbers("sinks", sinks)))
+    except SinkscopeError:
+        raise TextError(
+            f'sinks is {shown(sinks)}; expected positions such as [0], or "auto".'
+        ) from None
 
 
-def _check(metrics: Any, epsilon: Any, batch: Any) -> None:
-    if not isinstance(metrics, Iterable):
-        raise SinkscopeError(f'metrics is {metrics!r}; expected "all", "core", or a list of names.')
-    if not isinstance(epsilon, float | int) or not 0 < epsilon < 1:
-        raise SinkscopeError(f"epsilon is {epsilon!r}; expected a probability between 0 and 1.")
-    if batch != "auto" and (type(batch) is not int or batch < 1):
-        raise SinkscopeError(f'batch is {batch!r}; expected a number of prompts from 1, or "auto".')
+def _check(metrics: Any, epsilon: Any, batch: Any) -> tuple[float, Any]:
+    """The threshold and the batch as plain numbers, if they and the metrics are what they can be."""
+    names = (metrics,) if isinstance(metrics, str) else metrics
+    listed = isinstance(names, Iterable) and getattr(names, "ndim", 1) == 1
+    if (
+        not listed
+        or not all(isinstance(name, str) for name in (names := tuple(names)))
+        or not names
+    ):
+        raise SinkscopeError(
+            f'metrics is {shown(metrics)}; expected "all", "core", or a list of names.'
+        )
+    if not isinstance(batch, str) or batch != "auto":
+        batch = whole_number("batch", batch, at_least=1)
+    return probability("epsilon", epsilon), batch
 
 
 def _position_embedding_norm(model: Any, can: Capabilities) -> Float[Tensor, "context"] | None:

@@ -11,10 +11,12 @@ import warnings
 import typer
 
 from sinkscope.cli import (
+    _common,
     bb,
     bench,
     dormant,
     dynamics,
+    examples,
     models,
     report,
     scan,
@@ -23,15 +25,28 @@ from sinkscope.cli import (
     waiver,
 )
 
+
+class InOrder(typer.core.TyperGroup):
+    """Commands as a newcomer meets them: what can be measured, then a first scan, then the rest."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The commands' names in that order."""
+        names = super().list_commands(ctx)
+        first = [name for name in ("models", "scan") if name in names]
+        return [*first, *(name for name in names if name not in first)]
+
+
 app = typer.Typer(
     name="sinkscope",
     help="Measure, explain and control attention sinks in transformer models.",
+    cls=InOrder,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",  # paragraphs are filled as wide as the terminal is
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(models.app, name="models")
 app.command("scan")(scan.scan)
 app.command("report")(report.report)
 app.command("compare")(report.compare)
@@ -42,7 +57,6 @@ app.command("trace-peak")(trace_peak.trace_peak)
 app.command("stream")(stream.stream)
 app.command("bench")(bench.bench)
 app.add_typer(bb.app, name="bb")
-app.add_typer(models.app, name="models")
 
 
 @app.callback(invoke_without_command=True)
@@ -56,6 +70,9 @@ def _root(
         raise typer.Exit
 
 
+examples.add_to(app)
+
+
 def main() -> None:
     """Run the command; what sinkscope refuses ends in one sentence and exit code 2.
 
@@ -63,6 +80,7 @@ def main() -> None:
     """
     from sinkscope.errors import SinkscopeError
 
+    _common.prepare_terminal()
     # Notes of one library to the authors of another, about which a user can do nothing.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(?!sinkscope\b)")
     try:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import functools
+import io
+import signal
 import sys
 import tempfile
+import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sinkscope.errors import ReportError, SinkscopeError, TextError
+from sinkscope.errors import ReportError, SinkscopeError, SinkscopeWarning, TextError
 from sinkscope.output import as_json, as_wide_as_the_terminal, locked
 
 if TYPE_CHECKING:
@@ -39,7 +45,7 @@ Texts = Annotated[str, typer.Option("--texts", help="prose, code, a file, or hf:
 Prompts = Annotated[int, typer.Option(min=1, help="How many prompts.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens of each prompt, BOS included.")]
 Bos = Annotated[str, typer.Option(help="auto, always, never, or random (an ordinary first token).")]
-Seed = Annotated[int, typer.Option(help="Where the texts are cut.")]
+Seed = Annotated[int, typer.Option(min=0, help="Where the texts are cut.")]
 
 
 def listed(option: str) -> tuple[str, ...]:
@@ -117,6 +123,45 @@ def _given(context: Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def prepare_terminal() -> None:
+    """Make whatever is said reach the terminal: any encoding, warnings in one line, and SIGTERM.
+
+    SIGTERM ends the command as an exception does, so that nothing half-written is left.
+    """
+    codecs.register_error("sinkscope", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="sinkscope")
+    warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+_LOOKALIKES = str.maketrans(
+    {"–": "-", "—": "-", "−": "-", "─": "-", "━": "-", "│": "|", "×": "x", "→": ">", "…": "~"}
+    | {"ε": "e", "‖": "|", "≥": ">=", "≤": "<=", "∞": "inf", "Δ": "d", "ρ": "rho"}
+)
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """What a terminal shows whose encoding lacks a character: a lookalike, or the escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(_LOOKALIKES)
+    return text.encode("ascii", "backslashreplace").decode(), error.end
+
+
+def _show_warning(otherwise: Any, message: Any, category: Any, *where: Any, **rest: Any) -> None:
+    if issubclass(category, SinkscopeWarning):
+        typer.secho(f"sinkscope: {message}", fg="yellow", err=True)
+    else:
+        otherwise(message, category, *where, **rest)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
 @contextlib.contextmanager
 def interruptible(kept: Path | None) -> Iterator[None]:
     """After Ctrl-C, say that the same command goes on from what is kept, if that is there."""
@@ -145,9 +190,10 @@ def writable_folder(out: Path | None) -> Path | None:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ReportError(
-            f"--out {out} cannot be written to ({error.strerror}); name a folder that can."
+            f"--out {out} cannot be written to ({reason}); name a folder that can."
         ) from error
     return out
 

@@ -11,7 +11,7 @@ import typer
 from sinkscope.bb.config import ATTENTIONS
 from sinkscope.cli import _common as common
 from sinkscope.errors import SinkscopeError
-from sinkscope.output import number, write_file
+from sinkscope.output import as_csv, number, write_file
 
 LAWS_FROM = 200
 """First step that growth laws are fitted to."""
@@ -135,8 +135,8 @@ def compare(
             )
         table = bb.summarise(runs)
         if folder is not None:
-            write_file(folder / "runs.csv", runs.to_csv(index=False))
-            write_file(folder / "summary.csv", table.to_csv(index=False))
+            write_file(folder / "runs.csv", as_csv(runs))
+            write_file(folder / "summary.csv", as_csv(table))
     rows = table.to_dict("records")
     if json:
         common.print_json({"runs": runs.to_dict("records"), "summary": rows})
@@ -177,8 +177,8 @@ def dynamics(
                 curves, about="Bigram-Backcopy", laws=pd.concat(laws, ignore_index=True)
             )
             plot.save(figure, folder / "dynamics.html")
-            write_file(folder / "curves.csv", curves.to_csv(index=False))
-            write_file(folder / "laws.csv", fit.to_csv(index=False))
+            write_file(folder / "curves.csv", as_csv(curves))
+            write_file(folder / "laws.csv", as_csv(fit))
     rows = fit.to_dict("records")
     if json:
         common.print_json({"laws": rows})

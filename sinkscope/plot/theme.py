@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 
 from sinkscope.errors import SinkscopeError
+from sinkscope.validation import one_of
 
 Theme = str | None
 """A figure's theme, "light" or "dark"; None is the one that `set_theme` set."""
@@ -95,8 +96,7 @@ def set_theme(theme: str) -> None:
     Raises:
         SinkscopeError: If it is neither "light" nor "dark".
     """
-    palette(theme)
-    _default[0] = theme
+    _default[0] = one_of("theme", theme, ("light", "dark"))
 
 
 def palette(theme: Theme = None) -> Palette:
@@ -106,8 +106,8 @@ def palette(theme: Theme = None) -> Palette:
         SinkscopeError: If it is neither "light", "dark" nor None.
     """
     palettes = {"light": LIGHT, "dark": DARK}
-    name = theme or _default[0]
-    if name not in palettes:
+    name = _default[0] if theme is None else theme
+    if not isinstance(name, str) or name not in palettes:
         raise SinkscopeError(f'theme is {theme!r}; expected "light", "dark", or None.')
     return palettes[name]
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sinkscope import validation
 from sinkscope.errors import TextError
 from sinkscope.prompts.special_tokens import ordinary_ids, special_tokens
 from sinkscope.prompts.texts import as_texts
@@ -32,7 +33,7 @@ class _Replace:
     where: str
 
     def __init__(self, model: Any, token: str | int = "special", seed: int = 0) -> None:
-        self._model, self._seed = model, seed
+        self._model, self._seed = model, validation.seed(seed, error=TextError)
         self.token = token
         self._ids = self._candidates()
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sinkscope import validation
 from sinkscope.errors import TextError
 from sinkscope.prompts.documents import (
     DOMAINS,
@@ -88,6 +89,9 @@ def texts(
         >>> texts("prose", prompts=4, length=128, bos="never").name
         'prose'
     """
+    key = validation.text("key", key, error=TextError)
+    if windows is not None and type(windows) is not bool:
+        raise TextError(f"windows is {shown(windows)}; expected True, False or None.")
     if isinstance(source, str | Path):
         if Path(source).suffix == ".json":
             return _exact(
@@ -117,6 +121,7 @@ def random_tokens(
     No BOS by default: the question these answer (Gu et al. 2024, section 3) is whether a sink needs
     text, or a special token, at all.
     """
+    length = whole_number("length", length, at_least=1, error=TextError)
     return RandomTokens(name="random tokens", prompts=prompts, length=length, bos=bos, seed=seed)
 
 
@@ -141,6 +146,7 @@ def repeated_tokens(
         bos: see `texts`.
         seed: what tokens are drawn with.
     """
+    length = whole_number("length", length, at_least=1, error=TextError)
     return RepeatedTokens(
         name="repeated token", prompts=prompts, length=length, bos=bos, seed=seed, token=token
     )

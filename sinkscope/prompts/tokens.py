@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sinkscope import validation
 from sinkscope.errors import SinkscopeWarning, TextError
 from sinkscope.output import counted
 from sinkscope.prompts.documents import read_text
@@ -150,13 +151,14 @@ def read_token_ids(path: str | Path) -> Texts:
     Raises:
         TextError: a file that cannot be read, or that holds something else.
     """
-    text = read_text(Path(path))
+    path = validation.path("path", path, error=TextError)
+    text = read_text(path)
     try:
         ids = json.loads(text)
     except (ValueError, RecursionError) as error:  # no JSON, a number too long, nested too deep
         raise TextError(f"{path} cannot be read as JSON: {error}.") from error
     try:
-        return exact(ids, None, Path(path).name)
+        return exact(ids, None, path.name)
     except TextError as error:
         raise TextError(f"{path}: {error}") from error
 

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import AbstractArray, Shaped
 from torch import Tensor
 
+from sinkscope import validation
 from sinkscope.errors import ReportError
 
 if TYPE_CHECKING:
@@ -256,6 +257,7 @@ class Labelled:
         return same(self, other)
 
     def _require(self, name: str) -> Variable:
+        name = validation.text("the name of a field", name, error=ReportError)
         variable = self.variables().get(name)
         if variable is None:
             raise ReportError(self._unknown(name))

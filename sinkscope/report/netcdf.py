@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from sinkscope import validation
 from sinkscope.errors import ReportError
 from sinkscope.output import write_file
 from sinkscope.report.labelled import Labelled, Variable, dataset, extended
@@ -38,7 +40,7 @@ def save(labelled: Labelled, path: str | Path) -> Path:
     Raises:
         ReportError: Another suffix, or a path that cannot be written.
     """
-    path = Path(path)
+    path = validation.path("path", path, error=ReportError)
     if path.suffix != ".nc":
         raise ReportError(f"A report is saved as netCDF, so {path.name!r} should end in .nc.")
     return write_file(path, to_bytes(labelled))
@@ -65,10 +67,11 @@ def load(cls: type[T], path: str | Path) -> T:
     """
     import xarray as xr
 
-    if not Path(path).is_file():
+    path = validation.path("path", path, error=ReportError)
+    if not os.path.isfile(path):
         raise ReportError(f"There is no report file {str(path)!r}.")
     try:
-        content = Path(path).read_bytes()
+        content = path.read_bytes()
         _refuse_links(content, path)
         with xr.open_dataset(io.BytesIO(content), engine="h5netcdf", decode_cf=False) as file:
             _check_kind(cls, file.attrs, path)

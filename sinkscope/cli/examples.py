@@ -1,0 +1,51 @@
+"""Examples of every command, which its --help ends with."""
+
+from __future__ import annotations
+
+import typer
+
+EXAMPLES = {
+    "": ["sinkscope models", "sinkscope scan bb-3l --prompts 8 --length 64"],
+    "models": ["sinkscope models"],
+    "models install": ["sinkscope models install smollm2-135m"],
+    "models show": ["sinkscope models show smollm2-135m", "sinkscope models show ./my-model"],
+    "scan": [
+        "sinkscope scan smollm2-135m --prompts 16 --length 256 --out results",
+        "sinkscope scan smollm2-135m --texts notes.txt --sinks auto",
+        "sinkscope scan smollm2-135m --tokens tokens.json --metrics core --json",
+    ],
+    "waiver": [
+        "sinkscope waiver minilm-l6 --ask norms,positions",
+        "sinkscope waiver smollm2-135m --ask mask --position 100 --out results",
+    ],
+    "dormant": [
+        "sinkscope dormant smollm2-135m --domains prose,code --out results",
+        "sinkscope dormant smollm2-135m --remove mean --remove-prompts 4",
+    ],
+    "dynamics": [
+        "sinkscope dynamics 0 1000 143000 --model EleutherAI/pythia-70m --out results",
+        "sinkscope dynamics runs/checkpoint-500 runs/checkpoint-1000",
+    ],
+    "trace-peak": ["sinkscope trace-peak smollm2-135m --prompts 4 --out results"],
+    "stream": ["sinkscope stream smollm2-135m --tokens 4096 --windows 256 --sinks 0,4"],
+    "bench": ["sinkscope bench --shape smollm2-135m --sizes 8x256,1x1024"],
+    "bb train": ["sinkscope bb train --steps 500 --out run"],
+    "bb compare": ["sinkscope bb compare --attention softmax,relu --seeds 2 --steps 500"],
+    "bb dynamics": ["sinkscope bb dynamics run --out curves"],
+}
+"""Lines that can be typed, by command."""
+
+
+def add_to(app: typer.Typer, name: str = "") -> None:
+    """End the help of an app, and of all its commands, with their examples."""
+    if app.registered_callback is not None:
+        app.registered_callback.epilog = _written(name)
+    for command in app.registered_commands:
+        command.epilog = _written(f"{name} {command.name or command.callback.__name__}".strip())
+    for group in app.registered_groups:
+        add_to(group.typer_instance, f"{name} {group.name}".strip())
+
+
+def _written(name: str) -> str | None:
+    lines = EXAMPLES.get(name)
+    return None if lines is None else "\n\n".join(["Examples:", *(f"- `{line}`" for line in lines)])

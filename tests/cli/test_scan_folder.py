@@ -1,0 +1,95 @@
+"""A folder of results belongs to one scan: nothing stale, nothing mixed, and Ctrl-C is answered."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sinkscope.cli import scan as command
+from tests.families.architectures import BY_NAME
+from tests.unit.test_cli import run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("model")
+    BY_NAME["llama"].build().save_pretrained(where)
+    return where
+
+
+@pytest.fixture
+def ids(tmp_path: Path) -> Path:
+    file = tmp_path / "tokens.json"
+    file.write_text(json.dumps(BY_NAME["llama"].tokens(prompts=2, length=8).tolist()))
+    return file
+
+
+def files(folder: Path) -> list[str]:
+    """The files of results in a folder; the lock is hidden."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+def test_a_second_scan_leaves_no_table_of_the_first(folder, ids, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    base = ("scan", folder, "--tokens", ids, "--out", out)
+    assert run(*base, "--metrics", "core", capsys=capsys)[0] == 0
+    assert (out / "heads.csv").exists()
+    code, said, _ = run(*base, "--metrics", "residual", capsys=capsys)
+    assert code == 0 and "no heads.csv" in said
+    assert files(out) == ["report.html", "report.nc"]
+
+
+def test_two_processes_do_not_write_to_one_folder(folder, ids, tmp_path, capsys) -> None:
+    script = (
+        "import sys\nfrom sinkscope.output import locked\n"
+        "with locked(sys.argv[1]):\n    print('locked', flush=True)\n    sys.stdin.read()"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"locked\n"
+        code, _, said = run("scan", folder, "--tokens", ids, "--out", out, capsys=capsys)
+        other.communicate()
+    assert code == 2 and "Another process is writing to" in said
+    assert files(out) == []
+    assert run("scan", folder, "--tokens", ids, "--out", out, capsys=capsys)[0] == 0
+
+
+@pytest.mark.parametrize("kept", ["nothing", "earlier", "half"])
+def test_ctrl_c_says_what_is_kept(kept: str, tmp_path: Path, capsys) -> None:
+    if kept == "earlier":
+        (tmp_path / "report.nc").write_text("earlier")
+    with pytest.raises(KeyboardInterrupt), command.interruptible(tmp_path):
+        if kept == "half":
+            (tmp_path / "report.nc").write_text("new")
+        raise KeyboardInterrupt
+    said = capsys.readouterr().err
+    assert said.startswith("Interrupted; ") and said.count("\n") == 1
+    sentence = {
+        "nothing": "nothing is kept",
+        "earlier": "report.nc in .* of an earlier scan",
+        "half": "report.nc in .* written, the other files of this scan were not",
+    }[kept]
+    assert re.search(sentence, said)
+
+
+def test_ctrl_c_without_a_folder(capsys) -> None:
+    with pytest.raises(KeyboardInterrupt), command.interruptible(None):
+        raise KeyboardInterrupt
+    assert "nothing is kept" in capsys.readouterr().err
+
+
+def test_a_scan_of_single_tokens_says_that_it_means_nothing(
+    folder, tmp_path, capsys, recwarn
+) -> None:
+    file = tmp_path / "one.json"
+    file.write_text("[[5], [6]]")
+    code, said, _ = run("scan", folder, "--tokens", file, "--metrics", "core", capsys=capsys)
+    assert code == 0 and "single token" in said and "--length of 2 or more" in said
