@@ -82,7 +82,7 @@ def scan(
             stacklevel=2,
         )
         attention = "eager" if path == "stock" else path
-    epsilon, batch = _check(metrics, epsilon, batch)
+    metrics, epsilon, batch = _check(metrics, epsilon, batch)
     sinks = _positions(sinks)
     model = load_model(model)
     with exclusive(model), usual_torch():
@@ -213,21 +213,17 @@ def _positions(sinks: Any) -> tuple[int, ...] | Literal["auto"]:
         ) from None
 
 
-def _check(metrics: Any, epsilon: Any, batch: Any) -> tuple[float, Any]:
-    """The threshold and the batch as plain numbers, if they and the metrics are what they can be."""
+def _check(metrics: Any, epsilon: Any, batch: Any) -> tuple[tuple[str, ...], float, Any]:
+    """The names of metrics, the threshold and the batch as plain values."""
     names = (metrics,) if isinstance(metrics, str) else metrics
-    listed = isinstance(names, Iterable) and getattr(names, "ndim", 1) == 1
-    if (
-        not listed
-        or not all(isinstance(name, str) for name in (names := tuple(names)))
-        or not names
-    ):
+    names = tuple(names) if isinstance(names, Iterable) and getattr(names, "ndim", 1) else (None,)
+    if not all(isinstance(name, str) for name in names):
         raise SinkscopeError(
             f'metrics is {shown(metrics)}; expected "all", "core", or a list of names.'
         )
     if not isinstance(batch, str) or batch != "auto":
         batch = whole_number("batch", batch, at_least=1)
-    return probability("epsilon", epsilon), batch
+    return names, probability("epsilon", epsilon), batch
 
 
 def _position_embedding_norm(model: Any, can: Capabilities) -> Float[Tensor, "context"] | None:

@@ -14,6 +14,8 @@ EXAMPLES = {
         "sinkscope scan smollm2-135m --texts notes.txt --sinks auto",
         "sinkscope scan smollm2-135m --tokens tokens.json --metrics core --json",
     ],
+    "report": ["sinkscope report results/report.nc"],
+    "compare": ["sinkscope compare before/report.nc after/report.nc --page change.html"],
     "waiver": [
         "sinkscope waiver minilm-l6 --ask norms,positions",
         "sinkscope waiver smollm2-135m --ask mask --position 100 --out results",

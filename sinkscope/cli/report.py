@@ -18,10 +18,7 @@ Page = Annotated[
 
 
 def report(file: File, page: Page = None, json: common.Json = False) -> None:
-    """Show a kept report again and make its page; no model is loaded.
-
-    Example: `sinkscope report out/report.nc`
-    """
+    """Show a kept report again and make its page; no model is loaded."""
     import sinkscope as ss
 
     found = ss.load_report(file)
@@ -40,10 +37,7 @@ def compare(
         Path | None, typer.Option(help="Also write a page with what changed; ends in .html.")
     ] = None,
 ) -> None:
-    """Set two kept reports of the same tokens side by side: what changed, and where most.
-
-    Example: `sinkscope compare before/report.nc after/report.nc --page change.html`
-    """
+    """Set two kept reports of the same tokens side by side: what changed, and where most."""
     import sinkscope as ss
 
     found = ss.compare(ss.load_report(before), ss.load_report(after))

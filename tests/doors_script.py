@@ -1,0 +1,122 @@
+"""Give every public door what it cannot take, and write down what it says (see test_doors.py).
+
+Run in a process of its own: in the tests' own process annotations are checked before any function
+runs, so that a wrong type would never reach the function.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+import sinkscope as ss
+from sinkscope import interventions as edits
+from tests.families.architectures import BY_NAME
+
+WRONG = {
+    "None": None, "True": True, "1.5": 1.5, "x": "x", "empty": "", "-1": -1, "10**30": 10**30,
+    "nan": float("nan"), "inf": float("inf"), "[]": [], "[None]": [None], "[1.5]": [1.5],
+    "{}": {}, "object": object(), "array": np.array([1.5]), "array of text": np.array(["a"]),
+    "0-d": torch.tensor(1.5), "2-d": torch.zeros(2, 2), "bytes": b"x", "complex": 1j,
+}  # fmt: skip
+
+ALLOWED = {
+    "scan metrics": ["[]", "{}"],
+    "token_mask residual_ratio": ["1.5", "10**30", "0-d"],
+    "token_mask attention": ["1.5", "10**30", "0-d"],
+    "nonmixture_dims over_median": ["1.5", "10**30", "0-d"],
+    "nonmixture_dims over_mixed": ["1.5", "10**30", "0-d"],
+    "texts prompts": ["None"],
+    "texts length": ["None"],
+    "texts windows": ["None", "True"],
+    "texts key": ["x", "empty"],
+    "token_ids mask": ["None"],
+    "head_map theme": ["None"],
+    "load_model device": ["None"],
+    "load_model dtype": ["None"],
+}
+"""What a door takes although it is listed as wrong."""
+
+
+def doors() -> dict[str, Callable[[Any], Any]]:
+    """Calls of one value each."""
+    model = ss.load_model(BY_NAME["llama"].build())
+    ids = BY_NAME["llama"].tokens(prompts=2, length=8).tolist()
+    report = ss.scan(model, ids, progress=False)
+
+    def with_(call: Callable[..., Any], name: str, **rest: Any) -> Callable[[Any], Any]:
+        return lambda value: call(**rest, **{name: value})
+
+    found: dict[str, Callable[[Any], Any]] = {}
+    for name in ("sinks", "epsilon", "batch", "metrics"):
+        found[f"scan {name}"] = with_(ss.scan, name, model=model, texts=ids, progress=False)
+    for name in ("level", "resamples", "seed"):
+        found[f"interval {name}"] = lambda value, name=name: report.interval(
+            "honor", **{name: value}
+        )
+    for name in ("n", "by"):
+        found[f"top_heads {name}"] = with_(report.top_heads, name)
+    for name in ("residual_ratio", "attention"):
+        found[f"token_mask {name}"] = with_(report.token_mask, name)
+    for name in ("over_median", "over_mixed", "share"):
+        found[f"nonmixture_dims {name}"] = with_(report.nonmixture_dims, name)
+    for name in ("prompts", "length", "bos", "seed"):
+        found[f"random_tokens {name}"] = lambda value, name=name: ss.random_tokens(
+            **{name: value}
+        ).tokenize(model)
+    for name in ("prompts", "length", "seed"):
+        found[f"repeated_tokens {name}"] = with_(ss.repeated_tokens, name)
+    for name in ("prompts", "length", "bos", "seed", "padding", "windows", "key"):
+        found[f"texts {name}"] = with_(ss.texts, name, source="prose")
+    found |= {
+        "scan texts": lambda value: ss.scan(model, value, progress=False),
+        "texts source": ss.texts,
+        "token_ids": ss.token_ids,
+        "token_ids mask": lambda value: ss.token_ids(ids, value),
+        "read_token_ids": ss.read_token_ids,
+        "field": lambda value: report[value],
+        "mean": report.mean,
+        "to_frame": report.to_frame,
+        "sink_rate_at": report.sink_rate_at,
+        "save": report.save,
+        "load_report": ss.load_report,
+        "compare": lambda value: ss.compare(report, value),
+        "ReplaceStart token": lambda value: ss.ReplaceStart(model, value),
+        "ReplaceStart seed": lambda value: ss.ReplaceStart(model, 5, value),
+        "SelfOnlyMask position": lambda value: edits.SelfOnlyMask(model, value),
+        "AblateHeads": lambda value: edits.AblateHeads(model, value),
+        "set_theme": ss.plot.set_theme,
+        "head_map theme": lambda value: ss.plot.head_map(report, theme=value),
+        "load_model": ss.load_model,
+        "load_model device": lambda value: ss.load_model("bb-3l", device=value),
+        "load_model dtype": lambda value: ss.load_model("bb-3l", dtype=value),
+    }
+    return found
+
+
+def main() -> None:
+    """One JSON object: door to value to [class, bases, message], or null where it was taken."""
+    warnings.simplefilter("ignore")
+    said: dict[str, dict[str, Any]] = {}
+    for door, call in doors().items():
+        said[door] = {}
+        for name, value in WRONG.items():
+            if name in ALLOWED.get(door, []):
+                continue
+            try:
+                call(value)
+                said[door][name] = None
+            except Exception as error:
+                kinds = [kind.__name__ for kind in type(error).__mro__]
+                said[door][name] = [type(error).__name__, kinds, str(error)]
+    json.dump(said, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
