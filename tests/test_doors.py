@@ -18,7 +18,9 @@ def said() -> dict[str, dict[str, list | None]]:
 
 
 def test_nothing_wrong_is_taken(said) -> None:
-    taken = [f"{door}: {name}" for door, values in said.items() for name in values if not values[name]]
+    taken = [
+        f"{door}: {name}" for door, values in said.items() for name in values if not values[name]
+    ]
     assert not taken
     assert sum(map(len, said.values())) > 700
 

@@ -121,6 +121,7 @@ def random_tokens(
     No BOS by default: the question these answer (Gu et al. 2024, section 3) is whether a sink needs
     text, or a special token, at all.
     """
+    prompts = whole_number("prompts", prompts, at_least=1, error=TextError)
     length = whole_number("length", length, at_least=1, error=TextError)
     return RandomTokens(name="random tokens", prompts=prompts, length=length, bos=bos, seed=seed)
 
@@ -146,6 +147,7 @@ def repeated_tokens(
         bos: see `texts`.
         seed: what tokens are drawn with.
     """
+    prompts = whole_number("prompts", prompts, at_least=1, error=TextError)
     length = whole_number("length", length, at_least=1, error=TextError)
     return RepeatedTokens(
         name="repeated token", prompts=prompts, length=length, bos=bos, seed=seed, token=token

@@ -311,7 +311,7 @@ def frame(labelled: Labelled, *names: str) -> pd.DataFrame:
     """
     if not names:
         raise ReportError("to_frame() needs the name of a field; see .measured() for the names.")
-    if len(names) == 1 and names[0] in labelled.parts():
+    if len(names) == 1 and isinstance(names[0], str) and names[0] in labelled.parts():
         part = getattr(labelled, names[0])
         if part is None:
             raise ReportError(labelled._not_measured(names[0]))

@@ -92,7 +92,7 @@ def test_fields_without_prompts_have_no_interval():
 
 @pytest.mark.parametrize("wrong", [{"level": 0.0}, {"level": 1.0}, {"resamples": 0}, {"seed": -5}])
 def test_impossible_intervals_are_refused(wrong: dict):
-    with pytest.raises(ReportError, match=r"(level|resamples) is .*; expected a \w+ number"):
+    with pytest.raises(ReportError, match=r"(level|resamples|seed) is .*; expected a \w+ number"):
         synthetic_report().interval("honor", **wrong)
 
 
