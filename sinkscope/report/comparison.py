@@ -13,6 +13,7 @@ from sinkscope.output import number, printable
 from sinkscope.report.labelled import coordinate, to_numpy
 from sinkscope.report.report import SinkReport
 from sinkscope.statistics import Interval, bootstrap
+from sinkscope.validation import shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,7 @@ def compare(before: SinkReport, after: SinkReport) -> Comparison:
     """
     for report in (before, after):
         if not isinstance(report, SinkReport):
-            raise ReportError(f"compare() takes two reports of a scan, not {report!r:.80}.")
+            raise ReportError(f"compare() takes two reports of a scan, not {shown(report)}.")
     same = before.tokens.shape == after.tokens.shape and bool(
         (before.mask == after.mask.to(before.mask.device)).all()
         and (before.tokens == after.tokens.to(before.tokens.device))[before.mask].all()
