@@ -17,20 +17,19 @@ from sinkscope.output import as_csv, write_file
 SLOW = """
 import os, signal, sys, time
 from sinkscope import output
-if sys.argv[2] == "term":
-    from sinkscope.cli._common import prepare_terminal
-    prepare_terminal()
+from sinkscope.cli._common import terminal
 def wait(*_):
     print("writing", flush=True)
     time.sleep(60)
 output.os.fsync = wait
-output.write_file(sys.argv[1], "new")
+with terminal():
+    output.write_file(sys.argv[1], "new")
 """
 
 
-def start(file: Path, how: str) -> subprocess.Popen:
+def start(file: Path) -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(file), how], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOW, str(file)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stdout.readline() == "writing\n"
     return process
@@ -49,8 +48,8 @@ def unfinished(folder: Path) -> list[Path]:
 def test_only_the_dead_leave_orphans(tmp_path: Path) -> None:
     file, other = tmp_path / "report.nc", tmp_path / "report.nc.more"
     file.write_text("old")
-    running, killed = start(file, "kill"), start(file, "kill")
-    beside = start(other, "kill")
+    running, killed = start(file), start(file)
+    beside = start(other)
     end(killed)
     end(beside)
     assert len(unfinished(tmp_path)) == 3 and file.read_text() == "old"
@@ -68,7 +67,7 @@ def test_only_the_dead_leave_orphans(tmp_path: Path) -> None:
 def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
     file = tmp_path / "report.nc"
     file.write_text("old")
-    process = start(file, "term")
+    process = start(file)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM

@@ -80,11 +80,11 @@ def main() -> None:
     """
     from sinkscope.errors import SinkscopeError
 
-    _common.prepare_terminal()
     # Notes of one library to the authors of another, about which a user can do nothing.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(?!sinkscope\b)")
     try:
-        app()
+        with _common.terminal():
+            app()
     except SinkscopeError as error:
         typer.secho(f"sinkscope: {error}", fg="red", err=True)
         sys.exit(2)

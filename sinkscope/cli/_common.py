@@ -123,18 +123,27 @@ def _given(context: Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def prepare_terminal() -> None:
-    """Make whatever is said reach the terminal: any encoding, warnings in one line, and SIGTERM.
+@contextlib.contextmanager
+def terminal() -> Iterator[None]:
+    """Inside, whatever is said reaches the terminal, and SIGTERM ends the command cleanly.
 
-    SIGTERM ends the command as an exception does, so that nothing half-written is left.
+    Characters that the terminal's encoding lacks are replaced, and sinkscope's own warnings are one
+    line. SIGTERM raises SystemExit, so that nothing half-written is left.
     """
     codecs.register_error("sinkscope", _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="sinkscope")
-    warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+    shown = warnings.showwarning
+    warnings.showwarning = functools.partial(_show_warning, shown)
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if in_main else None
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 _LOOKALIKES = str.maketrans(

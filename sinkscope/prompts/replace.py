@@ -19,6 +19,7 @@ from sinkscope.errors import TextError
 from sinkscope.prompts.special_tokens import ordinary_ids, special_tokens
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts, token_strings, vocabulary_size
+from sinkscope.validation import shown
 
 
 class _Replace:
@@ -65,15 +66,15 @@ class _Replace:
         """The ids to choose from."""
         tokenizer = getattr(self._model, "tokenizer", None)
         size = vocabulary_size(self._model)
-        if self.token == "random":
+        if isinstance(self.token, str) and self.token == "random":
             return list(range(size or 0)) if tokenizer is None else ordinary_ids(tokenizer, size)
-        if self.token == "special":
+        if isinstance(self.token, str) and self.token == "special":
             if tokenizer is None:
                 raise TextError("This model has no tokenizer to say which token is special.")
             return [self._special()]
         if type(self.token) is not int or not 0 <= self.token < (size or self.token + 1):
             raise TextError(
-                f'token is {self.token!r}; expected "special", "random" or an id from 0 to '
+                f'token is {shown(self.token)}; expected "special", "random" or an id from 0 to '
                 f"{(size or 0) - 1}."
             )
         return [self.token]
