@@ -36,8 +36,10 @@ def test_every_refusal_is_ours(said) -> None:
 
 
 def test_every_refusal_is_one_sentence(said) -> None:
-    for door, values in said.items():
-        for name, answer in values.items():
-            assert answer is not None
-            assert answer[2].endswith(".") and "\n" not in answer[2], (door, name, answer[2])
-            assert len(answer[2]) < 500, (door, name, answer[2])
+    odd = [
+        (door, name, answer[2])
+        for door, values in said.items()
+        for name, answer in values.items()
+        if answer and (not answer[2].endswith(".") or "\n" in answer[2] or len(answer[2]) > 500)
+    ]
+    assert not odd

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 
 from sinkscope.errors import SinkscopeError
-from sinkscope.validation import one_of
+from sinkscope.validation import one_of, shown
 
 Theme = str | None
 """A figure's theme, "light" or "dark"; None is the one that `set_theme` set."""
@@ -108,7 +108,7 @@ def palette(theme: Theme = None) -> Palette:
     palettes = {"light": LIGHT, "dark": DARK}
     name = _default[0] if theme is None else theme
     if not isinstance(name, str) or name not in palettes:
-        raise SinkscopeError(f'theme is {theme!r}; expected "light", "dark", or None.')
+        raise SinkscopeError(f'theme is {shown(theme)}; expected "light", "dark", or None.')
     return palettes[name]
 
 
