@@ -57,6 +57,7 @@ from sinkscope.models.provenance import ModelSource, attach_source, model_source
 from sinkscope.models.rope import forget_earlier_lengths
 from sinkscope.models.sharing import is_elsewhere, moved, shared_copy
 from sinkscope.models.shards import check_indices
+from sinkscope.validation import shown
 
 
 @dataclass(frozen=True)
@@ -403,7 +404,7 @@ def _dtype(dtype: str | torch.dtype | None, default: torch.dtype | None) -> torc
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise ModelError(
-            f"{dtype!r} is not a dtype for weights; choose float32, bfloat16, float16 or auto."
+            f"{shown(dtype)} is not a dtype for weights; choose float32, bfloat16, float16 or auto."
         )
     return chosen
 
