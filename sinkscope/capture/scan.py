@@ -215,7 +215,7 @@ def _positions(sinks: Any) -> tuple[int, ...] | Literal["auto"]:
 
 def _check(metrics: Any, epsilon: Any, batch: Any) -> tuple[tuple[str, ...], float, Any]:
     """The names of metrics, the threshold and the batch as plain values."""
-    names = (metrics,) if isinstance(metrics, str) else metrics
+    names: Any = (metrics,) if isinstance(metrics, str) else metrics
     names = tuple(names) if isinstance(names, Iterable) and getattr(names, "ndim", 1) else (None,)
     if not all(isinstance(name, str) for name in names):
         raise SinkscopeError(

@@ -9,6 +9,7 @@ EXAMPLES = {
     "models": ["sinkscope models"],
     "models install": ["sinkscope models install smollm2-135m"],
     "models show": ["sinkscope models show smollm2-135m", "sinkscope models show ./my-model"],
+    "models families": ["sinkscope models families", "sinkscope models families llama"],
     "scan": [
         "sinkscope scan smollm2-135m --prompts 16 --length 256 --out results",
         "sinkscope scan smollm2-135m --texts notes.txt --sinks auto",
