@@ -239,7 +239,10 @@ def _from_name(
 
 
 def _from_folder(folder: Path, request: _Request) -> Loaded:
-    files = tuple(path.name for path in folder.iterdir())
+    try:
+        files = tuple(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise ModelError(f"The folder {folder} cannot be read: {error.strerror}.") from error
     _refuse_adapter(folder, files)
     check_files(str(folder), files, request.allow_pickle)
     check_indices(folder, str(folder))
