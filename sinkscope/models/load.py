@@ -55,8 +55,8 @@ from sinkscope.models.hub import check_hub_indices, find_on_hub
 from sinkscope.models.packaged import BUILT_IN, PACKAGES, packaged_folder
 from sinkscope.models.provenance import ModelSource, attach_source, model_source
 from sinkscope.models.rope import forget_earlier_lengths
-from sinkscope.models.sharing import is_elsewhere, moved, shared_copy
 from sinkscope.models.shards import check_indices
+from sinkscope.models.sharing import is_elsewhere, moved, shared_copy
 from sinkscope.validation import shown
 
 
