@@ -274,6 +274,42 @@ assert torch.equal(again.sink_attention, report.sink_attention.cpu())
 assert again.settings == report.settings
 
 # %% [markdown]
+# ## A metric of your own
+#
+# The list of metrics is open. A class that names a metric registers it: it says which signal it
+# reads, declares its field, and `observe` reduces that signal inside the hook, one layer at a time.
+# Here: the kurtosis of the value states (a normal distribution has 3). Padding, were there any, would
+# be where `batch.mask` is false.
+
+
+# %%
+class ValueKurtosis(ss.Observer, metric="value_kurtosis", reads="value"):
+    fields = {
+        "value_kurtosis": ss.measured(
+            "prompt layer kv_head", unit="1", about="kurtosis of the value states over positions"
+        )
+    }
+
+    def observe(self, x, batch):  # x: [prompt position kv_head d_head] of one layer
+        x, real = x.float(), batch.mask[:, :, None, None]
+        count = batch.mask.sum(dim=1)[:, None] * x.shape[-1]
+        mean = (x * real).sum(dim=(1, 3)) / count
+        apart = (x - mean[:, None, :, None]) * real
+        variance = apart.square().sum(dim=(1, 3)) / count
+        return {"value_kurtosis": (apart**4).sum(dim=(1, 3)) / count / variance**2}
+
+
+tails = ss.scan(model, texts, metrics=["sink_attention", "value_kurtosis"], progress=False)
+tails.interval("value_kurtosis").mean.max()
+
+# %% [markdown]
+# From here on it is a field like any other: in frames and files, in `compare` and `merge`, on the
+# report's page, and in figures.
+
+# %%
+ss.plot.head_map(tails, "value_kurtosis")
+
+# %% [markdown]
 # ## What to take with you
 #
 # * A sink rate belongs to a model *and* a threshold, a length, a first token and a kind of text.

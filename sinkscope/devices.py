@@ -1,4 +1,9 @@
-"""The device that was asked for, if it is there."""
+"""Devices and their memory.
+
+`chosen_device` checks the device that was asked for. `ran_out_of_memory` recognises that memory is
+exhausted, on every device, and `in_pieces` then goes on with smaller pieces. `HostNumber` and
+`sent` copy between host and device without one waiting for the other.
+"""
 
 from __future__ import annotations
 
@@ -57,10 +62,10 @@ def ran_out_of_memory(error: BaseException) -> bool:
 # and then the device waits for Python. At short lengths that is most of what a scan would cost.
 
 
-class Coming:
-    """A tensor of one number on its way to the host.
+class HostNumber:
+    """An asynchronous copy of one number from the device to the host.
 
-    Asking for the number waits until it was computed, not for what has been launched since.
+    ``int()`` waits until the number was computed, not for what has been launched since.
     """
 
     def __init__(self, number: Shaped[Tensor, ""]) -> None:
@@ -80,13 +85,13 @@ class Coming:
 
 
 def sent(x: Shaped[Tensor, "*shape"], device: torch.device) -> Shaped[Tensor, "*shape"]:
-    """A tensor of the host on `device`, where it will have arrived before anything reads it."""
+    """Copy a tensor from the host to `device` asynchronously; kernels launched later see it."""
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
 
-# --- Memory that was freed, given back to the system.
+# --- Returning freed memory to the operating system.
 #
 # The C library of Linux keeps what is freed for later use. It does not always find a use for the
 # holes that large tensors leave: a loop over 32,768 tokens on a CPU, which never held more than 80
@@ -94,7 +99,7 @@ def sent(x: Shaped[Tensor, "*shape"], device: torch.device) -> Shaped[Tensor, "*
 
 
 def trim() -> None:
-    """Hand freed memory back; where the C library cannot be asked to (not glibc), do nothing."""
+    """Return freed memory to the operating system; without glibc, do nothing."""
     trimmer = _trimmer()
     if trimmer is not None:
         trimmer(0)
@@ -174,6 +179,9 @@ def usual_torch() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
+
+
+# --- The device that was asked for, if it is there.
 
 
 def chosen_device(device: str | torch.device | None) -> torch.device:

@@ -1,4 +1,9 @@
-"""How sure a mean over prompts is: the percentile bootstrap."""
+"""Means with their intervals, tests that hold for many heads at once, and rank correlation.
+
+`bootstrap` gives the interval of means over prompts as tensors, `estimate` that of one number;
+`mean_interval` is for a few repetitions. `max_t` compares two kinds of text head by head, and
+`rank_correlation` relates two measurements over heads.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +26,15 @@ from sinkscope.validation import probability, whole_number
 
 
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and Student-t interval of a few independent repetitions; NaN bounds for one value."""
+    """Mean and Student-t interval of a few independent repetitions; nan bounds for one value."""
+    from scipy import stats
+
     values = np.asarray(values, dtype=np.float64)
     mean, count = float(values.mean()), len(values)
     if count < 2:
         return mean, math.nan, math.nan
-    half = student_quantile(0.5 + level / 2, count - 1) * values.std(ddof=1) / math.sqrt(count)
+    half = float(stats.t.ppf(0.5 + level / 2, count - 1) * stats.sem(values))
     return mean, mean - half, mean + half
-
-
-def student_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t distribution for probability >= 1/2, by bisection of its CDF.
-
-    With t = sqrt(freedom) tan(angle), the CDF is 1/2 + c * integral of cos(angle)^(freedom - 1).
-    """
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    angles = np.linspace(0.0, math.pi / 2, 20_001)
-    density = scale * np.cos(angles) ** (freedom - 1)
-    steps = np.diff(angles) * (density[1:] + density[:-1]) / 2
-    cdf = 0.5 + np.concatenate([[0.0], np.cumsum(steps)])
-    return math.sqrt(freedom) * math.tan(float(np.interp(probability, cdf, angles)))
 
 
 # Resampled means held at once; torch.quantile also refuses more than 2^24 values.
@@ -240,21 +234,13 @@ def _welch(
     return torch.where(difference == 0, 0, difference / error)
 
 
-def ranks(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-    """Ranks from 1 along the last axis; equal values share the mean of theirs."""
-
-    def places(x: Tensor) -> Tensor:
-        return x.argsort(dim=-1, stable=True).argsort(dim=-1)
-
-    # Among equal values the first comes first; from the other end, the last does.
-    return (places(x) + places(x.flip(-1)).flip(-1)) / 2 + 1
-
-
 def spearman(x: Float[Tensor, "*batch n"], y: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
     """Spearman's rank correlation along the last axis; nan where either is constant."""
-    x, y = ranks(x).double(), ranks(y).double()
-    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
+    from scipy.stats import rankdata
+
+    ranks = [torch.from_numpy(rankdata(each.cpu().numpy(), axis=-1)) for each in (x, y)]
+    one, other = (rank - rank.mean(-1, keepdim=True) for rank in ranks)
+    return (one * other).sum(-1) / (one.square().sum(-1) * other.square().sum(-1)).sqrt()
 
 
 def rank_correlation(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sinkscope.errors import TextError
-from sinkscope.statistics import max_t, rank_correlation, ranks, spearman
+from sinkscope.statistics import max_t, rank_correlation, spearman
 
 
 def welch(one: np.ndarray, other: np.ndarray) -> float:
@@ -80,17 +80,6 @@ def test_max_t_of_constant_heads() -> None:
 def test_max_t_needs_two_prompts_a_side() -> None:
     with pytest.raises(TextError, match="two prompts of each, not 1 and 4"):
         max_t(torch.zeros(1, 3), torch.zeros(4, 3))
-
-
-def test_ranks_share_ties() -> None:
-    x = torch.tensor([[3.0, 1.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0]])
-    want = []
-    for row in x.tolist():
-        ordered = sorted(row)
-        want.append(
-            [np.mean([place + 1 for place, y in enumerate(ordered) if y == value]) for value in row]
-        )
-    assert ranks(x).tolist() == want
 
 
 def test_spearman_is_the_correlation_of_ranks() -> None:

@@ -35,7 +35,7 @@ class Batch:
         most_sinks: Sinks of the prompt that has most.
         one_sink_each: Whether every prompt has exactly one sink.
         sink_is_first_token: Whether that one sink is position 0 in every prompt.
-        disturbed: Whether hooks of others may change an activation after it has been seen.
+        has_external_hooks: Whether hooks of others may change an activation after it has been seen.
     """
 
     rows: Int[Tensor, "prompt"]
@@ -47,7 +47,7 @@ class Batch:
     most_sinks: int
     one_sink_each: bool
     sink_is_first_token: bool
-    disturbed: bool = False
+    has_external_hooks: bool = False
     _elsewhere: dict[torch.device, Batch] = field(default_factory=dict, repr=False, compare=False)
     _derived: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -229,7 +229,7 @@ def cut(
     *,
     causal: bool,
     device: torch.device,
-    disturbed: bool = False,
+    has_external_hooks: bool = False,
 ) -> Batch:
     """Cut the batch of prompts `rows` out of a text, no longer than its longest prompt."""
     # In numpy: torch may wake a pool of threads for a handful of numbers, which takes longer than
@@ -254,7 +254,7 @@ def cut(
         most_sinks=int(number.max()),
         one_sink_each=one_each,
         sink_is_first_token=one_each and bool(at_sinks[:, 0].all()),
-        disturbed=disturbed,
+        has_external_hooks=has_external_hooks,
     )
 
 

@@ -68,7 +68,7 @@ def run(
     classes = batches.classes(texts.mask, length_class(model.original_model))[order]
     size = batch if isinstance(batch, int) else _first_size(model, texts, path)
     listener = _Listener(observers)
-    disturbed = any(has_hooks(point) for point in model.hook_dict.values())
+    has_external_hooks = any(has_hooks(point) for point in model.hook_dict.values())
     done = 0
     with (
         torch.inference_mode(),
@@ -88,7 +88,7 @@ def run(
                 rows,
                 causal=causal,
                 device=device,
-                disturbed=disturbed,
+                has_external_hooks=has_external_hooks,
             )
             try:
                 forward(model, listener.batch)

@@ -1,8 +1,10 @@
 """Verdicts on heads: HONOR and the other inactivity scores, dormancy.
 
 The thirteen scores are those of Sandoval-Segura et al. (2504.03889). Every one is per head and per
-prompt: whether a head is inactive is asked anew of each input. "LN" divides by the mean over the
-heads of the layer, "HN" by the head's own mean over positions.
+prompt: whether a head is inactive is asked anew of each input. "LN" divides by the layer's mean of
+the same score, except that LTHON-LN divides by the layer's mean AHON, as their code does. "HN"
+divides by the head's own mean over positions. LTHON-LL, over the layer's mean LTHON, is ours and
+none of the thirteen.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ INACTIVE_IF: dict[str, Direction] = {
     "AVVN-LN": "below",
     "LTHON": "below",
     "LTHON-LN": "below",
+    "LTHON-LL": "below",
     "LTHON-HN": "below",
     "AHON": "below",
     "AHON-LN": "below",
@@ -55,7 +58,10 @@ def inactivity_scores(
     last_output_norm: Float[Tensor, "prompt layer head"],
     head_output_norm: Float[Tensor, "prompt layer head"],
 ) -> dict[str, Float[Tensor, "prompt layer head"]]:
-    """All thirteen scores by name; :data:`INACTIVE_IF` says which side of each means inactive.
+    """The thirteen scores and LTHON-LL by name; `INACTIVE_IF` says which side means inactive.
+
+    LTHON-LN = ‖o_last^h‖ / mean_{h'} mean_i ‖o_i^{h'}‖ and LTHON-LL = ‖o_last^h‖ / mean_{h'}
+    ‖o_last^{h'}‖, both over the heads h' of the layer [ratio].
 
     Args:
         first_token_attention: AWFT, mean_i A_i0 [probability].
@@ -74,6 +80,8 @@ def inactivity_scores(
         "AHON": head_output_norm,
     }
     scores = measured | {f"{name}-LN": over_layer_mean(score) for name, score in measured.items()}
+    scores["LTHON-LL"] = over_layer_mean(last_output_norm)
+    scores["LTHON-LN"] = last_output_norm / head_output_norm.mean(dim=-1, keepdim=True)
     scores["LTHON-HN"] = last_output_norm / head_output_norm
     return {name: scores[name] for name in INACTIVE_IF}
 

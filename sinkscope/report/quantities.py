@@ -152,6 +152,8 @@ class SinkQuantities(SinkFields):
     def inactivity_scores(self) -> dict[str, Float[Tensor, "prompt layer head"]]:
         """The thirteen scores of Sandoval-Segura et al. 2025 by name, among them HONOR (AHON-LN).
 
+        LTHON-LL, which is ours, stands beside their LTHON-LN.
+
         `sinkscope.metrics.heads.INACTIVE_IF` says which side of a threshold is inactive.
         """
         from sinkscope.metrics.heads import inactivity_scores

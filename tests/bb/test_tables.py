@@ -22,7 +22,7 @@ from sinkscope.bb import (
 )
 from sinkscope.bb.comparison import LINES
 from sinkscope.errors import ModelError
-from sinkscope.statistics import mean_interval, student_quantile
+from sinkscope.statistics import mean_interval
 
 DATA = files("sinkscope.bb")
 README = DATA.joinpath("README.md").read_text("utf-8")
@@ -33,8 +33,12 @@ TINY = TrainConfig(
 
 
 @pytest.mark.parametrize(("freedom", "tabled"), [(1, 12.706), (2, 4.303), (4, 2.776), (30, 2.042)])
-def test_student_quantiles_are_the_tabled_ones(freedom, tabled):
-    assert student_quantile(0.975, freedom) == pytest.approx(tabled, abs=2e-3)
+def test_intervals_are_those_of_the_tabled_student_quantiles(freedom, tabled):
+    values = np.random.default_rng(1).normal(size=freedom + 1)
+    mean, low, high = mean_interval(values)
+    error = np.sqrt(sum((value - mean) ** 2 for value in values) / freedom / len(values))
+    assert (high - mean) / error == pytest.approx(tabled, abs=2e-3)
+    assert (mean - low) / error == pytest.approx(tabled, abs=2e-3)
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():

@@ -219,7 +219,7 @@ def test_perplexity_along_a_text_has_a_line_a_setting_and_everything_dashed():
 
 def test_bench_says_what_did_not_run():
     figure = plot.bench_ratios(frames.timings(), about=ABOUT)
-    (stock,) = traces(figure, "stock core")
+    (stock,) = traces(figure, "eager core")
     assert list(stock.text) == ["3.00", "did not run"]
     assert stock.x[0] == "llama-1b<br>100 × 64"
     assert stock.customdata[0].tolist() == [150.0, 1.5]

@@ -70,7 +70,7 @@ def test_running_out_of_memory_is_a_row(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    ways = ["stock core", "core"]
+    ways = ["eager core", "core"]
     rows = bench.run_bench(
         tiny_shape, [(2, 8)], ways=ways, repeats=1, device="cpu", dtype=torch.float32
     )

@@ -20,13 +20,18 @@ def measured(seed: int = 0) -> dict[str, np.ndarray]:
 def test_the_thirteen_scores() -> None:
     raw = measured()
     scores = heads.inactivity_scores(*(tensor(raw[name]) for name in INPUTS))
-    assert list(scores) == list(heads.INACTIVE_IF) and len(scores) == 13
+    assert list(scores) == list(heads.INACTIVE_IF) and len(scores) == 14
     for name in INPUTS:
         same(scores[name], raw[name])
-        expected = np.zeros((3, 2, 4))
-        for p, layer, h in np.ndindex(3, 2, 4):
-            expected[p, layer, h] = raw[name][p, layer, h] / mean(list(raw[name][p, layer]))
-        same(scores[f"{name}-LN"], expected)
+        # Sandoval-Segura et al. divide LTHON by the layer's mean AHON; LTHON-LL is ours.
+        over = (
+            {"LTHON-LN": "AHON", "LTHON-LL": "LTHON"} if name == "LTHON" else {f"{name}-LN": name}
+        )
+        for score, divisor in over.items():
+            expected = np.zeros((3, 2, 4))
+            for p, layer, h in np.ndindex(3, 2, 4):
+                expected[p, layer, h] = raw[name][p, layer, h] / mean(list(raw[divisor][p, layer]))
+            same(scores[score], expected)
     same(scores["LTHON-HN"], raw["LTHON"] / raw["AHON"])
     same(scores["AHON-LN"], heads.honor(tensor(raw["AHON"])))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers.base import Observer, Scope
 from sinkscope.capture.observers.residual import token_summary
-from sinkscope.devices import Coming
+from sinkscope.devices import HostNumber
 from sinkscope.metrics import residual
 from sinkscope.metrics._magnitude_median import magnitude_median
 from sinkscope.report.fields import MassiveActivations
@@ -53,9 +53,9 @@ class Massive(Observer, metric="massive", reads="resid_post", core=True):
             peak = residual.token_peaks(x, batch.mask)
         else:
             peak = torch.where(batch.mask, summary.peak, 0) if batch.ragged else summary.peak
-        number = Coming((peak > residual.MASSIVE_MINIMUM).sum())
+        number = HostNumber((peak > residual.MASSIVE_MINIMUM).sum())
         self._asked.append(_Asked(self.layer, x, peak, number, batch, self._running))
-        self._look(but_the_last=0 if batch.disturbed else _late(x))
+        self._look(but_the_last=0 if batch.has_external_hooks else _late(x))
 
     def _look(self, but_the_last: int = 0) -> None:
         while len(self._asked) > but_the_last:
@@ -116,7 +116,7 @@ class _Asked(NamedTuple):
     layer: int
     hidden: Float[Tensor, "prompt position dim"]
     peak: Float[Tensor, "prompt position"]
-    number: Coming
+    number: HostNumber
     batch: Batch
     into: _Rows
 

@@ -12,7 +12,7 @@ from sinkscope.capture.accumulators import OverPrompts
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers.base import Observer, Scope
 from sinkscope.capture.reductions import all_layers
-from sinkscope.devices import Coming
+from sinkscope.devices import HostNumber
 from sinkscope.errors import ModelError
 from sinkscope.metrics import ffn, residual
 from sinkscope.metrics._reduce import at_least_fp32
@@ -77,13 +77,13 @@ class _Suspect(NamedTuple):
     One nan makes every later figure nan: better to say which layer made it.
     """
 
-    first_bad: Coming
+    first_bad: HostNumber
     layers: int
 
     @classmethod
     def of(cls, norm: Float[Tensor, "layer prompt position"], batch: Batch) -> _Suspect:
         bad = (~torch.isfinite(norm) & batch.mask).flatten(1).any(dim=1)
-        return cls(Coming(first_true(bad[None])[0]), len(norm))
+        return cls(HostNumber(first_true(bad[None])[0]), len(norm))
 
     def refuse(self) -> None:
         layer = int(self.first_bad)
