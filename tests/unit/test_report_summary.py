@@ -270,7 +270,7 @@ def test_comparison_names_what_changed(pair):
     assert "honor" not in comparison.names and "sink_attention" in comparison.names
     assert comparison.changed_settings == {"attention": ("eager", "streaming")}
     text = repr(comparison)
-    assert "path: stock → streaming" in text
+    assert "attention: eager → streaming" in text
     assert "sink_attention [probability]" in text and "residual_norm [activation]" in text
     assert "attention_entropy" not in text
     place = before.residual_norm.argmax().item()
