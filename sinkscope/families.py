@@ -187,8 +187,7 @@ def _off(bridge: Any, way: str, truth: tuple[Tensor, Tensor | None]) -> float:
     from sinkscope.attention.streaming import streaming
 
     logits, first = truth
-    path = {"eager": "stock"}.get(way, way)
-    report = scan(bridge, token_ids(_tokens()), path=path, progress=False)
+    report = scan(bridge, token_ids(_tokens()), attention=way, progress=False)
     with torch.no_grad():
         if way == "streaming":
             with streaming(bridge):

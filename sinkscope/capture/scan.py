@@ -73,7 +73,7 @@ def scan(
         ModelError: If the model cannot be loaded, no prompt fits in memory, or ("residual") a state
             of the residual stream is nan or infinite.
         TextError: If the texts do not fit the model, or a sink position lies beyond a prompt.
-        UnsupportedError: If a metric or the path asked for cannot be exact for this model.
+        UnsupportedError: If a metric or the attention asked for cannot be exact for this model.
     """
     if path is not None:
         warnings.warn(

@@ -135,7 +135,7 @@ def test_an_edited_mask_reaches_both_ways(name: str) -> None:
 
 def test_auto_streams(family: Family) -> None:
     report = ss.scan(family.build(), ss.token_ids(family.tokens()), metrics="core", progress=False)
-    assert report.settings.path == "streaming"
+    assert report.settings.attention == "streaming"
 
 
 def test_a_cache_fed_in_chunks(family: Family, bridge: TransformerBridge) -> None:

@@ -286,7 +286,7 @@ def test_the_same_tokens_are_measured_in_the_same_way_and_called_the_same(model,
     before = ss.scan(model, texts, attention=path, progress=False)
     explorer = ss.explore(before, model=model, widgets=True)
     explorer.intervene("Zero the value at the position", 5)
-    for name in ("path", "source", "bos", "seed", "length", "epsilon", "sinks", "metrics"):
+    for name in ("attention", "source", "bos", "seed", "length", "epsilon", "sinks", "metrics"):
         assert getattr(explorer.after.settings, name) == getattr(before.settings, name), name
     drawn = ss.plot.head_change(before, explorer.after)
     assert "BOS: never · " in drawn.layout.title.subtitle.text
