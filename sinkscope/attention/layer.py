@@ -281,7 +281,7 @@ def describe(
     if position_bias is not None:
         raise UnsupportedError(
             f"{type(core).__name__} adds a position bias to its scores, which streaming attention "
-            "does not take: use the stock path."
+            "does not take: use eager attention."
         )
     fixed: dict[str, Any] = dict(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,

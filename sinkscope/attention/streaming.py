@@ -229,6 +229,6 @@ def streaming_attention(
     if layer is None:
         raise UnsupportedError(
             f"{type(module).__name__} called streaming attention, but is not the attention of "
-            "any block of a bridge that streams: use the stock path for this model."
+            "any block of a bridge that streams: use eager attention for this model."
         )
     return layer.attend(query, key, value, attention_mask, **options), None

@@ -134,7 +134,7 @@ def refuse_forked_inputs(attn: AttentionBridge) -> None:
     if _forks_inputs(attn):
         raise UnsupportedError(
             "use_split_qkv_input or use_attn_in was set while the bridge streams, which does not "
-            "fork attention inputs: switch it off, or use the stock path."
+            "fork attention inputs: switch it off, or use eager attention."
         )
 
 
