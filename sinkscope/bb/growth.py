@@ -59,6 +59,9 @@ def fit_growth(
         law: "log", "linear" or "sqrt".
         resamples: of the bootstrap.
         seed: of the bootstrap.
+
+    Returns:
+        The coefficients, the interval of the slope, and how well the law fits.
     """
     x = LAWS[law][1](np.asarray(steps, dtype=float))
     y = np.asarray(values, dtype=float)

@@ -39,6 +39,9 @@ def load_packaged(
         device: where to put it; the CPU when left out.
         dtype: float32 when left out (the file holds float16).
 
+    Returns:
+        The bridge, in eval mode.
+
     Raises:
         ModelError: when there is no such model.
     """
@@ -120,6 +123,9 @@ def task_texts(
         length: Tokens of each, BOS included.
         seed: Of the draws.
         task: By default the task of the packaged model.
+
+    Returns:
+        Exact token ids, each prompt beginning with BOS.
     """
     from sinkscope.prompts.tokens import Texts
 

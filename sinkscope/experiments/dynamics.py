@@ -227,6 +227,9 @@ def dynamics(
 def by_step(checkpoints: Mapping[int, Any] | Iterable[Any]) -> dict[int, Any]:
     """Checkpoints by training step, in rising order.
 
+    Returns:
+        The checkpoints, by step.
+
     Raises:
         ModelError: If a step cannot be read off, or two checkpoints have the same.
     """

@@ -243,6 +243,9 @@ def capabilities(model: Any) -> Capabilities:
     Args:
         model: A TransformerBridge.
 
+    Returns:
+        What can be measured, and for everything else the reason why not.
+
     Raises:
         UnsupportedError: If the architecture cannot be measured exactly.
     """

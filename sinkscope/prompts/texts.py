@@ -120,6 +120,15 @@ def random_tokens(
 
     No BOS by default: the question these answer (Gu et al. 2024, section 3) is whether a sink needs
     text, or a special token, at all.
+
+    Args:
+        prompts: how many prompts.
+        length: tokens of each prompt.
+        bos: see `texts`.
+        seed: what tokens are drawn with.
+
+    Returns:
+        A recipe that `scan` turns into token ids with the model's vocabulary.
     """
     prompts = whole_number("prompts", prompts, at_least=1, error=TextError)
     length = whole_number("length", length, at_least=1, error=TextError)
@@ -146,6 +155,9 @@ def repeated_tokens(
         length: tokens of each prompt.
         bos: see `texts`.
         seed: what tokens are drawn with.
+
+    Returns:
+        A recipe that `scan` turns into token ids with the model's vocabulary.
     """
     prompts = whole_number("prompts", prompts, at_least=1, error=TextError)
     length = whole_number("length", length, at_least=1, error=TextError)

@@ -148,6 +148,12 @@ def exact(ids: Any, mask: Any, source: str) -> Texts:
 def read_token_ids(path: str | Path) -> Texts:
     """Exact token ids from a JSON file that holds a list of lists of integers.
 
+    Args:
+        path: of the file.
+
+    Returns:
+        The prompts, to which nothing is added.
+
     Raises:
         TextError: a file that cannot be read, or that holds something else.
     """

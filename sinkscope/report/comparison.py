@@ -31,6 +31,9 @@ def compare(before: SinkReport, after: SinkReport) -> Comparison:
         after: the same prompts under an intervention, in another dtype, or in another model. Of one
             with other layers or heads only the figures without those can be compared.
 
+    Returns:
+        The pair: `difference` and `to_frame` give one quantity, printing it gives all that changed.
+
     Raises:
         ReportError: where one is no report, or the tokens differ, so that prompts cannot be paired.
     """

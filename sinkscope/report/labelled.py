@@ -82,6 +82,9 @@ def measured(
             many prompts it was taken.
         metric: Name of the metric that measures it, as `scan` takes it; an `Observer` fills it in.
         tabled: Whether tables of heads have a column for it; by default those of one's own do.
+
+    Returns:
+        A dataclass field with this metadata, to be used in a class body or in `Observer.fields`.
     """
     metadata = dict(
         dims=dims, about=about, unit=unit, weight=weight, metric=metric, tabled=tabled or False

@@ -157,6 +157,12 @@ class SinkReport(SinkQuantities):
 def load_report(path: str | Path) -> SinkReport:
     """Read a report that `SinkReport.save` wrote; its tensors are on the CPU.
 
+    Args:
+        path: of the ``.nc`` file.
+
+    Returns:
+        The report, equal to the one that was saved.
+
     Raises:
         ReportError: a file that is missing, damaged, of another kind, or from a newer sinkscope.
     """

@@ -1,0 +1,32 @@
+"""The functions that people call say what they take and what they give back."""
+
+from __future__ import annotations
+
+import griffe
+import pytest
+
+from tests.docs.pages import ROOT
+from tests.docs.test_site import hooks
+
+
+@pytest.fixture(scope="module")
+def package() -> griffe.Module:
+    """The package as its sources describe it; nothing is imported."""
+    found = griffe.load(
+        "sinkscope", search_paths=[ROOT], resolve_aliases=True, docstring_parser="google"
+    )
+    assert isinstance(found, griffe.Module)
+    return found
+
+
+@pytest.mark.parametrize("name", hooks.public_names("sinkscope"))
+def test_docstrings_of_the_public_surface(package: griffe.Module, name: str) -> None:
+    item = package[name.removeprefix("sinkscope.")]
+    if item.is_alias:
+        item = item.final_target
+    assert item.docstring, name
+    if not item.is_function:
+        return
+    sections = {section.kind.value for section in item.docstring.parse("google")}
+    assert "parameters" in sections
+    assert sections & {"returns", "yields"}
