@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shlex
 from pathlib import Path
 
@@ -11,7 +13,6 @@ import typer
 import sinkscope as ss
 from sinkscope.capture.observers import base
 from sinkscope.cli import app
-from tests.conftest import packaged
 from tests.docs.pages import PAGES, REAL, Block, blocks, commands, name
 
 PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
@@ -73,9 +74,20 @@ def test_python_blocks_run(page: Path, readers_folder: None, small_model: Path) 
 
 @pytest.mark.real
 @pytest.mark.parametrize("page", REAL_PAGES, ids=name)
-def test_python_blocks_run_on_a_trained_model(page: Path, readers_folder: None) -> None:
-    packaged("smollm2-135m")
+def test_python_blocks_run_on_a_trained_model(page: Path, readers_folder: None, smollm2) -> None:
     run(page, "smollm2-135m")
+
+
+@pytest.mark.parametrize("page", sorted(BB), ids=name)
+def test_names_exist_where_running_takes_too_long(page: Path) -> None:
+    used = {
+        node.attr
+        for block in blocks(page)
+        if block.language == "python"
+        for node in ast.walk(ast.parse(block.text))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "bb"
+    }
+    assert used and used <= set(ss.bb.__all__)
 
 
 COMMANDS = [(page, line) for page in PAGES for line in commands(page)]
@@ -98,6 +110,13 @@ def test_commands_are_accepted(page: Path, line: str) -> None:
         assert words[0] in command.commands, f"{line}: no such command"
         command = command.commands[words.pop(0)]
     command.make_context("sinkscope", words)  # parses and checks every option, and runs nothing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_named_in_the_text_exist(page: Path) -> None:
+    known = typer.main.get_command(app).commands
+    named = re.findall(r"`sinkscope ([a-z][a-z-]*)", page.read_text(encoding="utf-8"))
+    assert set(named) <= set(known)
 
 
 HOW_TO = [page for page in PYTHON if page.parent.name == "howto"]
