@@ -1,6 +1,6 @@
 """What the experiments on dormant heads find on SmolLM2-135M, in a small version.
 
-The bounds come from 128 windows of 128 tokens of each kind on an H100 (README, "Heads that sleep"):
+The bounds come from 128 windows of 128 tokens of each kind on an H100 (docs/inactive-heads.md):
 each leaves room for what so few windows and another Python's manual may change.
 """
 

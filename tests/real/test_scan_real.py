@@ -168,7 +168,7 @@ def test_stock_and_streaming_agree_on_smollm2(smollm2) -> None:
 
 
 def test_bfloat16_paths_differ_by_no_more_than_bfloat16_costs(smollm2) -> None:
-    """The bound that the README states: each path rounds in its own places."""
+    """The bound that docs/results.md states: each path rounds in its own places."""
     rounded = ss.load_model("smollm2-135m", dtype="bfloat16")
     texts = ss.texts("prose", prompts=2, length=96)
     exact = ss.scan(smollm2, texts, progress=False)
