@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 import sinkscope as ss
 from sinkscope.errors import ReportError, TextError, UnsupportedError
 from sinkscope.experiments.streaming_context import Setting, streaming_context
+from sinkscope.experiments.window_cache import WindowCache
 from tests.families.architectures import BY_NAME, COMMON, GROUPED, SPECIAL, Family
 
 ROTARY = ("llama", "qwen3", "olmo2", "gpt_neox", "phi3", "mixtral")
@@ -220,24 +221,24 @@ def test_an_interrupted_run_goes_on(tmp_path) -> None:
     asked = dict(tokens=TOKENS, windows=[6], sinks=[0, 2], designated=5, progress=False)
     whole = streaming_context(model, text, **asked)
     file = tmp_path / "run.nc"
-    calls = 0
-    forward = model.original_model.forward
+    chunks = 0
+    begin = WindowCache.begin
 
     def interrupted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == 4:
+        nonlocal chunks
+        chunks += 1
+        if chunks == 3:
             raise KeyboardInterrupt
-        return forward(*args, **kwargs)
+        return begin(*args, **kwargs)
 
-    with mock.patch.object(model.original_model, "forward", interrupted):
+    with mock.patch.object(WindowCache, "begin", interrupted):
         with pytest.raises(KeyboardInterrupt):
             streaming_context(model, text, file=file, chunk=20, **asked)
-    calls = -100
-    with mock.patch.object(model.original_model, "forward", interrupted):
+    chunks = -100
+    with mock.patch.object(WindowCache, "begin", interrupted):
         resumed = streaming_context(model, text, file=file, chunk=20, **asked)
-    # The rotation is tried again, and the first setting was complete.
-    assert calls == -100 + 1 + 2 * (len(whole.kept) - 1)
+    # Two chunks a setting, and the first setting was complete.
+    assert chunks == -100 + 2 * (len(whole.kept) - 1)
     torch.testing.assert_close(resumed.loss, whole.loss, atol=1e-4, rtol=1e-5, equal_nan=True)
     assert resumed.kept == whole.kept
     with pytest.raises(ReportError, match="another settings"):
@@ -281,7 +282,7 @@ def test_refusals() -> None:
         streaming_context(model, text, tokens=50, progress=False)
     with pytest.raises(TextError, match="to be kept"):
         streaming_context(model, text, tokens=TOKENS, designated=TOKENS, progress=False)
-    with pytest.raises(TextError, match="shows nothing"):
+    with pytest.raises(TextError, match="window of 0 positions is empty"):
         streaming_context(model, text, tokens=TOKENS, designated=1, windows=[0], progress=False)
     with pytest.raises(TextError, match="chunks of 0 tokens"):
         streaming_context(model, text, tokens=TOKENS, chunk=0, progress=False)

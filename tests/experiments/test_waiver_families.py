@@ -264,7 +264,7 @@ def test_results_come_as_words_tables_figures_and_files(tmp_path) -> None:
         files = result.save(tmp_path / name)
         assert [file.suffix for file in files] == [".json", ".csv", ".html"]
         page = files[2].read_text()
-        assert page.count('<div class="figure"') == len(result.figures())
+        assert page.count('<div class="figure wide"') == len(result.figures())
         assert f"<h1>{result.QUESTION}</h1>" in page and result.QUESTION.endswith("?")
         assert not result.to_frame().empty
         assert repr(result).startswith("LlamaForCausalLM · T = 24")
@@ -328,5 +328,5 @@ def test_refusals() -> None:
         trace_peak(model, ss.token_ids(family.tokens()), modes=(), progress=False)
     with pytest.raises(UnsupportedError, match="No parts are named"):
         trace_peak(model, ss.token_ids(family.tokens()), parts=(), progress=False)
-    with pytest.raises(UnsupportedError, match="no mode"):
+    with pytest.raises(UnsupportedError, match="mode is .median.; expected one of"):
         trace_peak(model, ss.token_ids(family.tokens()), modes=["median"], progress=False)
