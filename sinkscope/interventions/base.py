@@ -2,8 +2,8 @@
 
 `Intervention` is the context manager; `HookedIntervention` is the base of most, which only names
 hook points and edits; `Cursor` says which positions of the sequence a forward pass holds; the
-`check_…` functions validate arguments. To add an intervention, subclass `HookedIntervention` in a
-file of its own and add it to `sinkscope.interventions.__init__`.
+`check_…` functions validate arguments. To add an intervention, subclass `HookedIntervention`, whose
+docstring shows how; CONTRIBUTING.md says where to name it.
 
 Edits are hooks, so that no weight is written to (learned position vectors are the one exception;
 they are copied back). Hooks run in the order in which they were added: enter an intervention before
@@ -109,7 +109,35 @@ class Intervention(AbstractContextManager):
 
 
 class HookedIntervention(Intervention):
-    """Base of interventions that edit activations at hook points of the bridge."""
+    """Base of interventions that edit activations at hook points of the bridge.
+
+    A subclass checks its arguments and names hook points, each with its edit::
+
+        class ScaleQuery(HookedIntervention):
+            def __init__(self, model, layer, head, factor):
+                super().__init__(model)
+                self.layers = check_layers(layer, self.caps.n_layers)
+                self.heads = check_indices(head, self.caps.n_heads, "head")
+                self.factor = real_number("factor", factor, error=UnsupportedError)
+
+            def _hooks(self):
+                return [(self.caps.hook("query", layer), self._edit) for layer in self.layers]
+
+            def _edit(self, x, hook):           # x: [prompt position head d_head]
+                x = x.clone()
+                x[:, :, list(self.heads)] *= self.factor
+                return x
+
+    `self.caps.hook(signal, layer)` gives the name of a hook point that was verified on this model,
+    and refuses a signal that the architecture does not show. The signals and their dimensions are
+    in `sinkscope.capture.observers.base.SIGNALS` ("attention" is no hook point); "query" and "key"
+    are those that are multiplied, after rotary embedding where there is one.
+
+    An edit is called as ``edit(x, hook=point)`` and returns a new tensor of the same shape, or None
+    to leave `x` as it is; it must not change `x` in place. With a KV cache `x` holds only the
+    positions of the current pass: an edit at positions asks `self.cursor.rows(positions)` for
+    their rows, and sets `self.positions`, so that too short prompts are refused.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

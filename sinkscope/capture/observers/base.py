@@ -77,10 +77,11 @@ class Observer:
 
     `observe` runs inside the hook, once a layer and batch, and returns what it measured of that
     layer: a dict from names to tensors that begin with the prompt. Padding is right of the real
-    tokens, where `batch.mask` is False; `x` must not be changed in place. The tensors of all layers
-    are stacked to [layer prompt ...] and given to `finish`, whose dict has one entry a field; by
-    default these are the stacked tensors themselves. Override `finish` to do there what can wait:
-    at short lengths kernel launches inside hooks are what a scan pays for.
+    tokens, where `batch.mask` is False; `batch.sinks` is True at the sinks; both are [prompt
+    position] (see `sinkscope.capture.batches.Batch`). `x` must not be changed in place. The tensors
+    of all layers are stacked to [layer prompt ...] and given to `finish`, whose dict has one entry
+    a field; by default these are the stacked tensors themselves. Override `finish` to do there what
+    can wait: at short lengths kernel launches inside hooks are what a scan pays for.
 
     `fields` declares the fields that the report does not have yet. What becomes of a value over
     batches follows from the dimensions of its field:
@@ -95,8 +96,12 @@ class Observer:
 
     Args (of the class statement):
         metric: Name that `scan(metrics=...)` takes; without one the class is not registered.
-        reads: The signal, one of `SIGNALS`: "attention" gives an `AttentionReader`, the others an
-            activation that was verified on the model.
+        reads: The signal, one of `SIGNALS`. "attention" gives an `AttentionReader`
+            (`sinkscope.capture.readers`); the others an activation that was verified on the model:
+            "query" and "z" [prompt position head d_head], "key" and "value" [prompt position
+            kv_head d_head], "pattern" and "scores" [prompt head query key], "resid_pre",
+            "resid_post", "attn_out" and "mlp_out" [prompt position dim], "neurons" [prompt
+            position neuron].
         needs: Tensors that a model must show for that signal to answer what is asked of it.
         core: Whether the metric belongs to "core".
 
