@@ -216,7 +216,7 @@ def test_a_file_of_other_settings_is_refused(model, texts, tmp_path, other) -> N
 
 
 def test_what_is_refused(model, texts) -> None:
-    with pytest.raises(UnsupportedError, match="no mode"):
+    with pytest.raises(UnsupportedError, match="mode is .median.; expected one of"):
         ablate_heads(model, texts, "median")
     with pytest.raises(UnsupportedError, match="heads run from 0 to 3"):
         ablate_heads(model, texts, heads=[(0, 4)])

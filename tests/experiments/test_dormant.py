@@ -272,7 +272,7 @@ def test_what_is_refused(model) -> None:
         dormancy(model, domains(1), progress=False)
     with pytest.raises(TextError, match="short has 1 token"):
         dormancy(model, domains() | {"short": ss.token_ids([[5], [5, 6]])}, progress=False)
-    with pytest.raises(UnsupportedError, match="no mode"):
+    with pytest.raises(UnsupportedError, match="mode is .median.; expected one of"):
         dormancy(model, domains(), remove="median", progress=False)
     with pytest.raises(TextError, match="ablated on 0 prompts"):
         dormancy(model, domains(), remove="zero", remove_prompts=0, progress=False)

@@ -130,7 +130,7 @@ def test_one_pass_scores_and_zeroes_layer_after_layer(model, name: str) -> None:
     two = ablate_inactive(model, ss.token_ids(TOKENS), **options)
     assert (two.ablated_loss[0] - found.ablated_loss[0]).abs().max() > 1e-4, "they differ"
     assert torch.equal(two.ablated_loss[1], found.ablated_loss[1]), "random heads are the same"
-    with pytest.raises(UnsupportedError, match="no mode"):
+    with pytest.raises(UnsupportedError, match="mode is .three passes.; expected one of"):
         ablate_inactive(model, ss.token_ids(TOKENS), procedure="three passes", progress=False)
 
 

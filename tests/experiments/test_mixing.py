@@ -147,7 +147,7 @@ def test_what_is_refused(model, texts) -> None:
         mixing(model, ss.token_ids([[4, 5, 6], [4, 5]]), progress=False)
     with pytest.raises(TextError, match="begin with BOS"):
         mixing(model, ss.token_ids([[1, 5, 6, 7, 8]]), changed=2, progress=False)
-    with pytest.raises(UnsupportedError, match="no mode"):
+    with pytest.raises(UnsupportedError, match="mode is .no head.; expected one of"):
         mixing(model, texts, conditions=["no head"], progress=False)
     with pytest.raises(UnsupportedError, match="No conditions are named"):
         mixing(model, texts, conditions=[], progress=False)

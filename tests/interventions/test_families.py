@@ -754,7 +754,7 @@ def test_refusals() -> None:
         SetActivation(model, 0, 32, 0)
     with pytest.raises(UnsupportedError, match="calibration"):
         SetActivation(model, 0, 1, 0, "mean")
-    with pytest.raises(UnsupportedError, match="no mode"):
+    with pytest.raises(UnsupportedError, match="mode is .median.; expected one of"):
         SetActivation(model, 0, 1, 0, "median")
     with pytest.raises(UnsupportedError, match="broadcast"):
         SetActivation(model, 0, [1, 2], 0, torch.zeros(3))
@@ -771,7 +771,7 @@ def test_refusals() -> None:
         ShiftSinkLogit(model, float("-inf"))
     with pytest.raises(UnsupportedError, match="either a factor or a norm"):
         ScaleActivation(model, 0, 0)
-    with pytest.raises(UnsupportedError, match="no mode"):
+    with pytest.raises(UnsupportedError, match="mode is .tanh.; expected one of"):
         ReplaceSoftmax(model, "tanh")
     mask = SelfOnlyMask(model, 0)
     with mask, pytest.raises(SinkscopeError, match="in use already"), mask:
