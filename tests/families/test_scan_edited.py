@@ -7,6 +7,7 @@ hands over masks of its own making. The oracle is plain numpy on what `hook_attn
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -269,7 +270,9 @@ def test_an_edit_that_the_stock_bridge_ignores_is_refused(name: str, point: str)
             ss.scan(model, tokens, attention="eager", progress=False)
         ss.scan(model, tokens, attention="streaming", progress=False)
     with model.hooks(fwd_hooks=[(name, lambda x, hook: None)]):  # who only looks may
-        assert ss.scan(model, tokens, attention="eager", progress=False).equals(want)
+        looked = ss.scan(model, tokens, attention="eager", progress=False)
+    assert looked.settings.hooks == (name,)
+    assert dataclasses.replace(looked, settings=want.settings).equals(want)
 
 
 @pytest.mark.parametrize("path", ["eager", "streaming"])
