@@ -28,6 +28,7 @@ from sinkscope.metrics.attention import bucket_edges
 from sinkscope.models.capabilities import capabilities
 from sinkscope.models.load import load_model
 from sinkscope.prompts.tokens import check_length, context_size, token_ids
+from sinkscope.validation import whole_number
 
 # --- What a bench runs: a bare model of transformers, and the bridge that stands beside it.
 
@@ -248,6 +249,7 @@ def _check_sizes(sizes: Sequence[tuple[int, int]], context: int | None) -> None:
                 f"A batch of {prompts} prompts of {length} tokens cannot be measured; both have to "
                 "be 1 or more."
             )
+        whole_number("the number of tokens of a batch", prompts * length, at_most=2**40)
         check_length(length, context)
 
 

@@ -116,7 +116,9 @@ def standout_layer(report: SinkReport, found: list[dict[str, Any]]) -> int:
     require_known(report, "ffn_mixed_max")
     sink = to_numpy(report["ffn_sink"].float().abs().amax(dim=2).nanmean(dim=0))
     mixed = to_numpy(report["ffn_mixed_max"].float().amax(dim=2).nanmean(dim=0))
-    return int(np.nanargmax(sink / mixed))
+    # Where neither has any norm, as with weights of zero, nothing stands out.
+    ratio = np.divide(sink, mixed, out=np.zeros_like(sink), where=(sink > 0) & ~np.isnan(mixed))
+    return int(ratio.argmax())
 
 
 def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = None) -> go.Figure:

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from sinkscope.cli import scan as command
+from tests.cli.test_commands import run
 from tests.families.architectures import BY_NAME
-from tests.unit.test_cli import run
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +95,46 @@ def test_a_scan_of_single_tokens_says_that_it_means_nothing(
     file.write_text("[[5], [6]]")
     code, said, _ = run("scan", folder, "--tokens", file, "--metrics", "core", capsys=capsys)
     assert code == 0 and "single token" in said and "--length of 2 or more" in said
+
+
+def test_weights_of_zero_are_measured(tmp_path, ids, capsys) -> None:
+    """Uniform attention, no norms, no peak; no division by them stops the page either."""
+    model = BY_NAME["llama"].build()
+    for weight in model.parameters():
+        weight.data.zero_()
+    model.save_pretrained(tmp_path / "zero")
+    where = tmp_path / "out"
+    code, said, _ = run("scan", tmp_path / "zero", "--tokens", ids, "--out", where, capsys=capsys)
+    assert code == 0 and "wrote" in said
+    assert files(where) == ["heads.csv", "report.html", "report.nc"]
+    # Query i sees i + 1 keys alike, and those after the sink are averaged.
+    uniform = sum(1 / (i + 1) for i in range(1, 8)) / 7
+    heads = pd.read_csv(where / "heads.csv")["sink_attention [probability]"]
+    assert np.allclose(heads, uniform, atol=1e-6)
+
+
+ODD = {
+    "a name longer than any": (["scan", "x" * 300], "x" * 100),
+    "a text's name longer than any": (["scan", "{folder}", "--texts", "y" * 300], "no text source"),
+    "a folder's name longer than any": ([*"scan {folder} --tokens {ids} --out".split(), "o" * 300],
+                                        "too long"),
+    "a CPU that is not there": ("scan {folder} --tokens {ids} --device cpu:99".split(), "cpu:99"),
+    "a seed beyond 64 bits": ("scan bb-3l --seed 99999999999999999999".split(), "64 bits"),
+    "a length beyond 64 bits": ("scan bb-3l --length 99999999999999999999".split(), "64 bits"),
+    "a batch beyond 64 bits": ("scan {folder} --tokens {ids} --batch 99999999999999999999".split(),
+                               "64 bits"),
+    "a size beyond memory": ("bench --shape {folder} --sizes 99999999999999999999x8".split(),
+                             "number of tokens of a batch"),
+    "half a character": (["scan", "bb-3l", "--texts", "\ud83d"], "no text source"),
+    "a zero byte": (["scan", "a\0b"], "cannot be the name"),
+    "a threshold of nan": ("scan {folder} --tokens {ids} --epsilon nan".split(), "epsilon is nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_values_end_in_a_sentence(case: str, folder, ids, capsys) -> None:
+    arguments, sentence = ODD[case]
+    filled = [word.format(folder=folder, ids=ids) for word in arguments]
+    code, out, said = run(*filled, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert sentence in said and "Traceback" not in said
