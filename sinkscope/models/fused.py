@@ -170,13 +170,13 @@ class Fused:
         Raises:
             AttributeError: If the module is no plain projection, so that its weight is not all.
         """
-        kind = type(self.module)
-        if kind not in (nn.Linear, Conv1D) or self.module._forward_hooks:
+        kind, weight = type(self.module), self.module.weight
+        plain = kind in (nn.Linear, Conv1D) and type(weight) is nn.Parameter
+        if not plain or self.module._forward_hooks:
             raise AttributeError(
                 f"{kind.__name__} is no plain projection, so its weight cannot be read apart from "
                 "what sits on it."
             )
-        weight: Any = self.module.weight
         return self._cut(weight.T if kind is Conv1D else weight, index, dim=0)
 
     def bias(self, index: int) -> Float[Tensor, "output"] | None:
@@ -230,7 +230,7 @@ class FusedPart(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         for name in ("weight", "bias"):
-            value = getattr(self, name)
+            value = getattr(self, name, None)  # there is none to read under an adapter
             if value is not None:
                 destination[prefix + name] = value if keep_vars else value.detach()
 

@@ -5,7 +5,6 @@ Every number is compared with transformers' own eager attention.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,7 +29,7 @@ from .model_files import TOKENS, tiny_llama, tokenizer
 def eager(model: Any, tokens: Tensor = TOKENS) -> Tensor:
     """Attention paid to position 0, mean over later queries [layer head]."""
     with torch.no_grad():
-        found = copy.deepcopy(model).eval()(tokens, output_attentions=True).attentions
+        found = model(tokens, output_attentions=True).attentions
     return torch.stack([pattern[:, :, 1:, 0].mean(dim=(0, 2)) for pattern in found])
 
 
@@ -59,8 +58,12 @@ def put_a_class_of_ones_own(module: nn.Module) -> None:
     module.__class__ = type("Scaled", (type(module),), {"forward": forward})
 
 
+def weakened(module: nn.Module, args: Any, output: Any) -> Any:
+    return output * 0.3
+
+
 def put_a_hook(module: nn.Module) -> None:
-    module.register_forward_hook(lambda module, args, output: output * 0.3)
+    module.register_forward_hook(weakened)
 
 
 def put_a_hook_before(module: nn.Module) -> None:
@@ -93,9 +96,7 @@ def test_a_hook_that_comes_or_goes_is_seen() -> None:
     """On the model that is given again; its old bridge is refused, not measured."""
     model = tiny_llama()
     bridge = load_model(model)
-    handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(
-        lambda module, args, output: output * 0.3
-    )
+    handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(weakened)
     assert_measured(model)
     with pytest.raises(ModelError, match="has been changed since"):
         scan(bridge, TOKENS, progress=False)
@@ -125,7 +126,7 @@ def test_a_setting_that_changes_is_seen() -> None:
 def test_a_model_that_changes_under_an_intervention_is_refused() -> None:
     model = tiny_llama()
     with SelfOnlyMask(load_model(model), position=5):
-        model.model.layers[0].register_forward_hook(lambda module, args, output: output * 1.5)
+        model.model.layers[0].register_forward_hook(weakened)
         with pytest.raises(ModelError, match="since hooks or interventions were put on"):
             scan(model, TOKENS, progress=False)
 
