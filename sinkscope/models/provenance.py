@@ -97,8 +97,9 @@ def _is_saved(module: nn.Module, buffer: str) -> bool:
     return buffer not in module._non_persistent_buffers_set
 
 
-_WORDS = 2**16
-"""Words of 32 bits that are summed up at a time."""
+_WORDS = 2**15
+"""Words of 32 bits that are summed up at a time: torch copies no more than these in one thread, and
+on a busy machine, waiting for the other threads takes longer than the work."""
 
 
 @cache
