@@ -135,6 +135,11 @@ def load_model(
             f"A {type(spec).__name__} is neither a transformers model nor a TransformerBridge, nor "
             "a name or path to load one from."
         )
+    if spec in BUILT_IN and (device_map is not None or tokenizer is not None):
+        raise ModelError(
+            f"{spec} fits on any device and has a tokenizer of its own; pass neither device_map "
+            "nor tokenizer."
+        )
     request = _Request(
         device=None if device_map or (in_memory and device is None) else chosen_device(device),
         dtype=_dtype(dtype, default=None if in_memory else torch.float32),
@@ -217,11 +222,6 @@ def _from_name(
     if not on_hub and (revision is not None or checkpoint is not None):
         raise ModelError(f"revision and checkpoint are for Hugging Face Hub models; {spec} is not.")
     if spec in BUILT_IN:
-        if request.device_map is not None or request.tokenizer is not None:
-            raise ModelError(
-                f"{spec} fits on any device and has a tokenizer of its own; pass neither "
-                "device_map nor tokenizer."
-            )
         bridge = BUILT_IN[spec].load(spec, request.device, request.dtype)
         return bridge, replace(model_source(bridge), kind="packaged")
     if spec in PACKAGES:
