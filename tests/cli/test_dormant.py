@@ -92,7 +92,7 @@ def test_files_and_json_agree(app, tmp_path, monkeypatch) -> None:
     for name in sleeping:
         assert (out / f"{name}.csv").exists() and (out / f"{name}.html").exists()
         shares = found[name]["largest_share"]
-        assert len(shares) == 14 and "random" in shares
+        assert len(shares) == 15 and "random" in shares
     again = run(app, tmp_path / "model", "--domains", kinds, *asked, "--out", out)
     assert again.exit_code == 0
     assert "Sink heads" in again.stdout and f"wrote {out / 'dormant.json'}" in again.stdout

@@ -92,7 +92,7 @@ def test_the_frame_has_every_head_and_domain(model) -> None:
     frame = found.to_frame()
     assert len(frame) == 2 * N_LAYERS * N_HEADS
     scores = found.reports["high"].inactivity_scores()
-    assert len(scores) == 13
+    assert len(scores) == 14
     row = frame.query("domain == 'high' and layer == 2 and head == 1").iloc[0]
     for name, figures in scores.items():
         own = figures[:, 2, 1].double().numpy()
@@ -173,7 +173,7 @@ def test_a_domain_on_which_every_head_matters_more_confirms_none(model) -> None:
 def test_prediction_is_a_rank_correlation_over_heads(model) -> None:
     found = dormancy(model, domains(), **BOUNDS, remove="zero", remove_prompts=4, progress=False)
     table = found.prediction("zero")
-    assert len(table) == 2 * 14  # sink attention and the thirteen scores, on either domain
+    assert len(table) == 2 * 15  # sink attention and the fourteen scores, on either domain
     for domain in ("low", "high"):
         cost = found.ablations["zero"][domain].loss_change[:4].double().mean(0).flatten().numpy()
         score = found.reports[domain].inactivity_scores()["AHON"][:4].double().mean(0)

@@ -134,7 +134,7 @@ def test_bad_arguments_end_in_a_sentence_before_anything_is_measured(
 def test_a_model_in_several_places_has_no_bare_twin() -> None:
     model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
     bridge = load_model(model)
-    model.lm_head.to("meta")
+    bridge.original_model.lm_head.to("meta")
     with pytest.raises(ModelError, match="lies on cpu, meta; .* load it without device_map"):
         next(bench.run_bench(bridge, [(1, 8)], repeats=1))
 

@@ -83,9 +83,9 @@ def test_nonmixture_dims_hold_in_enough_prompts():
     assert [r["dim"] for r in report.nonmixture_dims(share=0.0)] == [0, 1]  # 2 stands out nowhere
 
 
-def test_inactivity_scores_are_the_thirteen(report):
+def test_inactivity_scores_are_the_published_thirteen_and_ours(report):
     scores = report.inactivity_scores()
-    assert len(scores) == 13
+    assert len(scores) == 14 and "LTHON-LL" in scores
     norms = report.head_output_norm.numpy()
     np.testing.assert_allclose(
         scores["AHON-LN"], norms / norms.mean(axis=2, keepdims=True), rtol=1e-5
