@@ -33,7 +33,7 @@ from sinkscope.attention.upstream import mended
 from sinkscope.devices import ran_out_of_memory
 from sinkscope.errors import ModelError, UnsupportedError
 from sinkscope.models.checkpoint import seeded_weights
-from sinkscope.models.fused import all_components, keep_fused
+from sinkscope.models.fused import all_components, keep_fused, watch_inputs
 from sinkscope.models.probe import evaluating, only_hooks, probe_tokens
 from sinkscope.models.rope import forget_earlier_lengths
 from sinkscope.models.sharing import Structure, shared_copy, structure_of
@@ -74,6 +74,7 @@ def build(model: PreTrainedModel, tokenizer: Any, name: str) -> TransformerBridg
                 for inner in all_components(component)
             ),
         )
+    watch_inputs(bridge)
     forget_earlier_lengths(bridge.original_model)
     return mended(bridge)
 

@@ -39,19 +39,32 @@ def keep_fused(components: Iterable[Any]) -> None:
 
 def put_together(bridge: Any) -> None:
     """The same for a bridge that has been built, whose components hold cut weights already."""
-    for component in list(bridge.original_model.modules()):
+    keep_fused(bridge.original_model.modules())
+    for component, projections in _projections(bridge):
         if isinstance(component, JointQKVAttentionBridge):
-            component.split_qkv_matrix = _Cutter(component.split_qkv_matrix)
             parts = component.split_qkv_matrix(component.original_component)
-            projections = (component.q, component.k, component.v)
-        elif isinstance(component, JointGateUpMLPBridge):
-            component.split_gate_up_matrix = _Cutter(component.split_gate_up_matrix)
-            parts = component.split_gate_up_matrix(component.original_component)
-            projections = (component.gate, getattr(component, "in"))
         else:
-            continue
+            parts = component.split_gate_up_matrix(component.original_component)
         for projection, part in zip(projections, parts, strict=True):
             projection.set_original_component(part)
+    watch_inputs(bridge)
+
+
+def watch_inputs(bridge: Any) -> None:
+    """Tell each fused projection where hooks may change the input of one of its parts in place."""
+    for _, projections in _projections(bridge):
+        for projection in projections:
+            if isinstance(part := projection.original_component, FusedPart):
+                part._fused.points = [each.hook_in for each in projections]
+
+
+def _projections(bridge: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """The components with a fused projection, and their bridges of its parts."""
+    for component in list(bridge.original_model.modules()):
+        if isinstance(component, JointQKVAttentionBridge):
+            yield component, (component.q, component.k, component.v)
+        elif isinstance(component, JointGateUpMLPBridge):
+            yield component, (component.gate, getattr(component, "in"))
 
 
 class _Cutter:
@@ -123,7 +136,7 @@ def _slice(outputs: list[int]) -> slice | Int[Tensor, "output"]:
     first, last = outputs[0], outputs[-1]
     if outputs == list(range(first, last + 1)):
         return slice(first, last + 1)
-    return torch.tensor(outputs)
+    return torch.tensor(outputs, device="cpu")
 
 
 class Fused:
@@ -138,6 +151,7 @@ class Fused:
         self.module = module
         self.outputs = outputs
         self.points: list[Any] = []
+        self._moved: dict[tuple[int, torch.device], Tensor] = {}
         self._input: Tensor | None = None
         self._output: Tensor | None = None
 
@@ -160,9 +174,10 @@ class Fused:
         outputs = self.outputs[index]
         if isinstance(outputs, slice):
             return x.narrow(dim, outputs.start, outputs.stop - outputs.start)
-        if outputs.device != x.device:
-            self.outputs[index] = outputs = outputs.to(x.device)
-        return x.index_select(dim, outputs)
+        place = index, x.device  # offloaded weights lie on "meta", where an index has no numbers
+        if place not in self._moved:
+            self._moved[place] = outputs.to(x.device)
+        return x.index_select(dim, self._moved[place])
 
     def weight(self, index: int) -> Float[Tensor, "output input"]:
         """The rows of the weight that a part multiplies by, as `nn.Linear` keeps them.

@@ -353,3 +353,18 @@ def test_defaults_of_torch_do_not_matter() -> None:
             undo()
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.mean(dim=0), wanted)
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_an_edit_in_place_reaches_one_part_of_a_fused_projection(part: str) -> None:
+    """The fused projection runs once for equal inputs: an input edited in place is not equal."""
+    family = BY_NAME["gpt2"]
+    model, tokens = load_model(family.build()), family.tokens()
+    hook = f"blocks.0.attn.{part}.hook_in"
+    logits = []
+    for edit in (lambda x, hook: x * 0.5, lambda x, hook: x.mul_(0.5)):
+        with torch.no_grad(), model.hooks(fwd_hooks=[(hook, edit)]):
+            logits.append(model(tokens))
+    torch.testing.assert_close(*logits)
+    with torch.no_grad():
+        assert (logits[0] - model(tokens)).abs().max() > 1e-3
