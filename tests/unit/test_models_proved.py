@@ -356,14 +356,15 @@ def test_defaults_of_torch_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v"])
-def test_an_edit_in_place_reaches_one_part_of_a_fused_projection(part: str) -> None:
-    """The fused projection runs once for equal inputs: an input edited in place is not equal."""
+def test_an_edit_in_place_of_an_input_of_a_fused_projection(part: str) -> None:
+    """The parts share one tensor, so an edit in place reaches this part and those after it."""
     family = BY_NAME["gpt2"]
     model, tokens = load_model(family.build()), family.tokens()
-    hook = f"blocks.0.attn.{part}.hook_in"
+    point = "blocks.0.attn.{}.hook_in".format
+    later = [(point(one), lambda x, hook: x * 0.5) for one in "qkv"["qkv".index(part) :]]
     logits = []
-    for edit in (lambda x, hook: x * 0.5, lambda x, hook: x.mul_(0.5)):
-        with torch.no_grad(), model.hooks(fwd_hooks=[(hook, edit)]):
+    for hooks in (later, [(point(part), lambda x, hook: x.mul_(0.5))]):
+        with torch.no_grad(), model.hooks(fwd_hooks=hooks):
             logits.append(model(tokens))
     torch.testing.assert_close(*logits)
     with torch.no_grad():
