@@ -48,7 +48,8 @@ def test_waiver_answers_what_it_can_and_says_what_it_cannot(folder, tmp_path) ->
         assert (tmp_path / f"{name}.csv").exists() and (tmp_path / f"{name}.html").exists()
     told = run(*asked, "--ask", "mask, nonmixture", "--position", 7)
     assert "Does a token become the sink when it attends only to itself?" in told.stdout
-    assert "special, designated" in told.stdout and "after 7" in told.stdout
+    words = " ".join(told.stdout.split())  # lines break where the folder's name makes them
+    assert "special, designated" in words and "after 7" in words
     assert max(map(len, told.stdout.splitlines())) <= 100
     assert isinstance(run(*asked, "--ask", "norms").exception, SinkscopeError)
     assert "not a question" in str(run(*asked, "--ask", "why").exception)
