@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -48,8 +49,8 @@ def test_waiver_answers_what_it_can_and_says_what_it_cannot(folder, tmp_path) ->
         assert (tmp_path / f"{name}.csv").exists() and (tmp_path / f"{name}.html").exists()
     told = run(*asked, "--ask", "mask, nonmixture", "--position", 7)
     assert "Does a token become the sink when it attends only to itself?" in told.stdout
-    words = " ".join(told.stdout.split())  # lines break where the folder's name makes them
-    assert "special, designated" in words and "after 7" in words
+    assert re.search(r"^ *special,(\n| .*\n) *designated|special, designated", told.stdout, re.M)
+    assert "after 7" in told.stdout
     assert max(map(len, told.stdout.splitlines())) <= 100
     assert isinstance(run(*asked, "--ask", "norms").exception, SinkscopeError)
     assert "not a question" in str(run(*asked, "--ask", "why").exception)
