@@ -30,7 +30,7 @@ from sinkscope.models.load import load_model
 from sinkscope.prompts.tokens import check_length, context_size, token_ids
 from sinkscope.validation import whole_number
 
-# --- What a bench runs: a bare model of transformers, and the bridge that stands beside it.
+# -- what a bench runs: a bare model of transformers, and the bridge that stands beside it ---------
 
 LLAMA = dict(vocab_size=128256, max_position_embeddings=2**18, num_key_value_heads=8)
 SHAPES: dict[str, dict[str, Any]] = {

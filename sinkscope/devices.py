@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sinkscope.errors import ModelError
 
-# --- Launching Triton kernels where the tensors lie.
+# -- launching Triton kernels where the tensors lie ------------------------------------------------
 
 Launch = TypeVar("Launch", bound=Callable[..., Any])
 
@@ -43,7 +43,7 @@ def on_its_device(launch: Launch) -> Launch:
     return run  # type: ignore[return-value]
 
 
-# --- Recognising that memory has run out, on every device.
+# -- recognising that memory has run out, on every device ------------------------------------------
 
 _SAID = ("can't allocate memory", "not enough memory", "out of memory")
 """What torch's allocators for CPUs say; only the one for GPUs has an exception of its own."""
@@ -56,7 +56,7 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _SAID)
 
 
-# --- Small tensors between host and device, without one waiting for the other.
+# -- small tensors between host and device, without one waiting for the other ----------------------
 #
 # A plain ``.item()`` or ``.to(device)`` waits until the device has done everything it was given,
 # and then the device waits for Python. At short lengths that is most of what a scan would cost.
@@ -91,7 +91,7 @@ def sent(x: Shaped[Tensor, "*shape"], device: torch.device) -> Shaped[Tensor, "*
     return x.pin_memory().to(device, non_blocking=True)
 
 
-# --- Returning freed memory to the operating system.
+# -- returning freed memory to the operating system ------------------------------------------------
 #
 # The C library of Linux keeps what is freed for later use. It does not always find a use for the
 # holes that large tensors leave: a loop over 32,768 tokens on a CPU, which never held more than 80
@@ -112,7 +112,7 @@ def _trimmer() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
-# --- Work on rows a few at a time, fewer when memory runs out.
+# -- work on rows a few at a time, fewer when memory runs out --------------------------------------
 
 
 def in_pieces(rows: int, size: int, work: Callable[[slice], Tensor]) -> Tensor:
@@ -149,7 +149,7 @@ def _halved(size: int, error: RuntimeError) -> int:
     return size // 2
 
 
-# --- One thread at a time on a model, and torch as it comes.
+# -- one thread at a time on a model, and torch as it comes ----------------------------------------
 
 _locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 _guard = threading.Lock()
@@ -181,7 +181,7 @@ def usual_torch() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-# --- The device that was asked for, if it is there.
+# -- the device that was asked for, if it is there -------------------------------------------------
 
 
 def chosen_device(device: str | torch.device | None) -> torch.device:

@@ -22,7 +22,7 @@ from sinkscope.errors import ReportError, TextError
 from sinkscope.output import number
 from sinkscope.validation import probability, whole_number
 
-# --- Intervals for a handful of seeds.
+# -- intervals for a handful of seeds --------------------------------------------------------------
 
 
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
@@ -162,7 +162,7 @@ def estimate(x: Float[Tensor, "prompt"]) -> Estimate:
     return Estimate(*(float(end) for end in bootstrap(x.float())))
 
 
-# --- Tests that hold for many heads at once, and rank correlations with intervals over prompts.
+# -- tests that hold for many heads at once, and rank correlations with intervals over prompts -----
 
 _PERMUTED_AT_ONCE = 2**24  # numbers of one piece of the permutations
 

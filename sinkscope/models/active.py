@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sinkscope.errors import TextError
 
-# --- Which hooks somebody has put on a model.
+# -- which hooks somebody has put on a model -------------------------------------------------------
 
 
 def hooked(model: Any) -> set[str]:

@@ -38,7 +38,7 @@ from sinkscope.models.probe import evaluating, only_hooks, probe_tokens
 from sinkscope.models.rope import forget_earlier_lengths
 from sinkscope.models.sharing import Structure, shared_copy, structure_of
 
-# --- Building.
+# -- building --------------------------------------------------------------------------------------
 
 
 def build(model: PreTrainedModel, tokenizer: Any, name: str) -> TransformerBridge:
@@ -123,7 +123,7 @@ def with_untrained_head(body: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-# --- Proving.
+# -- proving ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ def _peculiar(block: nn.Module) -> list[tuple[str, str]]:
     ][:3]
 
 
-# --- Models in memory and their bridges.
+# -- models in memory and their bridges ------------------------------------------------------------
 
 
 @dataclass

@@ -406,7 +406,7 @@ def _fired(seen: Probe, n_layers: int) -> tuple[str, ...]:
     return tuple(templates)
 
 
-# --- What a terminal shows of a model's capabilities.
+# -- what a terminal shows of a model's capabilities -----------------------------------------------
 
 
 def describe(capabilities: Capabilities) -> RenderableType:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from sinkscope.errors import ModelError, SinkscopeError, UnsupportedError
 
-# --- Keep transformers' progress bars and load reports off the terminal.
+# -- keep transformers' progress bars and load reports off the terminal ----------------------------
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# --- Weights that a checkpoint lacks are drawn the same way every time.
+# -- weights that a checkpoint lacks are drawn the same way every time -----------------------------
 
 
 @contextmanager

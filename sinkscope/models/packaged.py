@@ -28,7 +28,7 @@ from filelock import FileLock
 
 from sinkscope.errors import ModelError
 
-# --- Folders that are made once and trusted only while they are whole.
+# -- folders that are made once and trusted only while they are whole ------------------------------
 #
 # A folder's manifest, written last, holds the size and SHA-256 of every file and the recipe that
 # made it. A folder appears under its name in one step, so a process that dies half-way leaves

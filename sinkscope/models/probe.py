@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sinkscope.devices import ran_out_of_memory
 from sinkscope.prompts.tokens import context_size
 
-# --- Names of the hook points that may carry a signal, and what was found out about them.
+# -- names of the hook points that may carry a signal, and what was found out about them -----------
 
 B = "blocks.{layer}."
 PATTERN = B + "attn.hook_pattern"

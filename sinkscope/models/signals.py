@@ -41,7 +41,7 @@ from sinkscope.models.probe import (
     Z,
 )
 
-# --- The arithmetic by which claims about attention hook points are checked.
+# -- the arithmetic by which claims about attention hook points are checked ------------------------
 
 
 def scaled_products(

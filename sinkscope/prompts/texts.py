@@ -256,7 +256,7 @@ def _unknown(source: str | Path) -> str:
     )
 
 
-# --- One long text as token ids, longer than any context.
+# -- one long text as token ids, longer than any context -------------------------------------------
 
 
 def long_text(model: Any, source: Any, tokens: int, *, bos: str = "auto", seed: int = 0) -> Texts:

@@ -279,7 +279,7 @@ class Labelled:
         return f"{name} was not measured."
 
 
-# --- As numpy arrays, tidy frames and xarray Datasets.
+# -- as numpy arrays, tidy frames and xarray Datasets ----------------------------------------------
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

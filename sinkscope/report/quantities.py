@@ -232,7 +232,7 @@ class SinkQuantities(SinkFields):
         )
 
 
-# --- A report as plain values: what ``sinkscope scan --json`` prints.
+# -- a report as plain values: what ``sinkscope scan --json`` prints -------------------------------
 
 # Raw material of nonmixture_dims, which stands for them: a number for every prompt, layer and dim.
 _LEFT_OUT = ("ffn_sink", "ffn_mixed_max", "ffn_sink_median")

@@ -264,7 +264,7 @@ class Observer:
         return value if value.dtype == torch.float64 else value.float()
 
 
-# --- The registry.
+# -- the registry ----------------------------------------------------------------------------------
 
 _registered: dict[str, list[type[Observer]]] = {}
 
