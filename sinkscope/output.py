@@ -265,7 +265,7 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: str | Path) -> Iterator[None]:
+def locked(path: str | Path, busy: Exception | None = None) -> Iterator[None]:
     """Hold the lock on a file or folder while results are written there.
 
     A process that ends, however it ends, gives up its locks. The same process may lock a path
@@ -273,6 +273,7 @@ def locked(path: str | Path) -> Iterator[None]:
 
     Args:
         path: A file, which need not exist yet, or an existing folder.
+        busy: What to raise instead where another process holds the lock.
 
     Raises:
         ReportError: If another process holds the lock, or no lock can be made there.
@@ -281,15 +282,18 @@ def locked(path: str | Path) -> Iterator[None]:
 
     path = Path(path).resolve()
     beside = path / ".lock" if path.is_dir() else path.with_name(f".{path.name[:200]}.lock")
+    if beside.is_symlink():
+        raise ReportError(f"{beside} is a link and not a lock; remove it.")
     lock = FileLock(beside, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout as error:
-        raise ReportError(
+        raise busy or ReportError(
             f"Another process is writing to {path}; wait until it has ended, or name another place."
         ) from error
-    except OSError as error:
-        raise ReportError(f"{path} cannot be written: {error.strerror or error}.") from error
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ReportError(f"{path} cannot be written: {reason}.") from error
     try:
         yield
     finally:

@@ -101,3 +101,14 @@ def test_a_table_holds_no_formulas() -> None:
     assert [line[0] for line in lines[2:5]] == ["'"] * 3
     assert lines[6] == "prose,6.0,b" and lines[7] == ",,b"
     assert list(frame.columns) == ["source", "value", "=kind"]
+
+
+def test_a_lock_that_is_a_link_is_refused_for_files_and_folders(tmp_path: Path) -> None:
+    """A link planted at the name of a lock must not lead anywhere."""
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / "out").mkdir()
+    for lock, path in (("out/.lock", "out"), (".r.nc.lock", "r.nc")):
+        (tmp_path / lock).symlink_to(tmp_path / "target")
+        with pytest.raises(ReportError, match="is a link and not a lock"), locked(tmp_path / path):
+            pass
+    assert (tmp_path / "target").read_text() == "mine"

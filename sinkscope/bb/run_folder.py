@@ -14,18 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from sinkscope.bb.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sinkscope.bb.log import Log
 from sinkscope.errors import ModelError, ReportError
+from sinkscope.output import locked
 
-CHECKPOINT, LOG, LOCK = "checkpoint.safetensors", "log.csv", ".lock"
+CHECKPOINT, LOG = "checkpoint.safetensors", "log.csv"
 
 _UNFINISHED = re.compile(
-    r"\.(checkpoint|step-\d+|log|runs|summary)\.\w+\.[0-9a-f]{8}\.tmp"  # of `output.write_file`
-    r"|(checkpoint\.safetensors|step-\d+\.safetensors|log\.csv)\.partial"  # of older versions
+    r"\.(checkpoint|step-\d+|log|runs|summary)\.\w+\.[0-9a-f]{8}\.tmp"
+    r"|(checkpoint\.safetensors|step-\d+\.safetensors|log\.csv)\.partial"
 )
+"""Unfinished files of older versions; `output.write_file` removes its own when it writes again."""
 
 
 class RunFolder:
@@ -86,22 +86,14 @@ def exclusive(folder: str | Path) -> Iterator[None]:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / LOCK).is_symlink():
-            raise ReportError(f"{folder / LOCK} is a link and not a lock; remove it.")
-        lock = FileLock(folder / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ModelError(
-            f"Another process is training in {folder}; wait until it has ended, or give another "
-            "folder."
-        ) from None
-    except (OSError, NotImplementedError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ReportError(f"{folder} cannot be used for a run: {reason}.") from error
-    try:
+    busy = ModelError(
+        f"Another process is training in {folder}; wait until it has ended, or give another folder."
+    )
+    with locked(folder, busy):
         for file in folder.iterdir():
             if _UNFINISHED.fullmatch(file.name):
                 file.unlink(missing_ok=True)
         yield
-    finally:
-        lock.release()

@@ -23,6 +23,7 @@ from sinkscope.capture.observers.base import Observer
 from sinkscope.capture.paths import Path, Wanted
 from sinkscope.devices import exclusive, ran_out_of_memory
 from sinkscope.errors import ModelError
+from sinkscope.models import probe
 from sinkscope.models.active import refuse_short_prompts
 from sinkscope.models.rope import length_class
 from sinkscope.prompts.tokens import Texts
@@ -175,15 +176,8 @@ def input_device(model: Any) -> torch.device:
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode, for this thread alone, inside; every module's own training flag outside."""
-    with exclusive(model):
-        training = [module for module in model.original_model.modules() if module.training]
-        if training:  # for a large model, saying it again takes tens of milliseconds
-            model.original_model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    with exclusive(model), probe.evaluating(model.original_model):
+        yield
 
 
 def _first_size(model: Any, texts: Texts, path: Path) -> int:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+
+def token_kernels(x: Float[Tensor, "*shape"]) -> ModuleType | None:
+    """The kernels that read each vector once, if they take this tensor; None: use plain torch."""
+    if not x.is_cuda or x.numel() == 0:
+        return None
+    try:
+        from sinkscope.metrics import _token_kernels
+    except ImportError:  # a CUDA build of torch without Triton
+        return None
+    return _token_kernels if x.dtype in _token_kernels.DTYPES else None
 
 
 def at_least_fp32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

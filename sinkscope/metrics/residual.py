@@ -16,6 +16,7 @@ from sinkscope.metrics._reduce import (
     largest_magnitude,
     masked_median,
     position_chunks,
+    token_kernels,
     vector_norm,
 )
 from sinkscope.metrics.positions import first_true, masked_mean
@@ -107,15 +108,8 @@ def token_summary(
         hidden: Residual states.
         first_sink: The first sink position of each prompt; its length where it has none.
     """
-    if not hidden.is_cuda or hidden.numel() == 0:
-        return None
-    try:
-        from sinkscope.metrics import _token_kernels
-    except ImportError:  # a CUDA build of torch without Triton
-        return None
-    if hidden.dtype not in _token_kernels.DTYPES:
-        return None
-    return TokenSummary(*_token_kernels.token_summary(hidden, first_sink))
+    kernels = token_kernels(hidden)
+    return None if kernels is None else TokenSummary(*kernels.token_summary(hidden, first_sink))
 
 
 MASSIVE_MINIMUM, MASSIVE_RATIO = 100.0, 1000.0

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.metrics._reduce import at_least_fp32, position_chunks, vector_norm
+from sinkscope.metrics._reduce import at_least_fp32, position_chunks, token_kernels, vector_norm
 from sinkscope.metrics.positions import masked_mean
 
 
@@ -35,7 +33,8 @@ def norms_through(
 
     Vectors of KV heads are those of every query head that reads them (see `per_query_head`).
     """
-    if (kernels := _kernels_for(x)) is not None:
+    kernels = token_kernels(x)
+    if kernels is not None and x.shape[-1] <= kernels.WIDEST_HEAD:
         return kernels.norms_through(x, gram)
     x = x.repeat_interleave(len(gram) // x.shape[2], dim=2)
     sizes = []
@@ -44,17 +43,6 @@ def norms_through(
         through = torch.einsum("pthd,hde->pthe", part, gram.to(part.dtype))
         sizes.append((through * part).sum(dim=-1).clamp(min=0).sqrt())
     return torch.cat(sizes, dim=1).transpose(1, 2)
-
-
-def _kernels_for(x: Float[Tensor, "prompt position head d_head"]) -> ModuleType | None:
-    if not x.is_cuda or x.numel() == 0:
-        return None
-    try:
-        from sinkscope.metrics import _token_kernels
-    except ImportError:  # a CUDA build of torch without Triton
-        return None
-    fits = x.dtype in _token_kernels.DTYPES and x.shape[-1] <= _token_kernels.WIDEST_HEAD
-    return _token_kernels if fits else None
 
 
 def drain(

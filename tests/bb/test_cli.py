@@ -5,30 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 
 import pytest
 import torch
 
-from sinkscope import cli
 from sinkscope.bb import ModelConfig, TrainConfig, growth_laws, train
 from sinkscope.bb.checkpoint import load_checkpoint
 from sinkscope.bb.training import Trainer
-
-
-def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Run the command in this process: exit code, stdout, stderr."""
-    old = sys.argv
-    sys.argv = ["sinkscope", *map(str, arguments)]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = old
-    out, err = capsys.readouterr()
-    return code, out, err
+from tests.cli.test_commands import run
 
 
 @pytest.mark.parametrize(
