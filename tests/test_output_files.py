@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sinkscope.output import as_csv, write_file
+from sinkscope.errors import ReportError
+from sinkscope.output import as_csv, locked, write_file
 
 SLOW = """
 import os, signal, sys, time
