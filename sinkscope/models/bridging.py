@@ -175,7 +175,7 @@ def _streamed_difference(
     The two are not always one: Falcon's eager attention adds its position bias twice.
     """
     with streaming(bridge):
-        difference = _difference(bridge, model, wanted)
+        difference = _difference(bridge, model, wanted, streamed=True)
     if difference is None:
         return None
     # Not set_attn_implementation, which leaves Falcon as it is.
@@ -184,7 +184,7 @@ def _streamed_difference(
     if fused is None:
         return difference
     with streaming(bridge):
-        return _difference(bridge, model, fused) and difference
+        return _difference(bridge, model, fused, streamed=True) and difference
 
 
 def _states_of_model(bridge: TransformerBridge, model: nn.Module) -> States | None:
@@ -242,7 +242,9 @@ def _streams(bridge: TransformerBridge) -> bool:
     return True
 
 
-def _difference(bridge: TransformerBridge, model: nn.Module, wanted: States) -> str | None:
+def _difference(
+    bridge: TransformerBridge, model: nn.Module, wanted: States, streamed: bool = False
+) -> str | None:
     """Where the bridge first computes something else than the model, in words; None if nowhere."""
     try:
         found = _states_of_bridge(bridge)
@@ -253,8 +255,9 @@ def _difference(bridge: TransformerBridge, model: nn.Module, wanted: States) -> 
     if len(found) != len(wanted):
         return "TransformerLens runs other blocks than the model"
     for index, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
-        off = _error(ours, theirs)
-        if off <= _tolerance(bridge):
+        half = bridge.cfg.dtype in (torch.float16, torch.bfloat16)
+        off = _error(ours, theirs, typical=half and streamed)
+        if off <= (5e-2 if half else 1e-3):
             continue
         if index == len(bridge.blocks):
             return f"TransformerLens computes other logits than the model (off by {off:.2g})"
@@ -267,19 +270,19 @@ def _difference(bridge: TransformerBridge, model: nn.Module, wanted: States) -> 
     return None
 
 
-def _error(ours: Tensor, theirs: Tensor) -> float:
-    """Relative error of a typical position.
+def _error(ours: Tensor, theirs: Tensor, typical: bool) -> float:
+    """Relative error of the worst position, or of a typical one.
 
-    Not of the worst: in half precision a mixture of experts may send one token elsewhere.
+    Eager attention does what the model does, step by step; a hook that changes the sink alone shows
+    at one position. Fused attention rounds otherwise, which in half precision may carry single
+    positions far off (SmolLM2 in bfloat16: 0.5, where the median is 0.02), or send a token to other
+    experts.
     """
     if ours.shape != theirs.shape:
         return float("inf")
     size = theirs.norm(dim=-1).clamp_min(1e-30)
-    return float(((ours - theirs).norm(dim=-1) / size).flatten().quantile(0.5))
-
-
-def _tolerance(bridge: TransformerBridge) -> float:
-    return 5e-2 if bridge.cfg.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    errors = ((ours - theirs).norm(dim=-1) / size).flatten()
+    return float(errors.quantile(0.5) if typical else errors.max())
 
 
 _USUAL = ("torch.nn.modules.", "transformers.")

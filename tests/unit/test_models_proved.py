@@ -370,3 +370,30 @@ def test_an_edit_in_place_of_an_input_of_a_fused_projection(part: str) -> None:
     torch.testing.assert_close(*logits)
     with torch.no_grad():
         assert (logits[0] - model(tokens)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_hook_that_changes_one_position_of_the_last_block_is_seen(dtype: torch.dtype) -> None:
+    """The eager bridge goes past a hook on the attention module; only the sink's state shows it."""
+    model = tiny_llama().to(dtype)
+    last = model.model.layers[-1]
+
+    def drop_the_sink(module: nn.Module, args: Any, output: Any) -> Any:
+        changed = output[0].clone()
+        changed[:, 0] = 0
+        return (changed, *output[1:])
+
+    last.self_attn.register_forward_hook(drop_the_sink)
+    states: list[Tensor] = []
+    handle = last.register_forward_hook(lambda module, args, output: states.append(output))
+    with torch.no_grad():
+        model(TOKENS)
+    handle.remove()
+    wanted = (states[0][0] if isinstance(states[0], tuple) else states[0]).float().norm(dim=-1)
+    with pytest.raises(UnsupportedError, match="Eager attention cannot be exact"):
+        scan(model, TOKENS, metrics="residual", attention="eager", progress=False)
+    found = scan(model, TOKENS, metrics="residual", attention="streaming", progress=False)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(
+        found["residual_norm"][-1], wanted.mean(0), rtol=tolerance, atol=tolerance
+    )
