@@ -72,8 +72,8 @@ test: models lint types
 # While working: no real models, no browser, no notebooks, one family of models for all.
 quick: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q -m "not (real or browser or slow or gpu)" \
-	  tests/attention tests/capture tests/prompts tests/test_statistics.py tests/test_validation.py \
-	  $(wildcard tests/unit/test_metrics*.py tests/unit/test_report*.py)
+	  tests/attention tests/capture tests/metrics tests/prompts tests/report tests/test_statistics.py \
+	  tests/test_validation.py
 
 # The newest of everything, beyond the bounds of pyproject.toml too, in an environment of its own:
 # finds on purpose what the next release of a dependency breaks.

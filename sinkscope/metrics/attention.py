@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.metrics._reduce import at_least_fp32
 from sinkscope.metrics.positions import (
     masked_mean,
     queries_after,
@@ -21,6 +20,7 @@ from sinkscope.metrics.positions import (
     visible,
     visible_queries,
 )
+from sinkscope.metrics.reductions import at_least_fp32
 from sinkscope.metrics.values import per_query_head
 
 EPSILONS = tuple(round(0.05 * step, 2) for step in range(1, 20))

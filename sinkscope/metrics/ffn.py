@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.metrics._reduce import (
+from sinkscope.metrics.positions import first_true
+from sinkscope.metrics.reductions import (
     at_least_fp32,
     largest_magnitude,
     largest_magnitude_at,
     position_chunks,
 )
-from sinkscope.metrics.positions import first_true
 
 
 def ffn_profile(

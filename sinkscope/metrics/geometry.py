@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sinkscope.metrics._reduce import at_least_fp32, position_chunks, sliding_sum
 from sinkscope.metrics.positions import masked_mean, queries_after, reach
+from sinkscope.metrics.reductions import at_least_fp32, position_chunks, sliding_sum
 from sinkscope.metrics.values import norms, per_query_head
 
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinkscope.metrics._reduce import at_least_fp32
 from sinkscope.metrics.positions import masked_mean
+from sinkscope.metrics.reductions import at_least_fp32
 
 
 def rank_collapse(

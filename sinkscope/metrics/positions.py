@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.metrics._reduce import at_least_fp32, sliding_sum, vector_norm
+from sinkscope.metrics.reductions import at_least_fp32, sliding_sum, vector_norm
 
 
 def masked_mean(

@@ -10,8 +10,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.metrics._magnitude_median import magnitude_median
-from sinkscope.metrics._reduce import (
+from sinkscope.metrics.magnitude_median import magnitude_median
+from sinkscope.metrics.positions import first_true, masked_mean
+from sinkscope.metrics.reductions import (
     at_least_fp32,
     largest_magnitude,
     masked_median,
@@ -19,7 +20,6 @@ from sinkscope.metrics._reduce import (
     token_kernels,
     vector_norm,
 )
-from sinkscope.metrics.positions import first_true, masked_mean
 
 
 def residual_norms(

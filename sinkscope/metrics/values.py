@@ -7,8 +7,8 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.metrics._reduce import at_least_fp32, position_chunks, token_kernels, vector_norm
 from sinkscope.metrics.positions import masked_mean
+from sinkscope.metrics.reductions import at_least_fp32, position_chunks, token_kernels, vector_norm
 
 
 def norms(x: Float[Tensor, "prompt position head d_head"]) -> Float[Tensor, "prompt head position"]:

@@ -161,9 +161,9 @@ def _value(report: SinkQuantities) -> str:
 
 def uniform(report: SinkQuantities) -> float:
     """`sink_attention` if every query spread its attention evenly over the keys that it sees."""
-    from sinkscope.metrics._reduce import sliding_sum
     from sinkscope.metrics.attention import sink_attention
     from sinkscope.metrics.positions import reach, visible_keys
+    from sinkscope.metrics.reductions import sliding_sum
 
     mask, causal = report.mask, report.settings.causal
     sinks = report.sink_mask.to(mask.device)

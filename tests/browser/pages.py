@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sinkscope.html.report_page import to_html
 from sinkscope.report.report import SinkReport
-from tests.unit.report_factory import synthetic_report
+from tests.report.factory import synthetic_report
 
 if TYPE_CHECKING:
     from tests.browser.conftest import Opened

@@ -10,7 +10,7 @@ import torch
 import sinkscope.plot as plot
 from sinkscope.plot.export import CONFIG
 from tests.plot import frames
-from tests.unit.report_factory import synthetic_report
+from tests.report.factory import synthetic_report
 
 ABOUT = frames.ABOUT
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from sinkscope.models.packaged import packaged_models
-from tests.unit.report_factory import synthetic_report
+from tests.report.factory import synthetic_report
 
 pytestmark = pytest.mark.slow
 

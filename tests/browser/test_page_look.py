@@ -9,7 +9,7 @@ import torch
 
 from sinkscope.html.report_page import to_html
 from tests.browser.pages import plain_html, quiet
-from tests.unit.report_factory import synthetic_report
+from tests.report.factory import synthetic_report
 
 HOSTILE = [
     "<script>document.title='owned'</script>",

@@ -10,7 +10,7 @@ import torch
 import sinkscope as ss
 from sinkscope.html.report_page import to_html
 from tests.browser.pages import click_at, click_cell, quiet
-from tests.unit.report_factory import only, synthetic_report
+from tests.report.factory import only, synthetic_report
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_an_interruption_says_what_is_kept(app, folder, tmp_path, monkeypatch) -
 
 def test_files_and_json_agree(app, tmp_path, monkeypatch) -> None:
     """A model with a tokenizer, on two text files."""
-    from tests.unit.tiny_tokenizers import words
+    from tests.prompts.tiny_tokenizers import words
 
     LLAMA.build().save_pretrained(tmp_path / "model")
     words(bos=True).save_pretrained(tmp_path / "model")

@@ -15,7 +15,7 @@ from sinkscope.cli import app
 from sinkscope.cli.waiver import QUESTIONS
 from sinkscope.errors import SinkscopeError
 from tests.families.architectures import BY_NAME
-from tests.unit.tiny_tokenizers import words
+from tests.prompts.tiny_tokenizers import words
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.unit.tiny_tokenizers import byte_level
+from tests.prompts.tiny_tokenizers import byte_level
 
 
 @pytest.fixture(scope="session")

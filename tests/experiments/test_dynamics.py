@@ -164,7 +164,7 @@ def test_a_folder_of_another_request_is_refused(folders, tmp_path) -> None:
 
 
 def test_models_in_memory_and_lists_of_strings_are_told_apart(tmp_path) -> None:
-    from tests.unit.tiny_tokenizers import words
+    from tests.prompts.tiny_tokenizers import words
 
     def follow(seed: int, strings: list[str], **options):
         model = ss.load_model(LLAMA.build(seed), tokenizer=words(bos=True))

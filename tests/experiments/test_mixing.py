@@ -16,7 +16,7 @@ from sinkscope.experiments.mixing import mixing
 from sinkscope.interventions import ShiftSinkLogit
 from tests.families.architectures import BY_NAME
 from tests.families.reference import reference
-from tests.unit.tiny_tokenizers import words
+from tests.prompts.tiny_tokenizers import words
 
 LLAMA = BY_NAME["llama"]
 CHANGED = 4

@@ -248,7 +248,7 @@ def test_an_interrupted_run_goes_on(tmp_path) -> None:
 def test_a_text_is_given_in_every_way_that_texts_takes(tmp_path) -> None:
     """A path as a string or a `Path`, strings, and exact ids in a file are the same tokens."""
     from sinkscope.prompts.texts import long_text
-    from tests.unit.tiny_tokenizers import words
+    from tests.prompts.tiny_tokenizers import words
 
     model = ss.load_model(BY_NAME["llama"].build(), tokenizer=words(bos=True))
     spelt = " ".join(f"w{4 + i * i % 31}" for i in range(30))

@@ -23,7 +23,7 @@ from sinkscope.experiments.trace_peak import trace_peak
 from sinkscope.experiments.waiver import position_embeddings, structured_mask
 from sinkscope.experiments.which_part import which_part
 from sinkscope.prompts.tokens import Texts
-from tests.unit.tiny_tokenizers import words
+from tests.prompts.tiny_tokenizers import words
 
 from .architectures import BY_NAME, N_LAYERS, Family
 

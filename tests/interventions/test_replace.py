@@ -11,7 +11,7 @@ import sinkscope as ss
 from sinkscope.errors import TextError
 from sinkscope.interventions import ReplaceEnd, ReplaceStart
 
-from ..unit.tiny_tokenizers import WORDS, bert_like, words
+from ..prompts.tiny_tokenizers import WORDS, bert_like, words
 
 
 def model_with(tokenizer: object) -> SimpleNamespace:

@@ -25,7 +25,7 @@ from sinkscope.models.packaged import (
     packaged_models,
 )
 from sinkscope.models.provenance import model_source
-from tests.unit.model_files import llama_gguf, logits, tiny_llama
+from tests.models.files import llama_gguf, logits, tiny_llama
 
 DIST, VERSION = "sinkscope-tiny-model", "1.2"
 

@@ -9,7 +9,7 @@ from sinkscope.errors import ReportError
 from sinkscope.experiments.nonmixture import NonMixture
 from sinkscope.report.fields import MassiveActivations
 from tests.plot.traces import line
-from tests.unit.report_factory import synthetic_report
+from tests.report.factory import synthetic_report
 
 
 def test_nonmixture_dims_show_the_sink_against_the_mixed_positions():

@@ -13,7 +13,7 @@ import sinkscope as ss
 from sinkscope.errors import ReportError, SinkscopeError
 from sinkscope.explorer.session import INTERVENTIONS
 from sinkscope.explorer.widgets import PlainViews
-from tests.unit.report_factory import only, synthetic_report
+from tests.report.factory import only, synthetic_report
 
 pytest.importorskip("ipywidgets", reason="pip install 'sinkscope[notebook]'")
 

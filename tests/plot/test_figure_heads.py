@@ -5,7 +5,7 @@ import pytest
 
 import sinkscope.plot as plot
 from tests.plot import frames
-from tests.unit.report_factory import synthetic_report
+from tests.report.factory import synthetic_report
 
 ABOUT = frames.ABOUT
 KEPT = ("none", "0 sinks", "1 sink", "2 sinks", "4 sinks", "8 sinks", "255 as it is", "everything")

@@ -5,7 +5,7 @@ import torch
 
 import sinkscope.plot as plot
 from sinkscope.errors import ReportError, SinkscopeError
-from tests.unit.report_factory import only, synthetic_report
+from tests.report.factory import only, synthetic_report
 
 
 def slider_counts(figure: go.Figure) -> dict[str, str]:

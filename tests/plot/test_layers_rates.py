@@ -7,7 +7,7 @@ import torch
 import sinkscope.plot as plot
 from sinkscope.errors import ReportError
 from tests.plot.traces import line
-from tests.unit.report_factory import only, synthetic_report
+from tests.report.factory import only, synthetic_report
 
 
 def test_lines_over_layers_are_means_over_prompts_and_heads():

@@ -9,7 +9,7 @@ import sinkscope.html as html
 import sinkscope.plot as plot
 from sinkscope.errors import SinkscopeError
 from sinkscope.plot import export
-from tests.unit.report_factory import synthetic_report
+from tests.report.factory import synthetic_report
 
 
 def test_importing_sinkscope_imports_no_plotly():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sinkscope.html import tables, tokens
-from tests.unit.report_factory import synthetic_report
+from tests.report.factory import synthetic_report
 
 LENGTHS = [16, 12, 7]
 

@@ -8,7 +8,7 @@ import torch
 import sinkscope.plot as plot
 from sinkscope.errors import ReportError
 from sinkscope.plot.bins import bins
-from tests.unit.report_factory import only, synthetic_report
+from tests.report.factory import only, synthetic_report
 
 
 def drawn(figure) -> dict[int, float]:

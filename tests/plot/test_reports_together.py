@@ -7,7 +7,7 @@ import pytest
 
 import sinkscope.plot as plot
 from sinkscope.errors import ReportError
-from tests.unit.report_factory import synthetic_report
+from tests.report.factory import synthetic_report
 
 
 def test_by_layer_draws_two_reports_with_their_names():

@@ -9,7 +9,7 @@ import pytest
 
 import sinkscope.plot as plot
 from sinkscope.plot.scales import log_bar, log_scale
-from tests.unit.report_factory import synthetic_report
+from tests.report.factory import synthetic_report
 
 
 def figure_of(text: str) -> float:

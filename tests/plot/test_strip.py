@@ -7,7 +7,7 @@ import torch
 
 import sinkscope.plot as plot
 from sinkscope.errors import ReportError
-from tests.unit.report_factory import synthetic_report
+from tests.report.factory import synthetic_report
 
 
 def test_a_strip_says_where_its_prompt_is_seen_by_few_queries():

@@ -18,7 +18,7 @@ from sinkscope.errors import SinkscopeWarning, TextError
 from sinkscope.prompts import documents as _documents
 from sinkscope.prompts.documents import beginning, code, json_lines, prose, text_file
 from sinkscope.prompts.texts import as_texts, texts
-from tests.unit.tiny_tokenizers import byte_level, model, words
+from tests.prompts.tiny_tokenizers import byte_level, model, words
 
 
 def test_prose_reads_as_prose():
@@ -55,7 +55,7 @@ def test_the_order_is_the_seeds(domain):
 def test_another_process_draws_the_same_prompts():
     """Python salts hash() anew in each process; nothing may depend on it."""
     program = (
-        "from sinkscope.prompts.texts import texts; from tests.unit.tiny_tokenizers import *;"
+        "from sinkscope.prompts.texts import texts; from tests.prompts.tiny_tokenizers import *;"
         "model = model(byte_level(), d_vocab=None);"
         "print(texts('prose', 3, 20, seed=5).tokenize(model).tokens.tolist())"
     )

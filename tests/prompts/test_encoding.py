@@ -15,7 +15,7 @@ from sinkscope.prompts import encoding
 from sinkscope.prompts.documents import TextFile, code, prose
 from sinkscope.prompts.encoding import encode, first_ids
 from sinkscope.prompts.texts import long_text, texts
-from tests.unit.tiny_tokenizers import bert_like, byte_level, model, words
+from tests.prompts.tiny_tokenizers import bert_like, byte_level, model, words
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:

@@ -6,7 +6,7 @@ import pytest
 
 from sinkscope.errors import TextError
 from sinkscope.prompts.texts import random_tokens, texts
-from tests.unit.tiny_tokenizers import model
+from tests.prompts.tiny_tokenizers import model
 
 pytestmark = pytest.mark.real
 

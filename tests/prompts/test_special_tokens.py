@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from sinkscope.errors import SinkscopeWarning, TextError
 from sinkscope.prompts.special_tokens import ordinary_ids, special_tokens
 from sinkscope.prompts.texts import long_text, texts
-from tests.unit.tiny_tokenizers import WORDS, bert_like, model, words
+from tests.prompts.tiny_tokenizers import WORDS, bert_like, model, words
 
 
 @pytest.mark.parametrize(

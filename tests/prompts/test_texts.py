@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sinkscope.errors import SinkscopeWarning, TextError
 from sinkscope.prompts.texts import as_texts, random_tokens, repeated_tokens, texts
 from sinkscope.prompts.tokens import Texts, exact, read_token_ids, token_ids
-from tests.unit.tiny_tokenizers import WORDS, bert_like, byte_level, model, words
+from tests.prompts.tiny_tokenizers import WORDS, bert_like, byte_level, model, words
 
 
 def numbered(count: int) -> str:

@@ -14,7 +14,7 @@ from sinkscope.capture.observers.base import Observer, Scope
 from sinkscope.capture.observers.residual import token_summary
 from sinkscope.devices import HostNumber
 from sinkscope.metrics import residual
-from sinkscope.metrics._magnitude_median import magnitude_median
+from sinkscope.metrics.magnitude_median import magnitude_median
 from sinkscope.report.fields import MassiveActivations
 
 LATE_LOOK = 2**25

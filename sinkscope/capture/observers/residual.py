@@ -15,8 +15,8 @@ from sinkscope.capture.reductions import all_layers
 from sinkscope.devices import HostNumber
 from sinkscope.errors import ModelError
 from sinkscope.metrics import ffn, residual
-from sinkscope.metrics._reduce import at_least_fp32
 from sinkscope.metrics.positions import first_true
+from sinkscope.metrics.reductions import at_least_fp32
 
 
 def token_summary(
