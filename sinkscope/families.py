@@ -60,9 +60,27 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 """Sizes of a tiny model under the names that configs give them."""
 
+_FULL, _LINEAR, _CONV = "full_attention", "linear_attention", "conv"
+_LATENT: dict[str, Any] = {"num_key_value_heads": 4}
+
 OWN: dict[str, dict[str, Any]] = {
+    "BambaForCausalLM": {"attn_layer_indices": [1, 3]},
+    "DeepseekV2ForCausalLM": _LATENT,
+    "DeepseekV3ForCausalLM": _LATENT,
+    "FalconH1ForCausalLM": {"mamba_d_ssm": 64},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 2]]},
+    "Glm4MoeLiteForCausalLM": _LATENT,
+    "GlmMoeDsaForCausalLM": _LATENT,
+    "GraniteMoeHybridForCausalLM": {"layer_types": [_LINEAR, _FULL, _LINEAR, _FULL]},
+    "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "Lfm2ForCausalLM": {"full_attn_idxs": [1, 3]},
+    "Lfm2MoeForCausalLM": {"layer_types": [_CONV, _FULL, _CONV, _FULL]},
+    "Mamba2ForCausalLM": {"num_heads": 8},
+    "NemotronHForCausalLM": {"layers_block_type": [_LINEAR, "mlp", _FULL, "moe", _FULL]},
+    "RecurrentGemmaForCausalLM": {"block_types": ["recurrent", "attention"]},
     "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0, 1, 0]},
+    "YoutuForCausalLM": _LATENT,
+    "Zamba2ForCausalLM": {"layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"]},
 }
 """Settings that single architectures need besides."""
 
@@ -176,8 +194,8 @@ def _theirs(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """Transformers' logits, and attention to the first token [prompt layer head] if it tells."""
     with torch.no_grad():
         output = model(input_ids=_tokens(), output_attentions=True)
-    patterns = getattr(output, "attentions", None)
-    if not patterns or any(p is None or p.ndim != 4 for p in patterns):
+    patterns = [p for p in getattr(output, "attentions", None) or () if p is not None]
+    if not patterns or any(p.ndim != 4 for p in patterns):
         return output.logits.float(), None
     return output.logits.float(), torch.stack([p[..., 0].mean(-1) for p in patterns], dim=1).float()
 
@@ -198,6 +216,9 @@ def _off(bridge: Any, way: str, truth: tuple[Tensor, Tensor | None]) -> float:
     measured = report.first_token_attention
     if first is None or measured is None:
         return off
+    measured = measured[:, report.settings.attending]  # transformers' tuple has no others either
+    if measured.shape != first.shape:
+        raise ValueError(f"patterns of the shape {first.shape}, measured {measured.shape}")
     return max(off, float((measured - first).abs().max()))
 
 

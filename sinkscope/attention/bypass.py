@@ -238,7 +238,10 @@ _BLOCKS = (block.BlockBridge, block.ParallelBlockBridge, block.DelegatedAttentio
 
 
 def _projection(bridge: Any, projection: GeneralizedComponent) -> Shortcut:
-    if "forward" in projection.__dict__:  # W_O, see `StreamingLayer.override`
+    own = projection.__dict__.get("forward")  # see `StreamingLayer.override`
+    if own is not None and own.__name__ == "_project_queries_and_gates":
+        return Shortcut(projection, [own.__self__.attn.hook_q_gate])
+    if own is not None:  # W_O
         return Shortcut(projection, [], lambda: bridge.cfg.use_attn_result)
     return Shortcut(projection, [], lambda: projection._suppress_next_hook_in)
 

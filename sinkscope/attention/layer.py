@@ -11,6 +11,8 @@ split (re-implemented, separate projections)
     *are* the bridge's submodules, so that their hook points fire. What transformers knows and a
     re-implementation may not (scale, softcap, learned sinks, multipliers) is then right by
     construction. The hook points that only the re-implementation fires are fired here.
+    Where the query projection gives a gate for each head besides, as in Qwen3-Next and Qwen3.5,
+    ``hook_q_gate`` is fired at its output.
     Of its subclasses, those that leave out the rotation in some layers (SmolLM3, Cohere2, EXAONE 4)
     need nothing else, since transformers' module leaves it out by itself.
 fused (re-implemented, one projection for q, k and v)
@@ -82,6 +84,8 @@ class StreamingLayer:
         overrides.attribute(self.attn, "forward", self._delegate)
         if self._kind == "split":
             overrides.attribute(self.attn.o, "forward", self._project)
+            if "hook_q_gate" in self.attn._modules:
+                overrides.attribute(self.attn.q, "forward", self._project_queries_and_gates)
             show_as_stock(self.attn, overrides)
 
     def attend(
@@ -231,6 +235,24 @@ class StreamingLayer:
         call = replace(call, key_bias=_alibi(attn, kwargs, key, call.scale))
         z = self._attend(query, key, value, call, _dropout(self.core))
         return self._project(rearrange(z, "b q h d -> b q (h d)")), None
+
+    def _project_queries_and_gates(
+        self, x: Float[Tensor, "prompt position d_model"]
+    ) -> Float[Tensor, "prompt position width"]:
+        """The query projection of Qwen3-Next and Qwen3.5, which gives each head's gate besides.
+
+        The gate, before its sigmoid, is fired where transformers' module has not yet split it off,
+        so that an edit takes effect.
+        """
+        attn, q = self.attn, self.attn.q
+        both = type(q).forward(q, x)
+        if not has_hooks(attn.hook_q_gate):
+            return both
+        per_head = rearrange(both, "b t (h two d) -> b t h two d", two=2, d=self.core.head_dim)
+        query, gate = per_head.unbind(3)
+        edited = attn.hook_q_gate(rearrange(gate, "b t h d -> b t (h d)"))
+        gate = rearrange(edited, "b t (h d) -> b t h d", d=self.core.head_dim)
+        return rearrange(torch.stack([query, gate], 3), "b t h two d -> b t (h two d)")
 
     def _project(self, z: Float[Tensor, "prompt position width"]) -> Tensor:
         """The output projection; head by head when the user asked for ``hook_result``."""

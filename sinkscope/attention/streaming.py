@@ -109,7 +109,7 @@ class Stream:
         self._overrides = Overrides()
         self._attention = attention_of(bridge)
         # Kept over the pause that a copy makes, and with them the user's hooks.
-        self._points = [_missing_points(attn) for attn in self._attention]
+        self._points = {at: _missing_points(attn) for at, attn in self._attention.items()}
 
     def materialises(self, layer: int) -> bool:
         """Whether a layer computes scores and pattern, because one of them is hooked."""
@@ -128,7 +128,7 @@ class Stream:
         # A cache of names that knows the registry by its size alone.
         change(self.bridge, "_block_alias_cache", None)
         change(self.bridge, "__deepcopy__", self._copy_plain)
-        for index, attn in enumerate(self._attention):
+        for index, attn in self._attention.items():
             self._add_points(index)
             layer = StreamingLayer(index, attn, self.calls)
             layer.override(self._overrides)
@@ -141,9 +141,10 @@ class Stream:
 
     def _end(self) -> None:
         _streams.pop(self.bridge, None)
-        for core in [core for core, layer in _layers.items() if layer.attn in self._attention]:
+        own = {id(attn) for attn in self._attention.values()}
+        for core in [core for core, layer in _layers.items() if id(layer.attn) in own]:
             del _layers[core]
-        for index in range(len(self._attention)):
+        for index in self._attention:
             self._remove_points(index)
         self._overrides.undo()
         if not _streams:

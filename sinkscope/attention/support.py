@@ -42,19 +42,24 @@ _OWN_ARITHMETIC = {
 """transformers' modules that call no attention function, but whose arithmetic `layer` knows."""
 
 
-def attention_of(bridge: Any) -> list[AttentionBridge]:
-    """The attention component of every block.
+def attention_of(bridge: Any) -> dict[int, AttentionBridge]:
+    """The attention component of every block that attends, by the index of the block.
 
     Raises:
-        UnsupportedError: If a block has none, or one that cannot be streamed exactly.
+        UnsupportedError: If no block has any, or one has one that cannot be streamed exactly.
     """
     blocks = bridge._modules.get("blocks")
     if blocks is None:
         raise _refusal(bridge, "it has no stack of blocks")
-    components = [block._modules.get("attn") for block in blocks]
-    for index, attn in enumerate(components):
-        reason = "no attention component" if attn is None else _why_not(attn)
-        if reason is not None:
+    components = {
+        index: attn
+        for index, block in enumerate(blocks)
+        if (attn := block._modules.get("attn")) is not None
+    }
+    if not components:
+        raise _refusal(bridge, "no block of it has any")
+    for index, attn in components.items():
+        if (reason := _why_not(attn)) is not None:
             raise _refusal(bridge, f"block {index} has {reason}")
     return components
 
@@ -65,7 +70,7 @@ def takes_attention_functions(bridge: Any) -> bool:
         components = attention_of(bridge)
     except UnsupportedError:
         return False
-    cores = [core_module(attn) for attn in components]
+    cores = [core_module(attn) for attn in components.values()]
     return all(core is not None and _looks_up_attention(core) for core in cores)
 
 
@@ -108,10 +113,9 @@ def _why_not(attn: nn.Module) -> str | None:
         return "an attention module that takes no registered attention function"
     if attn.requires_relative_position_bias or attn.is_cross_attention:
         return "relative position biases or cross-attention"
-    # Only the bridge's re-implementation fires these, between steps that are one step of
-    # transformers' module.
-    gated = {"hook_q_gate", "hook_gate"} & set(attn._hook_registry)
-    if gated or "hook_k" not in attn.hook_aliases:
+    # Only the bridge's re-implementation fires it, between steps that are one step of
+    # transformers' module. A gate that the query projection gives (hook_q_gate) is fired there.
+    if "hook_gate" in attn._hook_registry or "hook_k" not in attn.hook_aliases:
         return "gated or rescaled projections"
     if kind_of(attn) == "split" and _forks_inputs(attn):
         return "split inputs (use_split_qkv_input or use_attn_in; switch them off)"

@@ -131,12 +131,13 @@ class EagerPath:
             return hook_fn
 
         found: Hooks = []
-        for layer in range(can.n_layers):
-            for signal in sorted((signals | held) - {"attention"}):
-                found.append((can.signals[signal].format(layer=layer), heard(layer, signal)))
-            if "attention" in signals:
+        for signal in sorted((signals | held) - {"attention"}):
+            for layer in can.layers(signal):
+                found.append((can.hook(signal, layer), heard(layer, signal)))
+        if "attention" in signals:
+            for layer in can.attending:
                 hook = _pattern_hook(layer, inputs, can.windows[layer], batch, emit)
-                found.append((can.signals["pattern"].format(layer=layer), hook))
+                found.append((can.hook("pattern", layer), hook))
         return found
 
 
@@ -198,7 +199,7 @@ class StreamingPath:
             return lambda x, hook: emit(signal, layer, x)
 
         found: Hooks = []
-        for layer in range(can.n_layers):
+        for layer in can.attending:
             block = f"blocks.{layer}.attn"
             for signal, hook in names.items():
                 if "attention" in signals or signal in signals:
@@ -213,8 +214,9 @@ class StreamingPath:
                 found.append((f"{block}.hook_pattern", hook))
             elif "attention" in signals:
                 found.append((f"{block}.hook_lse", ready(layer)))
-            for signal in sorted(signals - {"attention", "pattern", "scores", *names}):
-                found.append((can.signals[signal].format(layer=layer), passing(layer, signal)))
+        for signal in sorted(signals - {"attention", "pattern", "scores", *names}):
+            for layer in can.layers(signal):
+                found.append((can.hook(signal, layer), passing(layer, signal)))
         return found
 
 

@@ -133,7 +133,8 @@ def _scan(
 
     at = _sink_mask(sinks, prompts)
     if sinks == "auto":
-        at = measure([FindSinks(scope, can.windows)], at)["sinks"].cpu()
+        windows = tuple(can.windows[layer] for layer in can.attending)
+        at = measure([FindSinks(scope, windows)], at)["sinks"].cpu()
     kinds = [kind for name in chosen for kind in observers.metrics()[name]]
     found = measure([kind(scope) for kind in kinds], at)
     own = tuple(variable for kind in kinds for variable in kind.variables().values())
@@ -259,6 +260,7 @@ def _settings(
         attention=attention,
         causal=can.causal,
         windows=can.windows,
+        without_attention=tuple(sorted({*range(can.n_layers)} - {*can.attending})),
         metrics=metrics,
         n_layers=can.n_layers,
         n_heads=can.n_heads,

@@ -23,21 +23,25 @@ class Anatomy:
     Attributes:
         architecture: The model's class, for example "LlamaForCausalLM".
         n_layers: Number of blocks.
+        attending: The layers that attend; the others hold linear attention, a state-space model,
+            a convolution or nothing in the place of attention.
         d_model: Residual channels.
         n_ctx: Longest context in positions, ``None`` where the config states none. Rows of
             a position table that no position uses (RoBERTa's first) do not count.
         windows: Sliding window of each layer in positions, a position itself counted; ``None`` is
-            full attention.
+            full attention (or none).
         softcap: Scores are ``softcap * tanh(scores / softcap)`` where not ``None``.
         sinks: Each layer's learned sink logits [head], or ``None``.
         stated_scales: The factor on q·k that each layer's module states, or ``None``.
-        scales: For each layer, the factors that q·k may be scaled by, the likeliest first.
+        scales: For each layer, the factors that q·k may be scaled by, the likeliest first; none
+            where a layer does not attend.
         moe: Whether any block's FFN is a mixture of experts.
         positions: "rotary", "learned", "sinusoidal", "alibi", "none", or TransformerLens' word.
     """
 
     architecture: str
     n_layers: int
+    attending: tuple[int, ...]
     d_model: int
     n_ctx: int | None
     windows: tuple[int | None, ...]
@@ -60,14 +64,17 @@ def read_anatomy(bridge: Any) -> Anatomy:
     _refuse_foreign(bridge, name)
     config = _text_config(bridge)
     blocks = list(bridge.blocks)
-    modules = [getattr(block.attn, "original_component", block.attn) for block in blocks]
+    components = [block._modules.get("attn") for block in blocks]
+    modules = [getattr(attn, "original_component", attn) for attn in components]
+    attending = tuple(layer for layer, attn in enumerate(components) if attn is not None)
     softcap = getattr(config, "attn_logit_softcapping", None)
     return Anatomy(
         architecture=name,
         n_layers=len(blocks),
+        attending=attending,
         d_model=cfg.d_model,
         n_ctx=context_size(bridge),
-        windows=_windows(config, len(blocks), name),
+        windows=_windows(config, len(blocks), attending, name),
         softcap=float(softcap) if softcap else None,
         sinks=tuple(_sinks(module) for module in modules),
         stated_scales=tuple(map(_stated_scale, modules)),
@@ -85,7 +92,7 @@ def _text_config(bridge: Any) -> Any:
 
 
 def _refuse_foreign(bridge: Any, name: str) -> None:
-    """Refuse what is not one stack of self-attention blocks over tokens.
+    """Refuse what is not one stack of blocks over tokens.
 
     Raises:
         UnsupportedError: With the one reason that matters.
@@ -97,30 +104,31 @@ def _refuse_foreign(bridge: Any, name: str) -> None:
     cfg, config = bridge.cfg, _text_config(bridge)
     blocks = list(getattr(bridge, "blocks", None) or [])
     outer = getattr(bridge.original_model, "config", None)
-    without = [i for i, block in enumerate(blocks) if not hasattr(block, "attn")]
     if getattr(outer, "is_encoder_decoder", False):
         reason = "is an encoder-decoder with cross-attention"
     elif getattr(cfg, "is_audio_model", False) or getattr(cfg, "is_visual_model", False):
         reason = "does not read text tokens"
     elif not blocks:
         reason = "is not a single stack of blocks"
-    elif without:
-        reason = f"has no attention in {len(without)} of its {len(blocks)} blocks"
     elif getattr(config, "new_decoder_architecture", False):
         # TransformerLens 4.3 takes Falcon's rows for all queries, all keys, all values; they are
         # the queries, the key and the value of one group after another.
         reason = "has a fused projection that TransformerLens splits in the wrong places"
-    elif getattr(config, "kv_lora_rank", None) or isinstance(blocks[0].attn, MLAAttentionBridge):
+    elif getattr(config, "kv_lora_rank", None) or any(
+        isinstance(block._modules.get("attn"), MLAAttentionBridge) for block in blocks
+    ):
         reason = "uses multi-head latent attention, whose keys and values are never stored per head"
     else:
         return
     raise UnsupportedError(
         f"{name} {reason}, which sinkscope cannot measure exactly; it measures models that are "
-        "one stack of self-attention blocks."
+        "one stack of blocks with self-attention, or with something else in its place."
     )
 
 
-def _windows(config: Any, n_layers: int, name: str) -> tuple[int | None, ...]:
+def _windows(
+    config: Any, n_layers: int, attending: tuple[int, ...], name: str
+) -> tuple[int | None, ...]:
     """Each layer's sliding window, from the several ways in which configs state it."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
@@ -129,14 +137,18 @@ def _windows(config: Any, n_layers: int, name: str) -> tuple[int | None, ...]:
     if kinds is None:
         unused = getattr(config, "use_sliding_window", True) is False
         return (None if unused or window is None else int(window),) * n_layers
-    sizes = {"full_attention": None, "global": None, "sliding_attention": window, "local": window}
-    unknown = sorted(set(kinds) - set(sizes))
+    sizes = {"sliding_attention": window, "local": window} | dict.fromkeys(_FULL)
+    unknown = sorted({kinds[layer] for layer in attending} - set(sizes))
     if unknown:
         raise UnsupportedError(
             f"{name} has layers of kind {unknown[0]!r}; sinkscope measures full and sliding-window "
             "self-attention only."
         )
-    return tuple(sizes[kind] for kind in kinds)
+    return tuple(sizes.get(kind) for kind in kinds)
+
+
+_FULL = ("full_attention", "global", "attention", "hybrid")
+"""How configs call a layer whose attention, if it has any, sees everything."""
 
 
 def _sinks(module: Any) -> Tensor | None:
@@ -159,6 +171,8 @@ def _stated_scale(module: Any) -> float | None:
 
 def _scales(module: Any, d_head: int, layer: int) -> tuple[float, ...]:
     """Factors on q·k that transformers' attention modules use: a stated one, or a usual one."""
+    if module is None:
+        return ()
     stated = [getattr(module, name, None) for name in ("scaling", "scale", "softmax_scale")]
     usual = [d_head**-0.5, 1.0, d_head**-0.5 / (layer + 1)]
     return tuple(float(scale) for scale in [*stated, *usual] if isinstance(scale, int | float))

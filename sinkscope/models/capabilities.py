@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import StringIO
 from itertools import groupby
@@ -34,7 +34,8 @@ from sinkscope.models.probe import (
     probe,
 )
 from sinkscope.models.provenance import model_source
-from sinkscope.models.signals import close, find_signals, is_causal
+from sinkscope.models.signals import OF_ATTENTION, close, find_signals, is_causal
+from sinkscope.output import listed
 
 NO_SOFTMAX = (
     "attention is not a softmax of the scores here, so its rows are no distribution, and have no "
@@ -88,8 +89,10 @@ class Capabilities:
     Attributes:
         architecture: The model's class, for example "LlamaForCausalLM".
         n_layers: Blocks.
-        n_heads: Query heads of a block.
-        n_kv_heads: Key/value heads of a block.
+        attending: The layers that attend. In the place of attention the others of a hybrid model
+            have linear attention, a state-space model or a convolution.
+        n_heads: Query heads of a block that attends; 0 where none does.
+        n_kv_heads: Key/value heads of a block that attends.
         d_model: Residual channels.
         d_head: Channels of a head.
         d_mlp: FFN hidden units; ``None`` where no hook point shows them.
@@ -103,14 +106,14 @@ class Capabilities:
             place that is no key may take a share).
         gated: Whether a gate multiplies each head's mixture of values before W_O; ``z`` is what
             W_O reads, the gated one.
-        even_kv_heads: Whether all layers have the same number of KV heads.
-        split_output: Whether every layer's output projection was seen to be a linear map of z, so
-            that it has a W_O for each head; it has none where layers differ in geometry or weights
-            are offloaded.
+        even_kv_heads: Whether all layers that attend have the same number of KV heads.
+        split_output: Whether the output projection of each layer that attends was seen to be a
+            linear map of z, so that it has a W_O for each head; it has none where layers differ in
+            geometry or weights are offloaded.
         windows: Sliding window of each layer in positions, the query's own counted; ``None`` is
-            full attention.
+            full attention, or none at all.
         softcap: Bound on the scores, or ``None``.
-        scales: Factor on q·k in each layer.
+        scales: Factor on q·k in each layer; ``None`` where a layer does not attend.
         parallel_blocks: Whether the FFN ignores what attention writes in the same block.
         positions: "rotary", "learned", "alibi", "none" or another word of TransformerLens.
         lm_head: Whether the output head is trained, so that its logits mean something.
@@ -118,6 +121,7 @@ class Capabilities:
             nothing it shows is the model's; ``None`` where it does not.
         not_streamed: Why the streaming path does not take the model; ``None`` where it does.
         signals: Signal name to hook name with ``{layer}``, for the eager bridge.
+        elsewhere: The same for the layers that do not attend, where another hook carries it there.
         absent: Signal name to the reason why no hook point shows it.
         undefined: Why the model lacks a quantity that no metric measures: ``loss``, ``neurons``
             and ``position_embedding_norm``. What is not named here is there.
@@ -126,6 +130,7 @@ class Capabilities:
 
     architecture: str
     n_layers: int
+    attending: tuple[int, ...]
     n_heads: int
     n_kv_heads: int
     d_model: int
@@ -142,13 +147,14 @@ class Capabilities:
     split_output: bool
     windows: tuple[int | None, ...]
     softcap: float | None
-    scales: tuple[float, ...]
+    scales: tuple[float | None, ...]
     parallel_blocks: bool
     positions: str
     lm_head: bool
     stock_differs: str | None
     not_streamed: str | None
     signals: Mapping[str, str]
+    elsewhere: Mapping[str, str]
     absent: Mapping[str, str]
     undefined: Mapping[str, str]
     hooks: tuple[str, ...]
@@ -207,18 +213,33 @@ class Capabilities:
     def _absent(self, signal: str) -> str:
         return self.absent.get(signal, f"no hook point of {self.architecture} shows {signal!r}")
 
+    def layers(self, signal: str) -> tuple[int, ...]:
+        """The layers that have ``signal``: those that attend, or all of them."""
+        of_attention = signal == "attention" or signal in OF_ATTENTION
+        return self.attending if of_attention else tuple(range(self.n_layers))
+
     def hook(self, signal: str, layer: int) -> str:
         """Name of the hook point that carries ``signal`` in ``layer``.
 
         Raises:
-            UnsupportedError: If no hook point of this architecture carries it.
+            UnsupportedError: If no hook point of this architecture carries it, or not there.
         """
         if signal not in self.signals:
             raise UnsupportedError(
                 f"{self.architecture} has no hook point for {signal!r}; it has "
                 f"{', '.join(sorted(self.signals))}."
             )
-        return self.signals[signal].format(layer=layer)
+        if layer not in self.layers(signal):
+            raise self.no_attention(layer)
+        names = self.signals if layer in self.attending else {**self.signals, **self.elsewhere}
+        return names[signal].format(layer=layer)
+
+    def no_attention(self, layer: int) -> UnsupportedError:
+        """The refusal of what only a layer that attends has."""
+        return UnsupportedError(
+            f"Layer {layer} of this {self.architecture} has no attention; choose from the layers "
+            f"that attend, {_spans(self.attending)}."
+        )
 
     def __str__(self) -> str:
         return as_text(describe(self))
@@ -288,7 +309,7 @@ def _look(model: Any) -> Capabilities:
         ) from error
     half = model.cfg.dtype in (torch.float16, torch.bfloat16)
     tolerance = 3e-2 if half else 2e-3  # the tighter one still leaves room for TF32 on a GPU
-    causal = is_causal(seen, anatomy.n_layers, tolerance)
+    causal = is_causal(seen, anatomy, tolerance)
     found = find_signals(seen, anatomy, causal, tolerance)
     if anatomy.architecture == "FalconForCausalLM" and anatomy.positions == "alibi":
         # transformers 5.23 puts the bias into the mask too, which its sdpa attention alone expects.
@@ -305,7 +326,7 @@ def _refuse_unmeasurable(anatomy: Anatomy, found: Findings, seen: Probe) -> None
     runs = {seen.fired[f"blocks.{layer}.hook_in"] for layer in range(anatomy.n_layers)}
     if runs != {1}:
         reason = "does not run each of its blocks exactly once"
-    elif "pattern" in found.reasons and "z" in found.reasons:
+    elif anatomy.attending and "pattern" in found.reasons and "z" in found.reasons:
         reason = f"does not show its attention ({found.reasons['z']})"
     elif "resid_post" in found.reasons:
         reason = f"has no plain residual stream ({found.reasons['resid_post']})"
@@ -324,15 +345,20 @@ def _assemble(
     def width(signal: str, dim: int, otherwise: Any) -> Any:
         """Size of a verified signal: configs name sizes that the model does not have."""
         hook = found.signals.get(signal)
-        return otherwise if hook is None else seen.kept[hook.format(layer=0)].shape[dim]
+        at = first if signal in OF_ATTENTION else 0
+        return otherwise if hook is None else seen.kept[hook.format(layer=at)].shape[dim]
 
+    attends = bool(anatomy.attending)
+    first = anatomy.attending[0] if attends else 0
+    of_layer = dict(zip(anatomy.attending, found.scales, strict=True))
     return Capabilities(
         architecture=anatomy.architecture,
         n_layers=anatomy.n_layers,
-        n_heads=width("z", 2, cfg.n_heads),
-        n_kv_heads=width("value", 2, cfg.n_key_value_heads or cfg.n_heads),
+        attending=anatomy.attending,
+        n_heads=width("z", 2, cfg.n_heads if attends else 0),
+        n_kv_heads=width("value", 2, (cfg.n_key_value_heads or cfg.n_heads) if attends else 0),
         d_model=anatomy.d_model,
-        d_head=width("value", 3, cfg.d_head),
+        d_head=width("value", 3, cfg.d_head if attends else 0),
         d_mlp=width("neurons", 2, None),
         n_ctx=anatomy.n_ctx,
         d_vocab=cfg.d_vocab,
@@ -341,16 +367,17 @@ def _assemble(
         learned_sinks=any(sink is not None for sink in anatomy.sinks),
         softmax=found.softmax,
         gated=found.gated,
-        even_kv_heads=len({_kv_groups(block) for block in model.blocks}) == 1,
-        split_output=why_no_map(model, *_projected(seen, anatomy), tolerance) is None,
+        even_kv_heads=len({_kv_groups(model.blocks[at]) for at in anatomy.attending}) <= 1,
+        split_output=attends and _why_no_map(model, seen, anatomy, tolerance) is None,
         windows=anatomy.windows,
         softcap=anatomy.softcap,
-        scales=found.scales,
-        parallel_blocks=_is_parallel(model, found, seen),
+        scales=tuple(of_layer.get(layer) for layer in range(anatomy.n_layers)),
+        parallel_blocks=_is_parallel(model, found, seen, anatomy.attending),
         positions=anatomy.positions,
         lm_head=model_source(model).trained_head,
         stock_differs=found.stock_differs,
         signals=MappingProxyType(dict(found.signals)),
+        elsewhere=MappingProxyType(dict(found.elsewhere)),
         not_streamed=_not_streamed(model),
         absent=MappingProxyType(dict(found.reasons)),
         undefined=MappingProxyType(_undefined(model, anatomy, found, causal)),
@@ -364,18 +391,24 @@ def _kv_groups(block: Any) -> int | None:
     return getattr(attn, "num_key_value_groups", None)
 
 
-def _projected(
-    seen: Probe, anatomy: Anatomy
-) -> tuple[list[torch.Tensor] | None, list[torch.Tensor] | None]:
-    """What the output projection of each layer read and gave."""
-    return seen.layers(Z, anatomy.n_layers), seen.layers(PROJECTED, anatomy.n_layers)
+def _why_no_map(model: Any, seen: Probe, anatomy: Anatomy, tolerance: float) -> str | None:
+    """Why the output projections of the layers that attend have no W_O for each head, or None."""
+    at = anatomy.attending
+    return why_no_map(model, at, seen.layers(Z, at), seen.layers(PROJECTED, at), tolerance)
 
 
-def _is_parallel(model: Any, found: Findings, seen: Probe) -> bool:
-    """Whether the first block's FFN output stays the same when its attention output is removed."""
-    if "mlp_out" not in found.signals:
+def _is_parallel(
+    model: Any, found: Findings, seen: Probe, attending: tuple[int, ...]
+) -> bool:
+    """Whether a block's FFN output stays the same when its attention output is removed.
+
+    The block is the first that attends, or the first if none does.
+    """
+    if not {"attn_out", "mlp_out"} <= found.signals.keys():
         return bool(getattr(model.cfg, "parallel_attn_mlp", False))
-    attn_hook, mlp_hook = (found.signals[s].format(layer=0) for s in ("attn_out", "mlp_out"))
+    names = found.signals if attending else {**found.signals, **found.elsewhere}
+    layer = attending[0] if attending else 0
+    attn_hook, mlp_hook = (names[s].format(layer=layer) for s in ("attn_out", "mlp_out"))
     attn_point, mlp_point = model.hook_dict[attn_hook], model.hook_dict[mlp_hook]
     without: list[torch.Tensor] = []
 
@@ -388,7 +421,7 @@ def _is_parallel(model: Any, found: Findings, seen: Probe) -> bool:
     points = {*model.hook_dict.values()}
     with only_hooks(points, {attn_point, mlp_point}, remove_attention), evaluating(model):
         with torch.no_grad():
-            model(seen.tokens.to(model.cfg.device), return_type=None, stop_at_layer=1)
+            model(seen.tokens.to(model.cfg.device), return_type=None, stop_at_layer=layer + 1)
     return close(without[0], seen.kept[mlp_hook], 1e-4)
 
 
@@ -426,12 +459,12 @@ def _structure(can: Capabilities) -> Table:
     table.add_column(style="bold")
     table.add_column()
     rows = {
-        "layers": str(can.n_layers),
+        "layers": _layers(can),
         "heads": _heads(can),
         "widths": f"d_model {can.d_model}, d_head {can.d_head}, d_mlp {can.d_mlp or '-'}",
         "context": f"{can.n_ctx or '-'} positions, {can.positions} position scheme",
         "attention": _attention(can),
-        "windows": _runs(can.windows),
+        "windows": _runs(tuple(can.windows[layer] for layer in can.attending), can.attending),
         "blocks": ("parallel" if can.parallel_blocks else "sequential")
         + (", mixture of experts" if can.moe else ""),
         "output head": "trained" if can.lm_head else "not trained: losses mean nothing",
@@ -441,7 +474,28 @@ def _structure(can: Capabilities) -> Table:
     return table
 
 
+def _layers(can: Capabilities) -> str:
+    if len(can.attending) == can.n_layers:
+        return str(can.n_layers)
+    if not can.attending:
+        return f"{can.n_layers}, none of which attends"
+    return f"{can.n_layers}, of which {_spans(can.attending)} attend"
+
+
+def _spans(layers: Iterable[int]) -> str:
+    """For example "3, 7 and 11" or "0 to 4 and 8"; every fourth layer is named as well."""
+    found: list[list[int]] = []
+    for layer in layers:
+        if found and layer == found[-1][-1] + 1:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return listed([str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in found])
+
+
 def _heads(can: Capabilities) -> str:
+    if not can.attending:
+        return "none"
     if can.n_heads == can.n_kv_heads:
         return str(can.n_heads)
     return f"{can.n_heads} query, {can.n_kv_heads} key/value"
@@ -449,6 +503,8 @@ def _heads(can: Capabilities) -> str:
 
 def _attention(can: Capabilities) -> str:
     words = ["causal" if can.causal else "bidirectional"]
+    if not can.attending:
+        return f"none; {words[0]}"
     words.append("softmax" if can.softmax else "not a softmax")
     if can.learned_sinks:
         words.append("learned sinks")
@@ -456,22 +512,25 @@ def _attention(can: Capabilities) -> str:
         words.append("gated outputs")
     if can.softcap is not None:
         words.append(f"scores capped at {can.softcap:g}")
-    words.append(f"scale {_runs(tuple(round(scale, 6) for scale in can.scales))}")
+    scales = tuple(round(scale, 6) for scale in can.scales if scale is not None)
+    words.append(f"scale {_runs(scales, can.attending)}")
     return ", ".join(words)
 
 
-def _runs(values: tuple[int | float | None, ...]) -> str:
+def _runs(values: tuple[int | float | None, ...], layers: tuple[int, ...]) -> str:
     """For example "512 in layers 0-4 · full in layer 5"; one word where all layers agree."""
 
     def word(value: int | float | None) -> str:
         return "full" if value is None else f"{value:g}"
 
+    if not values:
+        return "-"
     if len(set(values)) == 1:
         return word(values[0])
     parts = []
     for value, group in groupby(range(len(values)), key=values.__getitem__):
-        layers = list(group)
-        span = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+        run = [layers[at] for at in group]
+        span = f"layers {run[0]}-{run[-1]}" if len(run) > 1 else f"layer {run[0]}"
         parts.append(f"{word(value)} in {span}")
     return " · ".join(parts)
 

@@ -35,12 +35,17 @@ def output_weight(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"
 
 
 def why_no_map(
-    model: Any, z: list[Tensor] | None, given: list[Tensor] | None, tolerance: float
+    model: Any,
+    layers: tuple[int, ...],
+    z: list[Tensor] | None,
+    given: list[Tensor] | None,
+    tolerance: float,
 ) -> str | None:
     """Why the output projections of a model are no linear maps of each head, or None if they are.
 
     Args:
         model: A bridge.
+        layers: The layers that attend.
         z: What each layer's projection read in a forward pass [prompt position head d_head].
         given: What it gave [prompt position d_model].
         tolerance: Relative error that the model's dtype explains.
@@ -49,7 +54,7 @@ def why_no_map(
         return "the bridge does not show what its output projections read and give"
     if len({x.shape[2:] for x in z}) > 1:
         return "its layers differ in the number or the width of their heads"
-    for layer, (read, wanted) in enumerate(zip(z, given, strict=True)):
+    for layer, read, wanted in zip(layers, z, given, strict=True):
         try:
             weight, bias = _map(_projection(model, layer))
         except UnsupportedError as error:

@@ -35,13 +35,18 @@ RESID_PRE, RESID_POST = B + "hook_resid_pre", B + "hook_resid_post"
 # On BERT hook_attn_out is the state after the next norm; what attention adds is attn.o's output.
 PROJECTED = B + "attn.o.hook_out"
 ATTN_OUT = (B + "hook_attn_out", PROJECTED)
+# What stands in the place of attention in the other layers of a hybrid model.
+MIXER_OUT = (
+    *(B + "hook_attn_out", B + "linear_attn.hook_out", B + "mixer.hook_out", B + "conv.hook_out"),
+)
 MLP_OUT = (B + "hook_mlp_out", B + "mlp.out.hook_out")
 LN1_IN, LN1_OUT, LN2_IN = B + "ln1.hook_in", B + "ln1.hook_out", B + "ln2.hook_in"
 NEURONS, DOWN_IN = B + "mlp.hook_post", B + "mlp.out.hook_in"
 
 CANDIDATES = (
     *(PATTERN, SCORES, *QUERY_KEY[0], *QUERY_KEY[1], VALUE, Z, *GATES),
-    *(RESID_PRE, RESID_POST, *ATTN_OUT, *MLP_OUT, LN1_IN, LN1_OUT, LN2_IN, NEURONS, DOWN_IN),
+    *(RESID_PRE, RESID_POST, *ATTN_OUT, *MIXER_OUT, *MLP_OUT),
+    *(LN1_IN, LN1_OUT, LN2_IN, NEURONS, DOWN_IN),
 )
 """Templates of all hook points that may carry a signal or serve to check one."""
 
@@ -51,9 +56,10 @@ class Findings:
     """What the checks found.
 
     Attributes:
-        scales: The factor on q·k in each layer.
+        scales: The factor on q·k in each layer that attends.
         stock_differs: In what the stock bridge computes something else than the model, or None.
         signals: Signal name to hook template, for the signals that passed.
+        elsewhere: The same in layers that do not attend, where another hook carries the signal.
         reasons: Signal name to why it is not offered.
         softmax: Whether the pattern is a softmax of the scores, of which a place that is no key (a
             learned sink, a key bias without value, off-by-one) may take a share.
@@ -63,6 +69,7 @@ class Findings:
     scales: tuple[float, ...]
     stock_differs: str | None = None
     signals: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     softmax: bool = True
     gated: bool = False
@@ -97,17 +104,17 @@ class Probe:
     fired: Counter[str]
     kept: dict[str, Tensor]
 
-    def layers(self, template: str, n_layers: int) -> list[Tensor] | None:
-        """The tensor that ``template`` shows in each layer.
+    def layers(self, template: str, layers: Iterable[int]) -> list[Tensor] | None:
+        """The tensor that ``template`` shows in each of some layers.
 
         Args:
             template: Hook name with ``{layer}`` in place of the block's index.
-            n_layers: Number of blocks.
+            layers: Indices of the blocks.
 
         Returns:
-            One tensor a layer, or ``None`` unless the hook fired exactly once in every layer.
+            One tensor a layer, or ``None`` unless the hook fired exactly once in each of them.
         """
-        names = [template.format(layer=layer) for layer in range(n_layers)]
+        names = [template.format(layer=layer) for layer in layers]
         if any(self.fired[name] != 1 or name not in self.kept for name in names):
             return None
         return [self.kept[name] for name in names]

@@ -28,6 +28,7 @@ from sinkscope.models.probe import (
     LN1_IN,
     LN1_OUT,
     LN2_IN,
+    MIXER_OUT,
     MLP_OUT,
     NEURONS,
     PATTERN,
@@ -87,16 +88,20 @@ def close(left: Tensor, right: Tensor, tolerance: float) -> bool:
     return bool((left - right).abs().max() <= tolerance * size)
 
 
+OF_ATTENTION = frozenset({"pattern", "scores", "query", "key", "value", "z"})
+"""Signals that only layers have that attend."""
+
 HIDDEN = torch.finfo(torch.float32).min / 2
 """Scores below this are masked."""
 
 Layers = list[Tensor]
 
 
-def is_causal(probe: Probe, n_layers: int, tolerance: float) -> bool:
+def is_causal(probe: Probe, anatomy: Anatomy, tolerance: float) -> bool:
     """Whether no query reads a later key; without a pattern, whether earlier states ignore it."""
-    pattern, final = probe.layers(PATTERN, n_layers), probe.layers(RESID_POST, n_layers)
-    if pattern is not None:
+    pattern = probe.layers(PATTERN, anatomy.attending)
+    final = probe.layers(RESID_POST, range(anatomy.n_layers))
+    if pattern:
         length = probe.tokens.shape[1]
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
         return not any(p[..., future].any() for p in pattern)
@@ -116,27 +121,45 @@ def find_signals(probe: Probe, anatomy: Anatomy, causal: bool, tolerance: float)
         tolerance: Relative error that the model's dtype explains.
     """
     checks = _Checks(probe, anatomy, causal, tolerance)
-    checks.pattern()
-    checks.query_key()
-    checks.scores()
-    checks.values()
+    if anatomy.attending:
+        checks.pattern()
+        checks.query_key()
+        checks.scores()
+        checks.values()
+    else:
+        checks.findings.reject(
+            f"no block of {anatomy.architecture} attends to keys", *sorted(OF_ATTENTION)
+        )
     checks.residual()
     checks.neurons()
     return checks.findings
 
 
 class _Checks:
-    """The checks, in an order in which each may rely on those before it."""
+    """The checks, in an order in which each may rely on those before it.
+
+    Those of attention look at the layers that attend, whose place in `anatomy.attending` is what
+    their methods call ``layer``.
+    """
 
     def __init__(self, probe: Probe, anatomy: Anatomy, causal: bool, tolerance: float) -> None:
         self.probe, self.anatomy, self.tolerance = probe, anatomy, tolerance
         real = torch.ones(1, probe.tokens.shape[1], dtype=torch.bool)
-        self.visible = [visible(real, causal, window)[0] for window in anatomy.windows]
-        self.findings = Findings(scales=tuple(scales[0] for scales in anatomy.scales))
+        at = anatomy.attending
+        self.visible = [visible(real, causal, anatomy.windows[layer])[0] for layer in at]
+        self.sinks = [anatomy.sinks[layer] for layer in at]
+        self.scales = [anatomy.scales[layer] for layer in at]
+        self.stated_scales = [anatomy.stated_scales[layer] for layer in at]
+        self.findings = Findings(scales=tuple(scales[0] for scales in self.scales))
         self.products: Layers | None = None  # scaled q·k of the accepted queries and keys
 
+    def attention(self, template: str) -> Layers | None:
+        """What a hook shows in the layers that attend."""
+        return self.probe.layers(template, self.anatomy.attending)
+
     def layers(self, template: str) -> Layers | None:
-        return self.probe.layers(template, self.anatomy.n_layers)
+        """What a hook shows in all layers."""
+        return self.probe.layers(template, range(self.anatomy.n_layers))
 
     def close(self, left: Tensor, right: Tensor) -> bool:
         return close(left, right, self.tolerance)
@@ -146,10 +169,10 @@ class _Checks:
 
     def pattern(self) -> None:
         """A pattern is nowhere negative, and nought where causality and the window hide the key."""
-        pattern = self.layers(PATTERN)
+        pattern = self.attention(PATTERN)
         if pattern is None:
             self.findings.reject(
-                "hook_pattern does not fire in every block, because this attention implementation "
+                "hook_pattern does not fire in every block that attends, because this attention implementation "
                 'keeps no pattern (bridge.original_model.set_attn_implementation("eager") does)',
                 "pattern",
             )
@@ -167,7 +190,7 @@ class _Checks:
         Under a softmax some head reads each visible key. Other operators may give it nought in all
         heads (ReLU, softpick, no attention at all); then the scores have to show the mask.
         """
-        seen, scores = self.visible[layer], self.layers(SCORES)
+        seen, scores = self.visible[layer], self.attention(SCORES)
         if (pattern < 0).any() or pattern[..., ~seen].any():
             return False
         if (pattern.sum((0, 1)) > 0)[seen].all():
@@ -177,7 +200,7 @@ class _Checks:
     def query_key(self) -> None:
         """Queries and keys are those whose scaled products explain the pattern or the scores."""
         for query_hook, key_hook in QUERY_KEY:
-            query, key = self.layers(query_hook), self.layers(key_hook)
+            query, key = self.attention(query_hook), self.attention(key_hook)
             if query is None or key is None:
                 continue
             scales = [self.scale(i, query[i], key[i]) for i in range(len(query))]
@@ -201,20 +224,20 @@ class _Checks:
         """
         model = tuple(
             fits if stated is None else stated
-            for fits, stated in zip(fitting, self.anatomy.stated_scales, strict=True)
+            for fits, stated in zip(fitting, self.stated_scales, strict=True)
         )
         self.findings.scales = model
         for layer, (fits, stated) in enumerate(zip(fitting, model, strict=True)):
             if fits != stated:
                 self.findings.stock_differs = (
-                    f"the stock bridge scales q·k by {fits:.3g} in layer {layer}, where the model "
-                    f"scales it by {stated:.3g}"
+                    f"the stock bridge scales q·k by {fits:.3g} in layer "
+                    f"{self.anatomy.attending[layer]}, where the model scales it by {stated:.3g}"
                 )
                 return
 
     def scale(self, layer: int, query: Tensor, key: Tensor) -> float | None:
         """The first scale that fits this layer; scores tell scales apart, even patterns do not."""
-        products = {scale: self.scaled(query, key, scale) for scale in self.anatomy.scales[layer]}
+        products = {scale: self.scaled(query, key, scale) for scale in self.scales[layer]}
         for fits in (self.are_scores, self.explains_pattern):
             for scale, scores in products.items():
                 if fits(layer, scores):
@@ -226,15 +249,15 @@ class _Checks:
 
     def explains_pattern(self, layer: int, scores: Tensor) -> bool:
         """Whether a masked softmax of these scores is the layer's pattern."""
-        pattern = self.layers(PATTERN)
+        pattern = self.attention(PATTERN)
         if pattern is None or scores.shape != pattern[layer].shape:
             return False
-        expected = masked_softmax(scores, self.visible[layer], self.anatomy.sinks[layer])
+        expected = masked_softmax(scores, self.visible[layer], self.sinks[layer])
         return self.close(expected, pattern[layer])
 
     def are_scores(self, layer: int, products: Tensor) -> bool:
         """Whether these products are what ``hook_attn_scores`` shows where keys are visible."""
-        scores = self.layers(SCORES)
+        scores = self.attention(SCORES)
         if scores is None or products.shape != scores[layer].shape:
             return False
         seen = self.visible[layer]
@@ -242,11 +265,11 @@ class _Checks:
 
     def scores(self) -> None:
         """Scores are what softmax turns into the pattern, or the scaled products themselves."""
-        found, scores, pattern = self.findings, self.layers(SCORES), self.layers(PATTERN)
+        found, scores, pattern = self.findings, self.attention(SCORES), self.attention(PATTERN)
         if pattern is not None:  # without true scores, rows that sum to one are taken for softmax
             found.softmax = all(self.close(p.sum(-1), torch.ones(p.shape[:-1])) for p in pattern)
         if scores is None:
-            found.reject("hook_attn_scores does not fire in every block", "scores")
+            found.reject("hook_attn_scores does not fire in every block that attends", "scores")
         elif pattern is not None and self.same(scores, pattern):
             found.reject("the stock bridge's hook_attn_scores is the pattern itself", "scores")
         else:
@@ -263,7 +286,7 @@ class _Checks:
         """Whether a softmax of these scores is the layer's pattern, but for an unread share."""
         if self.explains_pattern(layer, scores):
             return True
-        pattern = self.layers(PATTERN)
+        pattern = self.attention(PATTERN)
         if pattern is None or scores.shape != pattern[layer].shape:
             return False
         total = pattern[layer].sum(-1, keepdim=True)
@@ -273,7 +296,7 @@ class _Checks:
 
     def values(self) -> None:
         """Values are what the pattern mixes into ``z``, before a gate where there is one."""
-        value, z = self.layers(VALUE), self.layers(Z)
+        value, z = self.attention(VALUE), self.attention(Z)
         if value is None or z is None or any(x.ndim != 4 for x in (*value, *z)):
             self.findings.reject("hook_v and hook_z do not show one vector a head", "value", "z")
         elif "pattern" not in self.findings.signals:
@@ -284,7 +307,7 @@ class _Checks:
                 "there is no pattern to prove that hook_v is what attention mixes", "value"
             )
         else:
-            mixed = list(map(mixed_values, self.layers(PATTERN) or [], value))
+            mixed = list(map(mixed_values, self.attention(PATTERN) or [], value))
             plain = self.same(mixed, z)
             self.findings.gated = not plain and self.is_gated(mixed, z)
             if plain or self.findings.gated:
@@ -295,7 +318,7 @@ class _Checks:
     def is_gated(self, mixed: Layers, z: Layers) -> bool:
         """Whether a gate hook, as it is or under a sigmoid, turns what is mixed into ``z``."""
         for hook in GATES:
-            gates = self.layers(hook)
+            gates = self.attention(hook)
             if gates is None or any(
                 gate.shape[-1] % x.shape[2] for gate, x in zip(gates, z, strict=True)
             ):
@@ -322,12 +345,37 @@ class _Checks:
             found.reject("a block's output is not the next block's input", *names)
             return
         found.accept(resid_pre=RESID_PRE, resid_post=RESID_POST)
-        for attn_hook, mlp_hook in product(ATTN_OUT, MLP_OUT):
-            attn, mlp = self.layers(attn_hook), self.layers(mlp_hook)
+        others = MIXER_OUT if len(self.anatomy.attending) < self.anatomy.n_layers else (None,)
+        for attn_hook, other_hook, mlp_hook in product(ATTN_OUT, others, MLP_OUT):
+            attn, mlp = self.first_half(attn_hook, other_hook), self.layers(mlp_hook)
             if attn and mlp and self.add_up(before, attn, mlp, after):
                 found.accept(attn_out=attn_hook, mlp_out=mlp_hook)
+                if other_hook is not None and other_hook != attn_hook:
+                    found.elsewhere["attn_out"] = other_hook
                 return
         found.reject("no hook points show what each half of a block adds", "attn_out", "mlp_out")
+        for mlp_hook in MLP_OUT:
+            middle, mlp = self.layers(LN2_IN), self.layers(mlp_hook)
+            if middle and mlp and self.adds(middle, mlp, after):
+                del found.reasons["mlp_out"]
+                found.accept(mlp_out=mlp_hook)
+                return
+
+    def first_half(self, attn_hook: str, other_hook: str | None) -> Layers | None:
+        """What attention, or what stands in its place, gives in each layer."""
+        at = self.anatomy.attending
+        elsewhere = [layer for layer in range(self.anatomy.n_layers) if layer not in at]
+        attn = self.attention(attn_hook)
+        others = self.probe.layers(other_hook, elsewhere) if other_hook else []
+        if attn is None or others is None:
+            return None
+        of_layer = dict(zip((*at, *elsewhere), (*attn, *others), strict=True))
+        return [of_layer[layer] for layer in range(self.anatomy.n_layers)]
+
+    def adds(self, before: Layers, part: Layers, after: Layers) -> bool:
+        """Whether a part of each block adds what it gives to the state before it."""
+        shapes = all(x.shape == p.shape for x, p in zip(before, part, strict=True))
+        return shapes and self.same([x + p for x, p in zip(before, part, strict=True)], after)
 
     def add_up(self, before: Layers, attn: Layers, mlp: Layers, after: Layers) -> bool:
         """Pre-norm blocks end with the sum; in post-norm blocks a norm reads each sum."""

@@ -54,6 +54,8 @@ class Settings:
         attention: how attention was read: "eager" or "streaming". Both are exact.
         causal: whether a query sees only the keys up to itself.
         windows: each layer's sliding window in positions, None for a layer that sees everything.
+        without_attention: the layers that do not attend; attention, values and heads are undefined
+            (nan) there.
         metrics: what was asked of the scan.
         seed: of the texts and of anything random in the scan; None where merged reports differ.
         interventions: those in force while it was measured, the outermost first.
@@ -79,12 +81,23 @@ class Settings:
     n_layers: int
     n_heads: int
     n_kv_heads: int
+    without_attention: tuple[int, ...] = ()
     revision: str = ""
     seed: int | None = 0
     interventions: tuple[str, ...] = ()
     hooks: tuple[str, ...] = ()
     weights: str = ""
     versions: dict[str, str] = field(default_factory=library_versions)
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The layers that attend."""
+        return tuple(i for i in range(self.n_layers) if i not in self.without_attention)
+
+    @property
+    def windows_attended(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer that attends."""
+        return tuple(self.windows[layer] if self.windows else None for layer in self.attending)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, ready for JSON."""
@@ -103,8 +116,8 @@ class Settings:
             plain["attention"] = ", ".join("eager" if w == "stock" else w for w in words)
         tuples = {
             name: tuple(plain[name])
-            for name in ("windows", "metrics", "interventions", "hooks")
-            if name in plain  # reports of earlier versions lack the last two
+            for name in ("windows", "without_attention", "metrics", "interventions", "hooks")
+            if name in plain  # reports of earlier versions lack some
         }
         return cls(**{**plain, **tuples})
 

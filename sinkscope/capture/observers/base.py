@@ -91,6 +91,9 @@ class Observer:
     - "prompt ..." without a layer: likewise; `finish` returns [prompt ...].
     - "layer ... position": the mean over the prompts that reach the position.
 
+    Where only some layers have the signal (in a hybrid model the layers that attend), `finish` gets
+    those, and the field is nan in the others.
+
     A batch that fails half-way (out of memory, Ctrl-C) is dropped whole, so a report never holds
     half a batch. An observer lives for one scan.
 
@@ -156,6 +159,7 @@ class Observer:
         self.scope = scope
         self._layers: dict[str, dict[int, Tensor]] = defaultdict(dict)
         self._accumulators: dict[str, Accumulator] = {}
+        self._heard: set[int] = set()
         self._own = self.variables()
 
     def observe(self, x: Any, batch: Batch) -> Mapping[str, Tensor] | None:
@@ -204,6 +208,7 @@ class Observer:
     def hear(self, layer: int, x: Any, batch: Batch) -> None:
         """Measure one layer and keep what it came to until the batch is complete."""
         self.layer = layer
+        self._heard.add(layer)
         for name, value in (self.observe(x, batch) or {}).items():
             self._layers[name][layer] = value
 
@@ -241,7 +246,20 @@ class Observer:
                 f"{type(self).__name__} declares the field {missing[0]!r} and did not measure it; "
                 "return it from observe() or finish()."
             )
-        return {name: kept.compute(order) for name, kept in self._accumulators.items()}
+        return {
+            name: self._in_all_layers(name, kept.compute(order))
+            for name, kept in self._accumulators.items()
+        }
+
+    def _in_all_layers(self, name: str, value: Tensor) -> Tensor:
+        """A field of all layers, nan in those that lack the signal, as in a hybrid model."""
+        known = self._own.get(name) or SinkReport.variables()[name]
+        size = self.scope.sizes.get("layer", len(self._heard))
+        if "layer" not in known.dims or not 0 < len(self._heard) < size:
+            return value
+        at = known.dims.index("layer")
+        whole = value.new_full((*value.shape[:at], size, *value.shape[at + 1 :]), torch.nan)
+        return whole.index_copy_(at, torch.tensor(sorted(self._heard), device=value.device), value)
 
     def _checked(self, name: str, value: Any, batch: Batch) -> Tensor:
         """A value of one's own field as float32, of the shape that its dimensions say."""
@@ -251,6 +269,7 @@ class Observer:
         elif dims[0] == "layer":
             dims = ("layer", "prompt", *dims[1:])
         sizes = {**self.scope.sizes, "prompt": len(batch.rows), "position": batch.length}
+        sizes["layer"] = len(self._heard) or sizes.get("layer", 0)
         shape = tuple(value.shape) if isinstance(value, Tensor) else None
         fits = shape is not None and len(shape) == len(dims)
         if not fits or any(sizes.get(d, n) != n for d, n in zip(dims, shape or (), strict=True)):
