@@ -149,7 +149,10 @@ def _compared(name: str) -> Row:
     except SinkscopeError as error:
         return Row(name, reason=str(error))
     found: dict[str, float] = {}
-    reason = can.not_streamed or can.stock_differs or ""
+    if not can.attending:
+        reason = f"{can.absent['pattern']}; residual stream only"
+    else:
+        reason = can.not_streamed or can.stock_differs or ""
     for way in ("eager", "streaming"):
         try:
             found[way] = _off(bridge, way, truth)

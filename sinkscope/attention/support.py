@@ -57,7 +57,7 @@ def attention_of(bridge: Any) -> dict[int, AttentionBridge]:
         if (attn := block._modules.get("attn")) is not None
     }
     if not components:
-        raise _refusal(bridge, "no block of it has any")
+        raise _refusal(bridge, "none of its blocks shows any")
     for index, attn in components.items():
         if (reason := _why_not(attn)) is not None:
             raise _refusal(bridge, f"block {index} has {reason}")

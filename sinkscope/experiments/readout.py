@@ -110,7 +110,8 @@ def measure(
     can = capabilities(model)
     where = torch.zeros_like(texts.mask)
     where[:, list(sinks)] = True
-    scope = Scope(epsilon=0.3, n_heads=can.n_heads, bucket_edges=(1,), gram=_no_gram)
+    sizes = {"layer": can.n_layers}
+    scope = Scope(0.3, can.n_heads, bucket_edges=(1,), gram=_no_gram, sizes=sizes)
     observers = [_Keep(name, quantity, scope) for name, quantity in quantities.items()]
     how = paths.choose(model, can, "auto")
     order = runner.run(model, texts, where, observers, how, causal=can.causal, progress=False)

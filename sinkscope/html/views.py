@@ -93,6 +93,7 @@ def _map(report: SinkReport, metric: str) -> View:
     variable = report.variables()[metric]
     figures = interval_of(report, metric, RESAMPLES)
     figure = heads.empty_map(heads.heatmap(figures, variable), variable, LIGHT)
+    heads.mark_without_attention(figure, report.settings)
     height = int(np.clip(150 + 19 * report.settings.n_layers, 320, 900)) + ROOM - _TOP
     finish(figure, "", report.settings, _THEME, height=height)
     made = view(figure, ("metric", "epsilon", "layer", "head"))

@@ -24,7 +24,7 @@ from torch import Tensor
 from sinkscope.attention.upstream import mended
 from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
 from sinkscope.models.active import enforced
-from sinkscope.models.capabilities import capabilities
+from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.validation import one_of, shown, whole_numbers
 
 Hooks = list[tuple[str, Callable[..., Tensor | None]]]
@@ -221,6 +221,22 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(n_layers))
     return _indices(layers, n_layers, "layer")
+
+
+def check_attending(layers: Any, caps: Capabilities) -> tuple[int, ...]:
+    """Layers that attend, as a tuple; None means all of them.
+
+    Raises:
+        UnsupportedError: If there are none, or one that the model does not have, or that has no
+            attention.
+    """
+    if layers is None and caps.attending:
+        return caps.attending
+    chosen = check_layers(layers, caps.n_layers)
+    for layer in chosen:
+        if layer not in caps.attending:
+            raise caps.no_attention(layer)
+    return chosen
 
 
 def check_indices(indices: Any, size: int, what: str) -> tuple[int, ...] | None:

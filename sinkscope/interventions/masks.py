@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sinkscope.attention.call import AttentionCall
 from sinkscope.attention.masks import MaskSpec
 from sinkscope.errors import UnsupportedError
-from sinkscope.interventions.base import Cursor, Intervention, check_layers, hidden_states
+from sinkscope.interventions.base import Cursor, Intervention, check_attending, hidden_states
 
 Mask = Shaped[Tensor, "_ _ query key"]
 """bool (True = visible), or a float that is added to the scores."""
@@ -51,7 +51,7 @@ class MaskIntervention(Intervention):
 
     def __init__(self, model: Any, layers: int | Iterable[int] | None) -> None:
         super().__init__(model)
-        self.layers = check_layers(layers, self.caps.n_layers)
+        self.layers = check_attending(layers, self.caps)
         self.cursor = Cursor()
         self.arguments = {layer: _mask_name(model, layer) for layer in self.layers}
         self._edited: dict[Any, tuple[Any, Any]] = {}

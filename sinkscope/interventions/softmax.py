@@ -14,7 +14,7 @@ from sinkscope.attention import operators, streaming
 from sinkscope.attention.operators import Operator
 from sinkscope.attention.support import kind_of
 from sinkscope.errors import UnsupportedError
-from sinkscope.interventions.base import HookedIntervention, Hooks, check_layers, check_mode
+from sinkscope.interventions.base import HookedIntervention, Hooks, check_attending, check_mode
 
 
 class ReplaceSoftmax(HookedIntervention):
@@ -51,7 +51,7 @@ class ReplaceSoftmax(HookedIntervention):
             )
         self.operator = operator
         self.softmax = operator is operators.off_by_one
-        self.layers = check_layers(layers, self.caps.n_layers)
+        self.layers = check_attending(layers, self.caps)
         self._scores: dict[int, Tensor] = {}
         self._keeps = {layer: self._keep(layer) for layer in self.layers}
 

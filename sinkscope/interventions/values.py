@@ -12,8 +12,8 @@ from sinkscope.errors import UnsupportedError
 from sinkscope.interventions.base import (
     HookedIntervention,
     Hooks,
+    check_attending,
     check_indices,
-    check_layers,
     check_positions,
 )
 from sinkscope.validation import real_number
@@ -46,7 +46,7 @@ class ScaleValue(HookedIntervention):
         super().__init__(model)
         self.factor = real_number("factor", factor, error=UnsupportedError)
         self.positions = check_positions(positions)
-        self.layers = check_layers(layers, self.caps.n_layers)
+        self.layers = check_attending(layers, self.caps)
         self.kv_heads = check_indices(kv_heads, self.caps.n_kv_heads, "kv_head")
 
     def _hooks(self) -> Hooks:

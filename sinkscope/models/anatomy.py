@@ -25,6 +25,7 @@ class Anatomy:
         n_layers: Number of blocks.
         attending: The layers that attend; the others hold linear attention, a state-space model,
             a convolution or nothing in the place of attention.
+        no_attention: Why no layer is said to attend, where none is.
         d_model: Residual channels.
         n_ctx: Longest context in positions, ``None`` where the config states none. Rows of
             a position table that no position uses (RoBERTa's first) do not count.
@@ -42,6 +43,7 @@ class Anatomy:
     architecture: str
     n_layers: int
     attending: tuple[int, ...]
+    no_attention: str
     d_model: int
     n_ctx: int | None
     windows: tuple[int | None, ...]
@@ -72,6 +74,7 @@ def read_anatomy(bridge: Any) -> Anatomy:
         architecture=name,
         n_layers=len(blocks),
         attending=attending,
+        no_attention=_no_attention(blocks, name),
         d_model=cfg.d_model,
         n_ctx=context_size(bridge),
         windows=_windows(config, len(blocks), attending, name),
@@ -82,6 +85,18 @@ def read_anatomy(bridge: Any) -> Anatomy:
         moe=any(_is_moe(block) for block in blocks),
         positions=_positions(bridge),
     )
+
+
+def _no_attention(blocks: list[Any], name: str) -> str:
+    """Why a model in which no block has an attention component has none."""
+    for block in blocks:
+        for module in getattr(block, "original_component", block).modules():
+            if hasattr(module, "q_proj") and hasattr(module, "k_proj"):
+                return (
+                    f"TransformerLens runs the blocks of {name} as wholes and shows no queries, "
+                    "keys or patterns of their attention"
+                )
+    return f"no block of {name} attends to keys"
 
 
 def _text_config(bridge: Any) -> Any:

@@ -89,7 +89,8 @@ class Capabilities:
     Attributes:
         architecture: The model's class, for example "LlamaForCausalLM".
         n_layers: Blocks.
-        attending: The layers that attend. In the place of attention the others of a hybrid model
+        attending: The layers that attend (none where TransformerLens shows no attention of the
+            model, as `absent` says). In the place of attention the others of a hybrid model
             have linear attention, a state-space model or a convolution.
         n_heads: Query heads of a block that attends; 0 where none does.
         n_kv_heads: Key/value heads of a block that attends.
@@ -397,9 +398,7 @@ def _why_no_map(model: Any, seen: Probe, anatomy: Anatomy, tolerance: float) -> 
     return why_no_map(model, at, seen.layers(Z, at), seen.layers(PROJECTED, at), tolerance)
 
 
-def _is_parallel(
-    model: Any, found: Findings, seen: Probe, attending: tuple[int, ...]
-) -> bool:
+def _is_parallel(model: Any, found: Findings, seen: Probe, attending: tuple[int, ...]) -> bool:
     """Whether a block's FFN output stays the same when its attention output is removed.
 
     The block is the first that attends, or the first if none does.
@@ -478,7 +477,7 @@ def _layers(can: Capabilities) -> str:
     if len(can.attending) == can.n_layers:
         return str(can.n_layers)
     if not can.attending:
-        return f"{can.n_layers}, none of which attends"
+        return f"{can.n_layers}: {can.absent['pattern']}"
     return f"{can.n_layers}, of which {_spans(can.attending)} attend"
 
 

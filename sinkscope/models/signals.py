@@ -127,9 +127,7 @@ def find_signals(probe: Probe, anatomy: Anatomy, causal: bool, tolerance: float)
         checks.scores()
         checks.values()
     else:
-        checks.findings.reject(
-            f"no block of {anatomy.architecture} attends to keys", *sorted(OF_ATTENTION)
-        )
+        checks.findings.reject(anatomy.no_attention, *sorted(OF_ATTENTION))
     checks.residual()
     checks.neurons()
     return checks.findings
@@ -172,8 +170,9 @@ class _Checks:
         pattern = self.attention(PATTERN)
         if pattern is None:
             self.findings.reject(
-                "hook_pattern does not fire in every block that attends, because this attention implementation "
-                'keeps no pattern (bridge.original_model.set_attn_implementation("eager") does)',
+                "hook_pattern does not fire in every block that attends, because this attention "
+                "implementation keeps no pattern "
+                '(bridge.original_model.set_attn_implementation("eager") does)',
                 "pattern",
             )
         elif all(p.ndim == 4 and self.reads_the_visible(i, p) for i, p in enumerate(pattern)):

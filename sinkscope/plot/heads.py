@@ -27,6 +27,7 @@ from sinkscope.statistics import bootstrap
 if TYPE_CHECKING:
     from sinkscope.report.labelled import Variable
     from sinkscope.report.report import SinkReport
+    from sinkscope.report.settings import Settings
 
 
 _STEPS = 20
@@ -69,6 +70,7 @@ def head_map(
     changes = [_step(cells, figures.mean, variable, step, colours) for step in steps]
     figure.update_layout(sliders=[_slider(changes, steps, start, variable)])
     figure.update_traces(colorscale=changes[start][0]["colorscale"][0])
+    mark_without_attention(figure, report.settings)
     rows = figures.mean.shape[0]
     finish(
         figure,
@@ -165,6 +167,26 @@ def empty_map(cells: go.Heatmap, variable: Variable, colours: Palette) -> go.Fig
     figure.update_xaxes(title_text=in_words(variable.dims[-1]), dtick=tick_step(columns), **plain)
     figure.update_yaxes(title_text="layer", autorange="reversed", dtick=tick_step(layers), **plain)
     return figure
+
+
+def mark_without_attention(figure: go.Figure, settings: Settings) -> None:
+    """Write "no attention" over the rows of layers that have none; their cells are undefined."""
+    runs: list[list[int]] = []
+    for layer in settings.without_attention:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    for run in runs:
+        figure.add_annotation(
+            text="no attention",
+            x=0.5,
+            xref="x domain",
+            y=(run[0] + run[-1]) / 2,
+            yref="y",
+            showarrow=False,
+            font=dict(size=11),
+        )
 
 
 def _thresholds(

@@ -131,7 +131,7 @@ def _rate_at(report: SinkReport, epsilons: np.ndarray) -> Interval:
 def _uniform(report: SinkReport) -> float:
     """What the first sink would receive, as `sink_importance` counts it, of uniform attention."""
     first = report.sink_mask & (report.sink_mask.cumsum(dim=1) == 1)
-    layers = Counter(report.settings.windows or (None,))
+    layers = Counter(report.settings.windows_attended)
     levels = [
         float(uniform_received(report.mask, report.settings.causal, window)[first].mean())
         for window in layers

@@ -173,7 +173,7 @@ def uniform(report: SinkQuantities) -> float:
         even = sinks_seen / visible_keys(mask, causal, window)
         return sink_attention(even[:, None], sinks, mask, causal)
 
-    layers = Counter(report.settings.windows or (None,))
+    layers = Counter(report.settings.windows_attended)
     total = sum(count * in_layer(window) for window, count in layers.items())
     return float((total / layers.total()).nanmean())
 

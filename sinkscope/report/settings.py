@@ -54,8 +54,8 @@ class Settings:
         attention: how attention was read: "eager" or "streaming". Both are exact.
         causal: whether a query sees only the keys up to itself.
         windows: each layer's sliding window in positions, None for a layer that sees everything.
-        without_attention: the layers that do not attend; attention, values and heads are undefined
-            (nan) there.
+        without_attention: the layers that do not attend, or whose attention TransformerLens does
+            not show; attention, values and heads are undefined (nan) there.
         metrics: what was asked of the scan.
         seed: of the texts and of anything random in the scan; None where merged reports differ.
         interventions: those in force while it was measured, the outermost first.

@@ -38,7 +38,12 @@ def model(report: SinkQuantities) -> str:
     heads = f"{s.n_layers} layers × {s.n_heads} heads"
     shared = f" ({s.n_kv_heads} KV heads)" if s.n_kv_heads != s.n_heads else ""
     under = f", under {printable(' and '.join(s.interventions))}" if s.interventions else ""
-    return f"{printable(s.architecture)}, {heads}{shared}, {s.dtype}{under}"
+    none = ""
+    if s.without_attention:
+        where = runs(set(s.attending))
+        none = f" (attention in layers {where}, none in the others)" if s.attending else ""
+        heads = heads if s.attending else f"{s.n_layers} layers, no attention measured"
+    return f"{printable(s.architecture)}, {heads}{shared}{none}, {s.dtype}{under}"
 
 
 def text(report: SinkQuantities) -> str:
@@ -271,7 +276,8 @@ def heads_of(report: SinkQuantities) -> tuple[list[str], list[list[str]]]:
     """Column titles and cells of the table of the strongest heads; no rows without a figure."""
     if report.sink_attention is None or report.sink_attention.isnan().all():
         return [], []
-    records = [_with_interval(record) for record in report.top_heads(_HEADS)]
+    defined = int(report.mean("sink_attention").isfinite().sum())  # not without attention
+    records = [_with_interval(record) for record in report.top_heads(min(_HEADS, defined))]
     names = [name for name in _TITLES if name in records[0]]
     return (
         [_TITLES[name] for name in names],

@@ -43,12 +43,16 @@ class Parts:
         attention: The module whose output, after any post-norm, is added to the residual.
         ffn: Likewise for the feed-forward half.
         down: The projection that reads the FFN's hidden units; ``None`` for mixtures of experts.
+        output: The projection that reads the heads' outputs, where a gate stands before it.
+
+    A path may name alternatives, "mlp|feed_forward"; attention may be missing from some blocks.
     """
 
     blocks: str = "model.layers"
     attention: str = "self_attn"
     ffn: str = "mlp"
     down: str | None = "mlp.down_proj"
+    output: str | None = None
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,9 @@ def reference(
     for ours, theirs in zip(record["attentions"], output.attentions, strict=True):
         assert torch.equal(ours, theirs), "the recorded patterns are not transformers' own"
     result = {name: torch.stack(layers) for name, layers in record.items()}
+    if parts.output is not None:  # a gate stands between the heads and W_O
+        heads = result["attentions"].shape[2]
+        result["z"] = rearrange(result.pop("z before W_O"), "l b t (h d) -> l b t h d", h=heads)
     result["logits"] = output.logits
     result["hidden_states"] = torch.cat([result["resid_pre"][:1], result["resid_post"]])
     return result
@@ -129,16 +132,26 @@ def _record_block(
         lambda _, args, kwargs: keep("resid_pre", _first(args, kwargs)), with_kwargs=True
     )
     yield block.register_forward_hook(lambda _, __, out: keep("resid_post", out))
-    yield block.get_submodule(parts.attention).register_forward_hook(
-        lambda _, __, out: keep("attn_out", out)
-    )
-    yield block.get_submodule(parts.ffn).register_forward_hook(
-        lambda _, __, out: keep("mlp_out", out)
-    )
+    attention = _part(block, parts.attention)
+    if attention is not None:  # other blocks of a hybrid model have something in its place
+        yield attention.register_forward_hook(lambda _, __, out: keep("attn_out", out))
+    ffn = _part(block, parts.ffn)
+    assert ffn is not None
+    yield ffn.register_forward_hook(lambda _, __, out: keep("mlp_out", out))
+    if parts.output is not None and (output := _part(block, parts.output)) is not None:
+        yield output.register_forward_pre_hook(
+            lambda _, args: _keep(record, "z before W_O", args[0])
+        )
     if parts.down is not None:
         yield block.get_submodule(parts.down).register_forward_pre_hook(
             lambda _, args: keep("neurons", args[0])
         )
+
+
+def _part(block: nn.Module, paths: str) -> nn.Module | None:
+    """The first module of a block that is there, of paths separated by "|"."""
+    names = dict(block.named_modules())
+    return next((names[path] for path in paths.split("|") if path in names), None)
 
 
 def _first(args: tuple, kwargs: dict) -> Tensor:

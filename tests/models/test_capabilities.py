@@ -106,8 +106,9 @@ def test_training_works_afterwards(bridge: TransformerBridge) -> None:
 def test_causality_shows_without_a_pattern() -> None:
     """Where no pattern fires, a change of the last token must not reach earlier positions."""
     for name in ("llama", "mistral", "gpt_oss", "opt", "bert"):
-        seen = probe(load_model(BY_NAME[name].build()), lambda hook: hook.endswith("resid_post"))
-        assert is_causal(seen, 3, 2e-3) == BY_NAME[name].causal
+        bridge = load_model(BY_NAME[name].build())
+        seen = probe(bridge, lambda hook: hook.endswith("resid_post"))
+        assert is_causal(seen, read_anatomy(bridge), 2e-3) == BY_NAME[name].causal
 
 
 @pytest.mark.parametrize("context", [1, 2, 8])

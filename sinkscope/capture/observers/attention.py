@@ -148,6 +148,8 @@ class LearnedSink(Observer, metric="learned_sink", reads="attention"):
     @classmethod
     def unavailable(cls, can: Capabilities) -> str | None:
         """Most models have no learned sink."""
+        if not can.attending:
+            return can.absent["pattern"]
         return None if can.learned_sinks else f"{can.architecture} has no learned sink"
 
     def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:

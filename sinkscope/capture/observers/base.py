@@ -253,11 +253,12 @@ class Observer:
 
     def _in_all_layers(self, name: str, value: Tensor) -> Tensor:
         """A field of all layers, nan in those that lack the signal, as in a hybrid model."""
-        known = self._own.get(name) or SinkReport.variables()[name]
+        known = self._own.get(name) or SinkReport.variables().get(name)
+        dims = ("prompt", "layer") if known is None else known.dims
         size = self.scope.sizes.get("layer", len(self._heard))
-        if "layer" not in known.dims or not 0 < len(self._heard) < size:
+        if "layer" not in dims or not 0 < len(self._heard) < size:
             return value
-        at = known.dims.index("layer")
+        at = dims.index("layer")
         whole = value.new_full((*value.shape[:at], size, *value.shape[at + 1 :]), torch.nan)
         return whole.index_copy_(at, torch.tensor(sorted(self._heard), device=value.device), value)
 

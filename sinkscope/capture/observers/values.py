@@ -56,6 +56,8 @@ class ThroughOutput(Observer):
     @classmethod
     def unavailable(cls, can: Capabilities) -> str | None:
         """W_O has to be there head by head, and to be all that stands behind the heads."""
+        if not can.attending:
+            return can.absent["z"]
         if can.gated:
             return GATED
         if not can.split_output:

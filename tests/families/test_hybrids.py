@@ -1,0 +1,183 @@
+"""Hybrid models: some blocks attend, the others are linear attention, state-space or convolution.
+
+Each is a tiny random model, measured against the tensors of transformers' own eager forward pass.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import sinkscope as ss
+from sinkscope.errors import UnsupportedError
+from sinkscope.experiments.trace_peak import trace_peak
+from sinkscope.families import row, tiny_model
+
+from .architectures import VOCAB, Parts
+from .oracle import expected
+from .reference import reference
+from .test_scan_families import MAGNITUDE, PROBABILITIES, PROBABILITY
+
+FFN = Parts(ffn="mlp|feed_forward", down=None)
+GATED = Parts(ffn="mlp", down=None, output="self_attn.o_proj")
+NORMED = Parts(ffn="post_feedforward_layernorm|mlp", down=None)
+HYBRIDS: dict[str, tuple[Parts, tuple[int, ...]]] = {
+    "Qwen3_5ForCausalLM": (GATED, (3,)),
+    "Qwen3NextForCausalLM": (GATED, (3,)),
+    "Lfm2ForCausalLM": (FFN, (1, 3)),
+    "FalconH1ForCausalLM": (FFN, (0, 1, 2, 3)),
+    "OlmoHybridForCausalLM": (NORMED, (3,)),
+    "JambaForCausalLM": (FFN, (1, 3)),
+    "BambaForCausalLM": (FFN, (1, 3)),
+}
+LAYERS = 4
+LENGTHS = np.array([20, 9, 16])
+MASK = np.arange(20) < LENGTHS[:, None]
+
+
+def tokens() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(4, VOCAB, MASK.shape, generator=generator)
+
+
+@cache
+def model(name: str) -> PreTrainedModel:
+    return tiny_model(name)
+
+
+@cache
+def oracle(name: str) -> dict[str, np.ndarray]:
+    """Every prompt alone: some of these models mix padding into what comes after it."""
+    parts, _ = HYBRIDS[name]
+    rows = [
+        expected(
+            reference(tiny_model(name), ids[None, :n], parts=parts),
+            np.ones((1, n), dtype=bool),
+            causal=True,
+        )
+        for ids, n in zip(tokens(), LENGTHS, strict=True)
+    ]
+    return {
+        field: np.concatenate([one[field] for one in rows])
+        for field in rows[0]
+        if _is_per_prompt(field)
+    }
+
+
+def _is_per_prompt(field: str) -> bool:
+    return ss.SinkReport.variables()[field].dims[:2] == ("prompt", "layer")
+
+
+def prompts() -> ss.Texts:
+    return ss.token_ids([ids[:n].tolist() for ids, n in zip(tokens(), LENGTHS, strict=True)])
+
+
+@pytest.mark.parametrize("way", ["eager", "streaming"])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_fields_are_transformers_own_and_undefined_without_attention(name: str, way: str) -> None:
+    attending = list(HYBRIDS[name][1])
+    if name == "FalconH1ForCausalLM" and way == "streaming":  # keys are rescaled inside the module
+        with pytest.raises(UnsupportedError, match="rescaled projections"):
+            ss.scan(model(name), prompts(), attention=way, progress=False)
+        return
+    report = ss.scan(model(name), prompts(), batch=2, attention=way, progress=False)
+    assert report.settings.attending == tuple(attending)
+    compared = set()
+    for field, want in oracle(name).items():
+        got = getattr(report, field)
+        if got is None:
+            continue
+        got = got.double().numpy()
+        if want.shape[1] != LAYERS:
+            others = np.setdiff1d(np.arange(LAYERS), attending)
+            assert np.isnan(got[:, others]).all(), field
+            got = got[:, attending]
+        tolerance = PROBABILITY if field in PROBABILITIES else MAGNITUDE
+        np.testing.assert_allclose(got, want, err_msg=field, **tolerance)
+        compared.add(field)
+    assert {"sink_attention", "value_drain", "head_output_norm", "honor"} <= compared
+    assert {"residual_peak", "ffn_sink", "ffn_mixed_max", "sink_residual_norm"} <= compared
+
+
+def test_batches_move_nothing() -> None:
+    name = "Qwen3_5ForCausalLM"
+    alone = ss.scan(model(name), prompts(), batch=1, progress=False)
+    together = ss.scan(model(name), prompts(), batch=3, progress=False)
+    for field in filter(_is_per_prompt, alone.measured()):
+        torch.testing.assert_close(
+            together[field], alone[field], atol=1e-5, rtol=1e-5, equal_nan=True
+        )
+
+
+def test_the_report_says_where_there_is_no_attention(tmp_path) -> None:
+    report = ss.scan(model("Qwen3_5ForCausalLM"), prompts(), progress=False)
+    assert "attention in layers 3, none in the others" in " ".join(repr(report).split())
+    again = ss.load_report(report.save(tmp_path / "report.nc"))
+    assert again.settings.without_attention == (0, 1, 2)
+    figure = ss.plot.head_map(report)
+    assert [note.text for note in figure.layout.annotations if note.text == "no attention"]
+    assert np.isnan(np.array(figure.data[0].z, dtype=float)[:3]).all()
+    assert "no attention" in report.to_html()
+    merged = report.merge(again)
+    assert torch.isnan(merged.received_attention[:3]).all()
+    assert not torch.isnan(merged.received_attention[3]).any()
+
+
+def test_heads_of_a_layer_without_attention_are_refused() -> None:
+    bridge = ss.load_model(model("Lfm2ForCausalLM"))
+    with pytest.raises(UnsupportedError, match="Layer 0 of this Lfm2ForCausalLM has no attention"):
+        ss.AblateHeads(bridge, [(0, 1)])
+    with pytest.raises(UnsupportedError, match="Layer 2 of this Lfm2ForCausalLM has no attention"):
+        ss.SelfOnlyMask(bridge, 3, layers=[2])
+    with ss.SelfOnlyMask(bridge, 3) as mask:
+        assert mask.layers == (1, 3)
+
+
+def test_a_peak_is_traced_through_every_block() -> None:
+    """What stands in the place of attention is replaced like attention."""
+    ids = tokens()[:2, :12]
+    found = trace_peak(model("Lfm2ForCausalLM"), ss.token_ids(ids), modes=["zero"])
+    bridge = tiny_model("Lfm2ForCausalLM")
+
+    def without(module, args, output):
+        return torch.cat([torch.zeros_like(output[:, :1]), output[:, 1:]], dim=1)
+
+    handle = bridge.model.layers[0].conv.register_forward_hook(without)
+    with torch.no_grad():
+        states = bridge(ids, output_hidden_states=True).hidden_states
+    handle.remove()
+    want = torch.stack([state[:, 0].norm(dim=-1) for state in states[1:-1]], dim=1)
+    got = found.peak_without[0, 0, 0][:, :-1]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("MambaForCausalLM", "no block of MambaForCausalLM attends to keys"),
+        ("NemotronHForCausalLM", "runs the blocks of NemotronHForCausalLM as wholes"),
+    ],
+)
+def test_models_without_shown_attention_get_the_residual_stream(name: str, why: str) -> None:
+    plain, states = tiny_model(name), []
+    for block in plain.base_model.layers:
+        block.register_forward_hook(lambda _, __, out: states.append(out))
+    with torch.no_grad():
+        plain(tokens())
+    report = ss.scan(model(name), ss.token_ids(tokens()), progress=False)
+    norms = torch.stack([state[:, 0].norm(dim=-1) for state in states], dim=1)
+    torch.testing.assert_close(report.sink_residual_norm, norms, atol=1e-5, rtol=1e-5)
+    assert report.sink_attention is None
+    assert "no attention measured" in " ".join(repr(report).split())
+    assert why in ss.capabilities(ss.load_model(model(name))).unavailable["sink_attention"]
+    with pytest.raises(UnsupportedError, match=why):
+        ss.scan(model(name), prompts(), metrics=["sink_attention"], progress=False)
+
+
+def test_a_row_of_the_page_says_residual_stream_only() -> None:
+    assert row("MambaForCausalLM").reason.endswith("residual stream only")
