@@ -32,6 +32,10 @@ from .report.comparison import compare as compare
 from .report.labelled import measured as measured
 from .report.report import SinkReport as SinkReport
 from .report.report import load_report as load_report
+from .sweeps.monitor import Monitor as Monitor
+from .sweeps.monitor import SinkCallback as SinkCallback
+from .sweeps.run import sweep as sweep
+from .sweeps.view import open_sweep as open_sweep
 
 __all__ = [
     "load_model",
@@ -49,6 +53,10 @@ __all__ = [
     "load_report",
     "compare",
     "explore",
+    "sweep",
+    "open_sweep",
+    "Monitor",
+    "SinkCallback",
     "RemoveOutput",
     "ScaleActivation",
     "SetActivation",

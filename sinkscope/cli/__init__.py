@@ -21,6 +21,7 @@ from sinkscope.cli import (
     report,
     scan,
     stream,
+    sweep,
     trace_peak,
     waiver,
 )
@@ -55,6 +56,7 @@ app.command("dormant")(dormant.dormant)
 app.command("dynamics")(dynamics.dynamics)
 app.command("trace-peak")(trace_peak.trace_peak)
 app.command("stream")(stream.stream)
+app.command("sweep")(sweep.sweep)
 app.command("bench")(bench.bench)
 app.add_typer(bb.app, name="bb")
 

@@ -31,6 +31,10 @@ EXAMPLES = {
     ],
     "trace-peak": ["sinkscope trace-peak smollm2-135m --prompts 4 --out results"],
     "stream": ["sinkscope stream smollm2-135m --tokens 4096 --windows 256 --sinks 0,4"],
+    "sweep": [
+        "sinkscope sweep sweep.yaml --dry-run",
+        "sinkscope sweep sweep.yaml --out runs --workers 2",
+    ],
     "bench": ["sinkscope bench --shape smollm2-135m --sizes 8x256,1x1024"],
     "bb train": ["sinkscope bb train --steps 500 --out run"],
     "bb compare": ["sinkscope bb compare --attention softmax,relu --seeds 2 --steps 500"],

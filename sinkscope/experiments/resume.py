@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from datetime import datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -29,7 +28,9 @@ from sinkscope.errors import ReportError
 from sinkscope.models.active import hooked
 from sinkscope.models.provenance import digest, dtype_of, model_identity, model_source
 from sinkscope.output import as_json, locked, write_file
-from sinkscope.prompts.recipes import TextSource
+from sinkscope.prompts.documents import beginning
+from sinkscope.prompts.encoding import WHOLE
+from sinkscope.prompts.recipes import STREAM, TOGETHER, Documents, TextSource, Windows
 from sinkscope.prompts.tokens import Texts
 from sinkscope.report import netcdf
 from sinkscope.report.labelled import Labelled
@@ -260,7 +261,7 @@ def checkpoint_request(
         "identity": model_identity(checkpoint) if in_memory else None,
         "dtype": _dtype(checkpoint, options),
         "tokenizer": "" if tokenizer is None else str(getattr(tokenizer, "name_or_path", "given")),
-        "texts": _texts(source),
+        "texts": texts_identity(source),
         "sinks": sinks if isinstance(sinks, str) else _listed(sinks),
         "version of sinkscope": library_versions()["sinkscope"],
     }
@@ -299,8 +300,8 @@ def _dtype(checkpoint: Any, options: dict[str, Any]) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _texts(source: TextSource | Texts) -> str:
-    """Exact ids by a hash; a recipe by its settings and a hash of its text."""
+def texts_identity(source: TextSource | Texts) -> str:
+    """Exact ids by a hash; a recipe by its settings and a hash of the text that it is made from."""
     if isinstance(source, Texts):
         return f"{source.source}, tokens {digest(source.right_padded())}"
     settings = {
@@ -308,13 +309,30 @@ def _texts(source: TextSource | Texts) -> str:
         for field in dataclasses.fields(source)
         if field.name not in ("name", "documents") and getattr(source, field.name) is not None
     }
-    documents = getattr(source, "documents", None)
-    if documents is not None:
-        content = hashlib.sha256()
-        for document in islice(documents(), source.prompts):
-            content.update(document.encode() + b"\0")
-        settings["text"] = content.hexdigest()[:16]
+    if isinstance(source, Documents):
+        settings["text"] = _content(source)
     return ", ".join([source.name, *(f"{name} {value}" for name, value in settings.items())])
+
+
+_CHARACTERS = 64
+"""Of a token; no text has longer ones on average."""
+
+
+def _content(source: Documents) -> str:
+    """A hash of as much of the text as the prompts can be cut from."""
+    content, read = hashlib.sha256(), 0
+    a_prompt = WHOLE if source.length is None else _CHARACTERS * source.length
+    windows = isinstance(source, Windows)
+    enough = STREAM * a_prompt * (source.prompts or 1)
+    for index, document in enumerate(source.documents()):
+        if windows and read >= enough and index % TOGETHER == 0:
+            break
+        if not windows and index == source.prompts:
+            break
+        piece = beginning(document, max(enough - read, 0) if windows else a_prompt)
+        read += len(piece)
+        content.update(piece.encode(errors="surrogatepass") + b"\0")
+    return content.hexdigest()[:16]
 
 
 def _listed(sinks: Any) -> str:

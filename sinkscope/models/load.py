@@ -269,7 +269,7 @@ def _refuse_adapter(folder: Path, files: tuple[str, ...]) -> None:
 
 def _from_hub(spec: str, request: _Request, revision: str | None, checkpoint: int | None) -> Loaded:
     if checkpoint is not None:
-        revision = _revision_of(spec, revision, checkpoint)
+        revision = revision_of(spec, revision, checkpoint)
     found = find_on_hub(spec, revision, _what_would_work(spec))
     check_files(spec, found.files, request.allow_pickle)
     check_hub_indices(spec, found)
@@ -369,7 +369,12 @@ def _from_memory(model: PreTrainedModel, request: _Request, anew: bool) -> Trans
     return bridge
 
 
-def _revision_of(spec: str, revision: str | None, checkpoint: int) -> str:
+def revision_of(spec: str, revision: str | None, checkpoint: int) -> str:
+    """The revision that holds a training step which TransformerLens knows.
+
+    Raises:
+        ModelError: If it knows no such step, or a revision is named beside it.
+    """
     from transformer_lens.model_bridge.sources.transformers import _resolve_checkpoint_to_revision
 
     if revision is not None:

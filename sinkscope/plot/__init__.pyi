@@ -22,6 +22,8 @@ from .positions import position_map as position_map
 from .rates import sink_rate as sink_rate
 from .rates import sink_rate_by_length as sink_rate_by_length
 from .strip import token_strip as token_strip
+from .sweeps import head_maps as head_maps
+from .sweeps import sweep_curves as sweep_curves
 from .theme import set_theme as set_theme
 from .theme import template as template
 from .timing import bench_ratios as bench_ratios
@@ -43,11 +45,13 @@ __all__ = [
     "paper",
     "save",
     "head_change",
+    "head_maps",
     "head_map",
     "head_scatter",
     "attention_by_query",
     "by_layer",
     "residual_norms",
+    "sweep_curves",
     "sink_rate",
     "sink_rate_by_length",
     "value_drains",

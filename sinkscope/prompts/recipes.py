@@ -33,7 +33,10 @@ from sinkscope.validation import one_of, seed, whole_number
 
 # Windows are drawn from a stream this many times longer than they need, where there is that much:
 # distinct places, without reading a whole corpus.
-_SPREAD = 4
+STREAM = 4
+
+TOGETHER = 16
+"""Documents of a stream that are encoded together."""
 
 _BETWEEN = "\n\n"  # stands between documents
 _MARK = "\ufeff"
@@ -219,7 +222,7 @@ class Windows(Documents):
         rng: random.Random,
     ) -> list[list[int]]:
         assert room is not None and self.prompts is not None  # texts() always gives both
-        stream = self._stream(vocabulary, _SPREAD * room * self.prompts)
+        stream = self._stream(vocabulary, STREAM * room * self.prompts)
         places = len(stream) // room
         if places < self.prompts:
             raise TextError(self._too_short(len(stream), room))
@@ -237,7 +240,7 @@ class Windows(Documents):
         stream: list[int] = []
         separators = itertools.chain([""], itertools.repeat(_BETWEEN))
         documents = zip(self._nonempty(), separators, strict=False)
-        while len(stream) < enough and (batch := list(itertools.islice(documents, 16))):
+        while len(stream) < enough and (batch := list(itertools.islice(documents, TOGETHER))):
             short = [text for text, _ in batch if is_short(text)]
             before = [separator for text, separator in batch if is_short(text)]
             encoded = iter(

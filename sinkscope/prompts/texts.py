@@ -223,7 +223,7 @@ def _strings(source: Sequence[str]) -> tuple[Callable[[], Iterator[Document]], s
     if not strings or empty:
         which = f"text {empty[0]} of {len(strings)} is empty" if empty else "the list is empty"
         raise TextError(f"There is no text to measure: {which}.")
-    return lambda: iter(strings), "strings"
+    return functools.partial(iter, strings), "strings"  # other processes can be handed it
 
 
 def _exact(path: str | Path, **given: Any) -> Texts:

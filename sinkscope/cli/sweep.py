@@ -1,0 +1,94 @@
+"""`sinkscope sweep`: many measurements at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sinkscope.cli import _common as common
+from sinkscope.errors import SinkscopeError
+from sinkscope.output import listed
+
+
+def sweep(
+    file: Annotated[
+        Path, typer.Argument(help="YAML file with the arguments of `ss.sweep`: models, texts, ….")
+    ],
+    out: Annotated[
+        str | None, typer.Option(help="Folder or URL for the cells, instead of the file's.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that measure; 0: this one.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure on Ray: local, auto (the cluster of this machine), or an address."
+        ),
+    ] = None,
+    num_gpus: Annotated[
+        float | None, typer.Option(min=0, help="On Ray: GPUs of each worker, 0.5 for two on one.")
+    ] = None,
+    device: common.Device = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and the memory it needs, and stop.")
+    ] = False,
+    json: common.Json = False,
+) -> None:
+    """Measure every model on every text at every length, keeping each as soon as it is measured.
+
+    Interrupted or killed, the same command goes on with what is missing. Cells that failed say why.
+    """
+    given: dict[str, Any] = {"out": out, "workers": workers, "ray": ray, "num_gpus": num_gpus}
+    given["device"] = device
+    with common.quiet_stdout():
+        from sinkscope.sweeps.grid import read_file
+        from sinkscope.sweeps.run import plan
+        from sinkscope.sweeps.run import sweep as measure
+
+        asked = read_file(file) | {
+            name: value for name, value in given.items() if value is not None
+        }
+        asked = _known(asked, file)
+        if dry_run:
+            of_running = ("workers", "ray", "num_gpus", "num_cpus", "device")
+            for name in of_running:
+                asked.pop(name, None)
+            found: Any = plan(**asked)
+        else:
+            with common.interruptible(Path(asked.get("out", "sweep"))):
+                found = measure(**asked, progress=common.progress_wanted())
+    if json:
+        common.print_json(found.to_dict() if dry_run else _as_dict(found))
+        return
+    common.show(found)
+    if found_run := getattr(found, "run", None):
+        typer.echo(found_run.summary())
+
+
+def _known(asked: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The arguments, if `sweep` has them all.
+
+    Raises:
+        SinkscopeError: If one is unknown, or no models are named.
+    """
+    import inspect
+
+    from sinkscope.sweeps.run import sweep as measure
+
+    known = [name for name in inspect.signature(measure).parameters if name != "progress"]
+    if unknown := [name for name in asked if name not in known]:
+        raise SinkscopeError(
+            f"The sweep file {file} has {listed(unknown)}; it may have {', '.join(known)}."
+        )
+    if "models" not in asked:
+        raise SinkscopeError(f"The sweep file {file} names no models; add a line models: […].")
+    return asked
+
+
+def _as_dict(found: Any) -> dict[str, Any]:
+    run = found.run
+    counts = {state: run.count(state) for state in ("measured", "kept", "failed")}
+    return {"folder": found.folder.place, "cells": list(found.rows), **counts, "loads": run.loads}

@@ -1,0 +1,81 @@
+"""A report in a few numbers, as a row of a table of many reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sinkscope.report.headline import PEAK
+from sinkscope.report.quantities import SinkQuantities
+
+KEY_NUMBERS = {
+    "sink_rate": ("share", "share of (prompt, layer, head) whose importance exceeds ε"),
+    "sink_attention": ("probability", "sink attention, mean over heads and prompts"),
+    "sink_head_share": ("share", "share of heads whose mean sink attention exceeds ε"),
+    "strongest": ("probability", "sink attention of the strongest head"),
+    "strongest_layer": (None, "layer of the strongest head"),
+    "strongest_head": (None, "the strongest head in that layer"),
+    "residual_peak": ("ratio", "largest residual peak over the layers, mean over prompts"),
+    "peak_block": (None, f"first block after which the mean residual peak exceeds {PEAK:g}"),
+    "value_drain": ("ratio", "median over KV heads of the value drain"),
+    "massive_dims": (None, "residual channels with massive activations, largest first"),
+    "learned_sink_mass": ("probability", "attention that learned sink logits take, mean"),
+}
+"""Unit and meaning of each; None has no unit."""
+
+_DIMS = 5  # massive dims that are named
+
+
+def key_numbers(report: SinkQuantities) -> dict[str, Any]:
+    """The numbers that a table of many reports shows.
+
+    Args:
+        report: What a scan gave.
+
+    Returns:
+        A value for each name in `KEY_NUMBERS`; None where it was not measured or is not defined.
+    """
+    found: dict[str, Any] = dict.fromkeys(KEY_NUMBERS)
+    if _known(report, "sink_importance"):
+        found["sink_rate"] = report.sink_rate_at(report.settings.epsilon)
+    if _known(report, "sink_attention"):
+        mean = report.mean("sink_attention").double()
+        defined = mean.isfinite()
+        top = int(mean.nan_to_num(-torch.inf).argmax())
+        layer, head = divmod(top, mean.shape[1])
+        found |= {
+            "sink_attention": float(mean.nanmean()),
+            "sink_head_share": float(report.sink_heads().sum() / defined.sum()),
+            "strongest": float(mean[layer, head]),
+            "strongest_layer": layer,
+            "strongest_head": head,
+        }
+    if _known(report, "residual_peak"):
+        peak = report.mean("residual_peak").nan_to_num(-torch.inf)
+        over = (peak > PEAK).nonzero()
+        found["residual_peak"] = float(peak.max())
+        found["peak_block"] = int(over[0]) if len(over) else None
+    if _known(report, "value_drain"):
+        found["value_drain"] = float(report.mean("value_drain").nanmedian())
+    if report.massive is not None:
+        found["massive_dims"] = _massive_dims(report)
+    if _known(report, "learned_sink_mass"):
+        found["learned_sink_mass"] = float(report.mean("learned_sink_mass").nanmean())
+    return found
+
+
+def _known(report: SinkQuantities, name: str) -> bool:
+    figures = getattr(report, name)
+    return figures is not None and not bool(figures.isnan().all())
+
+
+def _massive_dims(report: SinkQuantities) -> str:
+    """Their numbers with commas between them."""
+    largest: dict[int, float] = {}
+    for entry in report.massive_activations():
+        dim = entry["dim"]
+        largest[dim] = max(largest.get(dim, 0.0), abs(entry["value"]))
+    ranked = sorted(largest, key=lambda dim: -largest[dim])
+    more = f", {len(ranked) - _DIMS} more" if len(ranked) > _DIMS else ""
+    return ", ".join(map(str, ranked[:_DIMS])) + more

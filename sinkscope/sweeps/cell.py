@@ -1,0 +1,167 @@
+"""One cell, and the process that measures cells: it loads a model once for all cells in a row."""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sinkscope.capture.scan import scan
+from sinkscope.errors import SinkscopeError
+from sinkscope.experiments.result import Result
+from sinkscope.experiments.resume import Request
+from sinkscope.prompts.tokens import Texts
+from sinkscope.sweeps.folder import Busy, Folder
+from sinkscope.sweeps.grid import SCAN, Case, Model
+
+MEASURED, KEPT, FAILED, BUSY = "measured", "kept", "failed", "busy"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A case with the request and name of its files.
+
+    Attributes:
+        case: What to measure.
+        request: What its numbers depend on.
+        name: Of its files.
+    """
+
+    case: Case
+    request: Request
+    name: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell.
+
+    Attributes:
+        name: The cell's.
+        state: "measured", "kept" (it was there already), "failed", or "busy" (another process
+            measures it).
+        reason: Why it failed.
+        loaded: Whether a model was loaded for it.
+        seconds: All the time that the worker spent on it.
+        measuring: The part of it that `load_model`, `scan` or the experiment took.
+    """
+
+    name: str
+    state: str
+    reason: str = ""
+    loaded: bool = False
+    seconds: float = 0.0
+    measuring: float = 0.0
+
+
+class Worker:
+    """Measures one cell after the other; a model stays loaded until a cell of another one comes.
+
+    Args:
+        place: The sweep's folder or URL.
+        device: Where models go; by default a GPU if there is one.
+    """
+
+    def __init__(self, place: str, device: str | None = None) -> None:
+        self._folder = Folder(place)
+        self._device = device
+        self._key: str | None = None
+        self._model: Any = None
+        self._broken: Exception | None = None
+        self._texts: dict[str, Texts] = {}
+
+    def measure(self, cell: Cell) -> Outcome:
+        """Measure a cell and keep it, or say why that failed."""
+        begun = time.perf_counter()
+        self._loaded, self._measuring = False, 0.0
+        reason = ""
+        try:
+            with self._folder.claimed(cell.name):
+                if self._folder.has(cell.name, cell.case.task.experiment):
+                    state = KEPT
+                else:
+                    self._measured(cell)
+                    state = MEASURED
+        except Busy:
+            state = BUSY
+        except Exception as error:  # whatever a model or an experiment may raise
+            state, reason = FAILED, _sentence(error)
+            trace = "" if isinstance(error, SinkscopeError) else traceback.format_exc()
+            self._folder.write_failure(cell.name, cell.case.columns, reason, trace)
+        seconds = time.perf_counter() - begun
+        return Outcome(cell.name, state, reason, self._loaded, seconds, self._measuring)
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._key = self._model = self._broken = None
+        self._texts.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _measured(self, cell: Cell) -> None:
+        case = cell.case
+        model = self._bridge(case.model)
+        begun = time.perf_counter()
+        prompts = self._tokenised(model, cell)
+        with case.interventions(model):
+            if case.task.experiment == SCAN:
+                found: Any = scan(model, prompts, progress=False, **case.task.options).to("cpu")
+            else:
+                found = case.task.function()(model, prompts, **_quietly(case))
+        self._measuring += time.perf_counter() - begun
+        if case.task.experiment == SCAN:
+            self._folder.write_report(cell.name, cell.request, found, case.columns)
+        elif isinstance(found, Result):
+            self._folder.write_result(cell.name, cell.request, found, case.columns)
+        else:
+            raise SinkscopeError(
+                f"{case.task.experiment} gave a {type(found).__name__}, which a sweep cannot keep; "
+                "call it by itself."
+            )
+
+    def _bridge(self, model: Model) -> Any:
+        """The model, loaded unless it is the last one; one that failed to load is not tried again.
+
+        Raises:
+            SinkscopeError: If it cannot be loaded.
+        """
+        if self._key != model.key:
+            self.close()
+            begun = time.perf_counter()
+            self._key, self._loaded = model.key, True
+            try:
+                self._model = model.load(self._device)
+            except Exception as error:  # of the files, of the memory, of code with the checkpoint
+                self._broken = error
+            self._measuring += time.perf_counter() - begun
+        if self._broken is not None:
+            raise self._broken
+        return self._model
+
+    def _tokenised(self, model: Any, cell: Cell) -> Texts:
+        """The prompts, tokenised once for all cells of this model on the same text."""
+        key = str(cell.request["texts"])
+        if key not in self._texts:
+            self._texts[key] = cell.case.texts.tokenize(model)
+        return self._texts[key]
+
+
+def _quietly(case: Case) -> dict[str, Any]:
+    """The experiment's options, without a bar of its own where it has one."""
+    import inspect
+
+    takes = inspect.signature(case.task.function()).parameters
+    quiet = {"progress": False} if "progress" in takes else {}
+    return {**quiet, **case.task.options}
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, SinkscopeError):
+        return str(error)
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
