@@ -15,6 +15,22 @@
 =============== ==============================================================================
 """
 
+import importlib
+import random
+
 import lazy_loader
+
+
+def _import_without_drawing(module: str) -> None:
+    """Import a module that draws from Python's random generator, and put its state back.
+
+    A monitor is often made when a training run was seeded already, and has to leave no trace in it.
+    """
+    state = random.getstate()
+    importlib.import_module(module)
+    random.setstate(state)
+
+
+_import_without_drawing("rich.style")
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
