@@ -57,6 +57,7 @@ app.command("dynamics")(dynamics.dynamics)
 app.command("trace-peak")(trace_peak.trace_peak)
 app.command("stream")(stream.stream)
 app.command("sweep")(sweep.sweep)
+app.command("atlas")(sweep.atlas)
 app.command("bench")(bench.bench)
 app.add_typer(bb.app, name="bb")
 

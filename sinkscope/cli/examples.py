@@ -34,7 +34,9 @@ EXAMPLES = {
     "sweep": [
         "sinkscope sweep sweep.yaml --dry-run",
         "sinkscope sweep sweep.yaml --out runs --workers 2",
+        "sinkscope sweep sweep.yaml --ray auto --num-gpus 0.5",
     ],
+    "atlas": ["sinkscope atlas runs --out atlas.html"],
     "bench": ["sinkscope bench --shape smollm2-135m --sizes 8x256,1x1024"],
     "bb train": ["sinkscope bb train --steps 500 --out run"],
     "bb compare": ["sinkscope bb compare --attention softmax,relu --seeds 2 --steps 500"],

@@ -1,4 +1,4 @@
-"""`sinkscope sweep`: many measurements at once."""
+"""`sinkscope sweep` and `sinkscope atlas`: many measurements, and one page of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from sinkscope.cli import _common as common
 from sinkscope.errors import SinkscopeError
-from sinkscope.output import listed
+from sinkscope.output import counted, listed
 
 
 def sweep(
@@ -66,6 +66,27 @@ def sweep(
     common.show(found)
     if found_run := getattr(found, "run", None):
         typer.echo(found_run.summary())
+
+
+def atlas(
+    folder: Annotated[str, typer.Argument(help="A folder or URL that `sinkscope sweep` wrote to.")],
+    out: Annotated[Path, typer.Option(help="The page; ends in .html.")] = Path("atlas.html"),
+    reports: Annotated[
+        bool,
+        typer.Option(help="Also write the full page of every cell, 5 MB each, beside it."),
+    ] = True,
+) -> None:
+    """Write one page of a sweep: a row a cell with its numbers and head map, to sort and filter."""
+    if out.suffix != ".html":
+        raise SinkscopeError(f"--out {out} should end in .html.")
+    with common.quiet_stdout():
+        from sinkscope.sweeps.view import open_sweep
+
+        cells = open_sweep(folder)
+        written = cells.save_atlas(out, reports=reports, progress=common.progress_wanted())
+    typer.echo(f"wrote {written[0]}")
+    if len(written) > 1:
+        typer.echo(f"wrote {counted(len(written) - 1, 'report')} to {written[1].parent}")
 
 
 def _known(asked: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from sinkscope.errors import ReportError
 from sinkscope.experiments.dynamics import Dynamics
-from sinkscope.output import counted, listed, table_as_text
+from sinkscope.output import counted, listed, table_as_text, write_file
 from sinkscope.report.comparison import compare
 from sinkscope.report.key_numbers import key_numbers
 from sinkscope.report.labelled import to_numpy
@@ -404,6 +405,57 @@ class Cells:
             for columns, report in self.reports()
         }
         return head_maps(drawn, name, about=self.about, theme=theme)
+
+    def to_html(self, pages: dict[str, str] | None = None) -> str:
+        """The atlas: one page with a row a cell, which needs no network.
+
+        Args:
+            pages: Where the full page of each cell is, relative to this one, by its name.
+        """
+        from sinkscope.html.atlas_page import to_html
+
+        rows = [
+            (
+                {name: row[name] for name in COLUMNS},
+                self._report(row),
+                (pages or {}).get(row["cell"]),
+            )
+            for row in self._scans
+        ]
+        if not rows:
+            raise ReportError("No scan of this sweep was measured yet.")
+        left = len(self) - len(rows)
+        return to_html(rows, self.about + (f" · {counted(left, 'cell')} not shown" if left else ""))
+
+    def save_atlas(
+        self, path: str | Path, *, reports: bool = True, progress: bool = True
+    ) -> list[Path]:
+        """Write the atlas, and the page of every report to a folder beside it.
+
+        Args:
+            path: Of the page, such as "atlas.html"; the reports go to "atlas-reports".
+            reports: Whether to write them, 5 MB each; pages that are there already are kept.
+            progress: Whether to draw a bar.
+
+        Returns:
+            The files written, the atlas first.
+
+        Raises:
+            ReportError: If they cannot be written.
+        """
+        path = Path(path)
+        pages: dict[str, str] = {}
+        written = []
+        if reports:
+            beside = path.with_name(f"{path.stem}-reports")
+            beside.mkdir(parents=True, exist_ok=True)
+            for row in tqdm(self._scans, unit="page", disable=not progress, leave=False):
+                file = beside / f"{row['cell']}.html"
+                if not file.exists():
+                    write_file(file, self._report(row).to_html())
+                pages[row["cell"]] = f"{beside.name}/{file.name}"
+                written.append(file)
+        return [write_file(path, self.to_html(pages)), *written]
 
     @property
     def about(self) -> str:

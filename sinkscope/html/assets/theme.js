@@ -1,7 +1,31 @@
-// What every page shares: its data, the choices in its address, its theme, and the printed sheet.
+// What every page shares: its data and how numbers are read and written, the choices in its address, its theme, and the printed sheet.
 
 const page = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
+
+// A number as the package writes it: three significant digits, whole from a thousand on.
+function number(x) {
+  if (x === null || x === undefined || Number.isNaN(x)) return "–";
+  if (!Number.isFinite(x)) return x > 0 ? "∞" : "−∞";
+  const rounded = Number(x.toPrecision(3));
+  const size = Math.abs(rounded);
+  if (size >= 1000) return x.toLocaleString("en-US", { maximumFractionDigits: 0, roundingMode: "halfEven" });
+  if (size === 0 || size >= 1e-4) return String(rounded);
+  const [digits, power] = x.toExponential(2).split("e-");
+  return `${Number(digits)}e-${power.padStart(2, "0")}`;
+}
+
+const READERS = {
+  float32: [Float32Array, 4], int32: [Int32Array, 4], uint16: [Uint16Array, 2], uint8: [Uint8Array, 1],
+};
+
+// An array of the page: its numbers in one run, with its shape. Files are little-endian, and so is
+// every machine that runs a browser today.
+function unpack(stored) {
+  const bytes = Uint8Array.from(atob(stored.data), (c) => c.charCodeAt(0));
+  const [Kind, size] = READERS[stored.dtype];
+  return { values: new Kind(bytes.buffer, 0, bytes.length / size), shape: stored.shape };
+}
 
 // The choices that the address holds: "#layer=3&theme=dark".
 const address = {
