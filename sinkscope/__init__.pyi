@@ -11,6 +11,7 @@ from .explorer.explorer import explore as explore
 from .interventions.activations import RemoveOutput as RemoveOutput
 from .interventions.activations import ScaleActivation as ScaleActivation
 from .interventions.activations import SetActivation as SetActivation
+from .interventions.experts import AblateExperts as AblateExperts
 from .interventions.heads import AblateHeads as AblateHeads
 from .interventions.positions import PositionEmbeddingEdit as PositionEmbeddingEdit
 from .interventions.positions import PositionIdEdit as PositionIdEdit
@@ -61,6 +62,7 @@ __all__ = [
     "ScaleActivation",
     "SetActivation",
     "AblateHeads",
+    "AblateExperts",
     "ScaleValue",
     "ZeroValue",
     "SelfOnlyMask",

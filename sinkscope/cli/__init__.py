@@ -17,6 +17,7 @@ from sinkscope.cli import (
     dormant,
     dynamics,
     examples,
+    experts,
     models,
     report,
     scan,
@@ -55,6 +56,7 @@ app.command("waiver")(waiver.waiver)
 app.command("dormant")(dormant.dormant)
 app.command("dynamics")(dynamics.dynamics)
 app.command("trace-peak")(trace_peak.trace_peak)
+app.command("experts")(experts.experts)
 app.command("stream")(stream.stream)
 app.command("sweep")(sweep.sweep)
 app.command("atlas")(sweep.atlas)

@@ -1,6 +1,7 @@
 from . import ablation as ablation
 from . import dormant as dormant
 from . import dynamics as dynamics
+from . import experts as experts
 from . import inactive_heads as inactive_heads
 from . import mixing as mixing
 from . import streaming_context as streaming_context
@@ -11,6 +12,7 @@ __all__ = [
     "ablation",
     "dormant",
     "dynamics",
+    "experts",
     "inactive_heads",
     "mixing",
     "streaming_context",

@@ -11,6 +11,7 @@ What cannot be done exactly on an architecture is refused in a sentence. `Replac
 
     activations  SetActivation, RemoveOutput, ScaleActivation: the residual stream and block outputs
     heads        AblateHeads: the heads' outputs
+    experts      AblateExperts: the outputs of a routed model's experts
     values       ScaleValue, ZeroValue: the value vectors
     self_only    SelfOnlyMask: the attention mask
     sink_logit   ShiftSinkLogit: one key's logit
@@ -22,6 +23,7 @@ What cannot be done exactly on an architecture is refused in a sentence. `Replac
 from __future__ import annotations
 
 from sinkscope.interventions.activations import RemoveOutput, ScaleActivation, SetActivation
+from sinkscope.interventions.experts import AblateExperts
 from sinkscope.interventions.heads import AblateHeads
 from sinkscope.interventions.positions import PositionEmbeddingEdit, PositionIdEdit
 from sinkscope.interventions.self_only import SelfOnlyMask
@@ -31,6 +33,7 @@ from sinkscope.interventions.values import ScaleValue, ZeroValue
 from sinkscope.prompts.replace import ReplaceEnd, ReplaceStart
 
 __all__ = [
+    "AblateExperts",
     "AblateHeads",
     "PositionEmbeddingEdit",
     "PositionIdEdit",

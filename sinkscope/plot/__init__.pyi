@@ -6,6 +6,7 @@ from .dims import nonmixture_dims as nonmixture_dims
 from .dormancy import domain_scatter as domain_scatter
 from .dormancy import removal_cost as removal_cost
 from .dormancy import sleeping_heads as sleeping_heads
+from .experts import expert_map as expert_map
 from .export import paper as paper
 from .export import save as save
 from .heads import head_change as head_change
@@ -64,6 +65,7 @@ __all__ = [
     "template",
     "bench_ratios",
     "peak_trace",
+    "expert_map",
     "cures",
     "mitigations",
     "knockout_risks",

@@ -51,7 +51,16 @@ def test_every_field_and_every_command_is_listed(site: Path) -> None:
     for name in SinkReport.variables():
         assert f"<code>{name}</code>" in fields, name
     commands = (site / "commands.html").read_text("utf-8")
-    for name in ("scan", "waiver", "dormant", "dynamics", "trace-peak", "stream", "bench"):
+    for name in (
+        "scan",
+        "waiver",
+        "dormant",
+        "dynamics",
+        "trace-peak",
+        "experts",
+        "stream",
+        "bench",
+    ):
         assert f'id="sinkscope-{name}"' in commands, name
     assert 'id="sinkscope-bb-train"' in commands and "--snapshots" in commands
 

@@ -1,0 +1,289 @@
+"""The experts of a routed model, one by one, computed from transformers' own modules.
+
+transformers runs all experts of a block in one fused module, which is called with the tokens, the
+experts that the router chose for each and their weights, and returns Σ_e w_e · out_e. Its weights
+are stacked along the experts, so that a hook on it sees no single expert. `experts_of` finds these
+modules; `Experts.split` computes, from what one call was given, the neurons and the output of every
+expert, and is compared with what that call returned. No name of an architecture is asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sinkscope.errors import UnsupportedError
+from sinkscope.models.probe import evaluating, only_hooks, probe_tokens
+from sinkscope.models.signals import close
+
+
+class Routing(NamedTuple):
+    """What one call of a block's experts was given, and returned.
+
+    `token` runs over all positions of all prompts, prompt by prompt; `choice` over the experts that
+    a token is sent to.
+    """
+
+    hidden: Float[Tensor, "token dim"]
+    expert: Int[Tensor, "token choice"]
+    weight: Float[Tensor, "token choice"]
+    output: Float[Tensor, "token dim"]
+
+
+class ExpertCall(NamedTuple):
+    """One expert on the tokens that were sent to it.
+
+    Attributes:
+        expert: Which expert.
+        token: The tokens.
+        choice: Which of each token's choices it was.
+        neurons: What its down-projection reads [activation].
+        out: What its down-projection returns [activation].
+        added: What is weighted and summed: `out`, after the norm that some models have there.
+    """
+
+    expert: int
+    token: Int[Tensor, "routed"]
+    choice: Int[Tensor, "routed"]
+    neurons: Float[Tensor, "routed neuron"]
+    out: Float[Tensor, "routed dim"]
+    added: Float[Tensor, "routed dim"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of one block.
+
+    Attributes:
+        layer: The block.
+        module: transformers' module of all its experts.
+        parent: The module that routes to it; its output is that of the block's FFN.
+    """
+
+    layer: int
+    module: Any
+    parent: nn.Module
+
+    @property
+    def count(self) -> int:
+        """How many experts there are."""
+        return self.module.down_proj.shape[0]
+
+    @property
+    def n_neurons(self) -> int:
+        """Neurons of one expert."""
+        return self.module.down_proj.shape[1 if self.module.is_transposed else 2]
+
+    def routing(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Routing:
+        """What a call of the module was given and returned."""
+        hidden, expert, weight = self._bound(args, kwargs).args[1:]
+        return Routing(hidden, expert, weight, output)
+
+    def reweighted(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], new: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the same call with other weights: ``new(expert, weight)``."""
+        bound = self._bound(args, kwargs)
+        _, _, expert, weight = bound.arguments
+        bound.arguments[weight] = new(bound.arguments[expert], bound.arguments[weight])
+        return bound.args[1:], bound.kwargs
+
+    def split(self, routing: Routing) -> Iterator[ExpertCall]:
+        """Each expert that some token is sent to, computed by itself, in the module's own dtype."""
+        for expert in range(self.count):
+            token, choice = (routing.expert == expert).nonzero(as_tuple=True)
+            if len(token):
+                neurons = self._neurons(routing.hidden[token], expert)
+                out = self._linear("down_proj", neurons, expert)
+                norm = self.module.has_post_expert_norm
+                added = self.module.post_expert_norm(out) if norm else out
+                yield ExpertCall(expert, token, choice, neurons, out, added)
+
+    def contributions(
+        self, expert: int, neurons: Float[Tensor, "row neuron"], dim: Int[Tensor, "row"]
+    ) -> Float[Tensor, "row neuron"]:
+        """What each neuron adds to one dim of its expert's output: a_n · W_down[n, dim].
+
+        Args:
+            expert: The expert.
+            neurons: What its down-projection reads.
+            dim: The dim of each row.
+        """
+        weight = self.module.down_proj[expert].detach()
+        rows = weight.T[dim] if self.module.is_transposed else weight[dim]
+        return neurons.float() * rows.float()
+
+    def check(self, routing: Routing, total: Float[Tensor, "token dim"]) -> None:
+        """Refuse experts whose weighted sum is not what the module returned.
+
+        Args:
+            routing: The call.
+            total: Σ_e w_e · out_e, float32.
+
+        Raises:
+            UnsupportedError: If they differ by more than the dtype explains.
+        """
+        half = routing.output.dtype in (torch.float16, torch.bfloat16)
+        if not close(total, routing.output.float(), 3e-2 if half else 1e-5):
+            raise UnsupportedError(
+                f"The experts of block {self.layer}, computed one by one, do not add up to the "
+                f"output of its {type(self.module).__name__}, so nothing exact can be said of each."
+            )
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+        return inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
+
+    def _neurons(self, hidden: Float[Tensor, "row dim"], expert: int) -> Tensor:
+        if self.module.has_gate:
+            return self.module._apply_gate(self._linear("gate_up_proj", hidden, expert))
+        return self.module.act_fn(self._linear("up_proj", hidden, expert))
+
+    def _linear(self, name: str, x: Tensor, expert: int) -> Tensor:
+        weight = getattr(self.module, name)[expert]
+        x = x.to(weight.dtype)
+        y = x @ weight if self.module.is_transposed else F.linear(x, weight)
+        return y + getattr(self.module, f"{name}_bias")[expert] if self.module.has_bias else y
+
+
+def experts_of(model: Any) -> dict[int, Experts]:
+    """The routed experts of a bridge, by block; blocks with a dense FFN are not in it.
+
+    Each block is tried on a few tokens: its FFN's output with the experts must be its output
+    without them, plus what they return. Then Σ_e w_e · out_e is what they add to the FFN's output,
+    and the rest (a shared expert) does not depend on them.
+
+    Args:
+        model: A TransformerBridge.
+
+    Raises:
+        UnsupportedError: If no block routes tokens to experts, or one does so in another way.
+    """
+    name = model.cfg.architecture or type(model.original_model).__name__
+    found = {
+        layer: experts
+        for layer, block in enumerate(model.blocks)
+        if (experts := _find(layer, block, name)) is not None
+    }
+    if not found:
+        raise UnsupportedError(
+            f"{name} has no mixture of experts whose weights transformers stacks in one module, as "
+            "in Mixtral, Qwen-MoE, OLMoE, DeepSeek or gpt-oss; only there can each expert be "
+            "computed."
+        )
+    _check_additive(model, found)
+    return found
+
+
+@contextmanager
+def routed(model: Any, experts: dict[int, Experts], hear: Callable[[int, Routing], None]) -> Any:
+    """Inside, `hear(layer, routing)` is called with every call of a block's experts."""
+
+    def listening(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            hear(layer, experts[layer].routing(args, kwargs, output))
+
+        return hook
+
+    with ExitStack() as undo:
+        for layer, one in experts.items():
+            handle = one.module.register_forward_hook(listening(layer), with_kwargs=True)
+            undo.callback(handle.remove)
+        yield
+
+
+def _find(layer: int, block: nn.Module, name: str) -> Experts | None:
+    """The one module of a block that stacks its experts, if it has one."""
+    stacks = {
+        id(module): (path, module)
+        for path, module in block.named_modules()
+        if _is_stack(module._parameters.get("down_proj"))
+    }
+    if not stacks:
+        return None
+    ((path, module), *others) = stacks.values()
+    known = hasattr(module, "has_gate") and hasattr(module, "_apply_gate")
+    arguments = len(inspect.signature(type(module).forward).parameters) == 4
+    if others or not (known and arguments) or getattr(module, "_is_expert_parallel", False):
+        raise UnsupportedError(
+            f"The experts of {name} are a {type(module).__name__}, which does not take tokens, "
+            "their experts and weights as transformers' fused experts do, so that no single one "
+            "can be computed."
+        )
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise UnsupportedError(
+            f"The experts of block {layer} of {name} are offloaded, and their weights have to be "
+            "read; load the model with all of its weights on devices."
+        )
+    while path.endswith("_original_component"):  # the bridge's wrapper of the module itself
+        path = path.rpartition(".")[0]
+    return Experts(layer, module, block.get_submodule(path.rpartition(".")[0]))
+
+
+def _is_stack(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.ndim == 3
+
+
+def _check_additive(model: Any, found: dict[int, Experts]) -> None:
+    """Refuse an FFN whose output is not the sum of its experts' and something independent of them.
+
+    Raises:
+        UnsupportedError: If one is not, or its experts are not called exactly once.
+    """
+    calls: dict[int, list[Routing]] = {layer: [] for layer in found}
+    inputs: dict[int, tuple[Any, Any, Any]] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            inputs[layer] = args, kwargs, _first(output)
+
+        return hook
+
+    aside = only_hooks(set(model.hook_dict.values()), (), lambda x, hook: None)
+    with aside, evaluating(model), torch.no_grad():
+        with ExitStack() as undo:
+            for layer, one in found.items():
+                handle = one.parent.register_forward_hook(keep(layer), with_kwargs=True)
+                undo.callback(handle.remove)
+            undo.enter_context(routed(model, found, lambda layer, x: calls[layer].append(x)))
+            model(probe_tokens(model).to(model.cfg.device), return_type=None)
+        for layer, one in found.items():
+            if len(calls[layer]) != 1 or layer not in inputs:
+                raise UnsupportedError(
+                    f"The experts of block {layer} are called {len(calls[layer])} times in one "
+                    "forward pass, expected once; what each adds cannot be told apart."
+                )
+            args, kwargs, output = inputs[layer]
+            silence = one.module.register_forward_hook(lambda m, x, y: torch.zeros_like(y))
+            try:
+                rest = _first(one.parent(*args, **kwargs))
+            finally:
+                silence.remove()
+            (call,) = calls[layer]
+            one.check(call, _total(one, call))
+            half = output.dtype in (torch.float16, torch.bfloat16)
+            together = rest.float() + call.output.reshape(rest.shape).float()
+            if not close(together, output.float(), 3e-2 if half else 1e-5):
+                raise UnsupportedError(
+                    f"The FFN of block {layer} does more with the output of its experts than to "
+                    "add it, so that what each expert contributes is not defined."
+                )
+
+
+def _total(experts: Experts, call: Routing) -> Float[Tensor, "token dim"]:
+    total = call.output.new_zeros(call.output.shape, dtype=torch.float32)
+    for one in experts.split(call):
+        weight = call.weight[one.token, one.choice, None].float()
+        total.index_add_(0, one.token, one.added.float() * weight)
+    return total
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
