@@ -14,6 +14,7 @@ from sinkscope.capture.scan import scan
 from sinkscope.errors import SinkscopeError
 from sinkscope.experiments.result import Result
 from sinkscope.experiments.resume import Request
+from sinkscope.output import counted, listed
 from sinkscope.prompts.tokens import Texts
 from sinkscope.sweeps.folder import Busy, Folder
 from sinkscope.sweeps.grid import SCAN, Case, Model
@@ -56,6 +57,50 @@ class Outcome:
     loaded: bool = False
     seconds: float = 0.0
     measuring: float = 0.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of the cells of one call of `sweep`.
+
+    Attributes:
+        outcomes: By the cells' names, those that were there before included.
+    """
+
+    outcomes: dict[str, Outcome]
+
+    def count(self, state: str) -> int:
+        """How many cells have a state: "measured", "kept" or "failed"."""
+        return sum(outcome.state == state for outcome in self.outcomes.values())
+
+    @property
+    def loads(self) -> int:
+        """How many times a model was loaded."""
+        return sum(outcome.loaded for outcome in self.outcomes.values())
+
+    @property
+    def overhead(self) -> float:
+        """Mean time of a measured cell beside loading and measuring [s]; nan where there is none.
+
+        It is the worker's: locks, files, the hash of what is in hand.
+        """
+        spent = [
+            outcome.seconds - outcome.measuring
+            for outcome in self.outcomes.values()
+            if outcome.state == MEASURED
+        ]
+        return sum(spent) / len(spent) if spent else float("nan")
+
+    def summary(self) -> str:
+        """Counts, and why cells failed."""
+        parts = [f"{self.count(state)} {state}" for state in (MEASURED, KEPT, FAILED)]
+        lines = [f"{listed(parts)}; {counted(self.loads, 'model load')}."]
+        reasons: dict[str, int] = {}
+        for outcome in self.outcomes.values():
+            if outcome.state == FAILED:
+                reasons[outcome.reason] = reasons.get(outcome.reason, 0) + 1
+        lines += [f"  {counted(count, 'cell')}: {reason}" for reason, count in reasons.items()]
+        return "\n".join(lines)
 
 
 class Worker:

@@ -15,22 +15,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
 from sinkscope.errors import SinkscopeError, SinkscopeWarning
 from sinkscope.output import counted, listed, number, table_as_text, wrapped
 from sinkscope.sweeps import memory
-from sinkscope.sweeps.cell import FAILED, KEPT, MEASURED, Cell, Outcome, Worker
+from sinkscope.sweeps.cell import FAILED, KEPT, Cell, Outcome, Run, Worker
 from sinkscope.sweeps.deal import deal, here
 from sinkscope.sweeps.fingerprint import Fingerprints, name_of
 from sinkscope.sweeps.folder import Folder
 from sinkscope.sweeps.grid import Case, combined, interventions_of, models_of, task_of, texts_of
+from sinkscope.sweeps.view import Cells
 from sinkscope.validation import real_number, whole_number
-
-if TYPE_CHECKING:
-    from sinkscope.sweeps.view import Cells
 
 
 @dataclass(frozen=True)
@@ -104,50 +102,6 @@ class Plan:
 
 def _gigabytes(size: float | None) -> str:
     return number(None if size is None else size / 1e9)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What became of the cells of one call of `sweep`.
-
-    Attributes:
-        outcomes: By the cells' names, those that were there before included.
-    """
-
-    outcomes: dict[str, Outcome]
-
-    def count(self, state: str) -> int:
-        """How many cells have a state: "measured", "kept" or "failed"."""
-        return sum(outcome.state == state for outcome in self.outcomes.values())
-
-    @property
-    def loads(self) -> int:
-        """How many times a model was loaded."""
-        return sum(outcome.loaded for outcome in self.outcomes.values())
-
-    @property
-    def overhead(self) -> float:
-        """Mean time of a measured cell beside loading and measuring [s]; nan where there is none.
-
-        It is the worker's: locks, files, the hash of what is in hand.
-        """
-        spent = [
-            outcome.seconds - outcome.measuring
-            for outcome in self.outcomes.values()
-            if outcome.state == MEASURED
-        ]
-        return sum(spent) / len(spent) if spent else float("nan")
-
-    def summary(self) -> str:
-        """Counts, and why cells failed."""
-        parts = [f"{self.count(state)} {state}" for state in (MEASURED, KEPT, FAILED)]
-        lines = [f"{listed(parts)}; {counted(self.loads, 'model load')}."]
-        reasons: dict[str, int] = {}
-        for outcome in self.outcomes.values():
-            if outcome.state == FAILED:
-                reasons[outcome.reason] = reasons.get(outcome.reason, 0) + 1
-        lines += [f"  {counted(count, 'cell')}: {reason}" for reason, count in reasons.items()]
-        return "\n".join(lines)
 
 
 def sweep(
@@ -254,8 +208,6 @@ def sweep(
             SinkscopeWarning,
             stacklevel=2,
         )
-    from sinkscope.sweeps.view import Cells
-
     return replace(Cells.of(folder, list(made.rows)), run=run)
 
 

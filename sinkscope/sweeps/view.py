@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     import xarray as xr
 
-    from sinkscope.sweeps.run import Run
+    from sinkscope.sweeps.cell import Run
 
 MEASURED, MISSING, FAILED_STATE = "measured", "missing", "failed"
 _HELD = 64  # reports that are kept in memory
