@@ -231,7 +231,9 @@ def _first(output: Any) -> Tensor:
 
 
 def _tokens(bridge: TransformerBridge, model: nn.Module) -> Tensor:
-    return probe_tokens(bridge).to(next(model.parameters()).device)
+    """The probe's tokens where the model reads them; offloaded weights lie nowhere meanwhile."""
+    devices = (p.device for p in model.parameters() if not p.is_meta)
+    return probe_tokens(bridge).to(next(devices, torch.device("cpu")))
 
 
 def _streams(bridge: TransformerBridge) -> bool:

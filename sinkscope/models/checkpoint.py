@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from sinkscope.errors import ModelError, SinkscopeError, UnsupportedError
+from sinkscope.models.sharing import shared_copy
 
 # -- keep transformers' progress bars and load reports off the terminal ----------------------------
 
@@ -73,11 +74,13 @@ class CheckpointReader:
     Attributes:
         allow_pickle: Whether weights may come from pickle files, which can run code.
         trained_head: Whether the checkpoint that was read holds its output head.
+        reference: A `shared_copy` of the model that was read, which is no part of any bridge.
     """
 
     def __init__(self, allow_pickle: bool = False) -> None:
         self.allow_pickle = allow_pickle
         self.trained_head = True
+        self.reference: PreTrainedModel | None = None
 
     def from_pretrained(self, name: str, **kwargs: Any) -> PreTrainedModel:
         """Read a model as the Auto class of its architecture does.
@@ -102,6 +105,7 @@ class CheckpointReader:
             )
         _refuse_wrapped(info["unexpected_keys"], name)
         self.trained_head = has_trained_head(model, info["missing_keys"], name)
+        self.reference = shared_copy(model.eval())
         return model
 
 

@@ -154,9 +154,9 @@ def load_model(
             with exclusive(spec):
                 return _from_memory(spec, request, anew=chosen or name is not None)
         with quiet():
-            bridge, source = _from_name(os.fspath(spec), request, revision, checkpoint)
-        bridge.requires_grad_(False)
-        return _finished(bridge, source, request)
+            found = _from_name(os.fspath(spec), request, revision, checkpoint)
+        found.bridge.requires_grad_(False)
+        return _finished(found, request)
 
 
 def _as_it_is(bridge: TransformerBridge, chosen: bool) -> TransformerBridge:
@@ -176,13 +176,31 @@ def _as_it_is(bridge: TransformerBridge, chosen: bool) -> TransformerBridge:
     return mended(bridge)
 
 
-def _finished(
-    bridge: TransformerBridge, source: ModelSource, request: _Request
-) -> TransformerBridge:
+@dataclass(frozen=True)
+class _Loaded:
+    """A bridge as it was made.
+
+    Attributes:
+        bridge: The bridge.
+        source: Where its weights come from.
+        reference: A `shared_copy` of its model from before it was wrapped; None for a model that
+            was never one of transformers.
+    """
+
+    bridge: TransformerBridge
+    source: ModelSource
+    reference: PreTrainedModel | None
+
+
+def _finished(loaded: _Loaded, request: _Request) -> TransformerBridge:
+    bridge = loaded.bridge
     bridge.cfg.model_name = request.name
     check_finite(bridge.original_model, request.name)
-    attach_source(bridge, replace(source, name=request.name))
-    return mended(bridge).eval()
+    attach_source(bridge, replace(loaded.source, name=request.name))
+    mended(bridge).eval()
+    if loaded.reference is not None:
+        prove(bridge, loaded.reference)
+    return bridge
 
 
 def unwrapped(spec: Any, tokenizer: Any) -> tuple[Any, Any]:
@@ -210,12 +228,9 @@ def unwrapped(spec: Any, tokenizer: Any) -> tuple[Any, Any]:
     return spec, tokenizer
 
 
-Loaded = tuple[TransformerBridge, ModelSource]
-
-
 def _from_name(
     spec: str, request: _Request, revision: str | None, checkpoint: int | None
-) -> Loaded:
+) -> _Loaded:
     """Find out what a string names, and load it."""
     path = Path(spec).expanduser()
     on_hub = spec not in PACKAGES and spec not in BUILT_IN and not os.path.exists(path)
@@ -223,12 +238,12 @@ def _from_name(
         raise ModelError(f"revision and checkpoint are for Hugging Face Hub models; {spec} is not.")
     if spec in BUILT_IN:
         bridge = BUILT_IN[spec].load(spec, request.device, request.dtype)
-        return bridge, replace(model_source(bridge), kind="packaged")
+        return _Loaded(bridge, replace(model_source(bridge), kind="packaged"), None)
     if spec in PACKAGES:
-        bridge, _ = _from_folder(packaged_folder(spec), request)
         package = PACKAGES[spec]
         revision = f"sha256:{package.sha256}"
-        return bridge, ModelSource(spec, "packaged", revision, package.trained_head)
+        source = ModelSource(spec, "packaged", revision, package.trained_head)
+        return replace(_from_folder(packaged_folder(spec), request), source=source)
     if os.path.isdir(path):
         return _from_folder(path, request)
     if os.path.isfile(path):
@@ -238,7 +253,7 @@ def _from_name(
     return _from_hub(spec, request, revision, checkpoint)
 
 
-def _from_folder(folder: Path, request: _Request) -> Loaded:
+def _from_folder(folder: Path, request: _Request) -> _Loaded:
     try:
         files = tuple(path.name for path in folder.iterdir())
     except OSError as error:
@@ -247,8 +262,11 @@ def _from_folder(folder: Path, request: _Request) -> Loaded:
     check_files(str(folder), files, request.allow_pickle)
     check_indices(folder, str(folder))
     weights = tuple(sorted(folder.glob("*.safetensors")))
-    bridge, trained_head = _from_checkpoint(str(folder), None, has_tokenizer(files), request)
-    return bridge, ModelSource(str(folder), "folder", trained_head=trained_head, weights=weights)
+    bridge, reader = _from_checkpoint(str(folder), None, has_tokenizer(files), request)
+    source = ModelSource(
+        str(folder), "folder", trained_head=reader.trained_head, weights=weights
+    )
+    return _Loaded(bridge, source, reader.reference)
 
 
 def _refuse_adapter(folder: Path, files: tuple[str, ...]) -> None:
@@ -267,22 +285,23 @@ def _refuse_adapter(folder: Path, files: tuple[str, ...]) -> None:
     )
 
 
-def _from_hub(spec: str, request: _Request, revision: str | None, checkpoint: int | None) -> Loaded:
+def _from_hub(
+    spec: str, request: _Request, revision: str | None, checkpoint: int | None
+) -> _Loaded:
     if checkpoint is not None:
         revision = revision_of(spec, revision, checkpoint)
     found = find_on_hub(spec, revision, _what_would_work(spec))
     check_files(spec, found.files, request.allow_pickle)
     check_hub_indices(spec, found)
-    bridge, trained_head = _from_checkpoint(
-        spec, found.revision, has_tokenizer(found.files), request
-    )
-    return bridge, ModelSource(spec, "hub", found.revision, trained_head)
+    bridge, reader = _from_checkpoint(spec, found.revision, has_tokenizer(found.files), request)
+    source = ModelSource(spec, "hub", found.revision, reader.trained_head)
+    return _Loaded(bridge, source, reader.reference)
 
 
 def _from_checkpoint(
     where: str, revision: str | None, has_own_tokenizer: bool, request: _Request
-) -> tuple[TransformerBridge, bool]:
-    """Read a folder or hub repository; also say whether its output head is trained."""
+) -> tuple[TransformerBridge, CheckpointReader]:
+    """Read a folder or hub repository; also give the reader, which says what it found."""
     reader = CheckpointReader(request.allow_pickle)
     common: dict[str, Any] = {
         "revision": revision,
@@ -309,10 +328,12 @@ def _from_checkpoint(
                 where, config=config, dtype=dtype, device_map=request.device_map, **common
             )
             bridge = build(_placed(model, request.device), None, where)
-    return bridge, reader.trained_head
+    if reader.reference is not None and request.device is not None:
+        reader.reference.to(request.device)  # weights are there already; buffers are its own
+    return bridge, reader
 
 
-def _from_gguf(path: Path, request: _Request) -> Loaded:
+def _from_gguf(path: Path, request: _Request) -> _Loaded:
     if path.suffix != ".gguf":
         raise ModelError(
             f"{path} is a file but not a .gguf file; give the folder that holds the model's "
@@ -322,8 +343,10 @@ def _from_gguf(path: Path, request: _Request) -> Loaded:
         raise ModelError("device_map is not for GGUF files; pass device instead.")
     model, tokenizer = read_gguf(path, request.dtype or torch.float32)
     with one_sentence(request.name):
-        bridge = build(_placed(model, request.device), request.tokenizer or tokenizer, str(path))
-    return bridge, ModelSource(str(path), "gguf", weights=(path,))
+        model = _placed(model, request.device)
+        reference = shared_copy(model)
+        bridge = build(model, request.tokenizer or tokenizer, str(path))
+    return _Loaded(bridge, ModelSource(str(path), "gguf", weights=(path,)), reference)
 
 
 def _placed(model: PreTrainedModel, device: torch.device | None) -> PreTrainedModel:
@@ -362,8 +385,7 @@ def _from_memory(model: PreTrainedModel, request: _Request, anew: bool) -> Trans
         reference = shared_copy(ours)
         bridge = build(ours, request.tokenizer, request.name)
         source = ModelSource(request.name, "memory", trained_head=not headless)
-        bridge = _finished(bridge, source, request)
-        prove(bridge, reference)
+        bridge = _finished(_Loaded(bridge, source, reference), request)
     if not moves:
         remember(model, bridge, request.tokenizer)
     return bridge

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,10 @@ from sinkscope.errors import ModelError
 from sinkscope.models.active import is_wiring
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def shared_copy(model: M) -> M:
     """A copy of a model's modules and configs over the same parameters, buffers and hooks.
 
     Blocks that `torch.compile` wrapped stand in the copy as they were before: a compiled graph
