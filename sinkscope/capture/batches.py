@@ -6,7 +6,7 @@ see a pad key, so causal models need no attention mask at all and keep their fas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -263,6 +263,27 @@ def classes(
 ) -> Int[Tensor, "prompt"]:
     """The class of each prompt's length; in the order of `by_length`, equal ones are neighbours."""
     return torch.tensor([class_of(length) for length in mask.sum(dim=1).tolist()])
+
+
+def together(
+    order: Int[Tensor, "row"], classes: Int[Tensor, "prompt"], size: int
+) -> Iterator[Int[Tensor, "row"]]:
+    """Batches of prompts that a model may run together.
+
+    Args:
+        order: Prompts in the order of `by_length`, all or some.
+        classes: The class of every prompt, see `classes`.
+        size: The most prompts of a batch.
+
+    Yields:
+        Neighbours in that order, of one class.
+    """
+    done = 0
+    while done < len(order):
+        rows = order[done : done + size]
+        rows = rows[classes[rows] == classes[rows[0]]]
+        yield rows
+        done += len(rows)
 
 
 def by_length(mask: Bool[Tensor, "prompt position"]) -> Int[Tensor, "prompt"]:

@@ -66,7 +66,7 @@ def run(
     refuse_short_prompts(model, texts.mask)
     device = input_device(model)
     order = batches.by_length(texts.mask)
-    classes = batches.classes(texts.mask, length_class(model.original_model))[order]
+    classes = batches.classes(texts.mask, length_class(model.original_model))
     size = batch if isinstance(batch, int) else _first_size(model, texts, path)
     listener = _Listener(observers)
     has_external_hooks = any(has_hooks(point) for point in model.hook_dict.values())
@@ -80,8 +80,7 @@ def run(
         tqdm(total=len(order), unit="prompt", disable=not progress, leave=False) as bar,
     ):
         while done < len(order):
-            together = classes[done : done + size] == classes[done]
-            rows = order[done : done + size][together]
+            rows = next(batches.together(order[done:], classes, size))
             listener.batch = batches.cut(
                 texts.tokens,
                 texts.mask,

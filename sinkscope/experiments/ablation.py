@@ -37,6 +37,7 @@ from sinkscope.interventions.calibration import mean_output
 from sinkscope.models.active import refuse_short_prompts
 from sinkscope.models.load import load_model
 from sinkscope.models.provenance import digest
+from sinkscope.models.rope import length_class
 from sinkscope.output import listed, number
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts
@@ -256,6 +257,7 @@ class _Run:
         self._room = _TOKENS[partway.device.type if partway.device.type in _TOKENS else "cpu"]
         self._batch = batch or max(1, self._room // (self.tokens.shape[1] * self.can.n_heads))
         self._order = batches.by_length(self.mask)
+        self._classes = batches.classes(self.mask, length_class(partway.model.original_model))
         self._mean: dict[str, Tensor] = {}
         if mode == "mean":
             hooks = [self.can.hook("z", layer) for layer in range(self.can.n_layers)]
@@ -293,7 +295,7 @@ class _Run:
         for same in kind.unique().tolist():
             rows = self._order[(kind == same)[self._order]]
             if missing[rows[0]].any():
-                found += rows.split(self._batch)
+                found += batches.together(rows, self._classes, self._batch)
         return found
 
     def _start(self, rows: Int[Tensor, "prompt"]) -> None:

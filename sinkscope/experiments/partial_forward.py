@@ -30,6 +30,7 @@ from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.models.active import hooked
 from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.models.probe import only_hooks, probe_tokens
+from sinkscope.models.rope import length_class
 from sinkscope.models.signals import close
 from sinkscope.prompts.tokens import Texts
 
@@ -321,7 +322,9 @@ class PromptLosses:
         self._partway = partway
         self._tokens, self._mask = prompts.tokens, prompts.mask
         room = _TOKENS.get(partway.device.type, _TOKENS["cpu"]) // self._tokens.shape[1]
-        self._batches = batches.by_length(self._mask).split(batch or max(1, room))
+        classes = batches.classes(self._mask, length_class(partway.model.original_model))
+        order = batches.by_length(self._mask)
+        self._batches = list(batches.together(order, classes, batch or max(1, room)))
 
     def __call__(self, ablated: Flags | None = None) -> Float[Tensor, "prompt"]:
         """The loss of each prompt when the output of these heads is zero at every position.

@@ -14,6 +14,7 @@ from sinkscope.capture.batches import Batch
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.models.active import refuse_short_prompts
 from sinkscope.models.capabilities import capabilities
+from sinkscope.models.rope import length_class
 from sinkscope.prompts.texts import as_texts
 
 _TOKENS_A_BATCH = 4096
@@ -36,6 +37,7 @@ def run_through(model: Any, texts: Any, listeners: dict[str, Listener]) -> None:
     prompts = as_texts(texts).tokenize(model).right_padded()
     refuse_short_prompts(model, prompts.mask)
     order = batches.by_length(prompts.mask)
+    classes = batches.classes(prompts.mask, length_class(model.original_model))
     size = max(1, _TOKENS_A_BATCH // prompts.tokens.shape[1])
     device = runner.input_device(model)
     none = torch.zeros_like(prompts.mask)
@@ -51,7 +53,7 @@ def run_through(model: Any, texts: Any, listeners: dict[str, Listener]) -> None:
         paths.choose(model, caps, "auto").opened(),
         model.hooks(fwd_hooks=hooks),
     ):
-        for rows in order.split(size):
+        for rows in batches.together(order, classes, size):
             batch = batches.cut(
                 prompts.tokens, prompts.mask, none, rows, causal=caps.causal, device=device
             )

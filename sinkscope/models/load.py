@@ -263,9 +263,7 @@ def _from_folder(folder: Path, request: _Request) -> _Loaded:
     check_indices(folder, str(folder))
     weights = tuple(sorted(folder.glob("*.safetensors")))
     bridge, reader = _from_checkpoint(str(folder), None, has_tokenizer(files), request)
-    source = ModelSource(
-        str(folder), "folder", trained_head=reader.trained_head, weights=weights
-    )
+    source = ModelSource(str(folder), "folder", trained_head=reader.trained_head, weights=weights)
     return _Loaded(bridge, source, reader.reference)
 
 

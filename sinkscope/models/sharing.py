@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from sinkscope.errors import ModelError
 from sinkscope.models.active import is_wiring
 
-
 M = TypeVar("M", bound=nn.Module)
 
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from sinkscope.capture.scan import scan
 from sinkscope.errors import ModelError, UnsupportedError
 from sinkscope.interventions import SelfOnlyMask
-from sinkscope.models.bridging import proof_of
+from sinkscope.models.bridging import Proof, proof_of
 from sinkscope.models.capabilities import capabilities
 from sinkscope.models.load import load_model
 from sinkscope.models.output import output_weight
 from tests.families.architectures import BY_NAME
 
-from .files import TOKENS, tiny_llama, tokenizer
+from .files import TOKENS, llama_gguf, tiny_llama, tokenizer
 
 
 def eager(model: Any, tokens: Tensor = TOKENS) -> Tensor:
@@ -229,6 +229,50 @@ def test_a_bridge_that_computes_something_else_is_refused(monkeypatch: Any) -> N
     with pytest.raises(UnsupportedError, match="cannot be exact .* computes block 0 otherwise"):
         scan(bridge, TOKENS, attention="eager", progress=False)
     assert_measured(BY_NAME["gpt2"].build())
+
+
+FOLDERS = {"gpt2": True, "phi3": False, "llama": True}
+"""Families, and whether their folder has a tokenizer, which decides who builds the bridge."""
+
+
+def saved(family: str, folder: Any) -> Any:
+    BY_NAME[family].build().save_pretrained(folder)
+    if FOLDERS[family]:
+        tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", FOLDERS)
+def test_a_folder_is_proved(family: str, dtype: str, tmp_path: Any) -> None:
+    bridge = load_model(saved(family, tmp_path), dtype=dtype)
+    assert bridge.__dict__["_sinkscope_proof"] == Proof()  # it was compared, and nothing differs
+
+
+def test_a_gguf_file_is_proved(tmp_path: Any) -> None:
+    bridge = load_model(llama_gguf(tmp_path / "tiny.gguf"))
+    assert bridge.__dict__["_sinkscope_proof"] == Proof()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_whose_bridge_computes_something_else_is_refused(
+    dtype: str, tmp_path: Any, monkeypatch: Any
+) -> None:
+    """TransformerLens would have to change the model when it prepares it: here it is made to."""
+    from transformer_lens.model_bridge.supported_architectures import llama
+
+    def prepare(self: Any, model: Any) -> None:
+        norm = model.model.layers[1].post_attention_layernorm
+        norm.forward = lambda x: x * 0.7
+
+    monkeypatch.setattr(llama.LlamaArchitectureAdapter, "prepare_model", prepare, raising=False)
+    bridge = load_model(saved("llama", tmp_path), dtype=dtype)
+    found = proof_of(bridge)
+    assert "computes block 1 otherwise" in (found.stock or "")
+    assert "computes block 1 otherwise" in (found.streaming or "")
+    for attention in ("eager", "streaming"):
+        with pytest.raises(UnsupportedError, match="computes block 1 otherwise"):
+            scan(bridge, TOKENS, attention=attention, progress=False)
 
 
 def test_threads_on_one_model() -> None:
