@@ -97,6 +97,26 @@ def doors() -> dict[str, Callable[[Any], Any]]:
         "load_model device": lambda value: ss.load_model("bb-3l", device=value),
         "load_model dtype": lambda value: ss.load_model("bb-3l", dtype=value),
     }
+    plot = ss.plot
+    for door in (
+        *("head_map", "head_scatter", "residual_norms", "value_drains", "attention_by_query"),
+        *("nonmixture_dims", "massive_activations", "position_map", "token_strip", "sink_rate"),
+        *("sink_rate_by_length", "position_embedding_norms"),
+    ):
+        found[door] = getattr(plot, door)
+    for door in (
+        *("perplexity_along", "perplexity_by_window", "removal_cost", "sleeping_heads"),
+        *("bench_ratios", "peak_trace", "mitigations", "knockout_risks", "training_curves"),
+    ):
+        found[door] = with_(getattr(plot, door), "frame", about="a line")
+    found |= {
+        "by_layer": lambda value: plot.by_layer(value, "sink_attention"),
+        "by_position": lambda value: plot.by_position(value, layer=0),
+        "before_after": lambda value: plot.before_after(value, "sink_attention", about="a line"),
+        "head_change before": lambda value: plot.head_change(value, report),
+        "head_change after": lambda value: plot.head_change(report, value),
+        "head_map metric": lambda value: plot.head_map(report, value),
+    }
     return found
 
 

@@ -19,6 +19,7 @@ from sinkscope.plot.lines import band
 from sinkscope.plot.positions import mean_over_heads
 from sinkscope.plot.scales import y_scale
 from sinkscope.plot.theme import Palette, Theme, palette
+from sinkscope.plot.values import require_report
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,6 +85,10 @@ def before_after(
         ReportError: If a column, the metric, or all rows are missing.
     """
     if isinstance(frame, Mapping):
+        if not frame:
+            raise ReportError("before_after was given no report.")
+        for name, report in frame.items():
+            require_report(f"the report {name!r}", report)
         about = differences(list(frame.values())) if about is None else about
         frame = _frame_of(frame, metric)
     if about is None:

@@ -15,7 +15,7 @@ from sinkscope.plot.figure import finish, layer_ticks
 from sinkscope.plot.labels import plain_about
 from sinkscope.plot.scales import WHOLE, log_bar, log_colours, log_range, log_scale
 from sinkscope.plot.theme import Palette, Theme, palette
-from sinkscope.plot.values import checked_index, require_known
+from sinkscope.plot.values import checked_index, require_known, require_report
 from sinkscope.report.labelled import to_numpy
 from sinkscope.statistics import bootstrap
 
@@ -54,6 +54,7 @@ def nonmixture_dims(
         ReportError: If FFN outputs were not measured, there is no such layer, or, without a layer
             asked for, no prompt has a mixed position.
     """
+    require_report("report", report)
     layer = checked_index(report, "layer", layer)
     found = report.nonmixture_dims(over_median, over_mixed, share)
     layer = standout_layer(report, found) if layer is None else layer
@@ -132,6 +133,7 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
     Raises:
         ReportError: If massive activations were not measured.
     """
+    require_report("report", report)
     if report.massive is None:
         raise ReportError(report._not_measured("massive"))
     frame = report.to_frame("massive")

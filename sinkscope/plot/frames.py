@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sinkscope.errors import ReportError
 from sinkscope.plot.labels import in_words, with_unit
 from sinkscope.statistics import bootstrap
+from sinkscope.validation import shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,8 +43,13 @@ def need(frame: pd.DataFrame, figure: str, *columns: str) -> pd.DataFrame:
     """The frame, if it has these columns and any row.
 
     Raises:
-        ReportError: Naming what is missing and what there is.
+        ReportError: Naming what is missing and what there is, or if it is no frame.
     """
+    if not hasattr(frame, "columns") or not hasattr(frame, "empty"):
+        raise ReportError(
+            f"{figure} was given {shown(frame)}; expected a frame, such as a result's to_frame() "
+            "gives."
+        )
     missing = [column for column in columns if column not in frame]
     if missing:
         raise ReportError(

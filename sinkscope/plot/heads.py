@@ -20,9 +20,10 @@ from sinkscope.plot.scales import (
     value_range,
 )
 from sinkscope.plot.theme import SEQUENTIAL, Palette, Theme, palette
-from sinkscope.plot.values import Interval, interval_of, mean_of, remembered
+from sinkscope.plot.values import Interval, interval_of, mean_of, remembered, require_report
 from sinkscope.report.labelled import Variable, to_numpy
 from sinkscope.statistics import bootstrap
+from sinkscope.validation import text
 
 if TYPE_CHECKING:
     from sinkscope.report.labelled import Variable
@@ -60,6 +61,7 @@ def head_map(
     Raises:
         ReportError: If the metric is unknown, was not measured, or is not one figure a head.
     """
+    require_report("report", report)
     variable, figures = of_heads(report, metric)
     if threshold is None and variable.unit == "probability":
         threshold = report.settings.epsilon
@@ -92,6 +94,7 @@ def of_heads(report: SinkReport, metric: str) -> tuple[Variable, Interval]:
     Raises:
         ReportError: If the metric is unknown, was not measured, or is not one figure a head.
     """
+    metric = text("metric", metric, error=ReportError)
     if metric in INACTIVE_IF:
         about = f"inactivity score of Sandoval-Segura et al.; inactive {INACTIVE_IF[metric]} τ"
         variable = Variable(metric, ("prompt", "layer", "head"), None, about, None)
@@ -271,6 +274,7 @@ def head_scatter(
     Raises:
         ReportError: If a field was not measured or is not one figure a head.
     """
+    require_report("report", report)
     (across_is, across), (up_is, up) = (_per_head(report, name) for name in (x, y))
     layers, heads = across.shape
     where = np.stack([axis.ravel() for axis in np.indices((layers, heads))], axis=-1)
@@ -323,6 +327,8 @@ def head_change(
     Raises:
         ReportError: If the reports do not fit together, or lack the metric.
     """
+    require_report("before", before)
+    require_report("after", after)
     variable = before._require(metric)
     one, other = before[metric].float().cpu(), after[metric].float().cpu()
     if variable.dims not in HEAD_DIMS or one.shape[-2:] != other.shape[-2:]:

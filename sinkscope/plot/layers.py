@@ -24,6 +24,7 @@ from sinkscope.plot.values import (
     nanmean,
     remembered,
     require_known,
+    require_report,
 )
 from sinkscope.statistics import bootstrap
 
@@ -61,6 +62,8 @@ def by_layer(
     named = dict(report) if isinstance(report, Mapping) else {"": report}
     if not named:
         raise ReportError("by_layer was given no report.")
+    for name, one in named.items():
+        require_report(f"the report {name!r}" if name else "report", one)
     first = next(iter(named.values()))
     variables = [_checked(one, name) for one in named.values() for name in metrics]
     for variable in variables:
@@ -121,6 +124,7 @@ def residual_norms(report: SinkReport, *, theme: Theme = None) -> go.Figure:
     Raises:
         ReportError: If residual norms were not measured, or no prompt has another position.
     """
+    require_report("report", report)
     require_known(report, "residual_peak")
     peak = mean_of(report, "residual_peak")
     lowest, highest = int(np.nanargmin(peak)), int(np.nanargmax(peak))
@@ -146,6 +150,7 @@ def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) 
     Raises:
         ReportError: If drains were not measured, or no prompt has another position.
     """
+    require_report("report", report)
     metric = "value_drain_out" if out else "value_drain"
     require_known(report, metric)
     kind = in_words(report.variables()[metric].dims[-1])
@@ -191,6 +196,7 @@ def attention_by_query(
     Raises:
         ReportError: If it was not measured, or there is no such layer or head.
     """
+    require_report("report", report)
     figures = mean_of(report, "received_by_distance")
     buckets = mean_of(report, "bucket").astype(int)
     heads = checked_index(report, "head", head)

@@ -38,7 +38,7 @@ from sinkscope.plot.scales import (
     y_scale,
 )
 from sinkscope.plot.theme import Theme, palette
-from sinkscope.plot.values import checked_index, mean_of, nanmean, sink_positions
+from sinkscope.plot.values import checked_index, mean_of, nanmean, require_report, sink_positions
 from sinkscope.report.fields import SinkFields
 from sinkscope.report.labelled import to_numpy
 
@@ -91,6 +91,7 @@ def by_position(
         ReportError: If the metric was not measured or has no positions, or there is no such layer
             or head.
     """
+    require_report("report", report)
     variable = _positional(report, metric)
     figures = mean_of(report, metric)[checked_index(report, "layer", layer)]
     where = f"layer {layer}"
@@ -134,6 +135,7 @@ def position_map(
     Raises:
         ReportError: If the metric was not measured or has no positions.
     """
+    require_report("report", report)
     variable = _positional(report, metric)
     places = map_bins(report)
     columns = places.columns(sink_positions(report))
@@ -227,6 +229,7 @@ def position_embedding_norms(
     if isinstance(source, Tensor):
         norms = to_numpy(source)
     else:
+        require_report("source", source)
         about, norms = source.settings, mean_of(source, "position_embedding_norm")
     if about is None:
         raise ReportError("Norms alone do not say which model's they are; pass about=.")

@@ -20,9 +20,11 @@ from sinkscope.plot.values import (
     Interval,
     mean_of,
     remembered,
+    require_report,
     sink_positions,
 )
 from sinkscope.statistics import bootstrap
+from sinkscope.validation import shown
 
 if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
@@ -49,6 +51,8 @@ def sink_rate(reports: SinkReport | Mapping[str, SinkReport], *, theme: Theme = 
     first = next(iter(named.values()), None)
     if first is None:
         raise ReportError("sink_rate was given no report.")
+    for name, report in named.items():
+        require_report(f"the report {name!r}" if named is reports else "report", report)
     colours = palette(theme)
     epsilon, epsilons = first.settings.epsilon, np.linspace(0, 1, 101)
     figure = go.Figure()
@@ -92,8 +96,12 @@ def sink_rate_by_length(
     Raises:
         ReportError: If there is no report, or `sink_importance` was not measured.
     """
+    if not isinstance(reports, Sequence):
+        raise ReportError(f"reports is {shown(reports)}; expected a list of reports.")
     if not reports:
         raise ReportError("sink_rate_by_length was given no report.")
+    for index, report in enumerate(reports):
+        require_report(f"report {index}", report)
     epsilon = reports[0].settings.epsilon if epsilon is None else epsilon
     colours = palette(theme)
     figure = go.Figure()

@@ -31,7 +31,7 @@ from sinkscope.plot.scales import (
     value_range,
 )
 from sinkscope.plot.theme import Palette, Theme, palette
-from sinkscope.plot.values import checked_index
+from sinkscope.plot.values import checked_index, require_report
 
 if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
@@ -73,6 +73,7 @@ def token_strip(
         ReportError: If the metric was not measured or is not one figure a token, or there is no
             such prompt or position.
     """
+    require_report("report", report)
     variable = report._require(metric)
     if variable.dims != ("prompt", "position"):
         raise ReportError(

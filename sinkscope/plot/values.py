@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from sinkscope.errors import ReportError
 from sinkscope.report.labelled import to_numpy
-
-if TYPE_CHECKING:
-    from sinkscope.report.report import SinkReport
+from sinkscope.report.report import SinkReport
+from sinkscope.validation import shown
 
 
 class Interval(NamedTuple):
@@ -60,6 +59,16 @@ def is_known(report: SinkReport, name: str) -> bool:
     """Whether a field was measured and some prompt defines it."""
     figures = getattr(report, name)
     return figures is not None and not (isinstance(figures, Tensor) and figures.isnan().all())
+
+
+def require_report(name: str, value: Any) -> None:
+    """Refuse what is no report.
+
+    Raises:
+        ReportError: If it is anything else; other results and frames have figures of their own.
+    """
+    if not isinstance(value, SinkReport):
+        raise ReportError(f"{name} is {shown(value)}; expected the SinkReport that a scan gives.")
 
 
 def require_known(report: SinkReport, name: str) -> None:
