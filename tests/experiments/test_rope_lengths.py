@@ -63,6 +63,7 @@ def alone(kind: str, head: int | None = None) -> tuple[Tensor, list[Tensor], lis
         first, last = model.model.layers[0], model.model.layers[-1]
 
         def cut(module: Any, args: Any, size: int = size) -> Any:
+            assert head is not None
             z = args[0].clone()
             z[..., head * size : (head + 1) * size] = 0
             return (z,)
