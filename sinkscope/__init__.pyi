@@ -15,6 +15,7 @@ from .interventions.experts import AblateExperts as AblateExperts
 from .interventions.heads import AblateHeads as AblateHeads
 from .interventions.positions import PositionEmbeddingEdit as PositionEmbeddingEdit
 from .interventions.positions import PositionIdEdit as PositionIdEdit
+from .interventions.quantise import Quantise as Quantise
 from .interventions.self_only import SelfOnlyMask as SelfOnlyMask
 from .interventions.sink_logit import ShiftSinkLogit as ShiftSinkLogit
 from .interventions.softmax import ReplaceSoftmax as ReplaceSoftmax
@@ -70,6 +71,7 @@ __all__ = [
     "PositionEmbeddingEdit",
     "PositionIdEdit",
     "ReplaceSoftmax",
+    "Quantise",
     "ReplaceEnd",
     "ReplaceStart",
     "SinkscopeError",

@@ -15,6 +15,7 @@ What cannot be done exactly on an architecture is refused in a sentence. `Replac
     values       ScaleValue, ZeroValue: the value vectors
     self_only    SelfOnlyMask: the attention mask
     sink_logit   ShiftSinkLogit: one key's logit
+    quantise     Quantise: activations, keys and values in simulated low precision
     softmax      ReplaceSoftmax: the attention operator
     positions    PositionEmbeddingEdit, PositionIdEdit: learned vectors and rotary ids
     base         the base classes; to add an intervention, start there
@@ -26,6 +27,7 @@ from sinkscope.interventions.activations import RemoveOutput, ScaleActivation, S
 from sinkscope.interventions.experts import AblateExperts
 from sinkscope.interventions.heads import AblateHeads
 from sinkscope.interventions.positions import PositionEmbeddingEdit, PositionIdEdit
+from sinkscope.interventions.quantise import Quantise
 from sinkscope.interventions.self_only import SelfOnlyMask
 from sinkscope.interventions.sink_logit import ShiftSinkLogit
 from sinkscope.interventions.softmax import ReplaceSoftmax
@@ -37,6 +39,7 @@ __all__ = [
     "AblateHeads",
     "PositionEmbeddingEdit",
     "PositionIdEdit",
+    "Quantise",
     "RemoveOutput",
     "ReplaceEnd",
     "ReplaceSoftmax",

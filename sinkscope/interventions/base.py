@@ -44,10 +44,13 @@ class Intervention(AbstractContextManager):
         positions: The positions that every prompt must have.
         softmax: Whether attention rows are still those of a softmax (non-negative weights whose sum
             is at most one), so that their entropy is defined.
+        even: Whether the edit of a prompt depends on all positions that run, so that padding would
+            take part in it.
     """
 
     positions: tuple[int, ...] = ()
     softmax = True
+    even = False
     _arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:

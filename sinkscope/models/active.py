@@ -72,6 +72,7 @@ class InForce(Protocol):
     Attributes:
         positions: Those that every prompt must have.
         softmax: Whether rows of attention stay a softmax's: weights that sum to one at most.
+        even: Whether the edit of a prompt depends on all positions that run, padding too.
     """
 
     @property
@@ -81,6 +82,11 @@ class InForce(Protocol):
 
     @property
     def softmax(self) -> bool:
+        """See above."""
+        ...
+
+    @property
+    def even(self) -> bool:
         """See above."""
         ...
 
@@ -115,8 +121,14 @@ def refuse_short_prompts(model: Any, mask: Bool[Tensor, "prompt position"]) -> N
     """Refuse right-padded prompts that end before a position that an intervention changes.
 
     Raises:
-        TextError: If one does.
+        TextError: If one does; or if prompts differ in length under an intervention whose edit of
+            a prompt depends on all positions that run.
     """
+    if any(one.even for one in in_force(model)) and not bool(mask.all()):
+        raise TextError(
+            "An intervention takes a range over whole prompts, which padding would be part of, and "
+            "these prompts differ in length; use prompts of one length."
+        )
     needed = [position for one in in_force(model) for position in one.positions]
     farthest = max(needed, default=-1)
     if farthest >= 0 and farthest >= (shortest := int(mask.sum(dim=1).min())):

@@ -26,6 +26,7 @@ from sinkscope.interventions import (
     AblateHeads,
     PositionEmbeddingEdit,
     PositionIdEdit,
+    Quantise,
     RemoveOutput,
     ReplaceSoftmax,
     ScaleActivation,
@@ -632,6 +633,7 @@ def every_intervention(model: object, family: Family) -> list:
         SetActivation(model, 1, [0, 5], P, 3.0),
         RemoveOutput(model, 0, "mlp", 0),
         ScaleActivation(model, 0, P, 2.0),
+        Quantise(model, "int4-token", "value", keep=0),
     ]
     if family.positions == "learned":
         return [*found, PositionEmbeddingEdit(model, 0, P, "swap")]
