@@ -19,6 +19,7 @@ from .interventions.quantise import Quantise as Quantise
 from .interventions.self_only import SelfOnlyMask as SelfOnlyMask
 from .interventions.sink_logit import ShiftSinkLogit as ShiftSinkLogit
 from .interventions.softmax import ReplaceSoftmax as ReplaceSoftmax
+from .interventions.transplant import SinkTransplant as SinkTransplant
 from .interventions.values import ScaleValue as ScaleValue
 from .interventions.values import ZeroValue as ZeroValue
 from .models.capabilities import capabilities as capabilities
@@ -68,6 +69,7 @@ __all__ = [
     "ZeroValue",
     "SelfOnlyMask",
     "ShiftSinkLogit",
+    "SinkTransplant",
     "PositionEmbeddingEdit",
     "PositionIdEdit",
     "ReplaceSoftmax",

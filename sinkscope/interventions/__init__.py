@@ -13,6 +13,7 @@ What cannot be done exactly on an architecture is refused in a sentence. `Replac
     heads        AblateHeads: the heads' outputs
     experts      AblateExperts: the outputs of a routed model's experts
     values       ScaleValue, ZeroValue: the value vectors
+    transplant   SinkTransplant: a donor's keys and values, at a position or in an extra slot
     self_only    SelfOnlyMask: the attention mask
     sink_logit   ShiftSinkLogit: one key's logit
     quantise     Quantise: activations, keys and values in simulated low precision
@@ -31,6 +32,7 @@ from sinkscope.interventions.quantise import Quantise
 from sinkscope.interventions.self_only import SelfOnlyMask
 from sinkscope.interventions.sink_logit import ShiftSinkLogit
 from sinkscope.interventions.softmax import ReplaceSoftmax
+from sinkscope.interventions.transplant import SinkTransplant
 from sinkscope.interventions.values import ScaleValue, ZeroValue
 from sinkscope.prompts.replace import ReplaceEnd, ReplaceStart
 
@@ -49,5 +51,6 @@ __all__ = [
     "SelfOnlyMask",
     "SetActivation",
     "ShiftSinkLogit",
+    "SinkTransplant",
     "ZeroValue",
 ]

@@ -34,6 +34,7 @@ from sinkscope.interventions import (
     SelfOnlyMask,
     SetActivation,
     ShiftSinkLogit,
+    SinkTransplant,
     ZeroValue,
 )
 from sinkscope.prompts.tokens import Texts
@@ -635,6 +636,8 @@ def every_intervention(model: object, family: Family) -> list:
         ScaleActivation(model, 0, P, 2.0),
         Quantise(model, "int4-token", "value", keep=0),
     ]
+    if "key" in ss.capabilities(model).signals:
+        found.append(SinkTransplant(model, ss.token_ids(family.tokens(seed=1)), what="both"))
     if family.positions == "learned":
         return [*found, PositionEmbeddingEdit(model, 0, P, "swap")]
     return [*found, PositionIdEdit(model, 0, P)]
