@@ -114,7 +114,7 @@ class SinkTransplant(HookedIntervention):
             name: [self.caps.hook(name, layer) for layer in self.layers]
             for name in ("key", "value")
         }
-        self._taken = _mean_at(model, donor, sum(hooks.values(), []), self.donor_position)
+        self._taken = _mean_at(model, donor, [*hooks["key"], *hooks["value"]], self.donor_position)
         self.keys, self.values = (
             {layer: self._taken[hook] for layer, hook in zip(self.layers, hooks[name], strict=True)}
             for name in ("key", "value")
