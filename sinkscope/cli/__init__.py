@@ -24,6 +24,7 @@ from sinkscope.cli import (
     stream,
     sweep,
     trace_peak,
+    transplant,
     waiver,
 )
 
@@ -57,6 +58,7 @@ app.command("dormant")(dormant.dormant)
 app.command("dynamics")(dynamics.dynamics)
 app.command("trace-peak")(trace_peak.trace_peak)
 app.command("experts")(experts.experts)
+app.command("transplant")(transplant.transplant)
 app.command("stream")(stream.stream)
 app.command("sweep")(sweep.sweep)
 app.command("atlas")(sweep.atlas)

@@ -34,6 +34,10 @@ EXAMPLES = {
         "sinkscope experts allenai/OLMoE-1B-7B-0924 --prompts 4 --length 256 --out results",
         "sinkscope experts ./my-routed-model --no-ablate --json",
     ],
+    "transplant": [
+        "sinkscope transplant smollm2-135m --prompts 4 --out results",
+        "sinkscope transplant smollm2-135m --donor mean",
+    ],
     "stream": ["sinkscope stream smollm2-135m --tokens 4096 --windows 256 --sinks 0,4"],
     "sweep": [
         "sinkscope sweep sweep.yaml --dry-run",

@@ -6,6 +6,7 @@ from . import inactive_heads as inactive_heads
 from . import mixing as mixing
 from . import streaming_context as streaming_context
 from . import trace_peak as trace_peak
+from . import transplant as transplant
 from . import waiver as waiver
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "mixing",
     "streaming_context",
     "trace_peak",
+    "transplant",
     "waiver",
 ]
