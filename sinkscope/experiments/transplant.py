@@ -4,7 +4,8 @@ A sink acts on later tokens through its keys and values. Its key decides how muc
 absorbs; its value is what that attention adds to every query. This experiment separates the two:
 
 1. Run prompts as they are ("untouched"), and again with their sink erased ("host"): the FFN output
-   of the block that writes the residual peak is set to zero at the sink.
+   of the block that adds most to the sink's norm is set to zero there. The attention that is left
+   says whether that erased the sink.
 2. Take the sink's keys and values of every layer from donors on the unchanged model, and give them
    to the hosts (`interventions.SinkTransplant`): both; the key alone, with value zero, which
    absorbs attention and adds nothing; the value alone, with the key of the host; and both, or the
@@ -93,7 +94,7 @@ class Transplant(Result):
         """Attention, loss and divergence of every condition in a table."""
         found = self.statistics()
         erased = (
-            f"The sink of the hosts was erased: without the FFN output of block {self.erased_in}."
+            f"Hosts: the FFN output of block {self.erased_in} is zero at position 0."
             if self.erased_in >= 0
             else "The hosts are the prompts as they are."
         )

@@ -24,7 +24,7 @@ from sinkscope.interventions.base import (
     HookedIntervention,
     Hooks,
     Intervention,
-    check_layers,
+    check_attending,
     check_mode,
     check_positions,
 )
@@ -67,7 +67,7 @@ class SinkTransplant(HookedIntervention):
         position: The host's position p; None for an extra slot.
         what: "both", "key" or "value".
         donor_position: The donors' position q; p by default, and 0 for an extra slot.
-        layers: The layers; None for all.
+        layers: The layers, of those that attend; None for all of them.
 
     Attributes:
         keys: The donors' mean key of each layer [kv_head d_head], float32.
@@ -99,7 +99,7 @@ class SinkTransplant(HookedIntervention):
     ) -> None:
         super().__init__(model)
         self.what = check_mode(what, WHAT)
-        self.layers = check_layers(layers, self.caps.n_layers)
+        self.layers = check_attending(layers, self.caps)
         self.positions = (self._row,) = check_positions(0 if position is None else position)
         (self.donor_position,) = check_positions(
             self._row if donor_position is None else donor_position
@@ -109,6 +109,8 @@ class SinkTransplant(HookedIntervention):
                 'An extra slot has no key of the host that what="value" could keep; use "both" or '
                 '"key", or a position.'
             )
+        if position is None:
+            self._check_slot()
         self._at_no_position = _at_no_position(model) if position is None else None
         hooks = {
             name: [self.caps.hook(name, layer) for layer in self.layers]
@@ -153,9 +155,21 @@ class SinkTransplant(HookedIntervention):
             texts: Anything that a scan takes.
 
         Raises:
+            UnsupportedError: If some layer is not given the sink, so that the placeholder would
+                be read there.
             TextError: If a prompt is then longer than the model's context.
         """
+        self._check_slot()
         return with_slot(self.model, texts)
+
+    def _check_slot(self) -> None:
+        """Refuse a slot whose placeholder would reach other tokens by another way."""
+        if len(self.layers) < self.caps.n_layers:
+            raise UnsupportedError(
+                f"An extra slot is exact where all {self.caps.n_layers} layers attend and are "
+                f"given the sink, and this transplant has {len(self.layers)} of them: elsewhere "
+                "the placeholder itself would be read; use layers=None, or a position of the host."
+            )
 
     def to_cache(self, prompts: int = 1) -> Any:
         """The sink as a transformers cache of one token, from which generation can start.

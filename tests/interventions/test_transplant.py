@@ -292,3 +292,12 @@ def test_refusals() -> None:
             odd.to_cache()
     with pytest.raises(TextError, match="65 tokens are more"):
         SinkTransplant(model, donor).with_slot(ss.token_ids(family.tokens(length=64)))
+    for few in (lambda: SinkTransplant(model, donor, None, layers=[0, 1]), partial_slot):
+        with pytest.raises(UnsupportedError, match="2 of them|1 of them"):
+            few()
+
+
+def partial_slot() -> None:
+    family = BY_NAME["llama"]
+    model = ss.load_model(family.build())
+    SinkTransplant(model, ss.token_ids([[7]]), layers=0).with_slot(ss.token_ids([[5, 6]]))
