@@ -191,9 +191,14 @@ def _printed(renderable: Any, width: int) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON knows it: dataclasses as objects, tensors as lists, nan and inf as null."""
+    """A value as JSON knows it: dataclasses and named tuples as objects, tensors as lists.
+
+    nan and inf become null.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -1,15 +1,16 @@
-"""Means with their intervals, tests that hold for many heads at once, and rank correlation.
+"""Means with intervals, tests that hold for many heads at once, and rank correlation.
 
-`bootstrap` gives the interval of means over prompts as tensors, `estimate` that of one number;
-`mean_interval` is for a few repetitions. `max_t` compares two kinds of text head by head, and
-`rank_correlation` relates two measurements over heads.
+* `Interval` is a mean with the ends of its interval, of one number or of a whole tensor.
+  `bootstrap` computes it over prompts for tensors, `estimate` for one number, and `mean_interval`
+  over a few repetitions of a run.
+* `max_t` compares two kinds of text head by head, corrected for the number of heads.
+* `rank_correlation` relates two measurements over heads.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,36 +23,75 @@ from sinkscope.errors import ReportError, TextError
 from sinkscope.output import number
 from sinkscope.validation import probability, whole_number
 
-# -- intervals for a handful of seeds --------------------------------------------------------------
+# -- a mean and its interval -----------------------------------------------------------------------
 
 
-def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and Student-t interval of a few independent repetitions; nan bounds for one value."""
+class Interval(NamedTuple):
+    """A mean with the ends of its interval: a float each, or a tensor or array of one shape each.
+
+    Attributes:
+        mean: The mean.
+        low: The lower end; nan where there are too few repetitions for an interval.
+        high: The upper end.
+    """
+
+    mean: Any
+    low: Any
+    high: Any
+
+    def __str__(self) -> str:
+        """``mean [low, high]`` of a number; the mean alone where there is no interval."""
+        if not isinstance(self.mean, float):
+            return repr(self)
+        ends = f" [{number(self.low)}, {number(self.high)}]"
+        return number(self.mean) + ("" if math.isnan(self.low) else ends)
+
+    def negated(self) -> Interval:
+        """The interval of minus the mean."""
+        return Interval(-self.mean, -self.high, -self.low)
+
+    def to_decimals(self, digits: int) -> str:
+        """A number as text with a fixed number of decimals, for the columns of a table."""
+        return self._written(f".{digits}f")
+
+    def signed(self, digits: int = 3) -> str:
+        """A difference as text, with the sign of each value."""
+        return self._written(f"+.{digits}f")
+
+    def in_percent(self, digits: int = 0) -> str:
+        """A share as text, in percent."""
+        return Interval(*(100 * value for value in self))._written(f".{digits}f", " %")
+
+    def _written(self, spec: str, unit: str = "") -> str:
+        mean, low, high = (format(value, spec) for value in self)
+        interval = "" if math.isnan(self.low) else f" [{low}, {high}]"
+        return f"{mean}{unit}{interval}"
+
+
+def mean_interval(values: np.ndarray, level: float = 0.95) -> Interval:
+    """Mean and Student-t interval of a few independent repetitions; nan ends for one value."""
     from scipy import stats
 
     values = np.asarray(values, dtype=np.float64)
     mean, count = float(values.mean()), len(values)
     if count < 2:
-        return mean, math.nan, math.nan
+        return Interval(mean, math.nan, math.nan)
     half = float(stats.t.ppf(0.5 + level / 2, count - 1) * stats.sem(values))
-    return mean, mean - half, mean + half
+    return Interval(mean, mean - half, mean + half)
 
 
-# Resampled means held at once; torch.quantile also refuses more than 2^24 values.
-_CHUNK = 4_000_000
-
-
-class Interval(NamedTuple):
-    """A mean over prompts with the ends of its interval, each without the prompt dimension."""
-
-    mean: Tensor
-    low: Tensor
-    high: Tensor
+def estimate(x: Float[Tensor, "prompt"]) -> Interval:
+    """Mean over prompts of one value per prompt, with its 95 % bootstrap interval."""
+    return Interval(*(float(value) for value in bootstrap(x.float())))
 
 
 def mean_over_prompts(x: Float[Tensor, "prompt *rest"]) -> Float[Tensor, "*rest"]:
-    """Mean over the prompts in which the figure is defined (not nan); nan where it never is."""
+    """Mean over the prompts in which the value is defined (not nan); nan where it never is."""
     return x.double().nanmean(0).to(x.dtype)
+
+
+# Resampled means computed at a time; torch.quantile also refuses more than 2^24 values.
+_CHUNK = 4_000_000
 
 
 def bootstrap(
@@ -59,47 +99,50 @@ def bootstrap(
 ) -> Interval:
     """Percentile-bootstrap interval of the mean over prompts (Efron 1979).
 
-    Prompts are drawn with replacement, the same draw for every figure, and the mean is taken anew:
-    resampled means are one matrix product of how often each prompt was drawn with the figures. The
-    draw comes from the CPU, so that the interval does not depend on the device.
+    Prompts are drawn with replacement, with the same draw for every entry of `x`, and the mean of
+    each resample is a matrix product of how often each prompt was drawn with the values. The draws
+    are made on the CPU, so that the interval does not depend on the device.
 
     Args:
-        x: one figure a prompt [prompt ...]; nan where a prompt does not define it.
-        level: probability between `low` and `high`.
-        resamples: how many draws.
-        seed: of the draws.
+        x: One value per prompt [prompt ...]; nan where it is not defined in a prompt.
+        level: Probability between `low` and `high`.
+        resamples: The number of draws.
+        seed: Seed of the draws.
 
     Returns:
-        Mean, low and high [...]. The ends are nan where fewer than two prompts define the figure:
-        one prompt says nothing about how much prompts differ.
+        Mean, low and high [...]. The ends are nan where the value is defined in fewer than two
+        prompts, from which nothing follows about how much prompts differ.
 
     Raises:
-        ReportError: a level outside (0, 1), or no resamples.
+        ReportError: If the level is outside (0, 1), or there are no resamples.
     """
     level = probability("level", level, error=ReportError)
     resamples = whole_number("resamples", resamples, at_least=1, error=ReportError)
     seed = validation.seed(seed, error=ReportError)
-    prompts = x.shape[0]
-    draws = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(prompts, (resamples, prompts), generator=draws)
-    times = torch.zeros(resamples, prompts, dtype=torch.float64)
-    times.scatter_add_(1, drawn, torch.ones_like(times))
-    times = times.to(x.device)
+    times = _times_drawn(x.shape[0], resamples, seed).to(x.device)
 
-    figures = rearrange(x.double(), "prompt ... -> prompt (...)")
+    values = rearrange(x.double(), "prompt ... -> prompt (...)")
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device=x.device)
     low_high = [
         _quantiles(_resampled_means(times, chunk), ends)
-        for chunk in figures.split(max(1, _CHUNK // resamples), dim=1)
+        for chunk in values.split(max(1, _CHUNK // resamples), dim=1)
     ]
-    few = (~figures.isnan()).sum(0) < 2
-    low, high = torch.cat(low_high, dim=1).masked_fill(few, torch.nan).to(x.dtype)
+    too_few = (~values.isnan()).sum(0) < 2
+    low, high = torch.cat(low_high, dim=1).masked_fill(too_few, torch.nan).to(x.dtype)
     return Interval(mean_over_prompts(x), low.reshape(x.shape[1:]), high.reshape(x.shape[1:]))
 
 
+def _times_drawn(prompts: int, resamples: int, seed: int) -> Float[Tensor, "resample prompt"]:
+    """How often each prompt is drawn in each resample of as many prompts, with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(prompts, (resamples, prompts), generator=generator)
+    times = torch.zeros(resamples, prompts, dtype=torch.float64)
+    return times.scatter_add_(1, drawn, torch.ones_like(times))
+
+
 def _quantiles(
-    means: Float[Tensor, "resample figure"], ends: Float[Tensor, "end"]
-) -> Float[Tensor, "end figure"]:
+    means: Float[Tensor, "resample value"], ends: Float[Tensor, "end"]
+) -> Float[Tensor, "end value"]:
     linear = torch.nanquantile(means, ends, dim=0)
     if not means.isinf().any():
         return linear
@@ -109,62 +152,20 @@ def _quantiles(
 
 
 def _resampled_means(
-    times: Float[Tensor, "resample prompt"], figures: Float[Tensor, "prompt figure"]
-) -> Float[Tensor, "resample figure"]:
-    """Mean of each resample over its prompts that define the figure."""
-    defined = ~figures.isnan()
-    sums = times @ figures.nan_to_num(0, 0, 0)
-    for infinity in (torch.inf, -torch.inf):  # 0 × inf would be nan: an inf counts once drawn
-        drawn = times @ (figures == infinity).double() > 0
+    times: Float[Tensor, "resample prompt"], values: Float[Tensor, "prompt value"]
+) -> Float[Tensor, "resample value"]:
+    """Mean of each resample over those of its prompts in which the value is defined."""
+    defined = ~values.isnan()
+    sums = times @ values.nan_to_num(0, 0, 0)
+    for infinity in (torch.inf, -torch.inf):  # 0 × inf would be nan, also for a prompt not drawn
+        drawn = times @ (values == infinity).double() > 0
         sums = torch.where(drawn, sums + infinity, sums)
     return sums / (times @ defined.double())
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over prompts with its 95 % bootstrap interval.
-
-    Attributes:
-        mean: The mean.
-        low: Lower end; nan with fewer than two prompts.
-        high: Upper end.
-    """
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if math.isnan(self.low):
-            return number(self.mean)
-        return f"{number(self.mean)} [{number(self.low)}, {number(self.high)}]"
-
-    def negated(self) -> Estimate:
-        """The same difference, taken the other way round."""
-        return Estimate(-self.mean, -self.high, -self.low)
-
-    def to_decimals(self, digits: int) -> str:
-        """With as many digits after the point in every figure, for columns of a table."""
-        return self._written(f".{digits}f")
-
-    def signed(self, digits: int = 3) -> str:
-        """A difference: each figure with its sign."""
-        return self._written(f"+.{digits}f")
-
-    def _written(self, how: str) -> str:
-        if math.isnan(self.low):
-            return format(self.mean, how)
-        return f"{self.mean:{how}} [{self.low:{how}}, {self.high:{how}}]"
-
-
-def estimate(x: Float[Tensor, "prompt"]) -> Estimate:
-    """Mean and interval of one figure a prompt."""
-    return Estimate(*(float(end) for end in bootstrap(x.float())))
-
-
 # -- tests that hold for many heads at once, and rank correlations with intervals over prompts -----
 
-_PERMUTED_AT_ONCE = 2**24  # numbers of one piece of the permutations
+_PERMUTATION_CHUNK = 2**24  # prompts × heads × permutations computed at a time
 
 
 def max_t(
@@ -175,23 +176,27 @@ def max_t(
 ) -> Float[Tensor, "*head"]:
     """Two-sided p-values for a difference of means, corrected for the number of heads.
 
-    Welch's t of each head, against how large the largest |t| of any head gets when prompts change
-    sides at random (Westfall & Young 1993, single step). That bounds the probability of naming even
-    one head wrongly, however much heads resemble each other: exactly where a head that does not
-    differ has one distribution on both kinds of text, and for many prompts where only its mean is
-    the same (Janssen 1997: what Welch's t is for). Prompts count as independent of each other.
+    Welch's t of each head is compared with the distribution of the largest |t| over all heads when
+    the prompts are assigned to the two sides at random (Westfall & Young 1993, single step). This
+    controls the family-wise error rate whatever the correlation between heads. The control is
+    exact if a head without a difference has the same distribution on both kinds of text, and
+    asymptotic in the number of prompts if only its mean is the same, for which Welch's t is used
+    (Janssen 1997).
+    Prompts are taken to be independent of each other.
 
     Args:
-        one: A figure on one kind of text.
-        other: The same on another, on other prompts.
-        permutations: How often prompts change sides; no p-value is below 1 / (permutations + 1).
-        seed: Of the permutations.
+        one: A value of each head on one kind of text.
+        other: The same on another kind, on other prompts.
+        permutations: Number of random assignments; no p-value is below 1 / (permutations + 1).
+        seed: Seed of the assignments.
 
     Returns:
-        (1 + how many permutations reach the head's |t|) / (1 + permutations), on the CPU.
+        (1 + number of permutations whose largest |t| reaches the head's |t|) / (1 + permutations),
+        on the CPU.
 
     Raises:
-        TextError: With fewer than two prompts on a side: one says nothing about how prompts differ.
+        TextError: With fewer than two prompts of a kind, from which nothing follows about how much
+            prompts differ.
     """
     sizes = len(one), len(other)
     if min(sizes) < 2:
@@ -204,33 +209,33 @@ def max_t(
     both = both - both.mean(dim=0)  # keeps the sums of squares below from cancelling
     first = torch.zeros(1, len(both), dtype=torch.float64)
     first[:, : sizes[0]] = 1
-    seen = _welch(both, first).abs()[0]
+    observed = _welch(both, first).abs()[0]
     generator = torch.Generator().manual_seed(seed)
     reached = torch.ones(both.shape[1], dtype=torch.float64)
-    left = permutations
-    while left:
-        some = min(left, max(1, _PERMUTED_AT_ONCE // both.numel()))
-        order = torch.rand(some, len(both), generator=generator).argsort(dim=1)
+    remaining = permutations
+    while remaining:
+        count = min(remaining, max(1, _PERMUTATION_CHUNK // both.numel()))
+        order = torch.rand(count, len(both), generator=generator).argsort(dim=1)
         largest = _welch(both, (order < sizes[0]).double()).abs().amax(dim=1)
-        # A permutation that only swaps equal prompts is the data itself, rounding apart.
-        reached += (largest[:, None] >= seen * (1 - 1e-9)).sum(dim=0)
-        left -= some
+        # A permutation that only exchanges equal prompts gives the data itself, up to rounding.
+        reached += (largest[:, None] >= observed * (1 - 1e-9)).sum(dim=0)
+        remaining -= count
     return (reached / (1 + permutations)).reshape(one.shape[1:])
 
 
 def _welch(
-    figures: Float[Tensor, "prompt head"], first: Float[Tensor, "split prompt"]
+    values: Float[Tensor, "prompt head"], first: Float[Tensor, "split prompt"]
 ) -> Float[Tensor, "split head"]:
-    """Welch's t of the prompts marked 1 against the others, for each way to split them."""
+    """Welch's t of the prompts marked 1 against the others, for each split of the prompts."""
     means, errors = [], []
     for side in (first, 1 - first):
         size = side.sum(dim=1, keepdim=True)
-        mean = side @ figures / size
-        spread = (side @ figures**2 - size * mean**2).clamp(min=0) / (size - 1)
+        mean = side @ values / size
+        variance = (side @ values**2 - size * mean**2).clamp(min=0) / (size - 1)
         means.append(mean)
-        errors.append(spread / size)
+        errors.append(variance / size)
     difference, error = means[0] - means[1], (errors[0] + errors[1]).sqrt()
-    # A head that is the same on every prompt differs by nothing, or for sure.
+    # A head with the same value on every prompt has t = 0, or ±inf if the two means differ.
     return torch.where(difference == 0, 0, difference / error)
 
 
@@ -248,21 +253,31 @@ def rank_correlation(
     y: Float[Tensor, "prompt head"],
     resamples: int = 1000,
     seed: int = 0,
-) -> Estimate:
-    """Spearman's correlation over heads of two figures' means over prompts.
+) -> Interval:
+    """Spearman's correlation over heads between two values' means over prompts.
 
-    The heads are all there are, so what is uncertain is the texts: the 95 % interval is the
-    percentile bootstrap over prompts, both figures drawn together. Noise in either figure pulls the
-    resampled correlations towards zero, so that the interval errs on the side of "no relation".
+    The heads are the whole population, and the texts are the sample: the 95 % interval is the
+    percentile bootstrap over prompts, with the same draw for both values. Noise in either value
+    pulls the resampled correlations towards zero, so that the interval is conservative.
+
+    Args:
+        x: A value of each head on each prompt.
+        y: Another one, on the same prompts.
+        resamples: Number of draws.
+        seed: Seed of the draws.
+
+    Returns:
+        Spearman's ρ with its interval; nan ends for one prompt.
     """
     x, y = x.detach().cpu().double(), y.detach().cpu().double()
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(x), (resamples, len(x)), generator=generator)
     rho = float(spearman(x.mean(dim=0), y.mean(dim=0)))
     if len(x) < 2:
-        return Estimate(rho, torch.nan, torch.nan)
-    times = torch.zeros(resamples, len(x), dtype=torch.float64)
-    times.scatter_add_(1, drawn, torch.ones_like(times))
-    again = spearman(times @ x, times @ y)
-    low, high = again.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(rho, low, high)
+        return Interval(rho, math.nan, math.nan)
+    times = _times_drawn(len(x), resamples, seed)
+    resampled = spearman(times @ x, times @ y)
+    low, high = resampled.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(rho, low, high)
+
+
+Estimate = Interval
+"""The former name."""

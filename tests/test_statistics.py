@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sinkscope.errors import TextError
-from sinkscope.statistics import max_t, rank_correlation, spearman
+from sinkscope.output import plain
+from sinkscope.statistics import Interval, bootstrap, estimate, max_t, rank_correlation, spearman
 
 
 def welch(one: np.ndarray, other: np.ndarray) -> float:
@@ -116,3 +117,23 @@ def test_rank_correlation_resamples_prompts() -> None:
     assert got.high == pytest.approx(np.quantile(again, 0.975), abs=0.03)
     one = rank_correlation(torch.tensor(x[:1]), torch.tensor(y[:1]))
     assert np.isnan(one.low) and np.isnan(one.high)
+
+
+def test_an_interval_is_written_as_its_numbers() -> None:
+    share = Interval(0.5, 0.25, 0.755)
+    assert str(share) == "0.5 [0.25, 0.755]"
+    assert share.to_decimals(2) == "0.50 [0.25, 0.76]"
+    assert share.signed(1) == "+0.5 [+0.2, +0.8]"
+    assert share.in_percent() == "50 % [25, 76]"
+    assert share.negated() == Interval(-0.5, -0.755, -0.25)
+    alone = Interval(0.5, float("nan"), float("nan"))
+    assert (str(alone), alone.in_percent(1)) == ("0.5", "50.0 %")
+    assert plain([share, alone]) == [
+        {"mean": 0.5, "low": 0.25, "high": 0.755},
+        {"mean": 0.5, "low": None, "high": None},
+    ]
+
+
+def test_an_estimate_is_the_bootstrap_of_one_value() -> None:
+    x = torch.tensor([1.0, 2.0, 4.0])
+    assert estimate(x) == tuple(float(end) for end in bootstrap(x))

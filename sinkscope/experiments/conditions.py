@@ -30,7 +30,7 @@ from sinkscope.metrics.positions import masked_mean
 from sinkscope.models.capabilities import capabilities
 from sinkscope.output import listed, table_as_text
 from sinkscope.prompts.tokens import Texts
-from sinkscope.statistics import Estimate, estimate
+from sinkscope.statistics import Interval, estimate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,7 +140,7 @@ class Conditions(Result):
         first, other = self.ffn_output[index].unbind(2)
         return torch.cosine_similarity(first, other, dim=-1).mean(0)
 
-    def loss_change(self, index: int) -> dict[str, Estimate] | None:
+    def loss_change(self, index: int) -> dict[str, Interval] | None:
         """Loss minus that of the reference, at the position and after it; None without a loss."""
         if self.loss is None:
             return None

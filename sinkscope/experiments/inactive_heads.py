@@ -25,7 +25,6 @@ before an answer changes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ from sinkscope.models.load import load_model
 from sinkscope.models.provenance import digest_of
 from sinkscope.prompts.texts import as_texts
 from sinkscope.report.report import SinkReport
-from sinkscope.statistics import Estimate, estimate
+from sinkscope.statistics import Interval, estimate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,9 +196,9 @@ class InactiveAblation(Result):
         for score in order:
             values = found[score]
             more = "at least " if values["censored"] else ""
-            line = f"  {score:<10} {more}{_percent(values['share'])} of heads"
+            line = f"  {score:<10} {more}{values['share'].in_percent(1)} of heads"
             if score != RANDOM:
-                line += f" (minus random {_percent(values['over_random'])})"
+                line += f" (minus random {values['over_random'].in_percent(1)})"
             lines.append(line)
         return "\n".join(lines)
 
@@ -231,14 +230,9 @@ def last_within(shares: np.ndarray, losses: np.ndarray, baseline: float, limit: 
     return float(x[at - 1] + part * (x[at] - x[at - 1]))
 
 
-def _estimate(mean: float, again: np.ndarray, prompts: int) -> Estimate:
+def _estimate(mean: float, again: np.ndarray, prompts: int) -> Interval:
     low, high = np.quantile(again, [0.025, 0.975]) if prompts > 1 else (np.nan, np.nan)
-    return Estimate(float(mean), float(low), float(high))
-
-
-def _percent(share: Estimate) -> str:
-    mean, low, high = (f"{100 * end:.1f}" for end in (share.mean, share.low, share.high))
-    return f"{mean} %" if math.isnan(share.low) else f"{mean} % [{low}, {high}]"
+    return Interval(float(mean), float(low), float(high))
 
 
 def ablate_inactive(

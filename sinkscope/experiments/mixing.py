@@ -49,7 +49,7 @@ from sinkscope.models.capabilities import capabilities
 from sinkscope.models.load import load_model
 from sinkscope.prompts.special_tokens import ordinary_ids, special_tokens
 from sinkscope.prompts.tokens import Texts, token_ids, vocabulary_size
-from sinkscope.statistics import Estimate, estimate
+from sinkscope.statistics import Interval, estimate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,7 +138,7 @@ class Mixing(Result):
 
     def _at(
         self, choose: Callable[[Tensor], Float[Tensor, "prompt layer"]]
-    ) -> dict[str, dict[str, Estimate]]:
+    ) -> dict[str, dict[str, Interval]]:
         """Three statistics, half-way up and after the last block."""
         values = {
             "spread": self.spread,

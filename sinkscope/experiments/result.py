@@ -45,7 +45,7 @@ class Result(Labelled):
         raise NotImplementedError
 
     def statistics(self) -> dict[str, Any]:
-        """The numbers that the summary states, by name, as plain values and `Estimate`."""
+        """The numbers that the summary states, by name, as plain values and `Interval`."""
         raise NotImplementedError
 
     def to_frame(self) -> pd.DataFrame:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -41,7 +41,7 @@ from sinkscope.models.load import load_model
 from sinkscope.output import number, table_as_text
 from sinkscope.prompts.texts import long_text
 from sinkscope.prompts.tokens import Texts
-from sinkscope.statistics import Estimate, bootstrap
+from sinkscope.statistics import Interval, bootstrap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,7 +117,7 @@ class StreamedContext(Result):
         low, high = torch.tensor([found.low, found.high]).exp().tolist()
         return low, high
 
-    def difference(self, setting: int, other: int, start: int = 0) -> Estimate:
+    def difference(self, setting: int, other: int, start: int = 0) -> Interval:
         """Mean loss of a setting minus another's [nat], with a 95 % interval.
 
         Both read the same tokens, so the difference is paired token by token and far more precise
@@ -150,7 +150,7 @@ class StreamedContext(Result):
         loss = self.loss[setting, start:stop].double()
         return loss[: len(loss) - 1] if stop is None else loss
 
-    def _against(self, setting: int, kept: str) -> Estimate | None:
+    def _against(self, setting: int, kept: str) -> Interval | None:
         other = self.other(setting, kept)
         return None if other in (None, setting) else self.difference(setting, other, self.after)
 
@@ -285,7 +285,7 @@ class StreamedContext(Result):
         return stacked(pieces)
 
 
-def _over_blocks(x: Float[Tensor, "query"]) -> Estimate:
+def _over_blocks(x: Float[Tensor, "query"]) -> Interval:
     """The mean, and its interval over blocks of `BLOCK` tokens or more, as equal as can be.
 
     Every token is in a block; an interval over whole blocks of `BLOCK` alone would be that of
@@ -293,7 +293,7 @@ def _over_blocks(x: Float[Tensor, "query"]) -> Estimate:
     """
     blocks = [block.mean() for block in x.tensor_split(max(1, len(x) // BLOCK))]
     _, low, high = bootstrap(torch.stack(blocks))
-    return Estimate(float(x.mean()), float(low), float(high))
+    return Interval(float(x.mean()), float(low), float(high))
 
 
 def streaming_context(

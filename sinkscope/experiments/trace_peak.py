@@ -30,7 +30,7 @@ from sinkscope.models.capabilities import capabilities
 from sinkscope.models.load import load_model
 from sinkscope.output import listed, table_as_text
 from sinkscope.prompts.tokens import Texts
-from sinkscope.statistics import Estimate, estimate
+from sinkscope.statistics import Interval, estimate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,7 +135,7 @@ class PeakTrace(Result):
         ]
         return sorted(found, key=lambda one: (one[0] != self.written_in, one[2]))
 
-    def share_left(self, mode: str, row: int, column: int) -> Estimate:
+    def share_left(self, mode: str, row: int, column: int) -> Interval:
         """Share of the peak that is left without one part, with its interval over prompts.
 
         Args:
@@ -145,7 +145,7 @@ class PeakTrace(Result):
         """
         return estimate(self.left_by_prompt(mode)[row, column])
 
-    def least(self, mode: str = "zero") -> tuple[int, str, Estimate]:
+    def least(self, mode: str = "zero") -> tuple[int, str, Interval]:
         """The (block, part, share left) without which least of the peak is left.
 
         Args:
@@ -418,7 +418,7 @@ def _table(found: PeakTrace, facts: dict[str, Any]) -> str:
 
     rows = [["nothing", "", "100 %", *read(facts)]]
     rows += [
-        [_named(one), _MODES[mode], _percent(one["peak_left"]), *read(one)]
+        [_named(one), _MODES[mode], one["peak_left"].in_percent(), *read(one)]
         for mode in found.modes
         for one in facts[mode]["needed"]
     ]
@@ -466,11 +466,11 @@ def _none_needed(found: PeakTrace, mode: str, how: str) -> str:
     )
 
 
-def _left(share: Estimate) -> str:
+def _left(share: Interval) -> str:
     """The share of the peak that is left; a negative one is a norm below that of the others."""
     if round(100 * share.mean) < 0:
-        return f"nothing of it (a norm below that of the others: {_percent(share)})"
-    return f"{_percent(share)} of it"
+        return f"nothing of it (a norm below that of the others: {share.in_percent()})"
+    return f"{share.in_percent()} of it"
 
 
 def _named(one: dict[str, Any]) -> str:
@@ -488,9 +488,3 @@ def _grouped(needed: list[dict[str, Any]]) -> list[str]:
         else f"the {_PARTS[part]}s of blocks {listed([str(b) for b in sorted(where)])}"
         for part, where in blocks.items()
     ]
-
-
-def _percent(share: Estimate) -> str:
-    if share.low != share.low:
-        return f"{100 * share.mean:.0f} %"
-    return f"{100 * share.mean:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"

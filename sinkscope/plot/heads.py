@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
+import torch
 
 from sinkscope.errors import ReportError
 from sinkscope.metrics.heads import INACTIVE_IF
@@ -20,9 +21,9 @@ from sinkscope.plot.scales import (
     value_range,
 )
 from sinkscope.plot.theme import SEQUENTIAL, Palette, Theme, palette
-from sinkscope.plot.values import Interval, interval_of, mean_of, remembered, require_report
+from sinkscope.plot.values import interval_of, mean_of, remembered, require_report
 from sinkscope.report.labelled import Variable, to_numpy
-from sinkscope.statistics import bootstrap
+from sinkscope.statistics import Interval, bootstrap, spearman
 from sinkscope.validation import text
 
 if TYPE_CHECKING:
@@ -397,7 +398,5 @@ def _per_head(report: SinkReport, metric: str) -> tuple[Variable, np.ndarray]:
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's ρ over the pairs that are both numbers."""
-    import pandas as pd
-
-    pairs = pd.DataFrame({"x": x, "y": y}).dropna().rank()
-    return float(pairs["x"].corr(pairs["y"]))
+    defined = ~(np.isnan(x) | np.isnan(y))
+    return float(spearman(torch.from_numpy(x[defined]), torch.from_numpy(y[defined])))

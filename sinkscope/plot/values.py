@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -12,16 +12,8 @@ from torch import Tensor
 from sinkscope.errors import ReportError
 from sinkscope.report.labelled import to_numpy
 from sinkscope.report.report import SinkReport
+from sinkscope.statistics import Interval
 from sinkscope.validation import shown
-
-
-class Interval(NamedTuple):
-    """A mean over prompts with the ends of its 95 % interval; the ends are nan for one prompt."""
-
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
 
 _intervals: WeakKeyDictionary[SinkReport, dict[Hashable, Interval]] = WeakKeyDictionary()
 
@@ -40,11 +32,11 @@ def interval_of(report: SinkReport, name: str, resamples: int = 2000) -> Interva
 
 
 def remembered(report: SinkReport, key: Hashable, make: Callable[[], Any]) -> Interval:
-    """An interval of a report, drawn once: figures of both themes, and clicks, ask for it again."""
-    drawn = _intervals.setdefault(report, {})
-    if key not in drawn:
-        drawn[key] = Interval(*(to_numpy(end) for end in make()))
-    return drawn[key]
+    """An interval of a report, computed once for the figures of both themes and for clicks."""
+    computed = _intervals.setdefault(report, {})
+    if key not in computed:
+        computed[key] = Interval(*(to_numpy(end) for end in make()))
+    return computed[key]
 
 
 def nanmean(figures: np.ndarray, axis: int) -> np.ndarray:
