@@ -136,15 +136,16 @@ price = designation.loss_change(designated[0])
 later, own = price["after_it"].mean, price["at_the_position"].mean
 print(f"change of the loss: {later:+.2f} nat at the later positions, {own:+.2f} nat at 40 itself")
 
-assert 0 < later < 0.4 < own
+assert abs(later) < 0.4 < own
 
 # %% [markdown]
 # (These figures are of the queries *after* 40, in the second half of the layers: the fair
 # comparison, since those queries can see both.) The start token does not matter. The two sinks
 # share the attention evenly: about 0.29 each, where one had 0.53.
 #
-# It is not free: the loss of the later tokens rises a little, and position 40 itself, being blind,
-# predicts badly.
+# It is not free: position 40 itself, which sees nothing before it, predicts badly. For the later
+# tokens the change is too small for two prompts; over 32 prompts of 320 tokens their loss rises by
+# 0.05 nat [0.03, 0.07].
 #
 # ## When is it decided?
 #
@@ -396,8 +397,9 @@ check(1, answer_1)
 assert answer_1 < 1.5 * alone
 
 # %% [markdown]
-# **2.** Set the *value* of position 1 to zero in every layer: `ZeroValue(model, 1)`. Nobody's mask
-# changes. One position other than 0 becomes a sink. Which, and why?
+# **2.** Set the *value* of position 1 to zero in every layer, `ZeroValue(model, 1)`, on 16 prompts.
+# Nobody's mask changes. In some of the prompts a position other than 0 becomes a sink: after some
+# layer its residual norm is more than 50 times the median (`residual_outlier`). Which one, and why?
 
 # %%
 answer_2 = None  # a position
@@ -406,13 +408,14 @@ check(2, answer_2)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 with ZeroValue(model, 1):
-    drained = ss.scan(model, texts, metrics=["received", "residual"])
-answer_2 = 1 + drained.received_peak.mean(0)[1:48].argmax().item()  # the last keys are seen by few
-print(f"residual norm of position {answer_2}: {drained.residual_norm[11, answer_2]:,.0f}")
+    drained = ss.scan(model, ss.texts("prose", prompts=16, length=64), metrics="residual")
+sinks_now = (drained.residual_outlier > 50).sum(0)  # prompts in which each position is one
+answer_2 = 1 + sinks_now[1:].argmax().item()
+print(f"position {answer_2} is a sink in {sinks_now[answer_2]} of 16 prompts")
 # Query 1 sees v0 and its own zero: all that it can put out is a multiple of one value, v0.
 
 check(2, answer_2)
-assert drained.residual_norm[11, answer_2] > 1_000
+assert sinks_now[answer_2] > 1 and sinks_now[1:].sum() - sinks_now[answer_2] < 2
 
 # %% [markdown]
 # **3.** In MiniLM the *last* position embedding, $p_{511}$, is longer than usual too. Give it to

@@ -256,13 +256,13 @@ for score, (tenth, fifth) in zip(asleep.scores, rise.tolist(), strict=True):
     print(f"{score:8} a tenth asleep: {tenth:+.2f} nat, a fifth: {fifth:+.2f} nat")
 
 quiet, parked, at_random = rise
-assert (quiet < 0.1).all(), "the quiet heads are not missed"
+assert (quiet < at_random / 3).all(), "the quiet heads are missed far less than random ones"
 assert parked[0] < at_random[0], "at a tenth, both scores beat chance"
 assert 0.5 < parked[1] / at_random[1] < 1.5, "at a fifth, attention to the sink does not"
 
 # %% [markdown]
 # (AHON-LN is HONOR by its systematic name.) The fifth of the heads that put out the least can sleep
-# on these four prompts, and the loss hardly notices. The fifth that attend the most to the sink
+# on these four prompts at a small cost, 0 to 0.2 nat, depending on the text. The fifth that attend the most to the sink
 # cannot: zeroing them does about as much damage as zeroing heads at random. Who is among which?
 
 # %%

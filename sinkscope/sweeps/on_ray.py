@@ -42,7 +42,7 @@ def on_ray(
         SinkscopeError: If Ray is not installed, or the cluster cannot be reached or is lost.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
         raise SinkscopeError(
             'Sweeps on Ray need the extra "cluster": pip install "sinkscope[cluster]".'
@@ -77,7 +77,7 @@ class Actors:
     """
 
     def __init__(self, place: str, device: str | None, share: dict[str, float]) -> None:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]  # an extra
 
         self._ray = ray
         self._arguments = place, device

@@ -103,5 +103,6 @@ def test_without_its_sink_the_model_mixes_more(smollm2) -> None:
     )
     assert found.front_rate[0] > 0.4 > 0.2 > found.front_rate[1]
     middle = found.spread.shape[2] // 2
-    assert (found.spread[1, :, middle] > found.spread[0, :, middle]).all()
+    spread = found.spread[:, :, middle].mean(dim=1)  # over prompts
+    assert spread[1] > 1.1 * spread[0]
     assert (found.rank_share[1, :, middle] < found.rank_share[0, :, middle]).all()
