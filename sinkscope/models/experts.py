@@ -103,7 +103,9 @@ class Experts:
             if len(token):
                 neurons = self._neurons(routing.hidden[token], expert)
                 out = self._linear("down_proj", neurons, expert)
-                norm = self.module.has_post_expert_norm
+                norm = getattr(
+                    self.module, "has_post_expert_norm", False
+                )  # 5.17 has no such switch
                 added = self.module.post_expert_norm(out) if norm else out
                 yield ExpertCall(expert, token, choice, neurons, out, added)
 

@@ -134,10 +134,6 @@ FOREIGN = {
         dict(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
         "encoder-decoder",
     ),
-    "MambaForCausalLM": (
-        dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=8),
-        "no attention in 2 of its 2 blocks",
-    ),
     "DeepseekV3ForCausalLM": (
         dict(
             vocab_size=97,
