@@ -105,7 +105,7 @@ class Experts:
                 out = self._linear("down_proj", neurons, expert)
                 norm = getattr(
                     self.module, "has_post_expert_norm", False
-                )  # 5.17 has no such switch
+                )  # not in 5.17
                 added = self.module.post_expert_norm(out) if norm else out
                 yield ExpertCall(expert, token, choice, neurons, out, added)
 
