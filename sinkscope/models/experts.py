@@ -103,9 +103,7 @@ class Experts:
             if len(token):
                 neurons = self._neurons(routing.hidden[token], expert)
                 out = self._linear("down_proj", neurons, expert)
-                norm = getattr(
-                    self.module, "has_post_expert_norm", False
-                )  # not in 5.17
+                norm = getattr(self.module, "has_post_expert_norm", False)  # not in 5.17
                 added = self.module.post_expert_norm(out) if norm else out
                 yield ExpertCall(expert, token, choice, neurons, out, added)
 
