@@ -8,6 +8,7 @@ sweep that was killed by more than the cell in hand.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -86,6 +87,9 @@ class Processes:
         self._place.pop(worker)
         process.kill()
         process.wait()
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):  # what was not sent yet cannot be
+            process.stdin.close()
 
     def _environment(self, place: int) -> dict[str, str]:
         chosen = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -111,6 +115,7 @@ class Processes:
                 answer = pickle.load(process.stdout)
             except (EOFError, pickle.UnpicklingError, OSError, ValueError):
                 code = process.wait()
+                process.stdout.close()
                 self._answers.put((worker, Lost(f"the last one with exit code {code}")))
                 return
             self._answers.put((worker, answer))

@@ -55,6 +55,9 @@ def all_figures(theme: str) -> dict:
         "bench_ratios": plot.bench_ratios(frames.timings(), **told),
         "mitigations": plot.mitigations(frames.cured(), **told),
         "knockout_risks": plot.knockout_risks(frames.knocked_out(), **told),
+        "expert_map": plot.expert_map(frames.experts(), marked=[(1, 3)], **told),
+        "sweep_curves": plot.sweep_curves(frames.sweep(), **told),
+        "head_maps": plot.head_maps({"T = 12": report, "T = 8": other}, **told),
     }
 
 

@@ -153,3 +153,25 @@ def knocked_out() -> pd.DataFrame:
     ]
     columns = ["intervention", "layer", "head", "backcopy_excess", "bigram_excess"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def experts(layers: int = 2, count: int = 8) -> pd.DataFrame:
+    """Expert 3 of layer 1 is a super expert; nothing is sent to expert 5 of layer 0."""
+    rng = np.random.default_rng(1)
+    rows = [
+        (prompt, layer, expert, 900.0 if (layer, expert) == (1, 3) else rng.uniform(0.5, 3))
+        for prompt, layer, expert in itertools.product(range(2), range(layers), range(count))
+        if (layer, expert) != (0, 5)
+    ]
+    return pd.DataFrame(rows, columns=["prompt", "layer", "expert", "largest"])
+
+
+def sweep() -> pd.DataFrame:
+    """The sink attention of two models forms over four checkpoints."""
+    rows = [
+        (model, step, 64, "prose", "none", "sink_attention", mean, mean - 0.03, mean + 0.03)
+        for model, last in (("small", 0.4), ("large", 0.6))
+        for step, mean in zip((0, 100, 1000, 5000), np.linspace(0.02, last, 4), strict=True)
+    ]
+    columns = "model checkpoint length texts intervention metric mean low high".split()
+    return pd.DataFrame(rows, columns=columns)
