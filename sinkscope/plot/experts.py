@@ -77,11 +77,12 @@ def expert_map(
         colorscale=colour_scale(False, colours), colorbar=bar,
         hovertemplate="layer %{y}, expert %{x}<br>%{customdata:.4~g}<extra></extra>",
     )  # fmt: skip
-    if pairs := list(marked):
+    pairs = list(marked)
+    if pairs:
         figure.add_scatter(
             x=[expert for _, expert in pairs], y=[str(layer) for layer, _ in pairs], mode="markers",
             marker=dict(symbol="square-open", size=14, color=colours.series[1], line_width=2),
-            name="super experts", hoverinfo="skip", showlegend=True,
+            name="super experts", hoverinfo="skip", showlegend=False,
         )  # fmt: skip
     figure.update_xaxes(title_text="expert", dtick=tick_step(figures.shape[1]), showgrid=False)
     figure.update_yaxes(
@@ -89,6 +90,6 @@ def expert_map(
         dtick=tick_step(len(table)),
     )  # fmt: skip
     words = _WORDS.get(metric, metric)
-    title = words[0].upper() + words[1:]
+    title = words[0].upper() + words[1:] + (" (super experts outlined)" if pairs else "")
     height = max(380, min(900, 230 + 18 * len(table)))
     return finish(figure, title, about, theme, height=height)
