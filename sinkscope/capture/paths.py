@@ -17,8 +17,9 @@ from torch import Tensor
 from sinkscope.attention.streaming import Stream, streaming
 from sinkscope.attention.support import attention_of
 from sinkscope.capture.batches import Batch
-from sinkscope.capture.readers import PatternReader, StreamReader
+from sinkscope.capture.readers import GatedAttention, GatedValue, PatternReader, StreamReader
 from sinkscope.errors import UnsupportedError
+from sinkscope.metrics.gates import factors
 from sinkscope.models.bridging import proof_of
 from sinkscope.models.capabilities import Capabilities
 
@@ -76,6 +77,54 @@ class _LayerInputs:
         return self._batch().once(("inputs of a reader", layer), dict)
 
 
+_PAIRS: dict[str, tuple[str, type]] = {
+    "gated_attention": ("attention", GatedAttention),
+    "gated_value": ("value", GatedValue),
+}
+"""Signals made of another one and the gate behind it."""
+
+
+class _Gated:
+    """Hands on what fires, and what stands before a gate together with the gate.
+
+    Where a layer's gate fires before or after the other depends on the model; what fired first is
+    held by the batch, as in `_LayerInputs`.
+
+    Attributes:
+        signals: The signals that have to fire for those that are wanted.
+    """
+
+    def __init__(
+        self, can: Capabilities, wanted: Wanted, batch: Callable[[], Batch], emit: Emit
+    ) -> None:
+        self._can, self._batch, self._emit = can, batch, emit
+        self._wanted = wanted.signals - _PAIRS.keys()
+        self._pairs = wanted.signals & _PAIRS.keys()
+        self._gate = can.gate is not None
+        parts = {_PAIRS[pair][0] for pair in self._pairs}
+        gate = {"gate"} if self._pairs and self._gate else set()
+        self.signals = frozenset(self._wanted | parts | gate)
+
+    def emit(self, signal: str, layer: int, x: Any) -> None:
+        """Take what fired."""
+        if signal == "gate":
+            assert self._can.gate is not None, "the model was found to have no gate"
+            x = factors(x, self._can.gate, self._can.n_heads)
+        if signal in self._wanted:
+            self._emit(signal, layer, x)
+        for pair in self._pairs:
+            part, kind = _PAIRS[pair]
+            if signal not in (part, "gate"):
+                continue
+            held = self._batch().once(("gated", pair, layer), dict)
+            held[signal] = x
+            if part in held and (not self._gate or "gate" in held):
+                gate, other = held.pop("gate", None), held.pop(part)
+                on = other.device if isinstance(other, Tensor) else other.batch.tokens.device
+                whole = kind(self._batch().on(on), other, gate)
+                self._emit(pair, layer, whole)
+
+
 def _pattern_hook(
     layer: int, inputs: _LayerInputs, window: int | None, batch: Callable[[], Batch], emit: Emit
 ) -> Callable[..., None]:
@@ -117,7 +166,8 @@ class EagerPath:
     def hooks(self, wanted: Wanted, batch: Callable[[], Batch], emit: Emit) -> Hooks:
         """A reader is ready when a layer's pattern fires: all else it reads fired before."""
         inputs = _LayerInputs(batch)
-        can, signals = self._capabilities, wanted.signals
+        gated = _Gated(self._capabilities, wanted, batch, emit)
+        can, signals, emit = self._capabilities, gated.signals, gated.emit
         held = {name for name in ("scores", "query", "key", "value") if name in can.signals}
         held = held if "attention" in signals else set()
 
@@ -169,7 +219,8 @@ class StreamingPath:
         """
         assert self._stream is not None, "the path is not open"
         inputs, calls = _LayerInputs(batch), self._stream.calls
-        can, signals = self._capabilities, wanted.signals
+        gated = _Gated(self._capabilities, wanted, batch, emit)
+        can, signals, emit = self._capabilities, gated.signals, gated.emit
         names = {"query": "hook_rot_q", "key": "hook_rot_k", "value": "hook_rot_v"}
 
         def holding(layer: int, signal: str) -> Callable[..., None]:

@@ -69,6 +69,36 @@ class AttentionReader(Protocol):
 
 
 @dataclass(frozen=True)
+class GatedAttention:
+    """A layer's attention, and the gate on its heads' outputs.
+
+    Attributes:
+        batch: The batch, on the layer's device.
+        attention: The reader.
+        gate: Factors of the gate.
+    """
+
+    batch: Batch
+    attention: AttentionReader
+    gate: Float[Tensor, "prompt position head d_gate"]
+
+
+@dataclass(frozen=True)
+class GatedValue:
+    """A layer's values, and what stands between them and W_O.
+
+    Attributes:
+        batch: The batch, on the layer's device.
+        value: The values.
+        gate: Factors of the gate, or None where there is none.
+    """
+
+    batch: Batch
+    value: Float[Tensor, "prompt position kv_head d_head"]
+    gate: Float[Tensor, "prompt position head d_gate"] | None
+
+
+@dataclass(frozen=True)
 class PatternReader:
     """The oracle: definitions applied to a materialised pattern.
 

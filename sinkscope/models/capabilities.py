@@ -41,10 +41,6 @@ NO_SOFTMAX = (
     "attention is not a softmax of the scores here, so its rows are no distribution, and have no "
     "entropy"
 )
-GATED = (
-    "a gate stands between the values and W_O, so W_O alone does not say what a value adds to the "
-    "residual stream"
-)
 """Why a metric is not defined on a model."""
 
 STREAMED = frozenset({"pattern", "scores", "query", "key", "value"})
@@ -107,6 +103,9 @@ class Capabilities:
             place that is no key may take a share).
         gated: Whether a gate multiplies each head's mixture of values before W_O; ``z`` is what
             W_O reads, the gated one.
+        gate: What turns the hook point of the signal "gate" into the factors of the gate:
+            "sigmoid", "softplus" or "identity"; ``None`` without a gate, or where nothing proves
+            what it multiplies.
         even_kv_heads: Whether all layers that attend have the same number of KV heads.
         split_output: Whether the output projection of each layer that attends was seen to be a
             linear map of z, so that it has a W_O for each head; it has none where layers differ in
@@ -144,6 +143,7 @@ class Capabilities:
     learned_sinks: bool
     softmax: bool
     gated: bool
+    gate: str | None
     even_kv_heads: bool
     split_output: bool
     windows: tuple[int | None, ...]
@@ -368,6 +368,7 @@ def _assemble(
         learned_sinks=any(sink is not None for sink in anatomy.sinks),
         softmax=found.softmax,
         gated=found.gated,
+        gate=found.gate,
         even_kv_heads=len({_kv_groups(model.blocks[at]) for at in anatomy.attending}) <= 1,
         split_output=attends and _why_no_map(model, seen, anatomy, tolerance) is None,
         windows=anatomy.windows,
@@ -508,7 +509,7 @@ def _attention(can: Capabilities) -> str:
     if can.learned_sinks:
         words.append("learned sinks")
     if can.gated:
-        words.append("gated outputs")
+        words.append("gated outputs" + (f" ({can.gate})" if can.gate else ""))
     if can.softcap is not None:
         words.append(f"scores capped at {can.softcap:g}")
     scales = tuple(round(scale, 6) for scale in can.scales if scale is not None)

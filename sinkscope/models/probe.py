@@ -30,7 +30,7 @@ QUERY_KEY = (
     (B + "attn.hook_q", B + "attn.hook_k"),
 )
 VALUE, Z = B + "attn.hook_v", B + "attn.hook_z"
-GATES = (B + "attn.hook_gate", B + "attn.hook_q_gate")
+GATES = (B + "attn.hook_gate", B + "attn.hook_q_gate", B + "attn.gate.hook_out")
 RESID_PRE, RESID_POST = B + "hook_resid_pre", B + "hook_resid_post"
 # On BERT hook_attn_out is the state after the next norm; what attention adds is attn.o's output.
 PROJECTED = B + "attn.o.hook_out"
@@ -64,6 +64,8 @@ class Findings:
         softmax: Whether the pattern is a softmax of the scores, of which a place that is no key (a
             learned sink, a key bias without value, off-by-one) may take a share.
         gated: Whether a gate multiplies what the pattern mixes before it becomes ``z``.
+        gate: What turns the hook of the signal "gate" into the gate's factors, a name in
+            `metrics.gates.ACTIVATIONS`, or None.
     """
 
     scales: tuple[float, ...]
@@ -73,6 +75,7 @@ class Findings:
     reasons: dict[str, str] = field(default_factory=dict)
     softmax: bool = True
     gated: bool = False
+    gate: str | None = None
 
     def accept(self, **hooks: str) -> None:
         """Offer signals under these hooks."""

@@ -18,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinkscope.metrics.gates import ACTIVATIONS, factors
 from sinkscope.metrics.positions import visible
 from sinkscope.metrics.values import per_query_head
 from sinkscope.models.anatomy import Anatomy
@@ -88,7 +89,7 @@ def close(left: Tensor, right: Tensor, tolerance: float) -> bool:
     return bool((left - right).abs().max() <= tolerance * size)
 
 
-OF_ATTENTION = frozenset({"pattern", "scores", "query", "key", "value", "z"})
+OF_ATTENTION = frozenset({"pattern", "scores", "query", "key", "value", "z", "gate"})
 """Signals that only layers have that attend."""
 
 HIDDEN = torch.finfo(torch.float32).min / 2
@@ -297,7 +298,9 @@ class _Checks:
         """Values are what the pattern mixes into ``z``, before a gate where there is one."""
         value, z = self.attention(VALUE), self.attention(Z)
         if value is None or z is None or any(x.ndim != 4 for x in (*value, *z)):
-            self.findings.reject("hook_v and hook_z do not show one vector a head", "value", "z")
+            self.findings.reject(
+                "hook_v and hook_z do not show one vector a head", "value", "z", "gate"
+            )
         elif "pattern" not in self.findings.signals:
             # z is the output projection's input by construction; a norm or another step may stand
             # between the value projection and what attention mixes.
@@ -305,32 +308,44 @@ class _Checks:
             self.findings.reject(
                 "there is no pattern to prove that hook_v is what attention mixes", "value"
             )
+            self.findings.gated = any(self.attention(hook) for hook in GATES)
+            self.findings.reject(
+                "there is no pattern to prove what the gate multiplies"
+                if self.findings.gated
+                else "no gate fires behind the heads",
+                "gate",
+            )
         else:
             mixed = list(map(mixed_values, self.attention(PATTERN) or [], value))
             plain = self.same(mixed, z)
-            self.findings.gated = not plain and self.is_gated(mixed, z)
+            if plain:
+                self.findings.reject("no gate stands behind the heads", "gate")
+            else:
+                self.gate(mixed, z)
             if plain or self.findings.gated:
                 self.findings.accept(value=VALUE, z=Z)
             else:
-                self.findings.reject("the pattern does not mix hook_v into hook_z", "value", "z")
+                self.findings.reject(
+                    "the pattern does not mix hook_v into hook_z", "value", "z", "gate"
+                )
 
-    def is_gated(self, mixed: Layers, z: Layers) -> bool:
-        """Whether a gate hook, as it is or under a sigmoid, turns what is mixed into ``z``."""
+    def gate(self, mixed: Layers, z: Layers) -> None:
+        """A gate is a hook that, under some activation, turns what is mixed into ``z``."""
         for hook in GATES:
-            gates = self.attention(hook)
-            if gates is None or any(
-                gate.shape[-1] % x.shape[2] for gate, x in zip(gates, z, strict=True)
+            shown = self.attention(hook)
+            if shown is None or any(
+                gate.shape[-1] % x.shape[2] for gate, x in zip(shown, z, strict=True)
             ):
                 continue
-            # A factor for each channel of a head, or one for all of them.
-            wide = [
-                rearrange(gate, "b t (h d) -> b t h d", h=x.shape[2]) if gate.ndim == 3 else gate
-                for gate, x in zip(gates, z, strict=True)
-            ]
-            for factors in (wide, [gate.sigmoid() for gate in wide]):
-                if self.same([x * gate for x, gate in zip(mixed, factors, strict=True)], z):
-                    return True
-        return False
+            for activation in ACTIVATIONS:
+                # A factor for each channel of a head, or one for all of them.
+                gates = [
+                    factors(gate, activation, x.shape[2]) for gate, x in zip(shown, z, strict=True)
+                ]
+                if self.same([x * gate for x, gate in zip(mixed, gates, strict=True)], z):
+                    self.findings.gated, self.findings.gate = True, activation
+                    self.findings.accept(gate=hook)
+                    return
 
     def residual(self) -> None:
         """Block outputs are the next block's inputs, and the two sub-layers' outputs add up."""

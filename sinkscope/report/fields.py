@@ -162,6 +162,26 @@ class SinkFields(Labelled):
         about="the sink's share of attention times value norm", unit="share", metric="value_share"
     )
 
+    # Gates on the heads' outputs
+    gate_mean: Float[Tensor, "prompt layer head"] | None = measured(
+        about="mean factor of the gate on the head's output, over queries and channels",
+        unit="1",
+        metric="gates",
+        tabled=True,
+    )
+    gate_closed: Float[Tensor, "prompt layer head"] | None = measured(
+        about="share of the gate's factors, over queries and channels, that are below 0.1",
+        unit="share",
+        metric="gates",
+        tabled=True,
+    )
+    gated_sink_attention: Float[Tensor, "prompt layer head"] | None = measured(
+        about="sink_attention with each query's attention times its mean gate factor",
+        unit="probability",
+        metric="gates",
+        tabled=True,
+    )
+
     # Values and heads' outputs
     value_norm: Float[Tensor, "layer kv_head position"] | None = measured(
         about="norm of the value vector, mean over prompts",
@@ -176,13 +196,14 @@ class SinkFields(Labelled):
         tabled=True,
     )
     value_norm_out: Float[Tensor, "layer head position"] | None = measured(
-        about="norm of the value vector through W_O, mean over prompts",
+        about="norm of the value vector through W_O (and through a gate before it, root mean "
+        "square over queries), mean over prompts",
         unit="activation",
         weight="prompts_at",
         metric="through_output",
     )
     value_drain_out: Float[Tensor, "prompt layer head"] | None = measured(
-        about="value_drain with the values taken through W_O",
+        about="value_drain with the values taken through W_O, and a gate before it",
         unit="ratio",
         metric="through_output",
         tabled=True,

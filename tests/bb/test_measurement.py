@@ -241,9 +241,17 @@ def of_a_head(q, k, v, gate, rule) -> dict[str, float]:
     z = [[sum(a * v[j][d] for j, a in enumerate(row)) for d in range(4)] for row in rows]
     if gate is not None:
         z = [[x * g for x, g in zip(*both, strict=True)] for both in zip(z, gate, strict=True)]
+    gates = {}
+    if gate is not None:
+        means = [mean(factors) for factors in gate]
+        gates = {
+            "gate_mean": mean(means),
+            "gate_closed": mean([x < 0.1 for factors in gate for x in factors]),
+            "gated_sink_attention": mean([rows[i][0] * means[i] for i in range(1, len(q))]),
+        }
     weighted = [[a * size(v[j]) for j, a in enumerate(row)] for row in rows[1:]]
     later = range(1, len(q))
-    return {
+    return gates | {
         "sink_attention": mean([rows[i][0] for i in later]),
         "first_token_attention": mean([row[0] for row in rows]),
         "value_drain": size(v[0]) / (mean([size(v[i]) for i in later]) or math.nan),
@@ -311,13 +319,13 @@ def test_what_is_not_defined_is_refused_in_a_sentence(tokens):
     texts = token_ids(tokens)
     with pytest.raises(UnsupportedError, match="not a softmax .* no distribution"):
         scan(relu, texts, metrics="entropy", progress=False)
-    with pytest.raises(UnsupportedError, match="a gate stands between the values and W_O"):
-        scan(gated, texts, metrics="through_output", progress=False)
+    with pytest.raises(UnsupportedError, match="no gate stands behind the heads"):
+        scan(relu, texts, metrics="gates", progress=False)
     with pytest.raises(UnsupportedError, match="use eager attention"):
         scan(relu, texts, metrics="sink_attention", attention="streaming", progress=False)
     assert "no distribution" in capabilities(relu).unavailable["entropy"]
     assert not any("streaming" in why for why in capabilities(relu).unavailable.values())
-    assert capabilities(gated).gated and not capabilities(relu).gated
+    assert capabilities(gated).gate == "identity" and not capabilities(relu).gated
     assert "gated outputs" in str(capabilities(gated))
     assert "not a softmax" in str(capabilities(relu))
 

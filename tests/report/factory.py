@@ -145,6 +145,9 @@ def synthetic_report(
         ffn_mixed_max=ffn_mixed,
         ffn_sink_median=ffn_sink.abs().median(2).values,
         position_embedding_norm=rand(2 * positions),
+        gate_mean=0.5 * rand(*per_head),
+        gate_closed=rand(*per_head),
+        gated_sink_attention=0.1 * rand(*per_head),
     )
     plain = dict(
         length=positions, n_layers=layers, n_heads=heads, n_kv_heads=kv_heads,

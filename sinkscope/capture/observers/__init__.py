@@ -5,7 +5,7 @@ this package, one class each. A new metric is a definition in `sinkscope.metrics
 `report.fields` that names it, and a class here, whose module is imported below.
 """
 
-from sinkscope.capture.observers import attention, massive, residual, values
+from sinkscope.capture.observers import attention, gates, massive, residual, values
 from sinkscope.capture.observers.base import (
     SIGNALS,
     Observer,
@@ -23,6 +23,7 @@ __all__ = [
     "attention",
     "core",
     "fields",
+    "gates",
     "massive",
     "metrics",
     "residual",

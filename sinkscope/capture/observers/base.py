@@ -32,6 +32,9 @@ SIGNALS: Mapping[str, str] = {
     "key": "prompt position kv_head d_head",
     "value": "prompt position kv_head d_head",
     "z": "prompt position head d_head",
+    "gate": "prompt position head d_gate",
+    "gated_attention": "a GatedAttention: an AttentionReader, and the gate's factors",
+    "gated_value": "a GatedValue: values, and the gate's factors or None without a gate",
     "attn_out": "prompt position dim",
     "mlp_out": "prompt position dim",
     "neurons": "prompt position neuron",
@@ -39,6 +42,13 @@ SIGNALS: Mapping[str, str] = {
     "resid_post": "prompt position dim",
 }
 """What an observer may read of a layer, and the dimensions of the tensor that it is given."""
+
+_NEEDED = {
+    "attention": frozenset({"pattern"}),
+    "gated_attention": frozenset({"pattern", "gate"}),
+    "gated_value": frozenset({"value"}),
+}
+"""The tensors that a model must show for a signal that is made of several."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +110,11 @@ class Observer:
     Args (of the class statement):
         metric: Name that `scan(metrics=...)` takes; without one the class is not registered.
         reads: The signal, one of `SIGNALS`. "attention" gives an `AttentionReader`
-            (`sinkscope.capture.readers`); the others an activation that was verified on the model:
-            "query" and "z" [prompt position head d_head], "key" and "value" [prompt position
-            kv_head d_head], "pattern" and "scores" [prompt head query key], "resid_pre",
+            (`sinkscope.capture.readers`), "gated_attention" and "gated_value" a `GatedAttention`
+            and a `GatedValue` of the same module; the others an activation that was verified on the
+            model: "query" and "z" [prompt position head d_head], "key" and "value" [prompt position
+            kv_head d_head], "gate" [prompt position head d_gate] (factors, d_gate being 1 or
+            d_head), "pattern" and "scores" [prompt head query key], "resid_pre",
             "resid_post", "attn_out" and "mlp_out" [prompt position dim], "neurons" [prompt
             position neuron].
         needs: Tensors that a model must show for that signal to answer what is asked of it.
@@ -139,8 +151,7 @@ class Observer:
         if reads:
             _check_signal(cls, reads)
             cls.signal = reads
-            default = "pattern" if reads == "attention" else reads
-            cls.needs = frozenset(needs) or frozenset({default})
+            cls.needs = frozenset(needs) or _NEEDED.get(reads, frozenset({reads}))
         cls.metric, cls.core = metric, core
         if metric:
             _register(cls)

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from sinkscope.capture.batches import Batch, average
 from sinkscope.capture.observers.base import Observer
+from sinkscope.capture.readers import GatedValue
 from sinkscope.capture.reductions import all_layers
-from sinkscope.metrics import heads, values
-from sinkscope.models.capabilities import GATED, Capabilities
+from sinkscope.metrics import gates, heads, values
+from sinkscope.models.capabilities import Capabilities
 
 
 class Values(Observer, metric="values", reads="value", core=True):
@@ -58,8 +59,6 @@ class ThroughOutput(Observer):
         """W_O has to be there head by head, and to be all that stands behind the heads."""
         if not can.attending:
             return can.absent["z"]
-        if can.gated:
-            return GATED
         if not can.split_output:
             return (
                 f"the output projections of this {can.architecture} give no W_O for each head, as "
@@ -68,14 +67,24 @@ class ThroughOutput(Observer):
         return None
 
 
-class ValuesThroughOutput(ThroughOutput, metric="through_output", reads="value"):
-    """Sizes of the values as the residual stream would receive them: ‖v_j W_O^h‖."""
+class ValuesThroughOutput(ThroughOutput, metric="through_output", reads="gated_value"):
+    """Sizes of the values as the residual stream would receive them: ‖v_j W_O^h‖.
 
-    def observe(
-        self, x: Float[Tensor, "prompt position kv_head d_head"], batch: Batch
-    ) -> dict[str, Tensor]:
+    Behind a gate, the root mean square over queries of ‖(g_i ⊙ v_j) W_O^h‖.
+    """
+
+    @classmethod
+    def unavailable(cls, can: Capabilities) -> str | None:
+        """A gate has to be known: W_O alone does not say what passes it."""
+        unknown = can.absent["gate"] if can.gated and can.gate is None else None
+        return super().unavailable(can) or unknown
+
+    def observe(self, x: GatedValue, batch: Batch) -> dict[str, Tensor]:
         """By the Gram form, so nothing d_model wide is made."""
-        return {"norm": values.norms_through(x, self.scope.gram(self.layer))}
+        gram = self.scope.gram(self.layer)
+        if x.gate is None:
+            return {"norm": values.norms_through(x.value, gram)}
+        return {"norm": gates.norms_through(x.value, gram, x.gate, batch.mask)}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Norms by position, drains by prompt."""

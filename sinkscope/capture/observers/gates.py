@@ -1,0 +1,25 @@
+"""Observer of the gates on the heads' outputs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sinkscope.capture.batches import Batch, average
+from sinkscope.capture.observers.base import Observer
+from sinkscope.capture.readers import GatedAttention
+from sinkscope.metrics import gates
+
+
+class Gates(Observer, metric="gates", reads="gated_attention"):
+    """How open each head's gate is, and how much of the attention to the sinks passes it."""
+
+    def observe(self, x: GatedAttention, batch: Batch) -> dict[str, Tensor]:
+        """See `metrics.gates`: one mean over channels each, one product for all queries."""
+        paid = x.attention.on_keys(batch.sinks, batch.most_sinks)
+        opened, closed = gates.openness(x.gate), gates.closed(x.gate)
+        everywhere, after = batch.averages("mask"), batch.averages("queries")
+        return {
+            "gate_mean": average(opened, everywhere)[..., 0],
+            "gate_closed": average(closed, everywhere)[..., 0],
+            "gated_sink_attention": average(paid * opened, after)[..., 0],
+        }
