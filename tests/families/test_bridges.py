@@ -98,6 +98,7 @@ def test_unavailable_metrics_have_reasons(family: Family, family_bridge: Transfo
         "logit_gap": not family.stock_scores,
         "sink_logit": not family.stock_rotated,
         "learned_sink": not family.learned_sinks,
+        "gates": True,
     }
     elsewhere = {
         "neurons": family.moe,
