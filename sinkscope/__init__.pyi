@@ -22,6 +22,7 @@ from .interventions.softmax import ReplaceSoftmax as ReplaceSoftmax
 from .interventions.transplant import SinkTransplant as SinkTransplant
 from .interventions.values import ScaleValue as ScaleValue
 from .interventions.values import ZeroValue as ZeroValue
+from .interventions.window import WindowedAttention as WindowedAttention
 from .models.capabilities import capabilities as capabilities
 from .models.load import load_model as load_model
 from .prompts.replace import ReplaceEnd as ReplaceEnd
@@ -69,6 +70,7 @@ __all__ = [
     "ZeroValue",
     "SelfOnlyMask",
     "ShiftSinkLogit",
+    "WindowedAttention",
     "SinkTransplant",
     "PositionEmbeddingEdit",
     "PositionIdEdit",

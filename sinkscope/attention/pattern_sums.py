@@ -10,7 +10,7 @@ Tensors come in the layout of hooks, [prompt position head d_head].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +20,16 @@ from torch import Tensor
 
 from sinkscope.attention.call import AttentionCall
 from sinkscope.attention.kernels import kernels_for
-from sinkscope.attention.scores import grouped_matmul, query_ranges, scores, scores_at, tiles, wide
+from sinkscope.attention.scores import (
+    bands,
+    grouped_matmul,
+    query_ranges,
+    scores,
+    scores_at,
+    tiles,
+    wide,
+)
+from sinkscope.metrics.attention import spans
 from sinkscope.metrics.positions import masked_mean, queries_after
 
 Query = Float[Tensor, "prompt query head d_head"]
@@ -248,6 +257,22 @@ def logit_gap_in_tiles(
             logits, to_others, dim=-1
         )
     return torch.where(valid, gap, torch.nan), valid
+
+
+def nearby_attention(
+    query: Query, key: Key, lse: LogSumExp, call: AttentionCall, widths: Sequence[int]
+) -> Float[Tensor, "prompt head query span"]:
+    """`metrics.attention.nearby_attention`, from the band of scores that it sums: O(T · width)."""
+    query, key = query.transpose(1, 2), wide(key.transpose(1, 2))
+    base, n_keys = _finite(lse), key.shape[2]
+    paid = lse.new_zeros(*lse.shape, 2 * len(widths))
+    index = torch.arange(max(n_keys, call.offset + query.shape[2]), device=query.device)
+    for rows, columns in bands(query, n_keys, call, max(widths)):
+        pattern = (scores(query, key, call, rows, columns) - base[:, :, rows, None]).exp_()
+        stand = index[call.offset + rows.start : call.offset + rows.stop, None]
+        for at, span in enumerate(spans((index[columns] - stand).abs(), widths)):
+            paid[:, :, rows, at] = pattern.masked_fill(~span, 0.0).sum(-1)
+    return paid
 
 
 def learned_sink_share(lse: LogSumExp, call: AttentionCall) -> Float[Tensor, "prompt head query"]:

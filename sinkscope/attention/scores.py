@@ -81,6 +81,22 @@ def query_ranges(query: Float[Tensor, "prompt head query d_head"], n_keys: int) 
         yield slice(start, min(start + rows, n_queries))
 
 
+def bands(
+    query: Float[Tensor, "prompt head query d_head"], n_keys: int, call: AttentionCall, reach: int
+) -> Iterator[tuple[slice, slice]]:
+    """Ranges of queries, each with the keys at most ``reach`` away, of bounded size.
+
+    A range has as many queries as a query has near keys, so that half of what is computed is used.
+    """
+    prompts, heads, n_queries, _ = query.shape
+    rows = max(1, min(reach, TILE_ELEMENTS // (prompts * heads * 3 * reach)))
+    ahead = 0 if call.causal else reach
+    for start in range(0, n_queries, rows):
+        queries = slice(start, min(start + rows, n_queries))
+        first, last = call.offset + queries.start, call.offset + queries.stop
+        yield queries, slice(max(0, first - reach), min(n_keys, last + ahead))
+
+
 def contiguous_rows(x: Float[Tensor, "_ _ _ d"]) -> Float[Tensor, "_ _ _ d"]:
     """The same tensor, copied if the entries of a row are not adjacent in memory.
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkscope.devices import sent
-from sinkscope.metrics import positions
+from sinkscope.metrics import attention, positions
 
 Shared = TypeVar("Shared")
 
@@ -193,6 +193,32 @@ class Batch:
             return mean_weights(torch.stack(columns, dim=-1))
 
         return self.once(("sink", window, edges), compute)
+
+    def beyond(self, window: int | None) -> Bool[Tensor, "prompt query width"]:
+        """The queries of each width of `metrics.attention.RECENT` that see more than near keys."""
+
+        def compute() -> Tensor:
+            where = self.sinks, self.mask, self.causal, window
+            return torch.stack(
+                [positions.queries_beyond(width, *where) for width in attention.RECENT], dim=-1
+            )
+
+        return self.once(("beyond", window), compute)
+
+    def uniform_nearby(self, window: int | None) -> Float[Tensor, "prompt span"]:
+        """What uniform attention pays to each span of `metrics.attention.nearby_attention`."""
+
+        def compute() -> Tensor:
+            where = self.mask, self.causal, window
+            shares = [
+                positions.uniform_nearby(width, itself, *where)
+                for itself in (True, False)
+                for width in attention.RECENT
+            ]
+            queries = self.beyond(window).repeat(1, 1, 2)
+            return positions.masked_mean(torch.stack(shares, dim=-1), queries, dim=1)
+
+        return self.once(("uniform nearby", window), compute)
 
     def buckets(self, edges: tuple[int, ...]) -> Bool[Tensor, "prompt query bucket"]:
         """Which bucket of query positions each query after the sink falls into."""

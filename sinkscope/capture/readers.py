@@ -8,6 +8,7 @@ log-sum-exp, with nothing T×T.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -45,6 +46,14 @@ class AttentionReader(Protocol):
 
     def received(self) -> Float[Tensor, "prompt head key"]:
         """Attention that each key receives, summed over real queries."""
+        ...
+
+    def nearby(self, widths: Sequence[int]) -> Float[Tensor, "prompt head query span"]:
+        """Attention that each query pays to its neighbourhoods of these widths."""
+        ...
+
+    def total(self) -> Float[Tensor, "prompt head query"]:
+        """Attention that each query pays to keys: 1, less what a learned sink takes."""
         ...
 
     def entropy(self) -> Float[Tensor, "prompt head query"]:
@@ -133,6 +142,14 @@ class PatternReader:
     def received(self) -> Float[Tensor, "prompt head key"]:
         """See `metrics.attention.received_mass`."""
         return attention.received_mass(self._pattern, self.batch.mask)
+
+    def nearby(self, widths: Sequence[int]) -> Float[Tensor, "prompt head query span"]:
+        """See `metrics.attention.nearby_attention`."""
+        return attention.nearby_attention(self._pattern, widths)
+
+    def total(self) -> Float[Tensor, "prompt head query"]:
+        """Σ_j A_ij."""
+        return self._pattern.sum(dim=-1)
 
     def entropy(self) -> Float[Tensor, "prompt head query"]:
         """See `metrics.attention.row_entropy`."""
@@ -270,6 +287,14 @@ class StreamReader:
         if self.statistics & {"entropy", "value_share"}:
             return self._sums.received
         return _columns.received_mass(*self._attended, self._real_queries)
+
+    def nearby(self, widths: Sequence[int]) -> Float[Tensor, "prompt head query span"]:
+        """Σ exp(s_ij − lse_i) over a band of scores."""
+        return _columns.nearby_attention(*self._attended, widths)
+
+    def total(self) -> Float[Tensor, "prompt head query"]:
+        """1 − exp(sink − lse_i)."""
+        return 1 - _columns.learned_sink_share(self.lse, self.call)
 
     def entropy(self) -> Float[Tensor, "prompt head query"]:
         """−Σ_j A_ij (s_ij − lse_i)."""

@@ -15,6 +15,7 @@ What cannot be done exactly on an architecture is refused in a sentence. `Replac
     values       ScaleValue, ZeroValue: the value vectors
     transplant   SinkTransplant: a donor's keys and values, at a position or in an extra slot
     self_only    SelfOnlyMask: the attention mask
+    window       WindowedAttention: near keys, with or without the first tokens
     sink_logit   ShiftSinkLogit: one key's logit
     quantise     Quantise: activations, keys and values in simulated low precision
     softmax      ReplaceSoftmax: the attention operator
@@ -34,6 +35,7 @@ from sinkscope.interventions.sink_logit import ShiftSinkLogit
 from sinkscope.interventions.softmax import ReplaceSoftmax
 from sinkscope.interventions.transplant import SinkTransplant
 from sinkscope.interventions.values import ScaleValue, ZeroValue
+from sinkscope.interventions.window import WindowedAttention
 from sinkscope.prompts.replace import ReplaceEnd, ReplaceStart
 
 __all__ = [
@@ -52,5 +54,6 @@ __all__ = [
     "SetActivation",
     "ShiftSinkLogit",
     "SinkTransplant",
+    "WindowedAttention",
     "ZeroValue",
 ]

@@ -7,6 +7,7 @@ reduced: a stored pattern, or streaming attention that never had one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -25,6 +26,8 @@ from sinkscope.metrics.values import per_query_head
 
 EPSILONS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 """Thresholds of the sink-rate curve [probability]."""
+RECENT = (4, 16, 64)
+"""Widths w of the neighbourhood that recency is measured in [tokens]."""
 
 
 def attention_to(
@@ -193,6 +196,28 @@ def sink_logit_gap(
 ) -> Float[Tensor, "prompt head"]:
     """Δlogit: the gap of :func:`logit_gap_rows` averaged over the queries that have one [logit]."""
     return masked_mean(gap, valid, dim=-1)
+
+
+def nearby_attention(
+    pattern: Float[Tensor, "prompt head query key"], widths: Sequence[int]
+) -> Float[Tensor, "prompt head query span"]:
+    """Attention that each query pays to its neighbourhood, Σ A_ij over a span [probability].
+
+    The spans are |i - j| < w for each width w (the query's own key included), then 0 < |i - j| ≤ w
+    (excluded). Under a causal mask these are the last w keys, and the w keys before the own one.
+    """
+    index = torch.arange(pattern.shape[-1], device=pattern.device)
+    distance = (index[:, None] - index[None, :]).abs()
+    pattern = at_least_fp32(pattern)
+    return torch.stack(
+        [torch.where(span, pattern, 0).sum(dim=-1) for span in spans(distance, widths)], dim=-1
+    )
+
+
+def spans(distance: Int[Tensor, "..."], widths: Sequence[int]) -> list[Bool[Tensor, "..."]]:
+    """Which distances between query and key lie in each span of :func:`nearby_attention`."""
+    including = [distance < width for width in widths]
+    return including + [(distance > 0) & (distance <= width) for width in widths]
 
 
 def learned_sink_mass(

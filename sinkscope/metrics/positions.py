@@ -108,6 +108,45 @@ def queries_after(
     return queries
 
 
+def queries_beyond(
+    width: int,
+    sinks: Bool[Tensor, "prompt position"],
+    mask: Bool[Tensor, "prompt position"],
+    causal: bool,
+    window: int | None = None,
+) -> Bool[Tensor, "prompt position"]:
+    """The queries whose attention divides into near keys, sinks and the rest.
+
+    They are those of :func:`queries_after` that have no sink among the keys within ``width`` of
+    them, and see a real key further away than that. Of the first few queries the near keys are all
+    there is; those next to a sink would have it counted twice. Empty where a sliding window lets
+    nothing through but near keys.
+    """
+    near = width + 1 if window is None else min(width + 1, window)
+    further = visible_keys(mask, causal, window) > visible_keys(mask, causal, near)
+    ahead = 0 if causal else width
+    beside_sink = sliding_sum(sinks.float(), width, ahead) > 0
+    return queries_after(sinks, mask, causal) & ~beside_sink & further
+
+
+def uniform_nearby(
+    width: int,
+    itself: bool,
+    mask: Bool[Tensor, "prompt query"],
+    causal: bool,
+    window: int | None = None,
+) -> Float[Tensor, "prompt query"]:
+    """What uniform attention over the visible keys pays to those near the query [probability].
+
+    |N_i| / |V_i|, V_i the visible keys and N_i those of them with |i - j| < ``width``, or
+    0 < |i - j| ≤ ``width`` without ``itself``. nan for padding.
+    """
+    near = width if itself else width + 1
+    near = near if window is None else min(near, window)
+    count = visible_keys(mask, causal, near) - (0 if itself else 1)
+    return torch.where(mask, count / visible_keys(mask, causal, window), torch.nan)
+
+
 def find_sinks(
     received: Float[Tensor, "prompt layer head position"],
     mask: Bool[Tensor, "prompt position"],

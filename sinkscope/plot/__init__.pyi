@@ -12,6 +12,7 @@ from .export import save as save
 from .heads import head_change as head_change
 from .heads import head_map as head_map
 from .heads import head_scatter as head_scatter
+from .heads import recency_plane as recency_plane
 from .layers import attention_by_query as attention_by_query
 from .layers import by_layer as by_layer
 from .layers import residual_norms as residual_norms
@@ -49,6 +50,7 @@ __all__ = [
     "head_maps",
     "head_map",
     "head_scatter",
+    "recency_plane",
     "attention_by_query",
     "by_layer",
     "residual_norms",

@@ -21,10 +21,10 @@ from sinkscope.plot.scales import (
     value_range,
 )
 from sinkscope.plot.theme import SEQUENTIAL, Palette, Theme, palette
-from sinkscope.plot.values import interval_of, mean_of, remembered, require_report
+from sinkscope.plot.values import interval_of, mean_of, nanmean, remembered, require_report
 from sinkscope.report.labelled import Variable, to_numpy
 from sinkscope.statistics import Interval, bootstrap, spearman
-from sinkscope.validation import text
+from sinkscope.validation import shown, text
 
 if TYPE_CHECKING:
     from sinkscope.report.labelled import Variable
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 _STEPS = 20
+_LITTLE = 0.1  # what a head may pay to the rest and be counted in the title of `recency_plane`
 
 
 def head_map(
@@ -305,6 +306,90 @@ def head_scatter(
     of = f"{across.size} head{'' if across.size == 1 else 's'}"
     title = f"{heading(x)} and {in_words(y)} of {of}: ρ = {rank:.2f}"
     return finish(figure, title, report.settings, theme, height=520)
+
+
+def recency_plane(report: SinkReport, width: int = 16, *, theme: Theme = None) -> go.Figure:
+    """A dot a head: attention to near keys against attention to the sink, and what is left.
+
+    The further a head lies below the line, the more it attends to keys that are neither: such a
+    head needs the whole context. The dotted line is what uniform attention would pay to near keys.
+    Ours and operational: the recency ratio by which RecurFormer (arXiv 2410.12850) chooses heads is
+    not public.
+
+    Args:
+        report: What a scan with the metric "recency" gave.
+        width: Of the near keys, the query's own included; one that was measured.
+        theme: "light", "dark", or the default.
+
+    Returns:
+        A scatter plot coloured by layer. A learned sink counts to the sink.
+
+    Raises:
+        ReportError: If recency was not measured, or not at this width, or no prompt is longer.
+    """
+    require_report("report", report)
+    report._require("recent_attention")
+    widths = mean_of(report, "width").astype(int).tolist()
+    if width not in widths:
+        raise ReportError(
+            f"width is {shown(width)}; expected one of {', '.join(map(str, widths))}."
+        )
+    at = widths.index(width)
+    recent, rest = (
+        mean_of(report, name)[..., at] for name in ("recent_attention", "remaining_attention")
+    )
+    if np.isnan(recent).all():
+        raise ReportError(
+            f"No query sees keys beyond the last {width} and the sink, so there is nothing to "
+            "draw; choose a smaller width, or scan longer prompts."
+        )
+    uniform = nanmean(mean_of(report, "recent_uniform")[:, at], axis=0)
+    sink = 1 - recent - rest
+    layers, heads = recent.shape
+    where = np.stack([axis.ravel() for axis in np.indices((layers, heads))], axis=-1)
+    colours = palette(theme)
+    figure = go.Figure(
+        go.Scatter(
+            x=sink.ravel(),
+            y=recent.ravel(),
+            mode="markers",
+            customdata=np.column_stack([where, rest.ravel()]),
+            marker=dict(
+                size=8,
+                opacity=0.85,
+                color=where[:, 0],
+                colorscale=SEQUENTIAL,
+                colorbar=dict(title=dict(text="layer", side="right")),
+                line=dict(width=0.5, color=colours.faint),
+            ),
+            hovertemplate="layer %{customdata[0]}, head %{customdata[1]}<br>sink: %{x:.3f}<br>"
+            f"last {width} keys: %{{y:.3f}}<br>the rest: %{{customdata[2]:.3f}}<extra></extra>",
+        )
+    )
+    figure.add_shape(
+        type="line", x0=0, y0=1, x1=1, y1=0, line=dict(color=colours.muted[0], width=1)
+    )
+    figure.add_annotation(
+        x=0.5, y=0.5, text="nothing for the rest", textangle=0, showarrow=False,
+        xanchor="left", yanchor="bottom", xshift=6,
+    )  # fmt: skip
+    figure.add_hline(
+        y=float(uniform), line=dict(color=colours.muted[0], width=1, dash="dot"),
+        annotation_text="uniform", annotation_position="top right",
+    )  # fmt: skip
+    figure.update_xaxes(title_text="attention to the sink [probability]", range=[-0.02, 1.02])
+    figure.update_yaxes(
+        title_text=f"attention to the last {width} keys [probability]", range=[-0.02, 1.02]
+    )
+    defined = np.isfinite(rest)
+    share = (rest < _LITTLE)[defined].mean()
+    number = int(defined.sum())
+    title = (
+        f"Sink, last {width} keys, the rest: {share:.0%} of {number} "
+        f"head{'' if number == 1 else 's'} pay{'s' if number == 1 else ''} the rest under "
+        f"{_LITTLE:g}"
+    )
+    return finish(figure, title, report.settings, theme, height=560)
 
 
 def head_change(

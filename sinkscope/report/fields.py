@@ -152,6 +152,40 @@ class SinkFields(Labelled):
         unit="1",
         metric="sink_logit",
     )
+    width: Int[Tensor, "width"] | None = measured(
+        about="widths of the neighbourhood of a query in the fields of recency",
+        unit="tokens",
+        metric="recency",
+    )
+    recent_attention: Float[Tensor, "prompt layer head width"] | None = measured(
+        about="attention to the last `width` keys, the query's own included",
+        unit="probability",
+        metric="recency",
+    )
+    recent_without_self: Float[Tensor, "prompt layer head width"] | None = measured(
+        about="attention to the `width` keys before the query's own",
+        unit="probability",
+        metric="recency",
+    )
+    recent_uniform: Float[Tensor, "prompt layer width"] | None = measured(
+        about="recent_attention of uniform attention", unit="probability", metric="recency"
+    )
+    recent_uniform_without_self: Float[Tensor, "prompt layer width"] | None = measured(
+        about="recent_without_self of uniform attention", unit="probability", metric="recency"
+    )
+    recency_ratio: Float[Tensor, "prompt layer head width"] | None = measured(
+        about="recent_attention over that of uniform attention", unit="ratio", metric="recency"
+    )
+    recent_sink_attention: Float[Tensor, "prompt layer head width"] | None = measured(
+        about="attention that the queries of recent_attention pay to the sink(s)",
+        unit="probability",
+        metric="recency",
+    )
+    remaining_attention: Float[Tensor, "prompt layer head width"] | None = measured(
+        about="attention that the queries of recent_attention pay to all other keys",
+        unit="probability",
+        metric="recency",
+    )
     learned_sink_mass: Float[Tensor, "prompt layer head"] | None = measured(
         about="mean attention that a learned sink logit takes: one less the sum over keys",
         unit="probability",

@@ -117,6 +117,19 @@ def test_both_sums_leave_out_the_same_queries() -> None:
     assert both.entropy[:, :, 1::2].abs().max() == 0
 
 
+def test_nearby_attention(kind: str, tiles: None) -> None:
+    """Widths 1 and 3, with the query's own key and without: span by span, one entry at a time."""
+    c = case(kind)
+    pattern, _, lse = measured(c)
+    expected = torch.zeros(*lse.shape, 4, dtype=torch.float64)
+    for b, h, i, j in (pattern > 0).nonzero().tolist():
+        far = abs(c.call.offset + i - j)
+        for at, inside in enumerate([far < 1, far < 3, far == 1, 0 < far <= 3]):
+            expected[b, h, i, at] += float(pattern[b, h, i, j]) if inside else 0.0
+    found = pattern_sums.nearby_attention(c.query, c.key, lse, c.call, (1, 3))
+    torch.testing.assert_close(found.double(), expected, **TOLERANCE)
+
+
 @pytest.mark.parametrize("as_set", [False, True])
 def test_attention_to_keys(kind: str, tiles: None, as_set: bool) -> None:
     c = case(kind)

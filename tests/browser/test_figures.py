@@ -30,6 +30,7 @@ def all_figures(theme: str) -> dict:
         "head_map": plot.head_map(report, **look),
         "head_map, signed": plot.head_map(report, "sink_logit_gap", **look),
         "head_scatter": plot.head_scatter(report, **look),
+        "recency_plane": plot.recency_plane(report, **look),
         "head_change": plot.head_change(report, report, **look),
         "by_position": plot.by_position(report, layer=1, **look),
         "position_map": plot.position_map(report, **look),

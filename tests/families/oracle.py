@@ -90,6 +90,7 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
             entropy[layer, head] = np.mean(entropies)
             share[layer, head] = np.mean(shares)
 
+    recency = _recency(pattern, visible, queries, sink, causal)
     query, key = a["queries"][:, p, :n], a["keys"][:, p, :n].repeat(group, axis=2)
     size, length = np.linalg.norm(query, axis=-1), np.linalg.norm(key, axis=-1)
     angle = np.einsum("lihd,ljhd->lhij", query / size[..., None], key / length[..., None])
@@ -117,6 +118,7 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
         "sink_cosine": to_sink,
         "other_cosine": to_others,
         "value_weighted_sink_share": share,
+        **recency,
         "learned_sink_mass": (1 - pattern.sum(axis=-1)).mean(axis=-1),
         "value_drain": value[:, sink] / value[:, others].mean(axis=1),
         "first_value_norm": np.repeat(value[:, 0], group, axis=-1),
@@ -137,3 +139,46 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
         "at each position residual_norm": norm,
         "at each position cosine_to_sink": cosine,
     }
+
+
+def _recency(
+    pattern: np.ndarray, visible: np.ndarray, queries: list[int], sink: int, causal: bool
+) -> dict[str, np.ndarray]:
+    """Near keys, sink and rest, one query and key at a time."""
+    names = (
+        "recent_attention",
+        "recent_without_self",
+        "recent_sink_attention",
+        "remaining_attention",
+        "recent_uniform",
+        "recent_uniform_without_self",
+    )
+    widths, n = (4, 16, 64), pattern.shape[-1]
+    found = {name: np.full((*pattern.shape[:2], 3), np.nan) for name in names}
+    for at, width in enumerate(widths):
+        for layer in range(len(pattern)):
+            rows = {name: [] for name in names}
+            for i in queries:
+                seen = [j for j in range(n) if visible[layer, i, j]]
+                around = [j for j in range(n) if abs(i - j) <= width and not (causal and j > i)]
+                if sink in around or all(abs(i - j) <= width for j in seen):
+                    continue
+                near = [j for j in seen if abs(i - j) < width]
+                others = [j for j in seen if 0 < abs(i - j) <= width]
+                row = pattern[layer][:, i]
+                rows["recent_attention"].append(row[:, near].sum(-1))
+                rows["recent_without_self"].append(row[:, others].sum(-1))
+                rows["recent_sink_attention"].append(row[:, sink])
+                rest = [j for j in seen if j not in near and j != sink]
+                rows["remaining_attention"].append(row[:, rest].sum(-1))
+                rows["recent_uniform"].append(np.full(len(row), len(near) / len(seen)))
+                rows["recent_uniform_without_self"].append(
+                    np.full(len(row), len(others) / len(seen))
+                )
+            for name, values in rows.items():
+                if values:
+                    found[name][layer, :, at] = np.mean(values, axis=0)
+    found["recency_ratio"] = found["recent_attention"] / found["recent_uniform"]
+    for name in ("recent_uniform", "recent_uniform_without_self"):
+        found[name] = found[name][:, 0]
+    return found

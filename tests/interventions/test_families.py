@@ -35,6 +35,7 @@ from sinkscope.interventions import (
     SetActivation,
     ShiftSinkLogit,
     SinkTransplant,
+    WindowedAttention,
     ZeroValue,
 )
 from sinkscope.prompts.tokens import Texts
@@ -241,6 +242,70 @@ def test_shift_sink_logit(family: Family, path: str, heads: list[int] | None) ->
     assert_close(got, want)
     assert (got - before).abs().max() > 1e-3
     assert torch.equal(run(model, tokens, path), before)
+
+
+def test_windowed_attention(family: Family, path: str) -> None:
+    """Two heads with a window of 4 and the first two tokens, in layer 1; and a scan of it."""
+    heads = [1, 3]
+    tokens, plain = family.tokens(), family.build()
+
+    def change(eager: Attend) -> Attend:
+        def attend(module, query, key, value, attention_mask, **kwargs):
+            layer = layer_of(plain, module, family)
+            seen = hand_made_mask(family, layer, query.shape[2])
+            seen = seen.repeat(query.shape[1], 1, 1)
+            for head in heads:
+                for i in range(seen.shape[1]):
+                    for j in range(seen.shape[2]):
+                        if layer == 1 and abs(i - j) >= 4 and j > 1:
+                            seen[head, i, j] = False
+            bias = torch.zeros(1, *seen.shape).masked_fill(~seen, torch.finfo().min)
+            return eager(module, query, key, value, bias, **kwargs)
+
+        return attend
+
+    with attention(plain, change), torch.no_grad():
+        want = plain(tokens).logits
+        ref = reference(plain, tokens, parts=family.parts)
+    model = ss.load_model(family.build())
+    before = run(model, tokens, path)
+    with WindowedAttention(model, 4, sinks=2, layers=1, heads=heads):
+        got = run(model, tokens, path)
+        names = ["sink_attention", "recency", "entropy"]
+        report = ss.scan(model, ss.token_ids(tokens), metrics=names, attention=path, progress=False)
+    assert_close(got, want)
+    assert (got - before).abs().max() > 1e-3
+    assert torch.equal(run(model, tokens, path), before)
+    oracle = expected(ref, np.ones(tokens.shape, dtype=bool), family.causal)
+    for name in ("sink_attention", "recent_attention", "remaining_attention", "attention_entropy"):
+        np.testing.assert_allclose(
+            report[name].double().numpy(), oracle[name], atol=1e-5, rtol=1e-4, err_msg=name
+        )
+
+
+def test_windowed_attention_in_pieces(path: str) -> None:
+    """Through a KV cache, a window of 4 and the first token are what they are in one piece."""
+    family = BY_NAME["llama"]
+    model, tokens, plain = ss.load_model(family.build()), family.tokens(), family.build()
+
+    def change(eager: Attend) -> Attend:
+        def attend(module, query, key, value, attention_mask, **kwargs):
+            i, j = torch.arange(24)[:, None], torch.arange(24)[None]
+            seen = (j <= i) & ((i - j < 4) | (j == 0))
+            bias = torch.zeros(1, 1, 24, 24).masked_fill(~seen, torch.finfo().min)
+            return eager(module, query, key, value, bias, **kwargs)
+
+        return attend
+
+    with attention(plain, change), torch.no_grad():
+        want = plain(tokens).logits
+    with WindowedAttention(model, 4, sinks=1):
+        assert_close(run(model, tokens, path), want)
+        with ss.streaming(model) if path == "streaming" else nullcontext(), torch.no_grad():
+            first = model.original_model(tokens[:, :9], use_cache=True)
+            cache = first.past_key_values
+            second = model.original_model(tokens[:, 9:], past_key_values=cache, use_cache=True)
+    assert_close(torch.cat([first.logits, second.logits], dim=1), want)
 
 
 @pytest.mark.parametrize("factor", [0.0, -2.5])
@@ -629,6 +694,7 @@ def every_intervention(model: object, family: Family) -> list:
     found = [
         SelfOnlyMask(model, P),
         ShiftSinkLogit(model, 2.0),
+        WindowedAttention(model, 4, sinks=1),
         ScaleValue(model, 0.5, P),
         AblateHeads(model, HEADS),
         SetActivation(model, 1, [0, 5], P, 3.0),
@@ -774,6 +840,12 @@ def test_refusals() -> None:
         SetActivation(model, 0, 1, 9, "mean", calibration=ss.token_ids(tokens))
     with pytest.raises(UnsupportedError, match="finite number"):
         ShiftSinkLogit(model, float("-inf"))
+    with pytest.raises(UnsupportedError, match="window"):
+        WindowedAttention(model, 0)
+    with pytest.raises(UnsupportedError, match="heads run from 0 to 3"):
+        WindowedAttention(model, 4, heads=4)
+    with pytest.raises(UnsupportedError, match="one mask for all heads"):
+        WindowedAttention(ss.load_model("bb-3l"), 4, heads=0)
     with pytest.raises(UnsupportedError, match="either a factor or a norm"):
         ScaleActivation(model, 0, 0)
     with pytest.raises(UnsupportedError, match="mode is .tanh.; expected one of"):

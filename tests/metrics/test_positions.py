@@ -14,6 +14,8 @@ from sinkscope.metrics.positions import (
     masked_mean,
     position_embedding_norm,
     queries_after,
+    queries_beyond,
+    uniform_nearby,
     uniform_received,
     visible,
     visible_keys,
@@ -43,6 +45,32 @@ def test_visibility_and_its_counts(causal: bool, window: int | None) -> None:
     same(visible(mask, causal, window), table)
     same(visible_keys(mask, causal, window), table.sum(axis=2))
     same(visible_queries(mask, causal, window), table.sum(axis=1))
+
+
+@pytest.mark.parametrize(("causal", "window"), REACHES)
+def test_queries_beyond_near_keys(causal: bool, window: int | None) -> None:
+    """Near keys, sinks and others are three disjoint sets, none of the last two empty by design."""
+    sinks = np.zeros((len(MASKS), 7), dtype=bool)
+    sinks[:, [0, 3]] = np.array(MASKS)[:, [0, 3]]
+    for width in (1, 2):
+        table = np.zeros_like(sinks)
+        uniform = np.full((2, *sinks.shape), np.nan)
+        for p, mask in enumerate(MASKS):
+            first = min(np.flatnonzero(sinks[p]), default=9)
+            for i in range(7):
+                seen = [j for j in range(7) if sees(np.array(mask), i, j, causal, window)]
+                near = [j for j in range(7) if abs(i - j) <= width and not (causal and j > i)]
+                asked = mask[i] and not sinks[p, i] and first < 7 and (i > first or not causal)
+                further = any(j not in near for j in seen)
+                table[p, i] = asked and further and not sinks[p, near].any()
+                if mask[i]:
+                    own = [j for j in seen if abs(i - j) < width]
+                    others = [j for j in seen if 0 < abs(i - j) <= width]
+                    uniform[:, p, i] = len(own) / len(seen), len(others) / len(seen)
+        masks = tensor(sinks.tolist()), tensor(MASKS)
+        same(queries_beyond(width, *masks, causal, window), table)
+        same(uniform_nearby(width, True, masks[1], causal, window), uniform[0], rtol=1e-6)
+        same(uniform_nearby(width, False, masks[1], causal, window), uniform[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("window", [1, 3, 8])

@@ -133,6 +133,28 @@ def test_no_figure_offers_to_upload(theme):
     assert "sendChartToCloud" in removed and "sendDataToCloud" in removed
 
 
+def test_recency_plane_has_sink_near_keys_and_rest():
+    report = synthetic_report()
+    figure = plot.recency_plane(report, 64)
+    (dots,) = figure.data
+    recent = report.recent_attention[..., 2].double().mean(0).numpy()
+    rest = report.remaining_attention[..., 2].double().mean(0).numpy()
+    np.testing.assert_allclose(dots.y, recent.ravel(), rtol=1e-6)
+    np.testing.assert_allclose(dots.x, (1 - recent - rest).ravel(), rtol=1e-6)
+    np.testing.assert_allclose(dots.customdata[:, 2], rest.ravel(), rtol=1e-6)
+    little = (rest < 0.1).mean()
+    assert f"{little:.0%} of {rest.size} heads pay the rest under 0.1" in figure.layout.title.text
+    levels = {shape.y0 for shape in figure.layout.shapes if shape.y0 == shape.y1}
+    assert list(levels) == pytest.approx([0.6])
+    with pytest.raises(ReportError, match="width is 5; expected one of 4, 16, 64"):
+        plot.recency_plane(report, 5)
+    with pytest.raises(ReportError, match="was not measured"):
+        plot.recency_plane(only(report, "sink_attention"))
+    short = dict(recent_attention=torch.full_like(report.recent_attention, torch.nan))
+    with pytest.raises(ReportError, match="scan longer prompts"):
+        plot.recency_plane(synthetic_report(**short))
+
+
 def test_head_scatter_repeats_kv_heads_and_ranks():
     report = synthetic_report()
     figure = plot.head_scatter(report, "sink_attention", "value_drain")

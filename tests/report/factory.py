@@ -80,6 +80,7 @@ def synthetic_report(
     peak = torch.where(mask, 1 + 0.5 * rand(prompts, positions), torch.nan)
     peak[:, 0] = 100
     seen = torch.where(mask, 0.1 * rand(prompts, positions) + 0.5 * sink_mask, torch.nan)
+    recent = (1 - sink_attention[..., None]) * torch.tensor([0.2, 0.5, 0.8])
     by_bucket = torch.tensor([1, 2, 4, 8])
     ffn_sink = rand(prompts, layers, dims)
     written = min(1, layers - 1)  # the layer that writes the peak
@@ -112,6 +113,14 @@ def synthetic_report(
         sink_key_norm=rand(*per_head),
         sink_cosine=rand(*per_head),
         other_cosine=-rand(*per_head),
+        width=torch.tensor([4, 16, 64]),
+        recent_attention=recent,
+        recent_without_self=recent * 0.8,
+        recent_uniform=torch.tensor([0.1, 0.3, 0.6]).expand(prompts, layers, 3),
+        recent_uniform_without_self=torch.tensor([0.1, 0.3, 0.6]).expand(prompts, layers, 3),
+        recency_ratio=recent / torch.tensor([0.1, 0.3, 0.6]),
+        recent_sink_attention=sink_attention[..., None].expand(*per_head, 3),
+        remaining_attention=1 - sink_attention[..., None] - recent,
         learned_sink_mass=0.1 * rand(*per_head),
         value_weighted_sink_share=rand(*per_head),
         value_norm=rand(layers, kv_heads, positions),

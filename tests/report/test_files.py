@@ -28,13 +28,14 @@ from tests.report.factory import only, synthetic_report, synthetic_settings
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Lone surrogates, NUL, newlines: what a byte-level tokenizer may call a token.
 HOSTILE = st.text(st.characters(exclude_categories=()), max_size=6)
-INTEGERS = ("tokens", "prompts_at", "prompts_with_sink_at", "prompts_in_bucket", "bucket")
+INTEGERS = ("tokens", "prompts_at", "prompts_with_sink_at", "prompts_in_bucket", "bucket", "width")
 INTEGERS += ("prompt", "layer", "position", "dim", "count")
 
 
 def random_report(draw: Callable) -> SinkReport:
     """A report of random sizes, dtypes, figures (nan and inf too) and missing fields."""
     dims = ("prompt", "layer", "head", "kv_head", "position", "dim", "epsilon", "bucket", "context")
+    dims += ("width",)
     sizes = {dim: draw(st.integers(1, 3)) for dim in dims} | {"entry": draw(st.integers(0, 3))}
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     odd = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e-40], dtype=torch.float64)

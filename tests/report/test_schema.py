@@ -32,7 +32,7 @@ def test_every_field_says_its_unit_and_meaning():
 
 def test_means_over_prompts_without_a_prompt_dimension_name_their_weights():
     """Merging needs them, so a new field cannot forget."""
-    free_of_prompts = {"epsilon", "bucket", "position_embedding_norm"}
+    free_of_prompts = {"epsilon", "bucket", "width", "position_embedding_norm"}
     free_of_prompts |= {"prompts_at", "prompts_with_sink_at", "prompts_in_bucket"}
     for variable in SinkReport.variables().values():
         is_mean = "prompt" not in variable.dims and variable.name not in free_of_prompts

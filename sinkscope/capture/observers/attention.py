@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sinkscope.capture.accumulators import Accumulator, OverPrompts, Summed
-from sinkscope.capture.batches import Batch, average
+from sinkscope.capture.batches import Batch, average, mean_weights
 from sinkscope.capture.observers.base import Observer, Scope
 from sinkscope.capture.readers import AttentionReader
 from sinkscope.capture.reductions import received_summary
@@ -140,6 +140,39 @@ class SinkLogitGeometry(Observer, metric="sink_logit", reads="attention", needs=
             "sink_cosine": logit.cosine,
             "other_cosine": logit.other_cosine,
         }
+
+
+class Recency(Observer, metric="recency", reads="attention"):
+    """Attention to near keys, to the sinks and to the rest, of the queries that see all three."""
+
+    @classmethod
+    def unavailable(cls, can: Capabilities) -> str | None:
+        """Rows that are no distribution have no shares."""
+        return None if can.softmax else NO_SOFTMAX
+
+    def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
+        """Means over `metrics.positions.queries_beyond` of each width."""
+        weights = batch.once(
+            ("beyond weights", x.window), lambda: mean_weights(batch.beyond(x.window))
+        )
+        near = x.nearby(attention.RECENT).unflatten(-1, (2, -1))
+        near = torch.einsum("phqiw,pqw->piwh", near, weights)
+        to_sinks = average(x.on_keys(batch.sinks, batch.most_sinks), weights)
+        uniform = batch.uniform_nearby(x.window).unflatten(-1, (2, -1))
+        recent = near[:, 0].mT
+        return {
+            "recent_attention": recent,
+            "recent_without_self": near[:, 1].mT,
+            "recent_uniform": uniform[:, 0],
+            "recent_uniform_without_self": uniform[:, 1],
+            "recency_ratio": recent / uniform[:, 0, None],
+            "recent_sink_attention": to_sinks,
+            "remaining_attention": average(x.total(), weights) - recent - to_sinks,
+        }
+
+    def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
+        """The fields, and the widths that they are over."""
+        return super().results(order) | {"width": torch.tensor(attention.RECENT)}
 
 
 class LearnedSink(Observer, metric="learned_sink", reads="attention"):
