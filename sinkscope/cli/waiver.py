@@ -50,7 +50,8 @@ def waiver(
 ) -> None:
     """Ask what makes a token the sink, and make another one the sink (Yan et al. 2407.01601).
 
-    With --out, writes QUESTION.json, QUESTION.csv and QUESTION.html (all figures) for each one.
+    With --out, writes QUESTION.json, QUESTION.csv and QUESTION.html (all figures) for each one. A
+    folder holds answers about one model and one choice of texts.
     """
     folder = common.writable_folder(out)
     wanted = questions(ask)
@@ -64,6 +65,8 @@ def waiver(
         )
         if ask != "all":
             _refuse_before_the_work(wanted, loaded)
+        if folder is not None:
+            _claim(folder, loaded, source, position=position, seed=seed)
         answers = _answers(loaded, source, position, seed)
         found: dict[str, Result] = {}
         refused: dict[str, str] = {}
@@ -125,6 +128,19 @@ def _refuse_before_the_work(wanted: tuple[str, ...], model: Any) -> None:
         experiment.check_positions(can)
     if "nonmixture" in wanted or "parts" in wanted:
         can.hook("mlp_out", 0)
+
+
+def _claim(folder: Path, model: Any, source: Any, **options: Any) -> None:
+    """Note what is asked in this folder; answers to something else may not stand beside it.
+
+    Raises:
+        ReportError: If there are any.
+    """
+    from sinkscope.experiments.resume import claim, request_of
+    from sinkscope.prompts.texts import as_texts
+
+    request = request_of(model, as_texts(source).tokenize(model).right_padded(), **options)
+    claim(folder / "waiver.request.json", [folder / f"{name}.json" for name in QUESTIONS], request)
 
 
 def _answers(

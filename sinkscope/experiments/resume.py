@@ -125,7 +125,34 @@ def check(file: Path, request: Request) -> bool:
     """
     if not file.exists():
         return False
-    found = _beside(file)["request"]
+    _compare(file, _request_file(file), request)
+    return True
+
+
+def claim(record: Path, results: Iterable[Path], request: Request) -> None:
+    """Note in a file what several results beside it are of; those of another request may not be.
+
+    Args:
+        record: The file, ``NAME.request.json``.
+        results: Files that hold, or are going to hold, the results.
+        request: What is asked for now.
+
+    Raises:
+        ReportError: If a result is there already and was measured for another request, or no
+            record of it is there.
+    """
+    if (found := next((file for file in results if file.exists()), None)) is not None:
+        _compare(found, record, request)
+    write_file(record, as_json({"request": request, "also": {}}, indent=1))
+
+
+def _compare(file: Path, record: Path, request: Request) -> None:
+    """Refuse a result that was measured for another request.
+
+    Raises:
+        ReportError: If anything differs that the result depends on, or its record is unusable.
+    """
+    found = _recorded(file, record)["request"]
     for name, value in json.loads(as_json(request)).items():
         before = found.get(name)
         if before != value and name == "identity":
@@ -138,7 +165,6 @@ def check(file: Path, request: Request) -> bool:
                 f"{file} was measured with another {name} ({_shown(before)}; now {_shown(value)}); "
                 "name another folder, or delete that file."
             )
-    return True
 
 
 def _shown(value: Any) -> str:
@@ -152,12 +178,16 @@ def _request_file(file: Path) -> Path:
 
 
 def _beside(file: Path) -> dict[str, Any]:
-    """The request that a result was measured for, and what is kept with it.
+    """The request that a result was measured for, and what is kept with it."""
+    return _recorded(file, _request_file(file))
+
+
+def _recorded(file: Path, record: Path) -> dict[str, Any]:
+    """The request that a file records of a result, and what is kept with it.
 
     Raises:
-        ReportError: If that file is missing or damaged.
+        ReportError: If that record is missing or damaged.
     """
-    record = _request_file(file)
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
     except FileNotFoundError:

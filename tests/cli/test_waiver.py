@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from sinkscope.cli import app
 from sinkscope.cli.waiver import QUESTIONS
-from sinkscope.errors import SinkscopeError
+from sinkscope.errors import ReportError, SinkscopeError
 from tests.families.architectures import BY_NAME
 from tests.prompts.tiny_tokenizers import words
 
@@ -54,6 +54,35 @@ def test_waiver_answers_what_it_can_and_says_what_it_cannot(folder, tmp_path) ->
     assert max(map(len, told.stdout.splitlines())) <= 100
     assert isinstance(run(*asked, "--ask", "norms").exception, SinkscopeError)
     assert "not a question" in str(run(*asked, "--ask", "why").exception)
+
+
+def test_a_folder_holds_the_answers_to_one_request(folder, tmp_path) -> None:
+    """Before, mask.json of one text stood beside nonmixture.json of another."""
+    asked = ("waiver", folder / "model", "--texts", folder / "text.txt", "--prompts", 2)
+    asked += ("--length", 16, "--out", tmp_path)
+    assert run(*asked, "--ask", "nonmixture").exit_code == 0
+    first = (tmp_path / "nonmixture.json").read_text()
+    assert run(*asked, "--ask", "mask").exit_code == 0, "another question, asked of the same"
+    assert run(*asked, "--ask", "nonmixture").exit_code == 0, "the same again"
+    for other, what in (
+        (("--seed", 1), "another tokens|another seed"),
+        (("--position", 4), r"another position \(none; now 4\)"),
+        (("--dtype", "bfloat16"), "another dtype"),
+    ):
+        done = run(*asked, "--ask", "mask", *other)
+        assert isinstance(done.exception, ReportError)
+        assert re.search(what, str(done.exception)) and "name another folder" in str(done.exception)
+    edited = BY_NAME["llama"].build()
+    edited.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    edited.save_pretrained(folder / "edited")
+    words(bos=True).save_pretrained(folder / "edited")
+    done = run("waiver", folder / "edited", *asked[2:], "--ask", "parts")
+    assert "nonmixture.json was measured" in str(done.exception)
+    assert (tmp_path / "nonmixture.json").read_text() == first
+    assert not (tmp_path / "parts.json").exists()
+    (tmp_path / "waiver.request.json").unlink()
+    done = run(*asked, "--ask", "mask")
+    assert "waiver.request.json is missing" in str(done.exception)
 
 
 def test_trace_peak_writes_what_it_prints(folder, tmp_path) -> None:
