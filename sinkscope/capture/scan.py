@@ -22,7 +22,7 @@ from sinkscope.models.active import in_force, user_hooks
 from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.models.load import load_model
 from sinkscope.models.output import output_weight
-from sinkscope.models.provenance import model_source, weights_of
+from sinkscope.models.provenance import model_source, own_output, weights_of
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts
 from sinkscope.report.fields import metric_of
@@ -269,4 +269,5 @@ def _settings(
         interventions=tuple(map(repr, in_force(model))),
         hooks=user_hooks(model),
         weights=weights_of(model),
+        output=own_output(model),
     )

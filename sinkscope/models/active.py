@@ -7,13 +7,16 @@ edit beyond its last token would be one of a pad, and nobody would notice.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 
 from sinkscope.errors import TextError
 
@@ -33,7 +36,10 @@ def hooked(model: Any) -> set[str]:
     }
 
 
-_OURS = ("torch.", "transformers.", "transformer_lens.", "sinkscope.", "accelerate.", "peft.")
+_OURS = (
+    *("torch.", "transformers.", "transformer_lens.", "sinkscope.", "accelerate.", "peft."),
+    "jaxtyping.",  # wraps what it checks; the inner function tells whose it is
+)
 
 
 def user_hooks(model: Any) -> tuple[str, ...]:
@@ -50,8 +56,13 @@ def user_hooks(model: Any) -> tuple[str, ...]:
     for name, module in model.original_model.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if any(map(_is_users, hooks)) and not hasattr(module, "fwd_hooks"):
-            named.append(f"{name} (torch)")
+            named.append(f"{name_in_model(name)} (torch)")
     return tuple(sorted(set(named)))
+
+
+def name_in_model(name: str) -> str:
+    """The name of a weight or module without the components that a bridge puts in between."""
+    return name.replace("_original_component.", "").replace("._original_component", "")
 
 
 def is_wiring(hook: Any) -> bool:
@@ -60,9 +71,50 @@ def is_wiring(hook: Any) -> bool:
 
 
 def _is_users(hook: Any) -> bool:
-    function = getattr(hook, "func", hook)  # of a functools.partial
-    module = getattr(function, "__module__", None) or type(function).__module__
-    return hook is not None and not f"{module}.".startswith(_OURS)
+    return hook is not None and not all(f"{name}.".startswith(_OURS) for name in _origins(hook))
+
+
+def _origins(function: Any) -> Iterator[str]:
+    """The modules whose code runs when a function is called, also of what it wraps.
+
+    The name that `functools.wraps` copies is that of the wrapped function; where a function was
+    defined, its globals tell.
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    inner = getattr(function, "__func__", function)  # of a bound method
+    if isinstance(inner, FunctionType):
+        yield str(inner.__globals__.get("__name__"))
+    else:
+        yield getattr(inner, "__module__", None) or type(inner).__module__
+    if (wrapped := getattr(inner, "__wrapped__", None)) is not None:
+        yield from _origins(wrapped)
+
+
+def replaced_code(module: nn.Module) -> Iterator[Any]:
+    """Functions of the user's own that stand in for those of a library's module.
+
+    These are a ``forward`` set on the module or on its class, and a function of the file that
+    defines the class (``modeling_llama.apply_rotary_pos_emb``, say). What accelerate puts around a
+    forward is looked into.
+    """
+    own = vars(module)
+    places = (own.get("forward"), own.get("_old_forward"), type(module).forward)
+    yield from filter(_is_users, places)
+    if type(module).__module__.startswith(_MODELS):
+        yield from _replaced_in(type(module).__module__)
+
+
+_MODELS = ("transformers.models.", "torch.nn.modules.")
+
+
+def _replaced_in(file: str) -> Iterator[Any]:
+    """Functions of a library's file that are not the libraries' nor Python's own."""
+    for found in vars(sys.modules[file]).values():
+        if isinstance(found, FunctionType) and _is_users(found):
+            known = (name.partition(".")[0] in sys.stdlib_module_names for name in _origins(found))
+            if not all(known):
+                yield found
 
 
 @runtime_checkable

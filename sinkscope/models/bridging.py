@@ -32,6 +32,7 @@ from sinkscope.attention.support import attention_of
 from sinkscope.attention.upstream import mended
 from sinkscope.devices import ran_out_of_memory
 from sinkscope.errors import ModelError, UnsupportedError
+from sinkscope.models.active import is_wiring, replaced_code
 from sinkscope.models.checkpoint import seeded_weights
 from sinkscope.models.fused import all_components, keep_fused, watch_inputs
 from sinkscope.models.probe import evaluating, only_hooks, probe_tokens
@@ -264,7 +265,7 @@ def _difference(
         if index == len(bridge.blocks):
             return f"TransformerLens computes other logits than the model (off by {off:.2g})"
         block = model.get_submodule(bridge.blocks[index].name)
-        peculiar = "".join(f", in which {name} is a {kind}" for name, kind in _peculiar(block))
+        peculiar = "".join(f", in which {found}" for found in _peculiar(block))
         return (
             f"TransformerLens computes block {index} otherwise than the model (off by {off:.2g}"
             f"{peculiar})"
@@ -290,14 +291,19 @@ def _error(ours: Tensor, theirs: Tensor, typical: bool) -> float:
 _USUAL = ("torch.nn.modules.", "transformers.")
 
 
-def _peculiar(block: nn.Module) -> list[tuple[str, str]]:
-    """Modules of a block that are not torch's or transformers', or have hooks on them."""
-    return [
-        (name, "hooked " * hooked + type(module).__name__)
-        for name, module in block.named_modules()
-        if (hooked := bool(module._forward_hooks or module._forward_pre_hooks))
-        or not type(module).__module__.startswith(_USUAL)
-    ][:3]
+def _peculiar(block: nn.Module) -> list[str]:
+    """What in a block is not torch's or transformers', or has code of the user's own on it."""
+    found = []
+    for name, module in block.named_modules():
+        kind, where = type(module).__name__, name or "the block itself"
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not all(map(is_wiring, hooks)):
+            found.append(f"{where} is a hooked {kind}")
+        elif any(True for _ in replaced_code(module)):
+            found.append(f"{where} is a {kind} whose forward was replaced")
+        elif not type(module).__module__.startswith(_USUAL):
+            found.append(f"{where} is a {kind}")
+    return found[:3]
 
 
 # -- models in memory and their bridges ------------------------------------------------------------

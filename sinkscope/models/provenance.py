@@ -22,9 +22,15 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from sinkscope.devices import ran_out_of_memory
-from sinkscope.models.active import has_foreign_hooks, in_force, is_wiring
+from sinkscope.models.active import (
+    has_foreign_hooks,
+    in_force,
+    is_wiring,
+    name_in_model,
+    replaced_code,
+)
 from sinkscope.models.packaged import sha256
-from sinkscope.models.probe import evaluating, probe_tokens
+from sinkscope.models.probe import evaluating, only_hooks, probe_tokens
 from sinkscope.models.sharing import settings_of, stated_by
 from sinkscope.prompts.tokens import Texts
 
@@ -37,9 +43,28 @@ def dtype_of(model: Any) -> str:
 def weights_of(model: Any) -> str:
     """A hash of every weight, of all modules and their settings, and of the config.
 
-    It leaves out what hooks do, which a report names beside it, and holds on every device.
+    It leaves out what hooks do, which a report names beside it, and what other code does (see
+    `own_output`), and holds on every device.
     """
     return _hash(*_known_parts(model))[:16]
+
+
+def own_output(model: Any) -> str:
+    """A hash of what a bridge gives on a few tokens, where code of the user's own takes part.
+
+    Such code is a module of the user's own, and a ``forward`` that was replaced on a module, on its
+    class or in the file of its class: weights and settings do not show what it computes, and nobody
+    else could say whether two reports were made with the same. Hooks and interventions, which a
+    report names, are temporarily removed.
+
+    Returns:
+        16 hexadecimal digits, which hold for one kind of device; "" for a model that torch and
+        transformers alone compute.
+    """
+    if not any(map(_has_own_code, model.original_model.modules())):
+        return ""
+    with only_hooks(set(model.hook_dict.values()), (), lambda x, hook: None):
+        return _hash(*_output(model, foreign=True))[:16]
 
 
 def model_identity(model: Any) -> str:
@@ -73,24 +98,20 @@ def _hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _plain(name: str) -> str:
-    """The name of a weight or module without the components that a bridge puts in between."""
-    return name.replace("_original_component.", "").replace("._original_component", "")
-
-
 def _is_component(module: nn.Module) -> bool:
     return type(module).__module__.startswith(("transformer_lens.", "sinkscope."))
 
 
 def _weights(model: nn.Module) -> Iterator[str]:
     """Name, dtype, shape and hash of every weight and every buffer that is saved."""
-    for name, module in sorted(model.named_modules(), key=lambda each: _plain(each[0])):
+    for name, module in sorted(model.named_modules(), key=lambda each: name_in_model(each[0])):
         if _is_component(module):
             continue
         saved = {k: x for k, x in module._buffers.items() if _is_saved(module, k)}
         for key, tensor in sorted({**module._parameters, **saved}.items()):
             if tensor is not None:
-                yield f"{_plain(name)}.{key} {tensor.dtype} {tuple(tensor.shape)} {_bits(tensor)}"
+                kind = f"{tensor.dtype} {tuple(tensor.shape)}"
+                yield f"{name_in_model(name)}.{key} {kind} {_bits(tensor)}"
 
 
 def _is_saved(module: nn.Module, buffer: str) -> bool:
@@ -152,10 +173,10 @@ def _sums(words: Tensor) -> list[int]:
 
 def _modules(model: nn.Module) -> Iterator[str]:
     """Class and plain settings of every module, and the config."""
-    for name, module in sorted(model.named_modules(), key=lambda each: _plain(each[0])):
+    for name, module in sorted(model.named_modules(), key=lambda each: name_in_model(each[0])):
         if _is_component(module) or isinstance(module, nn.ModuleList):
             continue
-        kind = f"{_plain(name)} {type(module).__module__}.{type(module).__qualname__}"
+        kind = f"{name_in_model(name)} {type(module).__module__}.{type(module).__qualname__}"
         yield f"{kind} {settings_of(module)!r}"
     yield json.dumps(stated_by(getattr(model, "config", None)), sort_keys=True, default=repr)
 
@@ -169,10 +190,16 @@ def _foreign(model: Any) -> bool:
 def _is_foreign(module: nn.Module) -> bool:
     if isinstance(module, HookPoint):  # its hooks were looked at already
         return False
-    if "forward" in vars(module) or not type(module).__module__.startswith(_KNOWN):
+    if _has_own_code(module):
         return True
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return not all(map(is_wiring, hooks))
+
+
+def _has_own_code(module: nn.Module) -> bool:
+    if not type(module).__module__.startswith(_KNOWN):
+        return True
+    return any(True for _ in replaced_code(module))
 
 
 _KNOWN = ("torch.", "transformers.", "transformer_lens.", "sinkscope.")

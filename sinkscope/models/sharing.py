@@ -12,9 +12,11 @@ put in or switched off, a module replaced. `structure_of` tells two states of a 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from torch._dynamo import OptimizedModule
 from torch.overrides import TorchFunctionMode
 
 from sinkscope.errors import ModelError
-from sinkscope.models.active import is_wiring
+from sinkscope.models.active import is_wiring, replaced_code
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -149,9 +151,21 @@ def _state_of(module: nn.Module) -> Structure:
             for key, hook in hooks.items()
             if not is_wiring(hook)
         ),
-        id(own.get("forward")),
+        tuple(map(_function, (own.get("forward"), type(module).forward, *replaced_code(module)))),
         repr(settings_of(module)),
     )
+
+
+def _function(function: Any) -> Any:
+    """What tells a function from another that takes its place later, perhaps at its address."""
+    if isinstance(function, functools.partial):
+        return (_function(function.func), *map(id, function.args))
+    if isinstance(function, MethodType):
+        return _function(function.__func__), id(function.__self__)
+    try:
+        return ref(function)  # of one that is gone it equals no other
+    except TypeError:
+        return id(function)
 
 
 def _kind(x: Tensor | None) -> Any:

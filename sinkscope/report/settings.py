@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -15,7 +16,7 @@ _LIBRARIES = ("sinkscope", "torch", "transformers", "transformer-lens")
 
 # Settings that leave a trace in the report but do not change what its figures mean: two reports
 # that differ only here may be merged. Everything else has to agree.
-_PROVENANCE = ("device", "attention", "seed", "length", "versions", "weights", "hooks")
+_PROVENANCE = ("device", "attention", "seed", "length", "versions", "weights", "output", "hooks")
 
 
 def library_versions() -> dict[str, str]:
@@ -62,6 +63,8 @@ class Settings:
         hooks: where hooks of the user's own were meanwhile.
         weights: hash of all weights that were measured; "" in reports of earlier versions, which
             did not record it.
+        output: hash of what the model gives on a few tokens, where code of the user's own takes
+            part (a replaced ``forward``, a module of one's own); "" elsewhere.
         versions: see `library_versions`.
     """
 
@@ -87,6 +90,7 @@ class Settings:
     interventions: tuple[str, ...] = ()
     hooks: tuple[str, ...] = ()
     weights: str = ""
+    output: str = ""
     versions: dict[str, str] = field(default_factory=library_versions)
 
     @property
@@ -128,24 +132,8 @@ class Settings:
             ReportError: where a setting that changes the meaning of the figures differs; the
                 sentence names the first such setting.
         """
-        for name, mine in self.to_dict().items():
-            theirs = other.to_dict()[name]
-            if name not in _PROVENANCE and mine != theirs:
-                raise ReportError(
-                    f"These reports cannot be merged because their {name} differs: {mine!r} and "
-                    f"{theirs!r}; merge only reports that were scanned with the same settings."
-                )
-        if self.weights and other.weights and self.weights != other.weights:
-            raise ReportError(
-                f"These reports cannot be merged because {self.model} had other weights in each; "
-                "scan both texts with one model."
-            )
-        if hooks := self.hooks or other.hooks:
-            raise ReportError(
-                f"These reports cannot be merged because hooks of one's own were at "
-                f"{', '.join(hooks[:3])} while one was measured, and nothing tells whether they "
-                "did the same in the other; scan all texts at once."
-            )
+        self._refuse_another_model(other)
+        self._refuse_other(other, [name for name in self.to_dict() if name not in _PROVENANCE])
         made = [settings.versions.get("sinkscope", "") for settings in (self, other)]
         if made[0] != made[1]:
             raise ReportError(
@@ -165,6 +153,44 @@ class Settings:
                 for library in libraries
             },
         )
+
+    def _refuse_other(self, other: Settings, names: Iterable[str]) -> None:
+        """Refuse reports of which one of these settings differs."""
+        ours, theirs = self.to_dict(), other.to_dict()
+        for name in names:
+            if ours[name] != theirs[name]:
+                raise ReportError(
+                    f"These reports cannot be merged because their {name} differs: "
+                    f"{ours[name]!r} and {theirs[name]!r}; merge only reports that were scanned "
+                    "with the same settings."
+                )
+
+    def _refuse_another_model(self, other: Settings) -> None:
+        """Refuse reports of models that may compute different things.
+
+        What else differs (a metric that is not defined under a hook) may only follow from that, so
+        this comes first.
+        """
+        if hooks := self.hooks or other.hooks:
+            raise ReportError(
+                f"These reports cannot be merged because hooks of one's own were at "
+                f"{', '.join(hooks[:3])} while one was measured, and nothing tells whether they "
+                "did the same in the other; scan all texts at once."
+            )
+        self._refuse_other(other, ("model", "revision", "architecture", "dtype", "interventions"))
+        if not (self.weights and other.weights):  # a report of an earlier version
+            return
+        if self.weights != other.weights:
+            raise ReportError(
+                f"These reports cannot be merged because {self.model} had other weights in each; "
+                "scan both texts with one model."
+            )
+        if self.output != other.output:
+            raise ReportError(
+                f"These reports cannot be merged because {self.model} has the same weights in both "
+                "and computes something else with them: a forward that was replaced, or a module "
+                "of one's own, differs; scan both texts with one model, on one device."
+            )
 
 
 def _either(mine: str, theirs: str) -> str:

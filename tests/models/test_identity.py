@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 from sinkscope.capture.scan import scan
+from sinkscope.errors import ReportError
 from sinkscope.interventions import SelfOnlyMask
 from sinkscope.models.load import load_model
 from sinkscope.models.provenance import _bits, model_identity
 from tests.families.architectures import BY_NAME
 
 from .files import TOKENS, tiny_llama
+from .test_proved import assert_measured
 
 
 def edit_one_weight(model: Any) -> None:
@@ -55,6 +60,17 @@ def put_in_a_module(model: Any) -> None:
     model.model.layers[1].mlp.act_fn = Half()
 
 
+def replace_a_forward(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    whole = mlp.forward
+    mlp.forward = lambda x: whole(x) * 1.001
+
+
+def bind_a_forward(model: Any) -> None:
+    norm = model.model.layers[1].input_layernorm
+    norm.forward = types.MethodType(lambda self, x: type(self).forward(self, x) * 1.001, norm)
+
+
 EDITS = [
     edit_one_weight,
     edit_a_row_that_no_probe_reads,
@@ -63,6 +79,8 @@ EDITS = [
     change_epsilon,
     hook_a_module,
     put_in_a_module,
+    replace_a_forward,
+    bind_a_forward,
 ]
 
 
@@ -73,6 +91,46 @@ def test_an_edited_model_is_another(edit: Callable[[Any], None]) -> None:
     assert model_identity(tiny_llama()) == identity == model_identity(copy.deepcopy(model))
     edit(model)
     assert model_identity(model) != identity
+
+
+@pytest.mark.parametrize("name", ["LlamaMLP.forward", "apply_rotary_pos_emb"])
+def test_code_replaced_in_the_library_is_seen_and_measured(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As optimised kernels are put in: for a class, or for a function of its file."""
+    model = tiny_llama()
+    identity, before = model_identity(model), scan(model, TOKENS, progress=False)
+    owner = functools.reduce(getattr, name.split(".")[:-1], modeling_llama)
+    original = getattr(owner, name.rpartition(".")[2])
+
+    @functools.wraps(original)  # says that it comes from transformers
+    def other(*args: Any, **options: Any) -> Any:
+        found = original(*args, **options)
+        return found * 0.5 if isinstance(found, torch.Tensor) else (found[0] * 2, *found[1:])
+
+    monkeypatch.setattr(owner, name.rpartition(".")[2], other)
+    assert model_identity(model) != identity
+    now = scan(model, TOKENS, progress=False)
+    assert_measured(model)
+    assert not now.equals(before)
+    with pytest.raises(ReportError, match="a forward that was replaced"):
+        before.merge(now)
+    monkeypatch.undo()
+    assert model_identity(model) == identity
+    assert scan(model, TOKENS, progress=False).equals(before)
+
+
+def test_a_method_at_the_address_of_the_last_one_is_another() -> None:
+    model = tiny_llama()
+    mlp = model.model.layers[0].mlp
+    identities = set()
+    for factor in (0.5, 0.3, 0.2):
+        f = functools.partial(lambda x, factor, self: type(self).forward(self, x) * factor)
+        mlp.forward = types.MethodType(lambda self, x, by=factor, f=f: f(x, by, self), mlp)
+        assert_measured(model)
+        identities.add(model_identity(load_model(model)))
+        del mlp.forward
+    assert len(identities) == 3
 
 
 def test_hooks_of_a_bridge_count_and_a_scan_leaves_it_the_same() -> None:

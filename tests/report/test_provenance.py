@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,55 @@ def test_hooks_of_ones_own_are_recorded_and_such_reports_do_not_merge(kind: str)
     for one, other in ((plain, hooked), (hooked, plain), (hooked, hooked)):
         with pytest.raises(ReportError, match="hooks of one's own were at"):
             one.merge(other)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("how", ["function", "method"])
+def test_a_replaced_forward_is_another_model(family: str, how: str) -> None:
+    """Before, such reports merged with those of the model as it was."""
+    places = {
+        "llama": "model.layers.1.self_attn.o_proj",
+        "gpt2": "transformer.h.0.attn.c_attn",
+        "gpt_neox": "gpt_neox.layers.0.mlp",
+    }
+
+    def edited(by: float):
+        model = BY_NAME[family].build()
+        module = model.get_submodule(places[family])
+        whole = module.forward
+        function = lambda *args: whole(args[-1]) * by  # noqa: E731
+        module.forward = function if how == "function" else types.MethodType(function, module)
+        return ss.load_model(model)
+
+    plain, one, same, other = (
+        scanned(ss.load_model(BY_NAME[family].build())),
+        scanned(edited(0.5)),
+        scanned(edited(0.5), seed=1),
+        scanned(edited(0.7)),
+    )
+    assert plain.settings.output == "" and one.settings.weights == plain.settings.weights
+    assert len(one.merge(same).tokens) == 4
+    for first, second in ((plain, one), (one, plain), (one, other)):
+        with pytest.raises(ReportError, match="a forward that was replaced"):
+            first.merge(second)
+
+
+def test_what_differs_because_of_hooks_or_interventions_is_not_blamed() -> None:
+    """Both take metrics away; the hook, the intervention is what to say."""
+    model = ss.load_model(BY_NAME["llama"].build())
+    ids = ss.token_ids(torch.tensor([[3, 4, 5, 9, 7]]))
+    plain = ss.scan(model, ids, progress=False)
+    with ss.ReplaceSoftmax(model, "relu"):
+        without = ss.scan(model, ids, progress=False)
+    assert without.settings.metrics != plain.settings.metrics
+    with pytest.raises(ReportError, match="their interventions differ"):
+        plain.merge(without)
+    hooked = ss.load_model(BY_NAME["llama"].build())
+    hooked.original_model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: None)
+    other = ss.scan(hooked, ids, metrics="residual", progress=False)
+    assert other.settings.hooks == ("model.layers.0.mlp (torch)",)
+    with pytest.raises(ReportError, match=r"hooks of one's own were at model\.layers\.0\.mlp"):
+        plain.merge(other)
 
 
 def test_interventions_are_no_hooks_of_ones_own() -> None:
