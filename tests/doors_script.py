@@ -105,7 +105,7 @@ def doors() -> dict[str, Callable[[Any], Any]]:
     ):
         found[door] = getattr(plot, door)
     for door in (
-        *("perplexity_along", "perplexity_by_window", "removal_cost", "sleeping_heads"),
+        *("perplexity_along", "perplexity_by_window", "ablation_effect", "loss_by_share_ablated"),
         *("bench_ratios", "peak_trace", "mitigations", "knockout_risks", "training_curves"),
     ):
         found[door] = with_(getattr(plot, door), "frame", about="a line")

@@ -163,7 +163,7 @@ class Dormancy(Result):
         return stacked(pieces)
 
     def ablation_frame(self, mode: str) -> pd.DataFrame:
-        """`to_frame`, with one mode's costs as loss_change, as `plot.removal_cost` takes it.
+        """`to_frame`, with one mode's costs as loss_change, as `plot.ablation_effect` takes it.
 
         All columns are of the prompts on which every head was ablated, as in `prediction`.
 
@@ -249,7 +249,7 @@ class Dormancy(Result):
 
     def figures(self) -> dict[str, go.Figure]:
         """One domain against another, head by head; cost against sink attention, by mode."""
-        from sinkscope.plot import domain_scatter, removal_cost
+        from sinkscope.plot import ablation_effect, domain_scatter
 
         frame = self.to_frame()
         figures = {
@@ -260,7 +260,7 @@ class Dormancy(Result):
             counts = {int(whole.sum()) for whole in self._whole(mode).values()}
             on = " or ".join(counted(n, "prompt") for n in sorted(counts))
             line = f"{self.about} · ablated: {mode}, on {on} of each"
-            figures[f"ablation-{mode}"] = removal_cost(self.ablation_frame(mode), about=line)
+            figures[f"ablation-{mode}"] = ablation_effect(self.ablation_frame(mode), about=line)
         return figures
 
     def statistics(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -90,10 +90,11 @@ class InactiveAblation(Result):
         quantile: The same as a tensor.
         loss: Baseline: mean next-token loss of each prompt with all heads [nat].
         ablated_loss: The same with the flagged heads' outputs zero [nat].
-        share_removed: Share of each prompt's heads that were set to zero.
+        share_ablated: Share of each prompt's heads that were set to zero.
     """
 
     QUESTION = "How many heads can be ablated at once?"
+    OLD_NAMES: ClassVar = {"share_removed": "share_ablated"}
 
     scores: list[str]
     procedure: str
@@ -101,9 +102,10 @@ class InactiveAblation(Result):
     quantile: Float[Tensor, "quantile"]
     loss: Float[Tensor, "prompt"]
     ablated_loss: Float[Tensor, "score quantile prompt"]
-    share_removed: Float[Tensor, "score quantile prompt"]
+    share_ablated: Float[Tensor, "score quantile prompt"]
 
     loss_asleep = attribute("loss_asleep", "ablated_loss")
+    share_removed = attribute("share_removed", "share_ablated")
 
     def largest_share(self, tolerance: float = 0.01) -> dict[str, dict[str, Any]]:
         """The largest share of heads that can be zero within a tolerance of the baseline loss.
@@ -122,7 +124,7 @@ class InactiveAblation(Result):
         draws = torch.Generator().manual_seed(0)
         prompts = len(self.loss)
         drawn = torch.randint(prompts, (_RESAMPLES, prompts), generator=draws).numpy()
-        share, ablated = (x.double().numpy() for x in (self.share_removed, self.ablated_loss))
+        share, ablated = (x.double().numpy() for x in (self.share_ablated, self.ablated_loss))
         loss = self.loss.double().numpy()
 
         def reach(rows: np.ndarray) -> list[float]:
@@ -145,14 +147,14 @@ class InactiveAblation(Result):
         return found
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a score, threshold and prompt, as `plot.sleeping_heads` takes it.
+        """One row a score, threshold and prompt, as `plot.loss_by_share_ablated` takes it.
 
         Returns:
-            score, quantile, prompt; share_removed (mean over prompts), share_of_prompt (this
+            score, quantile, prompt; share_ablated (mean over prompts), share_of_prompt (this
             prompt's own) and loss [nat]. At a quantile of 0 stands the baseline loss.
         """
-        none = torch.zeros_like(self.share_removed[:, :1])
-        share = torch.cat([none, self.share_removed], dim=1)
+        none = torch.zeros_like(self.share_ablated[:, :1])
+        share = torch.cat([none, self.share_ablated], dim=1)
         loss = torch.cat([self.loss.expand_as(none), self.ablated_loss], dim=1)
         axes = {
             "score": self.scores,
@@ -160,7 +162,7 @@ class InactiveAblation(Result):
             "prompt": range(len(self.loss)),
         }
         mean = share.mean(dim=-1, keepdim=True)
-        return tidy(axes, share_removed=mean, share_of_prompt=share, loss=loss)
+        return tidy(axes, share_ablated=mean, share_of_prompt=share, loss=loss)
 
     def statistics(self) -> dict[str, Any]:
         """The baseline loss, the largest share within 1 %, and the cost of each share.
@@ -176,7 +178,7 @@ class InactiveAblation(Result):
             "loss": estimate(self.loss),
             "largest_share": self.largest_share(),
             "relative_loss_change": self._by_share(change),
-            "share_removed": self._by_share(self.share_removed.mean(-1)),
+            "share_ablated": self._by_share(self.share_ablated.mean(-1)),
         }
 
     def _by_share(self, x: Float[Tensor, "score quantile"]) -> dict[str, dict[str, float]]:
@@ -204,9 +206,9 @@ class InactiveAblation(Result):
 
     def figures(self) -> dict[str, go.Figure]:
         """Loss against the share of heads that are zero, one line a score."""
-        from sinkscope.plot import sleeping_heads
+        from sinkscope.plot import loss_by_share_ablated
 
-        return {"inactive-heads": sleeping_heads(self.to_frame(), about=self.about)}
+        return {"inactive-heads": loss_by_share_ablated(self.to_frame(), about=self.about)}
 
 
 def last_within(shares: np.ndarray, losses: np.ndarray, baseline: float, limit: float) -> float:
@@ -311,7 +313,7 @@ def ablate_inactive(
         quantile=torch.tensor(shares),
         loss=torch.full(shape[2:], torch.nan),
         ablated_loss=torch.full(shape, torch.nan),
-        share_removed=torch.full(shape, torch.nan),
+        share_ablated=torch.full(shape, torch.nan),
     )
     with Kept(InactiveAblation, file, request) as kept:
         result = kept.found or empty
@@ -420,7 +422,7 @@ class _Measure:
                 one_pass = result.procedure == "one pass" and name in INACTIVE_IF
                 losses, flags = (self._one_pass if one_pass else self._two_passes)(name, share)
                 result.ablated_loss[row, column] = losses
-                result.share_removed[row, column] = flags
+                result.share_ablated[row, column] = flags
                 bar.update()
                 grew()
 

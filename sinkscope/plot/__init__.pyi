@@ -3,9 +3,9 @@ from .contexts import perplexity_along as perplexity_along
 from .contexts import perplexity_by_window as perplexity_by_window
 from .dims import massive_activations as massive_activations
 from .dims import nonmixture_dims as nonmixture_dims
+from .dormancy import ablation_effect as ablation_effect
 from .dormancy import domain_scatter as domain_scatter
-from .dormancy import removal_cost as removal_cost
-from .dormancy import sleeping_heads as sleeping_heads
+from .dormancy import loss_by_share_ablated as loss_by_share_ablated
 from .experts import expert_map as expert_map
 from .export import paper as paper
 from .export import save as save
@@ -23,6 +23,9 @@ from .positions import position_embedding_norms as position_embedding_norms
 from .positions import position_map as position_map
 from .rates import sink_rate as sink_rate
 from .rates import sink_rate_by_length as sink_rate_by_length
+from .renamed import cures as cures
+from .renamed import removal_cost as removal_cost
+from .renamed import sleeping_heads as sleeping_heads
 from .strip import token_strip as token_strip
 from .sweeps import head_maps as head_maps
 from .sweeps import sweep_curves as sweep_curves
@@ -30,7 +33,6 @@ from .theme import set_theme as set_theme
 from .theme import template as template
 from .timing import bench_ratios as bench_ratios
 from .trace import peak_trace as peak_trace
-from .training import cures as cures
 from .training import knockout_risks as knockout_risks
 from .training import mitigations as mitigations
 from .training import training_curves as training_curves
@@ -42,8 +44,8 @@ __all__ = [
     "massive_activations",
     "nonmixture_dims",
     "domain_scatter",
-    "removal_cost",
-    "sleeping_heads",
+    "ablation_effect",
+    "loss_by_share_ablated",
     "paper",
     "save",
     "head_change",
@@ -69,6 +71,8 @@ __all__ = [
     "peak_trace",
     "expert_map",
     "cures",
+    "removal_cost",
+    "sleeping_heads",
     "mitigations",
     "knockout_risks",
     "training_curves",

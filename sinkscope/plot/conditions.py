@@ -81,6 +81,9 @@ def before_after(
             page has several figures of one metric.
         theme: "light", "dark", or the default.
 
+    Returns:
+        One panel a condition, with dots or lines as `by` says; one panel alone with by="condition".
+
     Raises:
         ReportError: If a column, the metric, or all rows are missing.
     """

@@ -41,6 +41,9 @@ def perplexity_along(frame: pd.DataFrame, *, about: About, theme: Theme = None) 
         about: A line that says model, number of tokens, window and how positions were counted.
         theme: "light", "dark", or the default.
 
+    Returns:
+        One line a set of kept positions, against the position in the text.
+
     Raises:
         ReportError: If a column is missing.
     """
@@ -90,6 +93,9 @@ def perplexity_by_window(frame: pd.DataFrame, *, about: About, theme: Theme = No
         frame: As above.
         about: A line that says model, number of tokens and how positions were counted.
         theme: "light", "dark", or the default.
+
+    Returns:
+        One line a set of kept positions, against the size of the window.
 
     Raises:
         ReportError: If a column is missing.

@@ -50,6 +50,9 @@ def nonmixture_dims(
         top: Dims on the right.
         theme: "light", "dark", or the default.
 
+    Returns:
+        Two panels: every dim of the layer's FFN output, and the dims that stand out most.
+
     Raises:
         ReportError: If FFN outputs were not measured, there is no such layer, or, without a layer
             asked for, no prompt has a mixed position.
@@ -129,6 +132,9 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
         report: What a scan gave.
         top: Dims to draw, those with the largest activations.
         theme: "light", "dark", or the default.
+
+    Returns:
+        One heatmap: rows are layers, columns the dims with the largest activations.
 
     Raises:
         ReportError: If massive activations were not measured.

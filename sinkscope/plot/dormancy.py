@@ -57,6 +57,9 @@ def domain_scatter(
         about: Settings of one of the reports, or a line that says model, T, BOS and ε.
         theme: "light", "dark", or the default.
 
+    Returns:
+        A dot a head, coloured by its layer, and the line on which both kinds of text agree.
+
     Raises:
         ReportError: If a column or a domain is missing.
     """
@@ -108,7 +111,7 @@ def domain_scatter(
     return finish(figure, title, about, theme, height=560)
 
 
-def removal_cost(
+def ablation_effect(
     frame: pd.DataFrame,
     metric: str = "sink_attention",
     *,
@@ -138,10 +141,13 @@ def removal_cost(
         about: Settings of the report, or a line that says model, T, BOS and ε.
         theme: "light", "dark", or the default.
 
+    Returns:
+        A dot a head and kind of text, one colour a kind of text.
+
     Raises:
         ReportError: If a column is missing.
     """
-    frames.need(frame, "removal_cost", "layer", "head", "domain", metric, "loss_change")
+    frames.need(frame, "ablation_effect", "layer", "head", "domain", metric, "loss_change")
     colours = palette(theme)
     figure = go.Figure()
     correlations = []
@@ -167,7 +173,7 @@ def removal_cost(
     return finish(figure, title, about, theme, height=520)
 
 
-def sleeping_heads(
+def loss_by_share_ablated(
     frame: pd.DataFrame, *, about: About, tolerance: float = 0.01, theme: Theme = None
 ) -> go.Figure:
     """Loss against the share of heads that a score sets to zero; random heads for comparison.
@@ -182,8 +188,8 @@ def sleeping_heads(
     column         type  meaning
     ============== ===== =========================================================================
     score          str   inactivity score that chose the heads, such as "AHON-LN"; "random" for
-                         the baseline; "none" is not needed (share_removed 0 says it)
-    share_removed  float share of heads whose output was zeroed, per input, 0 to 1; 0 is needed
+                         the baseline; "none" is not needed (share_ablated 0 says it)
+    share_ablated  float share of heads whose output was zeroed, per input, 0 to 1; 0 is needed
     loss           float mean loss [nat]
     prompt         int   prompt (optional: then lines get intervals)
     ============== ===== =========================================================================
@@ -194,17 +200,21 @@ def sleeping_heads(
         tolerance: Share of the baseline loss that is allowed; drawn as a line.
         theme: "light", "dark", or the default.
 
+    Returns:
+        One line a score against the share of heads that are zero, with a band for its interval;
+        random heads dotted.
+
     Raises:
         ReportError: If a column is missing, or the baseline loss.
     """
-    frames.need(frame, "sleeping_heads", "score", "share_removed", "loss")
+    frames.need(frame, "loss_by_share_ablated", "score", "share_ablated", "loss")
     if "prompt" not in frame:
         frame = frame.assign(prompt=0)
     frame = _relative(frame)
     colours = palette(theme)
     figure = go.Figure()
     curves = {
-        score: frames.over_prompts(rows, "share_removed", "change")
+        score: frames.over_prompts(rows, "share_ablated", "change")
         for score, rows in frame.groupby("score")
     }
     heights = {
@@ -217,7 +227,7 @@ def sleeping_heads(
         name = escaped(str(score))
         lap, place = divmod(index, len(colours.series))  # more scores than colours: dashes
         band(
-            figure, curve["share_removed"], tuple(squeezed(ends, _PERCENT).T), name=name,
+            figure, curve["share_ablated"], tuple(squeezed(ends, _PERCENT).T), name=name,
             label="", along="", colour=colours.ink if random else colours.series[place],
             dash="dot" if random else (None, "dash", "longdashdot")[lap % 3],
         )  # fmt: skip
@@ -244,11 +254,11 @@ def _relative(frame: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ReportError: If a prompt's baseline loss is missing.
     """
-    baseline = frame[frame["share_removed"] == 0].groupby("prompt")["loss"].mean()
+    baseline = frame[frame["share_ablated"] == 0].groupby("prompt")["loss"].mean()
     if not frame["prompt"].isin(baseline.index).all():
         raise ReportError(
-            "sleeping_heads compares with the baseline loss: give every prompt a row whose "
-            "share_removed is 0."
+            "loss_by_share_ablated compares with the baseline loss: give every prompt a row whose "
+            "share_ablated is 0."
         )
     change = frame["loss"] - frame["prompt"].map(baseline)
     return frame.assign(change=change / baseline.mean())

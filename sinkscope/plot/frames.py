@@ -31,7 +31,7 @@ _UNITS = {
     "spare_attention": "probability",
     "perplexity": None,
     "sink_share": "share",
-    "share_removed": "share",
+    "share_ablated": "share",
     "dormant_share": "share",
     "residual_excess": "activation",
     "residual_others": "activation",

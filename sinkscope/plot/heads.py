@@ -273,6 +273,9 @@ def head_scatter(
         y: Field along y, likewise; per-KV-head figures are repeated for the heads that share them.
         theme: "light", "dark", or the default.
 
+    Returns:
+        A dot a head; the hover has its layer, its head and both values.
+
     Raises:
         ReportError: If a field was not measured or is not one figure a head.
     """
@@ -409,6 +412,9 @@ def head_change(
         after: The report under the intervention, of as many layers and heads.
         metric: A field with the dimensions layer and head (or kv_head).
         theme: "light", "dark", or the default.
+
+    Returns:
+        One heatmap: rows are layers, columns heads, on a scale whose middle is no change.
 
     Raises:
         ReportError: If the reports do not fit together, or lack the metric.

@@ -54,6 +54,9 @@ def by_layer(
             or else the names.
         theme: "light", "dark", or the default.
 
+    Returns:
+        One line a metric (or report), with a band for its 95 % interval where there is one.
+
     Raises:
         ReportError: If a metric was not measured or has no prompt or layer, or units differ.
     """
@@ -121,6 +124,14 @@ def _shared(metrics: tuple[str, ...]) -> str:
 def residual_norms(report: SinkReport, *, theme: Theme = None) -> go.Figure:
     """Norm of the residual state after each block: the sink's and the median of the others.
 
+    Args:
+        report: What was measured, "residual" among it.
+        theme: "light", "dark", or the default.
+
+    Returns:
+        Two lines, the sink's norm and the median of the others, with bands for 95 % intervals, and
+        buttons for a linear and a logarithmic axis.
+
     Raises:
         ReportError: If residual norms were not measured, or no prompt has another position.
     """
@@ -146,6 +157,10 @@ def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) 
         out: Take the values through W_O (`value_drain_out`, per head) rather than as they are
             (`value_drain`, per KV head).
         theme: "light", "dark", or the default.
+
+    Returns:
+        A dot a KV head and layer, a line for the mean of the layer, and buttons for a linear and a
+        logarithmic axis.
 
     Raises:
         ReportError: If drains were not measured, or no prompt has another position.
@@ -192,6 +207,9 @@ def attention_by_query(
         layer: Which layer; None draws every layer's mean over heads.
         head: Which head of that layer; None draws all of its heads.
         theme: "light", "dark", or the default.
+
+    Returns:
+        One line a layer (or head) against the position of the query, in buckets.
 
     Raises:
         ReportError: If it was not measured, or there is no such layer or head.

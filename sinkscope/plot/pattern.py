@@ -46,6 +46,9 @@ def attention_pattern(
         title: Such as "Layer 11, head 4"; plain text.
         theme: "light", "dark", or the default.
 
+    Returns:
+        One heatmap: rows are queries, from the top, columns keys. The hover names both tokens.
+
     Raises:
         ReportError: If the pattern is not [query key], or tokens do not fit it.
     """

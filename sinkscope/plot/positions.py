@@ -87,6 +87,10 @@ def by_position(
             times the smallest. A button changes it.
         theme: "light", "dark", or the default.
 
+    Returns:
+        Bars (a line, where the text is long), the sink in a colour of its own, and a dotted line
+        for uniform attention where attention is drawn.
+
     Raises:
         ReportError: If the metric was not measured or has no positions, or there is no such layer
             or head.
@@ -131,6 +135,9 @@ def position_map(
         report: What a scan gave.
         metric: A field with the dimensions layer and position, with or without heads.
         theme: "light", "dark", or the default.
+
+    Returns:
+        One heatmap: rows are layers, columns positions, binned by maximum where the text is long.
 
     Raises:
         ReportError: If the metric was not measured or has no positions.
@@ -220,6 +227,9 @@ def position_embedding_norms(
         source: A report of a model with learned positions, or the norms themselves [activation].
         about: For norms: which model's they are.
         theme: "light", "dark", or the default.
+
+    Returns:
+        A bar a position, the first in a colour of its own, and a line for the median of the others.
 
     Raises:
         ReportError: If the model has no learned position embeddings, or norms come without a word

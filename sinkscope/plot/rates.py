@@ -44,6 +44,9 @@ def sink_rate(reports: SinkReport | Mapping[str, SinkReport], *, theme: Theme = 
         reports: A report, or reports by name.
         theme: "light", "dark", or the default.
 
+    Returns:
+        One line a position (or report) against ε, with a band for the 95 % interval.
+
     Raises:
         ReportError: If `sink_importance` was not measured.
     """
@@ -92,6 +95,9 @@ def sink_rate_by_length(
         reports: Scans at several lengths; of several models if you like.
         epsilon: Threshold; by default the first report's.
         theme: "light", "dark", or the default.
+
+    Returns:
+        One line a model against T, and one for what uniform attention would give it.
 
     Raises:
         ReportError: If there is no report, or `sink_importance` was not measured.

@@ -52,6 +52,9 @@ def sweep_curves(
         about: What was swept over.
         theme: "light", "dark", or the default.
 
+    Returns:
+        One line a combination of the other columns, with a band for the 95 % interval.
+
     Raises:
         ReportError: If a column is missing, or `along` is empty in every row.
     """
@@ -115,6 +118,9 @@ def head_maps(
         about: What was measured.
         columns: Maps in a row.
         theme: "light", "dark", or the default.
+
+    Returns:
+        One panel a report, each a heatmap of layers × heads, in one scale of colours.
 
     Raises:
         ReportError: If there is none, there are more than 60, or a report lacks the metric.

@@ -93,6 +93,9 @@ _default = ["light"]
 def set_theme(theme: str) -> None:
     """Set the theme of every figure that is made without one of its own.
 
+    Args:
+        theme: "light" or "dark".
+
     Raises:
         SinkscopeError: If it is neither "light" nor "dark".
     """
@@ -113,7 +116,17 @@ def palette(theme: Theme = None) -> Palette:
 
 
 def template(theme: Theme = None) -> go.layout.Template:
-    """The Plotly template of a theme; ``figure.update_layout(template=template("dark"))``."""
+    """The Plotly template of a theme; ``figure.update_layout(template=template("dark"))``.
+
+    Args:
+        theme: "light", "dark", or the default.
+
+    Returns:
+        The template: background, text, grid and the order of colours.
+
+    Raises:
+        SinkscopeError: If it is neither "light", "dark" nor None.
+    """
     return _template(palette(theme))
 
 

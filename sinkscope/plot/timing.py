@@ -41,6 +41,9 @@ def bench_ratios(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> g
         about: A line that says device, dtype and versions.
         theme: "light", "dark", or the default.
 
+    Returns:
+        Groups of bars, one group a shape of the batch, one colour a configuration.
+
     Raises:
         ReportError: If a column is missing.
     """

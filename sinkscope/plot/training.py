@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -45,6 +44,9 @@ def mitigations(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go
         about: What was trained: layers, steps, seeds.
         theme: "light", "dark", or the default.
 
+    Returns:
+        One heatmap: rows are runs, columns phenomena; every cell has its verdict in words.
+
     Raises:
         ReportError: If a column is missing.
     """
@@ -78,16 +80,6 @@ def mitigations(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go
     return figure.update_layout(margin_t=130)
 
 
-def cures(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
-    """Deprecated: the old name of `mitigations`."""
-    warnings.warn(
-        "plot.cures is now plot.mitigations; the old name will go in the release after this one.",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return mitigations(frame, about=about, theme=theme)
-
-
 def _interval(phenomenon: str, low: float, high: float) -> str:
     """A cell's second line; an interval beyond what is possible says that seeds are too few."""
     if np.isnan(low):
@@ -114,6 +106,9 @@ def knockout_risks(frame: pd.DataFrame, *, about: About, theme: Theme = None) ->
         frame: As above.
         about: What was trained.
         theme: "light", "dark", or the default.
+
+    Returns:
+        Two bars an intervention, the excess of the backcopy risk and that of the bigram risk.
 
     Raises:
         ReportError: If a column is missing.
@@ -178,6 +173,10 @@ def training_curves(
         log_steps: Whether the steps' axis is logarithmic; step 0 is then left out.
         columns: Panels in a row.
         theme: "light", "dark", or the default.
+
+    Returns:
+        One panel a metric against the step; one colour a run, with a band where there are several
+        seeds.
 
     Raises:
         ReportError: If a column or a metric is missing.

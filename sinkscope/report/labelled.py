@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -160,7 +160,13 @@ def _is(kind: Any, base: type) -> bool:
 
 
 class Labelled:
-    """Base of the dataclasses of named tensors; see the module's docstring."""
+    """Base of the dataclasses of named tensors; see the module's docstring.
+
+    Attributes:
+        OLD_NAMES: From names that tensors had in files of the release before to those of today.
+    """
+
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     @functools.cache

@@ -145,7 +145,8 @@ def _read(cls: type[T], file: xr.Dataset, prefix: str) -> T:
     dtypes = json.loads(file.attrs[f"{prefix}dtypes"])
     values: dict[str, Any] = {}
     for name, dtype in dtypes.items():
-        values[name] = torch.from_numpy(file[prefix + name].values.copy()).to(getattr(torch, dtype))
+        tensor = torch.from_numpy(file[prefix + name].values.copy()).to(getattr(torch, dtype))
+        values[cls.OLD_NAMES.get(name, name)] = tensor
     for name, part in cls.parts().items():
         if f"{prefix}{name}_dtypes" in file.attrs:
             values[name] = _read(part, file, f"{prefix}{name}_")

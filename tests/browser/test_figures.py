@@ -13,6 +13,7 @@ from tests.plot import frames
 from tests.report.factory import synthetic_report
 
 ABOUT = frames.ABOUT
+OLD_NAMES = {"cures", "removal_cost", "sleeping_heads"}
 
 
 def pattern() -> torch.Tensor:
@@ -48,8 +49,8 @@ def all_figures(theme: str) -> dict:
         "before_after": plot.before_after(frames.conditions(), "residual_norm", **told),
         "peak_trace": plot.peak_trace(frames.trace(), **told),
         "domain_scatter": plot.domain_scatter(frames.domains(), "prose", "code", **told),
-        "removal_cost": plot.removal_cost(frames.domains(), **told),
-        "sleeping_heads": plot.sleeping_heads(frames.sleep(), **told),
+        "ablation_effect": plot.ablation_effect(frames.domains(), **told),
+        "loss_by_share_ablated": plot.loss_by_share_ablated(frames.sleep(), **told),
         "training_curves": plot.training_curves(training, laws=law, **told),
         "perplexity_along": plot.perplexity_along(frames.along(), **told),
         "perplexity_by_window": plot.perplexity_by_window(frames.windows(), **told),
@@ -63,7 +64,7 @@ def all_figures(theme: str) -> dict:
 
 
 def test_no_figure_of_the_package_is_left_out():
-    not_figures = {"paper", "save", "set_theme", "template", "cures"}  # the last is an old name
+    not_figures = {"paper", "save", "set_theme", "template", *OLD_NAMES}
     drawn = {name.split(",")[0] for name in all_figures("light")}
     assert drawn == set(plot.__all__) - not_figures
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 import sinkscope as ss
 from sinkscope.errors import ReportError, SinkscopeError, TextError, UnsupportedError
@@ -79,7 +80,7 @@ def test_flagged_heads_are_zero_per_input(model) -> None:
             flags = flags_by_hand(name, score, share)
             assert len(set(flags.sum((1, 2)).tolist())) > 1, "prompts should lose unlike numbers"
             np.testing.assert_allclose(
-                found.share_removed[index, column].numpy(), flags.mean((1, 2)), atol=1e-6
+                found.share_ablated[index, column].numpy(), flags.mean((1, 2)), atol=1e-6
             )
             np.testing.assert_allclose(
                 found.ablated_loss[index, column].numpy(), asleep_by_hand(flags), atol=1e-5
@@ -125,7 +126,7 @@ def test_one_pass_scores_and_zeroes_layer_after_layer(model, name: str) -> None:
     options = dict(scores=[name], shares=[0.4], draws=1, batch=3, progress=False)
     found = ablate_inactive(model, ss.token_ids(TOKENS), procedure="one pass", **options)
     losses_want, shares_want = one_pass_by_hand(name, 0.4)
-    np.testing.assert_allclose(found.share_removed[0, 0].numpy(), shares_want, atol=1e-6)
+    np.testing.assert_allclose(found.share_ablated[0, 0].numpy(), shares_want, atol=1e-6)
     np.testing.assert_allclose(found.ablated_loss[0, 0].numpy(), losses_want, atol=1e-5)
     two = ablate_inactive(model, ss.token_ids(TOKENS), **options)
     assert (two.ablated_loss[0] - found.ablated_loss[0]).abs().max() > 1e-4, "they differ"
@@ -165,7 +166,7 @@ def test_thresholds_of_another_text_and_scores_of_ones_own(model) -> None:
     assert found.scores == ["AHON-LN", "mine", RANDOM]
     threshold = np.quantile(other.inactivity_scores()["AHON-LN"].double().numpy(), 0.3)
     flags = scores_by_hand()["AHON-LN"] < threshold
-    np.testing.assert_allclose(found.share_removed[0, 0].numpy(), flags.mean((1, 2)), atol=1e-6)
+    np.testing.assert_allclose(found.share_ablated[0, 0].numpy(), flags.mean((1, 2)), atol=1e-6)
     mine = own.numpy() < np.quantile(own.numpy(), 0.3)
     np.testing.assert_allclose(found.ablated_loss[1, 0].numpy(), asleep_by_hand(mine), atol=1e-5)
 
@@ -188,7 +189,7 @@ def test_largest_share_and_its_interval(model) -> None:
     found = ablate_inactive(model, ss.token_ids(TOKENS), scores=["AWFT", "AHON"], progress=False)
     shares = found.largest_share(tolerance=0.01)
     for index, score in enumerate(found.scores):
-        x = found.share_removed[index].double().mean(-1).numpy()
+        x = found.share_ablated[index].double().mean(-1).numpy()
         y = found.ablated_loss[index].double().mean(-1).numpy()
         limit = 1.01 * float(found.loss.double().mean())
         # A fine walk along the same straight lines.
@@ -221,9 +222,26 @@ def test_an_interrupted_run_continues(model, tmp_path, monkeypatch) -> None:
     # Untouched, two flagged, one lost; then the two flagged that are left and four random.
     assert len(calls) == 4 + 2 + 4
     assert torch.equal(again.ablated_loss, whole.ablated_loss)
-    assert torch.equal(again.share_removed, whole.share_removed)
+    assert torch.equal(again.share_ablated, whole.share_ablated)
     with pytest.raises(ReportError, match="another draws"):
         ablate_inactive(model, texts, file=file, **(options | dict(draws=3)))
+
+
+def test_names_of_the_release_before_are_read(model, tmp_path) -> None:
+    file = tmp_path / "before.nc"
+    found = ablate_inactive(
+        model, ss.token_ids(TOKENS), scores=["AWFT"], shares=[0.3], file=file, progress=False
+    )
+    with xr.open_dataset(file, engine="h5netcdf", decode_cf=False) as kept:
+        before = kept.load().rename(share_ablated="share_removed")
+    before.attrs["dtypes"] = before.attrs["dtypes"].replace("share_ablated", "share_removed")
+    before.to_netcdf(file, engine="h5netcdf")
+    again = ablate_inactive(
+        model, ss.token_ids(TOKENS), scores=["AWFT"], shares=[0.3], file=file, progress=False
+    )
+    assert torch.equal(again.share_ablated, found.share_ablated)
+    with pytest.warns(DeprecationWarning, match="is now .*share_ablated"):
+        assert again.share_removed is again.share_ablated
 
 
 def test_a_file_knows_its_thresholds_and_scores(model, tmp_path) -> None:
@@ -266,9 +284,9 @@ def test_the_frame_is_what_the_figure_takes(model) -> None:
     assert len(frame) == 2 * 3 * 4
     row = frame.query("score == 'AWFT' and quantile > 0.2 and prompt == 2").iloc[0]
     assert row["loss"] == pytest.approx(float(found.ablated_loss[0, 1, 2]))
-    assert row["share_of_prompt"] == pytest.approx(float(found.share_removed[0, 1, 2]))
-    assert row["share_removed"] == pytest.approx(float(found.share_removed[0, 1].mean()))
-    baseline = frame.query("share_removed == 0 and score == 'AWFT'")
+    assert row["share_of_prompt"] == pytest.approx(float(found.share_ablated[0, 1, 2]))
+    assert row["share_ablated"] == pytest.approx(float(found.share_ablated[0, 1].mean()))
+    baseline = frame.query("share_ablated == 0 and score == 'AWFT'")
     np.testing.assert_allclose(baseline["loss"], found.loss)
     lines = {trace.name for trace in found.figures()["inactive-heads"].data if trace.name}
     assert lines == {"AWFT", RANDOM}

@@ -71,7 +71,7 @@ def sleep() -> pd.DataFrame:
         for share in (0.0, 0.05, 0.1, 0.2)
         for p in range(3)
     ]
-    return pd.DataFrame(rows, columns=["score", "share_removed", "loss", "prompt"])
+    return pd.DataFrame(rows, columns=["score", "share_ablated", "loss", "prompt"])
 
 
 def training() -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -17,14 +17,27 @@ def traces(figure, start: str) -> list:
     return [trace for trace in figure.data if (trace.name or "").startswith(start)]
 
 
+def test_old_names_work_and_warn():
+    before = frames.sleep().rename(columns={"share_ablated": "share_removed"})
+    for old, new, drawn in (
+        ("cures", "mitigations", frames.cured()),
+        ("removal_cost", "ablation_effect", frames.domains()),
+        ("sleeping_heads", "loss_by_share_ablated", before),
+    ):
+        with pytest.warns(DeprecationWarning, match=f"plot.{old} is now plot.{new}"):
+            figure = getattr(plot, old)(drawn, about=ABOUT)
+        frame = drawn.rename(columns={"share_removed": "share_ablated"})
+        assert figure == getattr(plot, new)(frame, about=ABOUT)
+
+
 def test_every_figure_names_what_it_was_measured_on():
     training, _ = frames.training()
     figures = [
         plot.before_after(frames.conditions(), "received_attention", about=ABOUT),
         plot.peak_trace(frames.trace(), about=ABOUT),
         plot.domain_scatter(frames.domains(), "prose", "code", about=ABOUT),
-        plot.removal_cost(frames.domains(), about=ABOUT),
-        plot.sleeping_heads(frames.sleep(), about=ABOUT),
+        plot.ablation_effect(frames.domains(), about=ABOUT),
+        plot.loss_by_share_ablated(frames.sleep(), about=ABOUT),
         plot.training_curves(training, about=ABOUT),
         plot.perplexity_by_window(frames.windows(), about=ABOUT),
         plot.perplexity_along(frames.along(), about=ABOUT),
@@ -116,18 +129,18 @@ def test_domain_scatter_names_the_heads_that_differ():
         plot.domain_scatter(frames.domains(), "prose", "poems", about=ABOUT)
 
 
-def test_removal_cost_gives_the_rank_correlation():
-    figure = plot.removal_cost(frames.domains(), about=ABOUT)
+def test_ablation_effect_gives_the_rank_correlation():
+    figure = plot.ablation_effect(frames.domains(), about=ABOUT)
     assert "prose ρ = -1.00, code ρ = -1.00" in figure.layout.title.text
     assert [trace.name for trace in figure.data] == ["prose", "code"]
     assert figure.layout.yaxis.title.text.endswith("[nat]")
 
 
-def test_removal_cost_shows_gains_and_losses_over_decades():
+def test_ablation_effect_shows_gains_and_losses_over_decades():
     frame = frames.domains()
     cost = [-0.02, 0, *np.geomspace(0.001, 3, 10)] * 2
     frame = frame.assign(loss_change=cost, loss_change_low=-0.05, loss_change_high=4.0)
-    figure = plot.removal_cost(frame, about=ABOUT)
+    figure = plot.ablation_effect(frame, about=ABOUT)
     for domain, dots in zip(("prose", "code"), figure.data, strict=True):
         rows = frame[frame["domain"] == domain]
         np.testing.assert_allclose(dots.customdata[:, 2], rows["loss_change"])
@@ -141,8 +154,8 @@ def test_removal_cost_shows_gains_and_losses_over_decades():
     assert ticks["-0.01"] == pytest.approx(-math.log10(2))
 
 
-def test_sleeping_heads_draws_each_prompts_change_and_random_heads_last():
-    figure = plot.sleeping_heads(frames.sleep(), about=ABOUT)
+def test_loss_by_share_ablated_draws_each_prompts_change_and_random_heads_last():
+    figure = plot.loss_by_share_ablated(frames.sleep(), about=ABOUT)
     (score,), (random,) = traces(figure, "AHON"), traces(figure, "random")
     assert figure.data[-1] is random and random.line.dash == "dot"
     shares = np.array([0, 0.05, 0.1, 0.2])
@@ -152,17 +165,17 @@ def test_sleeping_heads_draws_each_prompts_change_and_random_heads_last():
         np.testing.assert_allclose(trace.customdata, np.stack([want] * 3, axis=1), atol=1e-12)
         np.testing.assert_allclose(10**trace.y - 1, 100 * want, atol=1e-9)
     assert 10 ** figure.layout.shapes[0].y0 - 1 == pytest.approx(1)  # 1 %, in units of 1 %
-    untouched = frames.sleep().query("share_removed > 0 or prompt > 0")
-    with pytest.raises(ReportError, match="give every prompt a row whose share_removed is 0"):
-        plot.sleeping_heads(untouched, about=ABOUT)
+    untouched = frames.sleep().query("share_ablated > 0 or prompt > 0")
+    with pytest.raises(ReportError, match="give every prompt a row whose share_ablated is 0"):
+        plot.loss_by_share_ablated(untouched, about=ABOUT)
 
 
-def test_sleeping_heads_puts_the_best_score_first_and_tells_sixteen_apart():
+def test_loss_by_share_ablated_puts_the_best_score_first_and_tells_sixteen_apart():
     rows = [frames.sleep().query("score == 'random'").assign(score=f"s{n:02}") for n in range(15)]
     frame = pd.concat([frames.sleep(), *rows])
     slope = {f"s{n:02}": 1 + (n * 7) % 15 for n in range(15)} | {"random": 1, "AHON-LN": 0.5}
-    change = frame["score"].map(slope) * frame["share_removed"] ** 2
-    figure = plot.sleeping_heads(frame.assign(loss=2 + change), about=ABOUT)
+    change = frame["score"].map(slope) * frame["share_ablated"] ** 2
+    figure = plot.loss_by_share_ablated(frame.assign(loss=2 + change), about=ABOUT)
     lines = [trace for trace in figure.data if trace.name]
     names = [line.name for line in lines]
     assert names == [*sorted(slope, key=lambda name: slope[name] + 99 * (name == "random"))]
@@ -245,7 +258,7 @@ def test_a_missing_column_is_named():
     with pytest.raises(ReportError, match="metric is missing from condition, prompt"):
         plot.before_after(frames.conditions().drop(columns="metric"), "loss", about=ABOUT)
     with pytest.raises(ReportError, match="without rows"):
-        plot.removal_cost(frames.domains().iloc[:0], about=ABOUT)
+        plot.ablation_effect(frames.domains().iloc[:0], about=ABOUT)
     with pytest.raises(ReportError, match="no metric 'nothing'"):
         plot.before_after(frames.conditions(), "nothing", about=ABOUT)
 
