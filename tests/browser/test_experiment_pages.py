@@ -91,7 +91,10 @@ def test_the_dark_page_is_dark_and_paper_is_white(open_page, found) -> None:
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert papers(page) == {red_green_blue(DARK.paper)}
     page.emulate_media(color_scheme="light")
-    page.wait_for_timeout(200)
+    for _ in range(100):  # figures are drawn one after the other, slowly on a busy machine
+        if papers(page) == {red_green_blue(LIGHT.paper)}:
+            break
+        page.wait_for_timeout(100)
     assert papers(page) == {red_green_blue(LIGHT.paper)}
 
 

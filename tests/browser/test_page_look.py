@@ -153,6 +153,19 @@ def test_print_is_light_and_without_controls(open_page):
     assert len(page.page.pdf()) > 50_000
 
 
+def test_the_map_of_a_deep_model_ends_the_first_printed_sheet(open_page):
+    page = open_page(to_html(synthetic_report(prompts=2, layers=48)))
+    page.page.wait_for_selector("html[data-ready]")
+    height = """document.querySelector('[data-view="map"]')._fullLayout.height"""
+    on_screen = page.page.evaluate(height)
+    page.page.emulate_media(media="print")
+    page.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    end = """document.querySelector('.map').getBoundingClientRect().bottom"""
+    assert page.page.evaluate(end) < (11 * 25.4 - 2 * 12) / 25.4 * 96, "Letter, less its margins"
+    page.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.page.evaluate(height) == on_screen
+
+
 def test_no_figure_can_be_uploaded(opened):
     titles = opened.page.locator(".modebar-btn").evaluate_all(
         "all => all.map(one => one.getAttribute('data-title') || one.dataset.name)"

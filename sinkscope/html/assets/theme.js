@@ -99,10 +99,19 @@ function fitPaper(printing) {
   if (!printing) opened.length = 0;
 }
 
+// The largest heights [px] of a report's figures on paper: the map ends the first sheet, the figures of
+// the chosen head fill the second.
+const TALLEST = { map: 500, rate: 310, positions: 400, dims: 330, embeddings: 300 };
+const ABREAST = 262;
+
 // A figure's size in the place it has: given on paper, found by itself on the screen.
 function sized(element, layout) {
-  const printing = document.documentElement.hasAttribute("data-print");
-  return { ...layout, ...(printing ? { width: element.clientWidth, autosize: false } : {}) };
+  if (!document.documentElement.hasAttribute("data-print")) return { ...layout };
+  const { view } = element.dataset;
+  const tallest = view ? (TALLEST[view] ?? ABREAST) : layout.height;
+  return {
+    ...layout, width: element.clientWidth, height: Math.min(layout.height, tallest), autosize: false,
+  };
 }
 
 const touch = matchMedia("(hover: none)");
