@@ -132,6 +132,48 @@ def bootstrap(
     return Interval(mean_over_prompts(x), low.reshape(x.shape[1:]), high.reshape(x.shape[1:]))
 
 
+def bootstrap_difference(
+    one: Float[Tensor, "prompt *rest"],
+    other: Float[Tensor, "other_prompt *rest"],
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Difference of the means of two unpaired sets of prompts, with its percentile interval.
+
+    Each set is drawn with replacement on its own (Efron & Tibshirani 1993, ch. 8).
+
+    Args:
+        one: A value per prompt [prompt ...]; nan where it is not defined in a prompt.
+        other: The same of other prompts.
+        level: Probability between `low` and `high`.
+        resamples: The number of draws.
+        seed: Seed of the draws.
+
+    Returns:
+        Mean of the first less mean of the second, low and high [...]. The ends are nan where
+        either is defined in fewer than two prompts.
+
+    Raises:
+        ReportError: If the level is outside (0, 1), or there are no resamples.
+    """
+    level = probability("level", level, error=ReportError)
+    resamples = whole_number("resamples", resamples, at_least=1, error=ReportError)
+    seed = validation.seed(seed, error=ReportError)
+    sides = [rearrange(x.double(), "prompt ... -> prompt (...)") for x in (one, other)]
+    times = [_times_drawn(len(x), resamples, seed + i).to(x.device) for i, x in enumerate(sides)]
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device=one.device)
+    width = max(1, _CHUNK // resamples)
+    low_high = [
+        _quantiles(_resampled_means(times[0], mine) - _resampled_means(times[1], theirs), ends)
+        for mine, theirs in zip(*(x.split(width, dim=1) for x in sides), strict=True)
+    ]
+    too_few = torch.stack([(~x.isnan()).sum(0) < 2 for x in sides]).any(0)
+    low, high = torch.cat(low_high, dim=1).masked_fill(too_few, torch.nan).to(one.dtype)
+    mean = mean_over_prompts(one) - mean_over_prompts(other)
+    return Interval(mean, low.reshape(mean.shape), high.reshape(mean.shape))
+
+
 def _times_drawn(prompts: int, resamples: int, seed: int) -> Float[Tensor, "resample prompt"]:
     """How often each prompt is drawn in each resample of as many prompts, with replacement."""
     generator = torch.Generator().manual_seed(seed)

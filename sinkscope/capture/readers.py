@@ -72,6 +72,10 @@ class AttentionReader(Protocol):
         """Norms and cosines that make the sink logit."""
         ...
 
+    def value_norms(self) -> Float[Tensor, "prompt kv_head key"]:
+        """Norm of every value vector that the attention weights mix."""
+        ...
+
     def value_weighted_share(self) -> Float[Tensor, "prompt head"]:
         """Share of the sinks in Σ_j A_ij ‖v_j‖, mean over queries after the sink."""
         ...
@@ -190,18 +194,27 @@ class PatternReader:
             self.query, self.key, b.sinks, b.mask, b.causal, self.window
         )
 
-    def value_weighted_share(self) -> Float[Tensor, "prompt head"]:
-        """See `metrics.attention.value_weighted_share`.
+    def value_norms(self) -> Float[Tensor, "prompt kv_head key"]:
+        """See `metrics.values.norms`.
 
         Raises:
             UnsupportedError: If the eager bridge shows no true values here.
         """
         if self.value is None:
             raise UnsupportedError(
-                "value_weighted_sink_share needs values as the attention weights mix them, which "
-                'the eager bridge of this architecture does not show; use attention="streaming".'
+                "Statistics of attention and values need values as the attention weights mix "
+                "them, which the eager bridge of this architecture does not show; use "
+                'attention="streaming".'
             )
-        b, norm = self.batch, values.norms(self.value)
+        return values.norms(self.value)
+
+    def value_weighted_share(self) -> Float[Tensor, "prompt head"]:
+        """See `metrics.attention.value_weighted_share`.
+
+        Raises:
+            UnsupportedError: If the eager bridge shows no true values here.
+        """
+        b, norm = self.batch, self.value_norms()
         return attention.value_weighted_share(self._pattern, norm, b.sinks, b.mask, b.causal)
 
 
@@ -252,6 +265,12 @@ class StreamReader:
         )
 
     @cached_property
+    def _received(self) -> Float[Tensor, "prompt head key"]:
+        if self.statistics & {"entropy", "value_share"}:
+            return self._sums.received
+        return _columns.received_mass(*self._attended, self._real_queries)
+
+    @cached_property
     def _value_sizes(self) -> Float[Tensor, "prompt position kv_head"]:
         norm = values.norms(self.value)
         return (
@@ -284,9 +303,7 @@ class StreamReader:
 
     def received(self) -> Float[Tensor, "prompt head key"]:
         """Σ_i exp(s_ij − lse_i)."""
-        if self.statistics & {"entropy", "value_share"}:
-            return self._sums.received
-        return _columns.received_mass(*self._attended, self._real_queries)
+        return self._received
 
     def nearby(self, widths: Sequence[int]) -> Float[Tensor, "prompt head query span"]:
         """Σ exp(s_ij − lse_i) over a band of scores."""
@@ -335,6 +352,10 @@ class StreamReader:
                 self.query, self.key, b.sinks, b.mask, b.causal, self.window
             )
         return parts._replace(query_norm=parts.query_norm / self.call.prescale)
+
+    def value_norms(self) -> Float[Tensor, "prompt kv_head key"]:
+        """See `metrics.values.norms`."""
+        return values.norms(self.value)
 
     def value_weighted_share(self) -> Float[Tensor, "prompt head"]:
         """Both sums are attention calls whose values are the norms."""

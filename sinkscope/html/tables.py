@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sinkscope.metrics.positions import last_quarter
 from sinkscope.output import and_more
 from sinkscope.plot.labels import axis_label, shown_token, token_at
 from sinkscope.report.labelled import to_numpy
@@ -46,7 +47,10 @@ def _tokens(report: SinkReport) -> Table | None:
     values = [np.nan_to_num(to_numpy(report[name]), nan=-np.inf) for name in names]
     seen, about = to_numpy(report.mask), ""
     if report.settings.causal:  # as `rates.sink_rate` has it
-        seen, about = seen & ~_last_quarters(seen) | to_numpy(report.sink_mask), _LEFT_OUT
+        seen, about = (
+            to_numpy(report.mask & ~last_quarter(report.mask) | report.sink_mask),
+            _LEFT_OUT,
+        )
     ranked = np.where(seen, values[0], -np.inf)
     strongest = np.argsort(-ranked, axis=None, kind="stable")[: min(_STRONGEST, int(seen.sum()))]
     found: dict[int, list[int]] = defaultdict(list)
@@ -63,12 +67,6 @@ def _tokens(report: SinkReport) -> Table | None:
         largest = [float(value[prompts, position].max()) for value in values]
         rows.append([position, len(prompts), prompts[0], named, *largest])
     return _table(columns, rows) | {"about": about}
-
-
-def _last_quarters(mask: np.ndarray) -> np.ndarray:
-    """The last quarter of every prompt's real positions [prompt position]."""
-    lengths = mask.sum(axis=1, keepdims=True)
-    return np.arange(mask.shape[1]) >= lengths - lengths // 4
 
 
 def _massive(report: SinkReport) -> Table | None:

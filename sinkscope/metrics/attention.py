@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkscope.metrics.positions import (
+    last_quarter,
     masked_mean,
     queries_after,
     uniform_received,
@@ -28,6 +29,9 @@ EPSILONS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 """Thresholds of the sink-rate curve [probability]."""
 RECENT = (4, 16, 64)
 """Widths w of the neighbourhood that recency is measured in [tokens]."""
+
+TOP = 3
+"""Keys kept of each head and prompt by `top_received`."""
 
 
 def attention_to(
@@ -110,6 +114,40 @@ def importance(
     seen_by = visible_queries(mask, causal, window)
     score = at_least_fp32(mass) / seen_by[:, None, :]
     return torch.where(mask[:, None, :], score, torch.nan)
+
+
+def top_received(
+    importance: Float[Tensor, "prompt head key"],
+    mask: Bool[Tensor, "prompt key"],
+    causal: bool,
+    count: int = TOP,
+) -> tuple[Float[Tensor, "prompt head rank"], Float[Tensor, "prompt head rank"]]:
+    """The keys of each head that receive most, strongest first.
+
+    The features of Binkowski et al. 2604.10697 ("SinkProbe"): the largest of the attention that
+    tokens receive, sorted. Ours is Gu's importance score. In a causal model the last quarter of a
+    prompt is left out, whose keys few queries see (see `positions.last_quarter`): the last key's
+    score is one query's attention to itself.
+
+    Args:
+        importance: Importance score of every key; see `importance` [probability].
+        mask: True at real positions.
+        causal: Whether attention is.
+        count: Number of keys to give for each head.
+
+    Returns:
+        Scores [prompt head rank] and positions [prompt head rank], both nan where a prompt has
+        fewer keys to choose from.
+    """
+    chosen = mask & ~last_quarter(mask) if causal else mask
+    score = torch.where(chosen[:, None, :], at_least_fp32(importance), -torch.inf)
+    short = max(0, count - score.shape[-1])
+    score = torch.nn.functional.pad(score, (0, short), value=-torch.inf)
+    value, index = score.topk(count, dim=-1)
+    there = value > -torch.inf
+    return torch.where(there, value, torch.nan), torch.where(
+        there, index.to(value.dtype), torch.nan
+    )
 
 
 def uniform_ratio(

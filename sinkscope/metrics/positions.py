@@ -147,6 +147,16 @@ def uniform_nearby(
     return torch.where(mask, count / visible_keys(mask, causal, window), torch.nan)
 
 
+def last_quarter(mask: Bool[Tensor, "prompt position"]) -> Bool[Tensor, "prompt position"]:
+    """The last quarter of every prompt's real positions, whose keys few causal queries see.
+
+    Of n real positions these are the last ⌊n/4⌋. What their keys receive is a mean over few
+    queries, above all their own. Padding is not among them.
+    """
+    lengths = mask.sum(dim=1, keepdim=True)
+    return mask & (mask.cumsum(dim=1) > lengths - lengths // 4)
+
+
 def find_sinks(
     received: Float[Tensor, "prompt layer head position"],
     mask: Bool[Tensor, "prompt position"],

@@ -90,6 +90,20 @@ class SinkFields(Labelled):
         unit="probability",
         metric="received",
     )
+    top_received: Float[Tensor, "prompt layer head rank"] | None = measured(
+        about="largest received attention of a prompt's keys, strongest first; of a causal model "
+        "without the last quarter of the keys",
+        unit="probability",
+        metric="top_received",
+    )
+    top_received_position: Float[Tensor, "prompt layer head rank"] | None = measured(
+        about="position of the key with that received attention",
+        unit="position",
+        metric="top_received",
+    )
+    top_received_value_norm: Float[Tensor, "prompt layer head rank"] | None = measured(
+        about="norm of that key's value vector", unit="activation", metric="top_received"
+    )
     sink_rate: Float[Tensor, "position"] | None = measured(
         about="share of (prompt, layer, head) whose received attention exceeds settings.epsilon",
         unit="share",

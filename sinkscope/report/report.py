@@ -64,6 +64,77 @@ class SinkReport(SinkQuantities):
             frame.insert(column, "token", [self.token_text[p][i] for p, i in places])
         return frame
 
+    def heads(self, level: float = 0.95) -> pd.DataFrame:
+        """One row a head: means over prompts with their intervals of every field of heads.
+
+        Args:
+            level: probability between the ends of the bootstrap intervals.
+
+        Returns:
+            layer, head, kv_head, sink_head (see `sink_heads`), then for each measured field with
+            the dimensions prompt, layer and head or kv_head three columns: ``honor``,
+            ``honor_low``, ``honor_high``. What is kept per KV head stands at every head that reads
+            it. ``attrs`` has "units" and "about" by column, "level", "model", "text", "weights".
+        """
+        from sinkscope.report.features import heads
+
+        return heads(self, level)
+
+    def features(self, *names: str) -> pd.DataFrame:
+        """One row a prompt of named numbers, for probes and classifiers.
+
+        Args:
+            names: fields with a prompt and no position. By default what describes the sinks: the
+                keys that receive most from each head with their positions and value norms
+                (metric "top_received"; Binkowski et al. 2026, arXiv 2604.10697), sink attention,
+                value drains, residual peaks.
+
+        Returns:
+            One column an entry, named by field and place, such as ``top_received_L5H3R0`` (layer
+            5, head 3, rank 0, the strongest) or ``value_drain_L5KV1``; the index is the prompt.
+            What a model or a prompt does not define is nan. ``attrs`` has "units" and "about", and
+            in "not_measured" what the scan did not hold, each with the metric to ask for.
+
+        Raises:
+            ReportError: a named field that is unknown, was not measured or has positions, or where
+                none of the default ones was measured.
+        """
+        from sinkscope.report.features import features
+
+        return features(self, *names)
+
+    def head_differences(
+        self,
+        other: SinkReport,
+        name: str = "sink_attention",
+        level: float = 0.95,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """How each head differs between this text and another one, prompts unpaired.
+
+        Args:
+            other: report of other prompts on the same model.
+            name: field with the dimensions prompt, layer and head or kv_head; with sink_attention
+                the difference is the sink divergence of Surgery (2026, arXiv 2602.05228).
+            level: probability between the ends; p-values below 1 - level count as significant.
+            seed: of the resamples and permutations.
+
+        Returns:
+            One row a head: layer, head, means on "this" and the "other" text, their "difference"
+            with "low" and "high" (bootstrap), "p" (corrected for all heads, see
+            `sinkscope.statistics.max_t`; nan where some prompt leaves the field undefined), and
+            the share of pairs of prompts in which this text is "higher" and "lower". ``attrs``
+            counts signs: "heads_higher", "heads_lower", "heads_equal", "heads_undefined",
+            "significantly_higher", "significantly_lower".
+
+        Raises:
+            ReportError: reports of two models or interventions, or an unsuitable field.
+            TextError: fewer than two prompts of a text.
+        """
+        from sinkscope.report.features import head_differences
+
+        return head_differences(self, other, name, level, seed)
+
     def to_xarray(self) -> xr.Dataset:
         """Every measured field as an xarray Dataset.
 

@@ -70,6 +70,11 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
             received[layer, :, k] = pattern[layer][:, seeing, k].mean(axis=-1)
             uniform[layer, k] = np.mean([1 / visible[layer, i].sum() for i in seeing])
 
+    seen_by_many = n - n // 4 if causal else n
+    first = np.argsort(-received[:, :, :seen_by_many], axis=-1)[:, :, :3]
+    top = np.take_along_axis(received, first, axis=-1)
+    of_head = np.repeat(value.transpose(0, 2, 1), group, axis=1)  # [layer head position]
+
     gap = np.zeros((n_layers, n_heads))
     entropy = np.zeros((n_layers, n_heads))
     share = np.zeros((n_layers, n_heads))
@@ -111,6 +116,9 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
         "sink_attention": pattern[:, :, queries, sink].mean(axis=-1),
         "first_token_attention": pattern[:, :, :, 0].mean(axis=-1),
         "sink_importance": received[:, :, sink],
+        "top_received": top,
+        "top_received_position": first,
+        "top_received_value_norm": np.take_along_axis(of_head, first, axis=-1),
         "attention_entropy": entropy,
         "sink_logit_gap": gap,
         "sink_query_norm": size[:, queries].mean(axis=1),

@@ -54,6 +54,24 @@ def test_first_token_attention(causal: bool, window: int | None) -> None:
 
 
 @cases
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_top_received(causal: bool, window: int | None, count: int) -> None:
+    case = random_case(causal, window)
+    alpha = np.random.default_rng(0).permutation(1.0 * np.arange(case.pattern[..., 0].size))
+    alpha = alpha.reshape(case.pattern[..., 0].shape)
+    score, position = at.top_received(tensor(alpha), tensor(case.mask), causal, count)
+    for p in case:
+        real = np.flatnonzero(case.mask[p]).tolist()
+        keys = real[: len(real) - len(real) // 4] if causal else real
+        for h in case.heads:
+            best = sorted(keys, key=lambda k: -alpha[p, h, k])[:count]
+            left = count - len(best)
+            assert position[p, h].tolist()[: len(best)] == best
+            same(score[p, h], [alpha[p, h, k] for k in best] + [nan] * left)
+            assert position[p, h, len(best) :].isnan().all()
+
+
+@cases
 def test_received_mass_and_importance(causal: bool, window: int | None) -> None:
     case = random_case(causal, window)
     mask = tensor(case.mask)

@@ -99,6 +99,10 @@ def synthetic_report(
         received_attention=received,
         uniform_ratio=received / decay,
         received_peak=seen,
+        top_received=torch.linspace(0.6, 0.1, 3).expand(*per_head, 3) * sink_attention[..., None],
+        top_received_position=torch.tensor([0.0, 2.0, 1.0]).expand(*per_head, 3),
+        top_received_value_norm=torch.tensor([0.2, 1.1, 0.9]).expand(*per_head, 3)
+        * norms[..., None],
         sink_rate=rate,
         epsilon=EPSILONS,
         sink_rate_curve=(received[..., None, :] > EPSILONS[:, None]).float().mean((0, 1)),

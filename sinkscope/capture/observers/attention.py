@@ -13,7 +13,7 @@ from sinkscope.capture.batches import Batch, average, mean_weights
 from sinkscope.capture.observers.base import Observer, Scope
 from sinkscope.capture.readers import AttentionReader
 from sinkscope.capture.reductions import received_summary
-from sinkscope.metrics import attention
+from sinkscope.metrics import attention, values
 from sinkscope.models.capabilities import NO_SOFTMAX, Capabilities
 
 
@@ -103,6 +103,25 @@ class Received(Observer, metric="received", reads="attention"):
     def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
         """The fields, and the thresholds of the curve."""
         return super().results(order) | {"epsilon": torch.tensor(attention.EPSILONS)}
+
+
+class TopReceived(Observer, metric="top_received", reads="attention", needs=("pattern", "value")):
+    """The keys that receive most from each head in each prompt, and how large their values are."""
+
+    statistics = frozenset({"received"})
+
+    def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
+        """Gu's importance score of every key, of which a few are kept."""
+        alpha = x.received().float() * batch.per_query(x.window)[:, None, :]
+        top, position = attention.top_received(alpha, batch.mask, batch.causal)
+        norm = values.per_query_head(x.value_norms(), alpha.shape[1]).float()
+        there = position.nan_to_num(0).long().clamp(max=norm.shape[-1] - 1)
+        size = torch.where(position.isnan(), torch.nan, norm.gather(-1, there))
+        return {
+            "top_received": top,
+            "top_received_position": position,
+            "top_received_value_norm": size,
+        }
 
 
 class Entropy(Observer, metric="entropy", reads="attention"):
