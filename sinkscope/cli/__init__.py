@@ -25,6 +25,7 @@ from sinkscope.cli import (
     sweep,
     trace_peak,
     transplant,
+    vocabulary,
     waiver,
 )
 
@@ -57,6 +58,7 @@ app.command("waiver")(waiver.waiver)
 app.command("dormant")(dormant.dormant)
 app.command("dynamics")(dynamics.dynamics)
 app.command("trace-peak")(trace_peak.trace_peak)
+app.command("vocabulary")(vocabulary.vocabulary)
 app.command("experts")(experts.experts)
 app.command("transplant")(transplant.transplant)
 app.command("stream")(stream.stream)

@@ -30,6 +30,10 @@ EXAMPLES = {
         "sinkscope dynamics runs/checkpoint-500 runs/checkpoint-1000",
     ],
     "trace-peak": ["sinkscope trace-peak smollm2-135m --prompts 4 --out results"],
+    "vocabulary": [
+        "sinkscope vocabulary smollm2-135m --out results",
+        "sinkscope vocabulary ./my-model --sample 4096 --further 0",
+    ],
     "experts": [
         "sinkscope experts allenai/OLMoE-1B-7B-0924 --prompts 4 --length 256 --out results",
         "sinkscope experts ./my-routed-model --no-ablate --json",

@@ -7,6 +7,7 @@ from . import mixing as mixing
 from . import streaming_context as streaming_context
 from . import trace_peak as trace_peak
 from . import transplant as transplant
+from . import vocabulary as vocabulary
 from . import waiver as waiver
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "streaming_context",
     "trace_peak",
     "transplant",
+    "vocabulary",
     "waiver",
 ]

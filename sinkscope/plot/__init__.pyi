@@ -36,6 +36,9 @@ from .trace import peak_trace as peak_trace
 from .training import knockout_risks as knockout_risks
 from .training import mitigations as mitigations
 from .training import training_curves as training_curves
+from .vocabulary import vocabulary_map as vocabulary_map
+from .vocabulary import vocabulary_norms as vocabulary_norms
+from .vocabulary import vocabulary_shares as vocabulary_shares
 
 __all__ = [
     "before_after",
@@ -76,4 +79,7 @@ __all__ = [
     "mitigations",
     "knockout_risks",
     "training_curves",
+    "vocabulary_map",
+    "vocabulary_norms",
+    "vocabulary_shares",
 ]

@@ -1,0 +1,798 @@
+"""Which tokens can be a sink: the whole trajectory of every token of a vocabulary at position 0.
+
+Peng et al. 2026 (arXiv 2603.06591) find that position 0 is recognised within two blocks whatever
+its token is, and Sun et al. 2026 (arXiv 2603.05498) that more than 98 % of a vocabulary makes a
+massive activation there. Under a causal mask position 0 attends to itself alone, so prompts of one
+token give its residual stream exactly, at a hundredth of the cost of texts.
+
+1. Measure real text: the norm of its later tokens after every block, the block after which
+   position 0 stands out most, and the mean state of position 0 there, the sink vector. Verify that
+   position 0 has the states that its token has alone.
+2. Run every token alone, in large batches: its norm over that of later tokens, and its cosine to
+   the sink vector, after every block. A token makes a sink if its ratio after the block of the
+   peak exceeds a threshold. Sums of the states of these tokens give the share of their energy that is
+   one constant vector, ‖mean h‖² / mean ‖h‖².
+3. Do the same for a sample of tokens behind BOS, and, where positions are learned, with another
+   position's vector.
+4. Put a few exceptions, which make no sink, and controls of the same class first in real prompts
+   (`first_tokens`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sinkscope.capture import paths, runner
+from sinkscope.capture.accumulators import Accumulator, PerPrompt
+from sinkscope.capture.batches import Batch
+from sinkscope.capture.observers import Observer, Scope
+from sinkscope.errors import TextError, UnsupportedError
+from sinkscope.experiments import readout
+from sinkscope.experiments.first_tokens import EXCEPTION, FirstTokens, first_tokens
+from sinkscope.experiments.result import Result, about, stacked
+from sinkscope.experiments.resume import Kept, kept_in, request_of
+from sinkscope.interventions import PositionEmbeddingEdit
+from sinkscope.metrics import residual
+from sinkscope.models.capabilities import Capabilities, capabilities
+from sinkscope.models.load import load_model
+from sinkscope.models.signals import close
+from sinkscope.output import counted, number, printable, table_as_text
+from sinkscope.prompts.special_tokens import special_tokens
+from sinkscope.prompts.token_classes import CLASSES, token_classes
+from sinkscope.prompts.tokens import Texts, token_ids
+from sinkscope.statistics import Estimate, estimate
+from sinkscope.validation import real_number, whole_number
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+FIRST = "first"
+"""The condition in which a token is the first of its prompt."""
+_CHUNK = 1024
+"""Tokens that run, and are kept, together."""
+_PROMPTS = 4
+"""Prompts that exceptions and controls are put first in."""
+_SHOWN = 20
+"""Exceptions that the summary names."""
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Vocabulary(Result):
+    """What every token of a vocabulary does as the first token of a prompt.
+
+    In the first condition a token stands at position 0; in "after BOS" it stands behind the special
+    tokens that texts begin with; in "first, vector of position N" its position embedding is another
+    one. `norm` and `cosine` are nan where a token was not measured in a condition.
+
+    Attributes:
+        conditions: Names along `condition`.
+        ids: Token ids along `token`.
+        text: The text of each, spaces kept.
+        classes: Names of the classes of tokens.
+        kind: The class of each token, an index of `classes`.
+        threshold: Norm ratio above which a token makes a sink.
+        peak_layer: The block after which position 0 of the texts stands out most.
+        whole: Whether `ids` is the whole vocabulary; otherwise a random sample of it.
+        positions: What positions the model has, "rotary", "learned", …
+        later_norm: Median norm of the tokens after the first of real text [activation].
+        text_norm: Norm of position 0 of real text [activation].
+        sink_vector: Mean state of position 0 of real text [activation].
+        norm: ‖h‖ of each token after every block [activation].
+        cosine: Its cosine to `sink_vector`.
+        sink_sum: Sum of the states of the tokens that make a sink, in pieces along `chunk`
+            [activation]; nan where nothing was measured.
+        confirmed: Exceptions and controls in real prompts; None if there are none, or before.
+    """
+
+    QUESTION = "Which tokens can be a sink?"
+
+    conditions: list[str]
+    ids: Int[Tensor, "token"]
+    text: list[str]
+    classes: list[str]
+    kind: Int[Tensor, "token"]
+    threshold: float
+    peak_layer: int
+    whole: bool
+    positions: str
+    later_norm: Float[Tensor, "prompt layer"]
+    text_norm: Float[Tensor, "prompt layer"]
+    sink_vector: Float[Tensor, "layer dim"]
+    norm: Float[Tensor, "condition token layer"]
+    cosine: Float[Tensor, "condition token layer"]
+    sink_sum: Float[Tensor, "condition chunk layer dim"]
+    confirmed: FirstTokens | None = None
+
+    # -- what follows from it ------------------------------------------------------------------
+
+    @property
+    def ratio(self) -> Float[Tensor, "condition token layer"]:
+        """‖h‖ over the norm of a later token of real text after the same block [ratio]."""
+        return self.norm / self.later_norm.mean(0)
+
+    @property
+    def measured_tokens(self) -> Tensor:
+        """Whether a token was measured in a condition [condition token]."""
+        return ~self.norm[..., -1].isnan()
+
+    @property
+    def makes_sink(self) -> Tensor:
+        """Whether a token makes a sink: its ratio at `peak_layer` exceeds the threshold.
+
+        [condition token]; False where a token was not measured.
+        """
+        return self.ratio[..., self.peak_layer] > self.threshold
+
+    def exceptions(self, condition: int = 0) -> list[int]:
+        """The ids of the tokens that make no sink.
+
+        Args:
+            condition: Which condition, an index of `conditions`.
+        """
+        chosen = self.measured_tokens[condition] & ~self.makes_sink[condition]
+        return self.ids[chosen].tolist()
+
+    def share(self, condition: int = 0, kind: int | None = None) -> Estimate:
+        """The share of the measured tokens that makes a sink, with a 95 % interval.
+
+        The interval is over what was drawn: the prompts, whose later tokens set the scale of the
+        threshold, and the tokens where these are a sample; not over the tokens of a whole
+        vocabulary, which are all there are.
+
+        Args:
+            condition: Which condition, an index of `conditions`.
+            kind: A class of tokens only, an index of `classes`.
+        """
+        chosen = self.measured_tokens[condition]
+        if kind is not None:
+            chosen = chosen & (self.kind == kind)
+        norm = self.norm[condition, chosen, self.peak_layer].double().numpy()
+        if not len(norm):
+            return Estimate(np.nan, np.nan, np.nan)
+        scale = self.later_norm[:, self.peak_layer].double().numpy()
+        mean = float((norm > self.threshold * scale.mean()).mean())
+        if len(scale) < 2:
+            return Estimate(mean, np.nan, np.nan)
+        draw = np.random.default_rng(0)
+        drawn = scale[draw.integers(len(scale), size=(_RESAMPLES, len(scale)))].mean(1)
+        ordered = np.sort(norm)
+        below = np.searchsorted(ordered, self.threshold * drawn, side="right")
+        shares = 1 - below / len(norm)
+        if not self.is_complete(condition):
+            shares = draw.binomial(len(norm), shares) / len(norm)
+        low, high = np.quantile(shares, [0.025, 0.975])
+        return Estimate(mean, min(float(low), mean), max(float(high), mean))
+
+    def is_complete(self, condition: int = 0) -> bool:
+        """Whether every token of the vocabulary was measured in a condition."""
+        return self.whole and bool(self.measured_tokens[condition].all())
+
+    def constant_share(self, condition: int = 0) -> Float[Tensor, "layer"]:
+        """The share of the energy of the tokens that make a sink that is one constant vector.
+
+        ‖mean h‖² / mean ‖h‖² over these tokens: 1 if their states are equal [share].
+
+        Args:
+            condition: Which condition, an index of `conditions`.
+        """
+        chosen = self.makes_sink[condition]
+        mean = self.sink_sum[condition].double().nansum(0) / chosen.sum()
+        return mean.square().sum(-1) / self.norm[condition, chosen].double().square().mean(0)
+
+    # -- as a result ---------------------------------------------------------------------------
+
+    def statistics(self) -> dict[str, Any]:
+        """Shares, by class too, cosines and exceptions, condition by condition; what follows."""
+        at = self.peak_layer
+        found: dict[str, Any] = {
+            "tokens": len(self.ids),
+            "whole_vocabulary": self.whole,
+            "threshold": self.threshold,
+            "peak_layer": at,
+            "positions": self.positions,
+            "later_norm": estimate(self.later_norm[:, at]),
+            "text_ratio": estimate(self.text_norm[:, at] / self.later_norm[:, at]),
+            "conditions": [self._condition(index) for index in range(len(self.conditions))],
+        }
+        if self.confirmed is not None:
+            found["confirmed"] = self.confirmed.statistics(self.threshold)
+        return found
+
+    def _condition(self, index: int) -> dict[str, Any]:
+        at, measured = self.peak_layer, self.measured_tokens[index]
+        ratio, sinks = self.ratio[index], self.makes_sink[index]
+        row: dict[str, Any] = {
+            "condition": self.conditions[index],
+            "measured": int(measured.sum()),
+            "share": self.share(index),
+            "share_after_any_block": float(
+                (ratio[measured].amax(-1) > self.threshold).float().mean()
+            ),
+            "by_class": {
+                name: {
+                    "measured": int((measured & (self.kind == kind)).sum()),
+                    "no_sink": int((measured & ~sinks & (self.kind == kind)).sum()),
+                    "share": self.share(index, kind),
+                }
+                for kind, name in enumerate(self.classes)
+                if bool((measured & (self.kind == kind)).any())
+            },
+        }
+        for name, chosen in (("of_sinks", sinks), ("of_exceptions", measured & ~sinks)):
+            row[name] = {
+                "ratio": _spread(ratio[chosen, at]),
+                "cosine": _spread(self.cosine[index, chosen, at]),
+            }
+        if sinks.any():
+            row["constant_share"] = float(self.constant_share(index)[at])
+        text = dict(zip(self.ids.tolist(), self.text, strict=True))
+        row["exceptions"] = {str(id): text[id] for id in self.exceptions(index)}
+        return row
+
+    def summary(self) -> str:
+        """The shares by class in a table, the exceptions, and what they do in real prompts."""
+        return _summary(self)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a condition and measured token, at the block of the peak.
+
+        Columns condition, token, text, class, ratio [ratio], largest_ratio over blocks [ratio],
+        cosine to the sink vector, sink (whether it makes one).
+        """
+        import pandas as pd
+
+        pieces = []
+        for index, condition in enumerate(self.conditions):
+            rows = self.measured_tokens[index]
+            chosen = rows.nonzero()[:, 0].tolist()
+            ratio = self.ratio[index, rows]
+            columns = {
+                "condition": condition,
+                "token": self.ids[rows].numpy(),
+                "text": [self.text[i] for i in chosen],
+                "class": [self.classes[i] for i in self.kind[rows].tolist()],
+                "ratio": ratio[:, self.peak_layer].double().numpy(),
+                "largest_ratio": ratio.amax(-1).double().numpy(),
+                "cosine": self.cosine[index, rows, self.peak_layer].double().numpy(),
+                "sink": self.makes_sink[index, rows].numpy(),
+            }
+            pieces.append(pd.DataFrame(columns))
+        return stacked(pieces)
+
+    def trajectories(self) -> pd.DataFrame:
+        """Norm ratios by block: their spread over tokens that make a sink and over the others.
+
+        Returns:
+            Columns condition, group ("sink", "no sink"), tokens (how many), layer, low, median,
+            high: the 5, 50 and 95 % quantiles over tokens [ratio].
+        """
+        import pandas as pd
+
+        pieces = []
+        for index, condition in enumerate(self.conditions):
+            sinks, measured = self.makes_sink[index], self.measured_tokens[index]
+            for group, chosen in (("sink", sinks), ("no sink", measured & ~sinks)):
+                ratio = self.ratio[index, chosen].double().numpy()
+                if not len(ratio):
+                    continue
+                low, median, high = np.quantile(ratio, [0.05, 0.5, 0.95], axis=0)
+                columns = dict(layer=range(ratio.shape[1]), low=low, median=median, high=high)
+                row = dict(condition=condition, group=group, tokens=len(ratio))
+                pieces.append(pd.DataFrame(columns).assign(**row))
+        return stacked(pieces)
+
+    def figures(self) -> dict[str, go.Figure]:
+        """Shares by class, norm ratios by block, and a map of the vocabulary."""
+        from sinkscope.plot import vocabulary_map, vocabulary_norms, vocabulary_shares
+
+        frame, scale = self.to_frame(), dict(about=self.about, threshold=self.threshold)
+        return {
+            "shares": vocabulary_shares(frame, **scale),
+            "norms": vocabulary_norms(self.trajectories(), **scale),
+            "map": vocabulary_map(frame[frame["condition"] == self.conditions[0]], **scale),
+        }
+
+
+def _spread(x: Float[Tensor, "token"]) -> dict[str, float]:
+    """Median and 5 and 95 % quantiles over tokens."""
+    if not len(x):
+        return dict.fromkeys(("low", "median", "high"), np.nan)
+    low, median, high = np.quantile(x.double().numpy(), [0.05, 0.5, 0.95]).tolist()
+    return {"low": low, "median": median, "high": high}
+
+
+def vocabulary(
+    model: Any,
+    texts: Any,
+    *,
+    threshold: float = 10.0,
+    sample: int | None = None,
+    further: int = 4096,
+    pairs: int = 8,
+    bos: str | int = "auto",
+    seed: int = 0,
+    file: str | Path | None = None,
+    progress: bool = True,
+) -> Vocabulary:
+    """Measure every token of the vocabulary as the first token of a prompt.
+
+    Args:
+        model: A bridge, or anything that `load_model` takes; causal.
+        texts: Real text of equal lengths, which sets the scale and takes exceptions and controls.
+        threshold: A token makes a sink if its norm exceeds this many times that of a later token
+            of `texts`, after the block where position 0 of `texts` stands out most.
+        sample: How many tokens to measure, drawn at random; by default the whole vocabulary.
+        further: How many of these, drawn at random, to measure in the further conditions (after
+            BOS; with another position's vector); 0 for none.
+        pairs: How many pairs of an exception and a control to put first in real prompts.
+        bos: "auto" for the special tokens that the tokenizer puts before a text where it has any,
+            "never" for no condition after BOS, or the id of a token to take for BOS.
+        seed: Of the draws.
+        file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
+        progress: Whether to draw a progress bar.
+
+    Returns:
+        Norms and cosines of every token after every block, and exceptions in real prompts.
+
+    Raises:
+        UnsupportedError: If the model is bidirectional, or position 0 has other states in a text
+            than its token has alone.
+        TextError: If the texts differ in length or have fewer than four tokens, or an argument is
+            out of range.
+        ReportError: If the file holds another request's result, another process is writing to it,
+            or hooks or interventions are in force, which a file cannot record.
+    """
+    model = load_model(model)
+    can = _causal(capabilities(model))
+    threshold = real_number("threshold", threshold, at_least=0, error=TextError)
+    sample = (
+        can.d_vocab
+        if sample is None
+        else whole_number("sample", sample, at_least=1, error=TextError)
+    )
+    further = whole_number("further", further, at_least=0, error=TextError)
+    pairs = whole_number("pairs", pairs, at_least=0, error=TextError)
+    file = kept_in(file, model)
+    prompts = readout.even(model, texts, 0, after=3)
+    prefix = _prefix(model, bos, can.d_vocab)
+    plan = _plan(can, prefix, min(sample, can.d_vocab), further, seed)
+    request = {}
+    if file is not None:
+        options = dict(threshold=threshold, pairs=pairs, seed=seed)
+        request = request_of(model, prompts, plan=[str(one) for one in plan], **options)
+    with Kept(Vocabulary, file, request) as kept:
+        found = kept.found or _begun(model, can, prompts, plan, threshold)
+        _fill(model, can, found, plan, kept, progress)
+        if found.confirmed is None and pairs:
+            found = _confirm(model, prompts, found, prefix, pairs, seed, progress)
+            kept.write(found)
+    return found
+
+
+# -- what to measure -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Condition:
+    """A condition of `Vocabulary`.
+
+    Attributes:
+        name: Its name.
+        before: Token ids before the token.
+        rows: Which of the result's tokens are measured, rising.
+        ids: Their ids.
+        vector: The position whose learned embedding position 0 gets; None for its own.
+    """
+
+    name: str
+    before: tuple[int, ...]
+    rows: Int[Tensor, "row"]
+    ids: Int[Tensor, "row"]
+    vector: int | None = None
+
+    def __str__(self) -> str:
+        drawn = f"{len(self.ids)} tokens, sum of ids {int(self.ids.sum())}"
+        return f"{self.name}, behind {list(self.before)}, {drawn}"
+
+    def entered(self, model: Any) -> AbstractContextManager[Any]:
+        """Inside, the model is as the condition wants it."""
+        if self.vector is None:
+            return nullcontext()
+        return PositionEmbeddingEdit(model, self.vector, 0)
+
+    def chunks(self) -> Iterator[tuple[int, Int[Tensor, "row"]]]:
+        """Pieces of `rows`, numbered."""
+        return enumerate(self.rows.split(_CHUNK))
+
+
+def _causal(can: Capabilities) -> Capabilities:
+    """The same capabilities, if position 0 attends to itself alone.
+
+    Raises:
+        UnsupportedError: If it does not.
+    """
+    if not can.causal:
+        raise UnsupportedError(
+            f"Attention of {can.architecture} is bidirectional, so its first position attends to "
+            "the whole prompt and a prompt of one token says nothing about it; `sinkscope waiver "
+            "MODEL --ask norms,positions` measures what makes its sink."
+        )
+    return can
+
+
+def _prefix(model: Any, bos: str | int, d_vocab: int) -> tuple[int, ...]:
+    """The special tokens that texts begin with; none where there are none."""
+    if isinstance(bos, int) and not isinstance(bos, bool):
+        return (whole_number("bos", bos, at_least=0, at_most=d_vocab - 1, error=TextError),)
+    if bos not in ("auto", "never"):
+        raise TextError(f'bos is {bos!r}; expected "auto", "never" or a token id.')
+    tokenizer = getattr(model, "tokenizer", None)
+    if bos == "never" or tokenizer is None:
+        return ()
+    try:
+        prefix = special_tokens(tokenizer, "always", d_vocab).prefix
+    except TextError:  # it has no BOS
+        return ()
+    return tuple(id for id in prefix if id is not None)
+
+
+def _plan(
+    can: Capabilities, prefix: tuple[int, ...], sample: int, further: int, seed: int
+) -> list[_Condition]:
+    """The conditions, and which tokens are measured in each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(size: int, of: int) -> Int[Tensor, "row"]:
+        if size >= of:
+            return torch.arange(of)
+        return torch.randperm(of, generator=generator)[:size].sort().values
+
+    ids = drawn(sample, can.d_vocab)
+    plan = [_Condition(FIRST, (), torch.arange(len(ids)), ids)]
+    rows = drawn(further, len(ids))
+    if further and prefix:
+        plan.append(_Condition("after BOS", prefix, rows, ids[rows]))
+    if further and can.positions == "learned" and can.n_ctx is not None:
+        middle = can.n_ctx // 2
+        name = f"first, vector of position {middle}"
+        plan.append(_Condition(name, (), rows, ids[rows], middle))
+    return plan
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+def _begun(
+    model: Any, can: Capabilities, prompts: Texts, plan: Sequence[_Condition], threshold: float
+) -> Vocabulary:
+    """A result in which only real text has been measured.
+
+    Raises:
+        UnsupportedError: If position 0 has other states there than its token has alone.
+    """
+    wanted = {"norm": readout.RESIDUAL_NORM, "state": readout.at("resid_post", 0)}
+    found = readout.measure(model, prompts, wanted)
+    _verify(model, can, prompts, found["state"])
+    later = readout.median_of_others(found["norm"], [0])
+    first = found["norm"][..., 0]
+    ids = plan[0].ids
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        text, classes = [f"<{id}>" for id in ids.tolist()], ["token"]
+        kind = torch.zeros_like(ids)
+    else:
+        (text, kind), classes = token_classes(tokenizer, ids.tolist()), list(CLASSES)
+    shape = len(plan), len(ids), can.n_layers
+    chunks = max(len(list(one.chunks())) for one in plan)
+    return Vocabulary(
+        about=about(model, prompts),
+        conditions=[one.name for one in plan],
+        ids=ids,
+        text=text,
+        classes=classes,
+        kind=kind,
+        threshold=threshold,
+        peak_layer=int((first / later).mean(0).argmax()),
+        whole=len(ids) == can.d_vocab,
+        positions=can.positions,
+        later_norm=later,
+        text_norm=first,
+        sink_vector=found["state"].mean(0),
+        norm=torch.full(shape, torch.nan),
+        cosine=torch.full(shape, torch.nan),
+        sink_sum=torch.full((len(plan), chunks, can.n_layers, can.d_model), torch.nan),
+    )
+
+
+def _verify(
+    model: Any, can: Capabilities, prompts: Texts, state: Float[Tensor, "prompt layer dim"]
+) -> None:
+    """Refuse a model whose position 0 depends on what comes after it."""
+    alone = readout.measure(
+        model, token_ids(prompts.tokens[:, :1]), {"state": readout.at("resid_post", 0)}
+    )["state"]
+    half = model.cfg.dtype in (torch.float16, torch.bfloat16)
+    if not close(alone, state, 3e-2 if half else 1e-4):
+        raise UnsupportedError(
+            f"Position 0 of a text has other states in {can.architecture} than its token has "
+            "alone, so prompts of one token do not give its trajectory; `sinkscope trace-peak` "
+            "measures it in texts."
+        )
+
+
+def _fill(
+    model: Any,
+    can: Capabilities,
+    found: Vocabulary,
+    plan: Sequence[_Condition],
+    kept: Kept[Vocabulary],
+    progress: bool,
+) -> None:
+    """Measure what is missing, chunk by chunk, in place."""
+    missing = [
+        (index, condition, chunk, rows)
+        for index, condition in enumerate(plan)
+        for chunk, rows in condition.chunks()
+        if bool(found.norm[index, rows, -1].isnan().any())
+    ]
+    bound = found.threshold * float(found.later_norm[:, found.peak_layer].mean())
+    total = sum(len(rows) for *_, rows in missing)
+    with tqdm(total=total, unit="token", disable=not progress, leave=False) as bar:
+        for index, condition, chunk, rows in missing:
+            bar.set_description(condition.name)
+            observer = _Trajectory(_scope(can), found.sink_vector, found.peak_layer, bound)
+            before = torch.tensor(condition.before, dtype=torch.long).expand(len(rows), -1)
+            prompts = token_ids(torch.cat([before, found.ids[rows, None]], dim=1))
+            first = torch.zeros_like(prompts.mask)
+            first[:, 0] = True
+            how = paths.choose(model, can, "auto")
+            with condition.entered(model):
+                order = runner.run(
+                    model, prompts, first, [observer], how, causal=True, progress=False
+                )
+            one = observer.results(order)
+            found.cosine[index, rows] = one["cosine"].cpu()
+            found.sink_sum[index, chunk] = observer.sink_sum.float()
+            # Last, since a chunk counts as measured once its norms are there.
+            found.norm[index, rows] = one["norm"].cpu()
+            bar.update(len(rows))
+            kept.grew(found)
+
+
+class _Trajectory(Observer):
+    """Norm and cosine of the last token of every prompt, and the sum of the states of sinks.
+
+    Args:
+        scope: Of the model.
+        direction: The vector of each layer that cosines are to.
+        layer: The block of the peak.
+        bound: Norm after it above which a token makes a sink.
+    """
+
+    signal = "resid_post"
+
+    def __init__(
+        self, scope: Scope, direction: Float[Tensor, "layer dim"], layer: int, bound: float
+    ) -> None:
+        super().__init__(scope)
+        self._direction = torch.nn.functional.normalize(direction, dim=-1)
+        self._at, self._bound = layer, bound
+        self._states: dict[int, Tensor] = {}
+        self.sink_sum = torch.zeros(direction.shape, dtype=torch.float64)
+
+    def accumulator(self, name: str) -> Accumulator:
+        return PerPrompt()
+
+    def observe(self, x: Tensor, batch: Batch) -> dict[str, Tensor]:
+        state = x[:, -1].float()
+        self._states[self.layer] = state
+        norm = residual.residual_norms(state[:, None])[:, 0]
+        along = state @ self._direction[self.layer].to(state.device)
+        return {"norm": norm, "cosine": along / norm}
+
+    def close(self, batch: Batch) -> Any:
+        states = [self._states[layer] for layer in sorted(self._states)]
+        sinks = residual.residual_norms(states[self._at][:, None])[:, 0] > self._bound
+        total = torch.stack(
+            [state[sinks.to(state.device)].double().sum(0).cpu() for state in states]
+        )
+        return super().close(batch), total
+
+    def add(self, finished: Any, batch: Batch) -> None:
+        measured, total = finished
+        super().add(measured, batch)
+        self.sink_sum += total
+
+    def drop(self) -> None:
+        super().drop()
+        self._states.clear()
+
+
+def _scope(can: Capabilities) -> Scope:
+    def no_gram(layer: int) -> Tensor:
+        raise NotImplementedError("nothing here goes through W_O")
+
+    sizes = {"layer": can.n_layers}
+    return Scope(0.3, can.n_heads, bucket_edges=(1,), gram=no_gram, sizes=sizes)
+
+
+def _confirm(
+    model: Any,
+    prompts: Texts,
+    found: Vocabulary,
+    prefix: tuple[int, ...],
+    pairs: int,
+    seed: int,
+    progress: bool,
+) -> Vocabulary:
+    """The same result with exceptions and controls in real prompts, where there are both."""
+    exceptions, controls = _pairs(found, pairs, seed)
+    if not exceptions:
+        return found
+    few = Texts(prompts.tokens[:_PROMPTS], prompts.mask[:_PROMPTS], prompts.bos, prompts.source)
+    begins = bool(prefix) and few.tokens[:, : len(prefix)].eq(torch.tensor(prefix)).all()
+    conditions: dict[str, tuple[int, ...]] = {FIRST: ()}
+    if prefix:
+        conditions["after BOS"] = prefix
+    confirmed = first_tokens(
+        model,
+        few,
+        exceptions,
+        controls,
+        conditions=conditions,
+        ahead=len(prefix) if begins else 0,
+        layer=found.peak_layer,
+        ordinary=float(found.later_norm[:, found.peak_layer].mean()),
+        progress=progress,
+    )
+    return dataclasses.replace(found, confirmed=confirmed)
+
+
+def _pairs(found: Vocabulary, pairs: int, seed: int) -> tuple[list[int], list[int]]:
+    """Exceptions drawn at random, and as controls the nearest ids of their class that make a sink.
+
+    In a vocabulary of merges near ids are about equally frequent. Unused rows of the embedding are
+    left out, and an exception whose class has no token that makes a sink, or none left.
+    """
+    unused = CLASSES.index("unused") if "unused" in found.classes else -1
+    usable = found.measured_tokens[0] & (found.kind != unused)
+    sinks, others = usable & found.makes_sink[0], usable & ~found.makes_sink[0]
+    order = torch.randperm(len(found.ids), generator=torch.Generator().manual_seed(seed))
+    exceptions: list[int] = []
+    controls: list[int] = []
+    free = sinks.clone()
+    for row in order[others[order]].tolist():
+        candidates = (free & (found.kind == found.kind[row])).nonzero()[:, 0]
+        if len(exceptions) == pairs:
+            break
+        if not len(candidates):
+            continue
+        near = int(candidates[(found.ids[candidates] - found.ids[row]).abs().argmin()])
+        free[near] = False
+        exceptions.append(int(found.ids[row]))
+        controls.append(int(found.ids[near]))
+    return exceptions, controls
+
+
+# -- in words --------------------------------------------------------------------------------------
+
+
+def _summary(found: Vocabulary) -> str:
+    facts = found.statistics()
+    at, first = found.peak_layer, facts["conditions"][0]
+    of = "the vocabulary" if found.whole else "the sample"
+    lines = [
+        f"Position 0 of real text stands out most after block {at}: its norm is "
+        f"{facts['text_ratio']} times that of a later token. A token makes a sink if, alone at "
+        f"position 0, it exceeds {number(found.threshold)} times that norm there: "
+        f"{_percent(first['share'])} of {of} ({counted(first['measured'], 'token')}).",
+        _class_table(found, facts),
+    ]
+    if found.makes_sink[0].any():
+        ratio, cosine = first["of_sinks"]["ratio"], first["of_sinks"]["cosine"]
+        lines.append(
+            f"Tokens that make a sink: {number(ratio['median'])} times a later token's norm (5 to "
+            f"95 % of them: {number(ratio['low'])} to {number(ratio['high'])}), cosine to the mean "
+            f"state of position 0 in real text {cosine['median']:.3f} ({cosine['low']:.3f} to "
+            f"{cosine['high']:.3f}). {100 * first['constant_share']:.1f} % of their energy is one "
+            "constant vector."
+        )
+    lines += _exceptions(found, first)
+    lines += [_further(found, one) for one in facts["conditions"][1:]]
+    lines += _confirmation(found, facts)
+    if found.positions == "learned":
+        lines.append(
+            "Positions are learned: a token alone also carries the vector of position 0, so a peak "
+            "may come from that vector rather than from the token; the condition with another "
+            "position's vector tells the two apart."
+        )
+    return "\n".join(lines)
+
+
+def _class_table(found: Vocabulary, facts: dict[str, Any]) -> str:
+    columns = ["class", "tokens", "no sink"]
+    columns += [f"make a sink {name}" for name in found.conditions]
+    rows = []
+    for name, one in facts["conditions"][0]["by_class"].items():
+        shares = [c["by_class"].get(name, {}).get("share") for c in facts["conditions"]]
+        cells = ["" if share is None else _percent(share) for share in shares]
+        rows.append([name, f"{one['measured']:,}", f"{one['no_sink']:,}", *cells])
+    return table_as_text(columns, rows)
+
+
+def _exceptions(found: Vocabulary, first: dict[str, Any]) -> list[str]:
+    names = list(first["exceptions"].values())
+    if not names:
+        return ["Every token that was measured makes a sink."]
+    ratio = first["of_exceptions"]["ratio"]
+    shown = ", ".join(repr(printable(name)) for name in names[:_SHOWN])
+    more = f", and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return [
+        f"The others ({counted(len(names), 'token')}) have {number(ratio['median'])} times a later "
+        f"token's norm ({number(ratio['low'])} to {number(ratio['high'])}): {shown}{more}."
+    ]
+
+
+def _further(found: Vocabulary, one: dict[str, Any]) -> str:
+    return (
+        f"Condition “{one['condition']}” ({counted(one['measured'], 'token')}): "
+        f"{_percent(one['share'])} make a sink."
+    )
+
+
+def _confirmation(found: Vocabulary, facts: dict[str, Any]) -> list[str]:
+    confirmed = found.confirmed
+    if confirmed is None:
+        return []
+    first, last = confirmed.later
+    lines = [
+        f"{counted(len(confirmed.exceptions), 'pair')} of an exception and a control of the same "
+        f"class, put first in {counted(confirmed.attention.shape[-1], 'real prompt')} (blocks "
+        f"{first} to {last}; 95 % intervals over pairs):"
+    ]
+    rows = []
+    for one in facts["confirmed"]:
+        for name, words in (
+            ("attention", "attention to position 0"),
+            ("peak", "norm ratio of position 0"),
+            ("attention_elsewhere", "largest attention elsewhere"),
+            ("peak_elsewhere", "norm ratio there"),
+            ("loss", "loss of the later tokens"),
+        ):
+            if name in one:
+                values = [one[name][group] for group in ("exception", "control", "difference")]
+                rows.append([f"{one['condition']}: {words}", *map(str, values)])
+    lines.append(table_as_text(["", "exception", "control", "difference"], rows))
+    for index, one in enumerate(facts["confirmed"]):
+        elsewhere = one["a_peak_elsewhere"]
+        places = confirmed.new_position[index, EXCEPTION]
+        lines.append(
+            f"{one['condition']}: behind an exception the position that receives most after 0 is "
+            f"{one['most_common_place']} in {100 * one['at_most_common_place']:.0f} % of "
+            f"{counted(places.numel(), 'prompt')}, and it is a peak itself in "
+            f"{_percent(elsewhere['exception'])} (controls: {_percent(elsewhere['control'])})."
+        )
+    return lines
+
+
+def _percent(share: Estimate) -> str:
+    if share.mean != share.mean:
+        return "–"
+    digits = 1 if 1 < 100 * share.mean < 99 else 2
+    if share.low != share.low or share.low == share.high:
+        return f"{100 * share.mean:.{digits}f} %"
+    low, high = 100 * share.low, 100 * share.high
+    return f"{100 * share.mean:.{digits}f} % [{low:.{digits}f}, {high:.{digits}f}]"
