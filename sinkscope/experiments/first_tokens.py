@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from sinkscope.experiments import readout
 from sinkscope.prompts.tokens import Texts, token_ids
 from sinkscope.report.labelled import Labelled
-from sinkscope.statistics import Estimate, estimate
+from sinkscope.statistics import Interval, estimate
 
 EXCEPTION, CONTROL = 0, 1
 
@@ -132,7 +132,7 @@ class FirstTokens(Labelled):
             found.append(row)
         return found
 
-    def by_pair(self, condition: int, group: int, pair: int) -> dict[str, Estimate]:
+    def by_pair(self, condition: int, group: int, pair: int) -> dict[str, Interval]:
         """Attention to position 0 and the largest elsewhere of one token, over prompts."""
         at = condition, group, pair
         return {

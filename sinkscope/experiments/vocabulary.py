@@ -10,8 +10,8 @@ token give its residual stream exactly, at a hundredth of the cost of texts.
    position 0 has the states that its token has alone.
 2. Run every token alone, in large batches: its norm over that of later tokens, and its cosine to
    the sink vector, after every block. A token makes a sink if its ratio after the block of the
-   peak exceeds a threshold. Sums of the states of these tokens give the share of their energy that is
-   one constant vector, ‖mean h‖² / mean ‖h‖².
+   peak exceeds a threshold. Sums of the states of these tokens give the share of their energy that
+   is one constant vector, ‖mean h‖² / mean ‖h‖².
 3. Do the same for a sample of tokens behind BOS, and, where positions are learned, with another
    position's vector.
 4. Put a few exceptions, which make no sink, and controls of the same class first in real prompts
@@ -51,7 +51,7 @@ from sinkscope.output import counted, number, printable, table_as_text
 from sinkscope.prompts.special_tokens import special_tokens
 from sinkscope.prompts.token_classes import CLASSES, token_classes
 from sinkscope.prompts.tokens import Texts, token_ids
-from sinkscope.statistics import Estimate, estimate
+from sinkscope.statistics import Interval, estimate
 from sinkscope.validation import real_number, whole_number
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Vocabulary(Result):
         chosen = self.measured_tokens[condition] & ~self.makes_sink[condition]
         return self.ids[chosen].tolist()
 
-    def share(self, condition: int = 0, kind: int | None = None) -> Estimate:
+    def share(self, condition: int = 0, kind: int | None = None) -> Interval:
         """The share of the measured tokens that makes a sink, with a 95 % interval.
 
         The interval is over what was drawn: the prompts, whose later tokens set the scale of the
@@ -161,11 +161,11 @@ class Vocabulary(Result):
             chosen = chosen & (self.kind == kind)
         norm = self.norm[condition, chosen, self.peak_layer].double().numpy()
         if not len(norm):
-            return Estimate(np.nan, np.nan, np.nan)
+            return Interval(np.nan, np.nan, np.nan)
         scale = self.later_norm[:, self.peak_layer].double().numpy()
         mean = float((norm > self.threshold * scale.mean()).mean())
         if len(scale) < 2:
-            return Estimate(mean, np.nan, np.nan)
+            return Interval(mean, np.nan, np.nan)
         draw = np.random.default_rng(0)
         drawn = scale[draw.integers(len(scale), size=(_RESAMPLES, len(scale)))].mean(1)
         ordered = np.sort(norm)
@@ -174,7 +174,7 @@ class Vocabulary(Result):
         if not self.is_complete(condition):
             shares = draw.binomial(len(norm), shares) / len(norm)
         low, high = np.quantile(shares, [0.025, 0.975])
-        return Estimate(mean, min(float(low), mean), max(float(high), mean))
+        return Interval(mean, min(float(low), mean), max(float(high), mean))
 
     def is_complete(self, condition: int = 0) -> bool:
         """Whether every token of the vocabulary was measured in a condition."""
@@ -788,7 +788,7 @@ def _confirmation(found: Vocabulary, facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _percent(share: Estimate) -> str:
+def _percent(share: Interval) -> str:
     if share.mean != share.mean:
         return "–"
     digits = 1 if 1 < 100 * share.mean < 99 else 2

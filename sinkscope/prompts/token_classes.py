@@ -1,6 +1,6 @@
-"""What kind of token each id of a vocabulary is: special, whitespace, punctuation, a word, …
+"""What kind of token each id of a vocabulary is, such as special, whitespace or the start of a word.
 
-A tokenizer does not say so; its pieces do. The classes are disjoint, and the first that fits counts.
+It is read off the tokenizer's pieces. The classes are disjoint, and the first that fits counts.
 """
 
 from __future__ import annotations
