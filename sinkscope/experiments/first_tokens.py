@@ -32,11 +32,12 @@ EXCEPTION, CONTROL = 0, 1
 class FirstTokens(Labelled):
     """What exceptions and their controls do as the first token of real prompts.
 
-    Exceptions and controls run along `group`, in this order. The prompts behind special tokens are
-    longer by these: `received` and `ratio` end in nan for the others.
+    Exceptions and controls run along `group`, in this order, and the prompts along `host`, since a
+    file of a `Vocabulary` has all of them besides. The prompts behind special tokens are longer by
+    these: `received` and `ratio` end in nan for the others.
 
     Attributes:
-        conditions: Names along `condition`.
+        conditions: Names along `placement`, where in a text the token is put.
         ahead: How many special tokens stand before the token in each condition.
         exceptions: Ids of tokens that make no peak.
         controls: Ids of tokens that make one.
@@ -55,13 +56,13 @@ class FirstTokens(Labelled):
     exceptions: Int[Tensor, "pair"]
     controls: Int[Tensor, "pair"]
     later: list[int]
-    attention: Float[Tensor, "condition group pair prompt"]
-    received: Float[Tensor, "condition group pair prompt position"]
-    ratio: Float[Tensor, "condition group pair prompt position"]
-    loss: Float[Tensor, "condition group pair prompt"] | None = None
+    attention: Float[Tensor, "placement group pair host"]
+    received: Float[Tensor, "placement group pair host position"]
+    ratio: Float[Tensor, "placement group pair host position"]
+    loss: Float[Tensor, "placement group pair host"] | None = None
 
     @property
-    def new_position(self) -> Int[Tensor, "condition group pair prompt"]:
+    def new_position(self) -> Int[Tensor, "placement group pair host"]:
         """The position after 0 that receives most attention.
 
         The last quarter of a prompt is left out: few queries see its keys, above all their own.
@@ -69,21 +70,21 @@ class FirstTokens(Labelled):
         return self._elsewhere.argmax(-1) + 1
 
     @property
-    def new_attention(self) -> Float[Tensor, "condition group pair prompt"]:
+    def new_attention(self) -> Float[Tensor, "placement group pair host"]:
         """The attention that `new_position` receives [probability]."""
         return self._elsewhere.amax(-1)
 
     @property
-    def new_ratio(self) -> Float[Tensor, "condition group pair prompt"]:
+    def new_ratio(self) -> Float[Tensor, "placement group pair host"]:
         """`ratio` at `new_position` [ratio]."""
         return self.ratio.gather(-1, self.new_position[..., None])[..., 0]
 
     @property
-    def _elsewhere(self) -> Float[Tensor, "condition group pair prompt position"]:
+    def _elsewhere(self) -> Float[Tensor, "placement group pair host position"]:
         length = self.received.shape[-1]
         return self.received[..., 1 : length - length // 4].nan_to_num(-1)
 
-    def over_pairs(self, x: Float[Tensor, "condition group pair prompt"]) -> list[dict[str, Any]]:
+    def over_pairs(self, x: Float[Tensor, "placement group pair host"]) -> list[dict[str, Any]]:
         """One quantity of exceptions and controls, and their difference, condition by condition.
 
         Args:

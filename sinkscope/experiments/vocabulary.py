@@ -761,16 +761,18 @@ def _confirmation(found: Vocabulary, facts: dict[str, Any]) -> list[str]:
     lines = [
         f"{counted(len(confirmed.exceptions), 'pair')} of an exception and a control of the same "
         f"class, put first in {counted(confirmed.attention.shape[-1], 'real prompt')} (blocks "
-        f"{first} to {last}; 95 % intervals over pairs):"
+        f"{first} to {last}; 95 % intervals over pairs), the attention to position 0 and the most "
+        "that another position receives, norms over that of a later token at both, and the loss "
+        "of the later tokens:"
     ]
     rows = []
     for one in facts["confirmed"]:
         for name, words in (
-            ("attention", "attention to position 0"),
-            ("peak", "norm ratio of position 0"),
-            ("attention_elsewhere", "largest attention elsewhere"),
+            ("attention", "attention to 0"),
+            ("peak", "norm ratio at 0"),
+            ("attention_elsewhere", "most elsewhere"),
             ("peak_elsewhere", "norm ratio there"),
-            ("loss", "loss of the later tokens"),
+            ("loss", "loss [nat]"),
         ):
             if name in one:
                 values = [one[name][group] for group in ("exception", "control", "difference")]
@@ -792,6 +794,8 @@ def _percent(share: Interval) -> str:
     if share.mean != share.mean:
         return "–"
     digits = 1 if 1 < 100 * share.mean < 99 else 2
+    while 0 < share.mean < 1 and round(100 * share.mean, digits) in (0, 100):
+        digits += 1  # all but one of a large class is not all
     if share.low != share.low or share.low == share.high:
         return f"{100 * share.mean:.{digits}f} %"
     low, high = 100 * share.low, 100 * share.high

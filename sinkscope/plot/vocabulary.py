@@ -17,8 +17,8 @@ from sinkscope.plot.theme import Theme, palette
 if TYPE_CHECKING:
     import pandas as pd
 
-_DOTS = 6000
-"""Tokens that a map draws at most: more would fill megabytes and lie on each other."""
+_DOTS = 4000
+"""Tokens that a map draws at most: more lie on each other, and WebGL is not everywhere."""
 _RATIO = "norm over a later token's [ratio]"
 
 
@@ -100,7 +100,7 @@ def vocabulary_map(
 ) -> go.Figure:
     """A dot a token: its norm ratio against its id, coloured by class.
 
-    Of more than 6,000 tokens the exceptions come first, as many as half of the dots, and the others
+    Of more than 4,000 tokens the exceptions come first, as many as half of the dots, and the others
     are drawn evenly from the vocabulary; the title says how many are shown.
 
     Args:
@@ -122,7 +122,7 @@ def vocabulary_map(
     figure = go.Figure()
     for index, kind in enumerate(frame["class"].value_counts().index):
         rows = shown[shown["class"] == kind]
-        figure.add_scattergl(
+        figure.add_scatter(
             x=rows["token"], y=rows["ratio"], mode="markers", name=escaped(str(kind)),
             text=[plotly_token(text) for text in rows["text"]],
             marker=dict(size=5, opacity=0.7, color=colours.series[index % len(colours.series)]),

@@ -1,4 +1,4 @@
-"""What kind of token each id of a vocabulary is, such as special, whitespace or the start of a word.
+"""The class of every token of a vocabulary, such as special, whitespace or the start of a word.
 
 It is read off the tokenizer's pieces. The classes are disjoint, and the first that fits counts.
 """

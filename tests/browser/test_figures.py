@@ -58,6 +58,9 @@ def all_figures(theme: str) -> dict:
         "mitigations": plot.mitigations(frames.cured(), **told),
         "knockout_risks": plot.knockout_risks(frames.knocked_out(), **told),
         "expert_map": plot.expert_map(frames.experts(), marked=[(1, 3)], **told),
+        "vocabulary_shares": plot.vocabulary_shares(frames.vocabulary(), threshold=10.0, **told),
+        "vocabulary_norms": plot.vocabulary_norms(frames.trajectories(), threshold=10.0, **told),
+        "vocabulary_map": plot.vocabulary_map(frames.vocabulary()[:60], threshold=10.0, **told),
         "sweep_curves": plot.sweep_curves(frames.sweep(), **told),
         "head_maps": plot.head_maps({"T = 12": report, "T = 8": other}, **told),
     }

@@ -58,6 +58,7 @@ def test_every_field_and_every_command_is_listed(site: Path) -> None:
         "dynamics",
         "trace-peak",
         "experts",
+        "vocabulary",
         "stream",
         "bench",
     ):

@@ -175,3 +175,32 @@ def sweep() -> pd.DataFrame:
     ]
     columns = "model checkpoint length texts intervention metric mean low high".split()
     return pd.DataFrame(rows, columns=columns)
+
+
+def vocabulary() -> pd.DataFrame:
+    """All tokens but two make a sink first in a prompt; behind BOS half of them do."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for condition, token in itertools.product(("first", "after BOS"), range(60)):
+        sink = token not in (7, 41) if condition == "first" else token % 2 == 0
+        ratio = (150.0 if sink else 1.5) * rng.uniform(0.9, 1.1)
+        kind = ("word start", "continuation", "punctuation")[token % 3]
+        rows.append((condition, token, f" w{token}", kind, ratio, sink))
+    return pd.DataFrame(rows, columns=["condition", "token", "text", "class", "ratio", "sink"])
+
+
+def trajectories(layers: int = 6) -> pd.DataFrame:
+    """Norm ratios of the two groups in both conditions; block 2 writes the peak."""
+    rows = [
+        (condition, group, tokens, layer, 0.9 * median, median, 1.2 * median)
+        for condition, group, tokens in (
+            ("first", "sink", 58),
+            ("first", "no sink", 2),
+            ("after BOS", "sink", 30),
+            ("after BOS", "no sink", 30),
+        )
+        for layer in range(layers)
+        for median in [150.0 / (1 + layer) if group == "sink" and layer >= 2 else 1.5]
+    ]
+    columns = ["condition", "group", "tokens", "layer", "low", "median", "high"]
+    return pd.DataFrame(rows, columns=columns)
