@@ -33,6 +33,9 @@ def vocabulary_shares(
         threshold: Norm ratio above which a token makes a sink, for the title.
         theme: "light", "dark", or the default.
 
+    Returns:
+        One bar a class and condition, the largest class on top.
+
     Raises:
         ReportError: If a column is missing, or there is no row.
     """
@@ -66,6 +69,9 @@ def vocabulary_norms(
         about: Settings of a report, or a line that says model, T, BOS and texts.
         threshold: Drawn as a dotted line.
         theme: "light", "dark", or the default.
+
+    Returns:
+        A median line and its band a condition and group, on a logarithmic scale.
 
     Raises:
         ReportError: If a column is missing, or there is no row.
@@ -109,6 +115,9 @@ def vocabulary_map(
         about: Settings of a report, or a line that says model, T, BOS and texts.
         threshold: Drawn as a dotted line.
         theme: "light", "dark", or the default.
+
+    Returns:
+        One trace of dots a class, on a logarithmic scale.
 
     Raises:
         ReportError: If a column is missing, or there is no row.
