@@ -21,6 +21,7 @@ from sinkscope.cli import (
     models,
     report,
     scan,
+    spikes,
     stream,
     sweep,
     trace_peak,
@@ -60,6 +61,7 @@ app.command("dynamics")(dynamics.dynamics)
 app.command("trace-peak")(trace_peak.trace_peak)
 app.command("vocabulary")(vocabulary.vocabulary)
 app.command("experts")(experts.experts)
+app.command("spikes")(spikes.spikes)
 app.command("transplant")(transplant.transplant)
 app.command("stream")(stream.stream)
 app.command("sweep")(sweep.sweep)

@@ -38,6 +38,10 @@ EXAMPLES = {
         "sinkscope experts allenai/OLMoE-1B-7B-0924 --prompts 4 --length 256 --out results",
         "sinkscope experts ./my-routed-model --no-ablate --json",
     ],
+    "spikes": [
+        "sinkscope spikes Qwen/Qwen3.5-0.8B --prompts 8 --length 128 --out results",
+        "sinkscope spikes ./my-hybrid-model --sink 0 --json",
+    ],
     "transplant": [
         "sinkscope transplant smollm2-135m --prompts 4 --out results",
         "sinkscope transplant smollm2-135m --donor mean",

@@ -5,6 +5,7 @@
 `trace_peak`        which blocks write the residual peak, and which heads read it
 `vocabulary`        which tokens make a sink as the first of a prompt
 `experts`           which experts of a routed model write the massive activations
+`spikes`            whether a hybrid model's activations spike before the layers that attend
 `transplant`        whether a sink matters by the attention it absorbs or by what it adds
 `dormant`           which heads are dormant on one kind of text and active on another
 `ablation`          the loss without each head

@@ -26,6 +26,7 @@ from .rates import sink_rate_by_length as sink_rate_by_length
 from .renamed import cures as cures
 from .renamed import removal_cost as removal_cost
 from .renamed import sleeping_heads as sleeping_heads
+from .spikes import pre_attention_spikes as pre_attention_spikes
 from .strip import token_strip as token_strip
 from .sweeps import head_maps as head_maps
 from .sweeps import sweep_curves as sweep_curves
@@ -73,6 +74,7 @@ __all__ = [
     "bench_ratios",
     "peak_trace",
     "expert_map",
+    "pre_attention_spikes",
     "cures",
     "removal_cost",
     "sleeping_heads",

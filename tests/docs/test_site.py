@@ -59,6 +59,7 @@ def test_every_field_and_every_command_is_listed(site: Path) -> None:
         "trace-peak",
         "experts",
         "vocabulary",
+        "spikes",
         "stream",
         "bench",
     ):

@@ -155,6 +155,21 @@ def knocked_out() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def spikes(layers: int = 12) -> pd.DataFrame:
+    """Layers 3, 7 and 11 attend, and the sink's activation spikes before each."""
+    rng = np.random.default_rng(0)
+    rows = [
+        (
+            prompt,
+            layer,
+            rng.uniform(150, 200) if layer % 4 == 2 else rng.uniform(5, 20),
+            layer % 4 == 3,
+        )
+        for prompt, layer in itertools.product(range(3), range(layers))
+    ]
+    return pd.DataFrame(rows, columns=["prompt", "layer", "value", "attends"])
+
+
 def experts(layers: int = 2, count: int = 8) -> pd.DataFrame:
     """Expert 3 of layer 1 is a super expert; nothing is sent to expert 5 of layer 0."""
     rng = np.random.default_rng(1)

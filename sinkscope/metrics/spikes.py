@@ -1,0 +1,103 @@
+"""Massive activations of hybrid models: spikes right before the layers that attend.
+
+In a model of which only some layers attend to keys, an *event* is a layer that attends with at
+least one layer that does not right before it. Its block are the layers since the last one that
+attends, and the last of them, right before the event, is where a spike is expected.
+
+Source: Su et al. (2026), Massive Activations in Hybrid Linear Attention Large Language Models:
+Pre-Attention Spikes and Inter-Spike Plateaus, arXiv 2608.12149, and their published code. Layers
+are counted from 0 here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sinkscope.metrics.reductions import at_least_fp32
+
+
+def later_attention(
+    pattern: Float[Tensor, "prompt head query key"], mask: Bool[Tensor, "prompt position"]
+) -> Float[Tensor, "prompt key"]:
+    """Attention that each key receives from later queries, mean over them and heads [probability].
+
+    1/H Σ_h 1/(T − 1 − k) Σ_{q > k} A_qk over real queries q; nan where no real query is later. The
+    sink of a layer is the key at which this is largest.
+
+    Args:
+        pattern: Attention of one layer.
+        mask: True at real positions.
+    """
+    real = mask[:, None, :, None]
+    below = torch.where(real, at_least_fp32(pattern), 0).tril(-1).sum(dim=2).mean(dim=1)
+    later = mask.sum(dim=1, keepdim=True) - mask.cumsum(dim=1)
+    return torch.where(mask & (later > 0), below / later, torch.nan)
+
+
+def blocks(attending: Sequence[int]) -> dict[int, range]:
+    """The events, each with its block: the layers between it and the last one that attends."""
+    before = [-1, *attending]
+    found = {at: range(last + 1, at) for last, at in zip(before, attending, strict=False)}
+    return {at: block for at, block in found.items() if block}
+
+
+def intervals(attending: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+    """Pairs of neighbouring spikes, each with the layers between them that do not attend.
+
+    Pairs without such layers are left out.
+    """
+    spikes = [at - 1 for at in attending if at > 0]
+    between = {
+        (left, right): [layer for layer in range(left + 1, right) if layer not in attending]
+        for left, right in pairwise(spikes)
+    }
+    return {pair: layers for pair, layers in between.items() if layers}
+
+
+def alignment(
+    values: Float[Tensor, "prompt layer position"],
+    sinks: Int[Tensor, "prompt attending"],
+    attending: Sequence[int],
+) -> Float[Tensor, "prompt event"]:
+    """Sink–spike alignment: 1 where the sink's activation is its block's largest at the spike.
+
+    For an event f with block B, the sink s of layer f hits if v_{f−1,s} = max_{l∈B} v_{l,s}. The
+    mean over events is the alignment rate of a prompt.
+
+    Args:
+        values: v: the largest |a| of each position after each layer [activation].
+        sinks: The sink of each layer that attends.
+        attending: These layers.
+    """
+    hits = []
+    for at, block in blocks(attending).items():
+        sink = sinks[:, attending.index(at)]
+        own = values[torch.arange(len(values)), :, sink][:, list(block)]
+        hits.append((own[:, -1] == own.amax(dim=1)).float())
+    return torch.stack(hits, dim=1) if hits else values.new_zeros(len(values), 0)
+
+
+def retention(
+    values: Float[Tensor, "prompt layer"], attending: Sequence[int]
+) -> Float[Tensor, "prompt interval"]:
+    """Inter-spike retention: how much of two neighbouring spikes is left between them [share].
+
+    For spikes at layers a < b, the mean over the layers l between them that do not attend of
+    min(1, v_l / min(v_a, v_b)): 0 is a pair of isolated spikes, 1 a plateau. The mean over pairs is
+    the retention of a prompt. nan where the smaller spike is 0.
+
+    Args:
+        values: v: the largest |a| after each layer at one position [activation].
+        attending: The layers that attend.
+    """
+    found = []
+    for (left, right), layers in intervals(attending).items():
+        least = torch.minimum(values[:, left], values[:, right])
+        share = (values[:, layers] / least[:, None]).clamp(max=1).mean(dim=1)
+        found.append(torch.where(least > 0, share, torch.nan))
+    return torch.stack(found, dim=1) if found else values.new_zeros(len(values), 0)
