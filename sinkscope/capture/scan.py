@@ -57,7 +57,8 @@ def scan(
             "core" beside names. With "all", what this model cannot have measured exactly is left
             out; asked for by name, it is refused.
         sinks: Positions counted from a prompt's first token, or "auto": a first pass finds the
-            sink positions of each prompt (`metrics.positions.find_sinks`).
+            sinks of each prompt (`metrics.positions.primary_and_secondary`). The quantities are
+            about its primary sink; its other sinks are in `secondary_sinks`, by layer.
         epsilon: Threshold of the sink rate [probability].
         batch: Prompts a forward pass; "auto" fills the device and backs off when memory runs out.
         attention: How attention is read: "streaming" (fused attention; nothing is materialised),
@@ -131,10 +132,11 @@ def _scan(
             found |= observer.results(order)
         return found
 
-    at = _sink_mask(sinks, prompts)
+    at, secondary = _sink_mask(sinks, prompts), None
     if sinks == "auto":
         windows = tuple(can.windows[layer] for layer in can.attending)
-        at = measure([FindSinks(scope, windows)], at)["sinks"].cpu()
+        places = measure([FindSinks(scope, windows)], at)
+        at, secondary = places["primary"], places["secondary"]
     kinds = [kind for name in chosen for kind in observers.metrics()[name]]
     found = measure([kind(scope) for kind in kinds], at)
     own = tuple(variable for kind in kinds for variable in kind.variables().values())
@@ -143,6 +145,7 @@ def _scan(
         tokens=prompts.tokens,
         mask=prompts.mask,
         sink_mask=at,
+        secondary_sinks=secondary,
         token_text=prompts.strings,
         prompts_at=prompts.mask.sum(dim=0),
         position_embedding_norm=_position_embedding_norm(model, can),

@@ -192,9 +192,62 @@ def find_sinks(
     """
     length = mask.sum(dim=1, keepdim=True)
     enough = visible_queries(mask, causal, window) >= (length / 2).ceil().clamp(max=min_queries)
-    uniform = uniform_received(mask, causal, window)[:, None, None, :]
-    strong = (received > epsilon) & (received > over_uniform * uniform)
+    strong = _exceeds(received, mask, epsilon, causal, window, over_uniform)
     return mask & enough & (strong.float().mean(dim=(1, 2)) >= share)
+
+
+def primary_and_secondary(
+    received: Float[Tensor, "prompt layer head position"],
+    mask: Bool[Tensor, "prompt position"],
+    epsilon: float = 0.3,
+    share: float = 0.1,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    over_uniform: float = 2.0,
+) -> tuple[Bool[Tensor, "prompt position"], Bool[Tensor, "prompt layer position"]]:
+    """The sinks of `find_sinks` told apart: each prompt's strongest, and the others by layer.
+
+    The **primary** sink of a prompt is the one that exceeds the bounds in the most (layer, head);
+    of equals, the one that receives more. All others are **secondary**: they are sinks in a run of
+    layers only, so each is given the layers in which at least ``share`` of the layer's heads exceed
+    the bounds at it. The two kinds are never averaged: a secondary sink has another residual norm
+    and other values than the primary one (arXiv 2512.22213).
+
+    Args:
+        received: importance α_k, from :func:`sinkscope.metrics.attention.importance`.
+        mask: real positions.
+        epsilon: as `find_sinks` takes it [probability].
+        share: of all (layer, head) for a sink, and of a layer's heads for a sink in that layer.
+        causal: whether queries see earlier keys only.
+        window: the widest window among the layers (None if any layer sees everything).
+        over_uniform: as `find_sinks` takes it [ratio].
+
+    Returns:
+        The primary sink of each prompt, nowhere True in a prompt without a sink; and the secondary
+        sinks, layer by layer.
+    """
+    how = dict(causal=causal, window=window, over_uniform=over_uniform)
+    sinks = find_sinks(received, mask, epsilon, share, **how)
+    strong = _exceeds(received, mask, epsilon, causal, window, over_uniform)
+    heads = strong.double().mean(dim=(1, 2))
+    rank = torch.where(sinks, heads + 1e-6 * received.nan_to_num().double().mean(dim=(1, 2)), -1)
+    primary = torch.zeros_like(mask).scatter(1, rank.argmax(dim=1, keepdim=True), True) & sinks
+    in_layer = strong.float().mean(dim=2) >= share
+    return primary, in_layer & (sinks & ~primary)[:, None]
+
+
+def _exceeds(
+    received: Float[Tensor, "prompt layer head position"],
+    mask: Bool[Tensor, "prompt position"],
+    epsilon: float,
+    causal: bool,
+    window: int | None,
+    over_uniform: float,
+) -> Bool[Tensor, "prompt layer head position"]:
+    """Where a head pays a key more than ε, and more than that multiple of uniform attention."""
+    uniform = uniform_received(mask, causal, window)[:, None, None, :]
+    return (received > epsilon) & (received > over_uniform * uniform)
 
 
 def position_embedding_norm(weight: Float[Tensor, "context dim"]) -> Float[Tensor, "context"]:

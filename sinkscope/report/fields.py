@@ -52,7 +52,12 @@ class SinkFields(Labelled):
     settings: Settings
     tokens: Int[Tensor, "prompt position"] = given("token ids, right-padded")
     mask: Bool[Tensor, "prompt position"] = given("whether a position holds a real token")
-    sink_mask: Bool[Tensor, "prompt position"] = given("the sink positions asked for or found")
+    sink_mask: Bool[Tensor, "prompt position"] = given(
+        "the sink positions asked for, or the primary sink that was found"
+    )
+    secondary_sinks: Bool[Tensor, "prompt layer position"] | None = measured(
+        about='with sinks="auto", where further positions are sinks; they enter no other field'
+    )
     token_text: list[list[str]] | None = None
 
     # Attention

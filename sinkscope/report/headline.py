@@ -21,6 +21,8 @@ STRONG = 1 / 3
 
 TERMS = {
     "Sinks": "positions that receive far more attention than an even spread would give them",
+    "Secondary sinks": "further positions that are sinks in some layers (arXiv 2512.22213); no "
+    "other value is about them",
     "Sink heads": "heads whose sink attention, averaged over prompts, exceeds ε",
     "Sink rate": "share of all (prompt, layer, head) in which the first sink's mean attention over "
     "the queries that see it exceeds ε (Gu et al. 2410.10781)",
@@ -57,7 +59,9 @@ def headline(report: SinkQuantities) -> str:
         value norm is about a quarter of the others' (0.24).". Empty where neither attention,
         residual states nor values of sinks were measured.
     """
-    sentences = (_attention(report), _learned(report), _peak(report), _value(report))
+    sentences = (
+        _attention(report), _secondary(report), _learned(report), _peak(report), _value(report)
+    )  # fmt: skip
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -113,6 +117,20 @@ def _attention(report: SinkQuantities) -> str:
         f"{name} has {kind} at {where}: {_share(found, of)} {verb} {it}{together} more than "
         f"{epsilon:g} of {whose} attention; {average}."
     )
+
+
+def _secondary(report: SinkQuantities) -> str:
+    """Of further sinks that `sinks="auto"` found, which no other sentence is about."""
+    if report.secondary_sinks is None or not bool(report.secondary_sinks.any()):
+        return ""
+    places = report.secondary_sinks.any(dim=1).sum(dim=0)
+    count = int((places > 0).sum())
+    layers = report.secondary_sinks.any(dim=2).any(dim=0).nonzero()[:, 0].tolist()
+    where = f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+    what = f"position {int(places.argmax())} is" if count == 1 else f"{count} other positions are"
+    kind = "a secondary sink" if count == 1 else "secondary sinks"
+    whom = "it" if count == 1 else "them"
+    return f"In {where}, {what} {kind}; the other numbers are not about {whom}."
 
 
 def _learned(report: SinkQuantities) -> str:

@@ -70,6 +70,22 @@ def sinks(report: SinkQuantities) -> str:
     return "; ".join(parts)
 
 
+def secondary_sinks(report: SinkQuantities) -> str | None:
+    """Which further positions `sinks="auto"` found, in how many prompts and which layers."""
+    if report.secondary_sinks is None:
+        return None
+    prompts = report.secondary_sinks.any(dim=1).sum(dim=0)  # [position]
+    order = [at for at in prompts.argsort(descending=True, stable=True).tolist() if prompts[at]]
+    shown = []
+    for position in order[:_SHOWN]:
+        layers = report.secondary_sinks[..., position].any(dim=0).nonzero()[:, 0].tolist()
+        count = "s" if len(layers) > 1 else ""
+        shown.append(f"{position} (×{int(prompts[position])}, layer{count} {runs(set(layers))})")
+    if not shown:
+        return "none found"
+    return f"positions {and_more(shown, len(order), '; ')}; kept apart from the primary sinks"
+
+
 def sink_heads(report: SinkQuantities) -> str | None:
     """How many heads are sink heads; see `SinkQuantities.sink_heads`."""
     if report.sink_attention is None or report.sink_attention.isnan().all():
@@ -260,6 +276,7 @@ def facts_of(report: SinkQuantities) -> list[Fact]:
         ("Model", model(report)),
         ("Text", text(report)),
         ("Sinks", sinks(report)),
+        ("Secondary sinks", secondary_sinks(report)),
         ("Sink heads", sink_heads(report)),
         ("Sink rate", sink_rate(report)),
         ("Value drain", value_drain(report)),

@@ -310,6 +310,39 @@ def test_several_sinks_and_found_sinks() -> None:
     assert torch.equal(both.sink_mask, one.sink_mask | other.sink_mask)
 
 
+def test_found_sinks_are_measured_as_if_they_had_been_named(tmp_path) -> None:
+    """Every value is that of a scan of the prompt alone whose sink is its primary one."""
+    family = BY_NAME["llama"]
+    model, tokens = ss.load_model(family.build()), family.tokens(prompts=3, length=40, seed=2)
+    ask = dict(metrics=["sink_attention", "values", "residual", "received"], progress=False)
+    found = ss.scan(model, tokens, sinks="auto", epsilon=0.04, **ask)
+    assert found.secondary_sinks is not None and found.secondary_sinks.any()
+    assert not (found.secondary_sinks & found.sink_mask[:, None]).any()
+    assert found.sink_mask.sum(dim=1).tolist() == [1, 1, 0], "one prompt has no sink"
+    for row, position in found.sink_mask.nonzero().tolist():
+        alone = ss.scan(model, tokens[[row]], sinks=[position], epsilon=0.04, **ask)
+        for name in ("sink_attention", "value_drain", "residual_peak", "sink_importance"):
+            torch.testing.assert_close(found[name][row], alone[name][0])
+    assert ss.scan(model, tokens, **ask).secondary_sinks is None
+    # Layer by layer against the importance of one prompt, compared number by number.
+    one = ss.scan(model, tokens[:1], sinks="auto", epsilon=0.04, **ask)
+    received, keys = one.received_attention, tokens.shape[1]
+    even = [sum(1 / (i + 1) for i in range(k, keys)) / (keys - k) for k in range(keys)]
+    assert one.secondary_sinks[0].any(dim=0).sum() == 2
+    for layer, position in one.secondary_sinks[0].nonzero().tolist():
+        strong = [bool(a > max(0.04, 2 * even[position])) for a in received[layer, :, position]]
+        assert sum(strong) >= 0.1 * len(strong)
+    parts = [
+        ss.scan(model, tokens[rows], sinks="auto", epsilon=0.04, **ask)
+        for rows in (slice(0, 1), slice(1, 3))
+    ]
+    assert torch.equal(parts[0].merge(parts[1]).secondary_sinks, found.secondary_sinks)
+    one.save(tmp_path / "r.nc")
+    assert ss.load_report(tmp_path / "r.nc").equals(one)
+    text = repr(one)
+    assert "Secondary sinks" in text and "kept apart from the primary sinks" in text
+
+
 @pytest.mark.parametrize("sinks", [[], None, "first", [0.0], [True], [-1], 1.0])
 def test_sinks_that_are_no_positions(sinks: object) -> None:
     """Called directly: in these tests annotations are checked before scan() itself is."""

@@ -13,6 +13,7 @@ from sinkscope.metrics.positions import (
     first_true,
     masked_mean,
     position_embedding_norm,
+    primary_and_secondary,
     queries_after,
     queries_beyond,
     uniform_nearby,
@@ -243,6 +244,29 @@ def test_a_planted_sink_is_found_where_it_is(length: int, position: int) -> None
     assert find_sinks(received, mask)[0].nonzero().flatten().tolist() == [position]
     assert not find_sinks(received, mask, share=0.2).any()  # one head in eight
     assert not find_sinks(received, mask, epsilon=0.95).any()
+
+
+def test_secondary_sinks_are_told_apart_layer_by_layer() -> None:
+    """Layers × heads × keys counted one by one: 0 is a sink everywhere, 17 in two layers only."""
+    length, layers, heads = 40, 6, 4
+    patterns = np.stack([_local(length)] * (layers * heads)).reshape(layers, heads, length, length)
+    for layer in range(layers):
+        patterns[layer, :2] = _sink_at(0, length)
+    patterns[2:4, 3] = _sink_at(17, length)
+    patterns[3, 2] = _sink_at(17, length)
+    received = torch.stack([_importance(one)[0, 0] for one in patterns])[None]
+    mask = torch.ones(1, length, dtype=torch.bool)
+    primary, secondary = primary_and_secondary(received, mask)
+    assert primary[0].nonzero()[:, 0].tolist() == [0]
+    assert secondary[0].nonzero().tolist() == [[2, 17], [3, 17]]
+    assert find_sinks(received, mask)[0].nonzero()[:, 0].tolist() == [0, 17]
+    # As many heads for both: the one that receives more is the primary one.
+    even = torch.zeros(1, 1, 2, 40)
+    even[0, 0, 0, 5], even[0, 0, 1, 9] = 0.6, 0.7
+    primary, secondary = primary_and_secondary(even, mask)
+    assert primary[0].nonzero()[:, 0].tolist() == [9] and secondary[0, 0, 5]
+    nothing = primary_and_secondary(torch.zeros(1, 1, 2, 40), mask)
+    assert not nothing[0].any() and not nothing[1].any()
 
 
 def test_a_bidirectional_sink_may_be_last() -> None:

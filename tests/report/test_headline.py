@@ -115,3 +115,20 @@ def test_terminal_notebook_page_and_figure_count_the_same_heads():
     assert re.search(rf"Sink heads\s+{count} of 24", repr(made))
     assert f"{count} of 24" in made._repr_html_() and f"{count} of 24" in to_html(made)
     assert f"{count / 24:.0%} of 24 heads above 0.3" in ss.plot.head_map(made).layout.title.text
+
+
+@pytest.mark.parametrize(
+    ("places", "sentence"),
+    [
+        ([(0, 2, 5)], "In layer 2, position 5 is a secondary sink"),
+        ([(0, 1, 5), (1, 3, 7)], "In layers 1 to 3, 2 other positions are secondary sinks"),
+    ],
+)
+def test_secondary_sinks_have_a_sentence_of_their_own(places, sentence):
+    found = synthetic_report(settings={"sinks": "auto"})
+    secondary = torch.zeros(3, 4, 16, dtype=torch.bool)
+    assert "secondary" not in headline(synthetic_report(secondary_sinks=secondary))
+    for place in places:
+        secondary[place] = True
+    assert sentence in headline(synthetic_report(secondary_sinks=secondary))
+    assert "secondary" not in headline(found)

@@ -26,7 +26,7 @@ def test_dims_come_from_the_annotations():
 def test_every_field_says_its_unit_and_meaning():
     for variable in SinkReport.variables().values():
         assert variable.about, variable.name
-        ids_and_masks = ("tokens", "mask", "sink_mask")
+        ids_and_masks = ("tokens", "mask", "sink_mask", "secondary_sinks")
         assert (variable.unit is None) == (variable.name in ids_and_masks), variable.name
 
 

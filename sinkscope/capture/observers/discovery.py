@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from sinkscope.metrics import attention, positions
 
 
 class FindSinks(Observer, reads="attention"):
-    """Sink positions of each prompt, by `metrics.positions.find_sinks`."""
+    """The primary sink of each prompt and its secondary ones, by `metrics.positions`."""
 
     def __init__(self, scope: Scope, windows: tuple[int | None, ...]) -> None:
         super().__init__(scope)
         self._widest = None if None in windows else max(filter(None, windows))
-        self._found: list[Bool[Tensor, "prompt position"]] = []
+        self._found: list[tuple[Tensor, Tensor]] = []
 
     def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
         """Gu's importance of every key."""
@@ -31,35 +32,38 @@ class FindSinks(Observer, reads="attention"):
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Positions that enough heads of the whole model agree on."""
         received = rearrange(layers["alpha"], "layer prompt head key -> prompt layer head key")
-        return {
-            "sinks": positions.find_sinks(
-                received,
-                batch.mask,
-                self.scope.epsilon,
-                causal=batch.causal,
-                window=self._widest,
-            )
-        }
+        primary, secondary = positions.primary_and_secondary(
+            received, batch.mask, self.scope.epsilon, causal=batch.causal, window=self._widest
+        )
+        return {"primary": primary, "secondary": secondary}
 
     def add(self, finished: dict[str, Tensor], batch: Batch) -> None:
         """Keep one batch's sinks."""
-        self._found.append(finished["sinks"].cpu())
+        self._found.append((finished["primary"].cpu(), finished["secondary"].cpu()))
 
     def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
-        """The sinks of every prompt.
+        """The primary sink of every prompt, and the secondary ones in every layer.
 
         Raises:
             TextError: If no prompt has any: then there is nothing to measure from.
         """
-        longest = max(found.shape[1] for found in self._found)
-        padded = [
-            torch.nn.functional.pad(found, (0, longest - found.shape[1])) for found in self._found
-        ]
-        sinks = torch.cat(padded)[torch.argsort(order)]
-        if not sinks.any():
+        back = torch.argsort(order)
+        primary, secondary = (_together(one)[back] for one in zip(*self._found, strict=True))
+        if not primary.any():
             raise TextError(
                 f'sinks="auto" found no position that a tenth of all heads pay more than '
                 f"{self.scope.epsilon} of their attention; name the positions, such as sinks=[0], "
                 "or lower epsilon."
             )
-        return {"sinks": sinks}
+        attending = torch.tensor(sorted(self._heard))
+        by_layer = secondary.new_zeros(
+            len(secondary), self.scope.sizes["layer"], secondary.shape[-1]
+        )
+        return {"primary": primary, "secondary": by_layer.index_copy(1, attending, secondary)}
+
+
+def _together(found: Iterable[Bool[Tensor, "prompt ... position"]]) -> Bool[Tensor, "..."]:
+    """The batches in one tensor, shorter prompts filled up."""
+    found = list(found)
+    longest = max(one.shape[-1] for one in found)
+    return torch.cat([torch.nn.functional.pad(one, (0, longest - one.shape[-1])) for one in found])
