@@ -19,6 +19,7 @@ from sinkscope.cli import (
     examples,
     experts,
     models,
+    precision,
     report,
     scan,
     spikes,
@@ -63,6 +64,7 @@ app.command("vocabulary")(vocabulary.vocabulary)
 app.command("experts")(experts.experts)
 app.command("spikes")(spikes.spikes)
 app.command("transplant")(transplant.transplant)
+app.command("precision")(precision.precision)
 app.command("stream")(stream.stream)
 app.command("sweep")(sweep.sweep)
 app.command("atlas")(sweep.atlas)

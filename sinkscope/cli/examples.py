@@ -46,6 +46,11 @@ EXAMPLES = {
         "sinkscope transplant smollm2-135m --prompts 4 --out results",
         "sinkscope transplant smollm2-135m --donor mean",
     ],
+    "precision": [
+        "sinkscope precision smollm2-135m --prompts 4 --out results",
+        "sinkscope precision smollm2-135m --schemes int4-token,int2-group64-asym "
+        "--tensors key,value",
+    ],
     "stream": ["sinkscope stream smollm2-135m --tokens 4096 --windows 256 --sinks 0,4"],
     "sweep": [
         "sinkscope sweep sweep.yaml --dry-run",

@@ -12,6 +12,7 @@
 `inactive_heads`    the loss without the heads that a score calls inactive
 `mixing`            how far a changed token spreads, with and without a sink
 `dynamics`          sinks, drains and peaks over training
+`precision`         what low precision costs, and what must stay in full precision
 `streaming_context` perplexity of a long text through a window with a few kept positions
 =================== ==========================================================================
 

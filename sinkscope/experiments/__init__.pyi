@@ -5,6 +5,7 @@ from . import experts as experts
 from . import inactive_heads as inactive_heads
 from . import mixing as mixing
 from . import spikes as spikes
+from . import precision as precision
 from . import streaming_context as streaming_context
 from . import trace_peak as trace_peak
 from . import transplant as transplant
@@ -19,6 +20,7 @@ __all__ = [
     "inactive_heads",
     "mixing",
     "spikes",
+    "precision",
     "streaming_context",
     "trace_peak",
     "transplant",

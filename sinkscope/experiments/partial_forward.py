@@ -194,12 +194,24 @@ class Partway:
         nll = torch.where(real, torch.cat(columns, dim=1), 0)
         return nll.sum(dim=1) / real.sum(dim=1)
 
+    def logits(
+        self, tokens: Int[Tensor, "row position"], layer: int, residual: Residual
+    ) -> Float[Tensor, "row position vocab"]:
+        """The logits when block ``layer`` is given ``residual``; all of them at once.
+
+        Args:
+            tokens: What the residual belongs to, without padding between them.
+            layer: The first block that runs; the number of layers for final norm and head alone.
+            residual: Its input.
+        """
+        with self._starting_at(layer, residual):
+            return self.model(tokens, return_type="logits", use_cache=False)
+
     def _logits(
         self, tokens: Int[Tensor, "row position"], final: Residual
     ) -> Float[Tensor, "row position vocab"]:
         """The logits of a residual state: final norm and output head."""
-        with self._starting_at(self.can.n_layers, final):
-            return self.model(tokens, return_type="logits", use_cache=False)
+        return self.logits(tokens, self.can.n_layers, final)
 
     def _run(
         self,

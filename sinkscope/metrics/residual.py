@@ -38,6 +38,28 @@ def mean_at_sinks(
     return masked_mean(norms, sinks & mask, dim=1)
 
 
+def pivot_tokens(
+    hidden: Float[Tensor, "prompt position dim"],
+    mask: Bool[Tensor, "prompt position"],
+    entries: int = 20,
+) -> Bool[Tensor, "prompt position"]:
+    """Pivot tokens: those in which the largest |a| of a hidden state stand.
+
+    Su et al. 2025, "RotateKV: Accurate and Robust 2-Bit KV Cache Quantization for LLMs via
+    Outlier-Aware Adaptive Rotations" (arXiv 2501.16383): the keys and values of these tokens stay
+    in full precision. Twenty entries are twenty tokens at most, and one where a massive token has
+    them all.
+
+    Args:
+        hidden: The state that enters a block.
+        mask: True at real tokens.
+        entries: How many of the largest entries count.
+    """
+    size = hidden.abs().masked_fill(~mask[:, :, None], -1).flatten(1)
+    top = size.topk(min(entries, size.shape[1]), dim=1).indices
+    return torch.zeros_like(mask).scatter_(1, top // hidden.shape[2], True) & mask
+
+
 def median_of_others(
     norms: Float[Tensor, "prompt position"],
     sinks: Bool[Tensor, "prompt position"],

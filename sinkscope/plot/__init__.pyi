@@ -21,6 +21,8 @@ from .pattern import attention_pattern as attention_pattern
 from .positions import by_position as by_position
 from .positions import position_embedding_norms as position_embedding_norms
 from .positions import position_map as position_map
+from .precision import damage_map as damage_map
+from .precision import kept_tokens as kept_tokens
 from .rates import sink_rate as sink_rate
 from .rates import sink_rate_by_length as sink_rate_by_length
 from .renamed import cures as cures
@@ -75,6 +77,8 @@ __all__ = [
     "peak_trace",
     "expert_map",
     "pre_attention_spikes",
+    "damage_map",
+    "kept_tokens",
     "cures",
     "removal_cost",
     "sleeping_heads",

@@ -62,6 +62,8 @@ def all_figures(theme: str) -> dict:
         "vocabulary_norms": plot.vocabulary_norms(frames.trajectories(), threshold=10.0, **told),
         "vocabulary_map": plot.vocabulary_map(frames.vocabulary()[:60], threshold=10.0, **told),
         "pre_attention_spikes": plot.pre_attention_spikes(frames.spikes(), **told),
+        "damage_map": plot.damage_map(frames.precision(), **told),
+        "kept_tokens": plot.kept_tokens(frames.precision(), **told),
         "sweep_curves": plot.sweep_curves(frames.sweep(), **told),
         "head_maps": plot.head_maps({"T = 12": report, "T = 8": other}, **told),
     }

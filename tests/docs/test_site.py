@@ -60,6 +60,7 @@ def test_every_field_and_every_command_is_listed(site: Path) -> None:
         "experts",
         "vocabulary",
         "spikes",
+        "precision",
         "stream",
         "bench",
     ):

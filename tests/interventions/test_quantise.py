@@ -39,7 +39,9 @@ def per_token(x: Tensor, bits: int = 4, keep: tuple[int, ...] = ()) -> Tensor:
 
 
 @contextmanager
-def by_hand(plain, family: Family, tensors, shape: tuple[int, int], change=per_token):
+def by_hand(
+    plain, family: Family, tensors, shape: tuple[int, int], change=per_token, layers=LAYERS
+):
     """Some tensors of some layers of a plain transformers model changed before they are read."""
     blocks = plain.get_submodule(family.parts.blocks)
 
@@ -53,7 +55,7 @@ def by_hand(plain, family: Family, tensors, shape: tuple[int, int], change=per_t
 
     def attend_with(eager):
         def attend(module, query, key, value, *args, **kwargs):
-            if layer_of(plain, module, family) in LAYERS:
+            if layer_of(plain, module, family) in layers:
                 wide = [x.transpose(1, 2) for x in (key, value)]
                 wide = [
                     flat(x) if name in tensors else x
@@ -72,7 +74,7 @@ def by_hand(plain, family: Family, tensors, shape: tuple[int, int], change=per_t
     }
     with ExitStack() as stack:
         stack.enter_context(attention(plain, attend_with))
-        for layer in LAYERS:
+        for layer in layers:
             for name in set(tensors) & set(where):
                 module = blocks[layer].get_submodule(where[name])
                 handle = module.register_forward_pre_hook(before, with_kwargs=True)

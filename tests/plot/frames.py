@@ -181,6 +181,26 @@ def experts(layers: int = 2, count: int = 8) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["prompt", "layer", "expert", "largest"])
 
 
+def precision(layers: int = 4) -> pd.DataFrame:
+    """Keeping the sinks mends int8-tensor; int4-tensor is destroyed; one cell does the damage."""
+    rng = np.random.default_rng(2)
+    cost = {"int8-tensor": (0.5, 0.05, 0.06), "int4-tensor": (4.0, 3.0, 3.5)}
+    rows = [
+        ("all", scheme, kept, "", -1, p, 3 + c + 0.02 * rng.random(), c, scheme == "int4-tensor")
+        for scheme, costs in cost.items()
+        for kept, c in zip(("nothing", "sinks", "pivots"), costs, strict=True)
+        for p in range(3)
+    ]
+    for kept, layer, tensor, p in itertools.product(
+        ("nothing", "sinks"), range(layers), ("attn_in", "value", "neurons"), range(2)
+    ):
+        damage = 0.4 if (kept, layer, tensor) == ("nothing", 1, "neurons") else 0.001
+        damage *= 1 + rng.random()
+        rows.append(("cell", "int8-tensor", kept, tensor, layer, p, 3.0, damage, False))
+    columns = "what scheme kept tensor layer prompt loss divergence destroyed".split()
+    return pd.DataFrame(rows, columns=columns)
+
+
 def sweep() -> pd.DataFrame:
     """The sink attention of two models forms over four checkpoints."""
     rows = [

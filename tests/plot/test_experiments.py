@@ -44,6 +44,8 @@ def test_every_figure_names_what_it_was_measured_on():
         plot.bench_ratios(frames.timings(), about=ABOUT),
         plot.mitigations(frames.cured(), about=ABOUT),
         plot.knockout_risks(frames.knocked_out(), about=ABOUT),
+        plot.damage_map(frames.precision(), about=ABOUT),
+        plot.kept_tokens(frames.precision(), about=ABOUT),
     ]
     for figure in figures:
         assert figure.layout.title.subtitle.text == ABOUT.replace("<s>", "&lt;s&gt;")
@@ -276,3 +278,35 @@ def test_an_impossible_interval_over_seeds_is_not_written():
         ["<b>unclear</b>, 0.25<br>too few seeds", "<b>yes</b>, 0.5<br>0.4 to 0.6",
          "<b>yes</b>, 30<br>12 to 1,234"]
     ]  # fmt: skip
+
+
+def test_kept_tokens_draws_paired_gains_and_no_dot_for_a_destroyed_run():
+    frame = frames.precision()
+    figure = plot.kept_tokens(frame, about=ABOUT)
+    (sinks,) = traces(figure, "sinks kept")
+    runs = frame[(frame["what"] == "all") & (frame["scheme"] == "int8-tensor")]
+    losses = runs.pivot(index="prompt", columns="kept", values="loss")
+    gain = losses["nothing"] - losses["sinks"]
+    assert sinks.y.tolist() == pytest.approx([gain.mean()])
+    assert list(sinks.text) == ["int8-tensor"]
+    assert 0 < sinks.error_y.array[0] < gain.max() - gain.min()
+    (note,) = figure.layout.annotations
+    assert (note.text, note.x) == ("destroyed", 1)
+    with pytest.raises(ReportError, match="no kept 'nothing'"):
+        plot.kept_tokens(frame[frame["kept"] != "nothing"], about=ABOUT)
+
+
+def test_damage_map_has_a_panel_a_rule_in_one_scale():
+    frame = frames.precision()
+    figure = plot.damage_map(frame, about=ABOUT)
+    assert [note.text for note in figure.layout.annotations] == ["nothing kept", "sinks kept"]
+    cells = frame[frame["what"] == "cell"]
+    for panel, kept in zip(figure.data, ("nothing", "sinks"), strict=True):
+        own = cells[(cells["kept"] == kept) & (cells["layer"] == 1)]
+        want = own.groupby("tensor")["divergence"].mean()[list(panel.x)]
+        np.testing.assert_allclose(panel.customdata[1], want)
+        np.testing.assert_allclose(panel.z[1], np.log10(want))
+        assert list(panel.x) == ["attn_in", "value", "neurons"] and list(panel.y) == list("0123")
+    whole = frame[frame["what"] == "all"]
+    with pytest.raises(ReportError, match="no what 'cell'"):
+        plot.damage_map(whole, about=ABOUT)
