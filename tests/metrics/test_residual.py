@@ -247,3 +247,22 @@ def test_topk_tokens(k: int) -> None:
         entries = [(abs(a), j) for j in np.flatnonzero(mask[p]) for a in hidden[p, j]]
         top = {int(j) for _, j in sorted(entries, reverse=True)[:k]}
         assert set(got[p].nonzero().flatten().tolist()) == top
+
+
+def test_pivot_tokens_hold_the_largest_entries_of_a_state():
+    from sinkscope.metrics.residual import pivot_tokens
+
+    hidden = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0))
+    hidden[0, 4, :5] = torch.tensor([90.0, -80, 70, -60, 50])
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 6:] = False
+    hidden[1, 7] = 1000  # padding
+    for entries in (5, 20):
+        found = pivot_tokens(hidden, mask, entries)
+        for row in range(2):
+            real = [(abs(float(x)), t) for t in range(9) if mask[row, t] for x in hidden[row, t]]
+            want = {t for _, t in sorted(real, reverse=True)[:entries]}
+            assert set(found[row].nonzero().flatten().tolist()) == want
+    assert pivot_tokens(hidden, mask, 5)[0].nonzero().flatten().tolist() == [4]
+    few = pivot_tokens(hidden[1:, :3], torch.tensor([[True, False, False]]))
+    assert few.tolist() == [[True, False, False]]
