@@ -17,8 +17,9 @@ again (`interventions.Quantise`); weights and arithmetic stay as they are.
    the first one that changes are not run again (`partial_forward`).
 6. In the cells of that map that lose most although the sinks are kept, keep the channels with the
    largest |x| of the other tokens as well.
-7. The keep list: the sinks; those channels, where they at least halve a cell's divergence; and
-   whole cells whose divergence is above a tolerance even so. Run the model with it.
+7. The keep list, of the cells whose divergence is above a tolerance with the sinks kept: those
+   channels, where they at least halve it and bring it below the tolerance; otherwise the whole
+   cell. Run the model with it.
 
 A run whose perplexity exceeds ten times that of full precision is destroyed: its loss is shown,
 and no D_sink is computed from it.
@@ -438,9 +439,11 @@ class Precision(Result):
         frame = stacked(pieces).dropna(subset="loss", ignore_index=True)
         frame["loss_change"] = frame["loss"] - self.loss.double().numpy()[frame["prompt"]]
         runs = frame.groupby(["what", "scheme", "kept", "tensor", "layer"])["loss_change"]
-        frame["destroyed"] = ~(runs.transform("mean") <= math.log(TOO_MUCH))
+        mean: pd.Series = runs.transform("mean")  # pyright: ignore[reportAssignmentType]
+        frame["destroyed"] = ~mean.le(math.log(TOO_MUCH))
         first_columns = ["what", "scheme", "kept", "tensor", "layer", "prompt"]
-        return frame[[*first_columns, "loss", "loss_change", "divergence", "destroyed"]]
+        order = [*first_columns, "loss", "loss_change", "divergence", "destroyed"]
+        return frame.reindex(columns=order)
 
     def figures(self) -> dict[str, go.Figure]:
         """D by scheme and rule; the map of layers and tensors, with nothing and the sinks kept."""
@@ -484,12 +487,10 @@ def _listed(
         if before <= tolerance:
             continue
         where = one["layer"], one["tensor"]
-        helps = after is not None and after <= before / 2
-        if helps:
+        if after is not None and after <= min(before / 2, tolerance):
             channels[where] = tuple(one["channels"])
-        if not helps or after > tolerance:
+        else:
             whole.append(where)
-            channels.pop(where, None)
     return whole, channels
 
 
