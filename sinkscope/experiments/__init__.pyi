@@ -4,8 +4,8 @@ from . import dynamics as dynamics
 from . import experts as experts
 from . import inactive_heads as inactive_heads
 from . import mixing as mixing
-from . import spikes as spikes
 from . import precision as precision
+from . import spikes as spikes
 from . import streaming_context as streaming_context
 from . import trace_peak as trace_peak
 from . import transplant as transplant
