@@ -13,6 +13,9 @@ absorbs; its value is what that attention adds to every query. This experiment s
 3. In each condition measure the attention of later queries to the transplanted key, the next-token
    loss, and the divergence of the predictions from those of the untouched run. Queries after the
    sink count, the same ones in every condition.
+4. In a routed model, record the experts that the router gives the sink and the later queries in
+   each condition: an expert may take the sink, and others the tokens that follow it, only because
+   of the sink.
 
 If the sink only had to absorb attention, "key" would do what "both" does.
 """
@@ -37,6 +40,7 @@ from sinkscope.interventions import RemoveOutput, SinkTransplant
 from sinkscope.interventions.base import check_layers, check_mode
 from sinkscope.interventions.transplant import with_slot
 from sinkscope.models.capabilities import capabilities
+from sinkscope.models.experts import Experts, Routing, experts_of, routed
 from sinkscope.models.load import load_model
 from sinkscope.output import table_as_text
 from sinkscope.prompts.tokens import Texts, token_ids
@@ -63,6 +67,11 @@ class Transplant(Result):
             [probability].
         loss: Mean next-token loss of the queries after the sink [nat].
         divergence: KL(untouched ‖ condition) of the predictions of the same queries [nat].
+        routed_layers: Blocks along `routed`; none where experts cannot be told apart.
+        sink_weight: Weight that the router gives each expert at the prompt's first token, 0 where
+            it is not sent there; None without routed layers.
+        same_experts: Share of the experts of a query that it has in the untouched run too, mean
+            over the same queries; None without routed layers.
     """
 
     QUESTION = "Does a sink matter by the attention it absorbs or by what it adds?"
@@ -72,15 +81,27 @@ class Transplant(Result):
     attention: Float[Tensor, "condition prompt layer head"]
     loss: Float[Tensor, "condition prompt"]
     divergence: Float[Tensor, "condition prompt"]
+    routed_layers: tuple[int, ...] = ()
+    sink_weight: Float[Tensor, "condition prompt routed expert"] | None = None
+    same_experts: Float[Tensor, "condition prompt routed"] | None = None
+
+    @property
+    def sink_same_experts(self) -> Float[Tensor, "condition prompt routed"] | None:
+        """Share of the sink's experts that it has in the untouched run too."""
+        if self.sink_weight is None:
+            return None
+        chosen = self.sink_weight > 0
+        return (chosen & chosen[:1]).sum(3) / chosen.sum(3)
 
     def statistics(self) -> dict[str, Any]:
         """Attention, loss, its change from the untouched run, and divergence of each condition.
 
         Attention is the mean over heads of the layers after the erased block (all layers if none
-        was erased); every number has its interval over prompts.
+        was erased), and shares of experts are means over the routed layers after it; every number
+        has its interval over prompts.
         """
         later = slice(min(self.erased_in + 1, self.attention.shape[2] - 1), None)
-        return {
+        found = {
             name: {
                 "attention": estimate(self.attention[at, :, later].mean((1, 2))),
                 "loss": estimate(self.loss[at]),
@@ -89,6 +110,13 @@ class Transplant(Result):
             }
             for at, name in enumerate(self.conditions)
         }
+        after = [row for row, layer in enumerate(self.routed_layers) if layer > self.erased_in]
+        shares = {"sink_same_experts": self.sink_same_experts, "same_experts": self.same_experts}
+        for kind, share in shares.items():
+            if share is not None and after:
+                for at, name in enumerate(self.conditions):
+                    found[name][kind] = estimate(share[at][:, after].mean(1))
+        return found
 
     def summary(self) -> str:
         """Attention, loss and divergence of every condition in a table."""
@@ -109,16 +137,33 @@ class Transplant(Result):
             ]
             for name, one in found.items()
         ]
-        return f"{erased}\n{table_as_text(columns, rows)}"
+        text = f"{erased}\n{table_as_text(columns, rows)}"
+        if "same_experts" not in found["untouched"]:
+            return text
+        shares = [
+            [name, *(one[kind].to_decimals(3) for kind in ("sink_same_experts", "same_experts"))]
+            for name, one in found.items()
+        ]
+        columns = ["condition", "sink's experts kept", "later tokens' experts kept"]
+        return (
+            f"{text}\nShare of the router's choices that are those of the untouched run:\n"
+            f"{table_as_text(columns, shares)}"
+        )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a condition, prompt and metric: attention, loss, divergence."""
+        """One row a condition, prompt and metric: attention, loss, divergence, shares of experts.
+
+        The last two, same_experts and sink_same_experts, are means over all routed layers.
+        """
         axes = {"condition": self.conditions, "prompt": range(self.loss.shape[1])}
         metrics = {
             "attention": self.attention.mean((2, 3)),
             "loss": self.loss,
             "divergence": self.divergence,
         }
+        if self.same_experts is not None and self.sink_same_experts is not None:
+            metrics["same_experts"] = self.same_experts.mean(2)
+            metrics["sink_same_experts"] = self.sink_same_experts.mean(2)
         return stacked([tidy(axes, metric=name, value=x) for name, x in metrics.items()])
 
     def figures(self) -> dict[str, go.Figure]:
@@ -169,12 +214,12 @@ def transplant(
     block = _erased(model, prompts, erase)
     run = _Run(model, prompts, donor, block)
     names = ("untouched", *chosen)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    found: list[tuple[Tensor, ...]] = []
     with tqdm(total=len(prompts), unit="prompt", disable=not progress, leave=False) as bar:
         for row in range(len(prompts)):
             found.append(run.measure(row, names))
             bar.update()
-    attention, loss, divergence = (torch.stack(x, dim=1) for x in zip(*found, strict=True))
+    attention, loss, divergence, *routes = (torch.stack(x, dim=1) for x in zip(*found, strict=True))
     return Transplant(
         about=about(model, prompts),
         conditions=names,
@@ -182,6 +227,8 @@ def transplant(
         attention=attention,
         loss=loss,
         divergence=divergence,
+        routed_layers=tuple(run.experts),
+        **dict(zip(("sink_weight", "same_experts"), routes, strict=False)),
     )
 
 
@@ -196,6 +243,16 @@ def _erased(model: Any, prompts: Texts, erase: bool | int) -> int | None:
     return int(torch.diff(norm, prepend=norm.new_zeros(1)).argmax())
 
 
+def _experts(model: Any) -> dict[int, Experts]:
+    """The experts of a routed model by block; none where they cannot be told apart."""
+    if not capabilities(model).moe:
+        return {}
+    try:
+        return experts_of(model)
+    except UnsupportedError:
+        return {}
+
+
 class _Run:
     """The conditions, prompt after prompt, so that each can have its own donor."""
 
@@ -204,15 +261,22 @@ class _Run:
         self._own = isinstance(donor, str) and donor == "own"
         self._donor = prompts if isinstance(donor, str) and donor == "mean" else donor
         self._kept: dict[tuple[int | None, str], SinkTransplant] = {}
+        self.experts = _experts(model)
+        self._calls: dict[int, Routing] = {}
 
-    def measure(self, row: int, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention [condition layer head], loss and divergence [condition] of a prompt."""
+    def measure(self, row: int, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """Attention [condition layer head], loss and divergence [condition] of a prompt.
+
+        In a routed model also the sink's weights [condition routed expert] and the share of the
+        later queries' experts that are those of the untouched run [condition routed].
+        """
         own = token_ids(self.prompts.tokens[row : row + 1])
         if self._own:
             self._kept.clear()
         untouched = self._log_probabilities(own, 0)
         next_tokens = own.tokens[0, 2:].to(untouched.device)
         attention, loss, divergence = [], [], []
+        before, weights, shares = self._chosen(0), [], []
         for name in names:
             slot = name.startswith("slot")
             texts = with_slot(self.model, own) if slot else own
@@ -232,7 +296,25 @@ class _Run:
             loss.append(-picked.mean().cpu())
             kl = (untouched.exp() * (untouched - now)).sum(-1)
             divergence.append(kl.mean().cpu())
-        return torch.stack(attention), torch.stack(loss), torch.stack(divergence)
+            if self.experts:
+                given_to = self._chosen(int(slot))
+                weights.append(given_to[:, 0])
+                both = (given_to > 0) & (before > 0)
+                shares.append((both.sum(2) / (given_to > 0).sum(2))[:, 1:].mean(1))
+        routes = (torch.stack(weights), torch.stack(shares)) if self.experts else ()
+        return torch.stack(attention), torch.stack(loss), torch.stack(divergence), *routes
+
+    def _chosen(self, slot: int) -> Float[Tensor, "routed position expert"]:
+        """The router's weights of the last pass, 0 where a token is not sent; no slot's."""
+        if not self.experts:
+            return torch.zeros(0, 0, 0)
+        most = max(one.count for one in self.experts.values())
+        found = []
+        for layer in self.experts:
+            call = self._calls[layer]
+            weight = torch.zeros(len(call.expert), most)
+            found.append(weight.scatter_(1, call.expert.cpu(), call.weight.float().cpu())[slot:])
+        return torch.stack(found)
 
     def _transplant(self, position: int | None, what: str, own: Texts) -> SinkTransplant:
         key = position, what
@@ -244,7 +326,12 @@ class _Run:
     def _log_probabilities(self, texts: Texts, slot: int) -> Float[Tensor, "query token"]:
         """Of the queries after the prompt's first token, on the model as it is now."""
         how = paths.choose(self.model, capabilities(self.model), "auto")
-        with torch.inference_mode(), runner.evaluating(self.model), how.opened():
+        with (
+            torch.inference_mode(),
+            runner.evaluating(self.model),
+            how.opened(),
+            routed(self.model, self.experts, self._calls.__setitem__),
+        ):
             tokens = texts.tokens.to(runner.input_device(self.model))
             logits = self.model(tokens, return_type="logits", use_cache=False)
             return logits[0, 1 + slot :].float().log_softmax(-1)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import sinkscope as ss
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments.experts import experts
+from sinkscope.experiments.nonmixture import nonmixture
 from sinkscope.families import tiny_model
 from sinkscope.metrics.experts import forms_massive, super_experts
 from sinkscope.models.experts import experts_of
@@ -211,6 +212,69 @@ def test_an_expert_made_super_by_hand_is_found_and_its_ablation_removes_the_peak
     assert f"{LAYER}.{EXPERT}" in result.summary() and "Without the super experts" in repr(result)
     assert list(result.figures()) == ["largest", "sink_weight", "weight"]
     assert len(result.to_frame()) == len(ids) * 4 * 4
+
+
+def ffn_outputs(model, prompt: list[int], alone: int | None) -> Tensor:
+    """Output of every block's FFN [layer position dim]; one position may see only itself."""
+    outputs: list[Tensor] = []
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(
+            lambda m, x, y: outputs.append(y[0] if isinstance(y, tuple) else y)
+        )
+    length = len(prompt)
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    if alone is not None:
+        seen[alone] = False
+        seen[alone, alone] = True
+    hidden = torch.zeros(1, 1, length, length).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        model(torch.tensor([prompt]), attention_mask=hidden)
+    return torch.stack([x.reshape(length, -1) for x in outputs])
+
+
+@pytest.mark.parametrize("position", [0, 6])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "GptOss", "Glm4Moe"])
+def test_nonmixture_dims_of_routed_layers_are_those_of_transformers_ffns(
+    family: str, position: int
+) -> None:
+    """By loops over prompts, layers and dims; with a self-only mask where it is not position 0."""
+    texts = [prompt[:8] for prompt in prompts()]  # no longer than a window
+    make = with_super_expert if family in ("Mixtral", "Qwen3Moe") else build
+    if make is with_super_expert:
+        texts = [[*p[:position], FIRST, *p[position + 1 :]] for p in texts]
+    over_median, over_mixed = (4.0, 1.5) if make is with_super_expert else (1.5, 0.9)
+    found = nonmixture(
+        make(family),
+        token_ids(texts),
+        position,
+        over_median=over_median,
+        over_mixed=over_mixed,
+        progress=False,
+    )
+    alone = None if position == 0 else position
+    outputs = [ffn_outputs(make(family), prompt, alone) for prompt in texts]
+    want: dict[tuple[int, int], float] = {}
+    layers, _, dims = outputs[0].shape
+    for layer in range(layers):
+        for dim in range(dims):
+            hits, values = 0, []
+            for out in outputs:
+                x = float(out[layer, position, dim])
+                middle = sorted(out[layer, position].abs().tolist())
+                median = (middle[dims // 2 - 1] + middle[dims // 2]) / 2
+                others = [float(out[layer, t, dim].abs()) for t in range(8) if t != position]
+                hits += abs(x) > over_median * median and abs(x) > over_mixed * max(others)
+                values.append(x)
+            if 2 * hits >= len(outputs):
+                want[layer, dim] = sum(values) / len(values)
+    assert want, "the case should have some"
+    got = {(one["layer"], one["dim"]): one["value"] for one in found.found}
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        assert got[key] == pytest.approx(value, rel=1e-4, abs=1e-5)
+    if make is with_super_expert:
+        assert (LAYER, DIM) in got and found.masked == (position != 0)
+    assert found.contributor is None
 
 
 def silenced(model, chosen: set[tuple[int, int]], means: dict | None = None):

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import sinkscope as ss
 from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
 from sinkscope.interventions import (
+    AblateExperts,
     AblateHeads,
     PositionEmbeddingEdit,
     PositionIdEdit,
@@ -702,6 +703,8 @@ def every_intervention(model: object, family: Family) -> list:
         ScaleActivation(model, 0, P, 2.0),
         Quantise(model, "int4-token", "value", keep=0),
     ]
+    if family.moe:
+        found.append(AblateExperts(model, [(1, 0), (1, 2)]))
     if "key" in ss.capabilities(model).signals:
         found.append(SinkTransplant(model, ss.token_ids(family.tokens(seed=1)), what="both"))
     if family.positions == "learned":
