@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -43,13 +44,22 @@ def dynamics(
     seed: common.Seed = 0,
     device: common.Device = None,
     dtype: common.Dtype = None,
+    seeds: Annotated[
+        bool,
+        typer.Option(
+            "--seeds",
+            help="Checkpoints in different folders are of different runs, at the same steps; "
+            "compares the sink heads of these.",
+        ),
+    ] = False,
     out: common.Out = None,
     json: common.Json = False,
 ) -> None:
     """Follow the sink over training: scan every checkpoint on the same texts.
 
     With --out, each checkpoint's report is kept when it is measured, and an interrupted run
-    continues; at the end there are dynamics.json, dynamics.csv and dynamics.html.
+    continues; at the end there are dynamics.json, dynamics.csv and dynamics.html. With --seeds each
+    run has a folder, and seeds.json, seeds.csv and seeds.html compare their sink heads.
     """
     folder = common.writable_folder(out)
     options: dict[str, Any] = {
@@ -59,25 +69,60 @@ def dynamics(
         from sinkscope.experiments.dynamics import by_step, usual_texts
         from sinkscope.experiments.dynamics import dynamics as follow
 
-        named = by_step([int(n) if re.fullmatch(r"\d+", n) else n for n in checkpoints])
+        given = [int(n) if re.fullmatch(r"\d+", n) else n for n in checkpoints]
+        runs = {name: by_step(own) for name, own in _by_folder(given, seeds).items()}
         recipe: dict[str, Any] = dict(prompts=prompts, length=length, bos=bos, seed=seed)
         if texts is None:
-            source = usual_texts(next(iter(named.values())), **recipe)
+            source = usual_texts(next(iter(next(iter(runs.values())).values())), **recipe)
         else:
             recipe |= {"length": length or 256}
             source = common.prompts_of(context, texts, **recipe)
-        found = follow(
-            model,
-            named,
-            source,
-            out=folder,
-            progress=common.progress_wanted(),
-            **options,
-        )
-        written = found.save(folder / "dynamics") if folder is not None else []
+        results: dict[str, Any] = {}
+        for name, named in runs.items():
+            results[name] = follow(
+                model,
+                named,
+                source,
+                out=None if folder is None else folder / name,
+                progress=common.progress_wanted(),
+                **options,
+            )
+        written = []
+        if folder is not None:
+            for name, found in results.items():
+                written += found.save(folder / name / "dynamics")
+        if seeds:
+            from sinkscope.experiments.seeds import same_heads
+
+            results["seeds"] = same_heads(results)
+            written += results["seeds"].save(folder / "seeds") if folder is not None else []
+    found = results.popitem()[1]
     if json:
         common.print_json(found.to_dict())
         return
     common.show(found)
     for file in written:
         typer.echo(f"wrote {file}")
+
+
+def _by_folder(checkpoints: list[Any], seeds: bool) -> dict[str, list[Any]]:
+    """The checkpoints of each run, by the name of its folder; all of one run without `seeds`.
+
+    Raises:
+        ModelError: If runs cannot be told apart.
+    """
+    from sinkscope.errors import ModelError
+
+    if not seeds:
+        return {"": checkpoints}
+    folders: dict[Path, list[Any]] = {}
+    for checkpoint in checkpoints:
+        folders.setdefault(Path(str(checkpoint)).resolve().parent, []).append(checkpoint)
+    names = [folder.name for folder in folders]
+    if isinstance(checkpoints[0], int) or len(set(names)) < len(names) or len(names) < 2:
+        raise ModelError(
+            "--seeds compares runs, each in a folder of its own name, and was given checkpoints in "
+            f"{', '.join(map(str, folders))}; give such as seed0/checkpoint-500 "
+            "seed1/checkpoint-500."
+        )
+    return dict(zip(names, folders.values(), strict=True))

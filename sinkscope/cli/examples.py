@@ -28,6 +28,7 @@ EXAMPLES = {
     "dynamics": [
         "sinkscope dynamics 0 1000 143000 --model EleutherAI/pythia-70m --out results",
         "sinkscope dynamics runs/checkpoint-500 runs/checkpoint-1000",
+        "sinkscope dynamics --seeds seed0/checkpoint-500 seed1/checkpoint-500 --out results",
     ],
     "trace-peak": ["sinkscope trace-peak smollm2-135m --prompts 4 --out results"],
     "vocabulary": [

@@ -13,6 +13,7 @@
 `mixing`            how far a changed token spreads, with and without a sink
 `dynamics`          sinks, drains and peaks over training
 `precision`         what low precision costs, and what must stay in full precision
+`seeds`             whether runs from different seeds have the same sink heads
 `streaming_context` perplexity of a long text through a window with a few kept positions
 =================== ==========================================================================
 

@@ -9,6 +9,10 @@ follow OLMo-7B over 31 revisions.
 2. Load each, measure its loss, scan it on the same tokens, and free it before the next. Each report
    is kept, so that an interrupted run continues and later checkpoints can be added.
 3. One curve a phenomenon against the step, and the step at which it is half-way.
+4. The sink heads, those whose mean sink attention exceeds ε: how many appear and disappear between
+   neighbouring checkpoints, and the Jaccard index of the two sets beside its value by chance (Xu
+   2026, arXiv 2606.02378). For each head the step from which it is a sink head for good.
+   `sinkscope.experiments.seeds` compares the populations of several runs.
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import nn
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -33,6 +37,7 @@ from sinkscope.experiments.partial_forward import Partway, PromptLosses, with_pr
 from sinkscope.experiments.renamed import argument, attribute
 from sinkscope.experiments.result import Result, stacked, tidy
 from sinkscope.experiments.resume import Kept, check, checkpoint_request, kept_in
+from sinkscope.metrics import turnover
 from sinkscope.metrics.heads import is_dormant
 from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.models.load import load_model
@@ -102,17 +107,96 @@ class Dynamics(Result):
             curves["loss"] = torch.tensor([self.loss[step] for step in self.steps])
         return curves
 
+    def sink_heads(self, epsilon: float | None = None) -> Bool[Tensor, "step layer head"]:
+        """The sink heads of every checkpoint; see `SinkReport.sink_heads`.
+
+        Args:
+            epsilon: Threshold [probability]; by default that of the scans.
+        """
+        return torch.stack([report.sink_heads(epsilon) for report in self.reports.values()])
+
+    def turnover(self, epsilon: float | None = None) -> pd.DataFrame:
+        """How the population of sink heads changes from one checkpoint to the next.
+
+        Args:
+            epsilon: See `sink_heads`.
+
+        Returns:
+            One row a step: step, sink_heads, appeared and disappeared since the step before
+            [count], jaccard with it, and jaccard_by_chance if the heads of each layer were
+            renumbered at random [share]. What the first step has nothing before it for, and what
+            two empty populations leave undefined, is nan.
+        """
+        import pandas as pd
+
+        population = self.sink_heads(epsilon)
+        before = [population[0], *population[:-1]]
+        rows = [
+            {
+                "step": step,
+                "sink_heads": int(now.sum()),
+                "appeared": float((now & ~then).sum()),
+                "disappeared": float((then & ~now).sum()),
+                "jaccard": turnover.jaccard(now, then),
+                "jaccard_by_chance": turnover.jaccard_by_chance(now, then),
+            }
+            for step, now, then in zip(self.steps, population, before, strict=True)
+        ]
+        frame = pd.DataFrame(rows)
+        frame.loc[0, ["appeared", "disappeared", "jaccard", "jaccard_by_chance"]] = float("nan")
+        return frame
+
+    def formation(self, epsilon: float | None = None) -> pd.DataFrame:
+        """When each head became a sink head.
+
+        Args:
+            epsilon: See `sink_heads`.
+
+        Returns:
+            One row a head: layer, head, the step at which it first is a sink head (appeared), the
+            step from which it is one at every later checkpoint (formed), -1 where there is none,
+            and how many times it stopped being one (disappeared) [count].
+        """
+        population = self.sink_heads(epsilon)
+        steps = torch.tensor([*self.steps, -1])  # index -1 is no step
+        columns = {
+            "appeared": steps[turnover.appeared(population)],
+            "formed": steps[turnover.formed(population)],
+            "disappeared": turnover.disappearances(population),
+        }
+        axes = {"layer": range(population.shape[1]), "head": range(population.shape[2])}
+        frame = tidy(axes, **columns)
+        return frame.astype(dict.fromkeys(columns, "int64"))
+
+    def formation_step(self, epsilon: float | None = None) -> int | None:
+        """The first step with at least half as many sink heads as the checkpoint that has most.
+
+        Args:
+            epsilon: See `sink_heads`.
+
+        Returns:
+            The step; None if no checkpoint has a sink head.
+        """
+        counts = self.sink_heads(epsilon).sum((1, 2))
+        most = int(counts.max())
+        return self.steps[int((2 * counts >= most).long().argmax())] if most else None
+
     def to_frame(self) -> pd.DataFrame:
         """One row a metric, step, layer and head: metric, step, layer, head, value.
 
         layer and head are -1 for the curves of `overview`, and head is for values of a layer;
         value_drain has a kv_head in `head`. A metric that one of the checkpoints does not have
-        (entropy without a softmax) is left out.
+        (entropy without a softmax) is left out. sink_heads, appeared, disappeared and jaccard are
+        those of `turnover`.
         """
         pieces = [
             self._rows(name, curve[:, None, None], layers=[-1], heads=[-1])
             for name, curve in self.overview().items()
         ]
+        changes = self.turnover()
+        for name in ("sink_heads", "appeared", "disappeared", "jaccard"):
+            values = torch.tensor(changes[name].to_numpy(dtype="float64"))
+            pieces.append(self._rows(name, values[:, None, None], layers=[-1], heads=[-1]))
         for name in PER_LAYER:
             x = self.stacked(name)[:, :, None]
             pieces.append(self._rows(name, x, range(x.shape[1]), [-1]))
@@ -132,7 +216,14 @@ class Dynamics(Result):
     def statistics(self) -> dict[str, Any]:
         """The curves, and when each phenomenon appears."""
         curves = {name: curve.tolist() for name, curve in self.overview().items()}
-        return {"step": list(self.steps), "curves": curves, "half_way": self.half_way()}
+        return {
+            "step": list(self.steps),
+            "curves": curves,
+            "half_way": self.half_way(),
+            "formation_step": self.formation_step(),
+            "turnover": self.turnover().to_dict("records"),
+            "heads": self.formation().to_dict("records"),
+        }
 
     def half_way(self) -> dict[str, int | None]:
         """The first step at which each curve has come half of its way from first to last value."""
@@ -153,14 +244,27 @@ class Dynamics(Result):
             first, last = (number(float(value)) for value in (curve[0], curve[-1]))
             when = "" if half[name] is None else f", half-way by step {half[name]:,}"
             lines.append(f"  {name.replace('_', ' ')} {first} → {last}{when}")
+        lines.append(f"  {self._population()}")
         return "\n".join(lines)
+
+    def _population(self) -> str:
+        """The sink heads in one sentence."""
+        step, heads = self.formation_step(), self.formation()
+        if step is None:
+            return "no head is a sink head at any step"
+        counts = self.turnover()["sink_heads"]
+        ever, left = int((heads["appeared"] >= 0).sum()), int((heads["disappeared"] > 0).sum())
+        return (
+            f"sink heads {counts.iloc[0]} → {counts.iloc[-1]}, half of the most by step {step:,}; "
+            f"of {ever} that ever were one, {left} stopped being one at least once"
+        )
 
     def figures(self) -> dict[str, go.Figure]:
         """One panel a phenomenon against the step."""
         from sinkscope.plot import training_curves
 
         frame = self.to_frame()
-        curves = frame[(frame["layer"] == -1) & (frame["head"] == -1)]
+        curves = frame[(frame["layer"] == -1) & (frame["head"] == -1)].dropna(subset="value")
         return {"dynamics": training_curves(curves, about=self.about, log_steps=False)}
 
 

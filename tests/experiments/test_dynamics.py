@@ -67,7 +67,7 @@ def test_the_frame_has_a_row_a_step_and_head(folders) -> None:
     layers = frame.query("metric == 'residual_peak' and layer >= 0 and head == -1")
     assert len(layers) == 3 * N_LAYERS
     panels = found.figures()["dynamics"].layout.annotations
-    assert len(panels) == len(found.overview())
+    assert len(panels) == len(found.overview()) + 4, "and the population of sink heads"
     assert "3 checkpoints, steps 0 to 400" in found.summary()
 
 
