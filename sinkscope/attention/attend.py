@@ -55,6 +55,10 @@ def attend(
     call: AttentionCall,
 ) -> Attended:
     """Attention of one layer; the pattern is never held beyond a bounded piece."""
+    width, narrow = query.shape[-1], value.shape[-1]
+    if narrow < width:
+        # Fused kernels want one width. Channels of nought change nothing, and are cut off again.
+        value = torch.nn.functional.pad(value, (0, width - narrow))
     query, key, value = (contiguous_rows(x) for x in (query, key, value))
     if call.learned_sink is not None and needs_gradient(query, key, value, call.learned_sink):
         # No fused kernel differentiates the log-sum-exp, on which the sink's share depends.
@@ -65,7 +69,7 @@ def attend(
         z, lse = _attend_cpu(query, key, value, call)
     if call.learned_sink is not None:
         z, lse = _share_with_sink(z, lse, call.learned_sink)
-    return Attended(z, lse)
+    return Attended(z[..., :narrow], lse)
 
 
 def attend_densely(

@@ -130,6 +130,25 @@ def _positions_first(x: Float[Tensor, "prompt _ _ d_head"]) -> bool:
     return x.stride(1) > x.stride(2)
 
 
+def show_latents(attn: AttentionBridge, overrides: Overrides) -> None:
+    """Make the norms of latents fire ``hook_q_latent`` and ``hook_kv_latent`` after them."""
+    for name, hook in (("q_a_layernorm", "hook_q_latent"), ("kv_a_layernorm", "hook_kv_latent")):
+        norm = attn._modules.get(name)
+        if getattr(norm, "original_component", None) is not None:
+            overrides.attribute(norm, "forward", _Followed(norm, attn._modules[hook]))
+
+
+class _Followed:
+    """A norm followed by a hook point of its attention."""
+
+    def __init__(self, norm: nn.Module, hook: HookPoint) -> None:
+        self.points = [hook]
+        self._norm = norm
+
+    def __call__(self, x: Float[Tensor, "prompt position latent"], **kwargs: Any) -> Tensor:
+        return self.points[0](type(self._norm).forward(self._norm, x, **kwargs))
+
+
 def take_shortcuts(bridge: Any, overrides: Overrides) -> None:
     """Put a shortcut in front of every component for which there is one."""
     for parent in bridge.original_model.modules():
@@ -237,8 +256,10 @@ _MLPS = (components.MLPBridge, components.GatedMLPBridge)
 _BLOCKS = (block.BlockBridge, block.ParallelBlockBridge, block.DelegatedAttentionBlockBridge)
 
 
-def _projection(bridge: Any, projection: GeneralizedComponent) -> Shortcut:
+def _projection(bridge: Any, projection: GeneralizedComponent) -> Shortcut | None:
     own = projection.__dict__.get("forward")  # see `StreamingLayer.override`
+    if own is not None and own.__name__ == "_project_latents":
+        return None
     if own is not None and own.__name__ == "_project_queries_and_gates":
         return Shortcut(projection, [own.__self__.attn.hook_q_gate])
     if own is not None:  # W_O
@@ -248,7 +269,7 @@ def _projection(bridge: Any, projection: GeneralizedComponent) -> Shortcut:
 
 def _norm(bridge: Any, norm: components.NormalizationBridge) -> Shortcut:
     inner = [norm.hook_scale, norm.hook_normalized]
-    if "forward" in norm.__dict__:  # a query or key norm, see `show_as_stock`
+    if "forward" in norm.__dict__:  # see `show_as_stock` and `show_latents`
         inner += norm.__dict__["forward"].points
     return _NormShortcut(norm, inner, lambda: _forks(bridge.cfg))
 

@@ -1,8 +1,26 @@
-"""Whether a hook point is in use, asked at every call of every component."""
+"""Hook points: whether one is in use, asked at every call, and the layout that hooks see."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion import (
+    BaseTensorConversion,
+)
 from transformer_lens.hook_points import HookPoint
+
+
+class HeadsLast(BaseTensorConversion):
+    """From attention's [prompt head position d_head] to hooks' [prompt position head d_head]."""
+
+    def handle_conversion(self, input_value: Tensor, *_: Any) -> Tensor:
+        """What hooks see."""
+        return input_value.transpose(1, 2)
+
+    def revert(self, input_value: Tensor, *_: Any) -> Tensor:
+        """What attention gets back."""
+        return input_value.transpose(1, 2)
 
 
 def has_hooks(point: HookPoint) -> bool:

@@ -21,6 +21,14 @@ fused (re-implemented, one projection for q, k and v)
     `_reconstruct_attention`, which takes q, k and v after their hooks: only that is overridden. The
     position bias of ALiBi is among its arguments.
 
+latent
+    `MLAAttentionBridge` (DeepSeek-V2 and V3, Youtu) is re-implemented too, and made to call
+    transformers' module like the split ones. Its queries, keys and values as they enter the dot
+    product are ``hook_q``, ``hook_k`` and ``hook_v``; ``hook_rot_q`` and ``hook_rot_k`` are the
+    rotated channels at their ends. A KV cache holds the keys and values of every head, as the
+    stock bridge's does, where transformers' module would keep latents and make them anew from all
+    of those at each step: then edits of earlier steps would be lost.
+
 A few delegated modules call no attention function. GPT-Neo and GPT-J have a method of their own in
 its place, ``_attn``, which is overridden; XGLM's `forward` is written out here.
 """
@@ -29,7 +37,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -38,6 +46,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import BloomAttentionBridge
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 from transformer_lens.model_bridge.generalized_components.mpt_alibi_attention import (
@@ -45,13 +54,13 @@ from transformer_lens.model_bridge.generalized_components.mpt_alibi_attention im
 )
 
 from sinkscope.attention.attend import attend, attend_densely
-from sinkscope.attention.bypass import show_as_stock
+from sinkscope.attention.bypass import show_as_stock, show_latents
 from sinkscope.attention.call import AttentionCall
 from sinkscope.attention.hooks import has_hooks
 from sinkscope.attention.kv_cache import cache_in
 from sinkscope.attention.masks import MaskSpec
 from sinkscope.attention.overrides import Overrides
-from sinkscope.attention.support import core_module, kind_of, refuse_forked_inputs
+from sinkscope.attention.support import core_module, entering, kind_of, refuse_forked_inputs
 from sinkscope.errors import UnsupportedError
 
 
@@ -70,7 +79,9 @@ class StreamingLayer:
         self._index = index
         self._calls = calls
         self._kind = kind_of(attn)
+        self._names = entering(attn)
         self._keys_have_fired = False
+        self._enter_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def override(self, overrides: Overrides) -> None:
         """Override the methods named in the module docstring."""
@@ -87,6 +98,10 @@ class StreamingLayer:
             if "hook_q_gate" in self.attn._modules:
                 overrides.attribute(self.attn.q, "forward", self._project_queries_and_gates)
             show_as_stock(self.attn, overrides)
+        elif self._kind == "latent":
+            overrides.attribute(self.attn.o, "forward", self._project)
+            overrides.attribute(self.attn.kv_b_proj, "forward", self._project_latents)
+            show_latents(self.attn, overrides)
 
     def attend(
         self,
@@ -102,9 +117,11 @@ class StreamingLayer:
         if torch.is_autocast_enabled(query.device.type):
             # Rotary embedding leaves queries and keys wider than values; kernels want one dtype.
             query, key = query.to(value.dtype), key.to(value.dtype)
-        query = self.attn.hook_rot_q(query)
+        query = self._fire_query(query)
         if not self._keys_have_fired:
             key, value = self._fire_keys(key, value)
+        if self._enter_cache is not None:
+            key, value = self._enter_cache(key, value)
         call = describe(self.core, query, key, mask, scaling, **options)
         return self._attend(query, key, value, call, dropout)
 
@@ -113,7 +130,7 @@ class StreamingLayer:
     ) -> tuple[Float[Tensor, "prompt head query d_value"], None]:
         """``_attn`` of GPT-Neo, some of whose layers have a window, and of GPT-J."""
         core = self.core
-        query = self.attn.hook_rot_q(query)
+        query = self._fire_query(query)
         if not self._keys_have_fired:
             key, value = self._fire_keys(key, value)
         call = describe(core, query, key, attention_mask, 1.0 / getattr(core, "scale_attn", 1.0))
@@ -166,13 +183,34 @@ class StreamingLayer:
             )
         return z
 
+    def _point(self, index: int) -> HookPoint:
+        """The hook point of queries, keys or values as they enter the dot product."""
+        return getattr(self.attn, self._names[index])
+
+    def _fire_query(self, query: Tensor) -> Tensor:
+        if self._kind == "latent":
+            query = self._with_rotated(self.attn.hook_rot_q, query)
+        return self._point(0)(query)
+
     def _fire_keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return self.attn.hook_rot_k(key), self.attn.hook_rot_v(value)
+        if self._kind == "latent":
+            key = self._with_rotated(self.attn.hook_rot_k, key, shared=True)
+        return self._point(1)(key), self._point(2)(value)
+
+    def _with_rotated(self, point: HookPoint, x: Tensor, shared: bool = False) -> Tensor:
+        """Fire the rotated channels, which stand last; those of the keys are one for all heads."""
+        if not has_hooks(point):
+            return x
+        width = int(self.core.qk_rope_head_dim)
+        plain, rotated = x[..., :-width], x[..., -width:]
+        rotated = point(rotated[:, :1] if shared else rotated)
+        return torch.cat([plain, rotated.expand(*plain.shape[:-1], -1)], dim=-1)
 
     def _delegate(self, *args: Any, **kwargs: Any) -> Any:
         """Run transformers' module, firing what only the bridge's re-implementation fires."""
         if self._kind == "split":
             refuse_forked_inputs(self.attn)
+        if self._kind in ("split", "latent"):
             rotary = kwargs.get("position_embeddings")
             if rotary is not None and self._rotates():
                 rotary = self.attn._apply_position_embedding_hooks(rotary)
@@ -193,8 +231,9 @@ class StreamingLayer:
 
         The attention function sees the cached ones too, and an edit there would miss the cache.
         """
-        hooked = has_hooks(self.attn.hook_rot_k) or has_hooks(self.attn.hook_rot_v)
-        if cache is None or not hooked:
+        caches_latents = self._kind == "latent" and hasattr(self.core, "expand_kv")
+        hooked = has_hooks(self._point(1)) or has_hooks(self._point(2))
+        if cache is None or not (hooked or caches_latents):
             yield
             return
         cache = getattr(cache, "self_attention_cache", cache)
@@ -204,13 +243,17 @@ class StreamingLayer:
             self._keys_have_fired = True
             return update(*self._fire_keys(key, value), *args, **kwargs)
 
+        def wait(latent: Tensor, rotated: Tensor, *args: Any, **_: Any) -> tuple[Tensor, Tensor]:
+            self._enter_cache = lambda key, value: update(key, value, *args)
+            return latent, rotated
+
         overrides = Overrides()
-        overrides.attribute(cache, "update", fire)
+        overrides.attribute(cache, "update", wait if caches_latents else fire)
         try:
             yield
         finally:
             overrides.undo()
-            self._keys_have_fired = False
+            self._keys_have_fired, self._enter_cache = False, None
 
     def _reconstruct(self, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
         """`JointQKVAttentionBridge._reconstruct_attention` around our kernel."""
@@ -225,7 +268,7 @@ class StreamingLayer:
         if rotary is not None and hasattr(attn, "_apply_rotary_pos_emb"):
             cos, sin = attn._apply_position_embedding_hooks(rotary)
             query, key = attn._apply_rotary_pos_emb(query, key, cos, sin)
-        query = attn.hook_rot_q(query)
+        query = self._fire_query(query)
         key, value = attn._update_kv_cache(*self._fire_keys(key, value), **kwargs)
         scaling = getattr(self.core, "scaling", getattr(self.core, "softmax_scale", None))
         mask = kwargs.get("attention_mask")
@@ -253,6 +296,14 @@ class StreamingLayer:
         edited = attn.hook_q_gate(rearrange(gate, "b t h d -> b t (h d)"))
         gate = rearrange(edited, "b t (h d) -> b t h d", d=self.core.head_dim)
         return rearrange(torch.stack([query, gate], 3), "b t h two d -> b t (h two d)")
+
+    def _project_latents(self, x: Float[Tensor, "prompt *one position latent"]) -> Tensor:
+        """The projection to keys and values, as the stock bridge shows it.
+
+        transformers gives the latents of all heads an axis of length one.
+        """
+        up = self.attn.kv_b_proj
+        return type(up).forward(up, x.squeeze(1) if x.ndim == 4 else x)
 
     def _project(self, z: Float[Tensor, "prompt position width"]) -> Tensor:
         """The output projection; head by head when the user asked for ``hook_result``."""

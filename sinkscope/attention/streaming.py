@@ -18,9 +18,6 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion import (
-    BaseTensorConversion,
-)
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
@@ -28,10 +25,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from sinkscope.attention.bypass import skip_unread_statistics, take_shortcuts
 from sinkscope.attention.call import AttentionCall
+from sinkscope.attention.hooks import HeadsLast
 from sinkscope.attention.layer import StreamingLayer, materialises
 from sinkscope.attention.masks import MaskSpec, streaming_mask
 from sinkscope.attention.overrides import Overrides
-from sinkscope.attention.support import attention_of
+from sinkscope.attention.support import attention_of, entering
 from sinkscope.attention.upstream import mended
 from sinkscope.errors import ModelError, UnsupportedError
 
@@ -52,7 +50,9 @@ def streaming(bridge: TransformerBridge) -> Iterator[Stream]:
 
     Inside, on every architecture that can stream, these hook points fire in each block:
     ``attn.hook_rot_q``, ``attn.hook_rot_k`` and ``attn.hook_rot_v`` [prompt position (kv_)head
-    d_head], as they enter the dot product, and ``attn.hook_lse`` [prompt head query]: float32, the
+    d_head], as they enter the dot product (on multi-head latent attention, where two of these names
+    are taken by the rotated channels alone, ``attn.hook_q``, ``attn.hook_k`` and ``attn.hook_v``),
+    and ``attn.hook_lse`` [prompt head query]: float32, the
     log of the softmax's denominator, learned sink included, so that A_ij = exp(s_ij − lse_i) on
     every model (-inf for a query that sees nothing). It is read-only and carries no gradient.
     Those the bridge lacks exist, under the usual names, until the context ends. All other hook
@@ -194,26 +194,16 @@ class Stream:
             self._overrides.attribute(module, "config", own[id(config)])
 
 
-class _HeadsLast(BaseTensorConversion):
-    """From attention's [prompt head position d_head] to hooks' [prompt position head d_head]."""
-
-    def handle_conversion(self, input_value: Tensor, *_: Any) -> Tensor:
-        return input_value.transpose(1, 2)
-
-    def revert(self, input_value: Tensor, *_: Any) -> Tensor:
-        return input_value.transpose(1, 2)
-
-
 def _missing_points(attn: AttentionBridge) -> dict[str, HookPoint]:
     points = {}
-    for name in ("hook_rot_q", "hook_rot_k", "hook_rot_v", "hook_lse"):
+    for name in (*entering(attn), "hook_lse"):
         if name in attn._modules:
             continue
         points[name] = HookPoint()
         if name == "hook_lse":
             points[name].pos_dim = 2
         else:
-            points[name].hook_conversion = _HeadsLast()
+            points[name].hook_conversion = HeadsLast()
     return points
 
 

@@ -11,12 +11,16 @@ from transformer_lens.model_bridge.generalized_components import (
     BloomAttentionBridge,
 )
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+from transformer_lens.model_bridge.generalized_components.glm_moe_dsa_attention import (
+    GlmMoeDsaAttentionBridge,
+)
 from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import (
     JointQKVAttentionBridge as Joint,
 )
 from transformer_lens.model_bridge.generalized_components.joint_qkv_position_embeddings_attention import (  # noqa: E501
     JointQKVPositionEmbeddingsAttentionBridge as RotaryJoint,
 )
+from transformer_lens.model_bridge.generalized_components.mla_attention import MLAAttentionBridge
 from transformer_lens.model_bridge.generalized_components.mpt_alibi_attention import (
     MPTALiBiAttentionBridge,
 )
@@ -26,7 +30,7 @@ from transformer_lens.model_bridge.generalized_components.position_embeddings_at
 
 from sinkscope.errors import UnsupportedError
 
-Kind = Literal["delegated", "split", "fused"]
+Kind = Literal["delegated", "split", "fused", "latent"]
 
 _FUSED = (
     Joint,
@@ -82,11 +86,20 @@ def kind_of(attn: AttentionBridge) -> Kind | None:
     # Subclasses that only leave out the rotation in some layers, as transformers' module does.
     if kind.forward is Split.forward or getattr(kind, "rope_optional", False):
         return "split"
+    if kind.forward is MLAAttentionBridge.forward:
+        return "latent"
     for fused in _FUSED:
         stock = kind.forward is fused.forward
         if stock and kind._reconstruct_attention is fused._reconstruct_attention:
             return "fused"
     return None
+
+
+def entering(attn: AttentionBridge) -> tuple[str, str, str]:
+    """Names of the hook points of queries, keys and values as they enter the dot product."""
+    if isinstance(attn, MLAAttentionBridge):  # its hook_rot_q shows the rotated channels alone
+        return "hook_q", "hook_k", "hook_v"
+    return "hook_rot_q", "hook_rot_k", "hook_rot_v"
 
 
 def core_module(attn: AttentionBridge) -> nn.Module | None:
@@ -107,6 +120,8 @@ def _looks_up_attention(module: nn.Module) -> bool:
 def _why_not(attn: nn.Module) -> str | None:
     if not isinstance(attn, AttentionBridge):
         return f"{type(attn).__name__} in the place of attention"
+    if isinstance(attn, GlmMoeDsaAttentionBridge):
+        return "sparse attention, whose mask transformers builds inside the module"
     if kind_of(attn) is None:
         return f"an attention computation of its own ({type(attn).__name__})"
     if core_module(attn) is None:
@@ -115,7 +130,8 @@ def _why_not(attn: nn.Module) -> str | None:
         return "relative position biases or cross-attention"
     # Only the bridge's re-implementation fires it, between steps that are one step of
     # transformers' module. A gate that the query projection gives (hook_q_gate) is fired there.
-    if "hook_gate" in attn._hook_registry or "hook_k" not in attn.hook_aliases:
+    rescaled = "hook_k" not in attn.hook_aliases and kind_of(attn) != "latent"
+    if "hook_gate" in attn._hook_registry or rescaled:
         return "gated or rescaled projections"
     if kind_of(attn) == "split" and _forks_inputs(attn):
         return "split inputs (use_split_qkv_input or use_attn_in; switch them off)"

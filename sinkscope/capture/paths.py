@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from sinkscope.attention.streaming import Stream, streaming
-from sinkscope.attention.support import attention_of
+from sinkscope.attention.support import attention_of, entering
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.readers import GatedAttention, GatedValue, PatternReader, StreamReader
 from sinkscope.errors import UnsupportedError
@@ -221,7 +221,8 @@ class StreamingPath:
         inputs, calls = _LayerInputs(batch), self._stream.calls
         gated = _Gated(self._capabilities, wanted, batch, emit)
         can, signals, emit = self._capabilities, gated.signals, gated.emit
-        names = {"query": "hook_rot_q", "key": "hook_rot_k", "value": "hook_rot_v"}
+        names = ("query", "key", "value")
+        points = {at: entering(attn) for at, attn in attention_of(self._model).items()}
 
         def holding(layer: int, signal: str) -> Callable[..., None]:
             def hook_fn(x: Tensor, hook: object) -> None:
@@ -252,7 +253,7 @@ class StreamingPath:
         found: Hooks = []
         for layer in can.attending:
             block = f"blocks.{layer}.attn"
-            for signal, hook in names.items():
+            for signal, hook in zip(names, points[layer], strict=True):
                 if "attention" in signals or signal in signals:
                     found.append((f"{block}.{hook}", holding(layer, signal)))
             materialised = self._stream.materialises(layer) or bool(signals & {"pattern", "scores"})

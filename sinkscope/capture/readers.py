@@ -127,7 +127,7 @@ class PatternReader:
 
     batch: Batch
     pattern: Float[Tensor, "prompt head query key"]
-    value: Float[Tensor, "prompt position kv_head d_head"] | None = None
+    value: Float[Tensor, "prompt position kv_head d_value"] | None = None
     scores: Float[Tensor, "prompt head query key"] | None = None
     query: Float[Tensor, "prompt position head d_head"] | None = None
     key: Float[Tensor, "prompt position kv_head d_head"] | None = None
@@ -238,7 +238,7 @@ class StreamReader:
     batch: Batch
     query: Float[Tensor, "prompt position head d_head"]
     key: Float[Tensor, "prompt position kv_head d_head"]
-    value: Float[Tensor, "prompt position kv_head d_head"]
+    value: Float[Tensor, "prompt position kv_head d_value"]
     lse: Float[Tensor, "prompt head query"]
     call: AttentionCall
     window: int | None = None

@@ -103,6 +103,7 @@ def _scan(
     """The same for a bridge, with arguments that were checked."""
     can = capabilities(model)
     prompts = as_texts(texts).tokenize(model).right_padded()
+    _check_dense(can, int(prompts.lengths.max()))
     how = paths.choose(model, can, attention)
     interventions = in_force(model)
     softmax = can.softmax and all(one.softmax for one in interventions)
@@ -189,6 +190,16 @@ class Grams:
         if layer not in self._made:
             self._made[layer] = values.gram(output_weight(self._model, layer))
         return self._made[layer]
+
+
+def _check_dense(can: Capabilities, length: int) -> None:
+    """Refuse prompts in which queries choose their keys: which are visible is then not known."""
+    if can.dense_up_to is not None and length > can.dense_up_to:
+        raise UnsupportedError(
+            f"A query of {can.architecture} reads {can.dense_up_to} keys at most, which it chooses "
+            f"itself, and a prompt has {length} tokens; sinkscope measures it where it is dense, "
+            f"so give prompts of {can.dense_up_to} tokens or fewer."
+        )
 
 
 def _sink_mask(sinks: Sinks, texts: Texts) -> Bool[Tensor, "prompt position"]:

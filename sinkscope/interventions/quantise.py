@@ -274,7 +274,7 @@ def _checked_channels(
     channels: Mapping[tuple[int, str], Iterable[int]] | None, caps: Capabilities
 ) -> dict[tuple[int, str], tuple[int, ...]]:
     sizes = {
-        "key": caps.n_kv_heads * caps.d_head,
+        "key": caps.n_kv_heads * caps.d_key,
         "value": caps.n_kv_heads * caps.d_head,
         "z": caps.n_heads * caps.d_head,
         "neurons": caps.d_mlp or 0,

@@ -31,6 +31,8 @@ class Anatomy:
             a position table that no position uses (RoBERTa's first) do not count.
         windows: Sliding window of each layer in positions, a position itself counted; ``None`` is
             full attention (or none).
+        dense_up_to: Positions from which on a query reads keys that it chose itself; ``None`` where
+            it reads all that it may.
         softcap: Scores are ``softcap * tanh(scores / softcap)`` where not ``None``.
         sinks: Each layer's learned sink logits [head], or ``None``.
         stated_scales: The factor on q·k that each layer's module states, or ``None``.
@@ -47,6 +49,7 @@ class Anatomy:
     d_model: int
     n_ctx: int | None
     windows: tuple[int | None, ...]
+    dense_up_to: int | None
     softcap: float | None
     sinks: tuple[Tensor | None, ...]
     stated_scales: tuple[float | None, ...]
@@ -78,6 +81,7 @@ def read_anatomy(bridge: Any) -> Anatomy:
         d_model=cfg.d_model,
         n_ctx=context_size(bridge),
         windows=_windows(config, len(blocks), attending, name),
+        dense_up_to=_dense_up_to(modules),
         softcap=float(softcap) if softcap else None,
         sinks=tuple(_sinks(module) for module in modules),
         stated_scales=tuple(map(_stated_scale, modules)),
@@ -112,10 +116,6 @@ def _refuse_foreign(bridge: Any, name: str) -> None:
     Raises:
         UnsupportedError: With the one reason that matters.
     """
-    from transformer_lens.model_bridge.generalized_components.mla_attention import (
-        MLAAttentionBridge,
-    )
-
     cfg, config = bridge.cfg, _text_config(bridge)
     blocks = list(getattr(bridge, "blocks", None) or [])
     outer = getattr(bridge.original_model, "config", None)
@@ -129,10 +129,6 @@ def _refuse_foreign(bridge: Any, name: str) -> None:
         # TransformerLens 4.3 takes Falcon's rows for all queries, all keys, all values; they are
         # the queries, the key and the value of one group after another.
         reason = "has a fused projection that TransformerLens splits in the wrong places"
-    elif getattr(config, "kv_lora_rank", None) or any(
-        isinstance(block._modules.get("attn"), MLAAttentionBridge) for block in blocks
-    ):
-        reason = "uses multi-head latent attention, whose keys and values are never stored per head"
     else:
         return
     raise UnsupportedError(
@@ -162,8 +158,15 @@ def _windows(
     return tuple(sizes.get(kind) for kind in kinds)
 
 
-_FULL = ("full_attention", "global", "attention", "hybrid")
-"""How configs call a layer whose attention, if it has any, sees everything."""
+_FULL = ("full_attention", "global", "attention", "hybrid", "indexed_attention")
+"""How configs call a layer whose attention, if any, sees everything (up to `dense_up_to`)."""
+
+
+def _dense_up_to(modules: list[Any]) -> int | None:
+    """How many keys the indexers of sparse attention (DeepSeek-V3.2, GLM-5) let a query read."""
+    indexers = (getattr(module, "indexer", None) for module in modules)
+    chosen = [int(indexer.index_topk) for indexer in indexers if indexer is not None]
+    return min(chosen, default=None)
 
 
 def _sinks(module: Any) -> Tensor | None:

@@ -16,6 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sinkscope.attention.upstream import mended
 from sinkscope.devices import exclusive, ran_out_of_memory, usual_torch
 from sinkscope.errors import ModelError, UnsupportedError
 from sinkscope.models.anatomy import Anatomy, read_anatomy
@@ -91,7 +92,9 @@ class Capabilities:
         n_heads: Query heads of a block that attends; 0 where none does.
         n_kv_heads: Key/value heads of a block that attends.
         d_model: Residual channels.
-        d_head: Channels of a head.
+        d_head: Channels of a head's values, and of what it passes to W_O.
+        d_key: Channels of a head's queries and keys; others than `d_head` only in multi-head latent
+            attention.
         d_mlp: FFN hidden units; ``None`` where no hook point shows them.
         n_ctx: Longest context in positions, as the config states it.
         d_vocab: Token ids.
@@ -112,6 +115,9 @@ class Capabilities:
             geometry or weights are offloaded.
         windows: Sliding window of each layer in positions, the query's own counted; ``None`` is
             full attention, or none at all.
+        dense_up_to: Length up to which a query reads all keys that causality and windows leave it
+            [positions], where beyond it chooses some (GLM-5); ``None`` where it always does. A scan
+            refuses longer prompts.
         softcap: Bound on the scores, or ``None``.
         scales: Factor on q·k in each layer; ``None`` where a layer does not attend.
         parallel_blocks: Whether the FFN ignores what attention writes in the same block.
@@ -135,6 +141,7 @@ class Capabilities:
     n_kv_heads: int
     d_model: int
     d_head: int
+    d_key: int
     d_mlp: int | None
     n_ctx: int | None
     d_vocab: int
@@ -147,6 +154,7 @@ class Capabilities:
     even_kv_heads: bool
     split_output: bool
     windows: tuple[int | None, ...]
+    dense_up_to: int | None
     softcap: float | None
     scales: tuple[float | None, ...]
     parallel_blocks: bool
@@ -280,7 +288,7 @@ def capabilities(model: Any) -> Capabilities:
         state = _attention_state(model)
         kept = _known.get(model)
         if kept is None or kept[0] != state:
-            _known[model] = kept = (state, _look(model))
+            _known[model] = kept = (state, _look(mended(model)))
         return kept[1]
 
 
@@ -360,6 +368,7 @@ def _assemble(
         n_kv_heads=width("value", 2, (cfg.n_key_value_heads or cfg.n_heads) if attends else 0),
         d_model=anatomy.d_model,
         d_head=width("value", 3, cfg.d_head if attends else 0),
+        d_key=width("key", 3, width("value", 3, cfg.d_head if attends else 0)),
         d_mlp=width("neurons", 2, None),
         n_ctx=anatomy.n_ctx,
         d_vocab=cfg.d_vocab,
@@ -372,6 +381,7 @@ def _assemble(
         even_kv_heads=len({_kv_groups(model.blocks[at]) for at in anatomy.attending}) <= 1,
         split_output=attends and _why_no_map(model, seen, anatomy, tolerance) is None,
         windows=anatomy.windows,
+        dense_up_to=anatomy.dense_up_to,
         softcap=anatomy.softcap,
         scales=tuple(of_layer.get(layer) for layer in range(anatomy.n_layers)),
         parallel_blocks=_is_parallel(model, found, seen, anatomy.attending),
@@ -461,7 +471,7 @@ def _structure(can: Capabilities) -> Table:
     rows = {
         "layers": _layers(can),
         "heads": _heads(can),
-        "widths": f"d_model {can.d_model}, d_head {can.d_head}, d_mlp {can.d_mlp or '-'}",
+        "widths": f"d_model {can.d_model}, d_head {_width(can)}, d_mlp {can.d_mlp or '-'}",
         "context": f"{can.n_ctx or '-'} positions, {can.positions} position scheme",
         "attention": _attention(can),
         "windows": _runs(tuple(can.windows[layer] for layer in can.attending), can.attending),
@@ -501,6 +511,12 @@ def _heads(can: Capabilities) -> str:
     return f"{can.n_heads} query, {can.n_kv_heads} key/value"
 
 
+def _width(can: Capabilities) -> str:
+    if can.d_key == can.d_head:
+        return str(can.d_head)
+    return f"{can.d_head} ({can.d_key} of queries and keys)"
+
+
 def _attention(can: Capabilities) -> str:
     words = ["causal" if can.causal else "bidirectional"]
     if not can.attending:
@@ -510,6 +526,10 @@ def _attention(can: Capabilities) -> str:
         words.append("learned sinks")
     if can.gated:
         words.append("gated outputs" + (f" ({can.gate})" if can.gate else ""))
+    if "latent" in can.signals:
+        words.append("keys and values from a latent")
+    if can.dense_up_to is not None:
+        words.append(f"sparse beyond {can.dense_up_to} positions")
     if can.softcap is not None:
         words.append(f"scores capped at {can.softcap:g}")
     scales = tuple(round(scale, 6) for scale in can.scales if scale is not None)

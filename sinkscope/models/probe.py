@@ -41,12 +41,17 @@ MIXER_OUT = (
 )
 MLP_OUT = (B + "hook_mlp_out", B + "mlp.out.hook_out")
 LN1_IN, LN1_OUT, LN2_IN = B + "ln1.hook_in", B + "ln1.hook_out", B + "ln2.hook_in"
+# Multi-head latent attention: the latent before and after its norm, and what is made of it.
+LATENT, NORMED_LATENT = B + "attn.kv_a_layernorm.hook_in", B + "attn.hook_kv_latent"
+LATENT_NORM_OUT = B + "attn.kv_a_layernorm.hook_out"
+UP_IN, UP_OUT = B + "attn.kv_b_proj.hook_in", B + "attn.kv_b_proj.hook_out"
 NEURONS, DOWN_IN = B + "mlp.hook_post", B + "mlp.out.hook_in"
 
 CANDIDATES = (
     *(PATTERN, SCORES, *QUERY_KEY[0], *QUERY_KEY[1], VALUE, Z, *GATES),
     *(RESID_PRE, RESID_POST, *ATTN_OUT, *MIXER_OUT, *MLP_OUT),
     *(LN1_IN, LN1_OUT, LN2_IN, NEURONS, DOWN_IN),
+    *(LATENT, NORMED_LATENT, LATENT_NORM_OUT, UP_IN, UP_OUT),
 )
 """Templates of all hook points that may carry a signal or serve to check one."""
 

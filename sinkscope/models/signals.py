@@ -26,17 +26,22 @@ from sinkscope.models.probe import (
     ATTN_OUT,
     DOWN_IN,
     GATES,
+    LATENT,
+    LATENT_NORM_OUT,
     LN1_IN,
     LN1_OUT,
     LN2_IN,
     MIXER_OUT,
     MLP_OUT,
     NEURONS,
+    NORMED_LATENT,
     PATTERN,
     QUERY_KEY,
     RESID_POST,
     RESID_PRE,
     SCORES,
+    UP_IN,
+    UP_OUT,
     VALUE,
     Findings,
     Probe,
@@ -89,7 +94,9 @@ def close(left: Tensor, right: Tensor, tolerance: float) -> bool:
     return bool((left - right).abs().max() <= tolerance * size)
 
 
-OF_ATTENTION = frozenset({"pattern", "scores", "query", "key", "value", "z", "gate"})
+OF_ATTENTION = frozenset(
+    {"pattern", "scores", "query", "key", "value", "z", "gate", "latent", "normed_latent"}
+)
 """Signals that only layers have that attend."""
 
 HIDDEN = torch.finfo(torch.float32).min / 2
@@ -127,6 +134,7 @@ def find_signals(probe: Probe, anatomy: Anatomy, causal: bool, tolerance: float)
         checks.query_key()
         checks.scores()
         checks.values()
+        checks.latents()
     else:
         checks.findings.reject(anatomy.no_attention, *sorted(OF_ATTENTION))
     checks.residual()
@@ -328,6 +336,36 @@ class _Checks:
                 self.findings.reject(
                     "the pattern does not mix hook_v into hook_z", "value", "z", "gate"
                 )
+
+    def latents(self) -> None:
+        """Latents are what a norm turns into what keys and values of all heads are projected from.
+
+        The last channels that the projection gives each head are its values.
+        """
+        names = ("latent", "normed_latent")
+        latent, normed = self.attention(LATENT), self.attention(NORMED_LATENT)
+        given, read, made = map(self.attention, (LATENT_NORM_OUT, UP_IN, UP_OUT))
+        value = self.attention(VALUE) if "value" in self.findings.signals else None
+        if latent is None or normed is None:
+            self.findings.reject(
+                f"{self.anatomy.architecture} projects keys and values from the residual stream, "
+                "not from a latent",
+                *names,
+            )
+        elif not (given and read and made and value):
+            self.findings.reject("no values show what is made of the latent", *names)
+        elif self.same(normed, given) and self.same(normed, read) and self.hold(made, value):
+            self.findings.accept(latent=LATENT, normed_latent=NORMED_LATENT)
+        else:
+            self.findings.reject("the latent's projection does not end in the values", *names)
+
+    def hold(self, made: Layers, value: Layers) -> bool:
+        """Whether what the latents are projected to ends, head by head, in the values."""
+        each = [
+            rearrange(x, "b t (h d) -> b t h d", h=v.shape[2])
+            for x, v in zip(made, value, strict=True)
+        ]
+        return self.same([x[..., -v.shape[-1] :] for x, v in zip(each, value, strict=True)], value)
 
     def gate(self, mixed: Layers, z: Layers) -> None:
         """A gate is a hook that, under some activation, turns what is mixed into ``z``."""

@@ -267,6 +267,23 @@ class SinkFields(Labelled):
     mean_value_norm: Float[Tensor, "prompt layer head"] | None = measured(
         about="mean norm of the values (AVVN)", unit="activation", metric="values"
     )
+    latent_norm: Float[Tensor, "layer position"] | None = measured(
+        about="norm of the latent that keys and values are made of, before its own RMSNorm, mean "
+        "over prompts (multi-head latent attention)",
+        unit="activation",
+        weight="prompts_at",
+        metric="latent",
+    )
+    latent_drain: Float[Tensor, "prompt layer"] | None = measured(
+        about="norm of the sink's latent over the mean of the others, before its own RMSNorm",
+        unit="ratio",
+        metric="latent",
+    )
+    normed_latent_drain: Float[Tensor, "prompt layer"] | None = measured(
+        about="latent_drain after the RMSNorm, where a KV cache keeps the latent",
+        unit="ratio",
+        metric="latent",
+    )
     head_output_norm: Float[Tensor, "prompt layer head"] | None = measured(
         about="mean norm of the head's output before W_O (AHON)",
         unit="activation",

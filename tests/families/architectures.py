@@ -31,6 +31,17 @@ COMMON = dict(
     max_position_embeddings=64,
 )
 GROUPED = dict(COMMON, num_key_value_heads=N_KV_HEADS, **SPECIAL)
+LATENT = dict(
+    COMMON,
+    num_key_value_heads=N_HEADS,
+    kv_lora_rank=12,
+    q_lora_rank=10,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=10,
+    v_head_dim=6,
+    **SPECIAL,
+)
+"""Multi-head latent attention: 14 channels of queries and keys, 6 of values."""
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -99,6 +110,17 @@ class Family:
     prescale: float = 1.0
     attention: str = "eager"
     length: int = 24
+
+    @property
+    def latent(self) -> bool:
+        """Whether keys and values are made of a latent."""
+        return "kv_lora_rank" in self.settings
+
+    @property
+    def d_key(self) -> int:
+        """Width of a head's queries and keys."""
+        sizes = self.settings
+        return sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"] if self.latent else self.d_head
 
     def build(self, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
         """Make the tiny model: eval mode, float32, on the CPU."""
@@ -264,7 +286,55 @@ FAMILIES: tuple[Family, ...] = (
         parts=EXPERTS,
         moe=True,
     ),
+    Family("youtu", "YoutuForCausalLM", LATENT, n_kv_heads=N_HEADS, d_head=6),
 )
+_ROUTED = dict(
+    LATENT,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=24,
+    n_shared_experts=1,
+)
+LATENTS: tuple[Family, ...] = (
+    Family(  # queries without a latent, rotated as complex numbers
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        dict(_ROUTED, q_lora_rank=None, first_k_dense_replace=1),
+        parts=EXPERTS,
+        n_kv_heads=N_HEADS,
+        d_head=6,
+        moe=True,
+    ),
+    Family(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        dict(_ROUTED, first_k_dense_replace=1, rope_interleave=False),
+        parts=EXPERTS,
+        n_kv_heads=N_HEADS,
+        d_head=6,
+        moe=True,
+    ),
+    Family(
+        "glm_moe_dsa",
+        "GlmMoeDsaForCausalLM",
+        dict(
+            _ROUTED,
+            index_topk=24,
+            index_head_dim=8,
+            index_n_heads=2,
+            layer_types=["indexed_attention"] * N_LAYERS,
+            mlp_layer_types=["dense", "sparse", "sparse"],
+        ),
+        parts=EXPERTS,
+        n_kv_heads=N_HEADS,
+        d_head=6,
+        moe=True,
+    ),
+)
+"""The other families with multi-head latent attention; the last is sparse beyond 24 positions."""
+
 OTHERS: tuple[Family, ...] = (
     Family("olmo", "OlmoForCausalLM", GROUPED),
     Family(
@@ -416,5 +486,5 @@ OWN_ARITHMETIC: tuple[Family, ...] = (
 """Families whose attention in transformers calls no attention function."""
 
 BY_NAME: dict[str, Family] = {
-    family.name: family for family in (*FAMILIES, *OTHERS, *OWN_ARITHMETIC)
+    family.name: family for family in (*FAMILIES, *LATENTS, *OTHERS, *OWN_ARITHMETIC)
 }

@@ -109,10 +109,20 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
             means += [angle[layer][:, i, seen].mean(axis=-1)] if seen else []
         to_others[layer] = np.mean(means, axis=0)
 
+    latent = {}
+    if "latent" in a:
+        sizes = np.linalg.norm(a["latent"][:, p, :n], axis=-1)
+        normed = np.linalg.norm(a["normed_latent"][:, p, :n], axis=-1)
+        latent = {
+            "latent_drain": sizes[:, sink] / sizes[:, others].mean(axis=1),
+            "normed_latent_drain": normed[:, sink] / normed[:, others].mean(axis=1),
+            "at each position latent_norm": sizes,
+        }
+
     norm = np.linalg.norm(resid, axis=-1)
     at_sink, median = norm[:, sink], np.median(norm[:, others], axis=1)
     cosine = np.einsum("ltd,ld->lt", resid, resid[:, sink]) / (norm * at_sink[:, None])
-    return {
+    return latent | {
         "sink_attention": pattern[:, :, queries, sink].mean(axis=-1),
         "first_token_attention": pattern[:, :, :, 0].mean(axis=-1),
         "sink_importance": received[:, :, sink],

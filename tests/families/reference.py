@@ -47,6 +47,8 @@ def reference(
         - ``attn_out``, ``mlp_out`` [layer prompt position dim]: what is added to the residual;
         - ``resid_pre``, ``resid_post`` [layer prompt position dim]: block inputs and outputs,
           before any final norm; ``hidden_states`` [layer+1 prompt position dim] is both in one;
+        - ``latent``, ``normed_latent`` [layer prompt position dim]: what multi-head latent
+          attention makes keys and values of, before and after its norm;
         - ``neurons`` [layer prompt position neuron]: absent for mixtures of experts.
     """
     attention_mask = None if mask is None else mask.long()
@@ -138,6 +140,10 @@ def _record_block(
     ffn = _part(block, parts.ffn)
     assert ffn is not None
     yield ffn.register_forward_hook(lambda _, __, out: keep("mlp_out", out))
+    if (norm := _part(block, "self_attn.kv_a_layernorm")) is not None:
+        yield norm.register_forward_hook(
+            lambda _, args, out: (keep("latent", args[0]), keep("normed_latent", out))[0]
+        )
     if parts.output is not None and (output := _part(block, parts.output)) is not None:
         yield output.register_forward_pre_hook(
             lambda _, args: _keep(record, "z before W_O", args[0])

@@ -23,6 +23,8 @@ REFERENCE = {
     "key": "keys",
     "value": "values",
     "z": "z",
+    "latent": "latent",
+    "normed_latent": "normed_latent",
     "resid_pre": "resid_pre",
     "resid_post": "resid_post",
     "attn_out": "attn_out",
@@ -43,6 +45,7 @@ def test_structure_is_recognised(family: Family, family_bridge: TransformerBridg
     can = capabilities(family_bridge)
     assert can.architecture == family.model_class
     assert (can.n_layers, can.n_heads, can.n_kv_heads) == (N_LAYERS, N_HEADS, family.n_kv_heads)
+    assert can.d_key == family.d_key
     assert (can.d_model, can.d_head, can.d_vocab, can.n_ctx) == (D_MODEL, family.d_head, VOCAB, 64)
     assert can.d_mlp == (None if family.moe else D_MLP)
     assert can.causal == family.causal
@@ -89,6 +92,8 @@ def test_signals_on_offer(family: Family, family_bridge: TransformerBridge) -> N
         expected |= {"query", "key"}
     if family.moe:
         expected |= {"neurons"}
+    if not family.latent:
+        expected |= {"latent", "normed_latent"}
     assert missing == expected
 
 
@@ -99,6 +104,7 @@ def test_unavailable_metrics_have_reasons(family: Family, family_bridge: Transfo
         "sink_logit": not family.stock_rotated,
         "learned_sink": not family.learned_sinks,
         "gates": True,
+        "latent": not family.latent,
     }
     elsewhere = {
         "neurons": family.moe,
@@ -115,7 +121,7 @@ def test_unavailable_metrics_have_reasons(family: Family, family_bridge: Transfo
 
 def test_scales_are_those_of_the_config(family: Family, family_bridge: TransformerBridge) -> None:
     can = capabilities(family_bridge)
-    scaled_by = {"gemma2": 24, "gemma3": 16}.get(family.name, family.d_head)
+    scaled_by = {"gemma2": 24, "gemma3": 16}.get(family.name, family.d_key)
     assert can.scales == pytest.approx([scaled_by**-0.5] * N_LAYERS)
 
 

@@ -49,11 +49,20 @@ def padded(family: Family) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
+def shown_at(bridge: TransformerBridge, name: str) -> str:
+    """The name that a hook point of `FIRED` has in multi-head latent attention, or its own."""
+    latent = "hook_kv_latent" in bridge.blocks[0].attn._modules
+    return name.replace("rot_", "") if latent else name
+
+
 def listen(bridge: TransformerBridge, tokens: Tensor, **kwargs: object) -> dict[str, Tensor]:
     """What the streaming hook points fire, stacked over layers, and the logits."""
     seen: dict[str, list[Tensor]] = {name: [] for name in FIRED}
     hooks = [
-        (f"blocks.{layer}.attn.{name}", lambda x, hook, name=name: seen[name].append(x.clone()))
+        (
+            f"blocks.{layer}.attn.{shown_at(bridge, name)}",
+            lambda x, hook, name=name: seen[name].append(x.clone()),
+        )
         for layer in range(N_LAYERS)
         for name in FIRED
     ]
@@ -218,7 +227,7 @@ def test_edits_of_scores_take_effect(
         return scores
 
     hooks = [("blocks.1.attn.hook_attn_scores", only_itself)]
-    hooks += keep(seen, 1, "hook_pattern", "hook_lse", "hook_rot_v", "hook_z")
+    hooks += keep(bridge, seen, 1, "hook_pattern", "hook_lse", "hook_rot_v", "hook_z")
     with streaming(bridge) as stream, torch.no_grad():
         bridge.run_with_hooks(tokens, fwd_hooks=hooks)
     lse = seen["score"]
@@ -232,10 +241,15 @@ def test_edits_of_scores_take_effect(
     close(seen["hook_z"].reshape(*tokens.shape, *value.shape[1:])[:, 5], value)
 
 
-def keep(seen: dict[str, Tensor], layer: int, *names: str) -> list[tuple]:
+def keep(
+    bridge: TransformerBridge, seen: dict[str, Tensor], layer: int, *names: str
+) -> list[tuple]:
     """Hooks that keep what attention hook points of a layer show."""
     return [
-        (f"blocks.{layer}.attn.{name}", lambda x, hook, name=name: seen.update({name: x.clone()}))
+        (
+            f"blocks.{layer}.attn.{shown_at(bridge, name)}",
+            lambda x, hook, name=name: seen.update({name: x.clone()}),
+        )
         for name in names
     ]
 
@@ -243,7 +257,7 @@ def keep(seen: dict[str, Tensor], layer: int, *names: str) -> list[tuple]:
 def test_an_identity_pattern_makes_z_the_values(bridge: TransformerBridge, tokens: Tensor) -> None:
     seen: dict[str, Tensor] = {}
     hooks = [("blocks.2.attn.hook_pattern", lambda p, hook: torch.eye(p.shape[-1]).expand_as(p))]
-    hooks += keep(seen, 2, "hook_rot_v", "hook_z")
+    hooks += keep(bridge, seen, 2, "hook_rot_v", "hook_z")
     with streaming(bridge), torch.no_grad():
         bridge.run_with_hooks(tokens, fwd_hooks=hooks)
     value = seen["hook_rot_v"]
@@ -277,8 +291,9 @@ def test_edits_before_the_dot_product_take_effect(
 ) -> None:
     """Zero queries or keys: uniform attention. Zero values: nothing is mixed."""
     seen: dict[str, Tensor] = {}
-    hooks = [(f"blocks.1.attn.{point}", lambda x, hook: torch.zeros_like(x))]
-    hooks += keep(seen, 1, "hook_z", "hook_lse")
+    name = f"blocks.1.attn.{shown_at(bridge, point)}"
+    hooks = [(name, lambda x, hook: torch.zeros_like(x))]
+    hooks += keep(bridge, seen, 1, "hook_z", "hook_lse")
     with streaming(bridge) as stream, torch.no_grad():
         bridge.run_with_hooks(tokens, fwd_hooks=hooks)
     if point == "hook_rot_v":

@@ -35,6 +35,8 @@ SIGNALS: Mapping[str, str] = {
     "gate": "prompt position head d_gate",
     "gated_attention": "a GatedAttention: an AttentionReader, and the gate's factors",
     "gated_value": "a GatedValue: values, and the gate's factors or None without a gate",
+    "latent": "prompt position latent_dim",
+    "normed_latent": "prompt position latent_dim",
     "attn_out": "prompt position dim",
     "mlp_out": "prompt position dim",
     "neurons": "prompt position neuron",
@@ -114,7 +116,8 @@ class Observer:
             and a `GatedValue` of the same module; the others an activation that was verified on the
             model: "query" and "z" [prompt position head d_head], "key" and "value" [prompt position
             kv_head d_head], "gate" [prompt position head d_gate] (factors, d_gate being 1 or
-            d_head), "pattern" and "scores" [prompt head query key], "resid_pre",
+            d_head), "latent" and "normed_latent" [prompt position latent_dim], "pattern" and
+            "scores" [prompt head query key], "resid_pre",
             "resid_post", "attn_out" and "mlp_out" [prompt position dim], "neurons" [prompt
             position neuron].
         needs: Tensors that a model must show for that signal to answer what is asked of it.

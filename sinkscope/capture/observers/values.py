@@ -36,6 +36,45 @@ class Values(Observer, metric="values", reads="value", core=True):
         }
 
 
+class Latent(Observer, metric="latent", reads="latent"):
+    """Sizes of the latent that keys and values are projected from (DeepSeek-AI 2024, 2405.04434).
+
+    Its RMSNorm all but hides the size, so it is measured before it, and the ratio after it too.
+    """
+
+    def observe(
+        self, x: Float[Tensor, "prompt position latent_dim"], batch: Batch
+    ) -> dict[str, Tensor]:
+        """One norm a position."""
+        return {"norm": values.norms(x[:, :, None])[:, 0]}
+
+    def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Norms by position, ratios by prompt."""
+        norm = layers["norm"]
+        return {"latent_norm": norm, "latent_drain": _drain_of_one(norm, batch)}
+
+
+class NormedLatent(Observer, metric="latent", reads="normed_latent"):
+    """The same after the latent's own RMSNorm."""
+
+    def observe(
+        self, x: Float[Tensor, "prompt position latent_dim"], batch: Batch
+    ) -> dict[str, Tensor]:
+        """One norm a position."""
+        return {"norm": values.norms(x[:, :, None])[:, 0]}
+
+    def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Ratios by prompt."""
+        return {"normed_latent_drain": _drain_of_one(layers["norm"], batch)}
+
+
+def _drain_of_one(
+    norm: Float[Tensor, "layer prompt position"], batch: Batch
+) -> Float[Tensor, "layer prompt"]:
+    """`values.drain` of a vector that all heads share."""
+    return all_layers(values.drain, norm[:, :, None], batch.sinks, batch.mask)[..., 0]
+
+
 class HeadOutputs(Observer, metric="head_outputs", reads="z", core=True):
     """Sizes of the heads' outputs before W_O."""
 
