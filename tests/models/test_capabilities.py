@@ -162,7 +162,7 @@ def test_a_stock_bridge_that_scales_other_than_its_model_is_found_out(std: float
     assert "scales q·k by 0.354 in layer 0, where the model scales it by 1" in can.stock_differs
     eager = can.unavailable_on("eager")
     assert 'attention="streaming" measures' in eager["residual"]
-    assert set(eager) == {*can.available, "learned_sink", "gates"}
+    assert set(eager) == {*can.available, "learned_sink", "gates", "latent"}
     report = scan(bridge, tokens, progress=False)
     assert report.settings.attention == "streaming"
     torch.testing.assert_close(report.sink_attention, expected)

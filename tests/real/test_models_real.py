@@ -32,7 +32,7 @@ def test_smollm2_is_recognised(smollm2) -> None:
     assert (can.n_layers, can.n_heads, can.n_kv_heads) == (30, 9, 3)
     assert (can.d_model, can.d_head, can.d_mlp, can.n_ctx) == (576, 64, 1536, 8192)
     assert can.causal and can.lm_head and not can.moe and set(can.windows) == {None}
-    assert set(can.unavailable) == {"learned_sink", "gates"}
+    assert set(can.unavailable) == {"learned_sink", "gates", "latent"}
     assert set(can.undefined) == {"position_embedding_norm"}
 
 
