@@ -21,7 +21,7 @@ from sinkscope.capture import batches
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers.base import Observer
 from sinkscope.capture.paths import Path, Wanted
-from sinkscope.devices import exclusive, ran_out_of_memory
+from sinkscope.devices import exclusive, ran_out_of_memory, trim
 from sinkscope.errors import ModelError
 from sinkscope.models import probe
 from sinkscope.models.active import refuse_short_prompts
@@ -31,6 +31,8 @@ from sinkscope.prompts.tokens import Texts
 _TOKENS_A_BATCH = {"cuda": 2**16, "cpu": 2**12}
 _PATTERN_BYTES = 2**30
 """Where "auto" starts: tokens that fill a device, and room for one layer's eager pattern."""
+_LARGE = 2**11
+"""Tokens of a batch on a CPU from which the C library's holes are worth returning (`trim`)."""
 
 
 def run(
@@ -112,6 +114,7 @@ class _Listener:
     def __init__(self, observers: Sequence[Observer]) -> None:
         self.batch: Batch | None = None
         self._observers = observers
+        self._layer = -1
         self._by_signal: dict[str, list[Observer]] = defaultdict(list)
         for observer in observers:
             self._by_signal[observer.signal].append(observer)
@@ -126,9 +129,18 @@ class _Listener:
         return self.batch
 
     def emit(self, signal: str, layer: int, x: Any) -> None:
+        if layer != self._layer:
+            self._layer = layer
+            self._hand_back()
         device = x.device if isinstance(x, Tensor) else x.batch.tokens.device
         for observer in self._by_signal[signal]:
             observer.hear(layer, x, self.current().on(device))
+
+    def _hand_back(self) -> None:
+        """Return memory between layers: what is kept of a layer lies between freed activations."""
+        tokens = self.current().tokens
+        if tokens.device.type == "cpu" and tokens.numel() >= _LARGE:
+            trim()
 
     def close(self) -> list[Any]:
         """What every observer makes of the batch; nothing is folded in yet."""

@@ -139,6 +139,18 @@ def test_a_cpu_that_runs_out_of_memory_backs_off_too(model, tokens, monkeypatch)
     assert sizes == [6, 3, 3]
 
 
+@pytest.mark.parametrize(("least", "times"), [(96, 3), (97, 0)])
+def test_large_batches_hand_memory_back_after_every_layer(
+    model, tokens, least: int, times: int, monkeypatch
+) -> None:
+    """Holes between what is kept made `core` at 8,192 tokens grow eight times as much."""
+    calls = []
+    monkeypatch.setattr(runner, "trim", lambda: calls.append(1))
+    monkeypatch.setattr(runner, "_LARGE", least)
+    ss.scan(model, tokens, metrics="core", progress=False)
+    assert tokens.tokens.numel() == 96 and len(calls) == times
+
+
 def test_running_out_of_memory_while_folding_is_an_error(model, tokens, monkeypatch) -> None:
     """Some observers have folded the batch by then: another try would fold it twice."""
 
