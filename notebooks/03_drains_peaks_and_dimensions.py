@@ -106,8 +106,8 @@ assert dims["mean"][507] > 20_000
 # a bank statement:
 
 # %%
-ledger = report.ffn_sink[:, :, 507].mean(0)  # FFN output at position 0, mean over prompts [layer]
-others = report.ffn_mixed_max[:, :, 507].mean(0)  # the largest |output| at any other position
+ledger = report.ffn_sink_mean[:, 507]  # FFN output at position 0, mean over prompts [layer]
+others = report.ffn_mixed_mean[:, 507]  # the largest |output| at any other position
 for layer in (ledger.abs() > 50).nonzero()[:, 0].tolist():
     print(f"FFN of block {layer:2}: {ledger[layer]:+8.0f}   (others reach ±{others[layer]:.0f})")
 
@@ -343,7 +343,7 @@ ANSWERS = {  # exercise: (answer, hint)
     ),
     3: (_dims_of_the_norm(), "Sort the squares, add them up, and see when 99 % is reached."),
     4: (
-        (MINILM.ffn_sink.abs().mean(0) / MINILM.ffn_mixed_max.mean(0)).amax(0).argmax().item(),
+        (MINILM.ffn_sink_mean.abs() / MINILM.ffn_mixed_mean).amax(0).argmax().item(),
         "report.nonmixture_dims() of a scan of MiniLM; every record names the same dim.",
     ),
 }  # fmt: skip

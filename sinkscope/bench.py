@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -174,6 +174,8 @@ class BenchRow:
         tokens_per_second: Tokens a second.
         first_milliseconds: Time of the first batch, with what only it pays (kernels compiled).
         note: Why there is no time, or None.
+    own: What one metric costs on its own, in forward passes of the bare model: with `by_metric`
+        only, and None for what is no metric.
     """
 
     shape: str
@@ -186,6 +188,7 @@ class BenchRow:
     tokens_per_second: float | None = None
     first_milliseconds: float | None = None
     note: str | None = None
+    own: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -197,6 +200,7 @@ def run_bench(
     sizes: Sequence[tuple[int, int]] = SIZES,
     *,
     ways: Sequence[str] = tuple(WAYS),
+    by_metric: bool = False,
     repeats: int = 5,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = torch.bfloat16,
@@ -208,6 +212,8 @@ def run_bench(
             config and dtype stands beside it as the bare one.
         sizes: Batches as (prompts, length).
         ways: Names from `WAYS`.
+        by_metric: Measure, instead of `ways`, what each metric costs on its own: the ratio of
+            `core` with it minus the ratio of `core` without it.
         repeats: Batches timed after the first, of which the median counts.
         device: Where; a GPU if there is one.
         dtype: Of the weights, for a shape by name: float32, bfloat16, or float16.
@@ -238,8 +244,38 @@ def run_bench(
     name, bridge = what.name, what.load(what.bare)
     del what
     for size in sizes:
-        for way in ways:
-            yield _bridge_row(name, bridge, size, way, repeats, times[size])
+        if by_metric:
+            yield from _rows_by_metric(name, bridge, size, repeats, times[size])
+        else:
+            for way in ways:
+                yield _bridge_row(name, bridge, size, way, *WAYS[way], repeats, times[size])
+
+
+def _rows_by_metric(
+    name: str, bridge: Any, size: tuple[int, int], repeats: int, bare: float | None
+) -> Iterator[BenchRow]:
+    """`core`, then `core` with every further metric and without every one of its own, then all."""
+    can = capabilities(bridge)
+    path = paths.choose(bridge, can, "auto").name
+    every = choose_metrics(("all",), can, path)
+    core = choose_metrics(("core",), can, path)
+
+    def row(way: str, *names: str) -> BenchRow:
+        return _bridge_row(name, bridge, size, way, path, names, repeats, bare)
+
+    def difference(larger: BenchRow, smaller: BenchRow) -> float | None:
+        known = larger.ratio is not None and smaller.ratio is not None
+        return larger.ratio - smaller.ratio if known else None
+
+    yield (without := row("core", *core))
+    for metric in every:
+        if metric in core:
+            one = row(f"core − {metric}", *(other for other in core if other != metric))
+            yield replace(one, own=difference(without, one))
+        else:
+            one = row(f"core + {metric}", *core, metric)
+            yield replace(one, own=difference(one, without))
+    yield row("all", *every)
 
 
 def _check_sizes(sizes: Sequence[tuple[int, int]], context: int | None) -> None:
@@ -270,10 +306,16 @@ def _bare_row(name: str, model: PreTrainedModel, size: tuple[int, int], repeats:
 
 
 def _bridge_row(
-    name: str, bridge: Any, size: tuple[int, int], way: str, repeats: int, bare: float | None
+    name: str,
+    bridge: Any,
+    size: tuple[int, int],
+    way: str,
+    where: str,
+    wanted: tuple[str, ...],
+    repeats: int,
+    bare: float | None,
 ) -> BenchRow:
     prompts, length = size
-    where, wanted = WAYS[way]
     can = capabilities(bridge)
     path = paths.choose(bridge, can, where)
     names = choose_metrics(wanted, can, path.name)

@@ -49,6 +49,25 @@ def test_rows_of_a_shape(tiny_shape: str) -> None:
     assert json.loads(json.dumps([row.to_dict() for row in rows]))[0]["ratio"] == 1.0
 
 
+def test_what_each_metric_costs_on_its_own(tiny_shape: str) -> None:
+    """Every metric has one row, whose cost is a difference of two ratios."""
+    rows = list(
+        bench.run_bench(
+            tiny_shape, [(2, 16)], by_metric=True, repeats=1, device="cpu", dtype=torch.float32
+        )
+    )
+    ways = {row.way: row for row in rows}
+    core, every = ways["core"], ways["all"]
+    assert core.own is None and every.own is None and ways[bench.BARE].own is None
+    for name in ("sink_attention", "values", "head_outputs", "residual", "massive", "ffn"):
+        without = ways[f"core − {name}"]
+        assert without.own == pytest.approx(core.ratio - without.ratio)
+    for name in ("received", "entropy", "value_share", "through_output", "cosine"):
+        added = ways[f"core + {name}"]
+        assert added.own == pytest.approx(added.ratio - core.ratio)
+    assert "core + ffn_dims" not in ways and len(ways) == len(rows)
+
+
 def test_a_loaded_model_is_compared_with_its_bare_twin() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()

@@ -1,7 +1,8 @@
 """Streaming accumulators: `update` with every batch, then `compute` the field of the report.
 
 `PerPrompt` keeps every prompt; `OverPrompts` and `Summed` keep a mean over prompts, position by
-position. Which one a field needs follows from its dimensions (see `Observer.accumulator`).
+position; `Total` keeps a sum. Which one a field needs follows from its dimensions (see
+`Observer.accumulator`).
 """
 
 from __future__ import annotations
@@ -99,6 +100,22 @@ class Summed(OverPrompts):
     def update(self, values: Float[Tensor, "..."], mask: Bool[Tensor, "prompt position"]) -> None:
         """Add one batch."""
         self._add(values, mask)
+
+
+class Total(Accumulator):
+    """Sum over batches of what has no prompts and no positions."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def update(self, values: Shaped[Tensor, "..."], mask: Bool[Tensor, "prompt position"]) -> None:
+        """Add one batch."""
+        self._sum = values if self._sum is None else self._sum + values
+
+    def compute(self, order: Int[Tensor, "prompt"]) -> Tensor:
+        """The sum."""
+        assert self._sum is not None
+        return self._sum
 
 
 def _widen(value: Tensor, width: int, fill: float = 0.0) -> Tensor:

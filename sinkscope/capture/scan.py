@@ -54,8 +54,9 @@ def scan(
         texts: What `texts()` gives, exact `token_ids`, or a list of strings.
         metrics: "all", "core" (what costs next to nothing at any length), or names from
             `capabilities(model).available`, those of one's own `Observer` included; a list may hold
-            "core" beside names. With "all", what this model cannot have measured exactly is left
-            out; asked for by name, it is refused.
+            "core" or "all" beside names. With "all", what this model cannot have measured exactly
+            is left out, as is "ffn_dims", whose size grows with prompts × layers × dims; asked for
+            by name, the former is refused.
         sinks: Positions counted from a prompt's first token, or "auto": a first pass finds the
             sinks of each prompt (`metrics.positions.primary_and_secondary`). The quantities are
             about its primary sink; its other sinks are in `secondary_sinks`, by layer.
@@ -162,7 +163,8 @@ def choose_metrics(metrics: Metrics, can: Capabilities, attention: str) -> tuple
     """
     known = observers.metrics()
     missing = observers.unavailable(can, attention)
-    groups = {"all": [name for name in known if name not in missing], "core": observers.core()}
+    left_out = {*missing, *observers.on_request()}
+    groups = {"all": [name for name in known if name not in left_out], "core": observers.core()}
     asked = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     wanted = [name for group in asked for name in groups.get(group, (group,))]
     measured_by = {field: name for name, fields in observers.fields().items() for field in fields}

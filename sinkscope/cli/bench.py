@@ -22,6 +22,10 @@ def bench(
     lengths: Annotated[
         str | None, typer.Option(help="Lengths with commas: one prompt of each, instead of sizes.")
     ] = None,
+    by_metric: Annotated[
+        bool,
+        typer.Option("--by-metric", help="What each metric costs on its own, in forward passes."),
+    ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Timed batches; the median counts.")] = 5,
     device: common.Device = None,
     dtype: Annotated[
@@ -37,7 +41,9 @@ def bench(
 
         chosen = _sizes(sizes, lengths) or SIZES
         rows = []
-        for row in run_bench(shape, chosen, repeats=repeats, device=device, dtype=dtype):
+        for row in run_bench(
+            shape, chosen, by_metric=by_metric, repeats=repeats, device=device, dtype=dtype
+        ):
             rows.append(row)
             if not json:
                 typer.echo(f"  measured {row.way} at {row.prompts}×{row.length}", err=True)
@@ -51,7 +57,7 @@ def bench(
         return
     from rich.console import Console
 
-    Console().print(_table(rows, plain["machine"]))
+    Console().print(_table(rows, plain["machine"], by_metric))
 
 
 def _sizes(sizes: str | None, lengths: str | None) -> tuple[tuple[int, int], ...] | None:
@@ -77,10 +83,13 @@ def _machine(rows: list[Any]) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def _table(rows: list[Any], machine: str) -> Any:
+def _table(rows: list[Any], machine: str, by_metric: bool) -> Any:
     from rich.table import Table
 
-    table = Table("batch", "way", "ms", "ratio", "extra GiB", "tokens/s", "first ms", title=machine)
+    columns = ["batch", "way", "ms", "ratio", "extra GiB", "tokens/s", "first ms"]
+    if by_metric:
+        columns.insert(4, "own")
+    table = Table(*columns, title=machine)
     for column in table.columns[2:]:
         column.justify = "right"
     size = None
@@ -93,6 +102,7 @@ def _table(rows: list[Any], machine: str) -> Any:
             row.way if row.note is None else f"{row.way}: {row.note}",
             number(row.milliseconds, ".1f"),
             number(row.ratio, ".2f"),
+            *([number(row.own, "+.2f")] if by_metric else []),
             number(row.memory, ".2f"),
             number(row.tokens_per_second, ",.0f"),
             number(row.first_milliseconds, ".0f"),

@@ -247,7 +247,11 @@ def nonmixture(
     masked = position != 0 if mask is None else mask
     with SelfOnlyMask(model, position) if masked else nullcontext():
         report = scan(
-            model, prompts, metrics=["ffn", "residual"], sinks=[position], progress=progress
+            model,
+            prompts,
+            metrics=["ffn", "ffn_dims", "residual"],
+            sinks=[position],
+            progress=progress,
         )
         hidden = None
         if "neurons" in can.signals:

@@ -95,7 +95,7 @@ def _massive(report: SinkReport) -> Table | None:
 
 def _dims(report: SinkReport) -> Table | None:
     """Non-mixture dims, one row a layer and dim."""
-    if None in (report.ffn_sink, report.ffn_mixed_max, report.ffn_sink_median):
+    if report.ffn_sink_mean is None:
         return None
     columns = ("layer", "dim", "value [activation]", "over median", "over mixed", "share")
     rows = [

@@ -205,7 +205,7 @@ _STATIC: dict[str, tuple[tuple[str, ...], Callable[..., go.Figure]]] = {
     ),
     "drains": (("value_drain",), layers.value_drains),
     "rate": (("sink_importance",), rates.sink_rate),
-    "dims": (("ffn_sink", "ffn_mixed_max", "ffn_sink_median"), dims.nonmixture_dims),
+    "dims": (("ffn_sink_mean",), dims.nonmixture_dims),
     "massive": (("massive",), dims.massive_activations),
     "positions": (("received_attention",), positions.position_map),
     "embeddings": (("position_embedding_norm",), positions.position_embedding_norms),

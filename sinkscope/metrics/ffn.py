@@ -20,6 +20,9 @@ from sinkscope.metrics.reductions import (
     position_chunks,
 )
 
+LARGEST = 32
+"""Dims of each prompt and layer that a scan keeps, those with the largest |x| at the sink."""
+
 
 def ffn_profile(
     x: Float[Tensor, "prompt position dim"],
@@ -78,6 +81,52 @@ def median_over_dims(x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
     """Median over dims of |x| as numpy takes it: the mean of the middle two."""
     ordered, dims = x.abs().sort(dim=-1).values, x.shape[-1]
     return ordered[..., (dims - 1) // 2 : dims // 2 + 1].mean(dim=-1)
+
+
+def folded(
+    at_sink: Float[Tensor, "layer prompt dim"], mixed: Float[Tensor, "layer prompt dim"]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a report keeps of FFN outputs: little, however many prompts there are.
+
+    Args:
+        at_sink: x at the first sink, nan in a prompt without one [activation].
+        mixed: max |x| over the mixed positions, nan in a prompt without any [activation].
+
+    Returns:
+        Fields of a report by name. First those with prompts, [layer prompt ...]: the median of |x|
+        over dims, and the `LARGEST` dims by |x|, with both inputs there (dim -1 in a prompt without
+        a sink). Then sums [layer dim] over the prompts that have both, and [layer] how many
+        these are: of x, of max |x|, of |x| over its median, and of |x| over max |x|.
+    """
+    median, size = median_over_dims(at_sink), at_sink.abs()
+    largest = size.nan_to_num(-1).topk(min(LARGEST, at_sink.shape[-1]), dim=-1).indices
+    has_sink = ~median.isnan()[..., None]
+    both = has_sink & ~mixed[..., :1].isnan()
+
+    def over_prompts(values: Float[Tensor, "layer prompt dim"]) -> Float[Tensor, "layer dim"]:
+        return torch.where(both, values, 0).sum(dim=1)
+
+    by_prompt = {
+        "ffn_sink_median": median,
+        "ffn_largest_dim": torch.where(has_sink, largest, -1),
+        "ffn_largest_sink": at_sink.gather(-1, largest),
+        "ffn_largest_mixed": mixed.gather(-1, largest),
+    }
+    sums = {
+        "ffn_sink_mean": over_prompts(at_sink),
+        "ffn_mixed_mean": over_prompts(mixed),
+        "ffn_over_median": over_prompts(size / median[..., None]),
+        "ffn_over_mixed": over_prompts(size / mixed),
+        "ffn_prompts": both.sum(dim=(1, 2)),
+    }
+    return by_prompt, sums
+
+
+def as_means(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of :func:`folded`, over as many prompts as there were, as means over these."""
+    prompts = sums["ffn_prompts"]
+    means = {name: x / prompts[:, None] for name, x in sums.items() if name != "ffn_prompts"}
+    return means | {"ffn_prompts": prompts}
 
 
 def nonmixture_dims(

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
 from plotly.subplots import make_subplots
+from torch import Tensor
 
 from sinkscope.errors import ReportError
 from sinkscope.output import number
@@ -47,7 +50,8 @@ def nonmixture_dims(
             median of the dims,
         over_mixed: over the largest of the mixed positions,
         share: and the share of prompts in which a dim has to pass both.
-        top: Dims on the right.
+        top: Dims on the right: at most so many, of those that are among the largest kept of every
+            prompt.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -62,11 +66,8 @@ def nonmixture_dims(
     found = report.nonmixture_dims(over_median, over_mixed, share)
     layer = standout_layer(report, found) if layer is None else layer
     passing = {r["dim"] for r in found if r["layer"] == layer}
-    sink = report["ffn_sink"][:, layer].float()
-    mixed = report["ffn_mixed_max"][:, layer].float()
-    value = to_numpy(sink.nanmean(dim=0))
-    reach = to_numpy(mixed.nanmean(dim=0))
-    largest = np.argsort(-np.nan_to_num(np.abs(value)))[:top]
+    value, reach = (to_numpy(report[f"ffn_{of}_mean"][layer]) for of in ("sink", "mixed"))
+    largest, sink, mixed = _largest_dims(report, layer, value, top)
     colours = palette(theme)
     places = bins(len(value))
     every = f"every dim, maxima of {len(places.first):,} bins" if places.binned else "every dim"
@@ -83,8 +84,8 @@ def nonmixture_dims(
         )  # fmt: skip
     names = [f"<b>{dim}</b>" if dim in passing else str(dim) for dim in largest]
     for figures, name, colour in (
-        (sink[:, largest].abs(), "sink", colours.sink),
-        (mixed[:, largest], "largest of the mixed positions", colours.other),
+        (sink.abs(), "sink", colours.sink),
+        (mixed, "largest of the mixed positions", colours.other),
     ):
         mean, low, high = (to_numpy(end) for end in bootstrap(figures))
         figure.add_bar(
@@ -117,12 +118,37 @@ def standout_layer(report: SinkReport, found: list[dict[str, Any]]) -> int:
     """The layer whose FFN output stands out most at the sink, given the dims that pass the rule."""
     if found:
         return found[0]["layer"]
-    require_known(report, "ffn_mixed_max")
-    sink = to_numpy(report["ffn_sink"].float().abs().amax(dim=2).nanmean(dim=0))
-    mixed = to_numpy(report["ffn_mixed_max"].float().amax(dim=2).nanmean(dim=0))
+    require_known(report, "ffn_mixed_mean")
+    sink, mixed = (to_numpy(report[f"ffn_{of}_mean"]) for of in ("sink", "mixed"))
+    sink, mixed = np.abs(sink).max(axis=1), mixed.max(axis=1)
     # Where neither has any norm, as with weights of zero, nothing stands out.
     ratio = np.divide(sink, mixed, out=np.zeros_like(sink), where=(sink > 0) & ~np.isnan(mixed))
     return int(ratio.argmax())
+
+
+def _largest_dims(
+    report: SinkReport, layer: int, value: np.ndarray, top: int
+) -> tuple[np.ndarray, Float[Tensor, "prompt dim"], Float[Tensor, "prompt dim"]]:
+    """The dims of a layer with the largest mean, and what every prompt has there.
+
+    Where only the largest dims of each prompt were kept, those that all prompts with a sink share.
+    """
+    order = np.argsort(-np.nan_to_num(np.abs(value)))
+    if report.ffn_sink is not None:
+        chosen = torch.from_numpy(order[:top])
+        return order[:top], *(
+            report[name][:, layer, chosen].float() for name in ("ffn_sink", "ffn_mixed_max")
+        )
+    kept = report["ffn_largest_dim"][:, layer]
+    has_sink = kept[:, 0] >= 0
+    times = torch.bincount(kept[has_sink].flatten(), minlength=len(value))
+    shared = to_numpy(times == has_sink.sum())
+    dims = order[shared[order]][:top]
+    at = (kept[:, None, :] == torch.from_numpy(dims)[:, None].to(kept)).float().argmax(dim=2)
+    by_prompt = (
+        report[f"ffn_largest_{of}"][:, layer].float().gather(1, at) for of in ("sink", "mixed")
+    )
+    return dims, *by_prompt
 
 
 def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = None) -> go.Figure:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -351,20 +352,73 @@ class SinkFields(Labelled):
     )
 
     # FFN output
-    ffn_sink: Float[Tensor, "prompt layer dim"] | None = measured(
-        about="FFN output at the first sink", unit="activation", metric="ffn"
-    )
-    ffn_mixed_max: Float[Tensor, "prompt layer dim"] | None = measured(
-        about="largest |FFN output| over the positions that mix", unit="activation", metric="ffn"
-    )
     ffn_sink_median: Float[Tensor, "prompt layer"] | None = measured(
         about="median over dims of |FFN output| at the first sink", unit="activation", metric="ffn"
+    )
+    ffn_sink_mean: Float[Tensor, "layer dim"] | None = measured(
+        about="FFN output at the first sink, mean over prompts with a sink and a mixed position",
+        unit="activation",
+        weight="ffn_prompts",
+        metric="ffn",
+    )
+    ffn_mixed_mean: Float[Tensor, "layer dim"] | None = measured(
+        about="largest |FFN output| over the positions that mix, mean over those prompts",
+        unit="activation",
+        weight="ffn_prompts",
+        metric="ffn",
+    )
+    ffn_over_median: Float[Tensor, "layer dim"] | None = measured(
+        about="|FFN output| at the first sink over its median over dims, mean over those prompts",
+        unit="ratio",
+        weight="ffn_prompts",
+        metric="ffn",
+    )
+    ffn_over_mixed: Float[Tensor, "layer dim"] | None = measured(
+        about="|FFN output| at the first sink over the largest that mixes, mean over those prompts",
+        unit="ratio",
+        weight="ffn_prompts",
+        metric="ffn",
+    )
+    ffn_prompts: Int[Tensor, "layer"] | None = measured(
+        about="prompts with a sink and a mixed position", unit="count", metric="ffn"
+    )
+    ffn_largest_dim: Int[Tensor, "prompt layer ffn_rank"] | None = measured(
+        about="dims with the largest |FFN output| at the first sink, largest first", metric="ffn"
+    )
+    ffn_largest_sink: Float[Tensor, "prompt layer ffn_rank"] | None = measured(
+        about="FFN output at the first sink in those dims", unit="activation", metric="ffn"
+    )
+    ffn_largest_mixed: Float[Tensor, "prompt layer ffn_rank"] | None = measured(
+        about="largest |FFN output| over the positions that mix in those dims",
+        unit="activation",
+        metric="ffn",
+    )
+    ffn_sink: Float[Tensor, "prompt layer dim"] | None = measured(
+        about="FFN output at the first sink in every dim", unit="activation", metric="ffn_dims"
+    )
+    ffn_mixed_max: Float[Tensor, "prompt layer dim"] | None = measured(
+        about="largest |FFN output| over the positions that mix in every dim",
+        unit="activation",
+        metric="ffn_dims",
     )
 
     # Position embedding
     position_embedding_norm: Float[Tensor, "context"] | None = measured(
         about="norm of each learned position embedding", unit="activation"
     )
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """FFN outputs folded over prompts, where an older file holds those of every prompt only."""
+        if values.get("ffn_sink") is None or values.get("ffn_sink_mean") is not None:
+            return values
+        from sinkscope.metrics import ffn
+
+        by_prompt, sums = ffn.folded(
+            *(values[n].transpose(0, 1) for n in ("ffn_sink", "ffn_mixed_max"))
+        )
+        by_prompt = {name: x.transpose(0, 1).contiguous() for name, x in by_prompt.items()}
+        return by_prompt | ffn.as_means(sums) | values
 
 
 _METHODS = {"massive_activations": "massive", "nonmixture_dims": "ffn"}

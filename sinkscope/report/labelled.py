@@ -232,6 +232,11 @@ class Labelled:
                 owner.setdefault(dim, name)
         return sizes
 
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The values of an older file, with fields that its version did not have."""
+        return values
+
     def __reduce__(self) -> tuple[Any, ...]:
         declared = tuple(v for v in self.variables().values() if v.declared)
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]

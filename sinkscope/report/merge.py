@@ -49,7 +49,9 @@ def merged_fields(one: Labelled, other: Labelled) -> dict[str, Any]:
         if "prompt" in variable.dims:
             fields[name] = torch.cat(_equally_long(variable, *pair))
         elif variable.weight is not None:
-            counts = _equally_long(variables[variable.weight], *_counts(one, other, variable))
+            weight = variables[variable.weight]
+            counts = _equally_long(weight, *_counts(one, other, variable))
+            counts = tuple(_beside(count, weight, variable) for count in counts)
             fields[name] = _weighted(_equally_long(variable, *pair), counts)
         elif name in weights:
             fields[name] = torch.stack(_equally_long(variable, *pair)).sum(0)
@@ -93,7 +95,13 @@ def _equally_long(variable: Variable, one: Tensor, other: Tensor) -> tuple[Tenso
     )
 
 
-def _weighted(means: tuple[Tensor, Tensor], counts: tuple[Tensor, Tensor]) -> Tensor:
+def _beside(count: Tensor, weight: Variable, mean: Variable) -> Tensor:
+    """Counts along one dimension of a mean, so that they broadcast against it."""
+    after = len(mean.dims) - 1 - mean.dims.index(weight.dims[0])
+    return count.reshape(count.shape + (1,) * after)
+
+
+def _weighted(means: tuple[Tensor, Tensor], counts: tuple[Tensor, ...]) -> Tensor:
     one, other = (count.to(means[0].device) for count in counts)
     first = torch.where(one > 0, means[0].double() * one, 0)
     second = torch.where(other > 0, means[1].double() * other, 0)

@@ -26,7 +26,8 @@ from sinkscope.report.labelled import Labelled, Variable, dataset, extended
 if typing.TYPE_CHECKING:
     import xarray as xr
 
-FORMAT = 1
+FORMAT = 2
+"""1 held FFN outputs of every prompt and dim only; see `Labelled.upgraded`."""
 
 T = TypeVar("T", bound=Labelled)
 
@@ -81,7 +82,7 @@ def load(cls: type[T], path: str | Path) -> T:
                 if (known := json.loads(variable.attrs.get("sinkscope_declared", "null")))
             ]
             kind = extended(cls, tuple(declared))
-            loaded = _read(kind, file, "")
+            loaded = _read(kind, file, "", int(file.attrs["sinkscope_format"]))
         loaded.sizes  # noqa: B018 (refuses tensors that disagree)
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise ReportError(
@@ -141,7 +142,7 @@ def _check_kind(cls: type[Labelled], attributes: Any, path: str | Path) -> None:
         raise ReportError(f"{path} holds a {kind}, not a {cls.__name__}.")
 
 
-def _read(cls: type[T], file: xr.Dataset, prefix: str) -> T:
+def _read(cls: type[T], file: xr.Dataset, prefix: str, version: int) -> T:
     dtypes = json.loads(file.attrs[f"{prefix}dtypes"])
     values: dict[str, Any] = {}
     for name, dtype in dtypes.items():
@@ -149,11 +150,11 @@ def _read(cls: type[T], file: xr.Dataset, prefix: str) -> T:
         values[cls.OLD_NAMES.get(name, name)] = tensor
     for name, part in cls.parts().items():
         if f"{prefix}{name}_dtypes" in file.attrs:
-            values[name] = _read(part, file, f"{prefix}{name}_")
+            values[name] = _read(part, file, f"{prefix}{name}_", version)
     hints = typing.get_type_hints(cls)
     for name in set(hints) - set(values) - set(cls.variables()) - set(cls.parts()):
         if prefix + name in file.variables:
             plain = json.loads(file[prefix + name].item())
             kind = hints[name]
             values[name] = kind.from_dict(plain) if hasattr(kind, "from_dict") else plain
-    return cls(**values)
+    return cls(**(cls.upgraded(values) if version < FORMAT else values))

@@ -125,19 +125,19 @@ class SinkQuantities(SinkFields):
         Returns:
             Records of layer, dim, value (mean over prompts), over_median, over_mixed (means) and
             share, largest |value| first.
-        """
-        from sinkscope.metrics.ffn import nonmixture_dims as stands_out
 
+        Raises:
+            ReportError: where FFN outputs were not measured, or `over_median` is so low that more
+                dims of some prompt may pass than the scan kept.
+        """
         over_median = real_number("over_median", over_median, at_least=0, error=ReportError)
         over_mixed = real_number("over_mixed", over_mixed, at_least=0, error=ReportError)
         share = real_number("share", share, at_least=0, at_most=1, error=ReportError)
-        x, mixed = self["ffn_sink"], self["ffn_mixed_max"]
-        median = self["ffn_sink_median"]
-        shares = stands_out(x, mixed, median, over_median, over_mixed).float().mean(0)
+        shares = self._standing_out(over_median, over_mixed)
         means = {
-            "value": mean_over_prompts(x),
-            "over_median": mean_over_prompts(x.abs() / median[..., None]),
-            "over_mixed": mean_over_prompts(x.abs() / mixed),
+            "value": self["ffn_sink_mean"],
+            "over_median": self["ffn_over_median"],
+            "over_mixed": self["ffn_over_mixed"],
             "share": shares,
         }
         found = (shares >= share) & (shares > 0)
@@ -148,6 +148,29 @@ class SinkQuantities(SinkFields):
             for row, (layer, dim) in enumerate(zip(layers, dims, strict=True))
         ]
         return sorted(records, key=lambda record: -abs(record["value"]))
+
+    def _standing_out(self, over_median: float, over_mixed: float) -> Float[Tensor, "layer dim"]:
+        """The share of prompts in which each dim passes the rule of `nonmixture_dims`."""
+        from sinkscope.metrics.ffn import nonmixture_dims as stands_out
+
+        median = self["ffn_sink_median"]
+        if self.ffn_sink is not None:
+            x, mixed = self["ffn_sink"], self["ffn_mixed_max"]
+            return stands_out(x, mixed, median, over_median, over_mixed).float().mean(0)
+        x, mixed, dim = (self[f"ffn_largest_{name}"] for name in ("sink", "mixed", "dim"))
+        mean = self["ffn_sink_mean"]
+        lowest = x[..., -1].abs() > over_median * median  # then a dim that was left out may pass
+        if x.shape[-1] < mean.shape[-1] and bool(lowest.any()):
+            raise ReportError(
+                f"over_median is {over_median:g}, which more than {x.shape[-1]} dims of a prompt "
+                "exceed, and no more were kept; scan again with the metric 'ffn_dims' among "
+                "metrics=, or choose a larger over_median."
+            )
+        passing = stands_out(x, mixed, median, over_median, over_mixed)
+        prompts, layers, ranks = passing.shape
+        index = dim.long().clamp(min=0).permute(1, 0, 2).reshape(layers, prompts * ranks)
+        found = passing.float().permute(1, 0, 2).reshape(layers, prompts * ranks)
+        return torch.zeros_like(mean).scatter_add_(1, index, found.to(mean.dtype)) / prompts
 
     def inactivity_scores(self) -> dict[str, Float[Tensor, "prompt layer head"]]:
         """The thirteen scores of Sandoval-Segura et al. 2025 by name, among them HONOR (AHON-LN).
@@ -234,8 +257,8 @@ class SinkQuantities(SinkFields):
 
 # -- a report as plain values: what ``sinkscope scan --json`` prints -------------------------------
 
-# Raw material of nonmixture_dims, which stands for them: a number for every prompt, layer and dim.
-_LEFT_OUT = ("ffn_sink", "ffn_mixed_max", "ffn_sink_median")
+# Raw material of nonmixture_dims, which stands for it: numbers for every layer and dim, and more.
+_LEFT_OUT = ("ffn", "ffn_dims")
 
 
 def plain_report(report: SinkQuantities) -> dict[str, Any]:
@@ -249,14 +272,14 @@ def plain_report(report: SinkQuantities) -> dict[str, Any]:
     if report.token_text is not None:
         values["token_text"] = report.token_text
     for name in report.measured():
-        if name in _LEFT_OUT:
+        if report.variables()[name].metric in _LEFT_OUT:
             continue
         dims = report.variables()[name].dims
         whole = name == "sink_attention" or "position" in dims or "prompt" not in dims
         values[name] = nested(report[name] if whole else report.mean(name))
     if report.massive is not None:
         values["massive_activations"] = plain(report.massive_activations())
-    if report.ffn_sink is not None:
+    if report.ffn_sink_mean is not None:
         values["nonmixture_dims"] = plain(report.nonmixture_dims())
     return values
 

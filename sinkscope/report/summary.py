@@ -161,7 +161,7 @@ def massive_dims(report: SinkQuantities) -> str | None:
 
 def nonmixture_dims(report: SinkQuantities) -> str | None:
     """The non-mixture dims by layer."""
-    if report.ffn_sink is None or report.ffn_mixed_max is None or report.ffn_sink_median is None:
+    if report.ffn_sink_mean is None:
         return None
     records = sorted(report.nonmixture_dims(), key=lambda record: record["layer"])
     if not records:

@@ -29,18 +29,18 @@ def expected(
     found = {
         name: np.stack([one[name] for one in prompts])
         for name in prompts[0]
-        if not name.startswith("at each position ")
+        if not name.startswith("over prompts ")
     }
     for name in prompts[0]:
-        if name.startswith("at each position "):
-            found[name.removeprefix("at each position ")] = _mean_of_ragged(
+        if name.startswith("over prompts "):
+            found[name.removeprefix("over prompts ")] = _mean_of_ragged(
                 [one[name] for one in prompts]
             )
     return found
 
 
 def _mean_of_ragged(rows: list[np.ndarray]) -> np.ndarray:
-    """Mean over prompts, position by position, of those prompts that reach it."""
+    """Mean over prompts along the last axis, position by position, of those that reach it."""
     longest = max(row.shape[-1] for row in rows)
     padded = np.full((len(rows), *rows[0].shape[:-1], longest), np.nan)
     for index, row in enumerate(rows):
@@ -121,6 +121,7 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
 
     norm = np.linalg.norm(resid, axis=-1)
     at_sink, median = norm[:, sink], np.median(norm[:, others], axis=1)
+    largest = np.argsort(-np.abs(ffn[:, sink]), axis=-1, kind="stable")[:, :32]
     cosine = np.einsum("ltd,ld->lt", resid, resid[:, sink]) / (norm * at_sink[:, None])
     return latent | {
         "sink_attention": pattern[:, :, queries, sink].mean(axis=-1),
@@ -150,12 +151,21 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
         "ffn_sink": ffn[:, sink],
         "ffn_mixed_max": np.abs(ffn[:, others]).max(axis=1),
         "ffn_sink_median": np.median(np.abs(ffn[:, sink]), axis=-1),
-        "at each position received_attention": received,
-        "at each position uniform_ratio": received / uniform[:, None],
-        "at each position sink_rate": (received > 0.3).mean(axis=(0, 1)),
-        "at each position value_norm": value.transpose(0, 2, 1),
-        "at each position residual_norm": norm,
-        "at each position cosine_to_sink": cosine,
+        "over prompts ffn_sink_mean": ffn[:, sink],
+        "over prompts ffn_mixed_mean": np.abs(ffn[:, others]).max(axis=1),
+        "over prompts ffn_over_median": np.abs(ffn[:, sink])
+        / np.median(np.abs(ffn[:, sink]), axis=-1)[:, None],
+        "over prompts ffn_over_mixed": np.abs(ffn[:, sink]) / np.abs(ffn[:, others]).max(axis=1),
+        "ffn_largest_sink": np.take_along_axis(ffn[:, sink], largest, axis=1),
+        "ffn_largest_mixed": np.take_along_axis(
+            np.abs(ffn[:, others]).max(axis=1), largest, axis=1
+        ),
+        "over prompts received_attention": received,
+        "over prompts uniform_ratio": received / uniform[:, None],
+        "over prompts sink_rate": (received > 0.3).mean(axis=(0, 1)),
+        "over prompts value_norm": value.transpose(0, 2, 1),
+        "over prompts residual_norm": norm,
+        "over prompts cosine_to_sink": cosine,
     }
 
 

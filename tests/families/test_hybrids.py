@@ -85,7 +85,8 @@ def test_fields_are_transformers_own_and_undefined_without_attention(name: str, 
         with pytest.raises(UnsupportedError, match="rescaled projections"):
             ss.scan(model(name), prompts(), attention=way, progress=False)
         return
-    report = ss.scan(model(name), prompts(), batch=2, attention=way, progress=False)
+    every = ("all", "ffn_dims")
+    report = ss.scan(model(name), prompts(), metrics=every, batch=2, attention=way, progress=False)
     assert report.settings.attending == tuple(attending)
     compared = set()
     for field, want in oracle(name).items():

@@ -66,7 +66,10 @@ def compare_every_field(family: Family, family_reference: dict, path: str) -> No
     tokens = family.tokens()
     real = np.ones(tokens.shape, dtype=bool)
     oracle = expected(family_reference, real, family.causal, prescale=family.prescale)
-    report = ss.scan(family.build(), ss.token_ids(tokens), attention=path, progress=False)
+    every = ("all", "ffn_dims")
+    report = ss.scan(
+        family.build(), ss.token_ids(tokens), metrics=every, attention=path, progress=False
+    )
     compared = compare(report, oracle)
     assert report.settings.attention == path
     missing = set(oracle) - compared

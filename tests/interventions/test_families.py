@@ -154,7 +154,7 @@ def test_a_scan_sees_the_mask(family: Family, path: str) -> None:
         "residual_norm",
         "value_norm",
         "head_output_norm",
-        "ffn_sink",
+        "ffn_sink_mean",
     ):
         got = getattr(report, name)
         assert got is not None, name

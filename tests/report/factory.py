@@ -156,7 +156,6 @@ def synthetic_report(
         ),
         ffn_sink=ffn_sink,
         ffn_mixed_max=ffn_mixed,
-        ffn_sink_median=ffn_sink.abs().median(2).values,
         position_embedding_norm=rand(2 * positions),
         gate_mean=0.5 * rand(*per_head),
         gate_closed=rand(*per_head),
@@ -167,7 +166,7 @@ def synthetic_report(
         windows=(None,) * layers,
     )  # fmt: skip
     values["settings"] = synthetic_settings(**{**plain, **(settings or {})})
-    return SinkReport(**{**values, **fields})
+    return SinkReport(**SinkReport.upgraded({**values, **fields}))
 
 
 def only(report: SinkReport, *names: str) -> SinkReport:

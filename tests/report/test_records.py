@@ -64,13 +64,14 @@ def test_massive_activations_are_records(report):
         only(report).massive_activations()
 
 
-def test_nonmixture_dims_hold_in_enough_prompts():
-    """Four prompts, one layer, three dims: dim 0 always, dim 1 in half of them, dim 2 never."""
-    sink = torch.tensor([[[900.0, -300, 1]], [[900, -300, 1]], [[700, 1, 1]], [[700, 1, 1]]])
-    mixed = torch.ones(4, 1, 3)
-    report = synthetic_report(
-        4, 1, dims=3, ffn_sink=sink, ffn_mixed_max=mixed, ffn_sink_median=torch.ones(4, 1)
-    )
+@pytest.mark.parametrize("every_dim", [True, False])
+def test_nonmixture_dims_hold_in_enough_prompts(every_dim):
+    """Four prompts, one layer: dim 0 always, dim 1 in half of them, the other three never."""
+    sink = torch.ones(4, 1, 5)
+    sink[:2, 0, 0], sink[2:, 0, 0], sink[:2, 0, 1] = 900, 700, -300
+    report = synthetic_report(4, 1, dims=5, ffn_sink=sink, ffn_mixed_max=torch.ones(4, 1, 5))
+    if not every_dim:
+        report = dataclasses.replace(report, ffn_sink=None, ffn_mixed_max=None)
     always, half = report.nonmixture_dims()
     assert always == pytest.approx(
         {"layer": 0, "dim": 0, "value": 800, "over_median": 800, "over_mixed": 800, "share": 1}
@@ -81,6 +82,19 @@ def test_nonmixture_dims_hold_in_enough_prompts():
     assert report.nonmixture_dims(over_median=1000.0) == []
     assert report.nonmixture_dims(over_mixed=1000.0) == []
     assert [r["dim"] for r in report.nonmixture_dims(share=0.0)] == [0, 1]  # 2 stands out nowhere
+
+
+def test_nonmixture_dims_are_refused_where_more_may_pass_than_were_kept():
+    """100 dims of which 32 are kept; by these thresholds 40 pass."""
+    sink, mixed = torch.ones(2, 1, 100), torch.full((2, 1, 100), 0.01)
+    sink[..., :40] = torch.arange(100.0, 60, -1)
+    whole = synthetic_report(2, 1, dims=100, ffn_sink=sink, ffn_mixed_max=mixed)
+    assert len(whole.nonmixture_dims(over_median=50.0)) == 40
+    kept = dataclasses.replace(whole, ffn_sink=None, ffn_mixed_max=None)
+    with pytest.raises(ReportError, match="more than 32 dims .* scan again with the metric"):
+        kept.nonmixture_dims(over_median=50.0)
+    assert kept.nonmixture_dims(over_median=80.0) == whole.nonmixture_dims(over_median=80.0)
+    assert len(kept.nonmixture_dims(over_median=80.0)) == 20
 
 
 def test_inactivity_scores_are_the_published_thirteen_and_ours(report):

@@ -26,14 +26,14 @@ def test_dims_come_from_the_annotations():
 def test_every_field_says_its_unit_and_meaning():
     for variable in SinkReport.variables().values():
         assert variable.about, variable.name
-        ids_and_masks = ("tokens", "mask", "sink_mask", "secondary_sinks")
+        ids_and_masks = ("tokens", "mask", "sink_mask", "secondary_sinks", "ffn_largest_dim")
         assert (variable.unit is None) == (variable.name in ids_and_masks), variable.name
 
 
 def test_means_over_prompts_without_a_prompt_dimension_name_their_weights():
     """Merging needs them, so a new field cannot forget."""
     free_of_prompts = {"epsilon", "bucket", "width", "position_embedding_norm"}
-    free_of_prompts |= {"prompts_at", "prompts_with_sink_at", "prompts_in_bucket"}
+    free_of_prompts |= {"prompts_at", "prompts_with_sink_at", "prompts_in_bucket", "ffn_prompts"}
     for variable in SinkReport.variables().values():
         is_mean = "prompt" not in variable.dims and variable.name not in free_of_prompts
         assert (variable.weight is not None) == is_mean, variable.name

@@ -13,6 +13,7 @@ from sinkscope.capture.observers.base import (
     core,
     fields,
     metrics,
+    on_request,
     unavailable,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "gates",
     "massive",
     "metrics",
+    "on_request",
     "residual",
     "unavailable",
     "values",

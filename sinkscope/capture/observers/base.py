@@ -122,6 +122,8 @@ class Observer:
             position neuron].
         needs: Tensors that a model must show for that signal to answer what is asked of it.
         core: Whether the metric belongs to "core".
+        on_request: Whether it is measured only if it is asked for by name, and not with "all",
+            because what it keeps is large.
 
     Attributes:
         layer: The layer that `observe` is called for.
@@ -137,6 +139,7 @@ class Observer:
     signal: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     core: ClassVar[bool] = False
+    on_request: ClassVar[bool] = False
     statistics: ClassVar[frozenset[str]] = frozenset()
     fields: ClassVar[Mapping[str, Any]] = {}
 
@@ -148,6 +151,7 @@ class Observer:
         reads: str = "",
         needs: Iterable[str] = (),
         core: bool = False,
+        on_request: bool = False,
         **options: Any,
     ) -> None:
         super().__init_subclass__(**options)
@@ -155,7 +159,7 @@ class Observer:
             _check_signal(cls, reads)
             cls.signal = reads
             cls.needs = frozenset(needs) or _NEEDED.get(reads, frozenset({reads}))
-        cls.metric, cls.core = metric, core
+        cls.metric, cls.core, cls.on_request = metric, core, on_request
         if metric:
             _register(cls)
 
@@ -273,7 +277,8 @@ class Observer:
         if "layer" not in dims or not 0 < len(self._heard) < size:
             return value
         at = dims.index("layer")
-        whole = value.new_full((*value.shape[:at], size, *value.shape[at + 1 :]), torch.nan)
+        absent = torch.nan if value.is_floating_point() else -1
+        whole = value.new_full((*value.shape[:at], size, *value.shape[at + 1 :]), absent)
         return whole.index_copy_(at, torch.tensor(sorted(self._heard), device=value.device), value)
 
     def _checked(self, name: str, value: Any, batch: Batch) -> Tensor:
@@ -321,6 +326,13 @@ def metrics() -> dict[str, tuple[type[Observer], ...]]:
 def core() -> tuple[str, ...]:
     """The metrics that cost next to nothing beside the forward pass, at any length."""
     return tuple(name for name, kinds in metrics().items() if all(kind.core for kind in kinds))
+
+
+def on_request() -> tuple[str, ...]:
+    """The metrics that "all" leaves out because what they keep is large."""
+    return tuple(
+        name for name, kinds in metrics().items() if all(kind.on_request for kind in kinds)
+    )
 
 
 def fields() -> dict[str, tuple[str, ...]]:

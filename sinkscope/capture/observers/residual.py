@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.capture.accumulators import OverPrompts
+from sinkscope.capture.accumulators import Accumulator, OverPrompts, Total
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers.base import Observer, Scope
 from sinkscope.capture.reductions import all_layers
@@ -17,6 +17,10 @@ from sinkscope.errors import ModelError
 from sinkscope.metrics import ffn, residual
 from sinkscope.metrics.positions import first_true
 from sinkscope.metrics.reductions import at_least_fp32
+from sinkscope.report.report import SinkReport
+
+FOLDED_AT_ONCE = 2**23
+"""Numbers of FFN outputs that are sorted and folded over prompts at once."""
 
 
 def token_summary(
@@ -116,25 +120,80 @@ class CosineToSink(Observer, metric="cosine", reads="resid_post"):
         return found | {"prompts_with_sink_at": mean.count}
 
 
-class FfnOutput(Observer, metric="ffn", reads="mlp_out", core=True):
-    """The FFN's output at the sink against all positions that mix."""
+def ffn_extremes(
+    layer: int, x: Float[Tensor, "prompt position dim"], batch: Batch
+) -> tuple[Float[Tensor, "prompt dim"], Float[Tensor, "prompt dim"]]:
+    """The FFN's output at the first sink, and its largest size elsewhere, in the model's dtype."""
 
-    def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
-        """Two numbers a dim, from which any threshold can be applied later."""
+    def compute() -> tuple[Tensor, Tensor]:
         if batch.sink_is_first_token and not batch.ragged:
             # A copy, which lets go of x; and nothing to leave out of the others.
-            at_sink, mixed = at_least_fp32(x[:, 0]).clone(), ffn.largest(x[:, 1:])
-        else:
-            at_sink = ffn.at_first(x, batch.first_sink)
-            mixed = ffn.largest_where(x, batch.others)
+            return x[:, 0].clone(), ffn.largest(x[:, 1:]).to(x.dtype)
+        at_sink = ffn.at_first(x, batch.first_sink)
+        return at_sink.to(x.dtype), ffn.largest_where(x, batch.others).to(x.dtype)
+
+    return batch.once(("ffn extremes", layer), compute)
+
+
+def known_extremes(
+    at_sink: Float[Tensor, "layer prompt dim"],
+    mixed: Float[Tensor, "layer prompt dim"],
+    batch: Batch,
+) -> tuple[Float[Tensor, "layer prompt dim"], Float[Tensor, "layer prompt dim"]]:
+    """Both in fp32; nan where a prompt has no sink, or nothing that mixes."""
+    has_sink, has_mixed = batch.sinks.any(dim=1), batch.others.any(dim=1)
+    return (
+        torch.where(has_sink[:, None], at_least_fp32(at_sink), torch.nan),
+        torch.where(has_mixed[:, None], at_least_fp32(mixed), torch.nan),
+    )
+
+
+class FfnOutput(Observer, metric="ffn", reads="mlp_out", core=True):
+    """The FFN's output at the sink against all positions that mix, folded over prompts."""
+
+    def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
+        """Two numbers a dim; everything else waits."""
+        at_sink, mixed = ffn_extremes(self.layer, x, batch)
         return {"at_sink": at_sink, "mixed": mixed}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Medians of all layers at once; nan where a prompt has no sink or nothing that mixes."""
-        has_sink, has_mixed = batch.sinks.any(dim=1), batch.others.any(dim=1)
-        at_sink = torch.where(has_sink[:, None], layers["at_sink"], torch.nan)
-        return {
-            "ffn_sink": at_sink,
-            "ffn_mixed_max": torch.where(has_mixed[:, None], layers["mixed"], torch.nan),
-            "ffn_sink_median": ffn.median_over_dims(at_sink),
-        }
+        """Means over prompts of every dim, and each prompt's largest dims, some layers at a time.
+
+        nan, and -1 for a dim, where a prompt has no sink or nothing that mixes.
+        """
+        together = max(1, FOLDED_AT_ONCE // max(1, layers["mixed"][0].numel()))
+        pieces = zip(*(layers[name].split(together) for name in ("at_sink", "mixed")), strict=True)
+        found: list[dict[str, Tensor]] = []
+        for piece in pieces:
+            by_prompt, sums = ffn.folded(*known_extremes(*piece, batch))
+            found.append(by_prompt | sums)
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+    def accumulator(self, name: str) -> Accumulator:
+        """Sums over prompts go on being summed; `results` divides them."""
+        return Total() if self._is_sum(name) else super().accumulator(name)
+
+    def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
+        """The fields: sums over prompts are now means."""
+        found = super().results(order)
+        found["ffn_prompts"] = found["ffn_prompts"].clamp(min=0)  # a layer without FFN has none
+        sums = {name: x for name, x in found.items() if self._is_sum(name)}
+        return found | ffn.as_means(sums)
+
+    @staticmethod
+    def _is_sum(name: str) -> bool:
+        return SinkReport.variables()[name].dims[0] != "prompt"
+
+
+class FfnDims(Observer, metric="ffn_dims", reads="mlp_out", on_request=True):
+    """The same for every prompt and dim, which takes prompts × layers × dims numbers, twice."""
+
+    def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
+        """What `FfnOutput` asks for as well."""
+        at_sink, mixed = ffn_extremes(self.layer, x, batch)
+        return {"at_sink": at_sink, "mixed": mixed}
+
+    def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Every number, nan where a prompt has none."""
+        at_sink, mixed = known_extremes(layers["at_sink"], layers["mixed"], batch)
+        return {"ffn_sink": at_sink, "ffn_mixed_max": mixed}

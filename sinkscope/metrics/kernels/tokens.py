@@ -27,11 +27,13 @@ def norms_through(
     heads, block = len(gram), max(16, triton.next_power_of_2(width))
     result = torch.empty(prompts, heads, length, dtype=torch.float32, device=x.device)
     rows = 64 if x.dtype != torch.float32 else 32
-    # Products of half-precision vectors with G in three parts keep all of float32's digits.
+    # Products of float16 vectors with G in three TF32 parts keep all of float32's digits.
     precision = "ieee" if x.dtype == torch.float32 else "tf32x3"
+    split = x.dtype == torch.bfloat16
     through_kernel[(triton.cdiv(length, rows), heads, prompts)](
         x, gram, result, *x.stride()[:3], length, GROUP=heads // kv_heads, D=width, D_BLOCK=block,
-        M=rows, PRECISION=precision, num_warps=4,
+        M=rows, COLUMNS=max(16, block // 2) if split else block, SPLIT=split, PRECISION=precision,
+        num_warps=4,
     )  # fmt: skip
     return result
 
@@ -68,9 +70,14 @@ def through_kernel(
     D: tl.constexpr,
     D_BLOCK: tl.constexpr,
     M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sqrt(xᵀ G^h x) for one block of positions of one query head."""
+    """sqrt(xᵀ G^h x) for one block of positions of one query head, some columns of G at a time.
+
+    With SPLIT, for bfloat16 vectors, three bfloat16 parts of G hold all of float32's digits.
+    """
     head = tl.program_id(1)
     prompt = tl.program_id(2).to(tl.int64)
     places = tl.program_id(0) * M + tl.arange(0, M)
@@ -78,11 +85,27 @@ def through_kernel(
     dims = tl.arange(0, D_BLOCK)
     at = places.to(tl.int64)[:, None] * x_t + dims[None, :]
     x += prompt * x_b + (head // GROUP) * x_h
-    vectors = tl.load(x + at, mask=here[:, None] & (dims < D)[None, :], other=0.0).to(tl.float32)
-    square = head * D * D + dims[:, None] * D + dims[None, :]
-    g = tl.load(gram + square, mask=(dims < D)[:, None] & (dims < D)[None, :], other=0.0)
-    through = tl.dot(vectors, g, input_precision=PRECISION)
-    size = tl.sqrt(tl.maximum(tl.sum(through * vectors, 1), 0.0))
+    vectors = tl.load(x + at, mask=here[:, None] & (dims < D)[None, :], other=0.0)
+    size = tl.zeros([M], dtype=tl.float32)
+    for start in tl.static_range(0, D_BLOCK, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        square = head * D * D + dims[:, None] * D + columns[None, :]
+        g = tl.load(gram + square, mask=(dims < D)[:, None] & (columns < D)[None, :], other=0.0)
+        if SPLIT:
+            high = g.to(tl.bfloat16)
+            rest = g - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            through = tl.dot(vectors, high, tl.dot(vectors, middle, tl.dot(vectors, low)))
+        else:
+            through = tl.dot(vectors.to(tl.float32), g, input_precision=PRECISION)
+        if COLUMNS < D_BLOCK:
+            part = places.to(tl.int64)[:, None] * x_t + columns[None, :]
+            along = tl.load(x + part, mask=here[:, None] & (columns < D)[None, :], other=0.0)
+        else:
+            along = vectors
+        size += tl.sum(through * along.to(tl.float32), 1)
+    size = tl.sqrt(tl.maximum(size, 0.0))
     tl.store(result + (prompt * tl.num_programs(1) + head) * length + places, size, mask=here)
 
 
