@@ -15,14 +15,22 @@
 # # 1 · What is an attention sink?
 #
 # Open almost any trained transformer, look at where its heads attend, and you meet the same odd
-# picture: a large part of all attention goes to the first token, whatever that token is. It is
-# called an **attention sink**. This lesson shows it on a real model, puts a number on it with your
-# own hands, and asks what it depends on.
+# picture. This lesson shows it on a real model, lets you measure it yourself, and asks what it
+# depends on.
 #
-# You need to know what a softmax and an attention head are. Nothing here needs a GPU or a network.
+# *Each lesson asks you to predict a result before you see it. Write your guess into the cell below
+# the question, then run the next one: where the guess is a number, it is drawn beside the result.
+# A guess that turns out wrong teaches more than a result that was merely read.*
 #
-# *Each lesson asks you to predict a result before you see it. Do it: a guess that turns out wrong
-# is worth more than a result that was merely read.*
+# **Goals.** After this lesson you can
+#
+# * say what an attention sink is, and measure one from attention patterns,
+# * tell it from what uniform attention would give,
+# * test whether it depends on the word, the place, or the text.
+#
+# **Before.** What a softmax and an attention head are. No GPU and no network.
+#
+# **Time.** About 60 minutes in class, with the predictions and two exercises.
 
 # %%
 import torch
@@ -61,16 +69,30 @@ n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
 patterns = torch.stack([cache["pattern", layer][0] for layer in range(n_layers)])
 
 print(f"{n_layers} layers × {n_heads} heads, {len(words)} tokens: {words[:7]} …")
-assert len(words) == 45
-assert torch.allclose(patterns.sum(-1), torch.ones(()), atol=1e-5), "every row sums to one"
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert len(words) == 45
+# assert torch.allclose(patterns.sum(-1), torch.ones(()), atol=1e-5), "every row sums to one"
+# ```
+#
+# </details>
 
 # %% [markdown]
 # > **Predict.** Take a head from the middle of the model, layer 18, head 7. Which tokens will the
 # > words of this story attend to? Their neighbours, the nouns, the full stops?
 
 # %%
+guess = ""  # which tokens?
+
+# %% tags=["reveal"]
 about = "smollm2-135m · a story of 45 tokens · no BOS token"
 ss.plot.attention_pattern(patterns[18, 7], words, about=about, title="Layer 18, head 7")
+
+# %% tags=["reveal"]
+print("Your guess:", guess or "none")
 
 # %% [markdown]
 # One bright column: every word attends to "The", the first token of the text, and to next to
@@ -81,10 +103,16 @@ ss.plot.attention_pattern(patterns[18, 7], words, about=about, title="Layer 18, 
 # %%
 ss.plot.attention_pattern(patterns[16, 0], words, about=about, title="Layer 16, head 0")
 
-# %%
-previous = patterns.diagonal(offset=-1, dim1=-2, dim2=-1)  # A[i, i - 1]
-assert patterns[18, 7, 1:, 0].min() > 0.9, "layer 18, head 7 parks at every query"
-assert previous[16, 0].mean() > 0.5, "layer 16, head 0 reads the previous token"
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# previous = patterns.diagonal(offset=-1, dim1=-2, dim2=-1)  # A[i, i - 1]
+# assert patterns[18, 7, 1:, 0].min() > 0.9, "layer 18, head 7 parks at every query"
+# assert previous[16, 0].mean() > 0.5, "layer 16, head 0 reads the previous token"
+# ```
+#
+# </details>
 
 # %% [markdown]
 # ## Put a number on it
@@ -101,12 +129,30 @@ assert previous[16, 0].mean() > 0.5, "layer 16, head 0 reads the previous token"
 # > attention goes to the first token? And how much would uniform attention give it?
 
 # %%
+guess = {"all heads": None, "uniform attention": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
 by_hand = patterns[:, :, 1:, 0].mean(-1)  # [layer, head]
 uniform = (1 / torch.arange(2, len(words) + 1)).mean()
 print(f"all heads: {by_hand.mean():.3f}   uniform: {uniform:.3f}")
 
-assert 0.4 < by_hand.mean() < 0.5, "almost half"
-assert round((by_hand.mean() / uniform).item()) == 6
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    {"all heads": by_hand.mean(), "uniform attention": uniform},
+    "attention to the first token [probability]",
+    about=about,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert 0.4 < by_hand.mean() < 0.5, "almost half"
+# assert round((by_hand.mean() / uniform).item()) == 6
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Almost half of all the attention in this model goes to one token of 45, about six times what an even
@@ -125,10 +171,16 @@ ss.plot.head_map(report)
 # are **sink heads**. Two regions are free of them: the first layers, and a few layers around 11.
 # Both matter: lesson 3 finds that these are the places where the sink is *made*.
 
-# %%
-sink_heads = (by_hand > 0.3).float()
-assert 0.65 < sink_heads.mean() < 0.85
-assert sink_heads[[0, 1, 10, 11]].mean() < 0.1 < 0.9 < sink_heads[[18, 23, 24]].mean()
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# sink_heads = (by_hand > 0.3).float()
+# assert 0.65 < sink_heads.mean() < 0.85
+# assert sink_heads[[0, 1, 10, 11]].mean() < 0.1 < 0.9 < sink_heads[[18, 23, 24]].mean()
+# ```
+#
+# </details>
 
 # %% [markdown]
 # ## Seen from the tokens
@@ -150,7 +202,14 @@ received = report.received_peak[0]  # mean over layers and heads [position]
 top = received.topk(3).indices.tolist()
 print([(position, words[position], round(received[position].item(), 2)) for position in top])
 
-assert top[0] == 0 and received[0] > 4 * received[1:].max()
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert top[0] == 0 and received[0] > 4 * received[1:].max()
+# ```
+#
+# </details>
 
 # %% [markdown]
 # The first token is alone. It receives more than four times as much as any other, and it is the
@@ -167,6 +226,13 @@ assert top[0] == 0 and received[0] > 4 * received[1:].max()
 # > 3. Put the model's own special token, `<|im_start|>`, in front.
 
 # %%
+guess = {
+    "another first word": None,
+    "six tokens cut": None,
+    "special token in front": None,
+}  # numbers in the place of None
+
+# %% tags=["reveal"]
 swap_start = ss.interventions.ReplaceStart(model, "random")
 conditions = {
     "the story": texts,
@@ -181,9 +247,23 @@ sink = {
 for name, attention in sink.items():
     print(f"{name:24} {attention:.2f}")
 
-# %%
-assert all(attention > 0.3 for attention in sink.values())
-assert words[6] == " hills" and received[6] < 0.03, "where it stood before, it received little"
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    sink,
+    "attention to the first token [probability]",
+    about=about,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert all(attention > 0.3 for attention in sink.values())
+# assert words[6] == " hills" and received[6] < 0.03, "where it stood before, it received little"
+# ```
+#
+# </details>
 
 # %% [markdown]
 # It is not the word. Whatever stands first becomes the sink: any word, a special token, a word
@@ -197,6 +277,9 @@ assert words[6] == " hills" and received[6] < 0.03, "where it stood before, it r
 # > repeated 45 times?
 
 # %%
+guess = {"random tokens": None, "one token repeated": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
 length = len(words)
 nonsense = ss.random_tokens(prompts=2, length=length)
 echo = ss.repeated_tokens(" the", prompts=1, length=length)
@@ -205,9 +288,23 @@ for name, condition in {"random tokens": nonsense, "one token repeated": echo}.i
     print(f"{name:24} {sink[name]:.2f}")
 print(f"{'uniform attention':24} {uniform:.2f}")
 
-# %%
-assert sink["random tokens"] > 0.3, "nonsense has a sink too"
-assert abs(sink["one token repeated"] - uniform) < 0.05, "repetition has none"
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    sink,
+    "attention to the first token [probability]",
+    about="smollm2-135m · 45 tokens that are no text · no BOS token",
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert sink["random tokens"] > 0.3, "nonsense has a sink too"
+# assert abs(sink["one token repeated"] - uniform) < 0.05, "repetition has none"
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Nonsense has its sink: the text does not matter. But repetition has **none**, and for a reason
@@ -229,7 +326,18 @@ assert abs(sink["one token repeated"] - uniform) < 0.05, "repetition has none"
 # > **Predict.** How large is the value of the first token, compared with the others?
 
 # %%
+guess = {"layer 18, KV head 2": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
 ss.plot.by_position(report, "value_norm", layer=18, head=2)
+
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    {"layer 18, KV head 2": report.value_drain[0, 18, 2]},
+    "value norm of the sink over the others' [ratio]",
+    about=about,
+)
 
 # %% [markdown]
 # It is tiny. (One bar for each value vector of layer 18, key/value head 2, which heads 6, 7 and 8
@@ -248,7 +356,14 @@ ratio = report.value_drain[0].median().item()
 print(f"attention to the sink {attention:.2f}, its share of what is written {share:.2f}")
 print(f"its value is {ratio:.2f} × the others' (median over layers and KV heads)")
 
-assert ratio < 0.4 and share < 0.8 * attention
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert ratio < 0.4 and share < 0.8 * attention
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Muted, not silent: the sink's share of what is written is smaller than its share of the attention,
@@ -271,7 +386,8 @@ assert ratio < 0.4 and share < 0.8 * attention
 # Put your answer in the place of `None` and run the cell. The cell below holds what answers are
 # compared with (open it only afterwards), and each solution is folded away below its exercise.
 
-# %% jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} cellView="form"
+# @title How answers are checked { display-mode: "form" }
 ANSWERS = {  # exercise: (answer, hint)
     1: (
         patterns[24, 0].tril(-1)[1:, 0].sum().item() / (len(words) - 1),
@@ -286,6 +402,12 @@ ANSWERS = {  # exercise: (answer, hint)
         "report.received_attention is [layer, head, position].",
     ),
     4: ("the first", "Compare report.sink_rate, or received_peak, at 0 and at 45."),
+    5: (
+        ss.scan(model, [story, "It was late, and cold."], metrics=["sink_attention"])
+        .sink_attention[1, 18, 7]
+        .item(),
+        "Padded queries must not count, neither above nor below the line.",
+    ),
 }
 solved = set()
 
@@ -312,10 +434,16 @@ answer_1 = None
 
 check(1, answer_1)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-answer_1 = patterns[24, 0, 1:, 0].mean().item()
-
-check(1, answer_1)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# answer_1 = patterns[24, 0, 1:, 0].mean().item()
+#
+# check(1, answer_1)
+# ```
+#
+# </details>
 
 # %% [markdown]
 # **2.** Sink rates in papers are taken at 64 tokens, serving systems run thousands. What would
@@ -327,10 +455,16 @@ answer_2 = None
 
 check(2, answer_2)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-answer_2 = (1 / torch.arange(2, 1025)).mean().item()  # about ln(T) / T
-
-check(2, answer_2)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# answer_2 = (1 / torch.arange(2, 1025)).mean().item()  # about ln(T) / T
+#
+# check(2, answer_2)
+# ```
+#
+# </details>
 
 # %% [markdown]
 # **3.** Layer 11, head 6 is in the quarter of heads without a sink. Which *position* of the story
@@ -341,12 +475,18 @@ answer_3 = None
 
 check(3, answer_3)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-mass = patterns[11, 6].sum(0)  # what each key receives in all
-seen_by = torch.arange(len(words), 0, -1)  # how many queries see it
-answer_3 = (mass / seen_by).argmax().item()
-
-check(3, answer_3)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 3</summary>
+#
+# ```python
+# mass = patterns[11, 6].sum(0)  # what each key receives in all
+# seen_by = torch.arange(len(words), 0, -1)  # how many queries see it
+# answer_3 = (mass / seen_by).argmax().item()
+#
+# check(3, answer_3)
+# ```
+#
+# </details>
 
 # %% [markdown]
 # **4.** Lay the story twice end to end. The second copy begins with the same word "The", at
@@ -358,18 +498,77 @@ answer_4 = None
 
 check(4, answer_4)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-twice = ss.scan(model, ss.token_ids(repeat(texts.tokens, "prompt t -> prompt (copy t)", copy=2)))
-first, second = twice.received_peak[0, [0, 45]].tolist()
-print(f"position 0 receives {first:.2f}, position 45 receives {second:.2f}")
-answer_4 = "the first" if first > 10 * second else "the second" if second > 10 * first else "both"
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 4</summary>
+#
+# ```python
+# twice = ss.scan(model, ss.token_ids(repeat(texts.tokens, "prompt t -> prompt (copy t)", copy=2)))
+# first, second = twice.received_peak[0, [0, 45]].tolist()
+# print(f"position 0 receives {first:.2f}, position 45 receives {second:.2f}")
+# answer_4 = "the first" if first > 10 * second else "the second" if second > 10 * first else "both"
+#
+# check(4, answer_4)
+# ```
+#
+# </details>
 
-check(4, answer_4)
-assert solved == set(ANSWERS)
+# %% [markdown]
+# **5.** (harder) Write `sink_attention` itself: a function of attention patterns
+# `[prompt head query key]` and a mask `[prompt position]`, for prompts of different lengths that are
+# padded at the right. What does it give for layer 18, head 7 on the second, short prompt?
+
+# %%
+pair = ss.texts([story, "It was late, and cold."]).tokenize(model).right_padded()
+
+
+def my_sink_attention(pattern, mask):
+    """Mean over the real queries after position 0 of what they pay to it [prompt head]."""
+    raise NotImplementedError
+
+
+answer_5 = None  # my_sink_attention(...)[1, 7].item()
+
+
+check(5, answer_5)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 5</summary>
+#
+# ```python
+# def my_sink_attention(pattern, mask):
+#     paid = pattern[:, :, 1:, 0]  # [prompt head query]
+#     real = mask[:, None, 1:].float()  # a padded query counts nothing
+#     return (paid * real).sum(-1) / real.sum(-1)
+#
+#
+# _, cached = model.run_with_cache(pair.tokens, names_filter="blocks.18.attn.hook_pattern")
+# answer_5 = my_sink_attention(cached["pattern", 18], pair.mask)[1, 7].item()
+#
+# check(5, answer_5)
+# assert solved == set(ANSWERS)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## Discuss
+#
+# 1. A softmax row sums to one. Which other ways could a head have to do nothing? (Lesson 6 tries two.)
+# 2. Is 0.3 a good threshold at 16 tokens? At 16,000? What would you report beside a sink rate?
+# 3. The sink takes half of the attention and gives little back. Is attention a measure of importance?
+#
+# ## Read on
+#
+# * Guangxuan Xiao, Yuandong Tian, Beidi Chen, Song Han and Mike Lewis (2023), *Efficient Streaming
+#   Language Models with Attention Sinks*, arXiv 2309.17453
+# * Xiangming Gu, Tianyu Pang, Chao Du and others (2024), *When Attention Sink Emerges in Language
+#   Models: An Empirical View*, arXiv 2410.10781
+# * Federico Barbero, Álvaro Arroyo, Xiangming Gu and others (2025), *Why do LLMs attend to the first
+#   token?*, arXiv 2504.02732
 
 # %% [markdown]
 # Next: [2 · Find the sinks of a model](02_find_the_sinks_of_a_model.ipynb). After it:
 # [3 · what a sink is made of](03_drains_peaks_and_dimensions.ipynb),
 # [4 · how to move it](04_move_the_sink.ipynb),
-# [5 · heads that sleep](05_heads_that_sleep.ipynb), and
+# [5 · heads that sleep](05_dormant_heads.ipynb), and
 # [6 · how a sink grows](06_grow_a_sink.ipynb).

@@ -19,7 +19,15 @@
 # figure in this field, the *sink rate*, can be moved up and down at will by anybody who chooses the
 # threshold, the length of the text, and the first token. This lesson does so on purpose.
 #
-# Before: [lesson 1](01_what_is_an_attention_sink.ipynb).
+# **Goals.** After this lesson you can
+#
+# * scan a model and read the result,
+# * say what moves a sink rate, and what has to stand beside one,
+# * put an interval on it, and find sinks that are not at position 0.
+#
+# **Before.** [Lesson 1](01_what_is_an_attention_sink.ipynb).
+#
+# **Time.** About 60 minutes in class, with the predictions and two exercises.
 
 # %%
 import tempfile
@@ -38,14 +46,33 @@ model = ss.load_model("smollm2-135m")
 # > token, on average, more than 0.3 of their attention?
 
 # %%
+guess = {"sink heads": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
 texts = ss.texts("prose", prompts=8, length=128)  # windows of the Python manual
 report = ss.scan(model, texts)
 report
 
-# %%
+# %% tags=["reveal"]
 sink_heads = int((report.sink_importance.mean(0) > 0.3).sum())
-assert 150 < sink_heads < 200, "about two thirds of the heads"
-assert report.top_heads(1)[0]["layer"] == 18
+
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    {"sink heads": int(report.sink_heads().sum())},
+    "heads [count]",
+    about=report.settings,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert 150 < sink_heads < 200, "about two thirds of the heads"
+# assert report.top_heads(1)[0]["layer"] == 18
+# ```
+#
+# </details>
 
 # %% [markdown]
 # About two thirds. Read the table from the top:
@@ -87,13 +114,31 @@ ss.explore(report, model=model)
 # > 0.8?
 
 # %%
+guess = {"ε = 0.8": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
 ss.plot.sink_rate(report)
 
-# %%
+# %% tags=["reveal"]
 print({epsilon: round(report.sink_rate_at(epsilon), 2) for epsilon in (0.1, 0.3, 0.5, 0.8)})
 
-assert 0.55 < report.sink_rate_at(0.3) < 0.75
-assert report.sink_rate_at(0.8) < 0.1 < 0.75 < report.sink_rate_at(0.1)
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    {"ε = 0.8": report.sink_rate_at(0.8)},
+    "sink rate [share of heads]",
+    about=report.settings,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert 0.55 < report.sink_rate_at(0.3) < 0.75
+# assert report.sink_rate_at(0.8) < 0.1 < 0.75 < report.sink_rate_at(0.1)
+# ```
+#
+# </details>
 
 # %% [markdown]
 # The same heads, the same text: anything from 85 % to 4 %. There is no right threshold, so show
@@ -106,6 +151,9 @@ assert report.sink_rate_at(0.8) < 0.1 < 0.75 < report.sink_rate_at(0.1)
 # > the sink rate at 0.3 rise or fall with the length? And is the sink *stronger* in short texts?
 
 # %%
+guess = ""  # rises or falls? stronger or weaker?
+
+# %% tags=["reveal"]
 lengths = (16, 32, 64, 128, 256)
 by_length = [
     ss.scan(
@@ -117,14 +165,24 @@ by_length = [
 ]
 ss.plot.sink_rate_by_length(by_length)
 
-# %%
+# %% tags=["reveal"]
 rates = [one.sink_rate_at(0.3) for one in by_length]
 ratios = [one.uniform_ratio[:, :, 0].mean().item() for one in by_length]
 for length, rate, ratio in zip(lengths, rates, ratios, strict=True):
     print(f"T = {length:3}: sink rate {rate:.0%}, {ratio:4.1f} × what uniform attention gives")
 
-assert rates[0] > 0.8 > 0.6 > rates[-1], "the rate falls with the length …"
-assert ratios[-1] > 3 * ratios[0], "… while the sink stands out more and more"
+# %% tags=["reveal"]
+print("Your guess:", guess or "none")
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert rates[0] > 0.8 > 0.6 > rates[-1], "the rate falls with the length …"
+# assert ratios[-1] > 3 * ratios[0], "… while the sink stands out more and more"
+# ```
+#
+# </details>
 
 # %% [markdown]
 # The rate falls from almost 90 % to about 50 %, while the sink stands out *more*: three times what
@@ -146,9 +204,15 @@ for policy in ("never", "always", "random"):
     by_bos[policy] = ss.scan(model, prompts, metrics=["sink_attention"])
     print(f"BOS {by_bos[policy].settings.bos:24} rate {by_bos[policy].sink_rate_at(0.3):.0%}")
 
-# %%
-spread = [one.sink_rate_at(0.3) for one in by_bos.values()]
-assert max(spread) - min(spread) < 0.15
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# spread = [one.sink_rate_at(0.3) for one in by_bos.values()]
+# assert max(spread) - min(spread) < 0.15
+# ```
+#
+# </details>
 
 # %% [markdown]
 # SmolLM2 hardly cares, as lesson 1 led us to expect: being first is what counts. Do not generalise.
@@ -165,7 +229,14 @@ interval = report.interval("sink_attention")
 width = interval.high - interval.low
 print(f"median width of a head's 95 % interval: {width.median():.3f}, widest {width.max():.3f}")
 
-assert width.median() < 0.1 < width.max()
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert width.median() < 0.1 < width.max()
+# ```
+#
+# </details>
 
 # %% [markdown]
 # With 8 prompts most heads are known to a few hundredths, while some differ from prompt to prompt
@@ -177,7 +248,8 @@ assert width.median() < 0.1 < width.max()
 # ## A sink may be anywhere
 #
 # So far we told the scan which position to ask about: 0. With `sinks="auto"` a first pass looks for
-# keys that many heads attend to, wherever they are. Back to the story of lesson 1:
+# keys that many heads attend to, wherever they are. The one of the most heads is the *primary* sink, and
+# the scan is about it; further ones are kept apart, by layer. Back to the story of lesson 1:
 
 # %%
 story = (
@@ -186,10 +258,21 @@ story = (
     "before it grew dark."
 )
 found = ss.scan(model, [story], sinks="auto")
-positions = found.sink_mask[0].nonzero()[:, 0].tolist()
-print([(position, found.token_text[0][position]) for position in positions])
+primary = found.sink_mask[0].nonzero()[:, 0].tolist()
+secondary = found.secondary_sinks[0].any(dim=0).nonzero()[:, 0].tolist()
+print("primary:", [(position, found.token_text[0][position]) for position in primary])
+for position in secondary:
+    layers = found.secondary_sinks[0, :, position].nonzero()[:, 0].tolist()
+    print(f"secondary: {position}, {found.token_text[0][position]!r}, in layers {layers}")
 
-assert positions == [0, 5] and found.token_text[0][5] == " the"
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert primary == [0] and secondary == [5] and found.token_text[0][5] == " the"
+# ```
+#
+# </details>
 
 # %% [markdown]
 # A second sink, at position 5, and the token is " the"! Where do heads look at it?
@@ -212,9 +295,16 @@ for layer in (0, 2, 5, 8, 11, 15):
         f"(position 0: {norm[layer, 0]:6.0f}, an ordinary one: {norm[layer].median():4.0f})"
     )
 
-assert cosine[3:9, 5].min() > 0.98 and norm[5, 5] > 4 * norm[5].median()
-assert cosine[15, 5] < 0.6 and norm[15, 5] < 2 * norm[15].median()
-assert alone.received_attention[3:9, :, 5].mean() > 5 * alone.received_attention[12:, :, 5].mean()
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert cosine[3:9, 5].min() > 0.98 and norm[5, 5] > 4 * norm[5].median()
+# assert cosine[15, 5] < 0.6 and norm[15, 5] < 2 * norm[15].median()
+# assert alone.received_attention[3:9, :, 5].mean() > 5 * alone.received_attention[12:, :, 5].mean()
+# ```
+#
+# </details>
 
 # %% [markdown]
 # From layer 2 to layer 8 the state of this " the" points where the sink's points (cosine 0.99), and
@@ -229,7 +319,14 @@ mask = report.token_mask()  # [prompt, position], True = sink or outlier
 marked = [(p, i, report.token_text[p][i]) for p, i in mask.nonzero().tolist()]
 print(f"{len(marked)} of {mask.numel():,} tokens:", marked)
 
-assert mask[:, 0].all() and mask.sum() < 0.05 * mask.numel()
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert mask[:, 0].all() and mask.sum() < 0.05 * mask.numel()
+# ```
+#
+# </details>
 
 # %% [markdown]
 # ## Another kind of model
@@ -240,18 +337,31 @@ assert mask[:, 0].all() and mask.sum() < 0.05 * mask.numel()
 # > **Predict.** Does a bidirectional model have a sink? On `[CLS]`, on `[SEP]`, on a full stop?
 
 # %%
+guess = ""  # which token?
+
+# %% tags=["reveal"]
 minilm = ss.load_model("minilm-l6")
 bidirectional = ss.scan(minilm, texts, sinks="auto")
 ss.plot.head_map(bidirectional)
 
-# %%
+# %% tags=["reveal"]
 found_at = bidirectional.sink_mask.float().mean(0)  # share of prompts
 by_layer = bidirectional.sink_attention.mean((0, 2))
 print("sink positions:", found_at.nonzero()[:, 0].tolist())
 print("sink attention by layer:", [round(x, 2) for x in by_layer.tolist()])
 
-assert found_at[0] == 1 and found_at[1:].sum() == 0, "[CLS], and nothing else"
-assert by_layer[0] < 0.1 < 0.25 < by_layer[1:4].min()
+# %% tags=["reveal"]
+print("Your guess:", guess or "none")
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert found_at[0] == 1 and found_at[1:].sum() == 0, "[CLS], and nothing else"
+# assert by_layer[0] < 0.1 < 0.25 < by_layer[1:4].min()
+# ```
+#
+# </details>
 
 # %% [markdown]
 # It has one, `[CLS]`, and once more not in the first layer. (Other BERTs choose `[SEP]`: Xiao et
@@ -270,8 +380,15 @@ with tempfile.TemporaryDirectory() as folder:
     file = report.save(Path(folder) / "prose.nc")
     again = ss.load_report(file)
 
-assert torch.equal(again.sink_attention, report.sink_attention.cpu())
-assert again.settings == report.settings
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert torch.equal(again.sink_attention, report.sink_attention.cpu())
+# assert again.settings == report.settings
+# ```
+#
+# </details>
 
 # %% [markdown]
 # ## A metric of your own
@@ -321,7 +438,8 @@ ss.plot.head_map(tails, "value_kurtosis")
 #
 # ## Exercises
 
-# %% jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} cellView="form"
+# @title How answers are checked { display-mode: "form" }
 ANSWERS = {  # exercise: (answer, hint)
     1: (
         report.sink_rate_at(0.5),
@@ -338,6 +456,10 @@ ANSWERS = {  # exercise: (answer, hint)
         "report.sink_attention is [prompt, layer, head].",
     ),
     4: (10, "Query i (from 0) gives key 0 the weight 1 / (i + 1); average over all T queries."),
+    5: (
+        (report.sink_importance[0] > 0.3).float().mean().item(),
+        "All T queries see key 0, itself included; average over them first, then compare.",
+    ),
 }
 solved = set()
 
@@ -364,10 +486,16 @@ answer_1 = None
 
 check(1, answer_1)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-answer_1 = (report.sink_importance > 0.5).float().mean().item()
-
-check(1, answer_1)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# answer_1 = (report.sink_importance > 0.5).float().mean().item()
+#
+# check(1, answer_1)
+# ```
+#
+# </details>
 
 # %% [markdown]
 # **2.** Which layer of SmolLM2 pays the sink the most attention, on average over its heads?
@@ -377,10 +505,16 @@ answer_2 = None
 
 check(2, answer_2)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-answer_2 = report.sink_attention.mean((0, 2)).argmax().item()
-
-check(2, answer_2)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# answer_2 = report.sink_attention.mean((0, 2)).argmax().item()
+#
+# check(2, answer_2)
+# ```
+#
+# </details>
 
 # %% [markdown]
 # **3.** How low does the sink attention of head 18.8 get on any of the eight prompts?
@@ -390,10 +524,16 @@ answer_3 = None
 
 check(3, answer_3)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-answer_3 = report.sink_attention[:, 18, 8].min().item()  # it never moves
-
-check(3, answer_3)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 3</summary>
+#
+# ```python
+# answer_3 = report.sink_attention[:, 18, 8].min().item()  # it never moves
+#
+# check(3, answer_3)
+# ```
+#
+# </details>
 
 # %% [markdown]
 # **4.** A head that spreads its attention evenly is no sink head. How many tokens must a text have
@@ -405,13 +545,70 @@ answer_4 = None
 
 check(4, answer_4)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-answer_4 = next(
-    length for length in range(1, 100) if sum(1 / i for i in range(1, length + 1)) / length <= 0.3
-)
 
-check(4, answer_4)
-assert solved == set(ANSWERS)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 4</summary>
+#
+# ```python
+# answer_4 = next(
+#     length for length in range(1, 100) if sum(1 / i for i in range(1, length + 1)) / length <= 0.3
+# )
+#
+# check(4, answer_4)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **5.** (harder) Write Gu's importance score and the sink rate from patterns: the share of all
+# (layer, head) in which position 0 receives more than 0.3, on the first prompt of `texts`.
+
+
+# %%
+def my_sink_rate(patterns, epsilon):
+    """Share of heads whose importance of key 0 exceeds ε; patterns [layer head query key]."""
+    raise NotImplementedError
+
+
+answer_5 = None  # my_sink_rate(..., 0.3)
+
+
+check(5, answer_5)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 5</summary>
+#
+# ```python
+# def my_sink_rate(patterns, epsilon):
+#     importance = patterns[..., 0].mean(-1)  # every query sees key 0
+#     return (importance > epsilon).float().mean().item()
+#
+#
+# _, cached = model.run_with_cache(report.tokens[:1], names_filter=lambda n: "hook_pattern" in n)
+# layers = range(model.cfg.n_layers)
+# answer_5 = my_sink_rate(torch.stack([cached["pattern", layer][0] for layer in layers]), 0.3)
+#
+# check(5, answer_5)
+# assert solved == set(ANSWERS)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## Discuss
+#
+# 1. Two papers report 46 % and 65 % for two models. What do you need to know to compare them?
+# 2. Prompts are the unit of the bootstrap. Why not tokens, or heads?
+# 3. When would you name the sink's position, and when have it looked for?
+#
+# ## Read on
+#
+# * Xiangming Gu, Tianyu Pang, Chao Du and others (2024), *When Attention Sink Emerges in Language
+#   Models: An Empirical View*, arXiv 2410.10781
+# * Federico Barbero, Álvaro Arroyo, Xiangming Gu and others (2025), *Why do LLMs attend to the first
+#   token?*, arXiv 2504.02732
+# * Guangxuan Xiao, Yuandong Tian, Beidi Chen, Song Han and Mike Lewis (2023), *Efficient Streaming
+#   Language Models with Attention Sinks*, arXiv 2309.17453
 
 # %% [markdown]
 # Next: [3 · Drains, peaks and non-mixture dimensions](03_drains_peaks_and_dimensions.ipynb).

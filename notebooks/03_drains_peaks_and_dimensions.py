@@ -19,10 +19,18 @@
 # written by one feed-forward network, carried through the model untouched, and taken out again
 # before the end.
 #
-# Before: [lesson 1](01_what_is_an_attention_sink.ipynb),
-# [lesson 2](02_find_the_sinks_of_a_model.ipynb). You should know what a residual stream is:
-# $h^{(l+1)} = h^{(l)} + \mathrm{attn}(h^{(l)}) + \mathrm{ffn}(\dots)$, one vector per position, to
+# The residual stream is $h^{(l+1)} = h^{(l)} + \mathrm{attn}(h^{(l)}) + \mathrm{ffn}(\dots)$, one vector per position, to
 # which every block adds.
+#
+# **Goals.** After this lesson you can
+#
+# * find which block writes the sink's residual peak, and in which channels,
+# * show by ablation that attention depends on it,
+# * explain how a large number becomes attention.
+#
+# **Before.** Lessons [1](01_what_is_an_attention_sink.ipynb) and [2](02_find_the_sinks_of_a_model.ipynb); what a residual stream is.
+#
+# **Time.** About 75 minutes in class, with the predictions and two exercises.
 
 # %%
 import math
@@ -44,15 +52,28 @@ report = ss.scan(model, texts)
 # > 30 blocks. What does the first token's curve look like?
 
 # %%
+guess = ""  # what does the curve look like?
+
+# %% tags=["reveal"]
 ss.plot.residual_norms(report)
 
-# %%
+# %% tags=["reveal"]
 peak = report.residual_peak.mean(0)  # ‖h_0‖ over the median of the others [layer]
 print({layer: round(peak[layer].item(), 1) for layer in (0, 2, 5, 10, 11, 20, 27, 28, 29)})
 
-assert peak.argmax() == 11 and peak[11] > 100
-assert 5 < peak[2:6].min() and peak[10] < 2, "a first, lower peak that is gone before the second"
-assert peak[29] < 10, "and an end"
+# %% tags=["reveal"]
+print("Your guess:", guess or "none")
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert peak.argmax() == 11 and peak[11] > 100
+# assert 5 < peak[2:6].min() and peak[10] < 2, "a first, lower peak that is gone before the second"
+# assert peak[29] < 10, "and an end"
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Mind the logarithmic axis: after block 11 the first token's norm is more than **a hundred times**
@@ -73,7 +94,14 @@ high = read_by_layer > 5
 print(f"sink attention of layers that read a peak: {attention[high].mean():.2f}, others: "
       f"{attention[~high].mean():.2f}")  # fmt: skip
 
-assert attention[high].mean() > 3 * attention[~high].mean()
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert attention[high].mean() > 3 * attention[~high].mean()
+# ```
+#
+# </details>
 
 # %% [markdown]
 # ## Which channels?
@@ -85,15 +113,33 @@ assert attention[high].mean() > 3 * attention[~high].mean()
 # > **Predict.** How many of the 576 channels hold a massive activation?
 
 # %%
+guess = {"channels": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
 ss.plot.massive_activations(report)
 
-# %%
+# %% tags=["reveal"]
 massive = report.to_frame("massive").query("layer >= 11")
 dims = massive.groupby("dim")["value [activation]"].agg(["count", "mean"])
 print(dims)
 
-assert set(massive["position"]) == {0} and 507 in dims.index and len(dims) <= 3
-assert dims["mean"][507] > 20_000
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    {"channels": len(dims)},
+    "channels with massive activations [count]",
+    about=report.settings,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert set(massive["position"]) == {0} and 507 in dims.index and len(dims) <= 3
+# assert dims["mean"][507] > 20_000
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Two. Channel 507 holds about 23,000, in every prompt, whatever its first word, from layer 11 to
@@ -111,11 +157,17 @@ others = report.ffn_mixed_mean[:, 507]  # the largest |output| at any other posi
 for layer in (ledger.abs() > 50).nonzero()[:, 0].tolist():
     print(f"FFN of block {layer:2}: {ledger[layer]:+8.0f}   (others reach ±{others[layer]:.0f})")
 
-# %%
-assert ledger.argmax() == 11 and ledger[11] > 20_000 > 1000 * others[11]
-assert ledger[[1, 2]].min() > 50 and ledger[[8, 9, 10]].sum() < -400
-assert ledger[12:27].abs().max() < 50, "nobody touches it between 12 and 26"
-assert ledger[[27, 28, 29]].max() < -50 and ledger[[28, 29]].sum() < -15_000
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert ledger.argmax() == 11 and ledger[11] > 20_000 > 1000 * others[11]
+# assert ledger[[1, 2]].min() > 50 and ledger[[8, 9, 10]].sum() < -400
+# assert ledger[12:27].abs().max() < 50, "nobody touches it between 12 and 26"
+# assert ledger[[27, 28, 29]].max() < -50 and ledger[[28, 29]].sum() < -15_000
+# ```
+#
+# </details>
 
 # %% [markdown]
 # A deposit in blocks 1 and 2, withdrawn by blocks 8 to 10; an enormous deposit in block 11; fifteen
@@ -148,8 +200,15 @@ for row in found:
     print(f"layer {row['layer']:2}, dim {row['dim']}: {row['value']:+8.0f}, "
           f"{row['over_mixed']:5.0f} × any other position")  # fmt: skip
 
-assert found[0]["layer"] == 11 and found[0]["dim"] == 507 and found[0]["over_mixed"] > 1000
-assert {(row["layer"], row["dim"]) for row in found} >= {(11, 507), (28, 507)}
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert found[0]["layer"] == 11 and found[0]["dim"] == 507 and found[0]["over_mixed"] > 1000
+# assert {(row["layer"], row["dim"]) for row in found} >= {(11, 507), (28, 507)}
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Channel 507 of layer 11 passes by far (more than a thousand times any other position, where ten would
@@ -166,21 +225,53 @@ assert {(row["layer"], row["dim"]) for row in found} >= {(11, 507), (28, 507)}
 # > the layers after it? And what if you take block 11's *attention*, or the FFN of block 12?
 
 # %%
+guess = {
+    "without the FFN of block 11": None,
+    "without its attention": None,
+    "without the FFN of block 12": None,
+}  # numbers in the place of None
+
+# %% tags=["reveal"]
 from sinkscope.experiments.trace_peak import trace_peak
 
 short = ss.token_ids(texts.tokens[:, :48])
 trace = trace_peak(model, short, blocks=(1, 2, 10, 11, 12), modes=("zero",))
 trace.figures()["sink_attention-zero"]
 
-# %%
+# %% tags=["reveal"]
 print(trace.summary())
 
 left = trace.left("zero")  # share of the peak that is left [block, part]
 after = slice(12, None)
 untouched = trace.attention[:, after].mean()
 without = trace.attention_without[trace.blocks.index(11), trace.parts.index("ffn"), 0][:, after]
-assert (left < 0.05).sum() == 1 and left[trace.blocks.index(11), trace.parts.index("ffn")] < 0.05
-assert untouched > 0.5 > 0.2 > without.mean()
+
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    {
+        name: trace.attention_without[trace.blocks.index(block), trace.parts.index(part), 0][
+            :, 12:
+        ].mean()
+        for name, block, part in (
+            ("without the FFN of block 11", 11, "ffn"),
+            ("without its attention", 11, "attention"),
+            ("without the FFN of block 12", 12, "ffn"),
+        )
+    },
+    "sink attention of the layers from 12 on [probability]",
+    about=report.settings,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert (left < 0.05).sum() == 1 and left[trace.blocks.index(11), trace.parts.index("ffn")] < 0.05
+# assert untouched > 0.5 > 0.2 > without.mean()
+# ```
+#
+# </details>
 
 # %% [markdown]
 # One FFN, at one position, and the sink attention of all later layers falls from about 0.6 to about
@@ -213,8 +304,15 @@ for layer in (0, 2, 11, 20):
     print(f"after block {layer:2}: position 0 {likeness(layer, 0):.4f}, "
           f"position 20 {likeness(layer, 20):.4f}")  # fmt: skip
 
-assert likeness(20, 0) > 0.999 and likeness(20, 20) < 0.95
-assert likeness(0, 0) < 0.95, "it did not start that way"
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert likeness(20, 0) > 0.999 and likeness(20, 20) < 0.95
+# assert likeness(0, 0) < 0.95, "it did not start that way"
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Four prompts that begin with four different words, one and the same state. From here on the first
@@ -226,6 +324,9 @@ assert likeness(0, 0) < 0.95, "it did not start that way"
 # > **Predict.** Is the sink's key long, or does it point the right way?
 
 # %%
+guess = ""  # long, or in the right direction?
+
+# %% tags=["reveal"]
 layer = 18
 key_norm = cache["k", layer].norm(dim=-1).mean((0, 2))  # over prompts and KV heads [position]
 towards_sink = report.sink_cosine[:, 12:].mean().item()
@@ -236,8 +337,17 @@ print(
 print(f"cosine of queries with the sink's key {towards_sink:+.2f}, others' {towards_others:+.2f}")
 ss.plot.by_layer(report, "sink_cosine", "other_cosine")
 
-# %%
-assert key_norm[0] < 0.5 * key_norm[1:].mean() and towards_sink > 0.2 > 0 > towards_others
+# %% tags=["reveal"]
+print("Your guess:", guess or "none")
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert key_norm[0] < 0.5 * key_norm[1:].mean() and towards_sink > 0.2 > 0 > towards_others
+# ```
+#
+# </details>
 
 # %% [markdown]
 # It is *short*, a quarter of the others', and it points the right way: queries have a positive
@@ -256,7 +366,14 @@ ss.plot.value_drains(report)
 drain = report.value_drain.mean((0, 2))  # ‖v_0‖ over the mean of the others [layer]
 print("drain:", {layer: round(drain[layer].item(), 2) for layer in (0, 5, 11, 18, 23, 29)})
 
-assert drain[high].mean() < 0.35 < 0.7 < drain[~high].mean()
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert drain[high].mean() < 0.35 < 0.7 < drain[~high].mean()
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Where there is a peak to read, the sink's value is a quarter of the others'. Where there is none
@@ -273,6 +390,9 @@ assert drain[high].mean() < 0.35 < 0.7 < drain[~high].mean()
 # > set to zero after block 11? And when it is set to its mean over *other* texts?
 
 # %%
+guess = {"dim 507 → zero": None, "dim 507 → mean": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
 from sinkscope.interventions import SetActivation
 
 other_texts = ss.texts("prose", prompts=4, length=64, seed=1)
@@ -292,9 +412,25 @@ for name, value in losses.items():
     print(f"{name:16} {value:6.3f}")
 
 blind = math.log(model.cfg.d_vocab)  # the loss of guessing evenly among all tokens
-assert losses["dim 507 → zero"] > blind > 10
-assert abs(losses["dim 507 → mean"] - losses["untouched"]) < 0.1
-assert abs(losses["dim 506 → zero"] - losses["untouched"]) < 0.1
+
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    losses,
+    "loss [nat]",
+    about=report.settings,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert losses["dim 507 → zero"] > blind > 10
+# assert abs(losses["dim 507 → mean"] - losses["untouched"]) < 0.1
+# assert abs(losses["dim 506 → zero"] - losses["untouched"]) < 0.1
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Set to zero, the model is destroyed: worse than guessing evenly among all 49,152 tokens, which
@@ -318,7 +454,8 @@ assert abs(losses["dim 506 → zero"] - losses["untouched"]) < 0.1
 #
 # ## Exercises
 
-# %% jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} cellView="form"
+# @title How answers are checked { display-mode: "form" }
 minilm = ss.load_model("minilm-l6")
 MINILM = ss.scan(minilm, ss.texts("prose", prompts=4, length=64), metrics=["ffn"])
 
@@ -346,6 +483,7 @@ ANSWERS = {  # exercise: (answer, hint)
         (MINILM.ffn_sink_mean.abs() / MINILM.ffn_mixed_mean).amax(0).argmax().item(),
         "report.nonmixture_dims() of a scan of MiniLM; every record names the same dim.",
     ),
+    5: (int(report.massive.count[0, 11]), "One median for the whole state, of absolute values."),
 }  # fmt: skip
 solved = set()
 
@@ -372,11 +510,17 @@ answer_1 = None
 
 check(1, answer_1)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-least = report.value_drain.mean(0)
-answer_1 = divmod(least.argmin().item(), least.shape[1])
-
-check(1, answer_1)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# least = report.value_drain.mean(0)
+# answer_1 = divmod(least.argmin().item(), least.shape[1])
+#
+# check(1, answer_1)
+# ```
+#
+# </details>
 
 # %% [markdown]
 # **2.** By which factor does the perplexity, $e^{\text{loss}}$, rise when channel 507 is set to zero?
@@ -386,12 +530,18 @@ answer_2 = None
 
 check(2, answer_2)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-nats = losses["dim 507 → zero"] - losses["untouched"]
-answer_2 = math.exp(nats)
-print(f"{nats:.1f} nats a token: perplexity × {answer_2:,.0f}")
-
-check(2, answer_2)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# nats = losses["dim 507 → zero"] - losses["untouched"]
+# answer_2 = math.exp(nats)
+# print(f"{nats:.1f} nats a token: perplexity × {answer_2:,.0f}")
+#
+# check(2, answer_2)
+# ```
+#
+# </details>
 
 # %% [markdown]
 # **3.** After block 15, how many of the 576 channels does it take to make up 99 % of
@@ -402,11 +552,17 @@ answer_3 = None
 
 check(3, answer_3)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-squares = cache["resid_post", 15][:, 0].mean(0) ** 2
-answer_3 = next(k for k in range(1, 577) if squares.topk(k).values.sum() >= 0.99 * squares.sum())
-
-check(3, answer_3)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 3</summary>
+#
+# ```python
+# squares = cache["resid_post", 15][:, 0].mean(0) ** 2
+# answer_3 = next(k for k in range(1, 577) if squares.topk(k).values.sum() >= 0.99 * squares.sum())
+#
+# check(3, answer_3)
+# ```
+#
+# </details>
 
 # %% [markdown]
 # **4.** MiniLM is bidirectional: nobody is non-mixed, and `[CLS]` is a sink all the same. Does one
@@ -418,13 +574,69 @@ answer_4 = None
 
 check(4, answer_4)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-records = MINILM.nonmixture_dims()
-print([(row["layer"], row["dim"], round(row["value"])) for row in records])
-(answer_4,) = {row["dim"] for row in records}
 
-check(4, answer_4)
-assert solved == set(ANSWERS)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 4</summary>
+#
+# ```python
+# records = MINILM.nonmixture_dims()
+# print([(row["layer"], row["dim"], round(row["value"])) for row in records])
+# (answer_4,) = {row["dim"] for row in records}
+#
+# check(4, answer_4)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **5.** (harder) Write Sun et al.'s rule: how many activations of the residual state after block
+# 11, on the first prompt, exceed 100 in size and 1,000 times the median size of the hidden state?
+
+
+# %%
+def my_massive(hidden):
+    """Count of massive activations of a hidden state [position dim]."""
+    raise NotImplementedError
+
+
+answer_5 = None
+
+
+check(5, answer_5)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 5</summary>
+#
+# ```python
+# def my_massive(hidden):
+#     size = hidden.abs()
+#     return int(((size > 100) & (size > 1000 * size.median())).sum())
+#
+#
+# _, cached = model.run_with_cache(texts.tokens[:1], names_filter="blocks.11.hook_resid_post")
+# answer_5 = my_massive(cached["resid_post", 11][0])
+#
+# check(5, answer_5)
+# assert solved == set(ANSWERS)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## Discuss
+#
+# 1. The peak is nearly the same for every text. What could a model use a constant for?
+# 2. Setting one number of 576 × 64 to zero ruins the loss, setting it to its mean does not. What does this say about ablation by zero?
+# 3. What does a single channel of 20,000 mean for 8-bit quantisation?
+#
+# ## Read on
+#
+# * Mingjie Sun, Xinlei Chen, J. Zico Kolter and Zhuang Liu (2024), *Massive Activations in Large
+#   Language Models*, arXiv 2402.17762
+# * Tianyu Guo, Druv Pai, Yu Bai, Jiantao Jiao, Michael I. Jordan and Song Mei (2024), *Active-Dormant
+#   Attention Heads*, arXiv 2410.13835
+# * Ruiqing Yan and others (2024), *Unveiling and Controlling Anomalous Attention Distribution in
+#   Transformers*, arXiv 2407.01601
 
 # %% [markdown]
 # Next: [4 · Move the sink](04_move_the_sink.ipynb).

@@ -22,6 +22,16 @@
 #
 # An intervention in sinkscope is a context manager. It composes with every measurement and leaves
 # the model bit for bit as it was.
+#
+# **Goals.** After this lesson you can
+#
+# * make another token the sink, by a mask or by a position embedding,
+# * tell a cause from a symptom with a 2 × 2 design,
+# * say what each kind of model uses to single out its first token.
+#
+# **Before.** Lessons [1](01_what_is_an_attention_sink.ipynb) to [3](03_drains_peaks_and_dimensions.ipynb).
+#
+# **Time.** About 75 minutes in class, with the predictions and two exercises.
 
 # %%
 import torch
@@ -59,18 +69,37 @@ before = ss.scan(model, texts)
 # > what becomes of position 0?
 
 # %%
+guess = {"position 0": None, "position 40": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
 with SelfOnlyMask(model, position=40):
     after = ss.scan(model, texts)
 
 ss.plot.by_position(after, layer=18)
 
-# %%
+# %% tags=["reveal"]
 for name, report in {"untouched": before, "40 sees itself alone": after}.items():
     received = report.received_peak.mean(0)
     print(f"{name:22} position 0 receives {received[0]:.2f}, position 40 {received[40]:.3f}")
 
 was, now = before.received_peak.mean(0)[40], after.received_peak.mean(0)[40]
-assert was < 0.03 and now > 0.15 and now > 10 * was
+
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    dict(zip(("position 0", "position 40"), after.received_peak.mean(0)[[0, 40]], strict=True)),
+    "received attention under the mask [probability]",
+    about=before.settings,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert was < 0.03 and now > 0.15 and now > 10 * was
+# ```
+#
+# </details>
 
 # %% [markdown]
 # A second sink, out of an arbitrary word in the middle of the text. Nothing was pushed towards it:
@@ -89,9 +118,16 @@ print(f"residual norm after block 11: position 0 {norm[0]:,.0f}, position 40 {no
 print(f"value norm, layers 12 to 26:  position 0 {value[0]:.1f}, position 40 {value[40]:.1f}, "
       f"median {value.median():.1f}")  # fmt: skip
 
-assert norm[40] > 20_000 and abs(norm[40] / norm[0] - 1) < 0.2
-assert abs(value[40] / value[0] - 1) < 0.1 and value[40] < 0.4 * value.median()
-assert abs(norm.median() / before.residual_norm[11].median() - 1) < 0.05
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert norm[40] > 20_000 and abs(norm[40] / norm[0] - 1) < 0.2
+# assert abs(value[40] / value[0] - 1) < 0.1 and value[40] < 0.4 * value.median()
+# assert abs(norm.median() / before.residual_norm[11].median() - 1) < 0.05
+# ```
+#
+# </details>
 
 # %% [markdown]
 # It is the same thing. The peak is as high, the value as small. (And the norms of the other
@@ -105,8 +141,15 @@ by_layer = after.received_attention.mean(1)[:, [0, 40]]  # [layer, position]
 together = torch.corrcoef(by_layer.T)[0, 1].item()
 print(f"correlation of what 0 and 40 receive, over the layers: {together:.2f}")
 
-assert together > 0.8
-assert by_layer[[0, 1, 10, 11]].max() < 0.15 < by_layer[12:27].min()
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert together > 0.8
+# assert by_layer[[0, 1, 10, 11]].max() < 0.15 < by_layer[12:27].min()
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Two columns, bright and dark in the same layers. In layers 10 and 11 both are gone, for there is no
@@ -136,7 +179,14 @@ price = designation.loss_change(designated[0])
 later, own = price["after_it"].mean, price["at_the_position"].mean
 print(f"change of the loss: {later:+.2f} nat at the later positions, {own:+.2f} nat at 40 itself")
 
-assert abs(later) < 0.4 < own
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert abs(later) < 0.4 < own
+# ```
+#
+# </details>
 
 # %% [markdown]
 # (These figures are of the queries *after* 40, in the second half of the layers: the fair
@@ -153,13 +203,31 @@ assert abs(later) < 0.4 < own
 # > and everything from 12 on; (b) the other way round. In which case does it become a sink?
 
 # %%
+guess = {"layers 0 to 11": None, "layers 12 to 29": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
 received = {}
 for name, layers in {"layers 0 to 11": range(12), "layers 12 to 29": range(12, 30)}.items():
     with SelfOnlyMask(model, 40, layers=layers):
         received[name] = ss.scan(model, texts, metrics=["received"]).received_peak.mean(0)[40]
     print(f"masked in {name:16} position 40 receives {received[name]:.3f}")
 
-assert received["layers 0 to 11"] > 0.8 * now > 4 * received["layers 12 to 29"]
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    received,
+    "received attention of position 40 [probability]",
+    about=before.settings,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert received["layers 0 to 11"] > 0.8 * now > 4 * received["layers 12 to 29"]
+# ```
+#
+# </details>
 
 # %% [markdown]
 # The beginning decides. Once block 11 has written the number, position 40 may look wherever it
@@ -177,6 +245,13 @@ assert received["layers 0 to 11"] > 0.8 * now > 4 * received["layers 12 to 29"]
 # > 3. Its residual state after block 11 is *overwritten* by the sink's: no mask, no history.
 
 # %%
+guess = {
+    "the position id of 0": None,
+    "the sink's norm after block 2": None,
+    "the sink's state after block 11": None,
+}  # numbers in the place of None
+
+# %% tags=["reveal"]
 sink_state = {}
 with torch.inference_mode():
     _, cache = model.run_with_cache(texts.tokens, names_filter=lambda n: "hook_resid_post" in n)
@@ -195,10 +270,24 @@ for name, gift in gifts.items():
         received[name] = ss.scan(model, texts, metrics=["received"]).received_peak.mean(0)[40]
     print(f"{name:32} position 40 receives {received[name]:.3f}")
 
-# %%
-assert received["the position id of 0"] < 0.03
-assert received["the sink's norm after block 2"] < 0.03
-assert received["the sink's state after block 11"] > 0.1
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    received,
+    "received attention of position 40 [probability]",
+    about=before.settings,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert received["the position id of 0"] < 0.03
+# assert received["the sink's norm after block 2"] < 0.03
+# assert received["the sink's state after block 11"] > 0.1
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Where it stands (as far as RoPE is concerned) does not matter. A large norm alone does not matter,
@@ -213,13 +302,31 @@ assert received["the sink's state after block 11"] > 0.1
 # > **Predict.** Hide position 0 from all queries, in all layers. Think about what position 1 sees!
 
 # %%
+guess = {"position 0": None, "position 1": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
 with ShiftSinkLogit(model, -1e4, position=0):
     hidden = ss.scan(model, texts, metrics=["received", "residual"])
 top = hidden.received_peak.mean(0).argmax().item()
 print(f"most attention: position {top}, {hidden.received_peak.mean(0)[top]:.2f}")
 
-assert top == 1 and hidden.received_peak.mean(0)[1] > 0.3
-assert hidden.residual_norm[11, 1] > 10_000
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    dict(zip(("position 0", "position 1"), hidden.received_peak.mean(0)[:2], strict=True)),
+    "received attention, position 0 hidden [probability]",
+    about=before.settings,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert top == 1 and hidden.received_peak.mean(0)[1] > 0.3
+# assert hidden.residual_norm[11, 1] > 10_000
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Position 1 takes over, peak and all. With position 0 out of sight, query 1 sees only itself: *it*
@@ -245,7 +352,14 @@ with ShiftSinkLogit(model, -1e4, position=0, layers=range(12, 30)):
 print(f"untouched {untouched:.2f}, hidden everywhere {hidden_always:.2f}, "
       f"hidden after block 11 {hidden_late:.2f}")  # fmt: skip
 
-assert abs(hidden_always - untouched) < 0.3 < 0.4 < hidden_late - untouched
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert abs(hidden_always - untouched) < 0.3 < 0.4 < hidden_late - untouched
+# ```
+#
+# </details>
 
 # %% [markdown]
 # ## What it is good for
@@ -258,17 +372,36 @@ assert abs(hidden_always - untouched) < 0.3 < 0.4 < hidden_late - untouched
 # > position 96 do? And position 96, if it was *designated* by a mask?
 
 # %%
+guess = {"1 sink": None, "96 as it is": None, "designated 96": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
 streamed = streaming_context(
     model, "prose", tokens=512, windows=(128,), sinks=(0, 1), designated=96, counted=("absolute",)
 )
 print(streamed.summary())
 
-# %%
+# %% tags=["reveal"]
 perplexity = streamed.to_frame().set_index("kept")["perplexity_after"]
 everything = perplexity["everything"]
-assert perplexity["0 sinks"] > 1.3 * everything and perplexity["96 as it is"] > 1.3 * everything
-assert perplexity["1 sink"] < 1.15 * everything
-assert perplexity["designated 96"] < 1.15 * everything
+
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    dict(perplexity),
+    "perplexity",
+    about=before.settings,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert perplexity["0 sinks"] > 1.3 * everything and perplexity["96 as it is"] > 1.3 * everything
+# assert perplexity["1 sink"] < 1.15 * everything
+# assert perplexity["designated 96"] < 1.15 * everything
+# ```
+#
+# </details>
 
 # %% [markdown]
 # The window alone, and the window with some token from the middle, are far off. One sink brings it
@@ -288,9 +421,15 @@ prompts = ss.texts("prose", prompts=8, length=64).tokenize(minilm)
 untouched = ss.scan(minilm, prompts)
 ss.plot.position_embedding_norms(untouched)
 
-# %%
-norms = untouched.position_embedding_norm
-assert norms.argmax() == 0 and norms[0] > 3 * norms.median()
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# norms = untouched.position_embedding_norm
+# assert norms.argmax() == 0 and norms[0] > 3 * norms.median()
+# ```
+#
+# </details>
 
 # %% [markdown]
 # The first vector is five times as long as the others. Suspicious. But two things are special about
@@ -300,6 +439,9 @@ assert norms.argmax() == 0 and norms[0] > 3 * norms.median()
 # > with random words instead. Four cases. Where is the sink in each?
 
 # %%
+guess = ""  # where is the sink in each case?
+
+# %% tags=["reveal"]
 plain = ReplaceEnd(minilm, "random")(ReplaceStart(minilm, "random")(prompts))
 table = {}
 for tokens, tokenised in {"[CLS] … [SEP]": prompts, "random ends": plain}.items():
@@ -313,12 +455,21 @@ for tokens, tokenised in {"[CLS] … [SEP]": prompts, "random ends": plain}.item
         at_0, at_32 = table[tokens, change]
         print(f"{tokens:14} p0, p32 {change:9} position 0: {at_0:.2f}   position 32: {at_32:.2f}")
 
-# %%
-assert table["[CLS] … [SEP]", "as it is"][0] > 0.2 and table["random ends", "as it is"][0] > 0.2
-assert min(table["[CLS] … [SEP]", "swapped"]) > 0.1, (
-    "two sinks: one by its vector, one by its token"
-)
-assert table["random ends", "swapped"][0] < 0.05 and table["random ends", "swapped"][1] > 0.2
+# %% tags=["reveal"]
+print("Your guess:", guess or "none")
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert table["[CLS] … [SEP]", "as it is"][0] > 0.2 and table["random ends", "as it is"][0] > 0.2
+# assert min(table["[CLS] … [SEP]", "swapped"]) > 0.1, (
+#     "two sinks: one by its vector, one by its token"
+# )
+# assert table["random ends", "swapped"][0] < 0.05 and table["random ends", "swapped"][1] > 0.2
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Read the table like a detective:
@@ -343,7 +494,8 @@ assert table["random ends", "swapped"][0] < 0.05 and table["random ends", "swapp
 #
 # ## Exercises
 
-# %% jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} cellView="form"
+# @title How answers are checked { display-mode: "form" }
 with SelfOnlyMask(model, [16, 32, 48]):
     FOUR = ss.scan(model, texts, metrics=["received", "sink_attention"], sinks=[0, 16, 32, 48])
 with PositionEmbeddingEdit(minilm, source=-1, target=32):
@@ -358,6 +510,10 @@ ANSWERS = {  # exercise: (answer, hint)
     3: (
         "yes" if LAST.received_peak.mean(0)[32] > 0.1 else "no",
         "PositionEmbeddingEdit(minilm, source=-1, target=32); then received_peak at 32.",
+    ),
+    4: (
+        after.received_peak.mean(0)[40].item(),
+        "Set row 40 of `allowed` to False but at key 40, and scores to -inf where it is False.",
     ),
 }
 solved = set()
@@ -386,15 +542,21 @@ answer_1 = None
 
 check(1, answer_1)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-with SelfOnlyMask(model, [16, 32, 48]):
-    four = ss.scan(model, texts, sinks=[0, 16, 32, 48])
-answer_1 = four.sink_attention.mean().item()
-alone = before.sink_attention.mean().item()
-print(f"four sinks {answer_1:.2f}, one sink {alone:.2f}: much the same budget, shared")
-
-check(1, answer_1)
-assert answer_1 < 1.5 * alone
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# with SelfOnlyMask(model, [16, 32, 48]):
+#     four = ss.scan(model, texts, sinks=[0, 16, 32, 48])
+# answer_1 = four.sink_attention.mean().item()
+# alone = before.sink_attention.mean().item()
+# print(f"four sinks {answer_1:.2f}, one sink {alone:.2f}: much the same budget, shared")
+#
+# check(1, answer_1)
+# assert answer_1 < 1.5 * alone
+# ```
+#
+# </details>
 
 # %% [markdown]
 # **2.** Set the *value* of position 1 to zero in every layer, `ZeroValue(model, 1)`, on 16 prompts.
@@ -406,16 +568,22 @@ answer_2 = None  # a position
 
 check(2, answer_2)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-with ZeroValue(model, 1):
-    drained = ss.scan(model, ss.texts("prose", prompts=16, length=64), metrics="residual")
-sinks_now = (drained.residual_outlier > 50).sum(0)  # prompts in which each position is one
-answer_2 = 1 + sinks_now[1:].argmax().item()
-print(f"position {answer_2} is a sink in {sinks_now[answer_2]} of 16 prompts")
-# Query 1 sees v0 and its own zero: all that it can put out is a multiple of one value, v0.
-
-check(2, answer_2)
-assert sinks_now[answer_2] > 1 and sinks_now[1:].sum() - sinks_now[answer_2] < 2
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# with ZeroValue(model, 1):
+#     drained = ss.scan(model, ss.texts("prose", prompts=16, length=64), metrics="residual")
+# sinks_now = (drained.residual_outlier > 50).sum(0)  # prompts in which each position is one
+# answer_2 = 1 + sinks_now[1:].argmax().item()
+# print(f"position {answer_2} is a sink in {sinks_now[answer_2]} of 16 prompts")
+# # Query 1 sees v0 and its own zero: all that it can put out is a multiple of one value, v0.
+#
+# check(2, answer_2)
+# assert sinks_now[answer_2] > 1 and sinks_now[1:].sum() - sinks_now[answer_2] < 2
+# ```
+#
+# </details>
 
 # %% [markdown]
 # **3.** In MiniLM the *last* position embedding, $p_{511}$, is longer than usual too. Give it to
@@ -427,13 +595,86 @@ answer_3 = None
 
 check(3, answer_3)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-with PositionEmbeddingEdit(minilm, source=-1, target=32):
-    last = ss.scan(minilm, plain, metrics=["received"])
-answer_3 = "yes" if last.received_peak.mean(0)[32] > 0.1 else "no"  # a length is not a direction
-
-check(3, answer_3)
-assert solved == set(ANSWERS)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 3</summary>
+#
+# ```python
+# with PositionEmbeddingEdit(minilm, source=-1, target=32):
+#     last = ss.scan(minilm, plain, metrics=["received"])
+# answer_3 = "yes" if last.received_peak.mean(0)[32] > 0.1 else "no"  # a length is not a direction
+#
+# check(3, answer_3)
+# ```
+#
+# </details>
 
 # %% [markdown]
-# Next: [5 · Heads that sleep](05_heads_that_sleep.ipynb).
+# **4.** (harder) Build the structured mask itself: with plain TransformerLens hooks, let
+# position 40 see only itself in every layer. What does it receive then, averaged over prompts,
+# layers and heads?
+
+# %%
+allowed = torch.ones(64, 64, dtype=torch.bool).tril()  # who sees whom: [query key]
+
+
+def my_mask(scores, hook):
+    """Attention scores [prompt head query key] with the mask applied."""
+    raise NotImplementedError
+
+
+answer_4 = None
+
+
+check(4, answer_4)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 4</summary>
+#
+# ```python
+# allowed = torch.ones(64, 64, dtype=torch.bool).tril()
+# allowed[40, :40] = False
+# seen_by = torch.arange(64, 0, -1)  # how many queries see each key
+# taken = []
+#
+#
+# def my_mask(scores, hook):
+#     return scores.masked_fill(~allowed, -torch.inf)
+#
+#
+# def read(pattern, hook):
+#     taken.append((pattern.sum(dim=2) / seen_by)[..., 40].mean())
+#
+#
+# hooks = [
+#     (f"blocks.{layer}.attn.{name}", function)
+#     for layer in range(model.cfg.n_layers)
+#     for name, function in (("hook_attn_scores", my_mask), ("hook_pattern", read))
+# ]
+# with torch.inference_mode():
+#     model.run_with_hooks(texts.tokens, fwd_hooks=hooks)
+# answer_4 = torch.stack(taken).mean().item()
+#
+# check(4, answer_4)
+# assert solved == set(ANSWERS)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## Discuss
+#
+# 1. A mask moves the sink in SmolLM2, and a vector in MiniLM. What would you expect of a model with ALiBi?
+# 2. What is a control, and which one in this lesson convinced you?
+# 3. A cache keeps four tokens and a window. Which token would you design for it?
+#
+# ## Read on
+#
+# * Ruiqing Yan and others (2024), *Unveiling and Controlling Anomalous Attention Distribution in
+#   Transformers*, arXiv 2407.01601
+# * Guangxuan Xiao, Yuandong Tian, Beidi Chen, Song Han and Mike Lewis (2023), *Efficient Streaming
+#   Language Models with Attention Sinks*, arXiv 2309.17453
+# * Xiangming Gu, Tianyu Pang, Chao Du and others (2024), *When Attention Sink Emerges in Language
+#   Models: An Empirical View*, arXiv 2410.10781
+
+# %% [markdown]
+# Next: [5 · Heads that sleep](05_dormant_heads.ipynb).

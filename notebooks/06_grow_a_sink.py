@@ -21,6 +21,16 @@
 # The task is **Bigram-Backcopy** of Guo et al. (arXiv 2410.13835). It was made to need a head that
 # is badly needed now and then, and has nothing to do in between. Lesson 5 met such a head in the
 # wild.
+#
+# **Goals.** After this lesson you can
+#
+# * train a model that grows a sink, and say why it does,
+# * test each part of the explanation by clamping it,
+# * name changes to attention that prevent a sink, and what they cost.
+#
+# **Before.** Lesson [1](01_what_is_an_attention_sink.ipynb); lesson [5](05_dormant_heads.ipynb) helps.
+#
+# **Time.** About 90 minutes in class, with the predictions and two exercises.
 
 # %%
 import pandas as pd
@@ -50,10 +60,16 @@ print("triggers:", [symbols[i] for i in task.triggers])
 for row in tokens.tolist():
     print("".join(symbols[i] for i in row).replace("\n", "↵"))
 
-# %%
-at = tokens[:, 1:-1]  # every position that has a predecessor and a successor
-after_trigger = task.is_trigger[at]
-assert (tokens[:, 2:] == tokens[:, :-2])[after_trigger].all(), "a trigger is followed by a copy"
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# at = tokens[:, 1:-1]  # every position that has a predecessor and a successor
+# after_trigger = task.is_trigger[at]
+# assert (tokens[:, 2:] == tokens[:, :-2])[after_trigger].all(), "a trigger is followed by a copy"
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Because the task is a Markov chain, everything about it can be computed exactly: how often a
@@ -76,6 +92,9 @@ print(f"lowest possible loss: {exact.bayes_loss:.3f} nat")
 # risks are measured as it goes.)
 
 # %%
+guess = {"attention to BOS": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
 classroom = bb.TrainConfig.classroom(steps=450, measure_every=25)
 softmax = bb.train(classroom, device="cpu")
 
@@ -85,14 +104,29 @@ panels = ["sink_attention", "trigger_attention", "backcopy_excess",
 about = "Bigram-Backcopy · 1 layer, 1 head, width 64 · AdamW · one seed"
 ss.plot.training_curves(curves, panels, about=about, log_steps=False)
 
-# %%
+# %% tags=["reveal"]
 log = softmax.to_frame().set_index(["metric", "step"])["value"]
 start, end = log.xs(0, level="step"), log.xs(450, level="step")
 
-assert start["sink_attention"] < 0.1 < 0.85 < end["sink_attention"]
-assert end["trigger_attention"] < 0.05, "at triggers it does not look at BOS at all"
-assert end["value_drain"] < 0.35 < 0.8 < start["value_drain"]
-assert end["backcopy_excess"] < 0.05 and end["bigram_excess"] < 0.1
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    {"attention to BOS": end["sink_attention"]},
+    "attention of the other queries to BOS [probability]",
+    about=about,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert start["sink_attention"] < 0.1 < 0.85 < end["sink_attention"]
+# assert end["trigger_attention"] < 0.05, "at triggers it does not look at BOS at all"
+# assert end["value_drain"] < 0.35 < 0.8 < start["value_drain"]
+# assert end["backcopy_excess"] < 0.05 and end["bigram_excess"] < 0.1
+# ```
+#
+# </details>
 
 # %% [markdown]
 # There it is, out of random weights, in 450 steps. Read the panels together:
@@ -129,18 +163,31 @@ ss.plot.attention_pattern(cache["pattern", 0][0, 0], characters, about=about, ti
 # > token at triggers, BOS elsewhere.
 
 # %%
+guess = ""  # (a), (b), (c)?
+
+# %% tags=["reveal"]
 sample = task.sample(prompts=64, length=64, seed=7)
 knockouts = bb.knockouts(softmax.model, task, sample)
 ss.plot.knockout_risks(knockouts, about=about)
 
-# %%
+# %% tags=["reveal"]
 risks = knockouts.set_index("intervention")[["backcopy_excess", "bigram_excess"]]
 print(risks.round(3))
 
-assert risks.loc["zero attention", "backcopy_excess"] > 3
-assert risks.loc["zero attention", "bigram_excess"] < 0.15
-assert risks.loc["all on BOS", "bigram_excess"] < 0.15
-assert risks.loc["clean pattern"].max() < 0.15
+# %% tags=["reveal"]
+print("Your guess:", guess or "none")
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert risks.loc["zero attention", "backcopy_excess"] > 3
+# assert risks.loc["zero attention", "bigram_excess"] < 0.15
+# assert risks.loc["all on BOS", "bigram_excess"] < 0.15
+# assert risks.loc["clean pattern"].max() < 0.15
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Without the head, the copies are lost, and the bigram half does not notice: there the head did
@@ -170,19 +217,37 @@ assert risks.loc["clean pattern"].max() < 0.15
 # > the task?
 
 # %%
+guess = {"sink_attention": None, "value_drain": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
 relu = bb.train(classroom.replace(attention="relu"), device="cpu")
 
 both = bb.dynamics([softmax, relu], metrics=None)
 ss.plot.training_curves(both, panels, about=about, log_steps=False)
 
-# %%
+# %% tags=["reveal"]
 cured = relu.to_frame().set_index(["metric", "step"])["value"].xs(450, level="step")
 names = ["sink_attention", "spare_attention", "value_drain", "backcopy_excess", "bigram_excess"]
 print(pd.DataFrame({"softmax": end[names], "relu": cured[names]}).round(3))
 
-assert cured["sink_attention"] < 0.05
-assert cured["value_drain"] > end["value_drain"]
-assert cured["backcopy_excess"] < 0.05 and cured["bigram_excess"] < 0.1
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    dict(cured),
+    "after 450 steps [probability, ratio]",
+    about=about,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert cured["sink_attention"] < 0.05
+# assert cured["value_drain"] > end["value_drain"]
+# assert cured["backcopy_excess"] < 0.05 and cured["bigram_excess"] < 0.1
+# ```
+#
+# </details>
 
 # %% [markdown]
 # The sink is gone, the task is solved as well as before, and BOS keeps more of its value.
@@ -213,9 +278,16 @@ ss.plot.training_curves(
 last = history[history["step"] == 8000].set_index(["metric", "layer"])["value"]
 print(last.unstack().loc[["sink_attention", "value_drain", "residual_peak"], [0, 1, 2]].round(2))
 
-assert last["sink_attention", 2] > 0.9 and last["value_drain", 2] < 0.1
-assert last["residual_peak", 0] > 1.8 and last["residual_peak", 2] < 1
-assert last["sink_attention", 0] < 0.2
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert last["sink_attention", 2] > 0.9 and last["value_drain", 2] < 0.1
+# assert last["residual_peak", 0] > 1.8 and last["residual_peak", 2] < 1
+# assert last["sink_attention", 0] < 0.2
+# ```
+#
+# </details>
 
 # %% [markdown]
 # The work is divided as in SmolLM2. Layer 0 has no sink; it *makes* the peak (twice the others'
@@ -230,6 +302,9 @@ assert last["sink_attention", 0] < 0.2
 # > `bb-3l`, from step 1,000 on: which of $\ln t$, $\sqrt t$ and $t$ fits each best?
 
 # %%
+guess = ""  # which law for which quantity?
+
+# %% tags=["reveal"]
 ours, _ = bb.growth_laws(softmax.to_frame(), metrics=("logit_gap",), start=100)
 theirs, _ = bb.growth_laws(history, start=1000)
 norm = theirs.query("metric == 'residual_norm' and layer == 0")
@@ -237,11 +312,22 @@ deep_gap = theirs.query("metric == 'logit_gap' and layer == 2")
 for name, fits in {"our gap": ours, "bb-3l's norm": norm, "bb-3l's gap": deep_gap}.items():
     print(f"{name:14}", {fit.law: round(fit.r_squared, 3) for fit in fits.itertuples()})
 
-# %%
+# %% tags=["reveal"]
 quality = ours.set_index("law")["r_squared"]
-assert quality["log"] > 0.95 and quality["log"] > quality["linear"]
-assert norm.iloc[0]["law"] == "linear" and norm.iloc[0]["r_squared"] > 0.95  # best first
-assert deep_gap.iloc[0]["law"] != "log"
+
+# %% tags=["reveal"]
+print("Your guess:", guess or "none")
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert quality["log"] > 0.95 and quality["log"] > quality["linear"]
+# assert norm.iloc[0]["law"] == "linear" and norm.iloc[0]["r_squared"] > 0.95  # best first
+# assert deep_gap.iloc[0]["law"] != "log"
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Ours grows like $\ln t$, and the norm of `bb-3l` in a straight line, as predicted. (With plain
@@ -258,10 +344,18 @@ report = ss.scan(model, bb.task_texts(prompts=8, length=128))
 report
 
 # %%
-assert report.top_heads(1)[0]["layer"] == 2
-assert report.value_drain[:, 2].mean() < 0.15
 sink_attention = report.sink_attention[:, 2].mean().item()
-assert abs(sink_attention / (1 - exact.trigger_share) - 1) < 0.05
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert report.top_heads(1)[0]["layer"] == 2
+# assert report.value_drain[:, 2].mean() < 0.15
+# assert abs(sink_attention / (1 - exact.trigger_share) - 1) < 0.05
+# ```
+#
+# </details>
 
 # %% [markdown]
 # The scan says 0.71 where the log above said 0.99. No contradiction: the log looked at non-trigger
@@ -280,7 +374,10 @@ assert abs(sink_attention / (1 - exact.trigger_share) - 1) < 0.05
 #
 # ## Exercises
 
-# %% jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} cellView="form"
+# @title How answers are checked { display-mode: "form" }
+from sinkscope.attention import operators
+
 PARKED = last["trigger_attention", 2]
 ANSWERS = {  # exercise: (answer, hint)
     1: (
@@ -295,6 +392,12 @@ ANSWERS = {  # exercise: (answer, hint)
         "history has it as trigger_attention, layer 2, at the last step.",
     ),
     3: ("BOS", "bb.train(classroom.replace(attention='off-by-one')), then compare both columns."),
+    4: (
+        operators.off_by_one(
+            torch.linspace(-2, 2, 16).reshape(4, 4), torch.ones(4, 4, dtype=torch.bool).tril()
+        )[3, 0].item(),
+        "Subtract the largest of 0 and the scores before exp; the 1 is divided likewise.",
+    ),
 }
 solved = set()
 
@@ -322,12 +425,18 @@ answer_1 = None
 
 check(1, answer_1)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-zeroed = knockouts[knockouts["intervention"] == "zero attention"].iloc[0]
-share = task.is_trigger[sample[:, :-1]].double().mean().item()  # counted, not computed
-answer_1 = share * zeroed["backcopy_risk"] + (1 - share) * zeroed["bigram_risk"]
-
-check(1, answer_1)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# zeroed = knockouts[knockouts["intervention"] == "zero attention"].iloc[0]
+# share = task.is_trigger[sample[:, :-1]].double().mean().item()  # counted, not computed
+# answer_1 = share * zeroed["backcopy_risk"] + (1 - share) * zeroed["bigram_risk"]
+#
+# check(1, answer_1)
+# ```
+#
+# </details>
 
 # %% [markdown]
 # **2.** In `bb-3l`, does the sink head (layer 2) look at BOS on *trigger* queries more or less than
@@ -339,13 +448,19 @@ answer_2 = None
 
 check(2, answer_2)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-with torch.inference_mode():
-    _, cache = model.run_with_cache(sample)
-to_bos = cache["pattern", 2][:, 0, :, 0][task.is_trigger[sample]].mean().item()
-answer_2 = "less than 0.1" if to_bos < 0.1 else "more than 0.1"
-
-check(2, answer_2)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# with torch.inference_mode():
+#     _, cache = model.run_with_cache(sample)
+# to_bos = cache["pattern", 2][:, 0, :, 0][task.is_trigger[sample]].mean().item()
+# answer_2 = "less than 0.1" if to_bos < 0.1 else "more than 0.1"
+#
+# check(2, answer_2)
+# ```
+#
+# </details>
 
 # %% [markdown]
 # **3.** *Softmax off by one*, $A_{ij} = e^{s_{ij}} / (1 + \sum_j e^{s_{ij}})$, gives a head a place
@@ -358,17 +473,78 @@ answer_3 = None
 
 check(3, answer_3)
 
-# %% jupyter={"source_hidden": true} tags=["solution"]
-spare = bb.train(classroom.replace(attention="off-by-one"), device="cpu")
-ended = spare.to_frame().set_index(["metric", "step"])["value"].xs(450, level="step")
-print(ended[["sink_attention", "spare_attention"]].round(3).to_string())
-answer_3 = "BOS" if ended["sink_attention"] > ended["spare_attention"] else "spare place"
-# Permission to be silent is not enough. BOS was there, its logit can rise without bound, and the
-# logit of the spare place cannot: whoever is ahead stays ahead. (One seed, 450 steps; in models
-# pretrained this way Xiao et al., arXiv 2309.17453, Table 3, see an improvement, not a cure.)
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 3</summary>
+#
+# ```python
+# spare = bb.train(classroom.replace(attention="off-by-one"), device="cpu")
+# ended = spare.to_frame().set_index(["metric", "step"])["value"].xs(450, level="step")
+# print(ended[["sink_attention", "spare_attention"]].round(3).to_string())
+# answer_3 = "BOS" if ended["sink_attention"] > ended["spare_attention"] else "spare place"
+# # Permission to be silent is not enough. BOS was there, its logit can rise without bound, and the
+# # logit of the spare place cannot: whoever is ahead stays ahead. (One seed, 450 steps; in models
+# # pretrained this way Xiao et al., arXiv 2309.17453, Table 3, see an improvement, not a cure.)
+#
+# check(3, answer_3)
+# ```
+#
+# </details>
 
-check(3, answer_3)
-assert solved == set(ANSWERS)
+# %% [markdown]
+# **4.** (harder) Write softmax off by one itself, for scores `[query key]` under a causal mask,
+# so that it neither overflows at a score of 1,000 nor lets hidden keys count. What does query 3
+# of `scores` pay to key 0?
+
+# %%
+scores = torch.linspace(-2, 2, 16).reshape(4, 4)
+
+
+def my_off_by_one(scores):
+    """exp(s_ij) / (1 + sum over visible keys of exp(s_ij))."""
+    raise NotImplementedError
+
+
+answer_4 = None  # my_off_by_one(scores)[3, 0].item()
+
+
+check(4, answer_4)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution 4</summary>
+#
+# ```python
+# def my_off_by_one(scores):
+#     visible = torch.ones_like(scores, dtype=torch.bool).tril()
+#     scores = scores.masked_fill(~visible, -torch.inf)
+#     largest = scores.amax(-1, keepdim=True).clamp(min=0)  # the extra logit is 0
+#     weights = (scores - largest).exp()
+#     return weights / ((-largest).exp() + weights.sum(-1, keepdim=True))
+#
+#
+# assert my_off_by_one(torch.full((4, 4), 1000.0)).isfinite().all()
+# answer_4 = my_off_by_one(scores)[3, 0].item()
+#
+# check(4, answer_4)
+# assert solved == set(ANSWERS)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## Discuss
+#
+# 1. Why does the gap keep growing when the attention has long saturated?
+# 2. ReLU attention grows no sink here. What would you measure before you used it in a large model?
+# 3. Which part of the story needs more than one layer?
+#
+# ## Read on
+#
+# * Tianyu Guo, Druv Pai, Yu Bai, Jiantao Jiao, Michael I. Jordan and Song Mei (2024), *Active-Dormant
+#   Attention Heads*, arXiv 2410.13835
+# * Xiangming Gu, Tianyu Pang, Chao Du and others (2024), *When Attention Sink Emerges in Language
+#   Models: An Empirical View*, arXiv 2410.10781
+# * Guangxuan Xiao, Yuandong Tian, Beidi Chen, Song Han and Mike Lewis (2023), *Efficient Streaming
+#   Language Models with Attention Sinks*, arXiv 2309.17453
 
 # %% [markdown]
 # This was the last lesson. Take a model of your own, and start again at

@@ -86,7 +86,7 @@ def _section(number: int, figure: go.Figure) -> str:
     return (
         f'<section class="card"><h2 id="figure-{number}">{_plain(title.text)}</h2>'
         f'<p class="about">{_plain(title.subtitle.text)}</p><div class="scroll">'
-        f'<div class="figure wide" role="img" aria-labelledby="figure-{number}"></div></div>'
+        f'<div class="figure wide" role="figure" aria-labelledby="figure-{number}"></div></div>'
         "</section>"
     )
 

@@ -9,6 +9,7 @@ from .dormancy import loss_by_share_ablated as loss_by_share_ablated
 from .experts import expert_map as expert_map
 from .export import paper as paper
 from .export import save as save
+from .guesses import guess_and_result as guess_and_result
 from .heads import head_change as head_change
 from .heads import head_map as head_map
 from .heads import head_scatter as head_scatter
@@ -54,6 +55,7 @@ __all__ = [
     "loss_by_share_ablated",
     "paper",
     "save",
+    "guess_and_result",
     "head_change",
     "head_maps",
     "head_map",

@@ -51,7 +51,7 @@ def test_a_page_asks_its_question_and_heads_every_figure(open_page, found) -> No
     titles = [figure.layout.title.text for figure in found.figures().values()]
     assert page.locator("h2").all_inner_texts() == titles
     for title in titles:
-        assert page.get_by_role("img", name=title, exact=True).count() == 1
+        assert page.get_by_role("figure", name=title, exact=True).count() == 1
     assert page.locator(".gtitle").count() == 0, "the title is the heading"
 
 

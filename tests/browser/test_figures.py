@@ -64,6 +64,12 @@ def all_figures(theme: str) -> dict:
         "pre_attention_spikes": plot.pre_attention_spikes(frames.spikes(), **told),
         "damage_map": plot.damage_map(frames.precision(), **told),
         "kept_tokens": plot.kept_tokens(frames.precision(), **told),
+        "guess_and_result": plot.guess_and_result(
+            {"one": 0.4, "other": None},
+            {"one": 0.7, "other": 0.1},
+            "attention [probability]",
+            **told,
+        ),
         "sweep_curves": plot.sweep_curves(frames.sweep(), **told),
         "head_maps": plot.head_maps({"T = 12": report, "T = 8": other}, **told),
     }

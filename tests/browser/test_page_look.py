@@ -29,7 +29,9 @@ def test_screen_readers_are_told_what_each_figure_is(opened):
         """all => all.map(one => [one.getAttribute("role"), one.getAttribute("aria-label")
             ?? document.getElementById(one.getAttribute("aria-labelledby")).textContent])"""
     )
-    assert len(names) > 8 and all(role in ("img", "application") and name for role, name in names)
+    assert len(names) > 8 and all(
+        role in ("figure", "application") and name for role, name in names
+    )
     assert len({name for _, name in names}) == len(names)
 
 

@@ -8,7 +8,7 @@ import jupytext
 import nbformat
 import pytest
 
-from tests.notebooks.lessons import FOLDER, NAMES, SOURCES
+from tests.notebooks.lessons import FOLDED, FOLDER, NAMES, SOURCES
 
 UPDATE = "jupytext --update --to ipynb notebooks/0*.py brings the notebooks up to their sources"
 
@@ -25,7 +25,7 @@ def test_source_and_notebook_agree(source):
     assert [cell.cell_type for cell in notebook.cells] == [c.cell_type for c in written.cells]
     for cell, own in zip(notebook.cells, written.cells, strict=True):
         assert cell.source == own.source, UPDATE
-        for name in ("tags", "jupyter"):
+        for name in ("tags", "jupyter", "cellView"):
             assert cell.metadata.get(name) == own.metadata.get(name), UPDATE
 
 
@@ -46,8 +46,23 @@ def test_lesson_asks_for_predictions_and_has_solved_exercises(source):
     assert prose.count("> **Predict") >= 4
     asked = re.findall(r"^\*\*(\d)\.\*\*", prose, re.MULTILINE)
     solved = [cell for cell in notebook.cells if "solution" in cell.metadata.get("tags", [])]
-    assert len(asked) >= 3 and len(solved) == len(asked)
-    assert all(cell.metadata["jupyter"]["source_hidden"] for cell in solved)
+    assert len(asked) >= 4 and len(solved) == len(asked)
+    assert all(FOLDED.fullmatch(cell.source) for cell in solved), "no editor shows these open"
+    assert "(harder)" in prose
+    for part in ("**Goals.**", "**Before.**", "**Time.**", "## Discuss", "## Read on"):
+        assert part in prose
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+def test_a_guess_has_its_place_before_the_result(source):
+    cells = jupytext.read(source).cells
+    for number, cell in enumerate(cells):
+        if "> **Predict" not in cell.source:
+            continue
+        guess, result = cells[number + 1 : number + 3]
+        assert guess.source.startswith("guess = ") and "reveal" in result.metadata["tags"]
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert not [cell.source for cell in code if cell.source.lstrip().startswith("assert")]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=NAMES)

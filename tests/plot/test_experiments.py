@@ -17,6 +17,18 @@ def traces(figure, start: str) -> list:
     return [trace for trace in figure.data if (trace.name or "").startswith(start)]
 
 
+def test_a_guess_is_drawn_beside_the_result():
+    guess, result = {"a": 0.2, "<b>": None}, {"a": 0.7, "<b>": 3.0, "further": 1.0}
+    figure = plot.guess_and_result(guess, result, "attention [probability]", about=ABOUT)
+    bars, diamonds = figure.data
+    assert list(bars.x) == [0.7, 3.0] and list(bars.y) == ["a", "&lt;b&gt;"]
+    assert list(diamonds.x) == [0.2] and list(diamonds.y) == ["a"]
+    none = plot.guess_and_result({"a": None}, result, "attention [probability]", about=ABOUT)
+    assert len(none.data) == 1 and "no guess" in none.layout.title.text
+    with pytest.raises(ReportError, match="no result for 'c'; results are of a, <b>, further"):
+        plot.guess_and_result({"c": 1.0}, result, "attention", about=ABOUT)
+
+
 def test_old_names_work_and_warn():
     before = frames.sleep().rename(columns={"share_ablated": "share_removed"})
     for old, new, drawn in (

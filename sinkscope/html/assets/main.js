@@ -49,10 +49,10 @@ const MARKED_BY = {
   pattern: ["prompt"], layers: ["layer"], drains: ["layer"], positions: ["layer"], rate: ["epsilon"],
 };
 
-// To a screen reader a figure is a picture called as its heading is.
+// To a screen reader a figure is called as its heading is.
 function nameAsPicture(element, heading) {
   heading.id = `heading-${element.dataset.view}`;
-  element.setAttribute("role", "img");
+  element.setAttribute("role", "figure"); // not "img": it has buttons
   element.setAttribute("aria-labelledby", heading.id);
 }
 
