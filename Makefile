@@ -17,7 +17,7 @@ CPU_ONLY := $(if $(filter file,$(origin TORCH)),$(shell \
 MODELS := smollm2-135m minilm-l6
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup models demo quick test test-latest constraints lint types docs notebooks-html dist clean
+.PHONY: setup models demo quick test test-latest test-adapters constraints lint types docs notebooks-html dist clean
 
 setup: $(VENV)/.installed
 
@@ -85,6 +85,14 @@ test-latest:
 	for model in $(MODELS); do .venv-latest/bin/sinkscope models install $$model || exit 1; done
 	.venv-latest/bin/python -m pytest
 
+# LoRA, torchao and quanto: libraries that sinkscope measures through and does not need, in an
+# environment of their own. One test file, a minute or two.
+test-adapters:
+	$(PYTHON) -m venv .venv-adapters
+	.venv-adapters/bin/python -m pip install $(EXACT) "$(TORCH)" --editable ".[test,adapters]"
+	SINKSCOPE_REQUIRE_ADAPTERS=1 OMP_NUM_THREADS=1 \
+	  .venv-adapters/bin/python -m pytest tests/models/test_adapters.py
+
 # Runs the six lessons from fresh kernels, some minutes, and draws them as pages that need no network.
 notebooks-html: models
 	$(BIN)/jupyter nbconvert --execute --to html --config notebooks/html/nbconvert_config.py \
@@ -101,4 +109,4 @@ dist: setup
 	$(BIN)/python -m hatchling build
 
 clean:
-	rm -rf $(VENV) .venv-latest out dist
+	rm -rf $(VENV) .venv-latest .venv-adapters out dist

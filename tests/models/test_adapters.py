@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from typing import Any
 
 import pytest
@@ -30,8 +32,15 @@ TARGETS = {
 }
 
 
+def library(name: str) -> Any:
+    """A library, or a skip; in an environment that is made for these tests it has to be there."""
+    if os.environ.get("SINKSCOPE_REQUIRE_ADAPTERS"):
+        return importlib.import_module(name)
+    return pytest.importorskip(name)
+
+
 def adapted(family: str, **settings: Any) -> Any:
-    peft = pytest.importorskip("peft")
+    peft = library("peft")
     model = BY_NAME[family].build()
     torch.manual_seed(2)
     config = peft.LoraConfig(
@@ -70,7 +79,7 @@ def test_the_share_of_an_adapter_in_the_output_projection_counts() -> None:
 
 
 def test_learned_prompts_are_refused() -> None:
-    peft = pytest.importorskip("peft")
+    peft = library("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(UnsupportedError, match="learned prompts"):
         scan(peft.get_peft_model(tiny_llama(), config), TOKENS, progress=False)
@@ -102,7 +111,7 @@ def assert_like_itself(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_torchao(family: str) -> None:
-    torchao = pytest.importorskip("torchao.quantization")
+    torchao = library("torchao.quantization")
     model = BY_NAME[family].build()
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     assert_like_itself(model)
@@ -110,7 +119,7 @@ def test_torchao(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_quanto(family: str) -> None:
-    quanto = pytest.importorskip("optimum.quanto")
+    quanto = library("optimum.quanto")
     model = BY_NAME[family].build()
     quanto.quantize(model, weights=quanto.qint8)
     quanto.freeze(model)
