@@ -52,7 +52,11 @@ EXAMPLES = {
         "sinkscope precision smollm2-135m --schemes int4-token,int2-group64-asym "
         "--tensors key,value",
     ],
-    "stream": ["sinkscope stream smollm2-135m --tokens 4096 --windows 256 --sinks 0,4"],
+    "stream": [
+        "sinkscope stream smollm2-135m --tokens 4096 --windows 256 --sinks 0,4",
+        "sinkscope stream smollm2-135m --windows none --designated none --sinks 0,1,4 "
+        "--quantise int8-token,int4-token,int2-group64-asym",
+    ],
     "sweep": [
         "sinkscope sweep sweep.yaml --dry-run",
         "sinkscope sweep sweep.yaml --out runs --workers 2",

@@ -15,7 +15,8 @@ def stream(
     model: common.Model,
     tokens: Annotated[int, typer.Option(min=2, help="How much of the text.")] = 4096,
     windows: Annotated[
-        str, typer.Option(help="Recent positions that a query sees, with commas between them.")
+        str,
+        typer.Option(help="Recent positions that a query sees, with commas between them, or none."),
     ] = "256,512,1024",
     sinks: Annotated[
         str, typer.Option(help="How many first tokens to keep, with commas between them.")
@@ -38,6 +39,17 @@ def stream(
         bool | None,
         typer.Option("--full/--no-full", help="Also without a window; default: if it fits."),
     ] = None,
+    quantise: Annotated[
+        str,
+        typer.Option(
+            help="Schemes by which older keys and values are stored, such as "
+            "int8-token,int4-token,int2-group64-asym, with none, the first --sinks and the pivots "
+            "kept in full precision; none."
+        ),
+    ] = "none",
+    recent: Annotated[
+        int, typer.Option(min=1, help="With --quantise: the last tokens, which are not quantised.")
+    ] = 128,
     chunk: Annotated[int, typer.Option(min=1, help="Queries that run at once.")] = 128,
     texts: common.Texts = "prose",
     bos: common.Bos = "auto",
@@ -66,11 +78,13 @@ def stream(
                 ss.load_model(model, device=device, dtype=dtype),
                 texts,
                 tokens=tokens,
-                windows=numbers("--windows", windows),
+                windows=[] if windows == "none" else numbers("--windows", windows),
                 sinks=numbers("--sinks", sinks),
                 designated=_designated(designated),
                 counted=common.some("--counted", counted),
                 full=full,
+                quantise=() if quantise == "none" else common.some("--quantise", quantise),
+                recent=recent,
                 chunk=chunk,
                 bos=bos,
                 seed=seed,

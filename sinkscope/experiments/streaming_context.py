@@ -9,12 +9,17 @@ text is kept instead of the first tokens.
 1. `plan` lists the settings: what is kept, the window, how positions are counted.
 2. For each setting, `stream` runs the text in chunks through a cache that holds the kept positions
    and the window (`window_cache`), exactly as one token at a time would.
-3. Compare the losses token by token from where every window has left the start of the text, with
+3. Where schemes are named, every query sees the whole text, the last `recent` tokens in full
+   precision and the earlier ones quantised, with none, or the first n, or the pivots kept (in each
+   layer the tokens of the 20 largest |a| of the state that enters it; RotateKV, Su et al. 2025,
+   arXiv 2501.16383). KIVI (Liu et al. 2024, arXiv 2402.02750) keeps the last tokens as well.
+4. Compare the losses token by token from where every window has left the start of the text, with
    intervals over blocks of tokens.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -32,16 +37,25 @@ from sinkscope.capture import paths, runner
 from sinkscope.devices import trim
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments.conditions import default_position
+from sinkscope.experiments.precision import pivots
 from sinkscope.experiments.result import Result, about, stacked
 from sinkscope.experiments.resume import Kept, kept_in, request_of
-from sinkscope.experiments.window_cache import COUNTED, KeyRotation, Layout, WindowCache
+from sinkscope.experiments.window_cache import (
+    COUNTED,
+    KeyRotation,
+    Layout,
+    Stored,
+    WindowCache,
+)
 from sinkscope.interventions.base import check_mode, check_positions
+from sinkscope.metrics.quantisation import Scheme
 from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.models.load import load_model
 from sinkscope.output import number, table_as_text
 from sinkscope.prompts.texts import long_text
 from sinkscope.prompts.tokens import Texts
 from sinkscope.statistics import Interval, bootstrap
+from sinkscope.validation import whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,9 +66,11 @@ AUTO = "auto"
 """The designated position when none is named."""
 
 
+RECENT = 128
+"""Tokens before a query that are not quantised, its own included."""
 BLOCK = 128
 """Tokens of a block of the bootstrap: losses of neighbours are correlated, so blocks are drawn."""
-EVERYTHING, NO_SINKS = "everything", "0 sinks"
+EVERYTHING, NO_SINKS, PIVOTS = "everything", "0 sinks", "pivots"
 _COUNTED = {"cache": "positions counted in the cache", "absolute": "positions counted absolutely"}
 
 
@@ -69,7 +85,10 @@ class StreamedContext(Result):
 
     Attributes:
         kept: What is kept in each setting, in words.
-        windows: Window of each setting; -1 for full attention.
+        windows: Window of each setting; -1 for full attention. Where keys and values are quantised,
+            how many recent tokens are not.
+        schemes: How keys and values before the window are stored, such as "int4-token"; "" where
+            they are as they were, or not kept.
         counted: How positions were counted in each setting.
         moved_on: The first query that, in every setting, has all kept positions before it and the
             start outside its window.
@@ -85,6 +104,7 @@ class StreamedContext(Result):
     kept: list[str]
     windows: list[int]
     counted: list[str]
+    schemes: list[str]
     moved_on: int
     loss: Float[Tensor, "setting query"]
     seconds: Float[Tensor, "setting"]
@@ -143,8 +163,8 @@ class StreamedContext(Result):
                 return index
         return None
 
-    def _frame_of(self, setting: int) -> tuple[int, str]:
-        return self.windows[setting], self.counted[setting]
+    def _frame_of(self, setting: int) -> tuple[int, str, str]:
+        return self.windows[setting], self.counted[setting], self.schemes[setting]
 
     def _loss(self, setting: int, start: int = 0, stop: int | None = None) -> Float[Tensor, "_"]:
         loss = self.loss[setting, start:stop].double()
@@ -167,6 +187,8 @@ class StreamedContext(Result):
                     "kept": kept,
                     "window": self.windows[setting],
                     "positions": self.counted[setting],
+                    "scheme": (scheme := self.schemes[setting]),
+                    "bits": Scheme.parse(scheme).bits if scheme else math.nan,
                     "tokens": self.tokens,
                     "perplexity": self.perplexity(setting),
                     "perplexity_low": low,
@@ -211,10 +233,12 @@ class StreamedContext(Result):
 
     def _table(self, rows: list[dict[str, Any]], full: bool) -> str:
         table = []
+        quantised = any(self.schemes)
         for row in rows:
             over = row["loss_over_everything"]
             cells = [
                 row["kept"],
+                *([row["scheme"]] if quantised else []),
                 "all" if row["window"] < 0 else f"{row['window']:,}",
                 row["positions"],
                 number(row["perplexity_after"]),
@@ -223,12 +247,20 @@ class StreamedContext(Result):
                 f"{row['tokens_per_second']:,.0f}",
             ]
             table.append(cells)
-        columns = ["kept", "window", "counted", "perplexity", *(["loss − full"] if full else [])]
+        scheme = ["before the window"] if quantised else []
+        columns = [
+            "kept",
+            *scheme,
+            "window",
+            "counted",
+            "perplexity",
+            *(["loss − full"] if full else []),
+        ]
         return table_as_text([*columns, "KV [MB]", "tokens/s"], table)
 
     def _gains(self, rows: list[dict[str, Any]]) -> list[str]:
         """By how much each kept set lowers the loss, window by window."""
-        sentences: dict[tuple[int, str], list[str]] = {}
+        sentences: dict[tuple[int, str, str], list[str]] = {}
         for setting, row in enumerate(rows):
             if row["loss_over_no_sinks"] is not None and row["window"] > 0:
                 gain = row["loss_over_no_sinks"].negated()
@@ -236,19 +268,29 @@ class StreamedContext(Result):
                     f"{row['kept']} {gain.to_decimals(3)}"
                 )
         return [
-            f"Window {window:,}, {_COUNTED[counted]}: reduction of the loss against keeping no "
-            f"sink [nat a token]: {'; '.join(gains)}."
-            for (window, counted), gains in sentences.items()
+            f"{_frame_in_words(*frame)}: reduction of the loss against keeping no sink [nat a "
+            f"token]: {'; '.join(gains)}."
+            for frame, gains in sentences.items()
         ]
 
     def figures(self) -> dict[str, go.Figure]:
         """Perplexity against the window and along the text, for each way of counting positions."""
-        from sinkscope.plot import perplexity_along, perplexity_by_window
+        from sinkscope.plot import perplexity_along, perplexity_by_scheme, perplexity_by_window
 
         rows = self.to_frame().drop(columns=["perplexity", "perplexity_low", "perplexity_high"])
         rows = rows.rename(columns=lambda name: name.replace("perplexity_after", "perplexity"))
         drawn = {}
-        ways = dict.fromkeys(c for c, w in zip(self.counted, self.windows, strict=True) if w > 0)
+        if any(self.schemes):
+            recent = max(w for w, s in zip(self.windows, self.schemes, strict=True) if s)
+            told = f"{self.about} · the last {recent:,} in full precision"
+            chosen = rows[(rows["scheme"] != "") | (rows["window"] < 0)]
+            drawn["perplexity-scheme"] = perplexity_by_scheme(chosen, about=told)
+        rows = rows[rows["scheme"] == ""]
+        ways = dict.fromkeys(
+            c
+            for c, w, s in zip(self.counted, self.windows, self.schemes, strict=True)
+            if w > 0 and not s
+        )
         for counted in ways:
             about = f"{self.about} · {_COUNTED[counted]}"
             one_of_two = f", {_COUNTED[counted]}" if len(ways) > 1 else ""
@@ -271,7 +313,7 @@ class StreamedContext(Result):
         pieces = []
         size = max(BLOCK, self.tokens // 64)
         for setting, kept in enumerate(self.kept):
-            if self._frame_of(setting) == (window, counted) or self.windows[setting] < 0:
+            if self._frame_of(setting) == (window, counted, "") or self.windows[setting] < 0:
                 blocks = self._loss(setting).split(size)
                 pieces.append(
                     pd.DataFrame(
@@ -283,6 +325,12 @@ class StreamedContext(Result):
                     )
                 )
         return stacked(pieces)
+
+
+def _frame_in_words(window: int, counted: str, scheme: str) -> str:
+    if scheme:
+        return f"{scheme} but for the last {window:,} tokens"
+    return f"Window {window:,}, {_COUNTED[counted]}"
 
 
 def _over_blocks(x: Float[Tensor, "query"]) -> Interval:
@@ -306,6 +354,8 @@ def streaming_context(
     designated: int | Iterable[int] | str | None = AUTO,
     counted: Iterable[str] = COUNTED,
     full: bool | None = None,
+    quantise: str | Iterable[str] = (),
+    recent: int = RECENT,
     chunk: int = 128,
     bos: str = "auto",
     seed: int = 0,
@@ -327,6 +377,10 @@ def streaming_context(
             text's start.
         full: Whether to run full attention too; by default where the text is no longer than the
             trained context.
+        quantise: Schemes such as "int4-token" or "int2-group64-asym", by which keys and values are
+            stored that are older than `recent` tokens, with none, with `sinks` and with the pivots
+            kept in full precision; windows do not matter there.
+        recent: How many tokens are kept in full precision there, the query's own included.
         chunk: Queries that run at once; any number gives the same result.
         bos: The BOS policy, see `texts`.
         seed: Of the order of documents.
@@ -351,17 +405,24 @@ def streaming_context(
         raise TextError(f"Texts cannot go through in chunks of {chunk} tokens; use 1 or more.")
     prompts = long_text(model, text, tokens, bos=bos, seed=seed)
     settings = plan(windows, sinks, designated, counted, full, tokens, can)
+    stored = plan_stored(quantise, sinks, recent, tokens)
+    settings += stored
     check_lengths(settings, tokens, can)
     rotation = KeyRotation(model, can) if any(s.counted == "cache" for s in settings) else None
     request = {} if file is None else request_of(model, prompts, settings=list(map(str, settings)))
     with Kept(StreamedContext, file, request) as kept:
         result = kept.found or _empty(model, prompts, settings)
         missing = [i for i in range(len(settings)) if bool(result.seconds[i].isnan())]
+        massive = None
+        if any(settings[i].kept == PIVOTS for i in missing):
+            massive = pivots(model, prompts)[:, 0]
         total = len(missing) * tokens
         with tqdm(total=total, unit="token", disable=not progress, leave=False) as bar:
             for index in missing:
                 bar.set_description(f"{settings[index].kept}, window {settings[index].window}")
-                _run(model, prompts, settings[index], rotation, chunk, result, index, bar)
+                setting = settings[index]
+                how = setting.stored(can.n_layers, massive)
+                _run(model, prompts, setting, rotation, chunk, result, index, bar, how)
                 kept.grew(result)
     return result
 
@@ -376,6 +437,8 @@ class Setting:
         window: Recent positions that a query sees, its own included; None for all.
         counted: How positions are counted, of `COUNTED`.
         alone: Positions designated by a self-only mask.
+        scheme: How what has left the window is stored; "" for as it is.
+        sinks: How many first tokens are not stored so; for "pivots" those of each layer are not.
     """
 
     kept: str
@@ -383,15 +446,35 @@ class Setting:
     window: int | None
     counted: str
     alone: tuple[int, ...] = ()
+    scheme: str = ""
+    sinks: int = 0
 
     def __str__(self) -> str:
-        return f"{self.kept}, window {self.window}, counted {self.counted}"
+        stored = f", stored as {self.scheme}" if self.scheme else ""
+        return f"{self.kept}, window {self.window}, counted {self.counted}{stored}"
+
+    def stored(self, layers: int, massive: Bool[Tensor, "layer position"] | None) -> Stored | None:
+        """How its keys and values are stored; None for as they are.
+
+        Args:
+            layers: Of the model.
+            massive: The pivot tokens of each layer, for "pivots".
+        """
+        if not self.scheme:
+            return None
+        if self.kept == PIVOTS:
+            assert massive is not None
+            return Stored(Scheme.parse(self.scheme), massive)
+        first = torch.tensor(self.keep) < self.sinks
+        return Stored(Scheme.parse(self.scheme), first.expand(layers, -1))
 
     @property
     def moved_on(self) -> int:
         """The first query with all kept positions before it and the start outside its window."""
         if self.window is None:
             return 0
+        if self.scheme:
+            return self.window + self.sinks
         return max(self.window + len(self.keep), max(self.keep, default=0) + 1)
 
 
@@ -430,6 +513,27 @@ def plan(
             "Nothing is asked for: name a window and what to keep beside it, or run full attention "
             "(full=True)."
         )
+    return found
+
+
+def plan_stored(
+    schemes: str | Iterable[str], sinks: Iterable[int], recent: int, tokens: int
+) -> list[Setting]:
+    """Every run in which old keys and values are quantised.
+
+    Raises:
+        TextError: If the number of recent tokens is not one.
+        UnsupportedError: If there is no such scheme, or its range is over several tokens.
+    """
+    names = (schemes,) if isinstance(schemes, str) else tuple(schemes)
+    recent = whole_number("recent", recent, at_least=1, error=TextError)
+    every, found = tuple(range(tokens)), []
+    for name in dict.fromkeys(str(Scheme.parse(name)) for name in names):
+        Stored(Scheme.parse(name), torch.zeros(1, 1, dtype=torch.bool))  # refuses what it cannot
+        for n in _counts(sinks):
+            words = f"{n} sink" if n == 1 else f"{n} sinks"
+            found.append(Setting(words, every, recent, "absolute", scheme=name, sinks=n))
+        found.append(Setting(PIVOTS, every, recent, "absolute", scheme=name))
     return found
 
 
@@ -485,13 +589,16 @@ def _run(
     result: StreamedContext,
     index: int,
     bar: Any,
+    stored: Stored | None,
 ) -> None:
     """Fill one row of the result."""
     began = time.perf_counter()
-    loss, cache = stream(model, prompts, setting, rotation, chunk, bar)
+    loss, cache = stream(model, prompts, setting, rotation, chunk, bar, stored)
     result.loss[index] = loss
     held = cache.bytes()
     per_token = held / max(1, _tokens_held(setting, prompts.tokens.shape[1]))
+    if stored is not None:
+        per_token = cache.token_bytes()
     result.cache_bytes[index] = held
     result.full_bytes[index] = per_token * prompts.tokens.shape[1]
     result.seconds[index] = time.perf_counter() - began  # last: the row is complete then
@@ -511,6 +618,7 @@ def stream(
     rotation: KeyRotation | None = None,
     chunk: int = 128,
     bar: Any = None,
+    stored: Stored | None = None,
 ) -> tuple[Float[Tensor, "query"], WindowCache]:
     """The loss of every next token of one text under one setting, and the cache at the end.
 
@@ -521,11 +629,12 @@ def stream(
         rotation: Of the kept keys, where positions are counted in the cache.
         chunk: Queries that run at once.
         bar: A progress bar, if there is one.
+        stored: How keys and values before the window are stored; as they are by default.
     """
     device = runner.input_device(model)
     tokens = prompts.tokens[:1].to(device)
     length = tokens.shape[1]
-    cache = WindowCache(rotation if setting.counted == "cache" else None)
+    cache = WindowCache(rotation if setting.counted == "cache" else None, stored)
     losses = torch.full((length,), torch.nan)
     with torch.inference_mode(), runner.evaluating(model), _opened(model) as streaming:
         for start in range(0, length, chunk):
@@ -602,6 +711,7 @@ def _empty(model: Any, prompts: Texts, settings: Sequence[Setting]) -> StreamedC
         kept=[s.kept for s in settings],
         windows=[-1 if s.window is None else s.window for s in settings],
         counted=[s.counted for s in settings],
+        schemes=[s.scheme for s in settings],
         moved_on=max(s.moved_on for s in settings),
         loss=torch.full((size, length), torch.nan),
         seconds=nothing(),

@@ -11,6 +11,8 @@ the cache. Here queries run in chunks:
    depends on distances only, so nothing is approximated.
 3. `WindowCache` stores the kept positions and the window of every layer. Its memory is bounded by
    window, chunk and number of kept positions.
+4. Where `Stored` is given, kept positions are quantised once they have left a query's window, some
+   tokens apart.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from sinkscope.attention.support import core_module
 from sinkscope.capture import runner
 from sinkscope.devices import ran_out_of_memory
 from sinkscope.errors import UnsupportedError
+from sinkscope.metrics.quantisation import Scheme, quantised
 from sinkscope.models.capabilities import Capabilities
 from sinkscope.models.probe import only_hooks, probe_tokens
 from sinkscope.models.signals import close
@@ -202,16 +205,69 @@ class Layout:
         return query - in_cache + rank - kept
 
 
+_RANGE_BYTES = 2
+"""Of a scale, or of an end of a range: a number of 16 bits."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How keys and values are stored that have left the window: by a scheme, some tokens apart.
+
+    Attributes:
+        scheme: With a range for each token or group, so that a token's does not depend on others.
+        full: Tokens that stay in full precision.
+
+    Raises:
+        UnsupportedError: If the scheme's range is over several tokens.
+    """
+
+    scheme: Scheme
+    full: Bool[Tensor, "layer position"]
+
+    def __post_init__(self) -> None:
+        if self.scheme.per not in ("token", "group"):
+            raise UnsupportedError(
+                f"{self.scheme} takes its range over tokens that are not all there when a cache is "
+                "written; use a range per token or group, such as int4-token or int4-group64."
+            )
+
+    def read(
+        self, x: Float[Tensor, "prompt kv_head position d_head"], layer: int, start: int
+    ) -> Float[Tensor, "prompt kv_head position d_head"]:
+        """What is read again of a layer's keys or values.
+
+        Args:
+            x: As they were written.
+            layer: Whose.
+            start: Position of the first.
+        """
+        apart = self.full[layer, start : start + x.shape[2]].to(x.device)
+        flat = quantised(rearrange(x, "b h t d -> b t (h d)"), self.scheme, apart[None, :, None])
+        return rearrange(flat, "b t (h d) -> b h t d", h=x.shape[1])
+
+    def bytes(self, x: Float[Tensor, "prompt kv_head d_head"], layer: int, position: int) -> float:
+        """Size of one token's keys or values, ranges of 16 bits a number included."""
+        if self.full[layer, position]:
+            return float(_size(x))
+        channels = x[0].numel()
+        ranges = 1 if self.scheme.per == "token" else -(-channels // self.scheme.group)
+        numbers = 1 if self.scheme.symmetric else 2
+        bits = channels * self.scheme.bits
+        return x.shape[0] * (bits / 8 + ranges * numbers * _RANGE_BYTES)
+
+
 class WindowCache(Cache):
     """Stores some positions and a window of the rest, layer by layer.
 
     Args:
         rotation: Of the kept keys; None where positions are counted absolutely.
+        stored: How the kept positions are stored; as they are by default.
     """
 
-    def __init__(self, rotation: KeyRotation | None = None) -> None:
+    def __init__(self, rotation: KeyRotation | None = None, stored: Stored | None = None) -> None:
         super().__init__(layers=[])
         self._rotation = rotation
+        self._stored = stored
         self._layout: Layout | None = None
         self._kept: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
         self._recent: dict[int, tuple[Tensor, Tensor]] = {}
@@ -248,19 +304,45 @@ class WindowCache(Cache):
             old_value = repeat(old_value, "b h k d -> b h (q k) d", q=layout.stop - layout.start)
         return torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
 
-    def bytes(self) -> int:
-        """Size of what is kept between chunks."""
-        kept = [pair for layer in self._kept.values() for pair in layer.values()]
-        pairs = [*kept, *self._recent.values()]
-        return sum(x.numel() * x.element_size() for pair in pairs for x in pair)
+    def bytes(self) -> float:
+        """Size of what is kept between chunks; of what is quantised, with its ranges."""
+        found = float(sum(_size(x) for pair in self._recent.values() for x in pair))
+        if self._stored is None:
+            return found + sum(_size(x) for pair in self._pairs() for x in pair)
+        for layer, own in self._kept.items():
+            recent = self._end() - self._recent[layer][0].shape[2]
+            for position, pair in own.items():
+                if position < recent:  # the others are in the window
+                    found += sum(self._stored.bytes(x, layer, position) for x in pair)
+        return found
+
+    def token_bytes(self) -> float:
+        """Size of a token's keys and values of all layers in full precision, if one was kept."""
+        return sum(_size(x) for pair in self._pairs() for x in pair) / max(1, self._kept_tokens())
+
+    def _end(self) -> int:
+        """Tokens up to the end of this chunk."""
+        return self._layout.stop if self._layout is not None else 0
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return [pair for layer in self._kept.values() for pair in layer.values()]
+
+    def _kept_tokens(self) -> int:
+        return max((len(own) for own in self._kept.values()), default=0)
 
     def _absorb(self, key: Tensor, value: Tensor, layer: int, layout: Layout) -> None:
         """Store the chunk's positions that stay visible."""
         own = self._kept.setdefault(layer, {})
+        if self._stored is not None:
+            key, value = (self._stored.read(x, layer, layout.start) for x in (key, value))
         for position in range(layout.start, layout.stop):
             if position in self._keep:
                 row = position - layout.start
                 own[position] = key[:, :, row].clone(), value[:, :, row].clone()
+
+
+def _size(x: Tensor) -> int:
+    return x.numel() * x.element_size()
 
 
 def _last(

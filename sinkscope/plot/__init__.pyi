@@ -1,5 +1,6 @@
 from .conditions import before_after as before_after
 from .contexts import perplexity_along as perplexity_along
+from .contexts import perplexity_by_scheme as perplexity_by_scheme
 from .contexts import perplexity_by_window as perplexity_by_window
 from .dims import massive_activations as massive_activations
 from .dims import nonmixture_dims as nonmixture_dims
@@ -47,6 +48,7 @@ from .vocabulary import vocabulary_shares as vocabulary_shares
 __all__ = [
     "before_after",
     "perplexity_along",
+    "perplexity_by_scheme",
     "perplexity_by_window",
     "massive_activations",
     "nonmixture_dims",

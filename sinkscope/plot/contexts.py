@@ -137,6 +137,64 @@ def perplexity_by_window(frame: pd.DataFrame, *, about: About, theme: Theme = No
     return finish(figure, "Perplexity of a long text through a window", about, theme, height=480)
 
 
+def perplexity_by_scheme(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
+    """Perplexity of a long text whose old keys and values are quantised, by scheme and tokens kept.
+
+    The frame is that of `experiments.streaming_context`, one row a setting:
+
+    ================================= ===== ======================================================
+    column                            type  meaning
+    ================================= ===== ======================================================
+    kept                              str   tokens kept in full precision, such as "0 sinks" or
+                                            "pivots"; one line each, in the order of their first
+                                            appearance
+    scheme                            str   how the others are stored, along x, most bits first;
+                                            "" for the model as it is, drawn as a dashed level
+    bits                              float of the scheme
+    perplexity                        float of the text
+    perplexity_low, perplexity_high   float ends of its 95 % interval (optional)
+    ================================= ===== ======================================================
+
+    Args:
+        frame: As above.
+        about: A line that says model, number of tokens and how many are not quantised.
+        theme: "light", "dark", or the default.
+
+    Returns:
+        One line a rule, against the scheme.
+
+    Raises:
+        ReportError: If a column is missing.
+    """
+    frames.need(frame, "perplexity_by_scheme", "kept", "scheme", "bits", "perplexity")
+    colours = palette(theme)
+    stored = frame[frame["scheme"] != ""].sort_values("bits", ascending=False, kind="stable")
+    schemes = [escaped(str(scheme)) for scheme in dict.fromkeys(stored["scheme"])]
+    figure = go.Figure()
+    order = list(dict.fromkeys(frame.loc[frame["scheme"] != "", "kept"]))
+    for index, kept in enumerate(order):
+        rows, name = stored[stored["kept"] == kept], escaped(str(kept))
+        colour = colours.series[index % len(colours.series)]
+        figure.add_scatter(
+            x=[escaped(str(scheme)) for scheme in rows["scheme"]], y=rows["perplexity"],
+            mode="lines+markers", name=f"{name} kept",
+            # The first lines are the widest, so that one that lies on another can be seen.
+            line=dict(color=colour, width=max(1.5, 5.5 - index)), marker_size=max(5, 11 - index),
+            error_y=_ends(rows),
+            hovertemplate=f"%{{x}}, {name} kept<br>perplexity: %{{y:,.4~g}}<extra></extra>",
+        )  # fmt: skip
+    for _, row in frame[frame["scheme"] == ""].iterrows():
+        figure.add_scatter(
+            x=schemes, y=[row["perplexity"]] * len(schemes), mode="lines",
+            name="full precision", line=dict(color=colours.faint, dash="dash"),
+            hovertemplate="full precision<br>perplexity: %{y:,.4~g}<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(title_text="keys and values before the window", type="category")
+    figure.update_yaxes(title_text="perplexity", **log_scale(frame["perplexity"].to_numpy()))
+    title = "Perplexity with a quantised KV cache"
+    return finish(figure, title, about, theme, height=480)
+
+
 def _ends(rows: pd.DataFrame) -> dict[str, object] | None:
     if "perplexity_low" not in rows or "perplexity_high" not in rows:
         return None

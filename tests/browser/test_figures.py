@@ -54,6 +54,7 @@ def all_figures(theme: str) -> dict:
         "training_curves": plot.training_curves(training, laws=law, **told),
         "perplexity_along": plot.perplexity_along(frames.along(), **told),
         "perplexity_by_window": plot.perplexity_by_window(frames.windows(), **told),
+        "perplexity_by_scheme": plot.perplexity_by_scheme(frames.stored(), **told),
         "bench_ratios": plot.bench_ratios(frames.timings(), **told),
         "mitigations": plot.mitigations(frames.cured(), **told),
         "knockout_risks": plot.knockout_risks(frames.knocked_out(), **told),

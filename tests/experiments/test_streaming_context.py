@@ -27,6 +27,7 @@ def found() -> StreamedContext:
         kept=KEPT,
         windows=WINDOWS,
         counted=["absolute", *["cache"] * 5],
+        schemes=[""] * 6,
         moved_on=AFTER,
         loss=loss.float(),
         seconds=torch.full((6,), 2.0).double(),

@@ -106,6 +106,17 @@ def windows() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kept", "window", "perplexity", "kv_megabytes"])
 
 
+def stored() -> pd.DataFrame:
+    """Full precision, and two schemes with nothing, a sink and the pivots kept."""
+    rows = [("everything", "", np.nan, 12.0, 11.5, 12.5)]
+    for scheme, bits, lost in (("int2-group64-asym", 2, 40.0), ("int8-token", 8, 0.2)):
+        for kept, share in (("0 sinks", 1.0), ("1 sink", 0.3), ("pivots", 0.2)):
+            at = 12 + lost * share
+            rows.append((kept, scheme, bits, at, at - 0.5, at + 0.5))
+    columns = "kept scheme bits perplexity perplexity_low perplexity_high".split()
+    return pd.DataFrame(rows, columns=columns)
+
+
 def along() -> pd.DataFrame:
     """Without a sink the perplexity of later blocks is a hundredfold."""
     rows = [

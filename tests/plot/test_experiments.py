@@ -53,6 +53,7 @@ def test_every_figure_names_what_it_was_measured_on():
         plot.training_curves(training, about=ABOUT),
         plot.perplexity_by_window(frames.windows(), about=ABOUT),
         plot.perplexity_along(frames.along(), about=ABOUT),
+        plot.perplexity_by_scheme(frames.stored(), about=ABOUT),
         plot.bench_ratios(frames.timings(), about=ABOUT),
         plot.mitigations(frames.cured(), about=ABOUT),
         plot.knockout_risks(frames.knocked_out(), about=ABOUT),
@@ -322,3 +323,14 @@ def test_damage_map_has_a_panel_a_rule_in_one_scale():
     whole = frame[frame["what"] == "all"]
     with pytest.raises(ReportError, match="no what 'cell'"):
         plot.damage_map(whole, about=ABOUT)
+
+
+def test_perplexity_by_scheme_has_a_line_a_rule_from_many_bits_to_few():
+    figure = plot.perplexity_by_scheme(frames.stored(), about=ABOUT)
+    assert [trace.name for trace in figure.data] == [
+        "0 sinks kept", "1 sink kept", "pivots kept", "full precision",
+    ]  # fmt: skip
+    sink = figure.data[1]
+    assert list(sink.x) == ["int8-token", "int2-group64-asym"]
+    assert list(sink.y) == pytest.approx([12.06, 24.0])
+    assert list(figure.data[3].y) == [12.0, 12.0]
