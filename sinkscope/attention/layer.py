@@ -53,7 +53,7 @@ from transformer_lens.model_bridge.generalized_components.mpt_alibi_attention im
     MPTALiBiAttentionBridge,
 )
 
-from sinkscope.attention.attend import attend, attend_densely
+from sinkscope.attention.attend import Attended, attend, attend_densely
 from sinkscope.attention.bypass import show_as_stock, show_latents
 from sinkscope.attention.call import AttentionCall
 from sinkscope.attention.hooks import has_hooks
@@ -71,6 +71,9 @@ class StreamingLayer:
         index: Index of the block.
         attn: Its attention component, one that `support.attention_of` accepts.
         calls: Layer to its last call, filled in at each call.
+
+    Attributes:
+        kernel: What computes the layer's attention where nothing is materialised.
     """
 
     def __init__(self, index: int, attn: AttentionBridge, calls: dict[int, AttentionCall]) -> None:
@@ -82,6 +85,7 @@ class StreamingLayer:
         self._names = entering(attn)
         self._keys_have_fired = False
         self._enter_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        self.kernel: Callable[[Tensor, Tensor, Tensor, AttentionCall], Attended] = attend
 
     def override(self, overrides: Overrides) -> None:
         """Override the methods named in the module docstring."""
@@ -173,7 +177,7 @@ class StreamingLayer:
             hooks = attn.hook_attn_scores, attn.hook_pattern
             z, lse = attend_densely(query, key, value, call, *hooks, dropout)
         else:
-            z, lse = attend(query, key, value, call)
+            z, lse = self.kernel(query, key, value, call)
         if has_hooks(attn.hook_lse) and attn.hook_lse(lse) is not lse:
             warnings.warn(
                 f"A hook on blocks.{self._index}.attn.hook_lse returned a tensor; hook_lse is "

@@ -101,11 +101,13 @@ class Stream:
     Attributes:
         bridge: The bridge.
         calls: What the last attention call of each layer was.
+        layers: Each layer that attends, whose `kernel` may be replaced until the context ends.
     """
 
     def __init__(self, bridge: TransformerBridge) -> None:
         self.bridge = bridge
         self.calls: dict[int, AttentionCall] = {}
+        self.layers: dict[int, StreamingLayer] = {}
         self._overrides = Overrides()
         self._attention = attention_of(bridge)
         # Kept over the pause that a copy makes, and with them the user's hooks.
@@ -132,7 +134,7 @@ class Stream:
             self._add_points(index)
             layer = StreamingLayer(index, attn, self.calls)
             layer.override(self._overrides)
-            _layers[layer.core] = layer
+            _layers[layer.core] = self.layers[index] = layer
         skip_unread_statistics(self.bridge, self._overrides)
         take_shortcuts(self.bridge, self._overrides)
         self._switch_implementation()

@@ -19,6 +19,7 @@ from sinkscope.cli import (
     examples,
     experts,
     models,
+    positions,
     precision,
     report,
     scan,
@@ -65,6 +66,7 @@ app.command("experts")(experts.experts)
 app.command("spikes")(spikes.spikes)
 app.command("transplant")(transplant.transplant)
 app.command("precision")(precision.precision)
+app.command("positions")(positions.positions)
 app.command("stream")(stream.stream)
 app.command("sweep")(sweep.sweep)
 app.command("atlas")(sweep.atlas)

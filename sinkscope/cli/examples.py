@@ -52,6 +52,10 @@ EXAMPLES = {
         "sinkscope precision smollm2-135m --schemes int4-token,int2-group64-asym "
         "--tensors key,value",
     ],
+    "positions": [
+        "sinkscope positions smollm2-135m --prompts 1 --length 512 --out results",
+        "sinkscope positions ./my-model --shifts 16,65536 --dtypes bfloat16 --keep none,both",
+    ],
     "stream": [
         "sinkscope stream smollm2-135m --tokens 4096 --windows 256 --sinks 0,4",
         "sinkscope stream smollm2-135m --windows none --designated none --sinks 0,1,4 "

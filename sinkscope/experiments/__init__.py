@@ -14,6 +14,7 @@
 `dynamics`          sinks, drains and peaks over training
 `precision`         what low precision costs, and what must stay in full precision
 `seeds`             whether runs from different seeds have the same sink heads
+`rotary_precision`  what a shift of all rotary positions changes in low precision
 `streaming_context` perplexity of a long text through a window with a few kept positions
 =================== ==========================================================================
 

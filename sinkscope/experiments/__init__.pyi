@@ -6,6 +6,7 @@ from . import inactive_heads as inactive_heads
 from . import mixing as mixing
 from . import precision as precision
 from . import seeds as seeds
+from . import rotary_precision as rotary_precision
 from . import spikes as spikes
 from . import streaming_context as streaming_context
 from . import trace_peak as trace_peak
@@ -23,6 +24,7 @@ __all__ = [
     "spikes",
     "precision",
     "seeds",
+    "rotary_precision",
     "streaming_context",
     "trace_peak",
     "transplant",

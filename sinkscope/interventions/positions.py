@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -83,10 +84,6 @@ class PositionIdEdit(Intervention):
     """
 
     def __init__(self, model: Any, source: int, target: int, mode: str = "replace") -> None:
-        from transformer_lens.model_bridge.generalized_components.rotary_embedding import (
-            RotaryEmbeddingBridge,
-        )
-
         super().__init__(model)
         self.mode = check_mode(mode, _MODES)
         for position in (source, target):
@@ -94,16 +91,16 @@ class PositionIdEdit(Intervention):
                 raise TextError(f"Position {position!r} is not a whole number from 0.")
         self.source, self.target = source, target
         self.positions = (target, source) if mode == "swap" else (target,)
-        self._rotaries = [m for m in model.modules() if isinstance(m, RotaryEmbeddingBridge)]
+        self._rotaries = rotaries(model)
         if self.caps.positions != "rotary" or not self._rotaries:
             raise UnsupportedError(
                 f"{self.caps.architecture} has no rotary position ids to edit (its positions are "
                 f"{self.caps.positions}); for learned ones use PositionEmbeddingEdit."
             )
-        if kinds := _kinds(self._rotaries) & {"dynamic", "longrope"}:
+        if kinds := length_dependent(self._rotaries):
             raise UnsupportedError(
                 f"The rotary angles of {self.caps.architecture} depend on the largest position id "
-                f"({', '.join(sorted(kinds))}), so that editing one would rotate other tokens too."
+                f"({', '.join(kinds)}), so that editing one would rotate other tokens too."
             )
 
     def _begin(self, undo: ExitStack) -> None:
@@ -117,9 +114,7 @@ class PositionIdEdit(Intervention):
     ) -> tuple[tuple, dict[str, Any]] | None:
         if not self._in_force():
             return None
-        if "position_ids" in kwargs:
-            return args, {**kwargs, "position_ids": self._edit(kwargs["position_ids"])}
-        return (args[0], self._edit(args[1]), *args[2:]), kwargs
+        return with_ids(args, kwargs, self._edit)
 
     def _edit(self, ids: Int[Tensor, "_ position"]) -> Int[Tensor, "_ position"]:
         last = int(ids.max())
@@ -134,13 +129,31 @@ class PositionIdEdit(Intervention):
         return edited
 
 
-def _kinds(rotaries: list[Any]) -> set[str]:
-    """The kinds of rotary embedding, by transformers' names."""
+def rotaries(model: Any) -> list[nn.Module]:
+    """The modules of a bridge that turn position ids into rotary angles."""
+    from transformer_lens.model_bridge.generalized_components.rotary_embedding import (
+        RotaryEmbeddingBridge,
+    )
+
+    return [module for module in model.modules() if isinstance(module, RotaryEmbeddingBridge)]
+
+
+def with_ids(
+    args: tuple, kwargs: dict[str, Any], edit: Callable[[Tensor], Tensor]
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of such a module with edited position ids."""
+    if "position_ids" in kwargs:
+        return args, {**kwargs, "position_ids": edit(kwargs["position_ids"])}
+    return (args[0], edit(args[1]), *args[2:]), kwargs
+
+
+def length_dependent(rotaries: list[Any]) -> list[str]:
+    """The kinds of rotary embedding whose angles depend on the largest id, by their names."""
     kinds: set[str] = set()
     for rotary in rotaries:
         kind = getattr(rotary.original_component, "rope_type", "default")
         kinds |= set(kind.values()) if isinstance(kind, dict) else {kind}  # one a layer type
-    return kinds
+    return sorted(kinds & {"dynamic", "longrope"})
 
 
 def position_table(model: Any) -> tuple[Float[Tensor, "row dim"], int]:

@@ -30,6 +30,8 @@ from .rates import sink_rate_by_length as sink_rate_by_length
 from .renamed import cures as cures
 from .renamed import removal_cost as removal_cost
 from .renamed import sleeping_heads as sleeping_heads
+from .shifts import shift_errors as shift_errors
+from .shifts import shift_errors_by_key as shift_errors_by_key
 from .spikes import pre_attention_spikes as pre_attention_spikes
 from .strip import token_strip as token_strip
 from .sweeps import head_maps as head_maps
@@ -83,6 +85,8 @@ __all__ = [
     "pre_attention_spikes",
     "damage_map",
     "kept_tokens",
+    "shift_errors",
+    "shift_errors_by_key",
     "cures",
     "removal_cost",
     "sleeping_heads",

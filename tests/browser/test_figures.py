@@ -55,6 +55,8 @@ def all_figures(theme: str) -> dict:
         "perplexity_along": plot.perplexity_along(frames.along(), **told),
         "perplexity_by_window": plot.perplexity_by_window(frames.windows(), **told),
         "perplexity_by_scheme": plot.perplexity_by_scheme(frames.stored(), **told),
+        "shift_errors": plot.shift_errors(frames.shifted(), **told),
+        "shift_errors_by_key": plot.shift_errors_by_key(frames.shifted_keys(), **told),
         "bench_ratios": plot.bench_ratios(frames.timings(), **told),
         "mitigations": plot.mitigations(frames.cured(), **told),
         "knockout_risks": plot.knockout_risks(frames.knocked_out(), **told),

@@ -127,6 +127,33 @@ def along() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kept", "position", "perplexity"])
 
 
+def shifted() -> pd.DataFrame:
+    """In bfloat16 a shift moves attention, the more the longer the text; in float32 it does not."""
+    rows = [
+        (name, shift, query, size * query**0.3, size * query**0.3 / 2, size * query**0.3 * 2)
+        for name, size in (
+            ("bfloat16", 0.03),
+            ("bfloat16, float32 <angles>", 0.02),
+            ("float32", 1e-5),
+        )
+        for shift in (16, 16384)
+        for query in (1, 2, 4, 8, 16, 32)
+    ]
+    columns = ["arithmetic", "shift", "query", "error", "error_low", "error_high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def shifted_keys() -> pd.DataFrame:
+    """The first key has a hundred times the error of the others."""
+    rows = [
+        (name, shift, key, size * (100 if key == 0 else 1 + key % 3))
+        for name, size in (("bfloat16", 1e-4), ("float32", 1e-7))
+        for shift in (16, 16384)
+        for key in range(40)
+    ]
+    return pd.DataFrame(rows, columns=["arithmetic", "shift", "key", "error"])
+
+
 def timings() -> pd.DataFrame:
     """The stock hooks ran out of memory on the long batch."""
     rows = [
