@@ -5,8 +5,8 @@ from . import experts as experts
 from . import inactive_heads as inactive_heads
 from . import mixing as mixing
 from . import precision as precision
-from . import seeds as seeds
 from . import rotary_precision as rotary_precision
+from . import seeds as seeds
 from . import spikes as spikes
 from . import streaming_context as streaming_context
 from . import trace_peak as trace_peak

@@ -7,7 +7,11 @@
 3. What takes a head's place is zero, its mean over positions, or its output on another prompt
    (Wang et al. 2022, "Interpretability in the Wild", arXiv 2211.00593, on mean ablation). Zero
    exaggerates, since later layers are used to a head's average; see `interventions.AblateHeads`,
-   which does the same in whole forward passes.
+   which does the same in whole forward passes. Or it is the head's own output when it attends to
+   the first tokens and a window only (`interventions.WindowedAttention`). A head whose loss does
+   not rise then needs no other keys, which is what DuoAttention (Xiao et al. 2024, arXiv
+   2410.10819) asks of each head; its gates are trained, for all heads at once, whereas this is the
+   effect of restricting one alone.
 4. The effect of a head is the loss without it minus the baseline loss, prompt by prompt, with a
    bootstrap interval over prompts.
 """
@@ -34,6 +38,7 @@ from sinkscope.experiments.result import Result, about, tidy
 from sinkscope.experiments.resume import Kept, kept_in, request_of
 from sinkscope.interventions.base import check_indices, check_layers, check_mode
 from sinkscope.interventions.calibration import mean_output
+from sinkscope.interventions.window import WindowedAttention
 from sinkscope.models.active import refuse_short_prompts
 from sinkscope.models.load import load_model
 from sinkscope.models.provenance import digest
@@ -49,6 +54,8 @@ if TYPE_CHECKING:
 
 MODES = ("zero", "mean", "resample")
 """What takes the place of an ablated head's output."""
+WINDOW = "window"
+"""The mode in which a head keeps its output, but for the keys that it may attend to."""
 _TOKENS = {"cuda": 2**16, "cpu": 2**12}
 """Tokens of one forward pass, copies counted."""
 
@@ -58,7 +65,7 @@ class Ablation(Result):
     """The loss with all heads, and without each of them.
 
     Attributes:
-        mode: What took a head's place, of `MODES`.
+        mode: What took a head's place, of `MODES` or `WINDOW`.
         texts: Where the prompts came from.
         loss: Baseline: mean next-token loss of each prompt [nat]; nan where no head was ablated.
         ablated_loss: The same without the head; nan where it was not ablated.
@@ -154,6 +161,8 @@ def ablate_heads(
     *,
     heads: Iterable[tuple[int, int]] | Bool[Tensor, "prompt layer head"] | None = None,
     calibration: Any = None,
+    window: int = 64,
+    sinks: int = 1,
     seed: int = 0,
     batch: int | None = None,
     file: str | Path | None = None,
@@ -166,11 +175,13 @@ def ablate_heads(
         texts: Prompts.
         mode: What takes the place of a head's output before W_O: "zero"; "mean", its mean over the
             calibration texts' positions; "resample", its output at the same position of another
-            prompt.
+            prompt; "window", its output when it attends to the first tokens and a window only.
         heads: (layer, head) pairs, or which heads on which prompts [prompt layer head]; all by
             default.
         calibration: Texts for "mean" and "resample"; by default the prompts themselves, where
             "resample" then never takes a prompt's own.
+        window: For "window", how many keys up to and including the query's own stay [tokens].
+        sinks: For "window", how many of the first tokens stay [tokens].
         seed: Of the draws.
         batch: Prompts at once; by default what fills the device. Where memory runs out, fewer
             copies run at once.
@@ -194,14 +205,17 @@ def ablate_heads(
     can = partway.can
     prompts = with_predictions(as_texts(texts).tokenize(model).right_padded())
     refuse_short_prompts(model, prompts.mask)
-    check_mode(mode, MODES)
+    check_mode(mode, (*MODES, WINDOW))
+    restricted = {"window": window, "sinks": sinks} if mode == WINDOW else {}
     shape = len(prompts), can.n_layers, can.n_heads
     wanted = _wanted(heads, shape)
     stand_in = None if calibration is None else as_texts(calibration).tokenize(model)
     request = {}
     if file is not None:
         drawn_from = None if stand_in is None else digest(stand_in)
-        request = request_of(model, prompts, mode=mode, seed=seed, calibration=drawn_from)
+        request = request_of(
+            model, prompts, mode=mode, seed=seed, calibration=drawn_from, **restricted
+        )
     empty = Ablation(
         about=about(model, prompts),
         mode=mode,
@@ -211,7 +225,7 @@ def ablate_heads(
     )
     with Kept(Ablation, file, request) as kept, partway.opened():
         result = kept.found or empty
-        run = _Run(partway, prompts, mode, stand_in, seed, batch)
+        run = _Run(partway, prompts, mode, stand_in, seed, batch, restricted)
         run.fill(result, wanted, lambda: kept.grew(result), progress)
     return result
 
@@ -251,7 +265,9 @@ class _Run:
         calibration: Texts | None,
         seed: int,
         batch: int | None,
+        restricted: dict[str, int],
     ) -> None:
+        self._restricted = restricted
         self.partway, self.can, self.mode = partway, partway.can, mode
         self.tokens, self.mask = prompts.tokens, prompts.mask
         self._room = _TOKENS[partway.device.type if partway.device.type in _TOKENS else "cpu"]
@@ -321,6 +337,8 @@ class _Run:
     def _without(self, layer: int, heads: Int[Tensor, "head"]) -> Float[Tensor, "head prompt"]:
         """The loss of each prompt without each of these heads of a layer."""
         tokens, mask = self._here
+        if self.mode == WINDOW:
+            self._restrict(layer)
         copies = max(1, self._room // tokens.numel())
 
         def work(at: slice) -> Tensor:
@@ -335,6 +353,12 @@ class _Run:
             return rearrange(losses, "(head prompt) -> head prompt", head=len(chosen))
 
         return in_pieces(len(heads), copies, work)
+
+    def _restrict(self, layer: int) -> None:
+        """Keep the outputs of a layer whose heads are all restricted: none depends on another's."""
+        hooks = [(self.can.hook("z", layer), self._keep(layer))]
+        with WindowedAttention(self.partway.model, **self._restricted, layers=layer):
+            self.partway.final(*self._here, layer, self._track.before[layer], hooks)
 
     def _edit(self, layer: int, heads: Int[Tensor, "head"]) -> Callable[..., Tensor]:
         """Replace one head in each copy of the batch."""

@@ -25,6 +25,7 @@ from sinkscope.interventions import (
     SelfOnlyMask,
     SetActivation,
     ShiftSinkLogit,
+    WindowedAttention,
     ZeroValue,
 )
 from tests.families.architectures import BY_NAME
@@ -96,6 +97,26 @@ def test_resampling_takes_another_prompt_and_the_same_for_all_heads(model, texts
     assert fits.sum(dim=1).tolist() == [1] * 5, "one prompt stands in for each"
     assert not fits.diagonal().any(), "and never the prompt itself"
     assert fits.sum(dim=0).tolist() == [1] * 5
+
+
+def test_a_window_is_that_of_whole_passes(model, texts) -> None:
+    """Head by head against `WindowedAttention`, on prompts of several lengths."""
+    rows = [ids[:n].tolist() for ids, n in zip(texts.tokens, (12, 8, 12, 6, 10), strict=True)]
+    ragged = ss.token_ids(rows)
+    heads = [(0, 0), (1, 2), (2, 3)]
+    got = ablate_heads(model, ragged, "window", heads=heads, window=3, sinks=1, progress=False)
+    for prompt, ids in enumerate(rows):
+        tokens = torch.tensor([ids])
+        for layer, head in heads:
+            restricted = WindowedAttention(model, 3, sinks=1, layers=layer, heads=head)
+            with restricted, torch.no_grad():
+                want = float(model(tokens, return_type="loss"))
+            assert float(got.ablated_loss[prompt, layer, head]) == pytest.approx(want, abs=1e-5)
+    assert got.loss_change[:, [0, 1, 2], [0, 2, 3]].abs().min() > 1e-6
+    wide = ablate_heads(model, ragged, "window", heads=heads, window=12, sinks=0, progress=False)
+    assert wide.loss_change[:, 0, 0].abs().max() < 1e-6
+    with pytest.raises(UnsupportedError, match="window"):
+        ablate_heads(model, ragged, "window", window=0, progress=False)
 
 
 HEADS = [(0, 1), (0, 2), (1, 0), (1, 3), (2, 1)]
