@@ -235,7 +235,7 @@ def attention_by_query(
             "%{y:,.3~r}<extra></extra>",
         )  # fmt: skip
     if len(lines) > 8:
-        _key(figure, "layer" if layer is None else "head", scale)
+        _label_strongest(figure, buckets, lines, scale)
     figure.update_xaxes(
         title_text="query position, lower edge of the bucket", type="log", tickvals=buckets
     )
@@ -244,15 +244,28 @@ def attention_by_query(
     return finish(figure, title, report.settings, theme)
 
 
-def _key(figure: go.Figure, what: str, scale: list[str]) -> None:
-    """A colour bar in place of a legend of many lines."""
-    figure.add_scatter(
-        x=[None], y=[None], mode="markers", showlegend=False, hoverinfo="skip",
-        marker=dict(
-            color=[0], cmin=0, cmax=len(scale) - 1, colorscale=scale,
-            colorbar=dict(title=dict(text=what, side="right")), showscale=True,
-        ),
-    )  # fmt: skip
+_NAMED = 5  # of many lines, those with the largest means bear their names
+_APART = 0.055  # of the height of the plot, from one name to the next
+
+
+def _label_strongest(
+    figure: go.Figure, x: np.ndarray, lines: dict[str, np.ndarray], scale: list[str]
+) -> None:
+    """The names of the strongest lines at their right ends, one below the other; no legend."""
+    means = {name: nanmean(line, 0) for name, line in lines.items() if np.isfinite(line).any()}
+    strongest = sorted(means, key=lambda name: float(means[name]), reverse=True)[:_NAMED]
+    colours = dict(zip(lines, scale, strict=True))
+    last = {name: int(np.flatnonzero(np.isfinite(lines[name]))[-1]) for name in strongest}
+    top = max(float(np.nanmax(line)) for line in lines.values() if np.isfinite(line).any())
+    ceiling = np.inf
+    for name in sorted(strongest, key=lambda name: -lines[name][last[name]]):
+        at = float(lines[name][last[name]])
+        ceiling = min(at, ceiling - _APART * top)
+        figure.add_annotation(
+            x=float(np.log10(x[last[name]])), y=ceiling, xanchor="left", xshift=6, showarrow=False,
+            text=f"<span style='color:{colours[name]}'>●</span> {name.replace('layer ', 'L')}",
+            font_size=11,
+        )  # fmt: skip
 
 
 def _over_heads(report: SinkReport, metric: str) -> Interval:

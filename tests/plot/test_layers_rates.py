@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -98,6 +99,20 @@ def test_attention_by_query_draws_layers_heads_or_one_head():
     (one,) = plot.attention_by_query(report, 2, 5).data
     assert list(one.y) == pytest.approx(report.received_by_distance[2, 5].tolist())
     assert len(plot.attention_by_query(report, 2).data) == 6
+
+
+def test_of_many_layers_the_strongest_bear_their_names():
+    report = synthetic_report(layers=12)
+    figure = plot.attention_by_query(report)
+    assert len(figure.data) == 12 and not any(trace.showlegend for trace in figure.data)
+    means = report.received_by_distance.double().nanmean((1, 2))
+    strongest = {f"L{layer}" for layer in means.topk(5).indices.tolist()}
+    assert {note.text.split("</span> ")[1] for note in figure.layout.annotations} == strongest
+    heights = [note.y for note in figure.layout.annotations]
+    top = max(max(trace.y) for trace in figure.data)
+    assert all(a - b > 0.05 * top for a, b in itertools.pairwise(heights)), "one below the other"
+    few = plot.attention_by_query(synthetic_report(layers=4))
+    assert not few.layout.annotations and all(trace.showlegend for trace in few.data)
 
 
 def test_sink_rate_is_exact_at_every_threshold():
