@@ -263,6 +263,9 @@ def nearby_attention(
     query: Query, key: Key, lse: LogSumExp, call: AttentionCall, widths: Sequence[int]
 ) -> Float[Tensor, "prompt head query span"]:
     """`metrics.attention.nearby_attention`, from the band of scores that it sums: O(T · width)."""
+    kernels = kernels_for(query, call)
+    if kernels is not None:
+        return kernels.nearby_attention(query, key, lse, call, widths)
     query, key = query.transpose(1, 2), wide(key.transpose(1, 2))
     base, n_keys = _finite(lse), key.shape[2]
     paid = lse.new_zeros(*lse.shape, 2 * len(widths))

@@ -67,6 +67,17 @@ def test_forward(kernels, here: tuple[Case, Tensor, Tensor]) -> None:
     equal(z, torch.einsum("bhqk,bkhd->bqhd", pattern, value), **rounding)
 
 
+def test_nearby(kernels, here: tuple[Case, Tensor, Tensor]) -> None:
+    c, pattern, lse = here
+    queries, keys = pattern.shape[2:]
+    distance = (torch.arange(queries)[:, None] + c.call.offset - torch.arange(keys)).abs()
+    widths = (1, 3, 20)
+    spans = [distance < width for width in widths]
+    spans += [(distance > 0) & (distance <= width) for width in widths]
+    expected = torch.stack([(pattern * span).sum(-1) for span in spans], dim=-1)
+    equal(kernels.nearby_attention(c.query, c.key, lse, c.call, widths), expected)
+
+
 def test_received(kernels, here: tuple[Case, Tensor, Tensor]) -> None:
     c, pattern, lse = here
     queries = torch.arange(lse.shape[2], device=DEVICE).expand(len(lse), -1) % 3 > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from sinkscope.attention.kernels import Angles
 from sinkscope.attention.kernels.angles import angle_kernel, key_sum_kernel
 from sinkscope.attention.kernels.columns import received_kernel
 from sinkscope.attention.kernels.forward import forward_kernel
-from sinkscope.attention.kernels.rows import chosen_kernel, row_kernel
+from sinkscope.attention.kernels.rows import chosen_kernel, nearby_kernel, row_kernel
 from sinkscope.attention.scores import contiguous_rows
 from sinkscope.devices import on_its_device
 
@@ -128,6 +129,26 @@ def row_entropy(
     """−Σ_j A_ij ln A_ij."""
     bias = None if call.mask is None else _mask_bias(call.mask, query)
     return _along_rows(query, key, lse, call, bias, entropy=True)
+
+
+@on_its_device
+def nearby_attention(
+    query: Query, key: Key, lse: LogSumExp, call: AttentionCall, widths: Sequence[int]
+) -> Float[Tensor, "prompt head query span"]:
+    """Σ_j A_ij over |i − j| < w for each width, then over 0 < |i − j| ≤ w."""
+    query, key, lse = contiguous_rows(query), contiguous_rows(key), lse.contiguous()
+    result = lse.new_empty(2 * len(widths), *lse.shape)
+    bias = lse if call.mask is None else _mask_bias(call.mask, query)
+    shape = _shape(query, key, call)
+    rows, columns, warps, stages = _tile("rows", query, shape["D_BLOCK"])
+    for width, including, excluding in zip(widths, *result.chunk(2), strict=True):
+        nearby_kernel[_grid(query, rows)](
+            query, key, lse, bias, including, excluding, *_strides(query), *_strides(key),
+            bias.stride(0), query.shape[1], key.shape[1], width, **_numbers(call), **shape,
+            M=rows, N=columns, BIASED=call.mask is not None, PRECISION=_precision(query),
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return result.movedim(0, -1)
 
 
 @on_its_device

@@ -137,6 +137,83 @@ def _along(
 
 @triton.jit
 @no_type_check
+def nearby_kernel(
+    query,
+    key,
+    lse,
+    key_bias,
+    including,
+    excluding,
+    query_b,
+    query_t,
+    query_h,
+    key_b,
+    key_t,
+    key_h,
+    bias_b,
+    n_queries,
+    n_keys,
+    width,
+    offset,
+    window,
+    scale,
+    cap,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BIASED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """For one block of queries Σ_j A_ij over |i − j| < width, and over 0 < |i − j| ≤ width."""
+    first_query = tl.program_id(0) * M
+    head = tl.program_id(1)
+    prompt = tl.program_id(2).to(tl.int64)
+    rows = prompt * tl.num_programs(1) + head
+    queries = first_query + tl.arange(0, M)
+    real = queries < n_queries
+    dims = tl.arange(0, D_BLOCK)
+
+    query += prompt * query_b + head * query_h
+    at = queries.to(tl.int64)[:, None] * query_t + dims[None, :]
+    q = tl.load(query + at, mask=real[:, None] & (dims < D)[None, :], other=0.0)
+    sums = load_log2_sums(lse + rows * n_queries, queries, n_queries)
+    key += prompt * key_b + (head // GROUP) * key_h
+    key_bias += prompt * bias_b
+    stands = queries + offset
+
+    low = tl.maximum(first_query + offset - width, 0) // N * N
+    high = first_query + M + offset
+    if not CAUSAL:
+        high += width
+    high = tl.minimum(high, n_keys)
+    with_own = tl.zeros([M], dtype=tl.float32)
+    without = tl.zeros([M], dtype=tl.float32)
+    for first in tl.range(low, high, N):
+        keys = first + tl.arange(0, N)
+        there = keys < n_keys
+        at = keys.to(tl.int64)[:, None] * key_t + dims[None, :]
+        k = tl.load(key + at, mask=there[:, None] & (dims < D)[None, :], other=0.0)
+        logs = log2_pattern(
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), sums[:, None], stands[:, None],
+            keys[None, :], window, scale, cap, CAUSAL, WINDOWED, CAPPED, True,
+        )  # fmt: skip
+        if BIASED:
+            logs += tl.load(key_bias + keys, mask=there, other=float("-inf"))[None, :]
+        pattern = tl.where(there[None, :], tl.exp2(logs), 0.0)
+        distance = tl.abs(stands[:, None] - keys[None, :])
+        with_own += tl.sum(tl.where(distance < width, pattern, 0.0), 1)
+        without += tl.sum(tl.where((distance > 0) & (distance <= width), pattern, 0.0), 1)
+    tl.store(including + rows * n_queries + queries, with_own, mask=real)
+    tl.store(excluding + rows * n_queries + queries, without, mask=real)
+
+
+@triton.jit
+@no_type_check
 def chosen_kernel(
     query,
     key,
