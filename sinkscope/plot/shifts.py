@@ -30,6 +30,9 @@ def shift_errors(
         about: A line that says model, number of tokens and texts.
         theme: "light", "dark", or the default.
 
+    Returns:
+        One line an arithmetic against the position of the query, with a band for the 95 % interval.
+
     Raises:
         ReportError: If a column is missing, or there is no such shift.
     """
@@ -62,6 +65,9 @@ def shift_errors_by_key(
         shift: Which shift; the largest by default.
         about: A line that says model, number of tokens and texts.
         theme: "light", "dark", or the default.
+
+    Returns:
+        One line an arithmetic against the position of the key.
 
     Raises:
         ReportError: If a column is missing, or there is no such shift.
