@@ -18,6 +18,7 @@ from sinkscope.cli import (
     dynamics,
     examples,
     experts,
+    life,
     models,
     positions,
     precision,
@@ -62,6 +63,7 @@ app.command("dormant")(dormant.dormant)
 app.command("dynamics")(dynamics.dynamics)
 app.command("trace-peak")(trace_peak.trace_peak)
 app.command("vocabulary")(vocabulary.vocabulary)
+app.command("life")(life.life)
 app.command("experts")(experts.experts)
 app.command("spikes")(spikes.spikes)
 app.command("transplant")(transplant.transplant)

@@ -35,6 +35,7 @@ EXAMPLES = {
         "sinkscope vocabulary smollm2-135m --out results",
         "sinkscope vocabulary ./my-model --sample 4096 --further 0",
     ],
+    "life": ["sinkscope life smollm2-135m --prompts 8 --length 64 --out results"],
     "experts": [
         "sinkscope experts allenai/OLMoE-1B-7B-0924 --prompts 4 --length 256 --out results",
         "sinkscope experts ./my-routed-model --no-ablate --json",

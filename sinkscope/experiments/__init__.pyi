@@ -3,6 +3,7 @@ from . import dormant as dormant
 from . import dynamics as dynamics
 from . import experts as experts
 from . import inactive_heads as inactive_heads
+from . import life as life
 from . import mixing as mixing
 from . import precision as precision
 from . import rotary_precision as rotary_precision
@@ -20,6 +21,7 @@ __all__ = [
     "dynamics",
     "experts",
     "inactive_heads",
+    "life",
     "mixing",
     "spikes",
     "precision",

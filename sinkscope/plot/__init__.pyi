@@ -19,6 +19,7 @@ from .layers import attention_by_query as attention_by_query
 from .layers import by_layer as by_layer
 from .layers import residual_norms as residual_norms
 from .layers import value_drains as value_drains
+from .life import sink_life as sink_life
 from .pattern import attention_pattern as attention_pattern
 from .positions import by_position as by_position
 from .positions import position_embedding_norms as position_embedding_norms
@@ -81,6 +82,7 @@ __all__ = [
     "template",
     "bench_ratios",
     "peak_trace",
+    "sink_life",
     "expert_map",
     "pre_attention_spikes",
     "damage_map",

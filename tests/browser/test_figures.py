@@ -48,6 +48,7 @@ def all_figures(theme: str) -> dict:
         "massive_activations": plot.massive_activations(report, **look),
         "before_after": plot.before_after(frames.conditions(), "residual_norm", **told),
         "peak_trace": plot.peak_trace(frames.trace(), **told),
+        "sink_life": plot.sink_life(frames.life(), **told),
         "domain_scatter": plot.domain_scatter(frames.domains(), "prose", "code", **told),
         "ablation_effect": plot.ablation_effect(frames.domains(), **told),
         "loss_by_share_ablated": plot.loss_by_share_ablated(frames.sleep(), **told),

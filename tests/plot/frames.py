@@ -45,6 +45,28 @@ def trace(blocks: int = 4, prompts: int = 2) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def life(prompts: int = 2, positions: int = 6) -> pd.DataFrame:
+    """The FFN of block 1 writes the sink, that of block 3 takes most of it away."""
+    rows = []
+    for p in range(prompts):
+        for layer, (ratio, added) in enumerate(((1, 0), (100, 100), (100, 0), (40, -60))):
+            rows.append(("residual_peak", "sink", p, layer, -1, ratio + 0.1 * p))
+            rows.append(("added", "attention", p, layer, -1, 0.0))
+            rows.append(("added", "ffn", p, layer, -1, added))
+            rows.append(("sink_attention", "nothing", p, layer, -1, 0.5 + 0.01 * p))
+            rows.append(("sink_attention", "FFN 1", p, layer, -1, 0.1 + 0.01 * p))
+        for position in range(positions):
+            rows.append(("trigger", "ffn", p, 1, position, 4.0 if position == 0 else 0.5))
+        rows += [
+            ("loss", "nothing", p, -1, -1, 2 + 0.1 * p),
+            ("loss", "FFN 1", p, -1, -1, 4 + 0.1 * p),
+        ]
+    for layer in range(4):
+        rows.append(("constant_share", "sink", -1, layer, -1, 0.99))
+        rows.append(("constant_share", "control", -1, layer, -1, 0.5))
+    return pd.DataFrame(rows, columns=["metric", "part", "prompt", "layer", "position", "value"])
+
+
 def domains(layers: int = 3, heads: int = 4) -> pd.DataFrame:
     """Head 1.2 sleeps on prose and works on code."""
     rng = np.random.default_rng(1)

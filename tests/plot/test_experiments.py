@@ -47,6 +47,7 @@ def test_every_figure_names_what_it_was_measured_on():
     figures = [
         plot.before_after(frames.conditions(), "received_attention", about=ABOUT),
         plot.peak_trace(frames.trace(), about=ABOUT),
+        plot.sink_life(frames.life(), about=ABOUT),
         plot.domain_scatter(frames.domains(), "prose", "code", about=ABOUT),
         plot.ablation_effect(frames.domains(), about=ABOUT),
         plot.loss_by_share_ablated(frames.sleep(), about=ABOUT),
@@ -111,6 +112,20 @@ def test_peak_trace_shows_the_share_that_is_left():
     assert figure.layout.coloraxis.cmid == 1
     absolute = plot.peak_trace(frames.trace(), about=ABOUT, relative=False)
     assert absolute.data[1].z[1][2] == pytest.approx(10.05)
+
+
+def test_sink_life_has_six_panels_and_says_what_is_missing():
+    frame = frames.life()
+    figure = plot.sink_life(frame, about=ABOUT)
+    ffn = next(trace for trace in figure.data if trace.name == "FFN")
+    assert list(ffn.y) == [0, 100, 0, -60]
+    (peak,) = (t for t in traces(figure, "sink") if t.xaxis == "x")
+    assert list(peak.y) == [1.05, 100.05, 100.05, 40.05]
+    losses = next(t for t in figure.data if t.orientation == "h")
+    assert list(losses.y) == ["as it is", "FFN 1"] and list(losses.x) == [2.05, 4.05]
+    assert not any("not measured" in a.text for a in figure.layout.annotations)
+    few = plot.sink_life(frame[~frame["metric"].isin(["loss", "trigger"])], about=ABOUT)
+    assert sum("not measured" in a.text for a in few.layout.annotations) == 2
 
 
 def test_peak_trace_of_some_blocks_has_a_row_for_each_of_them_and_no_other():
