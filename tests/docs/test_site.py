@@ -57,6 +57,7 @@ def test_every_field_and_every_command_is_listed(site: Path) -> None:
         "dormant",
         "dynamics",
         "trace-peak",
+        "life",
         "experts",
         "vocabulary",
         "spikes",

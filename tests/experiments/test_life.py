@@ -117,9 +117,9 @@ def test_what_is_constant(both) -> None:
 def test_the_effect_of_removing_writers(both) -> None:
     family, found, want = both
     writers = tuple((layer, part) for layer, part, _ in found.of_role("writer"))
-    assert writers, "an untrained residual stream is written by someone"
+    assert bool(writers) == (family != "gemma3"), "whose scaled embeddings outweigh every part"
     assert found.removed[0] == () and set(found.removed[-1]) == set(writers)
-    for case in (0, 1, len(found.removed) - 1):
+    for case in {0, len(found.removed) - 1}:
         again = hooked(family, found.removed[case]) if case else want
         np.testing.assert_allclose(found.attention[case], again["paid"], atol=1e-5)
         np.testing.assert_allclose(found.loss[case], again["loss"], atol=1e-4)
