@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 
 import sinkscope as ss
+from sinkscope import bb
 
 model = ss.load_model("smollm2-135m")
 
@@ -367,7 +368,68 @@ print("Your guess:", guess or "none")
 # It has one, `[CLS]`, and once more not in the first layer. (Other BERTs choose `[SEP]`: Xiao et
 # al., arXiv 2309.17453, appendix H.) What makes `[CLS]` the sink is another matter. It is not that
 # it sees only itself; here every position sees every other. Lesson 4 takes it apart.
+
+# %% [markdown]
+# ## Models that could do without
 #
+# A head that has nothing to add still has to spend its attention: a softmax row sums to one. Two
+# designs give it another way out.
+#
+# * A **gate** on the head's output (Qwen3-Next, Qwen3.5, AFMoE; Qiu et al., arXiv 2505.06708): the
+#   query computes a factor for each channel, and $g_i \odot \sum_j A_{ij} v_j$ goes on to $W_O$. A
+#   closed gate adds nothing, wherever the head looks.
+# * A **learned sink** (gpt-oss): one more logit in every row, which belongs to no token. What it
+#   takes is lost, so that a row sums to less than one.
+#
+# sinkscope comes with three toy models that differ in this alone: one layer, one head, 450 steps on
+# the same task (lesson 6 explains it: on triggers, 29 % of the queries, the head must look back one
+# place; on all others it is not needed).
+#
+# > **Predict.** Which of the two keeps the head from attending to BOS?
+
+# %%
+names = {"plain": "bb-1l", "gated": "bb-1l-gated", "learned sink": "bb-1l-learned-sink"}
+toys = {kind: ss.load_model(name) for kind, name in names.items()}
+game = bb.task_texts(prompts=16, length=64)
+three = {kind: ss.scan(toy, game) for kind, toy in toys.items()}
+fields = ("sink_attention", "gate_mean", "gated_sink_attention", "learned_sink_mass", "value_drain")
+for kind, one in three.items():
+    seen = {name: one.mean(name).item() for name in fields if getattr(one, name) is not None}
+    print(f"{kind:13}", {name: round(value, 2) for name, value in seen.items()})
+
+# %%
+plain, gated, learned = three.values()
+assert plain.sink_attention.mean() > 0.6 and plain.value_drain.mean() < 0.3
+assert gated.sink_attention.mean() < 0.4 and gated.gated_sink_attention.mean() < 0.1
+assert gated.value_drain.mean() > 0.7, "a closed gate needs no drained value"
+assert learned.sink_attention.mean() > 0.6 and learned.learned_sink_mass.mean() < 0.05
+
+# %% [markdown]
+# The gate does, for the most part. Half of the attention to BOS is left, but
+# `gated_sink_attention`, each query's attention times its mean factor, says that little of it
+# passes; and BOS keeps its value. When does the gate close?
+
+# %%
+with torch.inference_mode():
+    _, cache = toys["gated"].run_with_cache(game.tokens)
+gate = cache["blocks.0.attn.hook_gate"].reshape(*game.tokens.shape, -1).mean(-1)
+at_trigger = bb.packaged_task().is_trigger[game.tokens]
+open_there, open_elsewhere = gate[at_trigger].mean().item(), gate[~at_trigger].mean().item()
+print(f"mean factor: {open_there:.2f} at triggers, {open_elsewhere:.2f} elsewhere")
+
+assert open_there > 0.8 and open_elsewhere < 0.25
+
+# %% [markdown]
+# It closes just where the head is not needed, which is what the sink was for.
+#
+# The learned sink could do the same, and here it does not: it takes hundredths of the attention,
+# and BOS the rest. That a model has room for another way does not mean that training takes it. One
+# layer and one seed are not much, either: in three layers (the table in `sinkscope/bb/README.md`)
+# the learned sink is left alone in all six runs, but gated models keep more of their sinks than
+# this one, and their residual peaks. So do not conclude from an architecture: measure
+# `learned_sink_mass`, or `gate_mean` and `gated_sink_attention`, beside `sink_attention`.
+
+# %% [markdown]
 # ## Keep it
 #
 # A report is labelled all through: tidy frames for pandas, an xarray for everything, one file.
@@ -435,6 +497,7 @@ ss.plot.head_map(tails, "value_kurtosis")
 # * A sink is recognised by its state. Tokens that share that state for some layers are sinks for
 #   those layers.
 # * Sinks are not a matter of causal masks alone: MiniLM parks on `[CLS]`.
+# * Behind a gate, attention to a sink is not what the head adds: look at `gated_sink_attention`.
 #
 # ## Exercises
 

@@ -1,4 +1,4 @@
-"""The trained model that comes with sinkscope: "bb-3l"."""
+"""The trained models that come with sinkscope: "bb-3l", and three of one layer each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from sinkscope.prompts.tokens import Texts
 
-PACKAGED = ("bb-3l",)
+PACKAGED = ("bb-3l", "bb-1l", "bb-1l-gated", "bb-1l-learned-sink")
 
 
 def load_packaged(
@@ -35,7 +35,9 @@ def load_packaged(
 
     Args:
         name: "bb-3l": three layers, one head each, trained on Bigram-Backcopy with the settings of
-            Guo et al.; `packaged_recipe` says how.
+            Guo et al.; or "bb-1l", "bb-1l-gated" and "bb-1l-learned-sink": one layer and head of 64
+            channels, 450 steps, that differ in their attention alone. `packaged_recipe` says how
+            each was trained.
         device: where to put it; the CPU when left out.
         dtype: float32 when left out (the file holds float16).
 
@@ -67,7 +69,9 @@ def packaged_recipe(name: str = "bb-3l") -> dict[str, Any]:
 def packaged_file(name: str) -> Path:
     """The weights file of a packaged model."""
     if name not in PACKAGED:
-        raise ModelError(f"There is no packaged toy model {name!r}, there is {PACKAGED[0]}.")
+        raise ModelError(
+            f"There is no packaged toy model {name!r}; there are {', '.join(PACKAGED)}."
+        )
     return Path(str(files("sinkscope.bb").joinpath("data", f"{name}.safetensors")))
 
 

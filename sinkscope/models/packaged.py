@@ -219,11 +219,17 @@ class BuiltIn:
 
 BUILT_IN = MappingProxyType(
     {
-        "bb-3l": BuiltIn(
-            "Bigram-Backcopy transformer, 3 layers, trained by sinkscope; comes with it",
+        name: BuiltIn(
+            f"Bigram-Backcopy transformer, {what}, trained by sinkscope; comes with it",
             loader="sinkscope.bb.packaged:load_packaged",
             folder="bb",
         )
+        for name, what in {
+            "bb-3l": "3 layers",
+            "bb-1l": "1 layer",
+            "bb-1l-gated": "1 layer, a gate on its head",
+            "bb-1l-learned-sink": "1 layer, a learned sink logit",
+        }.items()
     }
 )
 """Models that are part of sinkscope itself, by name."""

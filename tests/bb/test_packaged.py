@@ -128,6 +128,24 @@ def test_experiments_take_it_or_say_why_not(model):
         )
 
 
+@pytest.mark.parametrize("name", ["bb-1l", "bb-1l-gated", "bb-1l-learned-sink"])
+def test_the_three_of_one_layer_solve_the_task_with_sinks_as_the_lesson_says(name):
+    module, task = bb.load_model(packaged_file(name))
+    recipe = bb.packaged_recipe(name)["config"]
+    attention = {"bb-1l": "softmax"}.get(name, name.removeprefix("bb-1l-"))
+    assert recipe["model"]["attention"] == attention and recipe["steps"] == 450
+    found = bb.measure(module, task, task.sample(32, 64, seed=2))
+    assert found.backcopy_excess < 0.02 and found.bigram_excess < 0.08
+    report = ss.scan(ss.load_model(name), bb.task_texts(prompts=8, length=64), progress=False)
+    if name == "bb-1l-gated":
+        assert report.sink_attention.mean() < 0.4
+        assert report.gated_sink_attention.mean() < 0.1 < 0.7 < report.value_drain.mean()
+    else:
+        assert report.sink_attention.mean() > 0.6 and report.value_drain.mean() < 0.3
+        assert report.gate_mean is None
+    assert (report.learned_sink_mass is not None) == (attention == "learned-sink")
+
+
 def test_other_names_are_refused():
     with pytest.raises(ModelError, match="no packaged toy model 'bb-9l'"):
         bb.load_packaged("bb-9l")

