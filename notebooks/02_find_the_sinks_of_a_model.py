@@ -388,6 +388,9 @@ print("Your guess:", guess or "none")
 # > **Predict.** Which of the two keeps the head from attending to BOS?
 
 # %%
+guess = ""  # the gate, the learned sink, both, neither?
+
+# %% tags=["reveal"]
 names = {"plain": "bb-1l", "gated": "bb-1l-gated", "learned sink": "bb-1l-learned-sink"}
 toys = {kind: ss.load_model(name) for kind, name in names.items()}
 game = bb.task_texts(prompts=16, length=64)
@@ -396,13 +399,20 @@ fields = ("sink_attention", "gate_mean", "gated_sink_attention", "learned_sink_m
 for kind, one in three.items():
     seen = {name: one.mean(name).item() for name in fields if getattr(one, name) is not None}
     print(f"{kind:13}", {name: round(value, 2) for name, value in seen.items()})
-
-# %%
 plain, gated, learned = three.values()
-assert plain.sink_attention.mean() > 0.6 and plain.value_drain.mean() < 0.3
-assert gated.sink_attention.mean() < 0.4 and gated.gated_sink_attention.mean() < 0.1
-assert gated.value_drain.mean() > 0.7, "a closed gate needs no drained value"
-assert learned.sink_attention.mean() > 0.6 and learned.learned_sink_mass.mean() < 0.05
+print("Your guess:", guess or "none")
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert plain.sink_attention.mean() > 0.6 and plain.value_drain.mean() < 0.3
+# assert gated.sink_attention.mean() < 0.4 and gated.gated_sink_attention.mean() < 0.1
+# assert gated.value_drain.mean() > 0.7, "a closed gate needs no drained value"
+# assert learned.sink_attention.mean() > 0.6 and learned.learned_sink_mass.mean() < 0.05
+# ```
+#
+# </details>
 
 # %% [markdown]
 # The gate does, for the most part. Half of the attention to BOS is left, but
@@ -417,7 +427,14 @@ at_trigger = bb.packaged_task().is_trigger[game.tokens]
 open_there, open_elsewhere = gate[at_trigger].mean().item(), gate[~at_trigger].mean().item()
 print(f"mean factor: {open_there:.2f} at triggers, {open_elsewhere:.2f} elsewhere")
 
-assert open_there > 0.8 and open_elsewhere < 0.25
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert open_there > 0.8 and open_elsewhere < 0.25
+# ```
+#
+# </details>
 
 # %% [markdown]
 # It closes just where the head is not needed, which is what the sink was for.

@@ -147,7 +147,8 @@ def behind(ref: dict[str, Tensor], gates: list[np.ndarray], projections: list[np
 @pytest.mark.parametrize("way", ["eager", "streaming"])
 @pytest.mark.parametrize("name", GATED)
 def test_every_field_is_that_of_transformers_modules(name: str, way: str) -> None:
-    report = ss.scan(build(name), prompts(), batch=2, attention=way, progress=False)
+    every = ("all", "ffn_dims")
+    report = ss.scan(build(name), prompts(), metrics=every, batch=2, attention=way, progress=False)
     attending = list(report.settings.attending)
     compared = set()
     for field, want in oracle(name).items():
