@@ -51,6 +51,9 @@ def sink_life(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.F
         about: Settings of the report, or a line that says model, T, BOS and ε.
         theme: "light", "dark", or the default.
 
+    Returns:
+        Two columns of three panels; bars and lines of the sink have its colour.
+
     Raises:
         ReportError: If a column is missing.
     """
