@@ -40,7 +40,7 @@ from einops import repeat
 import sinkscope as ss
 from sinkscope.experiments.dormant import dormancy
 from sinkscope.experiments.inactive_heads import ablate_inactive
-from sinkscope.interventions import AblateHeads
+from sinkscope.interventions import AblateHeads, Quantise
 
 model = ss.load_model("smollm2-135m")
 prose = ss.texts("prose", prompts=4, length=64).tokenize(model)
@@ -337,6 +337,98 @@ ss.plot.guess_and_result(
 # twice as much as its neighbours, with the fifth that is left. **Sink head and inactive
 # head are different things.** The correlation is there (see the title of the figure), and weak.
 #
+# ## Where other heads attend
+#
+# A head that pays the sink little pays others more. Often these are the keys next to the query: the
+# scan also measured the attention to the last 4, 16 and 64 keys (`recency`), of queries that see
+# more than these.
+#
+# > **Predict.** Draw each head by its attention to the sink and to the last 16 keys. Head 16.0 reads
+# > the previous token, 18.8 only the sink: where are they? How many heads pay next to nothing to all
+# > other keys?
+
+# %%
+guess = {"heads": None}  # a number in the place of None
+
+# %% tags=["reveal"]
+ss.plot.recency_plane(report, width=16)
+
+# %% tags=["reveal"]
+near, far = report.mean("recent_attention")[..., 1], report.mean("remaining_attention")[..., 1]
+for layer, head in [(16, 0), (18, 8)]:
+    print(
+        f"{layer}.{head}: the last 16 keys {near[layer, head]:.2f}, the rest {far[layer, head]:.2f}"
+    )
+content = far < 0.1
+print(f"{int(content.sum())} of {content.numel()} heads pay the rest less than 0.1")
+
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    {"heads": int(content.sum())},
+    "heads that pay the rest less than 0.1 [count]",
+    about=report.settings,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert near[16, 0] > 0.7 and near[18, 8] < 0.05
+# assert 50 < content.sum() < 110
+# ```
+#
+# </details>
+
+# %% [markdown]
+# More than every fourth head attends to little but the sink and the last keys. Whether it needs no
+# others, the loss decides: `WindowedAttention` hides them from some heads, and
+# `ablate_heads(mode="window")` from one head after another.
+#
+# ## What the sink costs in low precision
+#
+# The sink's states are more than a hundred times larger than the others'. Whoever stores activations in
+# eight bits, with one scale for a whole tensor, has to choose the scale for the sink.
+#
+# > **Predict.** Quantise everything that way, and the loss rises by half a nat. Then leave *one*
+# > token of 64 in full precision. How much of the damage is left if that is token 0? If it is
+# > token 1?
+
+# %%
+guess = {"all but token 0": None, "all but token 1": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
+plain = loss(prose, start=8)
+damage = {}
+for keep in [(), 0, 1]:
+    with Quantise(model, "int8-tensor", keep=keep):
+        damage[keep] = loss(prose, start=8) - plain
+print(f"all tokens in int8: {damage[()]:+.2f} nat")
+print(f"all but token 0: {damage[0]:+.2f} nat, all but token 1: {damage[1]:+.2f} nat")
+
+# %% tags=["reveal"]
+ss.plot.guess_and_result(
+    guess,
+    {"all but token 0": damage[0], "all but token 1": damage[1]},
+    "rise of the loss in int8 [nat]",
+    about=report.settings,
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert damage[()] > 0.3 and abs(damage[1] / damage[()] - 1) < 0.3
+# assert damage[0] < damage[()] / 3
+# ```
+#
+# </details>
+
+# %% [markdown]
+# One token in full precision, and the loss comes back. That is why caches of keys and values are
+# quantised around such tokens (RotateKV, arXiv 2501.16383). `sinkscope precision` asks the same of
+# every tensor and layer.
+#
 # ## How many can be ablated?
 #
 # The practical form of the question: ask anew for every prompt which heads look inactive, zero
@@ -436,6 +528,8 @@ for layer, head in [(18, 7), (18, 8), (24, 6)]:
 #   nothing about another.
 # * Attention to the sink and a small output are two things. Each finds heads that can go; where they
 #   disagree, and there are many such heads, the loss decides.
+# * Many heads attend to the sink and the last keys alone; eight bits fail at the sink, and one token in
+#   full precision brings the loss back.
 # * Count prompts, and correct for the number of heads, before you name one.
 #
 # ## Exercises
