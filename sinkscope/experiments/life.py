@@ -507,8 +507,8 @@ def _summary(found: SinkLife) -> str:
         one = facts["trigger"]
         first, second = one["eigenvalues"]
         lines.append(
-            f"Its output in dim {one['channel']} ({one['written']}) is close to a quadratic form "
-            f"of its input ({one['quadratic']}), whose largest eigenvalues are {number(first)} and "
+            f"Its output in dim {one['channel']} is {one['written']}; the quadratic form of its "
+            f"input gives {one['quadratic']}, and the largest eigenvalues are {number(first)} and "
             f"{number(second)}. Along the first eigenvector the input at the sink is "
             f"{one['sink']}, the largest of the others {one['others_largest']}, their median "
             f"{one['others_median']}."
