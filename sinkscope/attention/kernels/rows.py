@@ -196,8 +196,8 @@ def nearby_kernel(
     for first in tl.range(low, high, N):
         keys = first + tl.arange(0, N)
         there = keys < n_keys
-        at = keys.to(tl.int64)[:, None] * key_t + dims[None, :]
-        k = tl.load(key + at, mask=there[:, None] & (dims < D)[None, :], other=0.0)
+        place = keys.to(tl.int64)[:, None] * key_t + dims[None, :]
+        k = tl.load(key + place, mask=there[:, None] & (dims < D)[None, :], other=0.0)
         logs = log2_pattern(
             tl.dot(q, tl.trans(k), input_precision=PRECISION), sums[:, None], stands[:, None],
             keys[None, :], window, scale, cap, CAUSAL, WINDOWED, CAPPED, True,
