@@ -151,6 +151,26 @@ def test_large_batches_hand_memory_back_after_every_layer(
     assert tokens.tokens.numel() == 96 and len(calls) == times
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("path", ["eager", "streaming"])
+def test_float64_is_measured_by_every_metric(family: str, path: str) -> None:
+    """Prompts of two lengths; every field agrees with float32, which other tests hold to eager."""
+    single, double = BY_NAME[family].build(), BY_NAME[family].build().double()
+    ids = BY_NAME[family].tokens(prompts=2, length=9).tolist()
+    ids[1] = ids[1][:6]
+    ask = dict(attention=path, progress=False)
+    one, two = ss.scan(single, ids, **ask), ss.scan(double, ids, **ask)
+    assert two.settings.dtype == "float64"
+    left_out = set(one.settings.metrics) - set(two.settings.metrics)
+    assert left_out <= {"logit_gap"}, "eager scores are offered only where they give the pattern"
+    for name in one.variables():
+        found, wanted = getattr(two, name), getattr(one, name)
+        if isinstance(wanted, torch.Tensor) and isinstance(found, torch.Tensor):
+            torch.testing.assert_close(
+                found.double(), wanted.double(), atol=2e-4, rtol=2e-4, equal_nan=True
+            )
+
+
 def test_running_out_of_memory_while_folding_is_an_error(model, tokens, monkeypatch) -> None:
     """Some observers have folded the batch by then: another try would fold it twice."""
 

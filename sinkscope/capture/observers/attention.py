@@ -175,7 +175,7 @@ class Recency(Observer, metric="recency", reads="attention"):
             ("beyond weights", x.window), lambda: mean_weights(batch.beyond(x.window))
         )
         near = x.nearby(attention.RECENT).unflatten(-1, (2, -1))
-        near = torch.einsum("phqiw,pqw->piwh", near, weights)
+        near = torch.einsum("phqiw,pqw->piwh", near, weights.to(near.dtype))
         to_sinks = average(x.on_keys(batch.sinks, batch.most_sinks), weights)
         uniform = batch.uniform_nearby(x.window).unflatten(-1, (2, -1))
         recent = near[:, 0].mT
