@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 from transformers import masking_utils
@@ -52,7 +53,7 @@ def streaming_mask(
     **kwargs: Any,
 ) -> MaskSpec | Bool[Tensor, "prompt 1 query key"] | None:
     """The mask function that `AttentionMaskInterface` calls; see the module docstring."""
-    shape = _shape_of(mask_function)
+    shape = _shape_of(mask_function, int(q_offset) + q_length)
     if shape is None:
         # A skipped mask means "causal" or "bidirectional" by a convention of transformers' sdpa
         # function, which ours does not share.
@@ -84,11 +85,12 @@ def _padding(
     return None if bool(mask.all()) else mask
 
 
-def _shape_of(mask_function: Callable) -> tuple[bool, int | None] | None:
+def _shape_of(mask_function: Callable, end: int) -> tuple[bool, int | None] | None:
     """(causal, window) of a transformers mask function, or None if it is anything else.
 
     transformers composes masks from closures, so this compares their code and reads the window
-    out of the closure. What it does not recognise is still right, only slower.
+    out of the closure. What it does not recognise is still right, only slower. Chunks (Llama-4) are
+    plainly causal as long as the last query, before position ``end``, is in the first one.
     """
     base = _BASES.get(mask_function)
     if base is not None:
@@ -100,6 +102,11 @@ def _shape_of(mask_function: Callable) -> tuple[bool, int | None] | None:
     causal = _BASES.get(rest[0]) if len(rest) == 1 else None
     if causal is True and _code(overlay) is _code(masking_utils.sliding_window_overlay(1)):
         return True, _closure(overlay)["sliding_window"]
+    chunked = masking_utils.chunked_overlay(1, torch.zeros(1))
+    if causal is True and _code(overlay) is _code(chunked):
+        found = _closure(overlay)
+        one = end <= found["chunk_size"] and not bool(found["left_padding"].any())
+        return (True, None) if one else None
     both_ways = masking_utils.sliding_window_bidirectional_overlay(1)
     if causal is False and _code(overlay) is _code(both_ways):
         # transformers includes this distance in the window, `MaskSpec` does not.

@@ -41,8 +41,8 @@ def mended(bridge: Any) -> Any:
     for component in bridge.original_model.modules():
         if isinstance(component, PositionEmbeddingsAttentionBridge):
             for name in ("hook_rot_q", "hook_rot_k"):
-                point = component._modules[name]
-                if "forward" not in point.__dict__:
+                point = component._modules.get(name)  # none where nothing is rotated (Granite)
+                if point is not None and "forward" not in point.__dict__:
                     point.__dict__["forward"] = partial(_in_model_dtype, point, component)
         elif isinstance(component, MLAAttentionBridge):
             _show_positions_first(component)

@@ -195,12 +195,13 @@ class Grams:
 
 
 def _check_dense(can: Capabilities, length: int) -> None:
-    """Refuse prompts in which queries choose their keys: which are visible is then not known."""
+    """Refuse prompts in which which keys are visible does not follow from a window."""
     if can.dense_up_to is not None and length > can.dense_up_to:
         raise UnsupportedError(
-            f"A query of {can.architecture} reads {can.dense_up_to} keys at most, which it chooses "
-            f"itself, and a prompt has {length} tokens; sinkscope measures it where it is dense, "
-            f"so give prompts of {can.dense_up_to} tokens or fewer."
+            f"Some layers of {can.architecture} let a query read {can.dense_up_to} keys at most, "
+            "of its own chunk or chosen by an indexer, and a prompt has "
+            f"{length} tokens; sinkscope measures such layers where they are dense, so give "
+            f"prompts of {can.dense_up_to} tokens or fewer."
         )
 
 

@@ -31,8 +31,9 @@ class Anatomy:
             a position table that no position uses (RoBERTa's first) do not count.
         windows: Sliding window of each layer in positions, a position itself counted; ``None`` is
             full attention (or none).
-        dense_up_to: Positions from which on a query reads keys that it chose itself; ``None`` where
-            it reads all that it may.
+        dense_up_to: Length up to which a query reads all keys that causality and windows leave it
+            [positions], where beyond it reads those of its own chunk, or those that it chooses;
+            ``None`` where it always reads all.
         softcap: Scores are ``softcap * tanh(scores / softcap)`` where not ``None``.
         sinks: Each layer's learned sink logits [head], or ``None``.
         stated_scales: The factor on q·k that each layer's module states, or ``None``.
@@ -81,7 +82,7 @@ def read_anatomy(bridge: Any) -> Anatomy:
         d_model=cfg.d_model,
         n_ctx=context_size(bridge),
         windows=_windows(config, len(blocks), attending, name),
-        dense_up_to=_dense_up_to(modules),
+        dense_up_to=_dense_up_to(config, modules),
         softcap=float(softcap) if softcap else None,
         sinks=tuple(_sinks(module) for module in modules),
         stated_scales=tuple(map(_stated_scale, modules)),
@@ -158,15 +159,18 @@ def _windows(
     return tuple(sizes.get(kind) for kind in kinds)
 
 
-_FULL = ("full_attention", "global", "attention", "hybrid", "indexed_attention")
+_CHUNKED = "chunked_attention"
+_FULL = ("full_attention", "global", "attention", "hybrid", "indexed_attention", _CHUNKED)
 """How configs call a layer whose attention, if any, sees everything (up to `dense_up_to`)."""
 
 
-def _dense_up_to(modules: list[Any]) -> int | None:
-    """How many keys the indexers of sparse attention (DeepSeek-V3.2, GLM-5) let a query read."""
+def _dense_up_to(config: Any, modules: list[Any]) -> int | None:
+    """How many keys the indexers of sparse attention (GLM-5) or chunks (Llama-4) let one read."""
     indexers = (getattr(module, "indexer", None) for module in modules)
-    chosen = [int(indexer.index_topk) for indexer in indexers if indexer is not None]
-    return min(chosen, default=None)
+    sizes = [int(indexer.index_topk) for indexer in indexers if indexer is not None]
+    if _CHUNKED in (getattr(config, "layer_types", None) or ()):
+        sizes.append(int(config.attention_chunk_size))
+    return min(sizes, default=None)
 
 
 def _sinks(module: Any) -> Tensor | None:

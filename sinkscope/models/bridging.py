@@ -62,11 +62,15 @@ def build(model: PreTrainedModel, tokenizer: Any, name: str) -> TransformerBridg
     # would do the same, but it asks the hub for a tokenizer where none is given.
     model.set_attn_implementation("eager")
     model.config.return_dict = True
+    config = copy.deepcopy(model.config)
+    if getattr(config, "position_embedding_type", "") is None:
+        # Granite-hybrid without positions. TransformerLens takes None for the default, "rope".
+        config.position_embedding_type = "nope"
     with seeded_weights():  # TransformerLens draws weights that it then replaces
         bridge = build_bridge_from_module(
             model.eval(),
             type(model).__name__,
-            hf_config=copy.deepcopy(model.config),
+            hf_config=config,
             tokenizer=None if tokenizer is None else self_contained(tokenizer),
             model_name=name,
             post_adapter_hook=lambda adapter: keep_fused(
@@ -99,6 +103,10 @@ def is_headless(model: PreTrainedModel) -> bool:
     return model.base_model is model and type(model).__name__ not in SUPPORTED_ARCHITECTURES
 
 
+_ENCODER_DECODER = "ForConditionalGeneration"
+"""How transformers' classes end that join an encoder, such as T5's, to a decoder."""
+
+
 def with_untrained_head(body: PreTrainedModel) -> PreTrainedModel:
     """Put a bare body under the output head of its family; the head's weights are drawn, seeded.
 
@@ -116,6 +124,12 @@ def with_untrained_head(body: PreTrainedModel) -> PreTrainedModel:
             f"TransformerLens has no adapter for {type(body).__name__}, so sinkscope cannot "
             "measure it."
         ) from error
+    if type(body).__name__.endswith("EncoderModel") and headed.__name__.endswith(_ENCODER_DECODER):
+        raise UnsupportedError(
+            f"TransformerLens has no adapter for {type(body).__name__} alone, only for "
+            f"{headed.__name__}, an encoder-decoder with cross-attention, so sinkscope cannot "
+            "measure it."
+        )
     with seeded_weights():
         model = headed(config)
     model = model.to(device=body.device, dtype=body.dtype)

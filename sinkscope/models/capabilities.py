@@ -116,8 +116,8 @@ class Capabilities:
         windows: Sliding window of each layer in positions, the query's own counted; ``None`` is
             full attention, or none at all.
         dense_up_to: Length up to which a query reads all keys that causality and windows leave it
-            [positions], where beyond it chooses some (GLM-5); ``None`` where it always does. A scan
-            refuses longer prompts.
+            [positions], where beyond it reads those of its own chunk (Llama-4), or some that it
+            chooses (GLM-5); ``None`` where it always reads all. A scan refuses longer prompts.
         softcap: Bound on the scores, or ``None``.
         scales: Factor on q·k in each layer; ``None`` where a layer does not attend.
         parallel_blocks: Whether the FFN ignores what attention writes in the same block.
@@ -529,7 +529,7 @@ def _attention(can: Capabilities) -> str:
     if "latent" in can.signals:
         words.append("keys and values from a latent")
     if can.dense_up_to is not None:
-        words.append(f"sparse beyond {can.dense_up_to} positions")
+        words.append(f"chunked or sparse beyond {can.dense_up_to} positions")
     if can.softcap is not None:
         words.append(f"scores capped at {can.softcap:g}")
     scales = tuple(round(scale, 6) for scale in can.scales if scale is not None)

@@ -353,6 +353,23 @@ OTHERS: tuple[Family, ...] = (
         ),
         moe=True,
     ),
+    Family(
+        "llama4",
+        "Llama4ForCausalLM",
+        dict(
+            GROUPED,
+            head_dim=8,
+            intermediate_size_mlp=D_MLP,
+            num_local_experts=4,
+            interleave_moe_layer_step=2,
+            no_rope_layers=[1, 0, 1],
+            attention_chunk_size=32,
+        ),
+        parts=Parts(ffn="feed_forward", down=None),
+        moe=True,
+        stock_scores=False,
+        stock_rotated=False,
+    ),
     Family("smollm3", "SmolLM3ForCausalLM", dict(GROUPED, no_rope_layers=[1, 0, 1])),
     Family(
         "cohere2",

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, T5Config, T5EncoderModel
 
 import sinkscope as ss
 from sinkscope.errors import UnsupportedError
 from sinkscope.experiments.trace_peak import trace_peak
-from sinkscope.families import row, tiny_model
+from sinkscope.families import OWN, row, tiny_model
 
-from .architectures import VOCAB, Parts
+from .architectures import BY_NAME, VOCAB, Parts
 from .oracle import expected
 from .reference import reference
 from .test_scan_families import MAGNITUDE, PROBABILITIES, PROBABILITY
@@ -105,6 +105,54 @@ def test_fields_are_transformers_own_and_undefined_without_attention(name: str, 
     assert {"residual_peak", "ffn_sink", "ffn_mixed_max", "sink_residual_norm"} <= compared
 
 
+@pytest.mark.parametrize("positions", ["rope", "nope", None])
+def test_granite_with_and_without_positions(
+    positions: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TransformerLens takes positions that the config says nothing of for rotary ones."""
+    name = "GraniteMoeHybridForCausalLM"
+    monkeypatch.setitem(OWN, name, OWN[name] | {"position_embedding_type": positions})
+    ids = tokens()
+    oracle = expected(
+        reference(tiny_model(name), ids, parts=Parts(ffn="shared_mlp", down=None)),
+        np.ones(ids.shape, dtype=bool),
+        causal=True,
+    )
+    bridge = ss.load_model(tiny_model(name))
+    for way in ("eager", "streaming"):
+        report = ss.scan(bridge, ss.token_ids(ids), attention=way, progress=False)
+        for field in ("sink_attention", "attention_entropy", "value_drain", "head_output_norm"):
+            got = getattr(report, field).double().numpy()[:, [1, 3]]
+            np.testing.assert_allclose(got, oracle[field], err_msg=field, atol=1e-5, rtol=1e-4)
+        np.testing.assert_allclose(report.residual_peak, oracle["residual_peak"], rtol=1e-4)
+
+
+def test_chunks_are_refused_beyond_the_first_and_plainly_causal_in_it() -> None:
+    family = BY_NAME["llama4"]
+    bridge = ss.load_model(family.build())
+    with pytest.raises(UnsupportedError, match="read 32 keys at most.*a prompt has 33 tokens"):
+        ss.scan(bridge, ss.token_ids(family.tokens(length=33)), progress=False)
+    with ss.streaming(bridge) as stream, torch.no_grad():
+        short, long = bridge(family.tokens(length=32)), bridge(family.tokens(length=40))
+        assert stream.calls[0].mask is not None  # as transformers builds it
+        bridge(family.tokens(length=32))
+        assert stream.calls[0].mask is None and stream.calls[0].causal
+    plain = family.build()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            short, plain(family.tokens(length=32)).logits, atol=4e-5, rtol=1e-5
+        )
+        torch.testing.assert_close(
+            long, plain(family.tokens(length=40)).logits, atol=4e-5, rtol=1e-5
+        )
+
+
+def test_a_t5_encoder_alone_is_refused_with_its_own_name() -> None:
+    config = T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    with pytest.raises(UnsupportedError, match="no adapter for T5EncoderModel alone"):
+        ss.load_model(T5EncoderModel(config))
+
+
 def test_batches_move_nothing() -> None:
     name = "Qwen3_5ForCausalLM"
     alone = ss.scan(model(name), prompts(), batch=1, progress=False)
@@ -162,6 +210,7 @@ def test_a_peak_is_traced_through_every_block() -> None:
     [
         ("MambaForCausalLM", "no block of MambaForCausalLM attends to keys"),
         ("NemotronHForCausalLM", "runs the blocks of NemotronHForCausalLM as wholes"),
+        ("RecurrentGemmaForCausalLM", "runs the blocks of RecurrentGemmaForCausalLM as wholes"),
     ],
 )
 def test_models_without_shown_attention_get_the_residual_stream(name: str, why: str) -> None:
