@@ -234,7 +234,8 @@ def max_t(
 
     Returns:
         (1 + number of permutations whose largest |t| reaches the head's |t|) / (1 + permutations),
-        on the CPU.
+        on the CPU; nan for a head that a prompt leaves undefined, as in a layer without attention,
+        which takes no part.
 
     Raises:
         TextError: With fewer than two prompts of a kind, from which nothing follows about how much
@@ -248,13 +249,15 @@ def max_t(
         )
     both = torch.cat([one.detach().cpu().double(), other.detach().cpu().double()])
     both = rearrange(both, "prompt ... -> prompt (...)")
+    defined = ~both.isnan().any(dim=0)
+    both = both[:, defined]
     both = both - both.mean(dim=0)  # keeps the sums of squares below from cancelling
     first = torch.zeros(1, len(both), dtype=torch.float64)
     first[:, : sizes[0]] = 1
     observed = _welch(both, first).abs()[0]
     generator = torch.Generator().manual_seed(seed)
     reached = torch.ones(both.shape[1], dtype=torch.float64)
-    remaining = permutations
+    remaining = permutations if both.numel() else 0
     while remaining:
         count = min(remaining, max(1, _PERMUTATION_CHUNK // both.numel()))
         order = torch.rand(count, len(both), generator=generator).argsort(dim=1)
@@ -262,7 +265,9 @@ def max_t(
         # A permutation that only exchanges equal prompts gives the data itself, up to rounding.
         reached += (largest[:, None] >= observed * (1 - 1e-9)).sum(dim=0)
         remaining -= count
-    return (reached / (1 + permutations)).reshape(one.shape[1:])
+    p = torch.full(defined.shape, torch.nan, dtype=torch.float64)
+    p[defined] = reached / (1 + permutations)
+    return p.reshape(one.shape[1:])
 
 
 def _welch(

@@ -69,6 +69,20 @@ def test_max_t_names_a_wrong_head_no_oftener_than_it_says() -> None:
     assert 1 <= wrong <= 0.05 * 300 + 3 * np.sqrt(300 * 0.05 * 0.95)
 
 
+def test_max_t_leaves_out_a_head_that_a_prompt_leaves_undefined() -> None:
+    """As in a hybrid model: a layer without attention is no head among the others."""
+    draw = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(6, 3, 4, generator=draw) for _ in range(2))
+    one[:, 1], other[2, 2, 3] = torch.nan, torch.nan
+    got = max_t(one, other, permutations=300)
+    undefined = torch.zeros(3, 4, dtype=torch.bool)
+    undefined[1], undefined[2, 3] = True, True
+    assert torch.equal(got.isnan(), undefined)
+    rest = max_t(one[:, ~undefined], other[:, ~undefined], permutations=300)
+    assert torch.equal(got[~undefined], rest) and (rest > 0.01).all()
+    assert max_t(one[:, 1], other[:, 1]).isnan().all()
+
+
 def test_max_t_of_constant_heads() -> None:
     """The same on every prompt: no difference; two constants: the surest difference there is."""
     one, other = torch.full((5, 2), 0.5), torch.full((5, 2), 0.5)

@@ -40,6 +40,7 @@ from sinkscope.interventions.base import check_indices, check_layers, check_mode
 from sinkscope.interventions.calibration import mean_output
 from sinkscope.interventions.window import WindowedAttention
 from sinkscope.models.active import refuse_short_prompts
+from sinkscope.models.capabilities import Capabilities
 from sinkscope.models.load import load_model
 from sinkscope.models.provenance import digest
 from sinkscope.models.rope import length_class
@@ -208,7 +209,7 @@ def ablate_heads(
     check_mode(mode, (*MODES, WINDOW))
     restricted = {"window": window, "sinks": sinks} if mode == WINDOW else {}
     shape = len(prompts), can.n_layers, can.n_heads
-    wanted = _wanted(heads, shape)
+    wanted = _wanted(heads, shape, can)
     stand_in = None if calibration is None else as_texts(calibration).tokenize(model)
     request = {}
     if file is not None:
@@ -231,23 +232,32 @@ def ablate_heads(
 
 
 def _wanted(
-    heads: Iterable[tuple[int, int]] | Tensor | None, shape: tuple[int, int, int]
+    heads: Iterable[tuple[int, int]] | Tensor | None,
+    shape: tuple[int, int, int],
+    can: Capabilities,
 ) -> Bool[Tensor, "prompt layer head"]:
-    """Which heads are ablated on which prompts.
+    """Which heads are ablated on which prompts; by default those of every layer that attends.
 
     Raises:
         UnsupportedError: If one does not exist, or there are none.
     """
+    attends = torch.zeros(shape[1], dtype=torch.bool)
+    attends[list(can.attending)] = True
     if isinstance(heads, Tensor):
         if heads.shape != shape:
             raise UnsupportedError(
                 f"heads is {tuple(heads.shape)}, which is not [prompt layer head] = {shape}."
             )
+        elsewhere = (heads.cpu().any(dim=2).any(dim=0) & ~attends).nonzero()
+        if len(elsewhere):
+            raise can.no_attention(int(elsewhere[0]))
         return heads.cpu()
-    wanted = torch.full(shape, heads is None)
+    wanted = attends[:, None].expand(shape).clone() & (heads is None)
     for layer, head in heads or ():
         check_layers(layer, shape[1])
         check_indices(head, shape[2], "head")
+        if not attends[layer]:
+            raise can.no_attention(layer)
         wanted[:, layer, head] = True
     if not wanted.any():
         raise UnsupportedError("No head is named; name at least one (layer, head) pair.")
@@ -276,7 +286,7 @@ class _Run:
         self._classes = batches.classes(self.mask, length_class(partway.model.original_model))
         self._mean: dict[str, Tensor] = {}
         if mode == "mean":
-            hooks = [self.can.hook("z", layer) for layer in range(self.can.n_layers)]
+            hooks = [self.can.hook("z", layer) for layer in self.can.attending]
             self._mean = mean_output(partway.model, calibration or prompts, hooks)
         elif mode == "resample":
             self._others = _others(prompts, calibration, seed)
@@ -323,9 +333,7 @@ class _Run:
         self._z: dict[int, Tensor] = {}
         if self.mode == "resample":
             tokens = self._others[rows, :length].to(device)
-            hooks = [
-                (self.can.hook("z", layer), self._keep(layer)) for layer in range(self.can.n_layers)
-            ]
+            hooks = [(self.can.hook("z", layer), self._keep(layer)) for layer in self.can.attending]
             self.partway.track(tokens, torch.ones_like(tokens, dtype=torch.bool), hooks)
 
     def _keep(self, layer: int) -> Callable[..., None]:

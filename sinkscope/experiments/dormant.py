@@ -185,9 +185,15 @@ class Dormancy(Result):
     def _whole(self, mode: str) -> dict[str, Bool[Tensor, "prompt"]]:
         """The prompts of each domain on which every head was ablated."""
         return {
-            domain: ~ablated.loss_change.flatten(1).isnan().any(dim=1)
+            domain: ~self._by_head(domain, ablated.loss_change).isnan().any(dim=1)
             for domain, ablated in self._ablated(mode).items()
         }
+
+    def _by_head(
+        self, domain: str, x: Float[Tensor, "prompt layer head"]
+    ) -> Float[Tensor, "prompt layer_head"]:
+        """The heads of all layers that attend, side by side."""
+        return x[:, list(self.reports[domain].settings.attending)].flatten(1)
 
     def prediction(self, mode: str, of: str = "cost") -> pd.DataFrame:
         """How well each score ranks heads by the effect of their ablation.
@@ -210,12 +216,12 @@ class Dormancy(Result):
             raise ReportError(f"An ablation has no {of!r}; ask for its cost or its effect.")
         rows = []
         for domain, whole in self._whole(mode).items():
-            change = self.ablations[mode][domain].loss_change.flatten(1)
+            change = self._by_head(domain, self.ablations[mode][domain].loss_change)
             change = change if of == "cost" else change.abs()
             for name, x in _per_head(self.reports[domain]).items():
                 if name in FIELDS[1:]:
                     continue
-                rho = rank_correlation(x.flatten(1)[whole], change[whole])
+                rho = rank_correlation(self._by_head(domain, x)[whole], change[whole])
                 sign = -1 if INACTIVE_IF.get(name, "above") == "above" else 1
                 rows.append(
                     {"score": name, "domain": domain, "rho": rho.mean, "low": rho.low}
@@ -236,7 +242,7 @@ class Dormancy(Result):
         """
         found = {}
         for domain, whole in self._whole(mode).items():
-            effect = self.ablations[mode][domain].loss_change.flatten(1).abs()
+            effect = self._by_head(domain, self.ablations[mode][domain].loss_change).abs()
             found[domain] = float(effect[whole].median(dim=1).values.mean())
         return found
 
@@ -266,7 +272,7 @@ class Dormancy(Result):
     def statistics(self) -> dict[str, Any]:
         """Counts, the heads that differ, and how well scores predict the effect of ablation."""
         return {
-            "heads": int(next(iter(self.p_values.values())).numel()),
+            "heads": int((~next(iter(self.p_values.values())).isnan()).sum()),
             "dormant": {domain: int(self.dormant(domain).sum()) for domain in self.reports},
             "significant": {
                 f"{one} / {other}": int((p < self.level).sum())
@@ -450,7 +456,7 @@ def _to_ablate(
 ) -> Bool[Tensor, "prompt layer head"]:
     """All heads on the first prompts, and those that differ on all."""
     heads = torch.zeros_like(report["sink_attention"], dtype=torch.bool)
-    heads[:prompts] = True
+    heads[:prompts, list(report.settings.attending)] = True
     for layer, head in differing:
         heads[:, layer, head] = True
     return heads

@@ -370,6 +370,7 @@ class _Chooser:
                 )
             self._scores[name] = score.cpu(), score.cpu(), "below"
         self._draws, self._seed = draws, seed
+        self._attending = list(report.settings.attending)
 
     def __call__(self, name: str, share: float) -> list[Flags]:
         """The flags in the unchanged model; of random heads, several draws."""
@@ -385,11 +386,14 @@ class _Chooser:
 
     def _random(self, quantile: float, draw: int) -> Flags:
         """As many heads of every prompt, drawn for each prompt anew."""
-        prompts, layers, heads = self._shape
+        prompts, _, heads = self._shape
+        layers = len(self._attending)
         generator = torch.Generator().manual_seed(1000 * self._seed + draw)
         order = torch.rand(prompts, layers * heads, generator=generator).argsort(dim=1)
         chosen = order < round(quantile * layers * heads)
-        return rearrange(chosen, "prompt (layer head) -> prompt layer head", layer=layers)
+        flags = torch.zeros(self._shape, dtype=torch.bool)
+        flags[:, self._attending] = rearrange(chosen, "p (layer head) -> p layer head", head=heads)
+        return flags
 
 
 def _beyond(
@@ -430,7 +434,9 @@ class _Measure:
         """Loss and share of zeroed heads of each prompt; of random heads the mean over draws."""
         flags = self._choose(name, share)
         losses = torch.stack([self._losses(one) for one in flags])
-        return losses.mean(dim=0), torch.stack([one.float().mean((1, 2)) for one in flags]).mean(0)
+        attending = list(self._partway.can.attending)
+        shares = [one[:, attending].float().mean((1, 2)) for one in flags]
+        return losses.mean(dim=0), torch.stack(shares).mean(0)
 
     def _one_pass(self, name: str, share: float) -> tuple[Tensor, Tensor]:
         """The same, each layer scored and zeroed in the forward pass that gives the loss."""
@@ -453,10 +459,10 @@ class _Measure:
                 layer = {key: x.to(z.device)[:, None] for key, x in (measured | sizes).items()}
                 score = inactivity_scores(**layer)[name][:, 0]
                 flags = _beyond(score, threshold, inactive_if)
-                count.add_(flags.float().mean(dim=1).cpu() / can.n_layers)
+                count.add_(flags.float().mean(dim=1).cpu() / len(can.attending))
                 return z.masked_fill(flags[:, None, :, None], 0)
 
-            edits = [(can.hook("z", layer), zero) for layer in range(can.n_layers)]
+            edits = [(can.hook("z", layer), zero) for layer in can.attending]
             return [*self._partway.observers(batch, ("attention", "value"), read), *edits]
 
         losses = self._losses.run(hooks)

@@ -688,6 +688,11 @@ def _check(can: Capabilities) -> Capabilities:
         reason = "is bidirectional, so it predicts no next token"
     elif not can.lm_head:
         reason = "has no trained output head, so its losses mean nothing"
+    elif len(can.attending) < can.n_layers:
+        reason = (
+            f"has {can.n_layers - len(can.attending)} of {can.n_layers} layers without attention, "
+            "which pass earlier text on whatever the window"
+        )
     elif any(window is not None for window in can.windows):
         reason = "has sliding windows of its own, which no kept position can outlast"
     elif can.positions not in ("rotary", "learned", "none"):

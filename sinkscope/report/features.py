@@ -131,10 +131,7 @@ def head_differences(
         )
     one, two = one.cpu().double(), two.cpu().double()
     difference, low, high = bootstrap_difference(one, two, level, seed=seed)
-    defined = ~(one.isnan().any(0) | two.isnan().any(0))
-    p = torch.full_like(difference, torch.nan)
-    if defined.any():
-        p[defined] = max_t(one[:, defined], two[:, defined], seed=seed)
+    p = max_t(one, two, seed=seed)
     higher, lower = _pairs(one, two)
     layer, head = np.indices(tuple(difference.shape)).reshape(2, -1)
     values = {
