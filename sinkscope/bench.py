@@ -264,8 +264,9 @@ def _rows_by_metric(
         return _bridge_row(name, bridge, size, way, path, names, repeats, bare)
 
     def difference(larger: BenchRow, smaller: BenchRow) -> float | None:
-        known = larger.ratio is not None and smaller.ratio is not None
-        return larger.ratio - smaller.ratio if known else None
+        if larger.ratio is None or smaller.ratio is None:
+            return None
+        return larger.ratio - smaller.ratio
 
     yield (without := row("core", *core))
     for metric in every:
