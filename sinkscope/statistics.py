@@ -3,7 +3,8 @@
 * `Interval` is a mean with the ends of its interval, of one number or of a whole tensor.
   `bootstrap` computes it over prompts for tensors, `estimate` for one number, and `mean_interval`
   over a few repetitions of a run.
-* `max_t` compares two kinds of text head by head, corrected for the number of heads.
+* `max_t` compares two kinds of text head by head, corrected for the number of heads; `chance`
+  compares every head with draws of a null, corrected likewise.
 * `rank_correlation` relates two measurements over heads.
 """
 
@@ -284,6 +285,35 @@ def _welch(
     difference, error = means[0] - means[1], (errors[0] + errors[1]).sqrt()
     # A head with the same value on every prompt has t = 0, or ±inf if the two means differ.
     return torch.where(difference == 0, 0, difference / error)
+
+
+def chance(
+    observed: Float[Tensor, "*head"], null: Float[Tensor, "draw *head"]
+) -> Float[Tensor, "*head"]:
+    """One-sided p-values against draws of a null, corrected for the number of heads.
+
+    p = (1 + number of draws whose largest value over all heads reaches the observed one) /
+    (1 + draws): a head is compared with the largest of as many heads (Westfall & Young 1993, single
+    step), and the observation counts as a draw of its own. If under the null the observation is
+    exchangeable with the draws, the probability that any head has p ≤ α is at most α, whatever the
+    correlation between heads.
+
+    Args:
+        observed: A value of each head; nan where it is not defined.
+        null: The same values in each draw.
+
+    Returns:
+        p, from 1 / (1 + draws) to 1; nan where the observation is, and where no draw is defined.
+    """
+    observed, null = observed.detach().cpu().double(), null.detach().cpu().double()
+    drawn = rearrange(null, "draw ... -> draw (...)")
+    defined = ~drawn.isnan().all(dim=1)
+    largest = drawn.nan_to_num(-torch.inf).amax(dim=1)[defined]
+    if not len(largest):
+        return torch.full_like(observed, torch.nan)
+    reached = (largest.reshape(-1, *[1] * observed.ndim) >= observed).sum(dim=0)
+    p = (1 + reached) / (1 + len(largest))
+    return p.masked_fill(observed.isnan(), torch.nan)
 
 
 def spearman(x: Float[Tensor, "*batch n"], y: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:

@@ -8,7 +8,7 @@ log-sum-exp, with nothing T×T.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -46,6 +46,10 @@ class AttentionReader(Protocol):
 
     def received(self) -> Float[Tensor, "prompt head key"]:
         """Attention that each key receives, summed over real queries."""
+        ...
+
+    def by_key(self) -> Iterator[Float[Tensor, "prompt head query"]]:
+        """Attention that each query pays to key 0, to key 1 and so on, one key at a time."""
         ...
 
     def nearby(self, widths: Sequence[int]) -> Float[Tensor, "prompt head query span"]:
@@ -146,6 +150,10 @@ class PatternReader:
     def received(self) -> Float[Tensor, "prompt head key"]:
         """See `metrics.attention.received_mass`."""
         return attention.received_mass(self._pattern, self.batch.mask)
+
+    def by_key(self) -> Iterator[Float[Tensor, "prompt head query"]]:
+        """A_ij, column by column."""
+        yield from self._pattern.unbind(dim=-1)
 
     def nearby(self, widths: Sequence[int]) -> Float[Tensor, "prompt head query span"]:
         """See `metrics.attention.nearby_attention`."""
@@ -304,6 +312,13 @@ class StreamReader:
     def received(self) -> Float[Tensor, "prompt head key"]:
         """Σ_i exp(s_ij − lse_i)."""
         return self._received
+
+    def by_key(self) -> Iterator[Float[Tensor, "prompt head query"]]:
+        """exp(s_ij − lse_i), column by column; none is kept."""
+        for index in range(self.batch.length):
+            place = self.batch.mask.new_full((len(self.batch.mask), 1), index, dtype=torch.long)
+            one = _columns.KeySet(place, self.batch.mask[:, index].long())
+            yield _columns.attention_to_keys(*self._attended, one)
 
     def nearby(self, widths: Sequence[int]) -> Float[Tensor, "prompt head query span"]:
         """Σ exp(s_ij − lse_i) over a band of scores."""

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinkscope.capture import observers, paths, runner
+from sinkscope.capture.nulls import NullAttention, NullPeak, check_one_sink, initial_fields
 from sinkscope.capture.observers import Observer, Scope
 from sinkscope.capture.observers.discovery import FindSinks
 from sinkscope.devices import exclusive, usual_torch
@@ -25,6 +26,7 @@ from sinkscope.models.output import output_weight
 from sinkscope.models.provenance import model_source, own_output, weights_of
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts
+from sinkscope.report.chance import derived
 from sinkscope.report.fields import metric_of
 from sinkscope.report.labelled import extended
 from sinkscope.report.report import SinkReport
@@ -33,6 +35,8 @@ from sinkscope.validation import probability, shown, whole_number, whole_numbers
 
 Metrics = str | Iterable[str]
 Sinks = Iterable[int] | Literal["auto"]
+_WITH_NULLS = ("sink_attention", "residual")
+"""Metrics that are measured of the model at initialisation, and that nulls belong to."""
 
 
 def scan(
@@ -44,6 +48,7 @@ def scan(
     epsilon: float = 0.3,
     batch: int | Literal["auto"] = "auto",
     attention: str = "auto",
+    nulls: int = 0,
     progress: bool = True,
     path: str | None = None,
 ) -> SinkReport:
@@ -65,6 +70,10 @@ def scan(
         attention: How attention is read: "streaming" (fused attention; nothing is materialised),
             "eager" (every layer's pattern is), or "auto", which streams wherever it can. Both are
             exact.
+        nulls: How often to draw each null that sink attention and residual peak are compared with
+            (`sinkscope.capture.nulls`): the model at initialisation, a random position as the sink,
+            and shuffled keys. Each draw of the first is a scan of a new model; no corrected p is
+            below 1 / (1 + nulls), so that 20 is the least with which one can be below 0.05.
         progress: Whether to draw a progress bar.
         path: Deprecated; the former name of `attention`, whose "stock" is now "eager".
 
@@ -75,7 +84,8 @@ def scan(
         ModelError: If the model cannot be loaded, no prompt fits in memory, or ("residual") a state
             of the residual stream is nan or infinite.
         TextError: If the texts do not fit the model, or a sink position lies beyond a prompt.
-        UnsupportedError: If a metric or the attention asked for cannot be exact for this model.
+        UnsupportedError: If a metric or the attention asked for cannot be exact for this model, or
+            nulls are asked for under interventions or of a model that cannot be made anew.
     """
     if path is not None:
         warnings.warn(
@@ -86,9 +96,10 @@ def scan(
         attention = "eager" if path == "stock" else path
     metrics, epsilon, batch = _check(metrics, epsilon, batch)
     sinks = _positions(sinks)
+    nulls = whole_number("nulls", nulls, at_least=0)
     model = load_model(model)
     with exclusive(model), usual_torch():
-        return _scan(model, texts, metrics, sinks, epsilon, batch, attention, progress)
+        return _scan(model, texts, metrics, sinks, epsilon, batch, attention, nulls, progress)
 
 
 def _scan(
@@ -99,6 +110,7 @@ def _scan(
     epsilon: float,
     batch: int | Literal["auto"],
     attention: str,
+    nulls: int,
     progress: bool,
 ) -> SinkReport:
     """The same for a bridge, with arguments that were checked."""
@@ -108,7 +120,8 @@ def _scan(
     how = paths.choose(model, can, attention)
     interventions = in_force(model)
     softmax = can.softmax and all(one.softmax for one in interventions)
-    chosen = choose_metrics(metrics, replace(can, softmax=softmax), how.name)
+    named = (*metrics, *_WITH_NULLS) if nulls else metrics
+    chosen = choose_metrics(named, replace(can, softmax=softmax), how.name)
 
     scope = Scope(
         epsilon=epsilon,
@@ -118,13 +131,15 @@ def _scan(
         sizes={"layer": can.n_layers, "head": can.n_heads, "kv_head": can.n_kv_heads},
     )
 
-    def measure(asked: Sequence[Observer], at: Bool[Tensor, "prompt position"]) -> dict:
+    def measure(
+        asked: Sequence[Observer], at: Bool[Tensor, "prompt position"], of: Any = model
+    ) -> dict[str, Any]:
         order = runner.run(
-            model,
+            of,
             prompts,
             at,
             asked,
-            how,
+            how if of is model else paths.choose(of, capabilities(of), how.name),
             causal=can.causal,
             batch=batch,
             progress=progress,
@@ -140,9 +155,18 @@ def _scan(
         places = measure([FindSinks(scope, windows)], at)
         at, secondary = places["primary"], places["secondary"]
     kinds = [kind for name in chosen for kind in observers.metrics()[name]]
-    found = measure([kind(scope) for kind in kinds], at)
+    asked = [kind(scope) for kind in kinds]
+    if nulls:
+        check_one_sink(at)
+        asked += [null(scope, nulls) for null in (NullAttention, NullPeak)]
+    found = measure(asked, at)
+    if nulls:
+        wanted = [kind for name in _WITH_NULLS for kind in observers.metrics()[name]]
+        found |= initial_fields(
+            model, nulls, lambda fresh: measure([kind(scope) for kind in wanted], at, fresh)
+        )
     own = tuple(variable for kind in kinds for variable in kind.variables().values())
-    return extended(SinkReport, own)(
+    report = extended(SinkReport, own)(
         settings=_settings(model, can, prompts, chosen, sinks, epsilon, how.name),
         tokens=prompts.tokens,
         mask=prompts.mask,
@@ -153,6 +177,7 @@ def _scan(
         position_embedding_norm=_position_embedding_norm(model, can),
         **found,
     )
+    return replace(report, **derived(report)) if nulls else report
 
 
 def choose_metrics(metrics: Metrics, can: Capabilities, attention: str) -> tuple[str, ...]:

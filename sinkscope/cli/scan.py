@@ -39,6 +39,13 @@ def scan(
     attention: Annotated[
         str, typer.Option(help="How attention is read: auto, streaming, or eager.")
     ] = "auto",
+    nulls: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Draws of each null: model at initialisation, random positions, shuffled keys.",
+        ),
+    ] = 0,
     path: Annotated[str | None, typer.Option(hidden=True)] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Prompts a pass; default: auto.")] = None,
     seed: common.Seed = 0,
@@ -70,6 +77,7 @@ def scan(
             sinks=where,
             epsilon=epsilon,
             attention=attention,
+            nulls=nulls,
             path=path,
             batch=batch or "auto",
             progress=common.progress_wanted(),

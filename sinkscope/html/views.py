@@ -204,6 +204,7 @@ _STATIC: dict[str, tuple[tuple[str, ...], Callable[..., go.Figure]]] = {
         layers.residual_norms,
     ),
     "drains": (("value_drain",), layers.value_drains),
+    "chance": (("initial_sink_attention",), layers.chance_levels),
     "rate": (("sink_importance",), rates.sink_rate),
     "dims": (("ffn_sink_mean",), dims.nonmixture_dims),
     "massive": (("massive",), dims.massive_activations),

@@ -17,6 +17,7 @@ from .heads import head_scatter as head_scatter
 from .heads import recency_plane as recency_plane
 from .layers import attention_by_query as attention_by_query
 from .layers import by_layer as by_layer
+from .layers import chance_levels as chance_levels
 from .layers import residual_norms as residual_norms
 from .layers import value_drains as value_drains
 from .life import sink_life as sink_life
@@ -49,6 +50,7 @@ from .vocabulary import vocabulary_norms as vocabulary_norms
 from .vocabulary import vocabulary_shares as vocabulary_shares
 
 __all__ = [
+    "chance_levels",
     "before_after",
     "perplexity_along",
     "perplexity_by_scheme",

@@ -26,6 +26,7 @@ from sinkscope.plot.values import (
     require_known,
     require_report,
 )
+from sinkscope.report.chance import ALPHA, NULLS
 from sinkscope.statistics import bootstrap
 
 if TYPE_CHECKING:
@@ -194,6 +195,53 @@ def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) 
     drained = float((heads.mean < 0.5)[np.isfinite(heads.mean)].mean())
     where = " through W<sub>O</sub>" if out else ""
     title = f"Value drains{where}: in {drained:.0%} of {kind}s the sink's value is under half"
+    return finish(figure, title, report.settings, theme)
+
+
+def chance_levels(report: SinkReport, *, theme: Theme = None) -> go.Figure:
+    """Sink attention of every head beside what nulls give the strongest of as many heads.
+
+    Args:
+        report: What a scan with ``nulls=`` gave.
+        theme: "light", "dark", or the default.
+
+    Returns:
+        A dot a head and layer, and a band a null: the middle 95 % of its draws of the largest value
+        over all heads; buttons for a linear and a logarithmic axis.
+
+    Raises:
+        ReportError: If no null was drawn.
+    """
+    require_report("report", report)
+    records = report.chance_levels()
+    heads = interval_of(report, "sink_attention")
+    colours = palette(theme)
+    layers, per_layer = heads.mean.shape
+    p = np.stack([mean_of(report, f"p_{one['null']}").ravel() for one in records], axis=-1)
+    figure = go.Figure()
+    ends = np.array([-0.5, layers - 0.5])
+    for one, colour in zip(records, colours.series, strict=False):
+        level = np.full(2, one["median"])
+        words = f"{NULLS[one['null']]}, strongest head"
+        band(
+            figure, ends, (level, np.full(2, one["low"]), np.full(2, one["high"])),
+            name=words, colour=colour, label="sink attention [probability]", along="layer",
+        )  # fmt: skip
+    figure.add_scatter(
+        x=np.repeat(np.arange(layers), per_layer), y=heads.mean.ravel(), mode="markers",
+        name="each head", marker=dict(size=5, color=colours.other, opacity=0.7),
+        customdata=np.column_stack([np.tile(np.arange(per_layer), layers), p]),
+        hovertemplate="layer %{x}, head %{customdata[0]}<br>sink attention [probability]: "
+        "%{y:,.3~r}" + "".join(
+            f"<br>p against {NULLS[one['null']]}: %{{customdata[{index}]:,.3~r}}"
+            for index, one in enumerate(records, start=1)
+        ) + "<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(title_text="layer", **layer_ticks(layers))
+    figure.update_yaxes(title_text="sink attention [probability]", **y_scale(True))
+    figure.update_layout(updatemenus=[log_switch(True)])
+    every = (p <= ALPHA).all(axis=1).sum()
+    title = f"Chance levels: {every} of {records[0]['tested']} heads exceed every null"
     return finish(figure, title, report.settings, theme)
 
 

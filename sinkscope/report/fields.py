@@ -407,6 +407,47 @@ class SinkFields(Labelled):
         about="norm of each learned position embedding", unit="activation"
     )
 
+    # Chance levels: the sink attention and the residual peak under nulls, see `capture.nulls`
+    initial_sink_attention: Float[Tensor, "prompt layer head draw"] | None = measured(
+        about="sink_attention of the model at initialisation, one draw a seed", unit="probability"
+    )
+    random_sink_attention: Float[Tensor, "prompt layer head draw"] | None = measured(
+        about="sink_attention with another position of the prompt's first half, drawn at random, "
+        "as the sink: over uniform attention there, times uniform attention to the sink",
+        unit="probability",
+    )
+    shuffled_sink_attention: Float[Tensor, "prompt layer head draw"] | None = measured(
+        about="sink_attention with the keys shuffled within a prompt: to the first of the keys "
+        "that a query sees, in a random order",
+        unit="probability",
+    )
+    initial_residual_peak: Float[Tensor, "prompt layer draw"] | None = measured(
+        about="residual_peak of the model at initialisation, one draw a seed", unit="ratio"
+    )
+    random_residual_peak: Float[Tensor, "prompt layer draw"] | None = measured(
+        about="residual_peak with that other position as the sink", unit="ratio"
+    )
+    p_initial: Float[Tensor, "layer head"] | None = measured(
+        about="p of sink_attention against initial_sink_attention, corrected for all heads",
+        unit="1",
+        tabled=True,
+    )
+    p_random: Float[Tensor, "layer head"] | None = measured(
+        about="p of sink_attention against random_sink_attention, corrected for all heads",
+        unit="1",
+        tabled=True,
+    )
+    p_shuffled: Float[Tensor, "layer head"] | None = measured(
+        about="p of sink_attention against shuffled_sink_attention, corrected for all heads",
+        unit="1",
+        tabled=True,
+    )
+    sink_is_largest: Float[Tensor, "prompt layer head"] | None = measured(
+        about="share of the queries after the sink that pay their largest attention to it",
+        unit="share",
+        tabled=True,
+    )
+
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
         """FFN outputs folded over prompts, where an older file holds those of every prompt only."""

@@ -26,6 +26,8 @@ TERMS = {
     "Sink heads": "heads whose sink attention, averaged over prompts, exceeds ε",
     "Sink rate": "share of all (prompt, layer, head) in which the first sink's mean attention over "
     "the queries that see it exceeds ε (Gu et al. 2410.10781)",
+    "Chance": "heads whose sink attention exceeds the largest of as many heads where there is no "
+    "sink: in the model at initialisation, at a random position, with keys shuffled",
     "Value drain": "norm of the sink's value vector over the mean norm of the others'",
     "Residual peak": "norm of the sink's residual state over the median norm of the others', after "
     "a block",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sinkscope.errors import ReportError
+from sinkscope.report.chance import DERIVED
 from sinkscope.report.labelled import Labelled, Variable
 
 # Dimensions along which the reports of shorter and longer prompts may differ in size.
@@ -21,7 +22,7 @@ _GROWING = ("position", "bucket")
 
 
 def merged_fields(one: Labelled, other: Labelled) -> dict[str, Any]:
-    """Every tensor field of the two, merged.
+    """Every tensor field of the two, merged, but those that follow from others.
 
     Raises:
         ReportError: a field that only one of them measured, or sizes that do not fit.
@@ -38,6 +39,8 @@ def merged_fields(one: Labelled, other: Labelled) -> dict[str, Any]:
     weights = {variable.weight for variable in variables.values()} - {None}
     fields: dict[str, Any] = {}
     for name, variable in variables.items():
+        if name in DERIVED:  # the caller derives them from the merged fields
+            continue
         pair = getattr(one, name, None), getattr(other, name, None)
         if pair[0] is None and pair[1] is None:
             continue

@@ -15,7 +15,7 @@ from sinkscope.output import plain
 from sinkscope.report.fields import SinkFields, metric_of
 from sinkscope.report.labelled import to_numpy
 from sinkscope.statistics import Interval, bootstrap, mean_over_prompts
-from sinkscope.validation import probability, real_number, whole_number
+from sinkscope.validation import probability, real_number, shown, whole_number
 
 _BESIDE = ("honor", "attention_entropy", "sink_logit_gap")
 _PER_HEAD = ("prompt", "layer", "head")
@@ -204,6 +204,33 @@ class SinkQuantities(SinkFields):
         """
         threshold = self.settings.epsilon if epsilon is None else epsilon
         return self.mean("sink_attention") > threshold
+
+    def chance_levels(self, quantity: str = "sink_attention") -> list[dict[str, Any]]:
+        """What each null of a scan with ``nulls=`` gives, and how many heads exceed it.
+
+        p-values are one-sided and corrected for the number of heads (layers); those of heads are
+        the fields p_initial, p_random and p_shuffled.
+
+        Args:
+            quantity: "sink_attention" (heads) or "residual_peak" (layers).
+
+        Returns:
+            Records of null, draws, low, median and high (quantiles 0.025, 0.5 and 0.975, over
+            draws, of the largest value over heads or layers), tested and significant (how many
+            heads or layers, and of how many p is at most 0.05).
+
+        Raises:
+            ReportError: If no null was drawn of it.
+        """
+        from sinkscope.report.chance import QUANTITIES, chance_levels
+
+        if quantity not in QUANTITIES:
+            raise ReportError(
+                f"Nulls are drawn of {' and '.join(QUANTITIES)}, not of {shown(quantity)}."
+            )
+        if not (records := chance_levels(self, quantity)):
+            raise ReportError("No null was drawn; scan with nulls=20, for example.")
+        return records
 
     def sink_rate_at(self, epsilon: float) -> float:
         """Gu's sink rate of the first sink at any ε: share of (prompt, layer, head) above it.

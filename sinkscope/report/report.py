@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -193,6 +194,7 @@ class SinkReport(SinkQuantities):
             ReportError: where a setting that changes the meaning of the figures differs (the
                 sentence names the first), only one report has a field, or `other` is no report.
         """
+        from sinkscope.report.chance import derived
         from sinkscope.report.merge import merged_fields
 
         if not isinstance(other, SinkReport):
@@ -208,9 +210,10 @@ class SinkReport(SinkQuantities):
             massive = self.massive.followed_by(other.massive, prompts=self.sizes["prompt"])
         if self.token_text is not None and other.token_text is not None:
             text = [*self.token_text, *other.token_text]
-        return type(self)(
+        merged = type(self)(
             settings=settings, token_text=text, massive=massive, **merged_fields(self, other)
         )
+        return dataclasses.replace(merged, **derived(merged))
 
     # -- for people ------------------------------------------------------------------------------
 

@@ -25,9 +25,10 @@ from sinkscope.output import (
     table_as_text,
     wrapped,
 )
+from sinkscope.report.chance import ALPHA, NULLS, chance_levels
 from sinkscope.report.headline import PEAK, headline, uniform
 from sinkscope.report.quantities import SinkQuantities
-from sinkscope.statistics import bootstrap
+from sinkscope.statistics import Interval, bootstrap
 
 _SHOWN = 5  # dims, tokens, layers named in one sentence
 
@@ -106,6 +107,19 @@ def sink_rate(report: SinkQuantities) -> str | None:
         f"{100 * report.sink_rate_at(epsilon):.1f} % of (prompt, layer, head) have importance "
         f"above ε = {epsilon:g}"
     )
+
+
+def chance(report: SinkQuantities) -> str | None:
+    """How many heads, and layers' residual peaks, exceed what each null gives."""
+    said = []
+    for quantity, what in (("sink_attention", "heads"), ("residual_peak", "layers' peaks")):
+        for one in chance_levels(report, quantity):
+            level = Interval(one["median"], one["low"], one["high"])
+            said.append(
+                f"{one['significant']} of {one['tested']} {what} exceed {NULLS[one['null']]} "
+                f"(largest there {level})"
+            )
+    return f"{'; '.join(said)}; corrected p ≤ {ALPHA:g}" if said else None
 
 
 def value_drain(report: SinkQuantities) -> str | None:
@@ -279,6 +293,7 @@ def facts_of(report: SinkQuantities) -> list[Fact]:
         ("Secondary sinks", secondary_sinks(report)),
         ("Sink heads", sink_heads(report)),
         ("Sink rate", sink_rate(report)),
+        ("Chance", chance(report)),
         ("Value drain", value_drain(report)),
         ("Residual peak", residual_peak(report)),
         ("Massive dims", massive_dims(report)),

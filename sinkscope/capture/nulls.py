@@ -1,0 +1,239 @@
+"""Chance levels of a scan: what sink attention and residual peak are where there is no sink.
+
+Three nulls, each drawn as often as the caller asks:
+
+1. *initial*: the same architecture with the weights that transformers gives it before training,
+   from seed 0, 1, … (no weight is read). Causality alone makes early keys receive more.
+2. *random*: another position of the prompt's first half, drawn for each prompt, is taken for the
+   sink. Later keys are seen by fewer queries, and queries with many keys pay each of them less; the
+   attention to it is therefore divided by what uniform attention would give, and multiplied by what
+   uniform attention would give the sink.
+3. *shuffled*: the keys of each prompt are put into a random order, and every query pays its sink
+   attention to the first, in this order, of the keys that it sees. Neighbouring queries thus share
+   their key, as they share the sink, and uniform attention gives what it gives the sink. Queries
+   whose window has left the sink behind pay nothing.
+
+`report.chance` makes p-values of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sinkscope.capture.accumulators import Accumulator, PerPrompt
+from sinkscope.capture.batches import Batch
+from sinkscope.capture.observers.base import Observer, Scope
+from sinkscope.capture.readers import AttentionReader
+from sinkscope.capture.reductions import all_layers
+from sinkscope.errors import TextError, UnsupportedError
+from sinkscope.metrics import positions, residual
+from sinkscope.models.active import in_force, user_hooks
+from sinkscope.models.load import load_model
+from sinkscope.report.chance import QUANTITIES
+
+
+def check_one_sink(sinks: Bool[Tensor, "prompt position"]) -> None:
+    """Refuse prompts with no sink or several.
+
+    Raises:
+        TextError: If there are any.
+    """
+    counts = sinks.sum(dim=1)
+    if bool((counts != 1).any()):
+        raise TextError(
+            f"Nulls are those of one sink a prompt, and a prompt here has {int(counts.min())} to "
+            f"{int(counts.max())}; name one position with sinks=[0]."
+        )
+
+
+def initial_models(model: Any, draws: int) -> Iterator[Any]:
+    """Bridges of models as they are before training, one at a time.
+
+    Args:
+        model: A bridge.
+        draws: How many; seeds count from 0.
+
+    Raises:
+        UnsupportedError: If interventions or hooks are in force, which a new model would lack, or
+            the model is not one that transformers can make anew.
+    """
+    original = model.original_model
+    if in_force(model) or user_hooks(model):
+        raise UnsupportedError(
+            "Nulls compare a model with the same architecture at initialisation, which would lack "
+            "the interventions or hooks in force here; scan without nulls under them."
+        )
+    quantised = getattr(original, "quantization_method", None) is not None
+    if not isinstance(original, PreTrainedModel) or quantised:
+        raise UnsupportedError(
+            f"A {type(original).__name__} cannot be made anew from its configuration, so there is "
+            "no model at initialisation to compare it with; scan it without nulls."
+        )
+    weight = next(original.parameters())
+    for seed in range(draws):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fresh = type(original)(copy.deepcopy(original.config))
+        yield load_model(fresh.to(weight.device, weight.dtype).eval())
+
+
+def initial_fields(
+    model: Any, draws: int, measure: Callable[[Any], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The fields of the initial null.
+
+    Args:
+        model: A bridge.
+        draws: How many.
+        measure: Gives the fields of a bridge by name, each beginning with the prompt.
+
+    Returns:
+        Every one of `QUANTITIES` with draws along its last dimension.
+    """
+    drawn = [measure(fresh) for fresh in initial_models(model, draws)]
+    return {
+        f"initial_{name}": torch.stack([one[name] for one in drawn], dim=-1) for name in QUANTITIES
+    }
+
+
+class _Drawn(Observer):
+    """Base of the nulls of positions, whose draws depend on the prompt alone.
+
+    Args:
+        scope: Of the scan.
+        draws: How many.
+    """
+
+    def __init__(self, scope: Scope, draws: int) -> None:
+        super().__init__(scope)
+        self.draws = draws
+
+    def accumulator(self, name: str) -> Accumulator:
+        """Every prompt is kept."""
+        return PerPrompt()
+
+    def other_sinks(self, batch: Batch) -> Int[Tensor, "prompt draw"]:
+        """Positions of the first half of each prompt but its sink; -1 where there is none."""
+
+        def compute() -> Tensor:
+            lengths, sinks = batch.mask.sum(dim=1).tolist(), batch.first_sink.tolist()
+            chosen = []
+            for row, length, sink in zip(batch.rows.tolist(), lengths, sinks, strict=True):
+                places = torch.tensor([at for at in range(length // 2) if at != sink])
+                if len(places):
+                    drawn = torch.randint(len(places), (self.draws,), generator=_generator(row, 0))
+                    chosen.append(places[drawn])
+                else:
+                    chosen.append(torch.full((self.draws,), -1))
+            return torch.stack(chosen).to(batch.mask.device)
+
+        return batch.once(("other sinks", self.draws), compute)
+
+
+class NullAttention(_Drawn, reads="attention"):
+    """Sink attention of the random and shuffled nulls, and queries whose largest key is the sink.
+
+    The pattern is read key by key.
+    """
+
+    def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
+        """Weighted sums of the columns of the pattern."""
+        weights = self._weights(batch, x.window)
+        total: Tensor | None = None
+        for key, column in enumerate(x.by_key()):
+            part = torch.einsum("phq,pqd->phd", column, weights.of(key))
+            largest = column if total is None else torch.maximum(largest, column)
+            total = part if total is None else total + part
+        assert total is not None
+        random, shuffled = total.split(self.draws, dim=-1)
+        to_sink = x.on_keys(batch.sinks, batch.most_sinks)
+        first = (to_sink >= largest) & batch.queries[:, None]
+        return {
+            "random_sink_attention": random * weights.scale[:, None],
+            "shuffled_sink_attention": shuffled,
+            "sink_is_largest": first.sum(-1) / batch.queries[:, None].sum(-1),
+        }
+
+    def _weights(self, batch: Batch, window: int | None) -> _Weights:
+        return batch.once(
+            ("null weights", window, self.draws),
+            lambda: _Weights(batch, window, self.other_sinks(batch), self.draws),
+        )
+
+
+class _Weights:
+    """How much every query's attention to a key counts in each draw.
+
+    Args:
+        batch: The batch.
+        window: Sliding window of the layer.
+        others: The positions of the random null.
+        draws: Of each null.
+
+    Attributes:
+        scale: What uniform attention gives the sink, over what it gives the other position.
+    """
+
+    def __init__(
+        self, batch: Batch, window: int | None, others: Int[Tensor, "prompt draw"], draws: int
+    ) -> None:
+        visible = positions.visible(batch.mask, batch.causal, window)  # [prompt query key]
+        uniform = visible.float() / visible.sum(-1, keepdim=True).clamp(min=1)
+        index = torch.arange(batch.length, device=batch.mask.device)
+        queries = batch.mask[..., None] & (index[:, None] != others[:, None])
+        if batch.causal:
+            queries = queries & (index[:, None] > others[:, None])
+        queries = queries & (others >= 0)[:, None]
+        self._others = others
+        self._random = queries.float() / queries.sum(dim=1, keepdim=True)  # nan where there is none
+        at = others.clamp(min=0)[:, None].expand(-1, batch.length, -1)
+        expected = (uniform.gather(-1, at) * self._random).sum(1)
+        after = batch.queries.float() / batch.queries.sum(dim=1, keepdim=True)
+        to_sink = (uniform * batch.sinks[:, None]).sum(-1)
+        self.scale = (to_sink * after).sum(1, keepdim=True) / expected
+        ranks = torch.full((len(batch.mask), draws, batch.length), 2.0)
+        lengths = batch.mask.sum(dim=1).tolist()
+        for at, (row, length) in enumerate(zip(batch.rows.tolist(), lengths, strict=True)):
+            ranks[at, :, :length] = torch.rand(draws, length, generator=_generator(row, 1))
+        ranks = ranks.to(batch.mask.device)
+        first = [
+            torch.where(visible, ranks[:, draw, None], 2).argmin(dim=-1) for draw in range(draws)
+        ]
+        self._first = torch.stack(first, dim=-1)  # [prompt query draw]
+        # A query whose window has left the sink behind pays it nothing, here as there.
+        self._after = torch.where(to_sink > 0, after, 0)[..., None]
+
+    def of(self, key: int) -> Float[Tensor, "prompt query draw"]:
+        """The weights of one key: first the draws of the random null, then the shuffled one's."""
+        random = torch.where((self._others == key)[:, None], self._random, 0)
+        shuffled = torch.where(self._first == key, self._after, 0)
+        return torch.cat([random, shuffled], dim=-1)
+
+
+class NullPeak(_Drawn, reads="resid_post"):
+    """The residual peak of the random null."""
+
+    def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
+        """One norm a token."""
+        return {"norm": residual.residual_norms(x)}
+
+    def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """The peak of every drawn position, in all layers at once."""
+        index = torch.arange(batch.length, device=batch.mask.device)
+        peaks = [
+            all_layers(residual.residual_peak, layers["norm"], index == place[:, None], batch.mask)
+            for place in self.other_sinks(batch).unbind(-1)
+        ]
+        return {"random_residual_peak": torch.stack(peaks, dim=-1)}
+
+
+def _generator(row: int, null: int) -> torch.Generator:
+    """The draws of a prompt: the same whatever the batch."""
+    return torch.Generator().manual_seed(2 * row + null)

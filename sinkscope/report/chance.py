@@ -1,0 +1,87 @@
+"""p-values and chance levels of a report that holds nulls: is a number more than chance gives?
+
+The nulls are described in `sinkscope.capture.nulls`. A head is compared with the largest value over
+all heads in each draw, a layer's residual peak with the largest over all layers, which corrects for
+their number (`statistics.chance`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkscope.report.fields import SinkFields
+from sinkscope.statistics import chance, mean_over_prompts
+
+NULLS = {
+    "initial": "the model at initialisation",
+    "random": "another position at random",
+    "shuffled": "keys shuffled within a prompt",
+}
+"""Each null by name, in words."""
+QUANTITIES = ("sink_attention", "residual_peak")
+"""The fields that nulls are drawn of."""
+DERIVED = tuple(f"p_{null}" for null in NULLS)
+"""The fields that follow from the others."""
+ALPHA = 0.05
+
+
+def null_of(report: SinkFields, quantity: str, null: str) -> Tensor | None:
+    """Mean over prompts of a quantity in each draw of a null [draw layer ...], if it was drawn."""
+    drawn = getattr(report, f"{null}_{quantity}", None)
+    return None if drawn is None else mean_over_prompts(drawn).movedim(-1, 0)
+
+
+def p_values(report: SinkFields, quantity: str = "sink_attention") -> dict[str, Tensor]:
+    """P of every head (or layer) against each null that was drawn of a quantity.
+
+    Args:
+        report: What a scan gave.
+        quantity: One of `QUANTITIES`.
+    """
+    observed = getattr(report, quantity)
+    if observed is None:
+        return {}
+    mean, found = mean_over_prompts(observed), {}
+    for null in NULLS:
+        drawn = null_of(report, quantity, null)
+        if drawn is not None:
+            found[null] = chance(mean, drawn).to(mean.dtype).to(mean.device)
+    return found
+
+
+def derived(report: SinkFields) -> dict[str, Tensor]:
+    """The fields in `DERIVED`, as far as their nulls were drawn."""
+    return {f"p_{null}": p for null, p in p_values(report).items()}
+
+
+def chance_levels(report: SinkFields, quantity: str = "sink_attention") -> list[dict[str, Any]]:
+    """What each null gives, beside what was measured.
+
+    Returns:
+        Records of null, draws, low, median and high (quantiles 0.025, 0.5 and 0.975 over draws of the
+        largest value over heads or layers), tested (how many heads or layers), and significant (how
+        many of them have a corrected p of at most 0.05).
+    """
+    records = []
+    for null, p in p_values(report, quantity).items():
+        drawn = null_of(report, quantity, null)
+        if drawn is None or bool(drawn.isnan().all()):
+            continue
+        largest = drawn.double().cpu().flatten(1).nan_to_num(-torch.inf).amax(1)
+        ends = torch.tensor([0.025, 0.5, 0.975], dtype=torch.float64)
+        low, median, high = largest[largest.isfinite()].quantile(ends).tolist()
+        records.append(
+            {
+                "null": null,
+                "draws": len(largest),
+                "low": low,
+                "median": median,
+                "high": high,
+                "tested": int(p.isfinite().sum()),
+                "significant": int((p <= ALPHA).sum()),
+            }
+        )
+    return records

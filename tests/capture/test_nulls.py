@@ -1,0 +1,195 @@
+"""Nulls against loops over transformers' own patterns, and their level at initialisation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import sinkscope as ss
+from sinkscope.capture.nulls import initial_fields
+from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
+from sinkscope.interventions import ScaleValue
+from sinkscope.prompts.tokens import Texts
+from sinkscope.report.chance import p_values
+from sinkscope.report.report import SinkReport
+from tests.families.architectures import BY_NAME, Family
+
+DRAWS = 3
+NULLS = ("initial", "random", "shuffled")
+
+
+def texts(lengths: tuple[int, ...] = (16, 11, 16)) -> Texts:
+    tokens = torch.randint(1, 90, (len(lengths), 16), generator=torch.Generator().manual_seed(4))
+    mask = torch.arange(16) < torch.tensor(lengths)[:, None]
+    return Texts(tokens * mask, mask, "as given", "token ids")
+
+
+def patterns(model: Any, prompts: Texts) -> list[Tensor]:
+    """Attention of every prompt, alone [layer head query key]."""
+    found = []
+    for row, real in zip(prompts.tokens, prompts.mask, strict=True):
+        with torch.no_grad():
+            out = model(row[real][None], output_attentions=True)
+        found.append(torch.stack(out.attentions)[:, 0].double())
+    return found
+
+
+def sees(family: Family, layer: int, query: int, key: int) -> bool:
+    window = family.windows[layer] if family.windows else None
+    if family.causal and key > query:
+        return False
+    return window is None or abs(query - key) < window
+
+
+def loop(family: Family, pattern: Tensor, row: int, null: str) -> np.ndarray:
+    """The null's sink attention of one prompt [layer head draw], query by query."""
+    layers, heads, length, _ = pattern.shape
+    found = np.full((layers, heads, DRAWS), np.nan)
+    draw_of = torch.Generator().manual_seed(2 * row + (null == "shuffled"))
+    if null == "random":
+        places = [1 + int(i) for i in torch.randint(length // 2 - 1, (DRAWS,), generator=draw_of)]
+    else:
+        ranks = torch.rand(DRAWS, length, generator=draw_of)
+    for layer in range(layers):
+        seen = [[k for k in range(length) if sees(family, layer, q, k)] for q in range(length)]
+        after_sink = [q for q in range(length) if q != 0]
+        level = np.mean([(0 in seen[q]) / len(seen[q]) for q in after_sink])
+        for draw in range(DRAWS):
+            if null == "random":
+                place = places[draw]
+                queries = [q for q in range(length) if (q > place or not family.causal)]
+                queries = [q for q in queries if q != place]
+                uniform = np.mean([(place in seen[q]) / len(seen[q]) for q in queries])
+                paid = pattern[layer][:, queries, place].mean(-1).numpy()
+                found[layer, :, draw] = paid / uniform * level
+            else:
+                first = {q: min(seen[q], key=lambda k: float(ranks[draw, k])) for q in after_sink}
+                paid = [pattern[layer][:, q, first[q]] for q in after_sink if 0 in seen[q]]
+                found[layer, :, draw] = torch.stack(paid).sum(0).numpy() / len(after_sink)
+    return found
+
+
+@pytest.mark.parametrize("attention", ["eager", "streaming"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bert"])
+def test_nulls_are_those_of_loops(name: str, attention: str) -> None:
+    family, prompts = BY_NAME[name], texts()
+    report = ss.scan(
+        family.build(), prompts, metrics="core", nulls=DRAWS, attention=attention, progress=False
+    )
+    plain = family.build()
+    for row, pattern in enumerate(patterns(plain, prompts)):
+        for null in ("random", "shuffled"):
+            found = report[f"{null}_sink_attention"][row].numpy()
+            np.testing.assert_allclose(found, loop(family, pattern, row, null), atol=1e-6)
+        largest = pattern.argmax(-1)[..., 1:] == 0
+        np.testing.assert_allclose(report.sink_is_largest[row], largest.double().mean(-1))
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        fresh = type(plain)(copy.deepcopy(plain.config)).eval()
+        for row, pattern in enumerate(patterns(fresh, prompts)):
+            paid = pattern[:, :, 1:, 0].mean(-1)
+            found = report["initial_sink_attention"][row, ..., seed]
+            np.testing.assert_allclose(found, paid, atol=1e-6)
+    for null in NULLS:
+        drawn = report[f"{null}_sink_attention"].double().mean(0)
+        largest = drawn.flatten(0, 1).amax(0)
+        for (layer, head), p in np.ndenumerate(report[f"p_{null}"].numpy()):
+            observed = report.sink_attention.double().mean(0)[layer, head]
+            assert p == pytest.approx((1 + int((largest >= observed).sum())) / (1 + DRAWS))
+
+
+def test_the_random_peak_is_that_of_the_norms_there() -> None:
+    family, prompts = BY_NAME["llama"], texts((16, 16))
+    report = ss.scan(family.build(), prompts, metrics="core", nulls=DRAWS, progress=False)
+    with torch.no_grad():
+        states = family.build()(prompts.tokens, output_hidden_states=True).hidden_states
+    norms = torch.stack(states)[1:-1].norm(dim=-1)  # the last one is normalised
+    for row in range(2):
+        drawn = torch.Generator().manual_seed(2 * row)
+        places = 1 + torch.randint(7, (DRAWS,), generator=drawn)
+        for draw, place in enumerate(places.tolist()):
+            others = np.delete(norms[:, row].numpy(), place, axis=1)
+            want = norms[:, row, place].numpy() / np.median(others, axis=1)
+            found = report["random_residual_peak"][row, : len(want), draw]
+            np.testing.assert_allclose(found, want, rtol=1e-4)
+
+
+def fresh_models(seeds: range) -> Iterator[Any]:
+    plain = BY_NAME["llama"].build()
+    for seed in seeds:
+        torch.manual_seed(seed)
+        yield ss.load_model(type(plain)(copy.deepcopy(plain.config)).eval())
+
+
+@pytest.fixture(scope="module")
+def at_initialisation() -> list[SinkReport]:
+    """Twenty models at initialisation, scanned with nulls of twenty draws."""
+    prompts, kept = texts((16,) * 8), []
+
+    def once(model: Any, draws: int, measure: Callable[[Any], dict[str, Tensor]]) -> Any:
+        if not kept:  # the same models and prompts each time
+            kept.append(initial_fields(model, draws, measure))
+        return kept[0]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sinkscope.capture.scan.initial_fields", once)
+        options: dict[str, Any] = dict(metrics="core", nulls=20, progress=False)
+        return [ss.scan(one, prompts, **options) for one in fresh_models(range(100, 120))]
+
+
+@pytest.mark.parametrize("null", NULLS)
+def test_at_initialisation_few_tests_are_significant(
+    at_initialisation: list[SinkReport], null: str
+) -> None:
+    significant = torch.stack([one[f"p_{null}"] <= 0.05 for one in at_initialisation])
+    assert significant.double().mean() <= 0.05
+    if null != "initial":  # whose draws are shared, so that the twenty stand or fall together
+        assert significant.flatten(1).any(1).sum() <= 3, "3 or fewer of 20: 98 % at 5 %"
+
+
+@pytest.mark.parametrize("null", NULLS)
+def test_a_sink_is_significant(null: str, at_initialisation: list[SinkReport]) -> None:
+    """The level would be held by a test that never finds anything."""
+    one = at_initialisation[0]
+    attention = one.sink_attention.clone()
+    attention[:, 1, 2] = 0.6
+    p = p_values(replace(one, sink_attention=attention))[null]
+    assert p[1, 2] == pytest.approx(1 / 21) and (p <= 0.05).sum() == 1
+
+
+def test_kept_merged_and_the_same_in_any_batch(tmp_path: Path) -> None:
+    model, prompts = ss.load_model(BY_NAME["qwen2"].build()), texts()
+    options: dict[str, Any] = dict(metrics="core", nulls=2, progress=False)
+    whole = ss.scan(model, prompts, **options)
+    assert ss.load_report(whole.save(tmp_path / "r.nc")).equals(whole)
+    one = ss.scan(model, prompts, batch=1, **options)
+    torch.testing.assert_close(one.shuffled_sink_attention, whole.shuffled_sink_attention)
+    merged = whole.merge(whole)
+    assert merged.shuffled_sink_attention.shape[0] == 6
+    torch.testing.assert_close(merged.p_shuffled, whole.p_shuffled)
+    words = repr(whole)
+    assert "Chance" in words and "keys shuffled" in words
+    records = whole.chance_levels()
+    assert [one["null"] for one in records] == list(NULLS) and records[0]["draws"] == 2
+    assert "p_initial" in whole.to_html() and len(whole.chance_levels("residual_peak")) == 2
+
+
+def test_what_has_no_null_is_refused() -> None:
+    model = ss.load_model(BY_NAME["llama"].build())
+    options: dict[str, Any] = dict(metrics="core", progress=False)
+    with pytest.raises(TextError, match="one sink a prompt"):
+        ss.scan(model, texts(), sinks=[0, 3], nulls=2, **options)
+    with ScaleValue(model, 0.5), pytest.raises(UnsupportedError, match="initialisation"):
+        ss.scan(model, texts(), nulls=2, **options)
+    with pytest.raises(SinkscopeError):
+        ss.scan(model, texts(), nulls=-1, **options)
+    with pytest.raises(SinkscopeError, match="nulls=20"):
+        ss.scan(model, texts(), **options).chance_levels()
