@@ -61,9 +61,9 @@ def chance_levels(report: SinkFields, quantity: str = "sink_attention") -> list[
     """What each null gives, beside what was measured.
 
     Returns:
-        Records of null, draws, low, median and high (quantiles 0.025, 0.5 and 0.975 over draws of the
-        largest value over heads or layers), tested (how many heads or layers), and significant (how
-        many of them have a corrected p of at most 0.05).
+        Records of null, draws, low, median and high (quantiles 0.025, 0.5 and 0.975, over draws, of
+        the largest value over heads or layers), tested and significant (how many heads or layers,
+        and of how many p is at most 0.05).
     """
     records = []
     for null, p in p_values(report, quantity).items():

@@ -10,7 +10,7 @@ import torch
 import sinkscope.plot as plot
 from sinkscope.plot.export import CONFIG
 from tests.plot import frames
-from tests.report.factory import synthetic_report
+from tests.report.factory import synthetic_report, with_nulls
 
 ABOUT = frames.ABOUT
 OLD_NAMES = {"cures", "removal_cost", "sleeping_heads"}
@@ -40,6 +40,7 @@ def all_figures(theme: str) -> dict:
         "attention_pattern": plot.attention_pattern(pattern(), list("abcdefghijkl"), **told),
         "by_layer": plot.by_layer(report, "sink_cosine", "other_cosine", **look),
         "residual_norms": plot.residual_norms(report, **look),
+        "chance_levels": plot.chance_levels(with_nulls(report), **look),
         "value_drains": plot.value_drains(report, **look),
         "attention_by_query": plot.attention_by_query(report, **look),
         "sink_rate": plot.sink_rate(report, **look),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sinkscope.report.chance import NULLS
 from sinkscope.report.fields import MassiveActivations
 from sinkscope.report.report import SinkReport
 from sinkscope.report.settings import Settings
@@ -167,6 +168,26 @@ def synthetic_report(
     )  # fmt: skip
     values["settings"] = synthetic_settings(**{**plain, **(settings or {})})
     return SinkReport(**SinkReport.upgraded({**values, **fields}))
+
+
+def with_nulls(report: SinkReport, draws: int = 20) -> SinkReport:
+    """The report with draws of every null, far below its sink."""
+    rand = torch.Generator().manual_seed(8)
+    attention = torch.rand(*report.sink_attention.shape, draws, generator=rand)
+    peak = torch.rand(*report.residual_peak.shape, draws, generator=rand)
+    return dataclasses.replace(
+        report,
+        initial_sink_attention=0.10 + 0.02 * attention,
+        random_sink_attention=0.05 + 0.10 * attention,
+        shuffled_sink_attention=0.08 + 0.05 * attention,
+        initial_residual_peak=0.9 + 0.2 * peak,
+        random_residual_peak=0.8 + 0.4 * peak,
+        sink_is_largest=report.sink_attention.clone(),
+        **{
+            f"p_{null}": torch.full(report.sink_attention.shape[1:], 1 / (1 + draws))
+            for null in NULLS
+        },
+    )
 
 
 def only(report: SinkReport, *names: str) -> SinkReport:
