@@ -25,6 +25,12 @@ QUANTITIES = ("sink_attention", "residual_peak")
 """The fields that nulls are drawn of."""
 DERIVED = tuple(f"p_{null}" for null in NULLS)
 """The fields that follow from the others."""
+WITH_NULLS = (
+    *(f"{null}_{one}" for one in QUANTITIES for null in NULLS),
+    *DERIVED,
+    "sink_is_largest",
+)
+"""The fields that a scan measures with nulls alone."""
 ALPHA = 0.05
 
 

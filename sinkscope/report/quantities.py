@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sinkscope.errors import ReportError
 from sinkscope.output import plain
+from sinkscope.report.chance import QUANTITIES, WITH_NULLS
+from sinkscope.report.chance import chance_levels as levels_of
 from sinkscope.report.fields import SinkFields, metric_of
 from sinkscope.report.labelled import to_numpy
 from sinkscope.statistics import Interval, bootstrap, mean_over_prompts
@@ -222,13 +224,11 @@ class SinkQuantities(SinkFields):
         Raises:
             ReportError: If no null was drawn of it.
         """
-        from sinkscope.report.chance import QUANTITIES, chance_levels
-
         if quantity not in QUANTITIES:
             raise ReportError(
                 f"Nulls are drawn of {' and '.join(QUANTITIES)}, not of {shown(quantity)}."
             )
-        if not (records := chance_levels(self, quantity)):
+        if not (records := levels_of(self, quantity)):
             raise ReportError("No null was drawn; scan with nulls=20, for example.")
         return records
 
@@ -273,6 +273,8 @@ class SinkQuantities(SinkFields):
         return marked & self.mask
 
     def _not_measured(self, name: str) -> str:
+        if name in WITH_NULLS:
+            return f"{name} was not measured: scan again with nulls=20, for example."
         metric = metric_of(name)
         if metric is None or metric in self.settings.metrics:
             return f"{name} was not measured: it does not exist for this model."

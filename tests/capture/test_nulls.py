@@ -193,3 +193,5 @@ def test_what_has_no_null_is_refused() -> None:
         ss.scan(model, texts(), nulls=-1, **options)
     with pytest.raises(SinkscopeError, match="nulls=20"):
         ss.scan(model, texts(), **options).chance_levels()
+    with pytest.raises(SinkscopeError, match="nulls=20"):
+        ss.scan(model, texts(), **options)["p_initial"]
