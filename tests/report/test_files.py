@@ -35,7 +35,7 @@ INTEGERS += ("prompt", "layer", "position", "dim", "count")
 def random_report(draw: Callable) -> SinkReport:
     """A report of random sizes, dtypes, figures (nan and inf too) and missing fields."""
     dims = ("prompt", "layer", "head", "kv_head", "position", "dim", "epsilon", "bucket", "context")
-    dims += ("width", "rank")
+    dims += ("width", "rank", "draw")
     sizes = {dim: draw(st.integers(1, 3)) for dim in dims} | {"entry": draw(st.integers(0, 3))}
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     odd = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e-40], dtype=torch.float64)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from sinkscope.errors import ReportError
+from sinkscope.report.chance import DERIVED
 from sinkscope.report.report import SinkReport
 from sinkscope.report.settings import Settings, library_versions
 from tests.report.factory import only, synthetic_report, synthetic_settings
@@ -34,6 +35,7 @@ def test_means_over_prompts_without_a_prompt_dimension_name_their_weights():
     """Merging needs them, so a new field cannot forget."""
     free_of_prompts = {"epsilon", "bucket", "width", "position_embedding_norm"}
     free_of_prompts |= {"prompts_at", "prompts_with_sink_at", "prompts_in_bucket", "ffn_prompts"}
+    free_of_prompts |= set(DERIVED)
     for variable in SinkReport.variables().values():
         is_mean = "prompt" not in variable.dims and variable.name not in free_of_prompts
         assert (variable.weight is not None) == is_mean, variable.name
