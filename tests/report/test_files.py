@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Lone surrogates, NUL, newlines: what a byte-level tokenizer may call a token.
 HOSTILE = st.text(st.characters(exclude_categories=()), max_size=6)
 INTEGERS = ("tokens", "prompts_at", "prompts_with_sink_at", "prompts_in_bucket", "bucket", "width")
-INTEGERS += ("prompt", "layer", "position", "dim", "count")
+INTEGERS += ("prompt", "layer", "position", "dim", "count", "ffn_prompts")
 
 
 def random_report(draw: Callable) -> SinkReport:
