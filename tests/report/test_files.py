@@ -42,7 +42,7 @@ def random_report(draw: Callable) -> SinkReport:
 
     def tensor(name: str, dims: tuple[str, ...]) -> torch.Tensor:
         shape = [sizes[dim] for dim in dims]
-        if name in ("mask", "sink_mask"):
+        if name in ("mask", "sink_mask", "secondary_sinks"):
             return torch.rand(shape, generator=random) < 0.5
         if name in INTEGERS:
             return torch.randint(-(2**62), 2**62, shape, generator=random)
