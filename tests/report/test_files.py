@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,23 +29,23 @@ from tests.report.factory import only, synthetic_report, synthetic_settings
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Lone surrogates, NUL, newlines: what a byte-level tokenizer may call a token.
 HOSTILE = st.text(st.characters(exclude_categories=()), max_size=6)
-INTEGERS = ("tokens", "prompts_at", "prompts_with_sink_at", "prompts_in_bucket", "bucket", "width")
-INTEGERS += ("prompt", "layer", "position", "dim", "count", "ffn_prompts")
 
 
 def random_report(draw: Callable) -> SinkReport:
     """A report of random sizes, dtypes, figures (nan and inf too) and missing fields."""
-    dims = ("prompt", "layer", "head", "kv_head", "position", "dim", "epsilon", "bucket", "context")
-    dims += ("width", "rank", "draw")
-    sizes = {dim: draw(st.integers(1, 3)) for dim in dims} | {"entry": draw(st.integers(0, 3))}
+    known = SinkReport.variables().values()
+    sizes = {dim: draw(st.integers(1, 3)) for one in known for dim in one.dims}
+    sizes["entry"] = draw(st.integers(0, 3))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     odd = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e-40], dtype=torch.float64)
 
-    def tensor(name: str, dims: tuple[str, ...]) -> torch.Tensor:
-        shape = [sizes[dim] for dim in dims]
-        if name in ("mask", "sink_mask", "secondary_sinks"):
+    def tensor(cls: type, name: str) -> torch.Tensor:
+        shape = [sizes[dim] for dim in cls.variables()[name].dims]
+        hint = typing.get_type_hints(cls)[name]
+        kinds = (typing.get_args(hint) or (hint,))[0].dtypes
+        if "bool" in kinds:
             return torch.rand(shape, generator=random) < 0.5
-        if name in INTEGERS:
+        if "int64" in kinds:
             return torch.randint(-(2**62), 2**62, shape, generator=random)
         figures = torch.randn(shape, generator=random, dtype=torch.float64) * 1e3
         which = torch.randint(20, shape, generator=random)
@@ -52,12 +53,12 @@ def random_report(draw: Callable) -> SinkReport:
         return figures.to(draw(st.sampled_from(DTYPES)))
 
     fields = {
-        name: tensor(name, variable.dims)
-        for name, variable in SinkReport.variables().items()
+        name: tensor(SinkReport, name)
+        for name in SinkReport.variables()
         if name in ("tokens", "mask", "sink_mask") or draw(st.booleans())
     }
     massive = MassiveActivations(
-        **{name: tensor(name, v.dims) for name, v in MassiveActivations.variables().items()}
+        **{name: tensor(MassiveActivations, name) for name in MassiveActivations.variables()}
     )
     rows = sizes["prompt"]
     text = st.lists(st.lists(HOSTILE, max_size=3), min_size=rows, max_size=rows)
