@@ -354,7 +354,3 @@ def rank_correlation(
     resampled = spearman(times @ x, times @ y)
     low, high = resampled.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(rho, low, high)
-
-
-Estimate = Interval
-"""The former name."""
