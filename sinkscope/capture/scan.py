@@ -25,8 +25,8 @@ from sinkscope.models.load import load_model
 from sinkscope.models.output import output_weight
 from sinkscope.models.provenance import model_source, own_output, weights_of
 from sinkscope.prompts.texts import as_texts
-from sinkscope.prompts.tokens import Texts
-from sinkscope.report.chance import derived
+from sinkscope.prompts.tokens import Texts, check_reached
+from sinkscope.report.chance import QUANTITIES, derived
 from sinkscope.report.fields import metric_of
 from sinkscope.report.labelled import extended
 from sinkscope.report.report import SinkReport
@@ -35,7 +35,7 @@ from sinkscope.validation import probability, shown, whole_number, whole_numbers
 
 Metrics = str | Iterable[str]
 Sinks = Iterable[int] | Literal["auto"]
-_WITH_NULLS = ("sink_attention", "residual")
+_WITH_NULLS = tuple(filter(None, map(metric_of, QUANTITIES)))
 """Metrics that are measured of the model at initialisation, and that nulls belong to."""
 
 
@@ -232,15 +232,10 @@ def _check_dense(can: Capabilities, length: int) -> None:
 
 def _sink_mask(sinks: Sinks, texts: Texts) -> Bool[Tensor, "prompt position"]:
     """True at the sink positions asked for; position 0 stands in until "auto" has found them."""
+    positions = [0] if sinks == "auto" else list(sinks)
+    check_reached(positions, texts)
     mask = torch.zeros_like(texts.mask)
-    for position in [0] if sinks == "auto" else sinks:
-        shortest = int(texts.lengths.min())
-        if not 0 <= position < shortest:
-            raise TextError(
-                f"Sink position {position} lies outside the shortest prompt, whose positions run "
-                f"from 0 to {shortest - 1}."
-            )
-        mask[:, position] = True
+    mask[:, positions] = True
     return mask
 
 

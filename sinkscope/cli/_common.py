@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,6 +62,20 @@ def some(option: str, text: str) -> tuple[str, ...]:
     if names := listed(text):
         return names
     raise SinkscopeError(f"{option} {text!r} names nothing; see --help for what it takes.")
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers with commas between them.
+
+    Raises:
+        SinkscopeError: If they are not.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SinkscopeError(
+            f"{option} {text} should be whole numbers with commas between them, such as 0,4."
+        ) from None
 
 
 RECIPE = ("prompts", "length", "bos", "seed")
@@ -216,6 +230,18 @@ def show(found: Any) -> None:
     """Print a result in words and tables that the terminal shows whole."""
     with as_wide_as_the_terminal():
         typer.echo(repr(found))
+
+
+def tell(found: Any, written: Iterable[Path], json: bool, remark: str = "") -> None:
+    """Print a result: one JSON object, or its summary, a remark, and the files written."""
+    if json:
+        print_json(found.to_dict())
+        return
+    show(found)
+    if remark:
+        typer.echo(remark)
+    for file in written:
+        typer.echo(f"wrote {file}")
 
 
 @contextlib.contextmanager

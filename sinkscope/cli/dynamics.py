@@ -97,12 +97,7 @@ def dynamics(
             results["seeds"] = same_heads(results)
             written += results["seeds"].save(folder / "seeds") if folder is not None else []
     found = results.popitem()[1]
-    if json:
-        common.print_json(found.to_dict())
-        return
-    common.show(found)
-    for file in written:
-        typer.echo(f"wrote {file}")
+    common.tell(found, written, json)
 
 
 def _by_folder(checkpoints: list[Any], seeds: bool) -> dict[str, list[Any]]:

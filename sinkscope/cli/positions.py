@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from sinkscope.cli import _common as common
-from sinkscope.cli.stream import numbers
 
 
 def positions(
@@ -52,7 +51,7 @@ def positions(
                 common.prompts_of(
                     context, texts, prompts=prompts, length=length, bos=bos, seed=seed
                 ),
-                shifts=numbers("--shifts", shifts),
+                shifts=common.numbers("--shifts", shifts),
                 dtypes=common.some("--dtypes", dtypes),
                 keep=parts,
                 device=device,
@@ -60,9 +59,4 @@ def positions(
                 progress=common.progress_wanted(),
             )
         written = found.save(folder / "positions") if folder is not None else []
-    if json:
-        common.print_json(found.to_dict())
-        return
-    common.show(found)
-    for file in written:
-        typer.echo(f"wrote {file}")
+    common.tell(found, written, json)

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from sinkscope.cli import _common as common
-from sinkscope.cli.stream import numbers
 
 
 def precision(
@@ -93,8 +92,8 @@ def precision(
                 source,
                 schemes=names,
                 tensors=None if tensors == "all" else common.some("--tensors", tensors),
-                sinks=None if sinks == "auto" else numbers("--sinks", sinks),
-                first=() if first == "none" else numbers("--first", first),
+                sinks=None if sinks == "auto" else common.numbers("--sinks", sinks),
+                first=() if first == "none" else common.numbers("--first", first),
                 calibration=stand_in,
                 mapped={"auto": "", "none": None}.get(mapped, mapped),
                 map_prompts=map_prompts,
@@ -103,9 +102,4 @@ def precision(
                 progress=common.progress_wanted(),
             )
         written = found.save(folder / "precision") if folder is not None else []
-    if json:
-        common.print_json(found.to_dict())
-        return
-    common.show(found)
-    for path in written:
-        typer.echo(f"wrote {path}")
+    common.tell(found, written, json)

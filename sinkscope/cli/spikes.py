@@ -45,9 +45,4 @@ def spikes(
             sink=sink,
         )
         written = found.save(folder / "spikes") if folder is not None else []
-    if json:
-        common.print_json(found.to_dict())
-        return
-    common.show(found)
-    for file in written:
-        typer.echo(f"wrote {file}")
+    common.tell(found, written, json)

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from sinkscope.cli import _common as common
-from sinkscope.errors import SinkscopeError
 
 
 def stream(
@@ -78,8 +77,8 @@ def stream(
                 ss.load_model(model, device=device, dtype=dtype),
                 texts,
                 tokens=tokens,
-                windows=[] if windows == "none" else numbers("--windows", windows),
-                sinks=numbers("--sinks", sinks),
+                windows=[] if windows == "none" else common.numbers("--windows", windows),
+                sinks=common.numbers("--sinks", sinks),
                 designated=_designated(designated),
                 counted=common.some("--counted", counted),
                 full=full,
@@ -92,30 +91,12 @@ def stream(
                 progress=common.progress_wanted(),
             )
         written = found.save(folder / "stream") if folder is not None else []
-    if json:
-        common.print_json(found.to_dict())
-        return
-    common.show(found)
+    remark = ""
     if designated == "auto" and "designated 255" not in found.kept:
-        typer.echo("The text hardly goes beyond 255, so a position two thirds along is designated.")
-    for file in written:
-        typer.echo(f"wrote {file}")
+        remark = "The text hardly goes beyond 255, so a position two thirds along is designated."
+    common.tell(found, written, json, remark)
 
 
 def _designated(option: str) -> list[int] | str | None:
     named: dict[str, str | None] = {"none": None, "auto": "auto"}
-    return named[option] if option in named else numbers("--designated", option)
-
-
-def numbers(option: str, text: str) -> list[int]:
-    """Whole numbers with commas between them.
-
-    Raises:
-        SinkscopeError: If they are not.
-    """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise SinkscopeError(
-            f"{option} {text} should be whole numbers with commas between them, such as 0,4."
-        ) from None
+    return named[option] if option in named else common.numbers("--designated", option)

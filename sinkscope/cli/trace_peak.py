@@ -48,9 +48,4 @@ def trace_peak(
             progress=common.progress_wanted(),
         )
         written = found.save(folder / "trace-peak") if folder is not None else []
-    if json:
-        common.print_json(found.to_dict())
-        return
-    common.show(found)
-    for file in written:
-        typer.echo(f"wrote {file}")
+    common.tell(found, written, json)

@@ -71,9 +71,4 @@ def vocabulary(
             progress=common.progress_wanted(),
         )
         written = found.save(folder / "vocabulary") if folder is not None else []
-    if json:
-        common.print_json(found.to_dict())
-        return
-    common.show(found)
-    for written_file in written:
-        typer.echo(f"wrote {written_file}")
+    common.tell(found, written, json)

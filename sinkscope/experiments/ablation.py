@@ -33,7 +33,6 @@ from sinkscope.capture import batches
 from sinkscope.devices import in_pieces
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments.partial_forward import Hooks, Partway, Track, with_predictions
-from sinkscope.experiments.renamed import attribute
 from sinkscope.experiments.result import Result, about, tidy
 from sinkscope.experiments.resume import Kept, kept_in, request_of
 from sinkscope.interventions.base import check_indices, check_layers, check_mode
@@ -47,6 +46,7 @@ from sinkscope.models.rope import length_class
 from sinkscope.output import listed, number
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts
+from sinkscope.renamed import attribute
 from sinkscope.statistics import Interval, bootstrap, estimate
 
 if TYPE_CHECKING:

@@ -31,7 +31,6 @@ from sinkscope.errors import ReportError, TextError
 from sinkscope.experiments import result as _result
 from sinkscope.experiments.ablation import MODES, Ablation, ablate_heads
 from sinkscope.experiments.partial_forward import Partway, with_predictions
-from sinkscope.experiments.renamed import argument, attribute, warn
 from sinkscope.experiments.result import Result, stacked, tidy
 from sinkscope.experiments.resume import Kept, file_stem, kept_in, request_of
 from sinkscope.interventions.base import check_mode
@@ -41,6 +40,7 @@ from sinkscope.output import counted, listed, locked, number
 from sinkscope.prompts.recipes import TextSource
 from sinkscope.prompts.texts import as_texts, texts
 from sinkscope.prompts.tokens import Texts
+from sinkscope.renamed import argument, attribute, warn
 from sinkscope.report.report import SinkReport
 from sinkscope.statistics import bootstrap, estimate, max_t, rank_correlation
 

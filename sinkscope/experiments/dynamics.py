@@ -34,7 +34,6 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinkscope.capture.scan import scan
 from sinkscope.errors import ModelError, ReportError, TextError, UnsupportedError
 from sinkscope.experiments.partial_forward import Partway, PromptLosses, with_predictions
-from sinkscope.experiments.renamed import argument, attribute
 from sinkscope.experiments.result import Result, stacked, tidy
 from sinkscope.experiments.resume import Kept, check, checkpoint_request, kept_in
 from sinkscope.metrics import turnover
@@ -47,6 +46,7 @@ from sinkscope.output import locked, number
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.texts import texts as make_texts
 from sinkscope.prompts.tokens import Texts
+from sinkscope.renamed import argument, attribute
 from sinkscope.report.report import SinkReport
 
 if TYPE_CHECKING:

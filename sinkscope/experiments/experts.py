@@ -428,7 +428,7 @@ def _run(
     can = capabilities(model)
     sinks = torch.zeros_like(prompts.mask)
     sinks[:, sink] = True
-    scope = Scope(epsilon=0.3, n_heads=can.n_heads, bucket_edges=(1,), gram=_no_gram)
+    scope = dataclasses.replace(readout.scope(can), sizes={})  # routed layers alone, not all
     calls: dict[int, Routing] = {}
     states = [_States(scope, "resid_pre"), _States(scope, "resid_post")]
     own = [_EachExpert(scope, routes, calls)] if routes else []
@@ -575,10 +575,6 @@ def _routing(
         found[f"{kind}weight"] = summed(call.weight.float(), kept) / tokens
         found[f"{kind}chosen"] = times / tokens
     return found
-
-
-def _no_gram(layer: int) -> Tensor:
-    raise NotImplementedError("nothing here goes through W_O")
 
 
 # -- words -----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.experiments import readout
+from sinkscope.models.capabilities import capabilities
 from sinkscope.prompts.tokens import Texts, token_ids
 from sinkscope.report.labelled import Labelled
 from sinkscope.statistics import Interval, estimate
@@ -188,7 +189,7 @@ def first_tokens(
             ]
         return torch.stack(found).unflatten(0, shape)
 
-    later = _later(readout.capabilities(model).n_layers, layer)
+    later = _later(capabilities(model).n_layers, layer)
     return FirstTokens(
         conditions=list(conditions),
         ahead=[len(prefix) for prefix in before],

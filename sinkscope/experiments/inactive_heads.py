@@ -47,7 +47,6 @@ from sinkscope.experiments.partial_forward import (
     PromptLosses,
     with_predictions,
 )
-from sinkscope.experiments.renamed import attribute
 from sinkscope.experiments.result import Result, about, tidy
 from sinkscope.experiments.resume import Kept, kept_in, request_of
 from sinkscope.interventions.base import check_mode
@@ -62,6 +61,7 @@ from sinkscope.models.active import refuse_short_prompts
 from sinkscope.models.load import load_model
 from sinkscope.models.provenance import digest_of
 from sinkscope.prompts.texts import as_texts
+from sinkscope.renamed import attribute
 from sinkscope.report.report import SinkReport
 from sinkscope.statistics import Interval, estimate
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 from sinkscope.capture import runner
 from sinkscope.experiments import readout
 from sinkscope.experiments.result import Result, about, stacked, tidy
+from sinkscope.experiments.trace_peak import PART_WORDS, PARTS
 from sinkscope.interventions import RemoveOutput
 from sinkscope.metrics.reductions import at_least_fp32
 from sinkscope.models.load import load_model
@@ -47,11 +48,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-PARTS = {"attention": "attn", "ffn": "mlp"}
 ROLE = 0.1
 """Share of the largest value along the sink's direction from which a part writes or erases."""
 _TOP = 5
-_PARTS = {"attention": "attention", "ffn": "FFN"}
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -307,7 +306,7 @@ def sink_life(
     same = [_constant(found[place].double()) for place in ("state", "control")]
     along = found["state"].double() @ u
     ffn_layer = int(added[1].mean(0).argmax())
-    facts: dict[str, Any] = dict(
+    whole = SinkLife(
         about=about(model, prompts),
         sink=sink,
         control=control,
@@ -322,24 +321,23 @@ def sink_life(
         mean_cosine=torch.stack([one[1] for one in same]).float(),
         ffn_layer=ffn_layer,
         **_neurons(model, prompts, sink, ffn_layer),
+        removed=(),
+        attention=torch.empty(0, *norm.shape[:2]),
+        ratio_without=torch.empty(0, *norm.shape[:2]),
+        loss=None,
     )
-    shares = (added.mean(1) / along.mean(0).max()).T
-    writers = [
-        (layer, part)
-        for layer, row in enumerate(shares.tolist())
-        for part, share in zip(PARTS, row, strict=True)
-        if share >= ROLE
-    ]
-    order = sorted(writers, key=lambda one: -float(shares[one[0], list(PARTS).index(one[1])]))
-    cases = [(), *((one,) for one in order[:most_removed])]
-    cases += [tuple(writers)] if len(writers) > 1 else []
+    writers = whole.of_role("writer")
+    strongest = sorted(writers, key=lambda one: -one[2])[:most_removed]
+    cases = [(), *(((layer, part),) for layer, part, _ in strongest)]
+    if len(writers) > 1:
+        cases.append(tuple((layer, part) for layer, part, _ in writers))
     read = [
         _without(model, prompts, sink, case)
         for case in tqdm(cases, unit="case", disable=not progress, leave=False)
     ]
     losses = [one["loss"] for one in read if one["loss"] is not None]
-    return SinkLife(
-        **facts,
+    return replace(
+        whole,
         removed=tuple(cases),
         attention=torch.stack([one["attention"] for one in read]),
         ratio_without=torch.stack([one["ratio"] for one in read]),
@@ -475,7 +473,7 @@ def _inputs(
 
 def _named(removed: Iterable[tuple[int, str]]) -> str:
     """The parts of a case: "FFN 9, FFN 11"."""
-    return ", ".join(f"{_PARTS[part]} {layer}" for layer, part in removed) or "nothing"
+    return ", ".join(f"{PART_WORDS[part]} {layer}" for layer, part in removed) or "nothing"
 
 
 def _summary(found: SinkLife) -> str:
@@ -529,7 +527,7 @@ def _summary(found: SinkLife) -> str:
 
 def _parts(parts: list[dict[str, Any]]) -> str:
     named = [
-        f"{_PARTS[one['part']]} of block {one['block']} ({100 * one['share'].mean:+.0f} %)"
+        f"{PART_WORDS[one['part']]} of block {one['block']} ({100 * one['share'].mean:+.0f} %)"
         for one in parts
     ]
     return listed(named) if named else "none"

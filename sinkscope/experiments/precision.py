@@ -57,7 +57,7 @@ from sinkscope.models.load import load_model
 from sinkscope.models.provenance import digest, model_source
 from sinkscope.output import and_more, as_json, counted, listed, number, table_as_text, write_file
 from sinkscope.prompts.texts import as_texts
-from sinkscope.prompts.tokens import Texts
+from sinkscope.prompts.tokens import Texts, check_reached
 from sinkscope.statistics import Interval, estimate
 from sinkscope.validation import real_number, whole_number, whole_numbers
 
@@ -608,12 +608,7 @@ def _some(first: Any) -> bool:
 
 def _positions(sinks: Any, prompts: Texts) -> tuple[int, ...]:
     found = tuple(sorted(check_positions(sinks)))
-    shortest = int(prompts.lengths.min())
-    if found[-1] >= shortest:
-        raise TextError(
-            f"Sink position {found[-1]} lies outside the shortest prompt, whose positions run from "
-            f"0 to {shortest - 1}."
-        )
+    check_reached(found, prompts)
     return found
 
 

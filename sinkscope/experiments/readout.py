@@ -22,7 +22,7 @@ from sinkscope.capture.readers import AttentionReader
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.interventions.base import check_mode
 from sinkscope.metrics import attention, ffn, residual, values
-from sinkscope.models.capabilities import capabilities
+from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts
 
@@ -110,9 +110,8 @@ def measure(
     can = capabilities(model)
     where = torch.zeros_like(texts.mask)
     where[:, list(sinks)] = True
-    sizes = {"layer": can.n_layers}
-    scope = Scope(0.3, can.n_heads, bucket_edges=(1,), gram=_no_gram, sizes=sizes)
-    observers = [_Keep(name, quantity, scope) for name, quantity in quantities.items()]
+    of_model = scope(can)
+    observers = [_Keep(name, quantity, of_model) for name, quantity in quantities.items()]
     how = paths.choose(model, can, "auto")
     order = runner.run(model, texts, where, observers, how, causal=can.causal, progress=False)
     return {
@@ -122,8 +121,14 @@ def measure(
     }
 
 
-def _no_gram(layer: int) -> Tensor:
-    raise NotImplementedError("no quantity here goes through W_O")
+def scope(can: Capabilities) -> Scope:
+    """What an observer is told of a model whose output projections it does not ask for."""
+
+    def no_gram(layer: int) -> Tensor:
+        raise NotImplementedError("nothing here goes through W_O")
+
+    sizes = {"layer": can.n_layers}
+    return Scope(0.3, can.n_heads, bucket_edges=(1,), gram=no_gram, sizes=sizes)
 
 
 def median_of_others(

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sinkscope.experiments.renamed import warn
 from sinkscope.models.provenance import model_source
 from sinkscope.output import as_csv, as_json, plain, wrapped, write_file
 from sinkscope.prompts.tokens import Texts
+from sinkscope.renamed import warn
 from sinkscope.report.labelled import Labelled
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """The old name of `sinkscope.experiments.inactive_heads`, for one release."""
 
-from sinkscope.experiments.renamed import names
+from sinkscope.renamed import names
 
 _NEW = "sinkscope.experiments.inactive_heads"
 

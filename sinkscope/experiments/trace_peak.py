@@ -47,7 +47,7 @@ _NEEDED = 0.5
 _PEAK = 2.0
 """A peak is at least this many times the median norm of the other positions."""
 
-_PARTS = {"attention": "attention", "ffn": "FFN"}
+PART_WORDS = {"attention": "attention", "ffn": "FFN"}
 _MODES = {"zero": "zero", "typical": "its mean elsewhere", "mean": "its mean there"}
 
 
@@ -474,7 +474,7 @@ def _left(share: Interval) -> str:
 
 
 def _named(one: dict[str, Any]) -> str:
-    return f"{_PARTS[one['part']]} of block {one['block']}"
+    return f"{PART_WORDS[one['part']]} of block {one['block']}"
 
 
 def _grouped(needed: list[dict[str, Any]]) -> list[str]:
@@ -483,8 +483,8 @@ def _grouped(needed: list[dict[str, Any]]) -> list[str]:
     for one in needed:
         blocks.setdefault(one["part"], []).append(one["block"])
     return [
-        f"the {_PARTS[part]} of block {where[0]}"
+        f"the {PART_WORDS[part]} of block {where[0]}"
         if len(where) == 1
-        else f"the {_PARTS[part]}s of blocks {listed([str(b) for b in sorted(where)])}"
+        else f"the {PART_WORDS[part]}s of blocks {listed([str(b) for b in sorted(where)])}"
         for part, where in blocks.items()
     ]

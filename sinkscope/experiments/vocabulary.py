@@ -553,7 +553,7 @@ def _fill(
     with tqdm(total=total, unit="token", disable=not progress, leave=False) as bar:
         for index, condition, chunk, rows in missing:
             bar.set_description(condition.name)
-            observer = _Trajectory(_scope(can), found.sink_vector, found.peak_layer, bound)
+            observer = _Trajectory(readout.scope(can), found.sink_vector, found.peak_layer, bound)
             before = torch.tensor(condition.before, dtype=torch.long).expand(len(rows), -1)
             prompts = token_ids(torch.cat([before, found.ids[rows, None]], dim=1))
             first = torch.zeros_like(prompts.mask)
@@ -619,14 +619,6 @@ class _Trajectory(Observer):
     def drop(self) -> None:
         super().drop()
         self._states.clear()
-
-
-def _scope(can: Capabilities) -> Scope:
-    def no_gram(layer: int) -> Tensor:
-        raise NotImplementedError("nothing here goes through W_O")
-
-    sizes = {"layer": can.n_layers}
-    return Scope(0.3, can.n_heads, bucket_edges=(1,), gram=no_gram, sizes=sizes)
 
 
 def _confirm(

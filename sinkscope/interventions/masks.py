@@ -169,6 +169,11 @@ def hidden(mask: Mask) -> Bool[Tensor, "_ _ query key"]:
     return mask <= torch.finfo(mask.dtype).min
 
 
+def lowest(mask: Mask) -> float:
+    """What a mask that is added to the scores has where it hides a key."""
+    return -torch.inf if mask.isneginf().any() else torch.finfo(mask.dtype).min
+
+
 def _mask_name(model: Any, layer: int) -> tuple[str, int]:
     """Name and place of the mask among the arguments of a layer's attention.
 

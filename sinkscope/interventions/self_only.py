@@ -9,7 +9,7 @@ import torch
 
 from sinkscope.interventions.base import check_positions
 from sinkscope.interventions.mask_verification import verify
-from sinkscope.interventions.masks import Mask, MaskIntervention
+from sinkscope.interventions.masks import Mask, MaskIntervention, lowest
 
 
 class SelfOnlyMask(MaskIntervention):
@@ -64,6 +64,6 @@ class SelfOnlyMask(MaskIntervention):
             mask[..., rows, own] = True
             return mask
         kept = mask[..., rows, own]
-        mask[..., rows, :] = -torch.inf if mask.isneginf().any() else torch.finfo(mask.dtype).min
+        mask[..., rows, :] = lowest(mask)
         mask[..., rows, own] = kept
         return mask

@@ -12,7 +12,7 @@ from torch import Tensor
 from sinkscope.errors import UnsupportedError
 from sinkscope.interventions.base import check_indices
 from sinkscope.interventions.mask_verification import verify
-from sinkscope.interventions.masks import Mask, MaskIntervention
+from sinkscope.interventions.masks import Mask, MaskIntervention, lowest
 from sinkscope.validation import whole_number
 
 
@@ -84,8 +84,7 @@ class WindowedAttention(MaskIntervention):
             hide = hide & chosen[:, None, None]
         if mask.dtype == torch.bool:
             return mask & ~hide
-        lowest = -torch.inf if mask.isneginf().any() else torch.finfo(mask.dtype).min
-        return torch.where(hide, lowest, mask)
+        return torch.where(hide, lowest(mask), mask)
 
     def _far(self, n_keys: int, device: torch.device) -> Bool[Tensor, "query key"]:
         """Which keys each query of this pass may not keep."""

@@ -282,7 +282,7 @@ def head_scatter(
     require_report("report", report)
     (across_is, across), (up_is, up) = (_per_head(report, name) for name in (x, y))
     layers, heads = across.shape
-    where = np.stack([axis.ravel() for axis in np.indices((layers, heads))], axis=-1)
+    where = _places(layers, heads)
     label_x, label_y = axis_label(across_is), axis_label(up_is)
     figure = go.Figure(
         go.Scatter(
@@ -290,14 +290,7 @@ def head_scatter(
             y=up.ravel(),
             mode="markers",
             customdata=where,
-            marker=dict(
-                size=8,
-                opacity=0.85,
-                color=where[:, 0],
-                colorscale=SEQUENTIAL,
-                colorbar=dict(title=dict(text="layer", side="right")),
-                line=dict(width=0.5, color=palette(theme).faint),
-            ),
+            marker=_by_layer(where, palette(theme)),
             hovertemplate="layer %{customdata[0]}, head %{customdata[1]}<br>"
             f"{label_x}: %{{x:.3~g}}<br>{label_y}: %{{y:.3~g}}<extra></extra>",
         )
@@ -309,6 +302,23 @@ def head_scatter(
     of = f"{across.size} head{'' if across.size == 1 else 's'}"
     title = f"{heading(x)} and {in_words(y)} of {of}: ρ = {rank:.2f}"
     return finish(figure, title, report.settings, theme, height=520)
+
+
+def _places(layers: int, heads: int) -> np.ndarray:
+    """Layer and head of every head, in the order of a flattened map."""
+    return np.stack([axis.ravel() for axis in np.indices((layers, heads))], axis=-1)
+
+
+def _by_layer(where: np.ndarray, colours: Palette) -> dict[str, Any]:
+    """Markers of heads, coloured by layer."""
+    return dict(
+        size=8,
+        opacity=0.85,
+        color=where[:, 0],
+        colorscale=SEQUENTIAL,
+        colorbar=dict(title=dict(text="layer", side="right")),
+        line=dict(width=0.5, color=colours.faint),
+    )
 
 
 def recency_plane(report: SinkReport, width: int = 16, *, theme: Theme = None) -> go.Figure:
@@ -349,7 +359,7 @@ def recency_plane(report: SinkReport, width: int = 16, *, theme: Theme = None) -
     uniform = nanmean(mean_of(report, "recent_uniform")[:, at], axis=0)
     sink = 1 - recent - rest
     layers, heads = recent.shape
-    where = np.stack([axis.ravel() for axis in np.indices((layers, heads))], axis=-1)
+    where = _places(layers, heads)
     colours = palette(theme)
     figure = go.Figure(
         go.Scatter(
@@ -357,14 +367,7 @@ def recency_plane(report: SinkReport, width: int = 16, *, theme: Theme = None) -
             y=recent.ravel(),
             mode="markers",
             customdata=np.column_stack([where, rest.ravel()]),
-            marker=dict(
-                size=8,
-                opacity=0.85,
-                color=where[:, 0],
-                colorscale=SEQUENTIAL,
-                colorbar=dict(title=dict(text="layer", side="right")),
-                line=dict(width=0.5, color=colours.faint),
-            ),
+            marker=_by_layer(where, colours),
             hovertemplate="layer %{customdata[0]}, head %{customdata[1]}<br>sink: %{x:.3f}<br>"
             f"last {width} keys: %{{y:.3f}}<br>the rest: %{{customdata[2]:.3f}}<extra></extra>",
         )

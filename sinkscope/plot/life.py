@@ -14,11 +14,11 @@ from sinkscope.plot.labels import About, escaped
 from sinkscope.plot.lines import band
 from sinkscope.plot.scales import log_scale
 from sinkscope.plot.theme import Palette, Theme, palette
+from sinkscope.plot.trace import PART_WORDS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_PARTS = {"attention": "attention", "ffn": "FFN"}
 _PANELS = (
     "Residual norm over the others' median", "Added along the sink's direction",
     "Share of energy in one vector", "FFN input along the trigger",
@@ -89,9 +89,9 @@ def _added(figure: go.Figure, rows: pd.DataFrame, colours: Palette, place: dict[
     for part, colour in (("attention", colours.other), ("ffn", colours.sink)):
         curve = frames.over_prompts(rows[rows["part"] == part], "layer")
         figure.add_bar(
-            x=curve["layer"], y=curve["mean"], name=_PARTS[part], marker_color=colour,
+            x=curve["layer"], y=curve["mean"], name=PART_WORDS[part], marker_color=colour,
             customdata=curve[["low", "high"]].to_numpy(),
-            hovertemplate=f"{_PARTS[part]} of block %{{x}}: %{{y:,.4~r}} [activation]<br>"
+            hovertemplate=f"{PART_WORDS[part]} of block %{{x}}: %{{y:,.4~r}} [activation]<br>"
             "95 % interval: %{customdata[0]:,.4~r} to %{customdata[1]:,.4~r}<extra></extra>",
             **place,
         )  # fmt: skip

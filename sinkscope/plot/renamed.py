@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 from sinkscope.plot.dormancy import ablation_effect, loss_by_share_ablated
 from sinkscope.plot.training import mitigations
+from sinkscope.renamed import warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def cures(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
     """Deprecated: the old name of `mitigations`."""
-    _warn("cures", "mitigations")
+    warn("plot.cures", "plot.mitigations")
     return mitigations(frame, about=about, theme=theme)
 
 
@@ -30,7 +30,7 @@ def removal_cost(
     theme: Theme = None,
 ) -> go.Figure:
     """Deprecated: the old name of `ablation_effect`."""
-    _warn("removal_cost", "ablation_effect")
+    warn("plot.removal_cost", "plot.ablation_effect")
     return ablation_effect(frame, metric, about=about, theme=theme)
 
 
@@ -38,14 +38,6 @@ def sleeping_heads(
     frame: pd.DataFrame, *, about: About, tolerance: float = 0.01, theme: Theme = None
 ) -> go.Figure:
     """Deprecated: the old name of `loss_by_share_ablated`, whose column was `share_removed`."""
-    _warn("sleeping_heads", "loss_by_share_ablated")
+    warn("plot.sleeping_heads", "plot.loss_by_share_ablated")
     frame = frame.rename(columns={"share_removed": "share_ablated"})
     return loss_by_share_ablated(frame, about=about, tolerance=tolerance, theme=theme)
-
-
-def _warn(old: str, new: str) -> None:
-    warnings.warn(
-        f"plot.{old} is now plot.{new}; the old name will go in the release after this one.",
-        DeprecationWarning,
-        stacklevel=3,
-    )

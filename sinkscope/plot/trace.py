@@ -64,7 +64,7 @@ def peak_trace(
     frames.need(frame, "peak_trace", *COLUMNS)
     rows = frames.pick(frame, "metric", metric)
     removed = frames.pick(rows, "mode", mode)
-    parts = [part for part in _PARTS if part in set(removed["part"])]
+    parts = [part for part in PART_WORDS if part in set(removed["part"])]
     baseline = rows[rows["removed"] == -1].groupby("layer")["value"].mean()
     if relative:
         frames.need(baseline.reset_index(), "peak_trace(relative=True)", "layer", "value")
@@ -76,14 +76,14 @@ def peak_trace(
     label = "share that is left" if relative else frames.label_of(metric)
     figure = make_subplots(
         1, len(parts), shared_yaxes=True, horizontal_spacing=0.03,
-        subplot_titles=[_PARTS[part] for part in parts],
+        subplot_titles=[PART_WORDS[part] for part in parts],
     )  # fmt: skip
     for column, (part, table) in enumerate(tables.items(), start=1):
         unchanged = np.broadcast_to(baseline.reindex(table.columns).to_numpy(), table.shape)
         figure.add_heatmap(
             x=table.columns, y=table.index.map(str), z=table.to_numpy(), customdata=unchanged,
             coloraxis="coloraxis", row=1, col=column,
-            hovertemplate=f"without the {_PARTS[part]} of block %{{y}}, {read} %{{x}}<br>"
+            hovertemplate=f"without the {PART_WORDS[part]} of block %{{y}}, {read} %{{x}}<br>"
             f"{label}: %{{z:.3~g}}<br>"
             "unchanged: %{customdata:.4~g}<extra></extra>",
         )  # fmt: skip
@@ -110,7 +110,7 @@ def _matrix(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.pivot_table(index="removed", columns="layer", values="value", aggfunc="mean")
 
 
-_PARTS = {"attention": "attention", "ffn": "FFN", "both": "attention and FFN"}
+PART_WORDS = {"attention": "attention", "ffn": "FFN", "both": "attention and FFN"}
 
 
 def _set_to(mode: str) -> str:

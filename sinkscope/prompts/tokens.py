@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,6 +211,17 @@ def check_length(length: int, n_ctx: int | None) -> None:
             f"{length} tokens are more than the {n_ctx} positions of this model's context; ask "
             f"for a length of {n_ctx} or less."
         )
+
+
+def check_reached(positions: Iterable[int], texts: Texts) -> None:
+    """Refuse sink positions that not every prompt reaches."""
+    shortest = int(texts.lengths.min())
+    for position in positions:
+        if not 0 <= position < shortest:
+            raise TextError(
+                f"Sink position {position} lies outside the shortest prompt, whose positions run "
+                f"from 0 to {shortest - 1}."
+            )
 
 
 def check_embedded(tokens: Tensor, d_vocab: int | None, tokenizer: Any) -> None:

@@ -122,15 +122,17 @@ class CosineToSink(Observer, metric="cosine", reads="resid_post"):
 
 def ffn_extremes(
     layer: int, x: Float[Tensor, "prompt position dim"], batch: Batch
-) -> tuple[Float[Tensor, "prompt dim"], Float[Tensor, "prompt dim"]]:
+) -> dict[str, Float[Tensor, "prompt dim"]]:
     """The FFN's output at the first sink, and its largest size elsewhere, in the model's dtype."""
 
-    def compute() -> tuple[Tensor, Tensor]:
+    def compute() -> dict[str, Tensor]:
         if batch.sink_is_first_token and not batch.ragged:
             # A copy, which lets go of x; and nothing to leave out of the others.
-            return x[:, 0].clone(), ffn.largest(x[:, 1:]).to(x.dtype)
-        at_sink = ffn.at_first(x, batch.first_sink)
-        return at_sink.to(x.dtype), ffn.largest_where(x, batch.others).to(x.dtype)
+            at_sink, mixed = x[:, 0].clone(), ffn.largest(x[:, 1:])
+        else:
+            at_sink = ffn.at_first(x, batch.first_sink)
+            mixed = ffn.largest_where(x, batch.others)
+        return {"at_sink": at_sink.to(x.dtype), "mixed": mixed.to(x.dtype)}
 
     return batch.once(("ffn extremes", layer), compute)
 
@@ -153,8 +155,7 @@ class FfnOutput(Observer, metric="ffn", reads="mlp_out", core=True):
 
     def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
         """Two numbers a dim; everything else waits."""
-        at_sink, mixed = ffn_extremes(self.layer, x, batch)
-        return {"at_sink": at_sink, "mixed": mixed}
+        return ffn_extremes(self.layer, x, batch)
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Means over prompts of every dim, and each prompt's largest dims, some layers at a time.
@@ -190,8 +191,7 @@ class FfnDims(Observer, metric="ffn_dims", reads="mlp_out", on_request=True):
 
     def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
         """What `FfnOutput` asks for as well."""
-        at_sink, mixed = ffn_extremes(self.layer, x, batch)
-        return {"at_sink": at_sink, "mixed": mixed}
+        return ffn_extremes(self.layer, x, batch)
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Every number, nan where a prompt has none."""

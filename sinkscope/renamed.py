@@ -1,4 +1,4 @@
-"""Names of the release before: they work, and warn with the new one."""
+"""How names of the release before go on working: they warn with the new one."""
 
 from __future__ import annotations
 
