@@ -57,7 +57,7 @@ def scan(
     Args:
         model: A bridge, or anything that `load_model` takes; a transformers model is left as it is.
         texts: What `texts()` gives, exact `token_ids`, or a list of strings.
-        metrics: "all", "core" (what costs next to nothing at any length), or names from
+        metrics: "all", "core" (what costs little beside the forward pass), or names from
             `capabilities(model).available`, those of one's own `Observer` included; a list may hold
             "core" or "all" beside names. With "all", what this model cannot have measured exactly
             is left out, as is "ffn_dims", whose size grows with prompts × layers × dims; asked for

@@ -324,7 +324,7 @@ def metrics() -> dict[str, tuple[type[Observer], ...]]:
 
 
 def core() -> tuple[str, ...]:
-    """The metrics that cost next to nothing beside the forward pass, at any length."""
+    """The metrics that cost little beside the forward pass, however long the texts are."""
     return tuple(name for name, kinds in metrics().items() if all(kind.core for kind in kinds))
 
 
