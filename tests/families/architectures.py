@@ -89,6 +89,7 @@ class Family:
         stock_rotated: Whether the stock bridge shows queries and keys as attention uses them.
         attention: transformers' implementation that is the reference. Falcon's eager one adds ALiBi
             twice, in the mask and by itself.
+        streams: Whether its attention can be streamed exactly.
         length: Suggested number of positions, longer than any window.
     """
 
@@ -109,6 +110,7 @@ class Family:
     stock_rotated: bool = True
     prescale: float = 1.0
     attention: str = "eager"
+    streams: bool = True
     length: int = 24
 
     @property
@@ -330,6 +332,7 @@ LATENTS: tuple[Family, ...] = (
         parts=EXPERTS,
         n_kv_heads=N_HEADS,
         d_head=6,
+        streams=False,
         moe=True,
     ),
 )

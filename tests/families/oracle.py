@@ -116,7 +116,7 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
         latent = {
             "latent_drain": sizes[:, sink] / sizes[:, others].mean(axis=1),
             "normed_latent_drain": normed[:, sink] / normed[:, others].mean(axis=1),
-            "at each position latent_norm": sizes,
+            "over prompts latent_norm": sizes,
         }
 
     norm = np.linalg.norm(resid, axis=-1)

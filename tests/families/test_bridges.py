@@ -141,32 +141,6 @@ FOREIGN = {
         dict(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
         "encoder-decoder",
     ),
-    "DeepseekV3ForCausalLM": (
-        dict(
-            vocab_size=97,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            intermediate_size=48,
-            moe_intermediate_size=24,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            n_group=1,
-            topk_group=1,
-            kv_lora_rank=16,
-            q_lora_rank=16,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
-            v_head_dim=8,
-            first_k_dense_replace=1,
-        ),
-        "latent attention",
-    ),
-    "Llama4ForCausalLM": (
-        dict(BY_NAME["llama"].settings, head_dim=8, num_local_experts=2, intermediate_size_mlp=48),
-        "chunked_attention",
-    ),
 }
 
 
