@@ -26,30 +26,38 @@ def expected(
     a["queries"] = a["queries"] / prescale
     lengths = mask.sum(axis=1)
     prompts = [_prompt(a, p, int(n), causal, sink) for p, n in enumerate(lengths)]
-    found = {
-        name: np.stack([one[name] for one in prompts])
-        for name in prompts[0]
-        if not name.startswith("over prompts ")
-    }
+    found = {}
     for name in prompts[0]:
-        if name.startswith("over prompts "):
-            found[name.removeprefix("over prompts ")] = _mean_of_ragged(
-                [one[name] for one in prompts]
-            )
+        kind, _, field = name.rpartition(": ")
+        rows = [one[name] for one in prompts]
+        if kind:
+            longest = max(row.shape[-1] for row in rows)
+            rows = [
+                np.pad(
+                    row,
+                    [(0, 0)] * (row.ndim - 1) + [(0, longest - row.shape[-1])],
+                    constant_values=np.nan,
+                )
+                for row in rows
+            ]
+        found[field] = _mean_of_numbers(rows) if kind == "over prompts" else np.stack(rows)
     return found
 
 
-def _mean_of_ragged(rows: list[np.ndarray]) -> np.ndarray:
-    """Mean over prompts along the last axis, position by position, of those that reach it."""
-    longest = max(row.shape[-1] for row in rows)
-    padded = np.full((len(rows), *rows[0].shape[:-1], longest), np.nan)
-    for index, row in enumerate(rows):
-        padded[index, ..., : row.shape[-1]] = row
-    return np.nanmean(padded, axis=0)
+def _mean_of_numbers(rows: list[np.ndarray]) -> np.ndarray:
+    """Mean over prompts of those that are numbers there; nan where none is."""
+    known = ~np.isnan(rows)
+    count = known.sum(axis=0)
+    total = np.where(known, rows, 0).sum(axis=0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
-    """The fields of one prompt of `n` real tokens."""
+    """The fields of one prompt of `n` real tokens.
+
+    Those named "over prompts: …" are means over the prompts that reach a position or bucket;
+    "by position: …" are kept prompt by prompt, as long as the prompt is.
+    """
     pattern = a["attentions"][:, p, :, :n, :n]
     scores = a["scores"][:, p, :, :n, :n]
     visible = a["visible"][:, p, :n, :n].astype(bool)
@@ -116,14 +124,33 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
         latent = {
             "latent_drain": sizes[:, sink] / sizes[:, others].mean(axis=1),
             "normed_latent_drain": normed[:, sink] / normed[:, others].mean(axis=1),
-            "over prompts latent_norm": sizes,
+            "over prompts: latent_norm": sizes,
         }
+
+    through = {}
+    if "z_out" in a:
+        z_out, value_out = a["z_out"][:, p, :n], a["value_out"][:, p, :n]
+        through = {
+            "head_output_norm_out": z_out.mean(axis=1),
+            "honor_out": z_out.mean(axis=1) / z_out.mean(axis=(1, 2))[:, None],
+            "over prompts: value_norm_out": value_out.transpose(0, 2, 1),
+            "value_drain_out": value_out[:, sink] / value_out[:, others].mean(axis=1),
+        }
+
+    by_distance, edge = [], 1
+    while edge < max(n, 2):
+        inside = [i for i in queries if edge <= i < 2 * edge]
+        mean = pattern[:, :, inside, sink].mean(axis=-1) if inside else np.full(gap.shape, np.nan)
+        by_distance.append(mean)
+        edge *= 2
 
     norm = np.linalg.norm(resid, axis=-1)
     at_sink, median = norm[:, sink], np.median(norm[:, others], axis=1)
     largest = np.argsort(-np.abs(ffn[:, sink]), axis=-1, kind="stable")[:, :32]
     cosine = np.einsum("ltd,ld->lt", resid, resid[:, sink]) / (norm * at_sink[:, None])
-    return latent | {
+    return {
+        **latent,
+        **through,
         "sink_attention": pattern[:, :, queries, sink].mean(axis=-1),
         "first_token_attention": pattern[:, :, :, 0].mean(axis=-1),
         "sink_importance": received[:, :, sink],
@@ -148,24 +175,31 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
         "sink_residual_norm": at_sink,
         "median_residual_norm": median,
         "residual_peak": at_sink / median,
+        "by position: residual_outlier": (norm / median[:, None]).max(axis=0),
+        "by position: received_peak": received.mean(axis=(0, 1)),
         "ffn_sink": ffn[:, sink],
         "ffn_mixed_max": np.abs(ffn[:, others]).max(axis=1),
         "ffn_sink_median": np.median(np.abs(ffn[:, sink]), axis=-1),
-        "over prompts ffn_sink_mean": ffn[:, sink],
-        "over prompts ffn_mixed_mean": np.abs(ffn[:, others]).max(axis=1),
-        "over prompts ffn_over_median": np.abs(ffn[:, sink])
+        "over prompts: ffn_sink_mean": ffn[:, sink],
+        "over prompts: ffn_mixed_mean": np.abs(ffn[:, others]).max(axis=1),
+        "over prompts: ffn_over_median": np.abs(ffn[:, sink])
         / np.median(np.abs(ffn[:, sink]), axis=-1)[:, None],
-        "over prompts ffn_over_mixed": np.abs(ffn[:, sink]) / np.abs(ffn[:, others]).max(axis=1),
+        "over prompts: ffn_over_mixed": np.abs(ffn[:, sink]) / np.abs(ffn[:, others]).max(axis=1),
+        "ffn_largest_dim": largest,
         "ffn_largest_sink": np.take_along_axis(ffn[:, sink], largest, axis=1),
         "ffn_largest_mixed": np.take_along_axis(
             np.abs(ffn[:, others]).max(axis=1), largest, axis=1
         ),
-        "over prompts received_attention": received,
-        "over prompts uniform_ratio": received / uniform[:, None],
-        "over prompts sink_rate": (received > 0.3).mean(axis=(0, 1)),
-        "over prompts value_norm": value.transpose(0, 2, 1),
-        "over prompts residual_norm": norm,
-        "over prompts cosine_to_sink": cosine,
+        "over prompts: received_attention": received,
+        "over prompts: uniform_ratio": received / uniform[:, None],
+        "over prompts: sink_rate": (received > 0.3).mean(axis=(0, 1)),
+        "over prompts: sink_rate_curve": np.stack(
+            [(received > 0.05 * step).mean(axis=(0, 1)) for step in range(1, 20)]
+        ),
+        "over prompts: received_by_distance": np.stack(by_distance, axis=-1),
+        "over prompts: value_norm": value.transpose(0, 2, 1),
+        "over prompts: residual_norm": norm,
+        "over prompts: cosine_to_sink": cosine,
     }
 
 

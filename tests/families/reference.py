@@ -49,6 +49,9 @@ def reference(
           before any final norm; ``hidden_states`` [layer+1 prompt position dim] is both in one;
         - ``latent``, ``normed_latent`` [layer prompt position dim]: what multi-head latent
           attention makes keys and values of, before and after its norm;
+        - ``z_out``, ``value_out`` [layer prompt position head]: norms of what the module that
+          follows the heads makes of one head's output, and of its value, alone (its bias taken
+          off); absent where a gate stands between;
         - ``neurons`` [layer prompt position neuron]: absent for mixtures of experts.
     """
     attention_mask = None if mask is None else mask.long()
@@ -140,6 +143,11 @@ def _record_block(
     ffn = _part(block, parts.ffn)
     assert ffn is not None
     yield ffn.register_forward_hook(lambda _, __, out: keep("mlp_out", out))
+    for module in block.modules():
+        if parts.output is None and not list(module.children()):
+            yield module.register_forward_pre_hook(
+                lambda module, args: _through_output(record, module, args)
+            )
     if (norm := _part(block, "self_attn.kv_a_layernorm")) is not None:
         yield norm.register_forward_hook(
             lambda _, args, out: (keep("latent", args[0]), keep("normed_latent", out))[0]
@@ -152,6 +160,26 @@ def _record_block(
         yield block.get_submodule(parts.down).register_forward_pre_hook(
             lambda _, args: keep("neurons", args[0])
         )
+
+
+def _through_output(record: Record, module: nn.Module, args: tuple) -> None:
+    """Norms behind the output projection, if `module` is that: what reads the heads' outputs."""
+    if not record.get("z") or len(record.get("z_out", [])) == len(record["z"]):
+        return
+    z, value = record["z"][-1], record["values"][-1]
+    if not args or args[0].numel() != z.numel() or not torch.equal(args[0].ravel(), z.ravel()):
+        return
+    value = repeat(value, "b t k d -> b t (k g) d", g=z.shape[2] // value.shape[2])
+    at_zero = module.forward(torch.zeros_like(args[0]))
+
+    def norms(x: Tensor) -> Tensor:
+        alone = torch.eye(x.shape[2])  # each head in turn, the others zero
+        heads = [module.forward((x * row[:, None]).reshape(args[0].shape)) for row in alone]
+        out = [(head - at_zero).reshape(*x.shape[:2], -1).norm(dim=-1) for head in heads]
+        return torch.stack(out, dim=-1)
+
+    _keep(record, "z_out", norms(z))
+    _keep(record, "value_out", norms(value))
 
 
 def _part(block: nn.Module, paths: str) -> nn.Module | None:
