@@ -220,7 +220,7 @@ class Explorer:
 
     @property
     def _kv_head(self) -> int:
-        return self.head // (self.report.settings.n_heads // self.report.settings.n_kv_heads)
+        return self.head // self.report.settings.heads_per_kv_head
 
     def _map(self) -> go.Figure:
         if self.shown == "change" and self.after is not None:

@@ -93,14 +93,14 @@ class PlainViews:
 def plain_views(report: SinkReport, reason: str, theme: Theme) -> PlainViews:
     """The figures that the report has the fields for, at its strongest sink head."""
     layer, head = first_head(report)
-    share = report.settings.n_heads // report.settings.n_kv_heads
+    kv_head = head // report.settings.heads_per_kv_head
     draw = {
         "sink_attention": lambda: heads.head_map(report, theme=theme),
         "received_attention": lambda: positions.by_position(
             report, layer=layer, head=head, theme=theme
         ),
         "value_norm": lambda: positions.by_position(
-            report, "value_norm", layer=layer, head=head // share, theme=theme
+            report, "value_norm", layer=layer, head=kv_head, theme=theme
         ),
         "residual_peak": lambda: layers.residual_norms(report, theme=theme),
         "sink_importance": lambda: rates.sink_rate(report, theme=theme),

@@ -41,7 +41,7 @@ def heads(report: SinkQuantities, level: float = 0.95) -> pd.DataFrame:
     """One row a head; see `SinkReport.heads`."""
     settings = report.settings
     layer, head = np.indices((settings.n_layers, settings.n_heads)).reshape(2, -1)
-    kv_head = head * settings.n_kv_heads // settings.n_heads  # a group's heads are neighbours
+    kv_head = head // settings.heads_per_kv_head
     columns: dict[str, Any] = {"layer": layer, "head": head, "kv_head": kv_head}
     units: dict[str, str] = {}
     about: dict[str, str] = {}

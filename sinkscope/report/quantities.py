@@ -98,7 +98,7 @@ class SinkQuantities(SinkFields):
                 name: float(means[layer, head]) for name, means in beside.items() if name != by
             }
             if drain is not None:
-                kv_head = head * drain.shape[1] // heads  # query heads share a kv_head in order
+                kv_head = head // self.settings.heads_per_kv_head
                 record["value_drain"] = float(drain[layer, kv_head])
             records.append(record)
         return records

@@ -99,6 +99,11 @@ class Settings:
         return tuple(i for i in range(self.n_layers) if i not in self.without_attention)
 
     @property
+    def heads_per_kv_head(self) -> int:
+        """Query heads that share keys and values; they are neighbours. 0 where no layer attends."""
+        return self.n_heads // max(self.n_kv_heads, 1)
+
+    @property
     def windows_attended(self) -> tuple[int | None, ...]:
         """The sliding window of each layer that attends."""
         return tuple(self.windows[layer] if self.windows else None for layer in self.attending)
