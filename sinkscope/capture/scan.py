@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.models.load import load_model
 from sinkscope.models.output import output_weight
 from sinkscope.models.provenance import model_source, own_output, weights_of
+from sinkscope.models.replicas import check_devices, further_devices, replicas
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts, check_reached
 from sinkscope.report.chance import QUANTITIES, derived
@@ -49,6 +51,7 @@ def scan(
     batch: int | Literal["auto"] = "auto",
     attention: str = "auto",
     nulls: int = 0,
+    devices: Sequence[str | torch.device] | None = None,
     progress: bool = True,
     path: str | None = None,
 ) -> SinkReport:
@@ -74,6 +77,13 @@ def scan(
             (`sinkscope.capture.nulls`): the model at initialisation, a random position as the sink,
             and shuffled keys. Each draw of the first is a scan of a new model; no corrected p is
             below 1 / (1 + nulls), so that 20 is the least with which one can be below 0.05.
+        devices: Devices to divide the prompts between, such as ["cuda:0", "cuda:1"]; a model that
+            is loaded here is loaded on the first. It is copied to each other one for the time of
+            the scan, with adapters and edited weights, and idle copies take the next batch. Over
+            the same batches (a `batch` of one's own) and on devices of one kind the figures are
+            those of a scan on one, bit for bit; "auto" gives each device a share of the tokens,
+            and then they agree as those of any two batch sizes do, to rounding (relative 1e-4 in
+            float32).
         progress: Whether to draw a progress bar.
         path: Deprecated; the former name of `attention`, whose "stock" is now "eager".
 
@@ -81,11 +91,12 @@ def scan(
         The report; fields that were not measured are None.
 
     Raises:
-        ModelError: If the model cannot be loaded, no prompt fits in memory, or ("residual") a state
-            of the residual stream is nan or infinite.
+        ModelError: If the model cannot be loaded, or copied to one of `devices`, no prompt fits in
+            memory, or ("residual") a state of the residual stream is nan or infinite.
         TextError: If the texts do not fit the model, or a sink position lies beyond a prompt.
         UnsupportedError: If a metric or the attention asked for cannot be exact for this model, or
-            nulls are asked for under interventions or of a model that cannot be made anew.
+            nulls are asked for under interventions or of a model that cannot be made anew, or
+            interventions or hooks of one's own are on a model that `devices` would copy.
     """
     if path is not None:
         warnings.warn(
@@ -97,9 +108,14 @@ def scan(
     metrics, epsilon, batch = _check(metrics, epsilon, batch)
     sinks = _positions(sinks)
     nulls = whole_number("nulls", nulls, at_least=0)
-    model = load_model(model)
+    places = None if devices is None else check_devices(devices)
+    named = isinstance(model, str | os.PathLike)
+    model = load_model(model, device=places[0]) if places and named else load_model(model)
     with exclusive(model), usual_torch():
-        return _scan(model, texts, metrics, sinks, epsilon, batch, attention, nulls, progress)
+        further = further_devices(model, places) if places else []
+        return _scan(
+            model, texts, metrics, sinks, epsilon, batch, attention, nulls, progress, further
+        )
 
 
 def _scan(
@@ -112,6 +128,7 @@ def _scan(
     attention: str,
     nulls: int,
     progress: bool,
+    further: Sequence[torch.device],
 ) -> SinkReport:
     """The same for a bridge, with arguments that were checked."""
     can = capabilities(model)
@@ -131,43 +148,63 @@ def _scan(
         sizes={"layer": can.n_layers, "head": can.n_heads, "kv_head": can.n_kv_heads},
     )
 
+    # A replica without a prompt would be copied for nothing.
+    further = further[: len(prompts.tokens) - 1]
+    copies = replicas(model, further)
+
     def measure(
-        asked: Sequence[Observer], at: Bool[Tensor, "prompt position"], of: Any = model
+        made: Callable[[Scope], list[Observer]],
+        at: Bool[Tensor, "prompt position"],
+        of: Any = model,
     ) -> dict[str, Any]:
+        others = copies if of is model else replicas(of, further)
+        asked, *theirs = [
+            runner.Replica(
+                one,
+                how if one is model else paths.choose(one, capabilities(one), how.name),
+                made(scope if one is model else replace(scope, gram=Grams(one))),
+            )
+            for one in (of, *others)
+        ]
         order = runner.run(
             of,
             prompts,
             at,
-            asked,
-            how if of is model else paths.choose(of, capabilities(of), how.name),
+            asked.observers,
+            asked.path,
             causal=can.causal,
             batch=batch,
             progress=progress,
+            others=theirs,
         )
         found: dict[str, Any] = {}
-        for observer in asked:
+        for observer in asked.observers:
             found |= observer.results(order)
         return found
 
     at, secondary = _sink_mask(sinks, prompts), None
     if sinks == "auto":
         windows = tuple(can.windows[layer] for layer in can.attending)
-        places = measure([FindSinks(scope, windows)], at)
+        places = measure(lambda scope: [FindSinks(scope, windows)], at)
         at, secondary = places["primary"], places["secondary"]
     kinds = [kind for name in chosen for kind in observers.metrics()[name]]
-    asked = [kind(scope) for kind in kinds]
+    drawn = (NullAttention, NullPeak) if nulls else ()
     if nulls:
         check_one_sink(at)
-        asked += [null(scope, nulls) for null in (NullAttention, NullPeak)]
-    found = measure(asked, at)
+    found = measure(
+        lambda scope: [*(kind(scope) for kind in kinds), *(null(scope, nulls) for null in drawn)],
+        at,
+    )
     if nulls:
         wanted = [kind for name in _WITH_NULLS for kind in observers.metrics()[name]]
         found |= initial_fields(
-            model, nulls, lambda fresh: measure([kind(scope) for kind in wanted], at, fresh)
+            model,
+            nulls,
+            lambda fresh: measure(lambda scope: [kind(scope) for kind in wanted], at, fresh),
         )
     own = tuple(variable for kind in kinds for variable in kind.variables().values())
     report = extended(SinkReport, own)(
-        settings=_settings(model, can, prompts, chosen, sinks, epsilon, how.name),
+        settings=_settings(model, can, prompts, chosen, sinks, epsilon, how.name, further),
         tokens=prompts.tokens,
         mask=prompts.mask,
         sink_mask=at,
@@ -280,15 +317,17 @@ def _settings(
     sinks: Sinks,
     epsilon: float,
     attention: str,
+    further: Sequence[torch.device],
 ) -> Settings:
     source = model_source(model)
     weight = next(model.original_model.parameters())
+    places = dict.fromkeys(map(str, (weight.device, *further)))
     return Settings(
         model=source.name,
         revision=source.revision,
         architecture=can.architecture,
         dtype=str(weight.dtype).removeprefix("torch."),
-        device=str(weight.device),
+        device=", ".join(places),
         source=texts.source,
         bos=texts.bos,
         length=texts.tokens.shape[1],

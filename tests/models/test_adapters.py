@@ -15,7 +15,8 @@ from sinkscope.errors import ModelError, UnsupportedError
 from sinkscope.models.capabilities import capabilities
 from sinkscope.models.load import load_model
 from sinkscope.models.output import output_weight
-from sinkscope.models.provenance import model_identity
+from sinkscope.models.provenance import model_identity, probe_logits
+from sinkscope.models.replicas import replicas
 from tests.families.architectures import BY_NAME
 
 from .files import TOKENS, tiny_llama
@@ -124,3 +125,12 @@ def test_quanto(family: str) -> None:
     quanto.quantize(model, weights=quanto.qint8)
     quanto.freeze(model)
     assert_like_itself(model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_replica_has_the_adapter(family: str) -> None:
+    model = load_model(adapted(family))
+    (copied,) = replicas(model, [torch.device("cpu")])
+    assert torch.equal(probe_logits(copied), probe_logits(model))
+    without = probe_logits(load_model(BY_NAME[family].build()))
+    assert (probe_logits(copied) - without).abs().max() > 1e-2

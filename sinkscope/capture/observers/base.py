@@ -249,6 +249,13 @@ class Observer:
                 self._accumulators[name] = self.accumulator(name)
             self._accumulators[name].update(value, self.where(name, batch))
 
+    def follow(self, twin: Observer) -> None:
+        """Know the layers that the same observer of a replica heard, whose batch is added next."""
+        self._heard |= twin._heard
+
+    def conclude(self) -> None:
+        """Check what can be checked only after the last batch, for which `close` was called."""
+
     def drop(self) -> None:
         """Forget the batch that is running."""
         self._layers.clear()

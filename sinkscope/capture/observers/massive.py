@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,11 +36,13 @@ class Massive(Observer, metric="massive", reads="resid_post", core=True):
 
     Whether a layer has any is known only once the device has got there. So the answer to one layer
     is looked at a layer or two later, be it in the next batch: the device never runs dry while
-    Python waits for it.
+    Python waits for it. Where replicas share the batches, the observer of one may read what that of
+    another asked, in its own thread; hence the lock.
     """
 
     def __init__(self, scope: Scope) -> None:
         super().__init__(scope)
+        self.guard = threading.RLock()
         self._asked: list[_Asked] = []
         self._running: _Rows = {}
         self._unread: list[_Unread] = []
@@ -54,14 +57,17 @@ class Massive(Observer, metric="massive", reads="resid_post", core=True):
         else:
             peak = torch.where(batch.mask, summary.peak, 0) if batch.ragged else summary.peak
         number = HostNumber((peak > residual.MASSIVE_MINIMUM).sum())
-        self._asked.append(_Asked(self.layer, x, peak, number, batch, self._running))
-        self._look(but_the_last=0 if batch.has_external_hooks else _late(x))
+        with self.guard:
+            self._asked.append(_Asked(self.layer, x, peak, number, batch, self._running))
+        self.look(but_the_last=0 if batch.has_external_hooks else _late(x))
 
-    def _look(self, but_the_last: int = 0) -> None:
-        while len(self._asked) > but_the_last:
-            asked = self._asked[0]
-            asked.into[asked.layer] = asked.rows()  # it stays if memory runs out here
-            self._asked.pop(0)
+    def look(self, but_the_last: int = 0) -> None:
+        """Take the answers that were asked for, but for the last ones."""
+        with self.guard:
+            while len(self._asked) > but_the_last:
+                asked = self._asked[0]
+                asked.into[asked.layer] = asked.rows()  # it stays if memory runs out here
+                self._asked.pop(0)
 
     def close(self, batch: Batch) -> _Unread:
         """The rows of all layers, still on the device; the last ones not even looked at.
@@ -70,7 +76,7 @@ class Massive(Observer, metric="massive", reads="resid_post", core=True):
         """
         if sum(unread.size for unread in self._unread) > UNREAD:
             self._read()
-        finished = _Unread(self._running, batch.rows.numpy(), batch.tokens.device)
+        finished = _Unread(self, self._running, batch.rows.numpy(), batch.tokens.device)
         self._running = {}
         return finished
 
@@ -79,8 +85,8 @@ class Massive(Observer, metric="massive", reads="resid_post", core=True):
         self._unread.append(finished)
 
     def _read(self) -> None:
-        self._look()
         while self._unread:
+            self._unread[0].observer.look()
             entries, counts = self._unread[0].read()  # likewise
             self._entries.append(entries)
             self._counts.append(counts)
@@ -88,7 +94,8 @@ class Massive(Observer, metric="massive", reads="resid_post", core=True):
 
     def drop(self) -> None:
         """Forget the batch that is running."""
-        self._asked = [asked for asked in self._asked if asked.into is not self._running]
+        with self.guard:
+            self._asked = [asked for asked in self._asked if asked.into is not self._running]
         self._running = {}
 
     def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
@@ -150,11 +157,13 @@ class _Unread(NamedTuple):
     """What one batch left on the device.
 
     Attributes:
+        observer: The observer that heard it.
         running: Its rows by layer; complete once all has been looked at.
         prompts: Which prompts of the text it held.
         device: Where to put the layers together.
     """
 
+    observer: Massive
     running: _Rows
     prompts: Int[np.ndarray, "prompt"]
     device: torch.device
@@ -162,7 +171,9 @@ class _Unread(NamedTuple):
     @property
     def size(self) -> int:
         """Entries of the rows."""
-        return sum(rows.state.numel() for rows in self.running.values() if rows is not None)
+        with self.observer.guard:
+            rows = list(self.running.values())
+        return sum(each.state.numel() for each in rows if each is not None)
 
     def read(self) -> tuple[_Entries, Int[np.ndarray, "prompt layer"]]:
         """Number the prompts as the text does, keep the largest entries and count all."""

@@ -61,14 +61,13 @@ class ResidualNorms(Observer, metric="residual", reads="resid_post", core=True):
             "residual_outlier": (norm / median[..., None]).amax(dim=0),
         }
 
-    def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
-        """The fields.
+    def conclude(self) -> None:
+        """The last batch has none after it.
 
         Raises:
             ModelError: If a residual state of a real token was nan or infinite.
         """
         self._refuse_suspect()
-        return super().results(order)
 
     def _refuse_suspect(self) -> None:
         if self._suspect is not None:
