@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sinkscope.cli import _common as common
-from sinkscope.errors import TextError
+from sinkscope.errors import SinkscopeError, TextError
 from sinkscope.output import as_csv, listed, write_file
 
 if TYPE_CHECKING:
@@ -50,6 +50,12 @@ def scan(
     batch: Annotated[int | None, typer.Option(min=1, help="Prompts a pass; default: auto.")] = None,
     seed: common.Seed = 0,
     device: common.Device = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="Divide the prompts between these, such as cuda:0,cuda:1; instead of --device."
+        ),
+    ] = None,
     dtype: common.Dtype = None,
     out: common.Out = None,
     json: common.Json = False,
@@ -61,6 +67,11 @@ def scan(
     """
     folder = common.writable_folder(out)
     where = sink_positions(sinks)
+    places = None if devices is None else common.some("--devices", devices)
+    if places and device is not None:
+        raise SinkscopeError(
+            f"--device {device} and --devices {devices} are both given; leave one of them out."
+        )
     with common.quiet_stdout(), interruptible(folder), common.locked_folder(folder):
         import sinkscope as ss
 
@@ -69,7 +80,7 @@ def scan(
             if tokens is None
             else common.exact_ids(context, tokens, ("texts", *common.RECIPE))
         )
-        loaded = ss.load_model(model, device=device, dtype=dtype)
+        loaded = ss.load_model(model, device=places[0] if places else device, dtype=dtype)
         report = ss.scan(
             loaded,
             source,
@@ -78,6 +89,7 @@ def scan(
             epsilon=epsilon,
             attention=attention,
             nulls=nulls,
+            devices=places,
             path=path,
             batch=batch or "auto",
             progress=common.progress_wanted(),

@@ -46,6 +46,16 @@ def test_a_second_scan_leaves_no_table_of_the_first(folder, ids, tmp_path, capsy
     assert files(out) == ["report.html", "report.nc"]
 
 
+def test_a_scan_on_two_devices(folder, ids, tmp_path, capsys) -> None:
+    base = ("scan", folder, "--tokens", ids, "--metrics", "core", "--batch", 1, "--json")
+    alone, shared = (
+        run(*base, *more, capsys=capsys)[:2] for more in ((), ("--devices", "cpu,cpu"))
+    )
+    assert shared == alone and alone[0] == 0
+    code, _, said = run(*base, "--devices", "cpu,cpu", "--device", "cpu", capsys=capsys)
+    assert code != 0 and "--device cpu and --devices cpu,cpu are both given" in said
+
+
 def test_two_processes_do_not_write_to_one_folder(folder, ids, tmp_path, capsys) -> None:
     script = (
         "import sys\nfrom sinkscope.output import locked\n"

@@ -86,6 +86,22 @@ def test_a_scan(name: str, path: str) -> None:
     assert_same_figures(got, want)
 
 
+@pytest.mark.parametrize("path", ["eager", "streaming"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_a_scan_divided_between_replicas(name: str, path: str) -> None:
+    family = BY_NAME[name]
+    rows = zip(family.tokens(prompts=6).tolist(), (24, 9, 17, 24, 5, 12), strict=True)
+    ragged = ss.token_ids([row[:length] for row, length in rows])
+    model = on_one(family)
+    ask = dict(metrics=["all", "ffn_dims"], attention=path, batch=1, progress=False)
+    want = ss.scan(model, ragged, **ask)
+    got = ss.scan(model, ragged, devices=[FIRST, SECOND], **ask)
+    assert got.settings.device == f"{FIRST}, {SECOND}"
+    assert_same_figures(got, want)
+    for field in want.measured():  # the same batches on devices of one kind
+        assert torch.equal(got[field].nan_to_num(9e9), want[field].nan_to_num(9e9)), field
+
+
 @pytest.mark.parametrize("device_map", ["auto", "sequential", "by hand"])
 def test_what_load_model_spreads_out(device_map: str, tmp_path: Path) -> None:
     family = BY_NAME["qwen3"]

@@ -191,3 +191,11 @@ def test_scan_finds_the_sink_by_itself(smollm2) -> None:
     )
     assert report.sink_mask[:, 0].all()
     assert report.sink_mask.sum() <= 3 * 4, "a sink is an exception, not the rule"
+
+
+def test_two_replicas_of_a_trained_model(smollm2) -> None:
+    """The same batches, so every figure is equal bit for bit."""
+    texts = ss.texts("prose", prompts=4, length=32)
+    ask = dict(batch=1, progress=False)
+    shared = ss.scan(smollm2, texts, devices=["cpu", "cpu"], **ask)
+    assert shared.equals(ss.scan(smollm2, texts, **ask))
