@@ -41,6 +41,7 @@ import sinkscope as ss
 from sinkscope.experiments.dormant import dormancy
 from sinkscope.experiments.inactive_heads import ablate_inactive
 from sinkscope.interventions import AblateHeads, Quantise
+from sinkscope.statistics import estimate
 
 model = ss.load_model("smollm2-135m")
 prose = ss.texts("prose", prompts=4, length=64).tokenize(model)
@@ -452,11 +453,13 @@ ablated = ablate_inactive(model, short, scores=("AHON-LN", "AWFT"), shares=(0.1,
 ablated.figures()["inactive-heads"]
 
 # %% tags=["reveal"]
-rise = (ablated.ablated_loss - ablated.loss).mean(-1)  # over prompts [score, share]
-for score, (tenth, fifth) in zip(ablated.scores, rise.tolist(), strict=True):
-    print(f"{score:8} a tenth ablated: {tenth:+.2f} nat, a fifth: {fifth:+.2f} nat")
+rises = ablated.ablated_loss - ablated.loss  # [score, share, prompt]
+for score, (tenth, fifth) in zip(ablated.scores, rises, strict=True):
+    print(f"{score:8} a tenth ablated: {estimate(tenth).signed(2)} nat, a fifth: {estimate(fifth).signed(2)} nat")  # fmt: skip
 
-by_output, by_sink, at_random = rise
+by_output, by_sink, at_random = rises.mean(-1)  # [share] each
+dearer = estimate(rises[1, 1] - rises[0, 1])  # AWFT against HONOR, prompt by prompt
+print(f"A fifth by AWFT costs {dearer.signed(2)} nat more than a fifth by HONOR.")
 
 # %% tags=["reveal"]
 ss.plot.guess_and_result(
@@ -464,7 +467,7 @@ ss.plot.guess_and_result(
     dict(
         zip(
             ("smallest HONOR", "largest AWFT", "random heads"),
-            (ablated.ablated_loss - ablated.loss).mean(-1)[:, 1],
+            rises.mean(-1)[:, 1],
             strict=True,
         )
     ),
@@ -478,7 +481,8 @@ ss.plot.guess_and_result(
 # ```python
 # assert (by_output < at_random / 3).all(), "heads of small output cost far less than random ones"
 # assert by_sink[0] < at_random[0], "at a tenth, both scores beat chance"
-# assert 0.5 < by_sink[1] / at_random[1] < 1.5, "at a fifth, attention to the sink does not"
+# assert dearer.low > 0, "at a fifth, attention to the sink is no measure of what a head does"
+# assert by_sink[1] > 0.2 * at_random[1], "and its heads cost a good part of what random ones do"
 # ```
 #
 # </details>
@@ -486,7 +490,8 @@ ss.plot.guess_and_result(
 # %% [markdown]
 # (AHON-LN is HONOR by its systematic name.) The fifth of the heads that put out the least can be ablated
 # on these four prompts at a small cost, 0 to 0.2 nat, depending on the text. The fifth that attend the most to the sink
-# cannot: zeroing them does about as much damage as zeroing heads at random. Who is among which?
+# cannot: they cost several times as much, 0.4 to 0.8 nat (with Python 3.11, 3.12 and 3.13, whose texts differ), which
+# is 40 to 80 % of what heads chosen at random cost. Intervals are over prompts. Who is among which?
 
 # %%
 scores = ss.scan(model, short, progress=False).inactivity_scores()  # [prompt, layer, head] each
