@@ -291,18 +291,17 @@ def test_what_cannot_be_measured_is_refused() -> None:
 def test_smollm2_needs_its_sink_in_int8_per_tensor(smollm2) -> None:
     found = precision(
         smollm2,
-        ss.texts("prose", prompts=4, length=64),
+        ss.texts("prose", prompts=3, length=48),
         schemes=["int8-tensor", "int8-token"],
-        tensors=["attn_in", "mlp_in", "neurons"],
+        tensors=["mlp_in", "neurons"],
+        sinks=0,
         first=[],
         mapped=None,
         progress=False,
     )
-    assert found.sinks[:, 0].all()
     gain = found.recovered("int8-tensor")
     assert gain is not None and gain.low > 0.2
     small = found.recovered("int8-token")
     assert small is not None and small.mean < gain.mean / 4
-    neurons = found.alone_loss[0, found.tensors.index("neurons")] - found.loss
-    others = found.alone_loss[0, :2] - found.loss
-    assert neurons.mean() > 3 * others.mean(1).max()
+    inputs, neurons = (found.alone_loss[0] - found.loss).mean(1)
+    assert neurons > 3 * inputs.abs()
