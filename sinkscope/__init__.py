@@ -1,9 +1,9 @@
 """sinkscope: measure, explain and control attention sinks in transformer models.
 
 Start with `load_model`, `texts` and `scan`: a scan returns a `SinkReport`, which `plot` draws and
-`explore` shows with linked views. Interventions such as `SelfOnlyMask` change how a model runs;
-`experiments` ask the questions of papers. The names are listed in `__init__.pyi` and are imported
-when they are first used, so that `import sinkscope` loads neither torch nor Plotly.
+`explore` shows in linked views. Interventions such as `SelfOnlyMask` change how a model runs;
+`experiments` reproduce the analyses of papers. The names are listed in `__init__.pyi` and imported
+on first use, so that `import sinkscope` loads neither torch nor Plotly.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""`python -m sinkscope` is the command `sinkscope`."""
+"""Entry point of `python -m sinkscope`, the same as the command `sinkscope`."""
 
 from sinkscope.cli import main
 

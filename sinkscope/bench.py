@@ -1,10 +1,10 @@
-"""What measuring costs, against a bare forward pass of transformers, side by side on this machine.
+"""The cost of measuring, relative to a plain forward pass of transformers on the same machine.
 
-Random weights of real shapes: time depends on shapes, and hardly on what the weights say. Where it
-does, they say what trained ones do: the first token holds a massive activation, for which a scan
-pays in every layer. A row is a way of running the same batch: the bare model with transformers'
-sdpa attention and without TransformerLens; observers on the eager bridge; observers on the
-streaming path.
+Models have the shapes of real ones and random weights, since time depends almost only on shapes.
+The exception is a massive activation at the first token, for which a scan does extra work in every
+layer; the random weights therefore produce one too. A row is one configuration on one batch: the
+baseline, which is the transformers model with sdpa attention and without TransformerLens; observers
+on the eager bridge; or observers on the streaming path.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sinkscope.models.load import load_model
 from sinkscope.prompts.tokens import check_length, context_size, token_ids
 from sinkscope.validation import whole_number
 
-# -- what a bench runs: a bare model of transformers, and the bridge that stands beside it ---------
+# -- the models of a benchmark: the baseline from transformers, and its bridge ---------------------
 
 LLAMA = dict(vocab_size=128256, max_position_embeddings=2**18, num_key_value_heads=8)
 SHAPES: dict[str, dict[str, Any]] = {
@@ -52,21 +52,21 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Shapes by name, as arguments of `LlamaConfig`."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""What random weights may be."""
+"""Dtypes of random weights."""
 
 FIRST_TOKEN, MASSIVE = 0, 1e4
-"""Id of every prompt's first token, and the activation that its embedding brings along."""
+"""Id of every prompt's first token, and the massive activation in its embedding."""
 
 
 @dataclass
 class Subject:
-    """What is measured.
+    """The model under test.
 
     Attributes:
         name: Name of the shape or model.
-        bare: The model without TransformerLens.
-        context: Positions that it can take, None where it says nothing.
-        load: Gets the bridge, when the bare model has been measured.
+        bare: The baseline: the model without TransformerLens.
+        context: Longest context in positions, or None where the config states none.
+        load: Makes the bridge, after the baseline has been measured.
     """
 
     name: str
@@ -78,12 +78,12 @@ class Subject:
 def subject(
     shape: Any, device: str | torch.device | None, dtype: str | torch.dtype = "bfloat16"
 ) -> Subject:
-    """The models of a shape by name, or of whatever `load_model` takes.
+    """Baseline and bridge for the name of a shape, or for anything that `load_model` accepts.
 
     Raises:
         SinkscopeError: If the dtype does not exist.
-        ModelError: If the device is not there, or the model cannot be loaded, does not fit, lies on
-            several devices, or is none of transformers.
+        ModelError: If the device is not available, or the model cannot be loaded, does not fit in
+            memory, is spread over several devices, or is not a transformers model.
     """
     where, kind = chosen_device(device), chosen_dtype(dtype)
     if isinstance(shape, str) and shape in SHAPES:
@@ -96,14 +96,14 @@ def subject(
     name = shape if isinstance(shape, str) else type(original).__name__
     if not isinstance(original, PreTrainedModel):
         raise ModelError(
-            f"{name} is not a model of transformers, so there is no bare one to time beside it; "
+            f"{name} is not a transformers model, so there is no baseline to compare it with; "
             f"choose one that is, or a shape: {', '.join(SHAPES)}."
         )
     places = sorted({str(weight.device) for weight in original.parameters()})
     if len(places) > 1:
         raise ModelError(
-            f"{name} lies on {', '.join(places)}; the bare model beside it would lie on one device "
-            "alone, so load it without device_map."
+            f"{name} is spread over {', '.join(places)}, whereas its baseline would be on a single "
+            "device; load it without device_map."
         )
     weight = next(original.parameters())
     config = copy.deepcopy(original.config)
@@ -113,10 +113,10 @@ def subject(
 
 
 def random_model(config: Any, kind: type[PreTrainedModel], device: torch.device, name: str) -> Any:
-    """A model with random weights made where they will lie, with sdpa attention if it has that.
+    """A model with random weights on a device, with sdpa attention if its class supports it.
 
     Raises:
-        ModelError: If it does not fit there.
+        ModelError: If it does not fit in the device's memory.
     """
     try:
         with torch.device(device):
@@ -135,7 +135,7 @@ def chosen_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The dtype of random weights.
 
     Raises:
-        SinkscopeError: If weights cannot be that.
+        SinkscopeError: If it is not in `DTYPES`.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
@@ -155,27 +155,27 @@ WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "core + received + entropy": ("streaming", ("core", "received", "entropy")),
     "all": ("streaming", ("all",)),
 }
-"""What is compared with the bare model: a path, and the metrics measured on it."""
+"""The configurations compared with the baseline: attention path and metrics."""
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One way of running one batch.
+    """One configuration on one batch.
 
     Attributes:
         shape: Name of the shape or model.
         prompts: Prompts in the batch.
         length: Positions of a prompt.
-        way: What was run, see `WAYS`; "transformers" is the bare model.
+        way: Configuration, see `WAYS`; "transformers" is the baseline.
         milliseconds: Median time of a batch.
-        ratio: That over the bare model's.
-        memory: Most memory that a batch has in use at once beyond what was in use before it, its
-            results included [GiB]; None on a CPU.
-        tokens_per_second: Tokens a second.
-        first_milliseconds: Time of the first batch, with what only it pays (kernels compiled).
-        note: Why there is no time, or None.
-    own: What one metric costs on its own, in forward passes of the bare model: with `by_metric`
-        only, and None for what is no metric.
+        ratio: `milliseconds` divided by the baseline's.
+        memory: Peak memory of a batch beyond what was allocated before it, results included [GiB];
+            None on a CPU.
+        tokens_per_second: Tokens per second.
+        first_milliseconds: Time of the first batch, including one-off costs (compiling kernels).
+        note: Why no time was measured, or None.
+        own: Cost of one metric alone, in forward passes of the baseline; only with `by_metric`, and
+            None for rows that are not a metric.
     """
 
     shape: str
@@ -191,7 +191,7 @@ class BenchRow:
     own: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The row as a dictionary for JSON."""
         return asdict(self)
 
 
@@ -205,32 +205,34 @@ def run_bench(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = torch.bfloat16,
 ) -> Iterator[BenchRow]:
-    """Measure each way at each size, one row as soon as it is known.
+    """Time each configuration at each size, yielding each row as soon as it is measured.
 
     Args:
-        shape: A name from `SHAPES`, or whatever `load_model` takes: then a model with that one's
-            config and dtype stands beside it as the bare one.
+        shape: A name from `SHAPES`, or anything that `load_model` accepts; the baseline of the
+            latter is a random model with the same config and dtype.
         sizes: Batches as (prompts, length).
-        ways: Names from `WAYS`.
-        by_metric: Measure, instead of `ways`, what each metric costs on its own: the ratio of
-            `core` with it minus the ratio of `core` without it.
-        repeats: Batches timed after the first, of which the median counts.
-        device: Where; a GPU if there is one.
-        dtype: Of the weights, for a shape by name: float32, bfloat16, or float16.
+        ways: Configurations: names from `WAYS`.
+        by_metric: Measure, instead of `ways`, the cost of each metric alone: the ratio of `core`
+            with it minus the ratio of `core` without it.
+        repeats: Number of batches timed after the first; their median is reported.
+        device: Device to run on; by default a GPU if there is one.
+        dtype: Dtype of the weights of a named shape: float32, bfloat16, or float16.
 
     Yields:
-        The bare model's row of every size, then size by size the others.
+        The baseline's row for every size, then the other rows, size by size.
 
     Raises:
-        SinkscopeError: If a way or the dtype does not exist, or a size or `repeats` is not
-            positive.
+        SinkscopeError: If a configuration or the dtype does not exist, or a size or `repeats` is
+            not positive.
         TextError: If a prompt is longer than the model's context.
-        ModelError: If the device is not there, or the model cannot be loaded, does not fit, lies on
-            several devices, or is none of transformers.
+        ModelError: If the device is not available, or the model cannot be loaded, does not fit in
+            memory, is spread over several devices, or is not a transformers model.
     """
     unknown = [way for way in ways if way not in WAYS]
     if unknown:
-        raise SinkscopeError(f"There is no way {unknown[0]!r}; choose from {', '.join(WAYS)}.")
+        raise SinkscopeError(
+            f"There is no configuration {unknown[0]!r}; choose from {', '.join(WAYS)}."
+        )
     if repeats < 1:
         raise SinkscopeError(f"repeats is {repeats}; expected 1 or more timed batches.")
     _check_sizes(sizes, None)  # before a large model is loaded
@@ -254,7 +256,7 @@ def run_bench(
 def _rows_by_metric(
     name: str, bridge: Any, size: tuple[int, int], repeats: int, bare: float | None
 ) -> Iterator[BenchRow]:
-    """`core`, then `core` with every further metric and without every one of its own, then all."""
+    """`core`, `core` plus each other metric, `core` minus each of its own, then all metrics."""
     can = capabilities(bridge)
     path = paths.choose(bridge, can, "auto").name
     every = choose_metrics(("all",), can, path)
@@ -283,8 +285,8 @@ def _check_sizes(sizes: Sequence[tuple[int, int]], context: int | None) -> None:
     for prompts, length in sizes:
         if prompts < 1 or length < 1:
             raise SinkscopeError(
-                f"A batch of {prompts} prompts of {length} tokens cannot be measured; both have to "
-                "be 1 or more."
+                f"A batch of {prompts} prompts of {length} tokens cannot be measured; both must be "
+                "1 or more."
             )
         whole_number("the number of tokens of a batch", prompts * length, at_most=2**40)
         check_length(length, context)
@@ -356,7 +358,7 @@ def _tokens(size: tuple[int, int], vocabulary: int) -> Tensor:
 
 
 class _Laps:
-    """Times between one batch's end and the next one's, and the memory in use meanwhile."""
+    """Times from the end of each batch to the end of the next, and peak memory in between."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -419,7 +421,7 @@ class _Laps:
 
 
 class _Clock(Observer, reads="resid_post"):
-    """An observer that only looks at the time when a batch is complete."""
+    """An observer that records the time at which each batch ends."""
 
     def __init__(self, scope: Scope, laps: _Laps) -> None:
         super().__init__(scope)

@@ -1,8 +1,8 @@
 """Devices and their memory.
 
-`chosen_device` checks the device that was asked for. `ran_out_of_memory` recognises that memory is
-exhausted, on every device, and `in_pieces` then goes on with smaller pieces. `HostNumber` and
-`sent` copy between host and device without one waiting for the other.
+`chosen_device` checks the requested device. `ran_out_of_memory` recognises out-of-memory errors of
+every device, after which `in_pieces` continues with smaller pieces. `HostNumber` and `sent` copy
+between host and device asynchronously.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch import Tensor
 
 from sinkscope.errors import ModelError
 
-# -- launching Triton kernels where the tensors lie ------------------------------------------------
+# -- launching Triton kernels on the device of their tensors ---------------------------------------
 
 Launch = TypeVar("Launch", bound=Callable[..., Any])
 
 
 def on_its_device(launch: Launch) -> Launch:
-    """Run a function on the GPU of its first tensor: Triton launches on the current one.
+    """Run a function with the GPU of its first tensor as the current one, on which Triton launches.
 
-    The layers of one model may lie on several.
+    The layers of a model may be spread over several GPUs.
     """
 
     @functools.wraps(launch)
@@ -43,29 +43,29 @@ def on_its_device(launch: Launch) -> Launch:
     return run  # type: ignore[return-value]
 
 
-# -- recognising that memory has run out, on every device ------------------------------------------
+# -- recognising out-of-memory errors of every device ----------------------------------------------
 
 _SAID = ("can't allocate memory", "not enough memory", "out of memory")
-"""What torch's allocators for CPUs say; only the one for GPUs has an exception of its own."""
+"""Messages of torch's CPU allocators; only the GPU allocator has an exception class of its own."""
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of torch means that memory has run out."""
+    """Whether an exception raised by torch is an out-of-memory error."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _SAID)
 
 
-# -- small tensors between host and device, without one waiting for the other ----------------------
+# -- asynchronous copies of small tensors between host and device ----------------------------------
 #
-# A plain ``.item()`` or ``.to(device)`` waits until the device has done everything it was given,
-# and then the device waits for Python. At short lengths that is most of what a scan would cost.
+# A plain ``.item()`` or ``.to(device)`` blocks until the device has finished all launched work, and
+# the device then idles until Python launches more. At short lengths this would dominate a scan.
 
 
 class HostNumber:
     """An asynchronous copy of one number from the device to the host.
 
-    ``int()`` waits until the number was computed, not for what has been launched since.
+    ``int()`` waits for the number itself, not for work launched after it.
     """
 
     def __init__(self, number: Shaped[Tensor, ""]) -> None:
@@ -85,7 +85,7 @@ class HostNumber:
 
 
 def sent(x: Shaped[Tensor, "*shape"], device: torch.device) -> Shaped[Tensor, "*shape"]:
-    """Copy a tensor from the host to `device` asynchronously; kernels launched later see it."""
+    """Copy a tensor from the host to `device` asynchronously; later kernels can read it."""
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
@@ -93,13 +93,13 @@ def sent(x: Shaped[Tensor, "*shape"], device: torch.device) -> Shaped[Tensor, "*
 
 # -- returning freed memory to the operating system ------------------------------------------------
 #
-# The C library of Linux keeps what is freed for later use. It does not always find a use for the
-# holes that large tensors leave: a loop over 32,768 tokens on a CPU, which never held more than 80
-# MB of tensors at once, grew by 4 GB. Asked to, the library hands the holes back.
+# glibc keeps freed memory for reuse, but cannot always reuse the holes that large tensors leave: in
+# a loop over 32,768 tokens on a CPU, with at most 80 MB of tensors alive at once, the process grew
+# by 4 GB. malloc_trim returns such holes to the operating system.
 
 
 def trim() -> None:
-    """Return freed memory to the operating system; without glibc, do nothing."""
+    """Return freed memory to the operating system; a no-op without glibc."""
     trimmer = _trimmer()
     if trimmer is not None:
         trimmer(0)
@@ -112,16 +112,16 @@ def _trimmer() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
-# -- work on rows a few at a time, fewer when memory runs out --------------------------------------
+# -- work on slices of rows, halved when memory runs out -------------------------------------------
 
 
 def in_pieces(rows: int, size: int, work: Callable[[slice], Tensor]) -> Tensor:
-    """Do `work` on slices of at most `size` rows and lay the results end to end.
+    """Apply `work` to slices of at most `size` rows and concatenate the results.
 
     Args:
-        rows: How many there are.
-        size: How many to begin with; halved each time the device runs out of memory.
-        work: From a slice of rows to a tensor with one entry a row.
+        rows: Total number of rows.
+        size: Initial size of a slice; halved each time the device runs out of memory.
+        work: Maps a slice of rows to a tensor with one entry per row.
 
     Raises:
         ModelError: If not even one row fits in memory.
@@ -149,7 +149,7 @@ def _halved(size: int, error: RuntimeError) -> int:
     return size // 2
 
 
-# -- one thread at a time on a model, and torch as it comes ----------------------------------------
+# -- one thread at a time on a model; torch's default settings -------------------------------------
 
 _locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 _guard = threading.Lock()
@@ -157,7 +157,7 @@ _guard = threading.Lock()
 
 @contextmanager
 def exclusive(model: Any) -> Iterator[None]:
-    """Inside, other threads that measure this model wait: what hooks see is one model's one pass.
+    """Lock a model, so that its hooks see the forward passes of one thread only.
 
     Args:
         model: A model or a bridge.
@@ -170,40 +170,40 @@ def exclusive(model: Any) -> Iterator[None]:
 
 @contextmanager
 def usual_torch() -> Iterator[None]:
-    """Inside, new tensors are float32 on the CPU, whatever defaults the user has set."""
+    """Within the context, new tensors are float32 on the CPU whatever defaults the user has set."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
     try:
-        # Such a context costs microseconds for each call of torch: only where there is need of it.
+        # A device context adds microseconds to every call of torch; enter it only where needed.
         with nullcontext() if device.type == "cpu" else torch.device("cpu"):
             yield
     finally:
         torch.set_default_dtype(dtype)
 
 
-# -- the device that was asked for, if it is there -------------------------------------------------
+# -- checking the requested device -----------------------------------------------------------------
 
 
 def chosen_device(device: str | torch.device | None) -> torch.device:
-    """The device; a GPU if there is one and none is named.
+    """The requested device, checked; by default a GPU if there is one.
 
     Raises:
-        ModelError: If it is not there.
+        ModelError: If it is not available.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        if chosen.type == "cpu" and chosen.index:  # torch takes any number; there is one CPU
+        if chosen.type == "cpu" and chosen.index:  # torch accepts any index of a CPU
             raise RuntimeError(f"no CPU {chosen.index}")
-        torch.empty(1, device=chosen).item()  # "meta" exists only in name
+        torch.empty(1, device=chosen).item()  # fails on "meta", which has no memory
     except (
         RuntimeError,
         AssertionError,
         TypeError,
         ValueError,
-    ) as error:  # torch says "no CUDA" with an assertion
-        # A GPU may be there and only torch not see it; of other names torch lists all it knows.
+    ) as error:  # without CUDA torch raises an AssertionError
+        # For CUDA, torch's first line says what is missing; for other names it only lists devices.
         why = f" ({str(error).splitlines()[0]})" if str(device).startswith("cuda") else ""
         raise ModelError(f"There is no device {str(device)!r} here{why}; try 'cpu'.") from error
     return chosen

@@ -1,8 +1,7 @@
 """The errors that sinkscope raises on purpose.
 
-Each message is one sentence a user can act on: what was given, what was expected, what to do.
-The command line prints that sentence and exits with code 2; everything else is a bug and keeps
-its traceback.
+Each message is one sentence that says what was given, what was expected and what to do. The command
+line prints it and exits with code 2; any other exception is a bug and keeps its traceback.
 """
 
 
@@ -11,20 +10,20 @@ class SinkscopeError(Exception):
 
 
 class ModelError(SinkscopeError):
-    """A model that cannot be found, read, or trusted: no package, a truncated file, NaN weights."""
+    """A model cannot be found, read or trusted: no package, a truncated file, NaN weights."""
 
 
 class UnsupportedError(SinkscopeError):
-    """Something that this architecture or path cannot measure exactly, so it is refused."""
+    """This architecture or attention path does not allow an exact measurement."""
 
 
 class TextError(SinkscopeError):
-    """Text or tokens that cannot be measured: empty, too short, too long, ids out of range."""
+    """Texts or token ids cannot be measured: empty, too short, too long, ids out of range."""
 
 
 class ReportError(SinkscopeError):
-    """A report that lacks what was asked of it, or that cannot be read, written or merged."""
+    """A report lacks the requested values, or cannot be read, written or merged."""
 
 
 class SinkscopeWarning(UserWarning):
-    """Something that was put right, or that most likely is not what was meant."""
+    """An input was corrected, or is probably not what the user intended."""

@@ -1,15 +1,15 @@
-"""What sinkscope measures on each language model that TransformerLens boots, found by running them.
+"""Coverage of architectures: sinkscope run on each language model that TransformerLens supports.
 
-For each name that TransformerLens registers:
+For each architecture that TransformerLens registers:
 
 1. `tiny_model` builds a random model of its transformers class, a few dozen channels wide, with
    weights large enough that attention is far from uniform;
 2. transformers' own eager forward pass gives logits and attention patterns;
-3. the model is bridged, asked for its capabilities, and scanned on both ways of attending, in
-   float32 and in bfloat16;
-4. the largest difference between the two, or the reason for which there is none, is a `Row`.
+3. the model is bridged, its capabilities are determined, and it is scanned on the eager and the
+   streaming path, in float32 and in bfloat16;
+4. a `Row` records the largest difference from step 2, or the reason why there is none.
 
-`table` writes the rows as the page docs/families.md, which a test compares with new runs.
+`table` renders the rows as docs/families.md, which a test compares with new runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sinkscope.prompts.tokens import token_ids
 VOCABULARY = 97
 PROMPTS, LENGTH = 2, 20
 LARGEST = 3_000_000
-"""Parameters of a tiny model; more are a config with sizes that are not known here."""
+"""Upper bound on the parameters of a tiny model; more mean that the config has unknown sizes."""
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -82,22 +82,22 @@ OWN: dict[str, dict[str, Any]] = {
     "YoutuForCausalLM": _LATENT,
     "Zamba2ForCausalLM": {"layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"]},
 }
-"""Settings that single architectures need besides."""
+"""Further settings that individual architectures need."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One architecture.
+    """Results for one architecture.
 
     Attributes:
-        architecture: transformers' class.
-        metrics: Metrics that a scan takes, or 0 where it is refused.
-        ways: Ways of attending that are exact: "eager", "streaming".
+        architecture: Class in transformers.
+        metrics: Number of metrics that a scan can measure, 0 where it is refused.
+        ways: Attention paths that are exact: "eager", "streaming".
         difference: Largest difference of logits (relative to the largest logit) and of attention
             to the first token [probability] from transformers' eager forward pass in float32, over
-            both ways; nan where there is nothing to compare.
-        half: The same in bfloat16, where both round.
-        reason: Why it is refused, or what one way cannot do; "" where nothing is missing.
+            both paths; nan where there is nothing to compare.
+        half: The same in bfloat16, where both sides round.
+        reason: Why it is refused, or what one path cannot do; "" where nothing is missing.
     """
 
     architecture: str
@@ -109,7 +109,7 @@ class Row:
 
 
 def architectures() -> list[str]:
-    """Language models that TransformerLens registers and transformers has a class for."""
+    """Language models registered in TransformerLens that have a class in transformers."""
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
     kinds = ("ForCausalLM", "ForMaskedLM", "LMHeadModel")
@@ -118,7 +118,7 @@ def architectures() -> list[str]:
 
 
 def run(names: list[str] | None = None) -> Iterator[Row]:
-    """Rows, one after another.
+    """Yield a row for each architecture.
 
     Args:
         names: Architectures; all of them if None.
@@ -130,10 +130,10 @@ def run(names: list[str] | None = None) -> Iterator[Row]:
 
 
 def row(name: str) -> Row:
-    """Build, run and compare one architecture; what fails is in the row, whatever it raises."""
+    """Build, run and compare one architecture; any failure is recorded in the row."""
     try:
         return _compared(name)
-    except Exception as error:  # a defect, which the page shows
+    except Exception as error:  # a defect, reported on the page
         return Row(name, reason=f"fails: {type(error).__name__}: {_first_line(error)}")
 
 
@@ -194,7 +194,7 @@ def _tokens() -> Tensor:
 
 
 def _theirs(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """Transformers' logits, and attention to the first token [prompt layer head] if it tells."""
+    """Logits of transformers, and attention to the first token [prompt layer head] if returned."""
     with torch.no_grad():
         output = model(input_ids=_tokens(), output_attentions=True)
     patterns = [p for p in getattr(output, "attentions", None) or () if p is not None]
@@ -204,7 +204,7 @@ def _theirs(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 
 
 def _off(bridge: Any, way: str, truth: tuple[Tensor, Tensor | None]) -> float:
-    """Largest difference of a scan, and of the logits of the way that it took, from the truth."""
+    """Largest difference of a scan's attention, and of the logits on its path, from the truth."""
     from sinkscope.attention.streaming import streaming
 
     logits, first = truth
@@ -219,7 +219,7 @@ def _off(bridge: Any, way: str, truth: tuple[Tensor, Tensor | None]) -> float:
     measured = report.first_token_attention
     if first is None or measured is None:
         return off
-    measured = measured[:, report.settings.attending]  # transformers' tuple has no others either
+    measured = measured[:, report.settings.attending]  # transformers returns only these layers
     if measured.shape != first.shape:
         raise ValueError(f"patterns of the shape {first.shape}, measured {measured.shape}")
     return max(off, float((measured - first).abs().max()))

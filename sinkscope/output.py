@@ -1,8 +1,7 @@
-"""How results leave the package: numbers, words, tables and JSON, and files written whole.
+"""Formatting and writing of results: numbers, words, tables, JSON, and atomic file writes.
 
-There is one way of each. A number has three significant digits below 1,000 and none after the point
-from there on; what is undefined is a dash on the terminal, in pages and in figures, and null in
-JSON.
+Numbers have three significant digits below 1,000 and no decimals from there on. Undefined values
+are a dash on the terminal, in pages and in figures, and null in JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from typing import Any, SupportsFloat
 from sinkscope.errors import ReportError
 
 UNDEFINED = "–"
-"""How a number is written that is not defined (nan, or None)."""
+"""Text for an undefined number (nan or None)."""
 
 # -- numbers and words ---------------------------------------------------------------------------
 
@@ -65,21 +64,21 @@ def listed(items: Sequence[str]) -> str:
 
 
 def and_more(shown: Sequence[str], total: int, separator: str = ", ") -> str:
-    """The items shown, and how many more there are: "a, b, 3 more"."""
+    """The shown items and the number of the others: "a, b, 3 more"."""
     rest = total - len(shown)
     return separator.join(shown) + (f"{separator}{rest} more" if rest > 0 else "")
 
 
 def printable(text: str) -> str:
-    """The text with every character that could upset a terminal written as an escape."""
+    """The text with control and other non-printable characters escaped, safe for a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # -- lines and tables ----------------------------------------------------------------------------
 
-_NARROWEST, _WIDEST = 80, 100  # a table on fewer columns would lose digits
+_NARROWEST, _WIDEST = 80, 100  # narrower tables would lose digits
 _UNLIMITED = 10_000
-_GLUE = "\ue000"  # stands for a space at which no line breaks; Rich breaks at no-break spaces too
+_GLUE = "\ue000"  # placeholder for a no-break space, since Rich breaks lines at real ones
 _width = ContextVar("width", default=_WIDEST)
 
 _LINE = "border:0;border-bottom:1px solid rgba(128,128,128,.35);background:transparent"
@@ -89,13 +88,13 @@ _TABLE = "border-collapse:collapse;margin:.5em 0;color:inherit"
 
 
 def line_width() -> int:
-    """Characters that a line of text may have: 100 in files and notebooks, fewer on a terminal."""
+    """Maximum line length: 100 characters in files and notebooks, maybe fewer on a terminal."""
     return _width.get()
 
 
 @contextlib.contextmanager
 def as_wide_as_the_terminal() -> Iterator[None]:
-    """Inside, lines are as wide as the terminal, 80 to 100 columns; 100 where there is none."""
+    """Set the line width to that of the terminal, 80 to 100 columns; 100 without a terminal."""
     columns = shutil.get_terminal_size((_WIDEST, 24)).columns
     outside = _width.set(min(max(columns, _NARROWEST), _WIDEST))
     try:
@@ -105,7 +104,7 @@ def as_wide_as_the_terminal() -> Iterator[None]:
 
 
 def wrapped(line: str) -> str:
-    """A sentence on lines of at most `line_width` characters; the later ones of a list indented."""
+    """Wrap a sentence at `line_width`; continuation lines of a list item are indented."""
     if len(line) <= line_width():
         return line
     indent = " " * (len(line) - len(line.lstrip()))
@@ -116,7 +115,7 @@ def wrapped(line: str) -> str:
 
 
 def facts_as_text(facts: Sequence[tuple[str, str]]) -> str:
-    """Pairs of a label and a sentence, the sentences aligned and wrapped."""
+    """Labelled sentences as text, aligned and wrapped."""
     from rich.table import Table
     from rich.text import Text
 
@@ -129,7 +128,7 @@ def facts_as_text(facts: Sequence[tuple[str, str]]) -> str:
 
 
 def facts_as_html(facts: Sequence[tuple[str, str]]) -> str:
-    """The same for a notebook, in its own colours."""
+    """Labelled sentences as an HTML table, which inherits the notebook's colours."""
     rows = "".join(
         f'<tr><th scope="row" style="{_LEFT};white-space:nowrap">{html.escape(label)}</th>'
         f'<td style="{_LEFT}">{html.escape(text)}</td></tr>'
@@ -141,7 +140,7 @@ def facts_as_html(facts: Sequence[tuple[str, str]]) -> str:
 def table_as_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of text cells for the terminal, all but the first column right-justified.
 
-    Where it would be too wide, each word of a title has a line of its own.
+    If it would be too wide, column titles are broken into one word per line.
     """
     from rich.cells import cell_len
 
@@ -191,7 +190,7 @@ def _printed(renderable: Any, width: int) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON knows it: dataclasses and named tuples as objects, tensors as lists.
+    """Convert a value to JSON types: dataclasses and named tuples to objects, tensors to lists.
 
     nan and inf become null.
     """
@@ -216,10 +215,10 @@ def as_json(value: Any, indent: int | None = None) -> str:
 
 
 def as_csv(frame: Any) -> str:
-    """A pandas frame as CSV, in which no text is a formula.
+    """A pandas frame as CSV that is safe to open in a spreadsheet.
 
-    A spreadsheet would run a cell that begins with =, +, - or @, and a file's name may; such text
-    gets an apostrophe in front, which spreadsheets do not show.
+    Spreadsheets evaluate cells that begin with =, +, - or @, as the name of a file may. Such text
+    is prefixed with an apostrophe, which spreadsheets do not show.
     """
     guarded = frame.rename(columns=_no_formula)
     for name in guarded.columns:
@@ -234,11 +233,11 @@ def _no_formula(value: Any) -> Any:
 
 
 def write_file(path: str | Path, content: str | bytes) -> Path:
-    """Write a file whole or not at all: what was there before stays until the new one is on disk.
+    """Write a file atomically: the old file stays in place until the new one is on disk.
 
-    The content goes to a new file beside it with a name of its own, is flushed to the disk, and is
-    then renamed. Several processes may write the same file: the last one wins, and none fails. What
-    a killed process left of an earlier attempt is removed.
+    The content is written to a temporary file in the same folder, flushed to disk, and renamed.
+    Several processes may write the same file: the last one wins, and none fails. Temporary files of
+    killed processes are removed.
 
     Returns:
         The path.
@@ -251,7 +250,7 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
     data = content.encode() if isinstance(content, str) else content
     try:
         _remove_orphans(path)
-        # A name that nobody can have linked elsewhere, with the permissions of any new file.
+        # O_EXCL: never follow a link that exists already. Permissions are those of any new file.
         handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -273,12 +272,12 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
 def locked(path: str | Path, busy: Exception | None = None) -> Iterator[None]:
     """Hold the lock on a file or folder while results are written there.
 
-    A process that ends, however it ends, gives up its locks. The same process may lock a path
-    again.
+    The lock is released when the process ends, even if it is killed, and is reentrant within a
+    process.
 
     Args:
         path: A file, which need not exist yet, or an existing folder.
-        busy: What to raise instead where another process holds the lock.
+        busy: Exception to raise instead if another process holds the lock.
 
     Raises:
         ReportError: If another process holds the lock, or no lock can be made there.
@@ -305,17 +304,17 @@ def locked(path: str | Path, busy: Exception | None = None) -> Iterator[None]:
         lock.release()
 
 
-_ORPHANED_AFTER = 24 * 3600  # seconds after which a process of another machine is taken for dead
+_ORPHANED_AFTER = 24 * 3600  # seconds; processes of other machines cannot be checked
 
 
 def _unfinished(path: Path) -> str:
-    """How the names of a file's unfinished versions begin, with this machine's mark."""
+    """Prefix of the names of a file's temporary files, with an identifier of this machine."""
     machine = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
     return f".{path.name[:150]}.{machine}-"
 
 
 def _remove_orphans(path: Path) -> None:
-    """Remove unfinished files whose process is dead, or which nobody has written to for a day."""
+    """Remove temporary files whose process is dead, or that have not been written to for a day."""
     mine = _unfinished(path)
     pattern = re.compile(re.escape(f".{path.name[:150]}.") + r"[0-9a-f]{8}-(\d+)-[0-9a-f]{8}\.tmp")
     with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
@@ -331,9 +330,9 @@ def _remove_orphans(path: Path) -> None:
 
 def _is_running(process: int) -> bool:
     try:
-        os.kill(process, 0)  # on POSIX signal 0 is none; it asks whether one could be sent
+        os.kill(process, 0)  # signal 0 sends nothing and only checks that the process exists
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        return True  # somebody else's
+        return True  # the process of another user
     return True

@@ -1,4 +1,4 @@
-"""How names of the release before go on working: they warn with the new one."""
+"""Deprecated names of the previous release, which keep working and warn with the new name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def warn(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warn that a name will go.
+    """Warn that a name is deprecated.
 
     Args:
-        old: The name that was used.
-        new: What to use.
-        stacklevel: Which caller the warning points at.
+        old: The deprecated name.
+        new: Its replacement.
+        stacklevel: Stack level to which the warning is attributed.
     """
     warnings.warn(
         f"{old} is now {new}; the old name will go in the release after this one.",
@@ -26,7 +26,7 @@ def warn(old: str, new: str, stacklevel: int = 3) -> None:
 
 
 def attribute(old: str, new: str) -> Any:
-    """A property with the old name of an attribute."""
+    """Return a property that serves as the old name of an attribute."""
 
     def get(self: Any) -> Any:
         warn(f"{type(self).__name__}.{old}", new)
@@ -36,7 +36,7 @@ def attribute(old: str, new: str) -> Any:
 
 
 def argument(old: str, new: str) -> Callable[[F], F]:
-    """A decorator: the function also takes an argument by its old name."""
+    """Return a decorator that lets a function accept an argument by its old name."""
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
@@ -52,11 +52,11 @@ def argument(old: str, new: str) -> Callable[[F], F]:
 
 
 def names(module: str, moved: dict[str, tuple[str, str]]) -> Callable[[str], Any]:
-    """A module's ``__getattr__`` for names that live elsewhere.
+    """Return a module-level ``__getattr__`` for names that have moved.
 
     Args:
-        module: The module that had them.
-        moved: From the old name to the module and name of today.
+        module: The module in which they were defined.
+        moved: Maps an old name to its current module and name.
     """
     import importlib
 

@@ -1,6 +1,6 @@
-"""Means with intervals, tests that hold for many heads at once, and rank correlation.
+"""Means with intervals, tests corrected for the number of heads, and rank correlation.
 
-* `Interval` is a mean with the ends of its interval, of one number or of a whole tensor.
+* `Interval` is a mean with the ends of its interval, of a number or of a tensor.
   `bootstrap` computes it over prompts for tensors, `estimate` for one number, and `mean_interval`
   over a few repetitions of a run.
 * `max_t` compares two kinds of text head by head, corrected for the number of heads; `chance`
@@ -28,11 +28,11 @@ from sinkscope.validation import probability, whole_number
 
 
 class Interval(NamedTuple):
-    """A mean with the ends of its interval: a float each, or a tensor or array of one shape each.
+    """A mean with the ends of its interval: floats, or tensors or arrays of one shape.
 
     Attributes:
         mean: The mean.
-        low: The lower end; nan where there are too few repetitions for an interval.
+        low: The lower end; nan with too few repetitions for an interval.
         high: The upper end.
     """
 
@@ -41,14 +41,14 @@ class Interval(NamedTuple):
     high: Any
 
     def __str__(self) -> str:
-        """``mean [low, high]`` of a number; the mean alone where there is no interval."""
+        """``mean [low, high]`` of a number; only the mean if there is no interval."""
         if not isinstance(self.mean, float):
             return repr(self)
         ends = f" [{number(self.low)}, {number(self.high)}]"
         return number(self.mean) + ("" if math.isnan(self.low) else ends)
 
     def negated(self) -> Interval:
-        """The interval of minus the mean."""
+        """The interval with its sign flipped."""
         return Interval(-self.mean, -self.high, -self.low)
 
     def to_decimals(self, digits: int) -> str:
@@ -91,7 +91,7 @@ def mean_over_prompts(x: Float[Tensor, "prompt *rest"]) -> Float[Tensor, "*rest"
     return x.double().nanmean(0).to(x.dtype)
 
 
-# Resampled means computed at a time; torch.quantile also refuses more than 2^24 values.
+# Resampled means per chunk; torch.quantile also refuses more than 2^24 values.
 _CHUNK = 4_000_000
 
 
@@ -100,9 +100,9 @@ def bootstrap(
 ) -> Interval:
     """Percentile-bootstrap interval of the mean over prompts (Efron 1979).
 
-    Prompts are drawn with replacement, with the same draw for every entry of `x`, and the mean of
-    each resample is a matrix product of how often each prompt was drawn with the values. The draws
-    are made on the CPU, so that the interval does not depend on the device.
+    Prompts are drawn with replacement, with the same draw for every entry of `x`. The means of all
+    resamples are the matrix product of draw counts [resample prompt] and values. The draws are made
+    on the CPU, so that the interval does not depend on the device.
 
     Args:
         x: One value per prompt [prompt ...]; nan where it is not defined in a prompt.
@@ -112,7 +112,7 @@ def bootstrap(
 
     Returns:
         Mean, low and high [...]. The ends are nan where the value is defined in fewer than two
-        prompts, from which nothing follows about how much prompts differ.
+        prompts.
 
     Raises:
         ReportError: If the level is outside (0, 1), or there are no resamples.
@@ -142,17 +142,17 @@ def bootstrap_difference(
 ) -> Interval:
     """Difference of the means of two unpaired sets of prompts, with its percentile interval.
 
-    Each set is drawn with replacement on its own (Efron & Tibshirani 1993, ch. 8).
+    Each set is resampled independently, with replacement (Efron & Tibshirani 1993, ch. 8).
 
     Args:
-        one: A value per prompt [prompt ...]; nan where it is not defined in a prompt.
-        other: The same of other prompts.
+        one: One value per prompt [prompt ...]; nan where it is not defined in a prompt.
+        other: The same for the other set of prompts.
         level: Probability between `low` and `high`.
         resamples: The number of draws.
         seed: Seed of the draws.
 
     Returns:
-        Mean of the first less mean of the second, low and high [...]. The ends are nan where
+        Mean of the first minus mean of the second, low and high [...]. The ends are nan where
         either is defined in fewer than two prompts.
 
     Raises:
@@ -176,7 +176,7 @@ def bootstrap_difference(
 
 
 def _times_drawn(prompts: int, resamples: int, seed: int) -> Float[Tensor, "resample prompt"]:
-    """How often each prompt is drawn in each resample of as many prompts, with replacement."""
+    """Number of times each prompt is drawn in each resample, with replacement."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(prompts, (resamples, prompts), generator=generator)
     times = torch.zeros(resamples, prompts, dtype=torch.float64)
@@ -197,7 +197,7 @@ def _quantiles(
 def _resampled_means(
     times: Float[Tensor, "resample prompt"], values: Float[Tensor, "prompt value"]
 ) -> Float[Tensor, "resample value"]:
-    """Mean of each resample over those of its prompts in which the value is defined."""
+    """Mean of each resample over its prompts in which the value is defined."""
     defined = ~values.isnan()
     sums = times @ values.nan_to_num(0, 0, 0)
     for infinity in (torch.inf, -torch.inf):  # 0 × inf would be nan, also for a prompt not drawn
@@ -206,9 +206,9 @@ def _resampled_means(
     return sums / (times @ defined.double())
 
 
-# -- tests that hold for many heads at once, and rank correlations with intervals over prompts -----
+# -- tests corrected for the number of heads, and rank correlations with intervals over prompts ----
 
-_PERMUTATION_CHUNK = 2**24  # prompts × heads × permutations computed at a time
+_PERMUTATION_CHUNK = 2**24  # prompts × heads × permutations per chunk
 
 
 def max_t(
@@ -224,23 +224,21 @@ def max_t(
     controls the family-wise error rate whatever the correlation between heads. The control is
     exact if a head without a difference has the same distribution on both kinds of text, and
     asymptotic in the number of prompts if only its mean is the same, for which Welch's t is used
-    (Janssen 1997).
-    Prompts are taken to be independent of each other.
+    (Janssen 1997). Prompts are assumed to be independent.
 
     Args:
-        one: A value of each head on one kind of text.
-        other: The same on another kind, on other prompts.
+        one: One value per prompt and head on one kind of text.
+        other: The same on another kind of text, from other prompts.
         permutations: Number of random assignments; no p-value is below 1 / (permutations + 1).
         seed: Seed of the assignments.
 
     Returns:
         (1 + number of permutations whose largest |t| reaches the head's |t|) / (1 + permutations),
-        on the CPU; nan for a head that a prompt leaves undefined, as in a layer without attention,
-        which takes no part.
+        on the CPU; nan for a head that is undefined in any prompt, as in a layer without attention,
+        which is left out of the test.
 
     Raises:
-        TextError: With fewer than two prompts of a kind, from which nothing follows about how much
-            prompts differ.
+        TextError: If a kind of text has fewer than two prompts.
     """
     sizes = len(one), len(other)
     if min(sizes) < 2:
@@ -252,7 +250,7 @@ def max_t(
     both = rearrange(both, "prompt ... -> prompt (...)")
     defined = ~both.isnan().any(dim=0)
     both = both[:, defined]
-    both = both - both.mean(dim=0)  # keeps the sums of squares below from cancelling
+    both = both - both.mean(dim=0)  # avoids cancellation in the sums of squares below
     first = torch.zeros(1, len(both), dtype=torch.float64)
     first[:, : sizes[0]] = 1
     observed = _welch(both, first).abs()[0]
@@ -263,7 +261,7 @@ def max_t(
         count = min(remaining, max(1, _PERMUTATION_CHUNK // both.numel()))
         order = torch.rand(count, len(both), generator=generator).argsort(dim=1)
         largest = _welch(both, (order < sizes[0]).double()).abs().amax(dim=1)
-        # A permutation that only exchanges equal prompts gives the data itself, up to rounding.
+        # A permutation that only exchanges equal prompts reproduces the data up to rounding.
         reached += (largest[:, None] >= observed * (1 - 1e-9)).sum(dim=0)
         remaining -= count
     p = torch.full(defined.shape, torch.nan, dtype=torch.float64)
@@ -274,7 +272,7 @@ def max_t(
 def _welch(
     values: Float[Tensor, "prompt head"], first: Float[Tensor, "split prompt"]
 ) -> Float[Tensor, "split head"]:
-    """Welch's t of the prompts marked 1 against the others, for each split of the prompts."""
+    """Welch's t between the prompts marked 1 and the others, for each split of the prompts."""
     means, errors = [], []
     for side in (first, 1 - first):
         size = side.sum(dim=1, keepdim=True)
@@ -293,17 +291,17 @@ def chance(
     """One-sided p-values against draws of a null, corrected for the number of heads.
 
     p = (1 + number of draws whose largest value over all heads reaches the observed one) /
-    (1 + draws): a head is compared with the largest of as many heads (Westfall & Young 1993, single
-    step), and the observation counts as a draw of its own. If under the null the observation is
+    (1 + draws): a head is compared with the maximum over all heads (Westfall & Young 1993, single
+    step), and the observation counts as one of the draws. If under the null the observation is
     exchangeable with the draws, the probability that any head has p ≤ α is at most α, whatever the
     correlation between heads.
 
     Args:
-        observed: A value of each head; nan where it is not defined.
-        null: The same values in each draw.
+        observed: One value per head; nan where it is not defined.
+        null: The same in each draw.
 
     Returns:
-        p, from 1 / (1 + draws) to 1; nan where the observation is, and where no draw is defined.
+        p, from 1 / (1 + draws) to 1; nan where the observation or every draw is undefined.
     """
     observed, null = observed.detach().cpu().double(), null.detach().cpu().double()
     drawn = rearrange(null, "draw ... -> draw (...)")
@@ -317,7 +315,7 @@ def chance(
 
 
 def spearman(x: Float[Tensor, "*batch n"], y: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
-    """Spearman's rank correlation along the last axis; nan where either is constant."""
+    """Spearman's rank correlation along the last axis; nan where either input is constant."""
     from scipy.stats import rankdata
 
     ranks = [torch.from_numpy(rankdata(each.cpu().numpy(), axis=-1)) for each in (x, y)]
@@ -331,20 +329,20 @@ def rank_correlation(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Spearman's correlation over heads between two values' means over prompts.
+    """Spearman's correlation over heads between two quantities, each averaged over prompts.
 
-    The heads are the whole population, and the texts are the sample: the 95 % interval is the
-    percentile bootstrap over prompts, with the same draw for both values. Noise in either value
-    pulls the resampled correlations towards zero, so that the interval is conservative.
+    The heads are the whole population and the prompts are the sample: the 95 % interval is the
+    percentile bootstrap over prompts, with the same draws for both quantities. Noise in either
+    pulls the resampled correlations towards zero, so the interval is conservative.
 
     Args:
-        x: A value of each head on each prompt.
-        y: Another one, on the same prompts.
+        x: One value per prompt and head.
+        y: Another value, on the same prompts.
         resamples: Number of draws.
         seed: Seed of the draws.
 
     Returns:
-        Spearman's ρ with its interval; nan ends for one prompt.
+        Spearman's ρ with its interval; the ends are nan for a single prompt.
     """
     x, y = x.detach().cpu().double(), y.detach().cpu().double()
     rho = float(spearman(x.mean(dim=0), y.mean(dim=0)))

@@ -1,8 +1,8 @@
-"""What public functions are given, checked where it comes in.
+"""Checks of the arguments of public functions.
 
-Each function returns the value as a plain Python one (numpy's and torch's scalars are taken), or
-raises one sentence that names the argument, what was given and what was expected. Nothing here
-imports torch: values are told apart by what they can do.
+Each function returns the value as a plain Python type (scalars of numpy and torch are accepted), or
+raises an error that names the argument, what was given and what was expected. The checks rely on
+duck typing, so that torch is not imported here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from sinkscope.errors import SinkscopeError
 
-_LARGEST = 2**63 - 1  # what torch's generators and tensors hold
+_LARGEST = 2**63 - 1  # the range of torch's seeds and int64 tensors
 
 
 def whole_number(
@@ -27,17 +27,17 @@ def whole_number(
     at_most: int = _LARGEST,
     error: type[SinkscopeError] = SinkscopeError,
 ) -> int:
-    """A whole number within bounds; True, 1.0 and "1" are none.
+    """Check that a value is a whole number within bounds; True, 1.0 and "1" are refused.
 
     Args:
-        name: What the argument is called.
-        value: What was given.
-        at_least: The smallest that is allowed.
-        at_most: The largest that is allowed.
-        error: What to raise.
+        name: Name of the argument.
+        value: Its value.
+        at_least: Smallest allowed value.
+        at_most: Largest allowed value.
+        error: Class of the error to raise.
 
     Raises:
-        SinkscopeError: If it is anything else; of the kind `error`.
+        SinkscopeError: If it is anything else; of class `error`.
     """
     found = _whole(value)
     if found is None or not at_least <= found <= at_most:
@@ -57,14 +57,14 @@ def whole_numbers(
     at_most: int = _LARGEST,
     error: type[SinkscopeError] = SinkscopeError,
 ) -> tuple[int, ...]:
-    """One whole number or several, as a tuple in which each stands once, in the order given.
+    """Check one or several whole numbers; return a tuple without duplicates, in the given order.
 
     Args:
-        name: What the argument is called.
+        name: Name of the argument.
         value: A number, or any iterable of numbers: a list, a range, an array or a tensor.
-        at_least: The smallest that is allowed.
-        at_most: The largest that is allowed.
-        error: What to raise.
+        at_least: Smallest allowed value.
+        at_most: Largest allowed value.
+        error: Class of the error to raise.
 
     Raises:
         SinkscopeError: If there are none, or one is not a whole number within the bounds.
@@ -91,19 +91,19 @@ def real_number(
     at_most: int | float = math.inf,
     error: type[SinkscopeError] = SinkscopeError,
 ) -> float:
-    """A finite number within bounds; nan, infinity, True and "1" are none.
+    """Check that a value is a finite number within bounds; nan, inf, True and "1" are refused.
 
     Args:
-        name: What the argument is called.
-        value: What was given.
-        above: It has to be larger than this.
-        below: It has to be smaller than this.
-        at_least: The smallest that is allowed.
-        at_most: The largest that is allowed.
-        error: What to raise.
+        name: Name of the argument.
+        value: Its value.
+        above: Exclusive lower bound.
+        below: Exclusive upper bound.
+        at_least: Smallest allowed value.
+        at_most: Largest allowed value.
+        error: Class of the error to raise.
 
     Raises:
-        SinkscopeError: If it is anything else; of the kind `error`.
+        SinkscopeError: If it is anything else; of class `error`.
     """
     found = _real(value)
     if found is None or not (above < found < below and at_least <= found <= at_most):
@@ -120,19 +120,19 @@ def real_number(
 
 
 def probability(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) -> float:
-    """A number above 0 and below 1, such as a threshold on attention or an interval's level.
+    """Check that a value is above 0 and below 1, such as an attention threshold or a level.
 
     Raises:
-        SinkscopeError: If it is anything else; of the kind `error`.
+        SinkscopeError: If it is anything else; of class `error`.
     """
     return real_number(name, value, above=0, below=1, error=error)
 
 
 def seed(value: Any, error: type[SinkscopeError] = SinkscopeError) -> int:
-    """A seed: a whole number from 0, because −5 would draw what 5 does.
+    """Check a seed: a whole number from 0, since −5 would give the same draws as 5.
 
     Raises:
-        SinkscopeError: If it is anything else; of the kind `error`.
+        SinkscopeError: If it is anything else; of class `error`.
     """
     return whole_number("seed", value, error=error)
 
@@ -143,10 +143,10 @@ def one_of(
     choices: Sequence[str],
     error: type[SinkscopeError] = SinkscopeError,
 ) -> str:
-    """One of a few words.
+    """Check that a value is one of a few strings.
 
     Raises:
-        SinkscopeError: If it is none of them; of the kind `error`.
+        SinkscopeError: If it is none of them; of class `error`.
     """
     if not isinstance(value, str) or value not in choices:
         raise error(f"{name} is {shown(value)}; expected one of {', '.join(choices)}.")
@@ -154,10 +154,10 @@ def one_of(
 
 
 def text(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) -> str:
-    """A string.
+    """Check that a value is a string.
 
     Raises:
-        SinkscopeError: If it is anything else; of the kind `error`.
+        SinkscopeError: If it is anything else; of class `error`.
     """
     if not isinstance(value, str):
         raise error(f"{name} is {shown(value)}; expected a string.")
@@ -165,10 +165,10 @@ def text(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) ->
 
 
 def path(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) -> Path:
-    """A path, given as a string or a path object.
+    """Check that a value is a path, given as a string or a path object.
 
     Raises:
-        SinkscopeError: If it is anything else; of the kind `error`.
+        SinkscopeError: If it is anything else; of class `error`.
     """
     if isinstance(value, os.PathLike):
         value = value.__fspath__()
@@ -178,7 +178,7 @@ def path(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) ->
 
 
 def shown(value: Any, longest: int = 60) -> str:
-    """A value as a message shows it: on one line, and cut where it would fill the screen."""
+    """A value as text for a message: on one line, and truncated if it is long."""
     if getattr(value, "ndim", 0) or _too_long(value):
         return f"of the type {type(value).__name__}"
     text = " ".join(repr(value).split())
@@ -186,7 +186,7 @@ def shown(value: Any, longest: int = 60) -> str:
 
 
 def _too_long(value: Any) -> bool:
-    """Whether even to write it out would take long: Python refuses to write numbers this long."""
+    """Whether an integer has more digits than Python converts to text."""
     return isinstance(value, int) and value.bit_length() > 4096
 
 
@@ -195,19 +195,19 @@ def _is_flat(value: Any) -> bool:
 
 
 def _whole(value: Any) -> int | None:
-    """The value as an int, or None if it is no whole number."""
+    """The value as an int, or None if it is not a whole number."""
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
         return None
     if getattr(value, "ndim", 0):
         return None
     try:
         return operator.index(value)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor that has no value
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a meta tensor
         return None
 
 
 def _real(value: Any) -> float | None:
-    """The value as a finite float, or None if it is no real number."""
+    """The value as a finite float, or None if it is not a real number."""
     if isinstance(value, bool | str | bytes) or "bool" in str(getattr(value, "dtype", "")):
         return None
     if getattr(value, "ndim", 0):

@@ -118,7 +118,7 @@ def test_other_errors_are_not_taken_for_memory(
 
 
 def test_refuses_ways_and_devices_that_do_not_exist(tiny_shape: str) -> None:
-    with pytest.raises(SinkscopeError, match="no way 'fast'"):
+    with pytest.raises(SinkscopeError, match="no configuration 'fast'"):
         next(bench.run_bench(tiny_shape, ways=["fast"]))
     if not torch.cuda.is_available():
         with pytest.raises(SinkscopeError, match="There is no device 'cuda'"):
@@ -136,7 +136,7 @@ def test_refuses_ways_and_devices_that_do_not_exist(tiny_shape: str) -> None:
         (dict(sizes=[(1, 8), (2, 0)]), "batch of 2 prompts of 0 tokens"),
         (dict(sizes=[(1, 8), (2, 33)]), "33 tokens are more than the 32 positions"),
         (dict(repeats=0), "repeats is 0; expected 1 or more"),
-        (dict(shape="bb-3l"), "bb-3l is not a model of transformers"),
+        (dict(shape="bb-3l"), "bb-3l is not a transformers model"),
     ],
 )
 def test_bad_arguments_end_in_a_sentence_before_anything_is_measured(
