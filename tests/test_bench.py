@@ -154,7 +154,7 @@ def test_a_model_in_several_places_has_no_bare_twin() -> None:
     model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
     bridge = load_model(model)
     bridge.original_model.lm_head.to("meta")
-    with pytest.raises(ModelError, match="lies on cpu, meta; .* load it without device_map"):
+    with pytest.raises(ModelError, match="is spread over cpu, meta, .* load it without device_map"):
         next(bench.run_bench(bridge, [(1, 8)], repeats=1))
 
 

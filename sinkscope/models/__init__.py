@@ -1,8 +1,8 @@
-"""Models: loaded from anywhere, and asked what can be measured on them.
+"""Loading models, and determining what can be measured on them.
 
-`load` makes a TransformerLens bridge of a name, a folder, a file or a model in memory; `probe`
-runs it once on a few tokens; `capabilities` says what that showed; `provenance` knows where it came
-from.
+`load` makes a TransformerLens bridge from a name, a folder, a file or a model in memory; `probe`
+runs it once on a few tokens; `capabilities` derives from that what can be measured; `provenance`
+records where the weights came from.
 """
 
 import lazy_loader

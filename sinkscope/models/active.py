@@ -1,8 +1,8 @@
-"""Which interventions are in force on a model, for whoever measures it meanwhile.
+"""Interventions and hooks that are currently active on a model.
 
-A report names them, a metric may lose its meaning under one, and prompts have to reach the
-positions that they change: a causal model is not told where a right-padded prompt ends, so that an
-edit beyond its last token would be one of a pad, and nobody would notice.
+A report lists them, and some metrics are undefined under some of them. Prompts must be long enough
+to contain the positions that are edited: causal models run right-padded prompts without a mask, so
+an edit beyond a prompt's last token would silently change a pad.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from sinkscope.errors import TextError
 
-# -- which hooks somebody has put on a model -------------------------------------------------------
+# -- hooks on a model ------------------------------------------------------------------------------
 
 
 def hooked(model: Any) -> set[str]:
-    """Names of the hook points with hooks on them, permanent ones (the model's own) left out.
+    """Names of the hook points that have hooks, other than permanent ones (the model's own).
 
-    Every intervention shows here but one that edits weights (`PositionEmbeddingEdit`), which
-    `provenance.model_identity` tells apart.
+    Covers every intervention except those that edit weights (`PositionEmbeddingEdit`), which
+    `provenance.model_identity` detects.
     """
     return {
         name
@@ -38,15 +38,15 @@ def hooked(model: Any) -> set[str]:
 
 _OURS = (
     *("torch.", "transformers.", "transformer_lens.", "sinkscope.", "accelerate.", "peft."),
-    "jaxtyping.",  # wraps what it checks; the inner function tells whose it is
+    "jaxtyping.",  # wraps functions to check them; the inner function decides
 )
 
 
 def user_hooks(model: Any) -> tuple[str, ...]:
-    """Where hooks are that neither this package nor a library put there.
+    """Places with hooks that belong neither to this package nor to a library.
 
     Returns:
-        Names of hook points, and of the model's own modules that have a torch hook.
+        Names of hook points, and of the model's modules with a torch hook.
     """
     named = [
         point.name or name  # hook_dict has aliases of one point
@@ -61,12 +61,12 @@ def user_hooks(model: Any) -> tuple[str, ...]:
 
 
 def name_in_model(name: str) -> str:
-    """The name of a weight or module without the components that a bridge puts in between."""
+    """The name of a weight or module without the components that a bridge inserts."""
     return name.replace("_original_component.", "").replace("._original_component", "")
 
 
 def is_wiring(hook: Any) -> bool:
-    """Whether a hook is one that a library put there for its own purposes."""
+    """Whether a hook belongs to a library."""
     return not _is_users(hook)
 
 
@@ -75,10 +75,10 @@ def _is_users(hook: Any) -> bool:
 
 
 def _origins(function: Any) -> Iterator[str]:
-    """The modules whose code runs when a function is called, also of what it wraps.
+    """The modules in which a function, and the functions it wraps, are defined.
 
-    The name that `functools.wraps` copies is that of the wrapped function; where a function was
-    defined, its globals tell.
+    Read from the globals, because `functools.wraps` copies ``__module__`` from the wrapped
+    function.
     """
     while isinstance(function, functools.partial):
         function = function.func
@@ -92,11 +92,11 @@ def _origins(function: Any) -> Iterator[str]:
 
 
 def replaced_code(module: nn.Module) -> Iterator[Any]:
-    """Functions of the user's own that stand in for those of a library's module.
+    """User functions that replace functions of a library's module.
 
-    These are a ``forward`` set on the module or on its class, and a function of the file that
-    defines the class (``modeling_llama.apply_rotary_pos_emb``, say). What accelerate puts around a
-    forward is looked into.
+    These are a ``forward`` set on the module or on its class, and functions replaced in the file
+    that defines the class (``modeling_llama.apply_rotary_pos_emb``, say). Wrappers that accelerate
+    puts around a forward are unwrapped.
     """
     own = vars(module)
     places = (own.get("forward"), own.get("_old_forward"), type(module).forward)
@@ -109,7 +109,7 @@ _MODELS = ("transformers.models.", "torch.nn.modules.")
 
 
 def _replaced_in(file: str) -> Iterator[Any]:
-    """Functions of a library's file that are not the libraries' nor Python's own."""
+    """Functions in a library's file that were defined neither by a library nor by Python."""
     for found in vars(sys.modules[file]).values():
         if isinstance(found, FunctionType) and _is_users(found):
             known = (name.partition(".")[0] in sys.stdlib_module_names for name in _origins(found))
@@ -119,27 +119,27 @@ def _replaced_in(file: str) -> Iterator[Any]:
 
 @runtime_checkable
 class InForce(Protocol):
-    """What has to be known of an intervention.
+    """The properties of an active intervention.
 
     Attributes:
-        positions: Those that every prompt must have.
-        softmax: Whether rows of attention stay a softmax's: weights that sum to one at most.
-        even: Whether the edit of a prompt depends on all positions that run, padding too.
+        positions: Positions that every prompt must have.
+        softmax: Whether rows of attention remain a softmax: weights that sum to at most one.
+        even: Whether the edit of a prompt depends on all positions of the batch, padding included.
     """
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """See above."""
+        """See the class."""
         ...
 
     @property
     def softmax(self) -> bool:
-        """See above."""
+        """See the class."""
         ...
 
     @property
     def even(self) -> bool:
-        """See above."""
+        """See the class."""
         ...
 
 
@@ -148,7 +148,7 @@ _in_force: WeakKeyDictionary[Any, list[InForce]] = WeakKeyDictionary()
 
 @contextmanager
 def enforced(model: Any, intervention: InForce) -> Iterator[None]:
-    """Inside, the intervention is in force on the model."""
+    """Register an intervention as active on the model within the context."""
     interventions = _in_force.setdefault(model, [])
     interventions.append(intervention)
     try:
@@ -158,27 +158,27 @@ def enforced(model: Any, intervention: InForce) -> Iterator[None]:
 
 
 def in_force(model: Any) -> tuple[InForce, ...]:
-    """The interventions in force on a model, the outermost first."""
+    """The interventions active on a model, outermost first."""
     return tuple(_in_force.get(model, ()))
 
 
 def has_foreign_hooks(bridge: Any) -> bool:
-    """Whether hooks or interventions of somebody are on a bridge, permanent hooks included."""
+    """Whether a bridge has hooks, permanent ones included, or active interventions."""
     points = getattr(bridge, "hook_dict", {}).values()
     hooks = [handle.user_hook for point in points for handle in point.fwd_hooks]
     return bool(in_force(bridge)) or not all(map(is_wiring, hooks))
 
 
 def refuse_short_prompts(model: Any, mask: Bool[Tensor, "prompt position"]) -> None:
-    """Refuse right-padded prompts that end before a position that an intervention changes.
+    """Refuse right-padded prompts that end before a position that an intervention edits.
 
     Raises:
-        TextError: If one does; or if prompts differ in length under an intervention whose edit of
-            a prompt depends on all positions that run.
+        TextError: If a prompt is too short, or if prompts differ in length under an intervention
+            whose edit of a prompt depends on all positions of the batch.
     """
     if any(one.even for one in in_force(model)) and not bool(mask.all()):
         raise TextError(
-            "An intervention takes a range over whole prompts, which padding would be part of, and "
+            "An intervention computes a range over whole prompts, which would include padding, as "
             "these prompts differ in length; use prompts of one length."
         )
     needed = [position for one in in_force(model) for position in one.positions]

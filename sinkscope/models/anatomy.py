@@ -1,7 +1,7 @@
-"""What an architecture is made of, read from its config and modules, and which are refused.
+"""Structure of an architecture, read from its config and modules; unsupported ones are refused.
 
-Everything that a forward pass can show is left to `sinkscope.models.signals`; here is what it
-cannot show in a dozen tokens: window sizes, softcaps, learned sinks, and structures that the
+Everything that a forward pass can show is left to `sinkscope.models.signals`. This module reads
+what a dozen tokens cannot show: window sizes, softcaps, learned sinks, and structures that the
 definitions of sinkscope do not cover.
 """
 
@@ -23,24 +23,24 @@ class Anatomy:
     Attributes:
         architecture: The model's class, for example "LlamaForCausalLM".
         n_layers: Number of blocks.
-        attending: The layers that attend; the others hold linear attention, a state-space model,
-            a convolution or nothing in the place of attention.
-        no_attention: Why no layer is said to attend, where none is.
-        d_model: Residual channels.
+        attending: Indices of the layers with attention; the others have linear attention, a
+            state-space model, a convolution or nothing in its place.
+        no_attention: Why `attending` is empty, where it is.
+        d_model: Width of the residual stream.
         n_ctx: Longest context in positions, ``None`` where the config states none. Rows of
             a position table that no position uses (RoBERTa's first) do not count.
-        windows: Sliding window of each layer in positions, a position itself counted; ``None`` is
+        windows: Sliding window of each layer in positions, the query's own included; ``None`` is
             full attention (or none).
-        dense_up_to: Length up to which a query reads all keys that causality and windows leave it
-            [positions], where beyond it reads those of its own chunk, or those that it chooses;
-            ``None`` where it always reads all.
+        dense_up_to: Length up to which a query attends to all keys that causality and windows allow
+            [positions]; in longer prompts it attends only to its own chunk, or to keys it selects.
+            ``None`` where there is no such limit.
         softcap: Scores are ``softcap * tanh(scores / softcap)`` where not ``None``.
         sinks: Each layer's learned sink logits [head], or ``None``.
         stated_scales: The factor on q·k that each layer's module states, or ``None``.
-        scales: For each layer, the factors that q·k may be scaled by, the likeliest first; none
-            where a layer does not attend.
+        scales: Candidates for the factor on q·k in each layer, the likeliest first; empty for
+            layers without attention.
         moe: Whether any block's FFN is a mixture of experts.
-        positions: "rotary", "learned", "sinusoidal", "alibi", "none", or TransformerLens' word.
+        positions: "rotary", "learned", "sinusoidal", "alibi", "none", or TransformerLens' term.
     """
 
     architecture: str
@@ -63,7 +63,7 @@ def read_anatomy(bridge: Any) -> Anatomy:
     """Read the structure of a bridge's model.
 
     Raises:
-        UnsupportedError: If its attention is of a kind that sinkscope does not measure.
+        UnsupportedError: If sinkscope does not support its kind of attention.
     """
     cfg = bridge.cfg
     name = cfg.architecture or type(bridge.original_model).__name__
@@ -93,29 +93,29 @@ def read_anatomy(bridge: Any) -> Anatomy:
 
 
 def _no_attention(blocks: list[Any], name: str) -> str:
-    """Why a model in which no block has an attention component has none."""
+    """Why no block of a model has an attention component."""
     for block in blocks:
         for module in getattr(block, "original_component", block).modules():
             if hasattr(module, "q_proj") and hasattr(module, "k_proj"):
                 return (
-                    f"TransformerLens runs the blocks of {name} as wholes and shows no queries, "
+                    f"TransformerLens runs each block of {name} as a whole and exposes no queries, "
                     "keys or patterns of their attention"
                 )
     return f"no block of {name} attends to keys"
 
 
 def _text_config(bridge: Any) -> Any:
-    """The config of the language model: transformers' own, or the bridge's where there is none."""
+    """The config of the language model from transformers, or else the bridge's."""
     config = getattr(bridge.original_model, "config", None) or bridge.cfg
     inner = getattr(config, "get_text_config", None)
     return inner() if callable(inner) else config
 
 
 def _refuse_foreign(bridge: Any, name: str) -> None:
-    """Refuse what is not one stack of blocks over tokens.
+    """Refuse models that are not a single stack of blocks over tokens.
 
     Raises:
-        UnsupportedError: With the one reason that matters.
+        UnsupportedError: With the reason.
     """
     cfg, config = bridge.cfg, _text_config(bridge)
     blocks = list(getattr(bridge, "blocks", None) or [])
@@ -127,8 +127,8 @@ def _refuse_foreign(bridge: Any, name: str) -> None:
     elif not blocks:
         reason = "is not a single stack of blocks"
     elif getattr(config, "new_decoder_architecture", False):
-        # TransformerLens 4.3 takes Falcon's rows for all queries, all keys, all values; they are
-        # the queries, the key and the value of one group after another.
+        # TransformerLens 4.3 reads the rows of Falcon's weight as all queries, all keys, all
+        # values, but they are ordered by group: its queries, its key, its value.
         reason = "has a fused projection that TransformerLens splits in the wrong places"
     else:
         return
@@ -141,10 +141,10 @@ def _refuse_foreign(bridge: Any, name: str) -> None:
 def _windows(
     config: Any, n_layers: int, attending: tuple[int, ...], name: str
 ) -> tuple[int | None, ...]:
-    """Each layer's sliding window, from the several ways in which configs state it."""
+    """Each layer's sliding window, from the various keys under which configs state it."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    if local := getattr(config, "attention_layers", None):  # GPT-Neo has words of its own
+    if local := getattr(config, "attention_layers", None):  # GPT-Neo's own terms
         window, kinds = config.window_size, local
     if kinds is None:
         unused = getattr(config, "use_sliding_window", True) is False
@@ -161,11 +161,11 @@ def _windows(
 
 _CHUNKED = "chunked_attention"
 _FULL = ("full_attention", "global", "attention", "hybrid", "indexed_attention", _CHUNKED)
-"""How configs call a layer whose attention, if any, sees everything (up to `dense_up_to`)."""
+"""Config names of layers with full attention (up to `dense_up_to`) or none."""
 
 
 def _dense_up_to(config: Any, modules: list[Any]) -> int | None:
-    """How many keys the indexers of sparse attention (GLM-5) or chunks (Llama-4) let one read."""
+    """Number of keys that a query attends to in sparse (GLM-5) or chunked (Llama-4) attention."""
     indexers = (getattr(module, "indexer", None) for module in modules)
     sizes = [int(indexer.index_topk) for indexer in indexers if indexer is not None]
     if _CHUNKED in (getattr(config, "layer_types", None) or ()):
@@ -179,20 +179,20 @@ def _sinks(module: Any) -> Tensor | None:
         return None
     if sinks.is_meta:
         raise UnsupportedError(
-            f"The learned sinks of {type(module).__name__} are offloaded, and sinkscope has to "
+            f"The learned sinks of {type(module).__name__} are offloaded, so sinkscope cannot "
             "read them; load the model with all of its weights on devices."
         )
     return sinks.detach().float().cpu()
 
 
 def _stated_scale(module: Any) -> float | None:
-    """The factor on q·k under the name that transformers gives it, and no divisor."""
+    """The factor on q·k that a module states under transformers' name (divisors are ignored)."""
     scale = getattr(module, "scaling", None)
     return float(scale) if isinstance(scale, int | float) else None
 
 
 def _scales(module: Any, d_head: int, layer: int) -> tuple[float, ...]:
-    """Factors on q·k that transformers' attention modules use: a stated one, or a usual one."""
+    """Candidates for the factor on q·k: the one the module states, then the usual ones."""
     if module is None:
         return ()
     stated = [getattr(module, name, None) for name in ("scaling", "scale", "softmax_scale")]

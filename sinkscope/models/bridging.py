@@ -1,11 +1,11 @@
-"""From a transformers model in memory to a TransformerLens bridge that is proved to be the model.
+"""Bridges for transformers models in memory, verified to compute the same as the model.
 
-1. The model is not touched: the bridge is built on a copy that shares its weights (`sharing`).
-2. Fused projections stay whole, so that what sits on them is measured (`fused`).
-3. Both are run on a few tokens. Where the bridge's blocks give something else than the model's,
-   a way of reading attention that does so is refused, with the block and what is peculiar in it.
+1. The model is left unchanged: the bridge is built on a copy that shares its weights (`sharing`).
+2. Fused projections stay whole, so that adapters and hooks on them take effect (`fused`).
+3. Both are run on a few tokens. An attention path on which the bridge's blocks deviate from the
+   model's is refused; the message names the block and its unusual modules.
 
-A model that is given again gets the same bridge, unless its structure has changed in the meantime.
+The bridge is cached per model and reused unless the model's structure has changed since.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from sinkscope.models.sharing import Structure, shared_copy, structure_of
 
 
 def build(model: PreTrainedModel, tokenizer: Any, name: str) -> TransformerBridge:
-    """Put a bridge around a transformers model, which becomes part of it.
+    """Build a bridge around a transformers model, which becomes part of it.
 
     Args:
-        model: A model that nobody else uses: read from a file, or a `shared_copy`.
-        tokenizer: A tokenizer, or None for a bridge that takes token ids only.
-        name: What the bridge calls the model.
+        model: A model that is not used elsewhere: read from a file, or a `shared_copy`.
+        tokenizer: A tokenizer, or None for a bridge that accepts token ids only.
+        name: Name of the model in the bridge.
 
     Raises:
         UnsupportedError: If TransformerLens has no adapter for its class.
@@ -58,15 +58,15 @@ def build(model: PreTrainedModel, tokenizer: Any, name: str) -> TransformerBridg
             f"TransformerLens has no adapter for {type(model).__name__}, so sinkscope cannot "
             "measure it."
         )
-    # Other implementations show no attention patterns. Calling boot_transformers(hf_model=...)
-    # would do the same, but it asks the hub for a tokenizer where none is given.
+    # Other implementations return no attention patterns. boot_transformers(hf_model=...) would do
+    # the same, but without a tokenizer it queries the hub for one.
     model.set_attn_implementation("eager")
     model.config.return_dict = True
     config = copy.deepcopy(model.config)
     if getattr(config, "position_embedding_type", "") is None:
-        # Granite-hybrid without positions. TransformerLens takes None for the default, "rope".
+        # Granite-hybrid without positions; TransformerLens reads None as the default, "rope".
         config.position_embedding_type = "nope"
-    with seeded_weights():  # TransformerLens draws weights that it then replaces
+    with seeded_weights():  # TransformerLens initialises weights before replacing them
         bridge = build_bridge_from_module(
             model.eval(),
             type(model).__name__,
@@ -85,12 +85,12 @@ def build(model: PreTrainedModel, tokenizer: Any, name: str) -> TransformerBridg
 
 
 def self_contained(tokenizer: Any) -> Any:
-    """A copy of a tokenizer that TransformerLens takes as it is.
+    """A copy of a tokenizer that TransformerLens uses unchanged.
 
-    TransformerLens reads a tokenizer again from where its name points to, to make it prepend BOS:
-    tokens that were added since, another BOS or another vocabulary would be lost, and one that was
-    made in memory cannot be read at all. Saying that BOS is seen to prevents that; whether the
-    tokenizer really prepends one is found out by encoding.
+    To make a tokenizer prepend BOS, TransformerLens reloads it from its ``name_or_path``: added
+    tokens, another BOS or another vocabulary would be lost, and a tokenizer made in memory cannot
+    be reloaded at all. Declaring that it already adds BOS prevents that; whether it really does is
+    determined by encoding.
     """
     tokenizer = copy.deepcopy(tokenizer)
     name = tokenizer.init_kwargs.get("name_or_path") or ""
@@ -99,21 +99,21 @@ def self_contained(tokenizer: Any) -> Any:
 
 
 def is_headless(model: PreTrainedModel) -> bool:
-    """Whether this is a bare body, like BertModel, which TransformerLens cannot bridge."""
+    """Whether a model has no output head (BertModel), without which it cannot be bridged."""
     return model.base_model is model and type(model).__name__ not in SUPPORTED_ARCHITECTURES
 
 
 _ENCODER_DECODER = "ForConditionalGeneration"
-"""How transformers' classes end that join an encoder, such as T5's, to a decoder."""
+"""Suffix of transformers' encoder-decoder classes, such as T5's."""
 
 
 def with_untrained_head(body: PreTrainedModel) -> PreTrainedModel:
-    """Put a bare body under the output head of its family; the head's weights are drawn, seeded.
+    """Add a randomly initialised (seeded) output head of its family to a headless model.
 
-    The body is used, not copied. Nothing measured inside the blocks depends on the head.
+    The model is not copied. No measurement inside the blocks depends on the head.
 
     Raises:
-        UnsupportedError: If TransformerLens has no model of this family.
+        UnsupportedError: If TransformerLens has no adapter for a model of this family with a head.
     """
     config = copy.deepcopy(body.config)
     config.architectures = None
@@ -138,16 +138,16 @@ def with_untrained_head(body: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-# -- proving ---------------------------------------------------------------------------------------
+# -- verifying -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Proof:
-    """Whether a bridge computes what its model does.
+    """Whether a bridge computes the same as its model.
 
     Attributes:
-        stock: In what the bridge as TransformerLens made it differs, or None.
-        streaming: In what it differs while attention streams, or None.
+        stock: How the unmodified bridge differs from the model, or None.
+        streaming: How the bridge differs on the streaming path, or None.
     """
 
     stock: str | None = None
@@ -158,24 +158,24 @@ _PROOF = "_sinkscope_proof"
 
 
 def proof_of(bridge: Any) -> Proof:
-    """What was found when the bridge was made; nothing of a bridge that was made elsewhere."""
+    """The verification made when the bridge was built; empty for bridges built elsewhere."""
     return bridge.__dict__.get(_PROOF, Proof())
 
 
 States = list[Tensor]
-"""What each block hands on [prompt position channel], then the logits."""
+"""The output of each block [prompt position channel], then the logits."""
 
 
 def prove(bridge: TransformerBridge, model: PreTrainedModel) -> None:
-    """Compare a bridge with its model on a few tokens, and note the result on the bridge.
+    """Compare a bridge with its model on a few tokens, and store the result on the bridge.
 
     Args:
-        bridge: The bridge, as it was just made.
-        model: A `shared_copy` of the model, that is no part of any bridge.
+        bridge: A newly built bridge.
+        model: A `shared_copy` of the model that is not part of a bridge.
     """
     model.set_attn_implementation("eager")
     wanted = _states_of_model(bridge, model)
-    if wanted is None:  # then no bridge can be measured either, and `capabilities` says why
+    if wanted is None:  # the bridge cannot run either, and `capabilities` gives the reason
         return
     stock = _difference(bridge, model, wanted)
     streamed = _streamed_difference(bridge, model, wanted) if _streams(bridge) else None
@@ -185,9 +185,9 @@ def prove(bridge: TransformerBridge, model: PreTrainedModel) -> None:
 def _streamed_difference(
     bridge: TransformerBridge, model: PreTrainedModel, wanted: States
 ) -> str | None:
-    """The same while attention streams, which may also be what transformers' sdpa computes.
+    """How the bridge differs on the streaming path from both eager and sdpa attention, or None.
 
-    The two are not always one: Falcon's eager attention adds its position bias twice.
+    The two can differ in transformers: Falcon's eager attention adds its position bias twice.
     """
     with streaming(bridge):
         difference = _difference(bridge, model, wanted, streamed=True)
@@ -203,7 +203,7 @@ def _streamed_difference(
 
 
 def _states_of_model(bridge: TransformerBridge, model: nn.Module) -> States | None:
-    """The states of a transformers model under its own eager attention, None where it fails."""
+    """The states of a transformers model with eager attention, or None if its forward fails."""
     states: States = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -246,7 +246,7 @@ def _first(output: Any) -> Tensor:
 
 
 def _tokens(bridge: TransformerBridge, model: nn.Module) -> Tensor:
-    """The probe's tokens where the model reads them; offloaded weights lie nowhere meanwhile."""
+    """The probe's tokens on the input device of the model; offloaded weights are on "meta"."""
     devices = (p.device for p in model.parameters() if not p.is_meta)
     return probe_tokens(bridge).to(next(devices, torch.device("cpu")))
 
@@ -262,7 +262,7 @@ def _streams(bridge: TransformerBridge) -> bool:
 def _difference(
     bridge: TransformerBridge, model: nn.Module, wanted: States, streamed: bool = False
 ) -> str | None:
-    """Where the bridge first computes something else than the model, in words; None if nowhere."""
+    """Describe the first deviation of the bridge from the model; None if there is none."""
     try:
         found = _states_of_bridge(bridge)
     except Exception as error:
@@ -270,30 +270,30 @@ def _difference(
             raise
         return f"TransformerLens cannot run it ({str(error).partition(chr(10))[0]})"
     if len(found) != len(wanted):
-        return "TransformerLens runs other blocks than the model"
+        return "TransformerLens runs a different set of blocks from the model"
     for index, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
         half = bridge.cfg.dtype in (torch.float16, torch.bfloat16)
         off = _error(ours, theirs, typical=half and streamed)
         if off <= (5e-2 if half else 1e-3):
             continue
         if index == len(bridge.blocks):
-            return f"TransformerLens computes other logits than the model (off by {off:.2g})"
+            return f"TransformerLens computes logits that differ from the model's (by {off:.2g})"
         block = model.get_submodule(bridge.blocks[index].name)
         peculiar = "".join(f", in which {found}" for found in _peculiar(block))
         return (
-            f"TransformerLens computes block {index} otherwise than the model (off by {off:.2g}"
+            f"TransformerLens computes block {index} differently from the model (off by {off:.2g}"
             f"{peculiar})"
         )
     return None
 
 
 def _error(ours: Tensor, theirs: Tensor, typical: bool) -> float:
-    """Relative error of the worst position, or of a typical one.
+    """Largest relative error over positions, or the median one if `typical`.
 
-    Eager attention does what the model does, step by step; a hook that changes the sink alone shows
-    at one position. Fused attention rounds otherwise, which in half precision may carry single
-    positions far off (SmolLM2 in bfloat16: 0.5, where the median is 0.02), or send a token to other
-    experts.
+    On the eager path every step equals the model's, and the maximum also detects a hook that only
+    changes the sink. Fused attention rounds differently, which in half precision may cause a large
+    error at single positions (SmolLM2 in bfloat16: 0.5, with a median of 0.02), or route a token to
+    other experts.
     """
     if ours.shape != theirs.shape:
         return float("inf")
@@ -306,7 +306,7 @@ _USUAL = ("torch.nn.modules.", "transformers.")
 
 
 def _peculiar(block: nn.Module) -> list[str]:
-    """What in a block is not torch's or transformers', or has code of the user's own on it."""
+    """Describe modules of a block that are not from torch or transformers, or run user code."""
     found = []
     for name, module in block.named_modules():
         kind, where = type(module).__name__, name or "the block itself"
@@ -325,12 +325,12 @@ def _peculiar(block: nn.Module) -> list[str]:
 
 @dataclass
 class _Made:
-    """A bridge that was made of a model in memory.
+    """Record of a bridge built for a model in memory.
 
     Attributes:
         model: The model.
-        structure: Its structure when the bridge was last known to be the model.
-        tokenizer: The tokenizer that was given with it, or None.
+        structure: Its structure when bridge and model were last known to agree.
+        tokenizer: The tokenizer that was passed with it, or None.
     """
 
     model: ref[nn.Module]
@@ -344,17 +344,17 @@ _BRIDGE = "_sinkscope_bridge"
 
 
 def remember(model: PreTrainedModel, bridge: TransformerBridge, tokenizer: Any) -> None:
-    """Let a model that was given once be given again: whoever scans it never saw the bridge."""
+    """Cache the bridge of a model, so that passing the model again returns the same bridge."""
     _bridges[model] = bridge
     _made[bridge] = _Made(ref(model), structure_of(model), tokenizer)
-    bridge.original_model.__dict__[_BRIDGE] = bridge  # past nn.Module, which would register it
+    bridge.original_model.__dict__[_BRIDGE] = bridge  # setattr would register it
 
 
 def bridge_of(model: PreTrainedModel) -> TransformerBridge | None:
-    """The bridge that `load_model` made of a model, or whose model this is.
+    """The bridge that `load_model` built for a model, or that contains it, or None.
 
     Raises:
-        ModelError: If the model is part of a bridge that was made elsewhere.
+        ModelError: If the model is part of a bridge that was built elsewhere.
     """
     if (inside := model.__dict__.get(_BRIDGE)) is not None:
         return inside
@@ -366,20 +366,21 @@ def bridge_of(model: PreTrainedModel) -> TransformerBridge | None:
 
 
 def tokenizer_of(bridge: TransformerBridge) -> Any:
-    """The tokenizer that a model in memory was given with, or None."""
+    """The tokenizer that was passed with a model in memory, or None."""
     made = _made.get(bridge)
     return None if made is None else made.tokenizer
 
 
 def is_current(bridge: TransformerBridge, compare: bool = True) -> bool:
-    """Whether a bridge still is the model that it was made of.
+    """Whether a bridge still agrees with the model for which it was built.
 
-    Weights are shared and need no look; other bridges are nobody's copies.
+    Weights are shared and need no check. Bridges that were not built from a model in memory are
+    always current.
 
     Args:
         bridge: The bridge.
-        compare: Whether to compare what both compute where their structures differ. They may
-            compute the same: a module that counts its calls, say.
+        compare: Whether to compare outputs if the structures differ, which need not change the
+            result (a module that counts its calls, say).
     """
     made = _made.get(bridge)
     model = None if made is None else made.model()

@@ -1,4 +1,4 @@
-"""What a model is and what can be measured on it, found by looking rather than by name."""
+"""Structure of a model and the metrics it supports, determined from forward passes."""
 
 from __future__ import annotations
 
@@ -39,37 +39,37 @@ from sinkscope.models.signals import OF_ATTENTION, close, find_signals, is_causa
 from sinkscope.output import listed
 
 NO_SOFTMAX = (
-    "attention is not a softmax of the scores here, so its rows are no distribution, and have no "
+    "attention is not a softmax of the scores here, so its rows are not distributions and have no "
     "entropy"
 )
-"""Why a metric is not defined on a model."""
+"""Why the entropy is not defined on a model."""
 
 STREAMED = frozenset({"pattern", "scores", "query", "key", "value"})
-"""Signals that the streaming path gets out of the model's own attention function."""
+"""Signals that the streaming path reads in the model's own attention function."""
 
 FROM_READER = frozenset({"scores", "query", "key"})
-"""Tensors of the eager path that observers get together with the pattern."""
+"""Tensors that observers receive together with the pattern on the eager path."""
 
 _OBSERVERS = "sinkscope.capture.observers"
-"""The module of the metrics, found by name: what measures stands above what is measured."""
+"""The module of the metrics, imported by name, because it is in a higher layer."""
 
 
 def _undefined(model: Any, anatomy: Anatomy, found: Findings, causal: bool) -> dict[str, str]:
-    """Why the quantities that no metric measures are not there."""
+    """Why quantities other than metrics are not available."""
     reasons: dict[str, str] = {}
     if "neurons" in found.reasons:
         reasons["neurons"] = found.reasons["neurons"]
     if anatomy.positions != "learned":
         reasons["position_embedding_norm"] = f"positions are {anatomy.positions}, not learned"
     if not model_source(model).trained_head:
-        reasons["loss"] = "the checkpoint has no output head, and an untrained one stands in for it"
+        reasons["loss"] = "the checkpoint has no output head; the one in use is untrained"
     elif not causal:
         reasons["loss"] = "a bidirectional model predicts no next token"
     return reasons
 
 
 def _not_streamed(model: Any) -> str | None:
-    """Why the streaming path does not take this model, or None."""
+    """Why the streaming path does not support this model, or None."""
     from sinkscope.attention.support import attention_of
 
     try:
@@ -81,56 +81,56 @@ def _not_streamed(model: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a model is, which hook points carry what, and which metrics follow.
+    """Structure of a model, the hook points of its signals, and the metrics it supports.
 
     Attributes:
         architecture: The model's class, for example "LlamaForCausalLM".
-        n_layers: Blocks.
-        attending: The layers that attend (none where TransformerLens shows no attention of the
-            model, as `absent` says). In the place of attention the others of a hybrid model
-            have linear attention, a state-space model or a convolution.
-        n_heads: Query heads of a block that attends; 0 where none does.
-        n_kv_heads: Key/value heads of a block that attends.
-        d_model: Residual channels.
-        d_head: Channels of a head's values, and of what it passes to W_O.
-        d_key: Channels of a head's queries and keys; others than `d_head` only in multi-head latent
+        n_layers: Number of blocks.
+        attending: Indices of the layers with attention (empty where TransformerLens exposes none,
+            see `absent`). The other layers of a hybrid model have linear attention, a state-space
+            model or a convolution instead.
+        n_heads: Query heads of a layer with attention; 0 without any.
+        n_kv_heads: Key/value heads of a layer with attention.
+        d_model: Width of the residual stream.
+        d_head: Width of a head's values, and of its input to W_O.
+        d_key: Width of a head's queries and keys; differs from `d_head` only in multi-head latent
             attention.
-        d_mlp: FFN hidden units; ``None`` where no hook point shows them.
+        d_mlp: FFN hidden units; ``None`` where no hook point carries them.
         n_ctx: Longest context in positions, as the config states it.
-        d_vocab: Token ids.
-        causal: Whether a position sees itself and earlier positions only.
+        d_vocab: Vocabulary size.
+        causal: Whether a position attends to itself and earlier positions only.
         moe: Whether the FFNs are mixtures of experts.
         learned_sinks: Whether heads have a learned sink logit, so that attention sums to less
             than one.
-        softmax: Whether attention is a softmax of the scores (of which a learned sink or another
-            place that is no key may take a share).
-        gated: Whether a gate multiplies each head's mixture of values before W_O; ``z`` is what
-            W_O reads, the gated one.
-        gate: What turns the hook point of the signal "gate" into the factors of the gate:
-            "sigmoid", "softplus" or "identity"; ``None`` without a gate, or where nothing proves
-            what it multiplies.
-        even_kv_heads: Whether all layers that attend have the same number of KV heads.
-        split_output: Whether the output projection of each layer that attends was seen to be a
-            linear map of z, so that it has a W_O for each head; it has none where layers differ in
-            geometry or weights are offloaded.
-        windows: Sliding window of each layer in positions, the query's own counted; ``None`` is
+        softmax: Whether attention is a softmax of the scores (of which a learned sink, or another
+            term that is not a key, may take a share).
+        gated: Whether a gate multiplies each head's mixture of values before W_O; ``z`` is the
+            gated input of W_O.
+        gate: Activation that maps the hook point of the signal "gate" to the gate's factors:
+            "sigmoid", "softplus" or "identity"; ``None`` without a gate, or where its place could
+            not be verified.
+        even_kv_heads: Whether all layers with attention have the same number of KV heads.
+        split_output: Whether the output projection of each layer with attention was verified to be
+            a linear map of z, so that each head has a W_O; false where layers differ in geometry
+            or weights are offloaded.
+        windows: Sliding window of each layer in positions, the query's own included; ``None`` is
             full attention, or none at all.
-        dense_up_to: Length up to which a query reads all keys that causality and windows leave it
-            [positions], where beyond it reads those of its own chunk (Llama-4), or some that it
-            chooses (GLM-5); ``None`` where it always reads all. A scan refuses longer prompts.
+        dense_up_to: Length up to which a query attends to all keys that causality and windows allow
+            [positions]; in longer prompts, which a scan refuses, it attends only to its own chunk
+            (Llama-4) or to keys it selects (GLM-5). ``None`` where there is no such limit.
         softcap: Bound on the scores, or ``None``.
-        scales: Factor on q·k in each layer; ``None`` where a layer does not attend.
-        parallel_blocks: Whether the FFN ignores what attention writes in the same block.
-        positions: "rotary", "learned", "alibi", "none" or another word of TransformerLens.
-        lm_head: Whether the output head is trained, so that its logits mean something.
-        stock_differs: In what the stock bridge computes something else than the model, so that
-            nothing it shows is the model's; ``None`` where it does not.
-        not_streamed: Why the streaming path does not take the model; ``None`` where it does.
+        scales: Factor on q·k in each layer; ``None`` for layers without attention.
+        parallel_blocks: Whether the FFN's input excludes the attention output of the same block.
+        positions: "rotary", "learned", "alibi", "none" or another term of TransformerLens.
+        lm_head: Whether the output head is trained; logits are meaningless otherwise.
+        stock_differs: How the unmodified bridge deviates from the model, so that its activations
+            are not the model's; ``None`` where the two agree.
+        not_streamed: Why the streaming path does not support the model; ``None`` where it does.
         signals: Signal name to hook name with ``{layer}``, for the eager bridge.
-        elsewhere: The same for the layers that do not attend, where another hook carries it there.
-        absent: Signal name to the reason why no hook point shows it.
-        undefined: Why the model lacks a quantity that no metric measures: ``loss``, ``neurons``
-            and ``position_embedding_norm``. What is not named here is there.
+        elsewhere: The same in layers without attention, for signals on another hook point there.
+        absent: Signal name to the reason why no hook point carries it.
+        undefined: Why the model lacks a quantity that is not a metric: ``loss``, ``neurons`` or
+            ``position_embedding_norm``. Quantities without an entry are available.
         hooks: All hook points that fire; those in every block once, with ``{layer}``.
     """
 
@@ -170,20 +170,20 @@ class Capabilities:
 
     @property
     def available(self) -> tuple[str, ...]:
-        """Metrics that `scan` takes for this model, one's own included."""
+        """Metrics that `scan` can measure on this model, user-defined ones included."""
         missing = self.unavailable
         return tuple(metric for metric in _observers().metrics() if metric not in missing)
 
     @property
     def unavailable(self) -> dict[str, str]:
-        """Why `scan` cannot measure each of the other metrics."""
+        """Why `scan` cannot measure the other metrics: metric to reason."""
         return self.unavailable_on("auto")
 
     def unavailable_on(self, attention: str) -> dict[str, str]:
-        """Why each metric that one way of reading attention cannot measure exactly cannot be.
+        """Why metrics cannot be measured exactly on an attention path: metric to reason.
 
         Args:
-            attention: "eager", "streaming", or "auto": the streaming one if it takes the model.
+            attention: "eager", "streaming", or "auto": streaming if it supports the model.
         """
         if attention == "auto":
             attention = "eager" if self.not_streamed else "streaming"
@@ -193,12 +193,12 @@ class Capabilities:
 
     @property
     def fields(self) -> dict[str, tuple[str, ...]]:
-        """The fields of a report that each available metric measures."""
+        """The fields of a report for each available metric."""
         named = _observers().fields()
         return {metric: named[metric] for metric in self.available}
 
     def withheld(self, tensor: str, attention: str) -> str | None:
-        """Why a tensor of every layer cannot be read as it is in the model, or None.
+        """Why a signal cannot be read exactly in every layer, or None.
 
         Args:
             tensor: Name of a signal.
@@ -220,10 +220,10 @@ class Capabilities:
         return reason
 
     def _absent(self, signal: str) -> str:
-        return self.absent.get(signal, f"no hook point of {self.architecture} shows {signal!r}")
+        return self.absent.get(signal, f"no hook point of {self.architecture} carries {signal!r}")
 
     def layers(self, signal: str) -> tuple[int, ...]:
-        """The layers that have ``signal``: those that attend, or all of them."""
+        """The layers that have ``signal``: those with attention, or all of them."""
         of_attention = signal == "attention" or signal in OF_ATTENTION
         return self.attending if of_attention else tuple(range(self.n_layers))
 
@@ -231,7 +231,7 @@ class Capabilities:
         """Name of the hook point that carries ``signal`` in ``layer``.
 
         Raises:
-            UnsupportedError: If no hook point of this architecture carries it, or not there.
+            UnsupportedError: If no hook point of this architecture, or of this layer, carries it.
         """
         if signal not in self.signals:
             raise UnsupportedError(
@@ -244,10 +244,10 @@ class Capabilities:
         return names[signal].format(layer=layer)
 
     def no_attention(self, layer: int) -> UnsupportedError:
-        """The refusal of what only a layer that attends has."""
+        """The error for a request that needs attention in a layer without it."""
         return UnsupportedError(
             f"Layer {layer} of this {self.architecture} has no attention; choose from the layers "
-            f"that attend, {_spans(self.attending)}."
+            f"with attention, {_spans(self.attending)}."
         )
 
     def __str__(self) -> str:
@@ -265,16 +265,16 @@ _known: WeakKeyDictionary[Any, tuple[Any, Capabilities]] = WeakKeyDictionary()
 
 
 def capabilities(model: Any) -> Capabilities:
-    """Find out what a bridge can show, by two forward passes over a dozen tokens.
+    """Determine what can be measured on a bridge, from two forward passes over a dozen tokens.
 
-    The result is kept for the bridge's lifetime. Hooks that are on the bridge are put aside while
-    looking, and its state is left as it was.
+    The result is cached for the bridge's lifetime. Hooks on the bridge are temporarily removed, and
+    its state is restored.
 
     Args:
         model: A TransformerBridge.
 
     Returns:
-        What can be measured, and for everything else the reason why not.
+        What can be measured, and for everything else the reason why it cannot.
 
     Raises:
         UnsupportedError: If the architecture cannot be measured exactly.
@@ -293,19 +293,19 @@ def capabilities(model: Any) -> Capabilities:
 
 
 def _attention_state(model: Any) -> tuple[Any, ...]:
-    """What decides which attention hooks fire: the blocks' attention and its implementation."""
+    """State that determines which attention hooks fire: implementation and attention modules."""
     config = getattr(model.original_model, "config", None)
     attention = (id(getattr(block, "attn", None)) for block in getattr(model, "blocks", ()))
     return (getattr(config, "_attn_implementation", None), *attention)
 
 
 def _look(model: Any) -> Capabilities:
-    """Probe a bridge and put together what was found."""
+    """Probe a bridge and assemble the findings."""
     anatomy = read_anatomy(model)
     wanted = {hook.format(layer=i) for hook in CANDIDATES for i in range(anatomy.n_layers)}
     try:
         seen = probe(model, wanted.__contains__)
-    except Exception as error:  # whatever a foreign forward pass may raise
+    except Exception as error:  # the model's forward may raise anything
         if ran_out_of_memory(error):
             raise ModelError(
                 f"A dozen tokens of {anatomy.architecture} do not fit in the memory of "
@@ -317,11 +317,11 @@ def _look(model: Any) -> Capabilities:
             f"it: {str(error).partition(chr(10))[0] or type(error).__name__}"
         ) from error
     half = model.cfg.dtype in (torch.float16, torch.bfloat16)
-    tolerance = 3e-2 if half else 2e-3  # the tighter one still leaves room for TF32 on a GPU
+    tolerance = 3e-2 if half else 2e-3  # the tighter one allows for TF32 on a GPU
     causal = is_causal(seen, anatomy, tolerance)
     found = find_signals(seen, anatomy, causal, tolerance)
     if anatomy.architecture == "FalconForCausalLM" and anatomy.positions == "alibi":
-        # transformers 5.23 puts the bias into the mask too, which its sdpa attention alone expects.
+        # transformers 5.23 also adds the bias to the mask, as only its sdpa attention expects.
         found.stock_differs = "transformers' eager attention adds ALiBi twice, its sdpa one once"
     found.stock_differs = found.stock_differs or proof_of(model).stock
     if half and found.stock_differs is None and (why := fails_without_cache(model)):
@@ -331,7 +331,7 @@ def _look(model: Any) -> Capabilities:
 
 
 def _refuse_unmeasurable(anatomy: Anatomy, found: Findings, seen: Probe) -> None:
-    """Refuse a model whose blocks, attention or residual stream are not what they seem."""
+    """Refuse a model whose blocks, attention or residual stream failed verification."""
     runs = {seen.fired[f"blocks.{layer}.hook_in"] for layer in range(anatomy.n_layers)}
     if runs != {1}:
         reason = "does not run each of its blocks exactly once"
@@ -352,7 +352,7 @@ def _assemble(
     cfg = model.cfg
 
     def width(signal: str, dim: int, otherwise: Any) -> Any:
-        """Size of a verified signal: configs name sizes that the model does not have."""
+        """Size of a verified signal; the sizes in configs are not always the model's."""
         hook = found.signals.get(signal)
         at = first if signal in OF_ATTENTION else 0
         return otherwise if hook is None else seen.kept[hook.format(layer=at)].shape[dim]
@@ -398,13 +398,13 @@ def _assemble(
 
 
 def _kv_groups(block: Any) -> int | None:
-    """Query heads that share a KV head in a block, as transformers' modules say."""
+    """Query heads per KV head in a block, as transformers' module states it."""
     attn = getattr(block.attn, "original_component", block.attn)
     return getattr(attn, "num_key_value_groups", None)
 
 
 def _why_no_map(model: Any, seen: Probe, anatomy: Anatomy, tolerance: float) -> str | None:
-    """Why the output projections of the layers that attend have no W_O for each head, or None."""
+    """Why the output projections cannot be split into a W_O for each head, or None."""
     at = anatomy.attending
     return why_no_map(model, at, seen.layers(Z, at), seen.layers(PROJECTED, at), tolerance)
 
@@ -412,7 +412,7 @@ def _why_no_map(model: Any, seen: Probe, anatomy: Anatomy, tolerance: float) -> 
 def _is_parallel(model: Any, found: Findings, seen: Probe, attending: tuple[int, ...]) -> bool:
     """Whether a block's FFN output stays the same when its attention output is removed.
 
-    The block is the first that attends, or the first if none does.
+    Tested in the first block with attention, or the first block if there is none.
     """
     if not {"attn_out", "mlp_out"} <= found.signals.keys():
         return bool(getattr(model.cfg, "parallel_attn_mlp", False))
@@ -436,7 +436,7 @@ def _is_parallel(model: Any, found: Findings, seen: Probe, attending: tuple[int,
 
 
 def _fired(seen: Probe, n_layers: int) -> tuple[str, ...]:
-    """Hook points that fire, those of the blocks as one template where every block agrees."""
+    """Hook points that fire; those in every block are listed once, as a template."""
     templates: dict[str, None] = {}
     for name in seen.fired:
         stack, _, rest = name.partition(".")
@@ -449,16 +449,16 @@ def _fired(seen: Probe, n_layers: int) -> tuple[str, ...]:
     return tuple(templates)
 
 
-# -- what a terminal shows of a model's capabilities -----------------------------------------------
+# -- display in a terminal or notebook -------------------------------------------------------------
 
 
 def describe(capabilities: Capabilities) -> RenderableType:
-    """Tables for a terminal or a notebook: what the model is, what can be measured, and where."""
+    """Tables for a terminal or a notebook: structure, metrics and hook points."""
     return Group(_structure(capabilities), _metrics(capabilities), _signals(capabilities))
 
 
 def as_text(renderable: RenderableType, width: int = 100) -> str:
-    """The same without colours."""
+    """Render as plain text, without colours."""
     page = StringIO()
     Console(file=page, width=width, color_system=None, force_jupyter=False).print(renderable)
     return "\n".join(line.rstrip() for line in page.getvalue().rstrip().splitlines())
@@ -477,7 +477,7 @@ def _structure(can: Capabilities) -> Table:
         "windows": _runs(tuple(can.windows[layer] for layer in can.attending), can.attending),
         "blocks": ("parallel" if can.parallel_blocks else "sequential")
         + (", mixture of experts" if can.moe else ""),
-        "output head": "trained" if can.lm_head else "not trained: losses mean nothing",
+        "output head": "trained" if can.lm_head else "not trained: losses are meaningless",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -493,7 +493,7 @@ def _layers(can: Capabilities) -> str:
 
 
 def _spans(layers: Iterable[int]) -> str:
-    """For example "3, 7 and 11" or "0 to 4 and 8"; every fourth layer is named as well."""
+    """Layer indices as text: "3, 7 and 11", "0 to 4 and 8", or every fourth layer."""
     found: list[list[int]] = []
     for layer in layers:
         if found and layer == found[-1][-1] + 1:
@@ -538,7 +538,7 @@ def _attention(can: Capabilities) -> str:
 
 
 def _runs(values: tuple[int | float | None, ...], layers: tuple[int, ...]) -> str:
-    """For example "512 in layers 0-4 · full in layer 5"; one word where all layers agree."""
+    """Values by layer: "512 in layers 0-4 · full in layer 5"; one value if all layers agree."""
 
     def word(value: int | float | None) -> str:
         return "full" if value is None else f"{value:g}"
@@ -558,7 +558,7 @@ def _runs(values: tuple[int | float | None, ...], layers: tuple[int, ...]) -> st
 def _metrics(can: Capabilities) -> Table:
     table = Table(
         title="What can be measured",
-        caption="metric: what a scan is asked for to measure these fields of its report",
+        caption="metric: name to pass to a scan, which then measures these fields of its report",
         title_justify="left",
     )
     table.add_column("metric", no_wrap=True)

@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder or hub repository: safetensors only, complete, finite."""
+"""Reading checkpoints from folders or the hub: safetensors only, complete, finite."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from transformers.utils import logging
 from sinkscope.errors import ModelError, SinkscopeError, UnsupportedError
 from sinkscope.models.sharing import shared_copy
 
-# -- keep transformers' progress bars and load reports off the terminal ----------------------------
+# -- silencing transformers' progress bars and load reports ----------------------------------------
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Errors only from transformers inside; the user's choice again afterwards.
+    """Limit transformers' logging to errors within the context.
 
-    What its load reports say (weights that a checkpoint lacks) is checked and told by the caller.
+    The caller checks and reports the content of its load reports (missing weights).
     """
     enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
@@ -38,12 +38,12 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# -- weights that a checkpoint lacks are drawn the same way every time -----------------------------
+# -- reproducible initialisation of weights that a checkpoint lacks --------------------------------
 
 
 @contextmanager
 def seeded_weights(seed: int = 0) -> Iterator[None]:
-    """Fixed random numbers on the CPU inside; the caller's sequence goes on untouched."""
+    """Seed torch's CPU generator within the context; its state is restored afterwards."""
     state = torch.random.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -67,14 +67,14 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class CheckpointReader:
-    """Stands in for a transformers Auto class and refuses what should not be read.
+    """Replacement for a transformers Auto class that refuses unsafe or incomplete checkpoints.
 
     TransformerLens calls `from_pretrained` on it as on any model class.
 
     Attributes:
         allow_pickle: Whether weights may come from pickle files, which can run code.
-        trained_head: Whether the checkpoint that was read holds its output head.
-        reference: A `shared_copy` of the model that was read, which is no part of any bridge.
+        trained_head: Whether the checkpoint contains an output head.
+        reference: A `shared_copy` of the model that is not part of any bridge.
     """
 
     def __init__(self, allow_pickle: bool = False) -> None:
@@ -86,18 +86,18 @@ class CheckpointReader:
         """Read a model as the Auto class of its architecture does.
 
         Raises:
-            ModelError: If weights have other shapes than the config says, or are missing anywhere
-                but in the output head.
+            ModelError: If shapes of weights do not match the config, or weights other than the
+                output head are missing.
         """
         architecture = determine_architecture_from_hf_config(kwargs["config"])
         auto_class: Any = get_hf_model_class_for_architecture(architecture)
         if not self.allow_pickle:
             kwargs["use_safetensors"] = True
-        # transformers would say only "see the report above"; the shapes are told below.
+        # transformers would only say "see the report above"; the shapes are reported below.
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with quiet(), seeded_weights():
             model, info = auto_class.from_pretrained(name, **kwargs)
-        if info["mismatched_keys"]:  # a set: told is always the same one
+        if info["mismatched_keys"]:  # a set: always report the same one
             key, found, expected = min(info["mismatched_keys"])
             raise ModelError(
                 f"The weights of {name} do not fit its config: {key} has the shape "
@@ -110,24 +110,24 @@ class CheckpointReader:
 
 
 def _refuse_wrapped(unexpected: Iterable[str], name: str) -> None:
-    """Refuse weights that were saved from inside a wrapper of torch.
+    """Refuse weights that were saved with a wrapper of torch around the model.
 
     Raises:
-        ModelError: If they were.
+        ModelError: If the names of weights have the prefix of a wrapper.
     """
     for prefix, wrapper in (("_orig_mod.", "torch.compile"), ("module.", "DataParallel")):
         if any(key.startswith(prefix) for key in unexpected):
             raise ModelError(
-                f"The weights of {name} begin with {prefix!r}: they were saved from inside a "
-                f"wrapper ({wrapper}); save the model inside it (its .{prefix.rstrip('.')})."
+                f"The names of the weights of {name} begin with {prefix!r}: the model was saved "
+                f"inside a wrapper ({wrapper}); save the model itself (.{prefix.rstrip('.')})."
             )
 
 
 def has_trained_head(model: PreTrainedModel, missing: Iterable[str], name: str) -> bool:
-    """Whether nothing is missing; a missing head is allowed, a missing body is not.
+    """Whether the checkpoint includes the output head.
 
     Raises:
-        ModelError: If weights of the body are missing.
+        ModelError: If weights other than the head are missing.
     """
     missing = sorted(missing)
     body = [key for key in missing if key.startswith(model.base_model_prefix + ".")]
@@ -140,7 +140,7 @@ def has_trained_head(model: PreTrainedModel, missing: Iterable[str], name: str) 
 
 
 def check_files(name: str, files: Iterable[str], allow_pickle: bool) -> None:
-    """Refuse a checkpoint by its file names, before anything is read.
+    """Check the file names of a checkpoint before anything is read.
 
     Raises:
         ModelError: If there are no safetensors weights (or, where allowed, no weights at all).
@@ -154,8 +154,7 @@ def check_files(name: str, files: Iterable[str], allow_pickle: bool) -> None:
     if pickles:
         raise ModelError(
             f"{name} has its weights in pickle files only ({pickles[0]}), which can run code when "
-            "they are read; convert them to safetensors, or pass allow_pickle=True if you trust "
-            "them."
+            "loaded; convert them to safetensors, or pass allow_pickle=True if you trust them."
         )
     gguf = [file for file in files if file.endswith(".gguf")]
     hint = f"; give the path of the GGUF file itself ({gguf[0]})" if gguf else ""
@@ -163,15 +162,15 @@ def check_files(name: str, files: Iterable[str], allow_pickle: bool) -> None:
 
 
 def has_tokenizer(files: Iterable[str]) -> bool:
-    """Whether a checkpoint comes with a tokenizer, by its file names."""
+    """Whether the files of a checkpoint include a tokenizer."""
     return any(file in _TOKENIZER_FILES or file.endswith(".tiktoken") for file in files)
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
-    """Refuse weights that hold NaN or infinity.
+    """Refuse weights that contain NaN or infinity.
 
     Raises:
-        ModelError: Naming how many tensors do, and the first of them.
+        ModelError: With the number of affected tensors and the name of the first.
     """
     broken = [
         key.replace("._original_component", "")
@@ -180,8 +179,8 @@ def check_finite(model: torch.nn.Module, name: str) -> None:
     ]
     if broken:
         raise ModelError(
-            f"The weights of {name} hold NaN or infinite values in {len(broken)} tensors "
-            f"(first {broken[0]}), so every figure would be NaN; the checkpoint is damaged."
+            f"The weights of {name} contain NaN or infinite values in {len(broken)} tensors "
+            f"(first {broken[0]}), so every result would be NaN; the checkpoint is damaged."
         )
 
 
@@ -189,26 +188,26 @@ _PIECE = 2**24
 
 
 def _is_finite(weight: torch.Tensor) -> bool:
-    """Whether a weight, or whatever a quantised one is made of, has finite numbers only."""
-    if hasattr(weight, "__tensor_flatten__"):  # torchao keeps integers and scales inside
+    """Whether a weight, or every component of a quantised one, is finite."""
+    if hasattr(weight, "__tensor_flatten__"):  # torchao: a wrapper of integers and scales
         names, _ = weight.__tensor_flatten__()
         return all(_is_finite(getattr(weight, name)) for name in names)
     if weight.is_meta or not weight.numel() or not weight.is_floating_point():
         return True
     if weight.element_size() > 1:
-        # The extremes pass NaN and infinity on, and need no tensor of the weight's size.
+        # aminmax propagates NaN and infinity without a temporary of the weight's size.
         return bool(torch.stack(weight.aminmax()).isfinite().all())
-    pieces = weight.flatten().split(_PIECE)  # torch compares no numbers of eight bits
+    pieces = weight.flatten().split(_PIECE)  # torch cannot compare 8-bit floats
     return all(bool(piece.float().isfinite().all()) for piece in pieces)
 
 
 @contextmanager
 def one_sentence(name: str) -> Iterator[None]:
-    """Turn what transformers and TransformerLens raise on a bad checkpoint into one sentence.
+    """Convert errors of transformers and TransformerLens on a bad checkpoint into one sentence.
 
     Raises:
-        ModelError: The checkpoint cannot be read.
-        UnsupportedError: Its architecture is unknown to transformers or to TransformerLens.
+        ModelError: If the checkpoint cannot be read.
+        UnsupportedError: If transformers or TransformerLens does not support its architecture.
     """
     try:
         yield
@@ -223,13 +222,13 @@ def one_sentence(name: str) -> Iterator[None]:
         raise ModelError(
             f"The weights of {name} are truncated or damaged ({error}); fetch them again."
         ) from error
-    except Exception as error:  # whatever two large libraries raise on files they did not expect
+    except Exception as error:  # on malformed files the libraries may raise anything
         raise _in_one_sentence(name, error) from error
 
 
 def _in_one_sentence(name: str, error: Exception) -> SinkscopeError:
     said = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, AttributeError | KeyError | TypeError):  # means nothing without its name
+    if isinstance(error, AttributeError | KeyError | TypeError):  # unclear without its class
         said = f"{type(error).__name__}: {said}"
     if "trust_remote_code" in said:
         return ModelError(

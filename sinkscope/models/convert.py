@@ -1,4 +1,4 @@
-"""Conversions of packaged weights into folders that transformers reads in a second."""
+"""Conversions of packaged weights into folders that transformers loads in about a second."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def convert_gguf(weights: Path, folder: Path) -> None:
 
 
 def convert_headless_bert(weights: Path, folder: Path) -> None:
-    """Put an untrained masked-LM head on a BERT encoder, which a bridge cannot do without.
+    """Add an untrained masked-LM head to a BERT encoder, as a bridge requires one.
 
-    The head is the same each time; nothing that sinkscope measures inside the blocks depends on it.
+    The head is seeded; no measurement inside the blocks depends on it.
     """
     source = weights.parent
     with quiet(), seeded_weights():
         model = BertForMaskedLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
         model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    # The encoder was shipped to cut and pad its sentences at 128 tokens; its positions go to 512.
+    # The tokenizer is set to truncate and pad to 128 tokens; the model has 512 positions.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = model.config.max_position_embeddings

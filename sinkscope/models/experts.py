@@ -1,10 +1,10 @@
-"""The experts of a routed model, one by one, computed from transformers' own modules.
+"""Individual experts of a mixture of experts, computed from transformers' own modules.
 
-transformers runs all experts of a block in one fused module, which is called with the tokens, the
-experts that the router chose for each and their weights, and returns Σ_e w_e · out_e. Its weights
-are stacked along the experts, so that a hook on it sees no single expert. `experts_of` finds these
-modules; `Experts.split` computes, from what one call was given, the neurons and the output of every
-expert, and is compared with what that call returned. No name of an architecture is asked for.
+transformers runs all experts of a block in one fused module, which receives the tokens, the experts
+chosen by the router for each and their weights, and returns Σ_e w_e · out_e. Its parameters stack
+the experts, so that no hook point carries a single one. `experts_of` finds these modules;
+`Experts.split` recomputes neurons and output of every expert from the inputs of one call, and the
+sum is compared with the output of that call. Nothing depends on the name of the architecture.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from sinkscope.models.signals import close
 
 
 class Routing(NamedTuple):
-    """What one call of a block's experts was given, and returned.
+    """Inputs and output of one call of a block's experts.
 
-    `token` runs over all positions of all prompts, prompt by prompt; `choice` over the experts that
-    a token is sent to.
+    `token` runs over all positions of all prompts, prompt by prompt; `choice` over the experts to
+    which a token is routed.
     """
 
     hidden: Float[Tensor, "token dim"]
@@ -39,15 +39,15 @@ class Routing(NamedTuple):
 
 
 class ExpertCall(NamedTuple):
-    """One expert on the tokens that were sent to it.
+    """One expert on the tokens routed to it.
 
     Attributes:
-        expert: Which expert.
-        token: The tokens.
-        choice: Which of each token's choices it was.
-        neurons: What its down-projection reads [activation].
-        out: What its down-projection returns [activation].
-        added: What is weighted and summed: `out`, after the norm that some models have there.
+        expert: Index of the expert.
+        token: Indices of the tokens.
+        choice: Index of the expert among each token's choices.
+        neurons: Input of its down-projection [activation].
+        out: Output of its down-projection [activation].
+        added: The summand before weighting: `out`, normalised in some models.
     """
 
     expert: int
@@ -64,8 +64,8 @@ class Experts:
 
     Attributes:
         layer: The block.
-        module: transformers' module of all its experts.
-        parent: The module that routes to it; its output is that of the block's FFN.
+        module: transformers' fused module of all experts.
+        parent: The module that calls it after routing; its output is the block's FFN output.
     """
 
     layer: int
@@ -74,30 +74,30 @@ class Experts:
 
     @property
     def count(self) -> int:
-        """How many experts there are."""
+        """Number of experts."""
         return self.module.down_proj.shape[0]
 
     @property
     def n_neurons(self) -> int:
-        """Neurons of one expert."""
+        """Number of neurons of one expert."""
         return self.module.down_proj.shape[1 if self.module.is_transposed else 2]
 
     def routing(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Routing:
-        """What a call of the module was given and returned."""
+        """Inputs and output of a call of the module."""
         hidden, expert, weight = self._bound(args, kwargs).args[1:]
         return Routing(hidden, expert, weight, output)
 
     def reweighted(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], new: Callable[[Tensor, Tensor], Tensor]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of the same call with other weights: ``new(expert, weight)``."""
+        """Arguments of the call with the weights replaced by ``new(expert, weight)``."""
         bound = self._bound(args, kwargs)
         _, _, expert, weight = bound.arguments
         bound.arguments[weight] = new(bound.arguments[expert], bound.arguments[weight])
         return bound.args[1:], bound.kwargs
 
     def split(self, routing: Routing) -> Iterator[ExpertCall]:
-        """Each expert that some token is sent to, computed by itself, in the module's own dtype."""
+        """Compute each expert that receives a token separately, in the module's dtype."""
         for expert in range(self.count):
             token, choice = (routing.expert == expert).nonzero(as_tuple=True)
             if len(token):
@@ -110,32 +110,32 @@ class Experts:
     def contributions(
         self, expert: int, neurons: Float[Tensor, "row neuron"], dim: Int[Tensor, "row"]
     ) -> Float[Tensor, "row neuron"]:
-        """What each neuron adds to one dim of its expert's output: a_n · W_down[n, dim].
+        """Contribution of each neuron to one dim of its expert's output: a_n · W_down[n, dim].
 
         Args:
-            expert: The expert.
-            neurons: What its down-projection reads.
-            dim: The dim of each row.
+            expert: Index of the expert.
+            neurons: Input of its down-projection.
+            dim: Output dim for each row.
         """
         weight = self.module.down_proj[expert].detach()
         rows = weight.T[dim] if self.module.is_transposed else weight[dim]
         return neurons.float() * rows.float()
 
     def check(self, routing: Routing, total: Float[Tensor, "token dim"]) -> None:
-        """Refuse experts whose weighted sum is not what the module returned.
+        """Check that the weighted sum of the experts equals the module's output.
 
         Args:
             routing: The call.
             total: Σ_e w_e · out_e, float32.
 
         Raises:
-            UnsupportedError: If they differ by more than the dtype explains.
+            UnsupportedError: If they differ by more than rounding in the dtype.
         """
         half = routing.output.dtype in (torch.float16, torch.bfloat16)
         if not close(total, routing.output.float(), 3e-2 if half else 1e-5):
             raise UnsupportedError(
                 f"The experts of block {self.layer}, computed one by one, do not add up to the "
-                f"output of its {type(self.module).__name__}, so nothing exact can be said of each."
+                f"output of its {type(self.module).__name__}, so none can be measured exactly."
             )
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
@@ -154,17 +154,17 @@ class Experts:
 
 
 def experts_of(model: Any) -> dict[int, Experts]:
-    """The routed experts of a bridge, by block; blocks with a dense FFN are not in it.
+    """The routed experts of a bridge by block index; blocks with a dense FFN are left out.
 
-    Each block is tried on a few tokens: its FFN's output with the experts must be its output
-    without them, plus what they return. Then Σ_e w_e · out_e is what they add to the FFN's output,
-    and the rest (a shared expert) does not depend on them.
+    Each block is tested on a few tokens: the FFN's output with the experts must equal its output
+    without them plus theirs. Then Σ_e w_e · out_e is their contribution to the FFN's output, and
+    the remainder (a shared expert) does not depend on them.
 
     Args:
         model: A TransformerBridge.
 
     Raises:
-        UnsupportedError: If no block routes tokens to experts, or one does so in another way.
+        UnsupportedError: If no block routes tokens to experts, or one does so in a different form.
     """
     name = model.cfg.architecture or type(model.original_model).__name__
     found = {
@@ -175,8 +175,8 @@ def experts_of(model: Any) -> dict[int, Experts]:
     if not found:
         raise UnsupportedError(
             f"{name} has no mixture of experts whose weights transformers stacks in one module, as "
-            "in Mixtral, Qwen-MoE, OLMoE, DeepSeek or gpt-oss; only there can each expert be "
-            "computed."
+            "in Mixtral, Qwen-MoE, OLMoE, DeepSeek or gpt-oss; in other models experts cannot be "
+            "computed one by one."
         )
     _check_additive(model, found)
     return found
@@ -184,7 +184,7 @@ def experts_of(model: Any) -> dict[int, Experts]:
 
 @contextmanager
 def routed(model: Any, experts: dict[int, Experts], hear: Callable[[int, Routing], None]) -> Any:
-    """Inside, `hear(layer, routing)` is called with every call of a block's experts."""
+    """Within the context, call `hear(layer, routing)` for every call of a block's experts."""
 
     def listening(layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -200,7 +200,7 @@ def routed(model: Any, experts: dict[int, Experts], hear: Callable[[int, Routing
 
 
 def _find(layer: int, block: nn.Module, name: str) -> Experts | None:
-    """The one module of a block that stacks its experts, if it has one."""
+    """The module of a block that stacks its experts, or None."""
     stacks = {
         id(module): (path, module)
         for path, module in block.named_modules()
@@ -213,16 +213,16 @@ def _find(layer: int, block: nn.Module, name: str) -> Experts | None:
     arguments = len(inspect.signature(type(module).forward).parameters) == 4
     if others or not (known and arguments) or getattr(module, "_is_expert_parallel", False):
         raise UnsupportedError(
-            f"The experts of {name} are a {type(module).__name__}, which does not take tokens, "
-            "their experts and weights as transformers' fused experts do, so that no single one "
-            "can be computed."
+            f"The experts of {name} are a {type(module).__name__}, which is not called with "
+            "tokens, experts and weights like transformers' fused experts, so individual experts "
+            "cannot be computed."
         )
     if any(parameter.is_meta for parameter in module.parameters()):
         raise UnsupportedError(
-            f"The experts of block {layer} of {name} are offloaded, and their weights have to be "
+            f"The experts of block {layer} of {name} are offloaded, so their weights cannot be "
             "read; load the model with all of its weights on devices."
         )
-    while path.endswith("_original_component"):  # the bridge's wrapper of the module itself
+    while path.endswith("_original_component"):  # the bridge wraps the module itself
         path = path.rpartition(".")[0]
     return Experts(layer, module, block.get_submodule(path.rpartition(".")[0]))
 
@@ -232,10 +232,10 @@ def _is_stack(parameter: Tensor | None) -> bool:
 
 
 def _check_additive(model: Any, found: dict[int, Experts]) -> None:
-    """Refuse an FFN whose output is not the sum of its experts' and something independent of them.
+    """Check that each FFN's output is the sum of its experts' output and a term without them.
 
     Raises:
-        UnsupportedError: If one is not, or its experts are not called exactly once.
+        UnsupportedError: If it is not, or the experts are not called exactly once.
     """
     calls: dict[int, list[Routing]] = {layer: [] for layer in found}
     inputs: dict[int, tuple[Any, Any, Any]] = {}
@@ -258,7 +258,7 @@ def _check_additive(model: Any, found: dict[int, Experts]) -> None:
             if len(calls[layer]) != 1 or layer not in inputs:
                 raise UnsupportedError(
                     f"The experts of block {layer} are called {len(calls[layer])} times in one "
-                    "forward pass, expected once; what each adds cannot be told apart."
+                    "forward pass, expected once, so their contributions cannot be separated."
                 )
             args, kwargs, output = inputs[layer]
             silence = one.module.register_forward_hook(lambda m, x, y: torch.zeros_like(y))
@@ -272,8 +272,8 @@ def _check_additive(model: Any, found: dict[int, Experts]) -> None:
             together = rest.float() + call.output.reshape(rest.shape).float()
             if not close(together, output.float(), 3e-2 if half else 1e-5):
                 raise UnsupportedError(
-                    f"The FFN of block {layer} does more with the output of its experts than to "
-                    "add it, so that what each expert contributes is not defined."
+                    f"The FFN of block {layer} does more with the output of its experts than add "
+                    "it, so the contribution of each expert is not defined."
                 )
 
 

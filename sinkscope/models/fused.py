@@ -1,11 +1,11 @@
-"""Fused projections, kept whole: q, k and v are cut out of what the model's own module gives.
+"""Fused projections, kept whole: q, k and v are slices of the output of the model's own module.
 
 Where a model has one projection for queries, keys and values (GPT-2's c_attn, NeoX's
 query_key_value, Phi-3's qkv_proj) or for both halves of a gated FFN (gate_up_proj), TransformerLens
-cuts the *weight* into several new modules and never calls the model's own. Whatever sits on that
-module (an adapter, a hook, fake quantisation, a class of one's own) is then dropped, a quantised
-weight cannot be read at all, and some of the cuts are copies that no later edit of the weight
-reaches. Here the module is called, once for all of its parts, and its *output* is cut.
+splits the *weight* into several new modules and never calls the original. Adapters, hooks, fake
+quantisation or a custom class on the original module are then ignored, quantised weights cannot be
+read at all, and some slices are copies that miss later edits of the weight. Here the original
+module is called once for all of its parts, and its *output* is split.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Split = Callable[[Any], tuple[nn.Module, ...]]
 
 
 def keep_fused(components: Iterable[Any]) -> None:
-    """Let components cut the outputs of fused projections, before they are put around a model."""
+    """Make components split the outputs of fused projections; call before building a bridge."""
     for component in components:
         if isinstance(component, JointQKVAttentionBridge):
             component.split_qkv_matrix = _Cutter(component.split_qkv_matrix)
@@ -38,7 +38,7 @@ def keep_fused(components: Iterable[Any]) -> None:
 
 
 def put_together(bridge: Any) -> None:
-    """The same for a bridge that has been built, whose components hold cut weights already."""
+    """Do the same for an existing bridge, whose components already have split weights."""
     keep_fused(bridge.original_model.modules())
     for component, projections in _projections(bridge):
         if isinstance(component, JointQKVAttentionBridge):
@@ -51,7 +51,7 @@ def put_together(bridge: Any) -> None:
 
 
 def watch_inputs(bridge: Any) -> None:
-    """Tell each fused projection where hooks may change the input of one of its parts in place."""
+    """Give each fused projection the hook points that may edit the input of a part in place."""
     for _, projections in _projections(bridge):
         for projection in projections:
             if isinstance(part := projection.original_component, FusedPart):
@@ -59,7 +59,7 @@ def watch_inputs(bridge: Any) -> None:
 
 
 def _projections(bridge: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """The components with a fused projection, and their bridges of its parts."""
+    """The components with a fused projection, each with the bridges of its parts."""
     for component in list(bridge.original_model.modules()):
         if isinstance(component, JointQKVAttentionBridge):
             yield component, (component.q, component.k, component.v)
@@ -68,10 +68,10 @@ def _projections(bridge: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
 
 
 class _Cutter:
-    """Stands in for a function of TransformerLens that cuts a fused weight.
+    """Replacement for a TransformerLens function that splits a fused weight.
 
     Args:
-        split: That function: from the module that holds the fused projection to its parts.
+        split: That function: maps the module with the fused projection to its parts.
     """
 
     def __init__(self, split: Split) -> None:
@@ -80,7 +80,7 @@ class _Cutter:
     def __call__(self, holder: nn.Module) -> tuple[nn.Module, ...]:
         numbered = _Numbered(holder, "rows")
         parts = self._split(numbered)
-        if len(_numbers(parts[0])) == 1:  # GPT-2's projections have their outputs in columns
+        if len(_numbers(parts[0])) == 1:  # outputs of GPT-2's projections are columns
             numbered = _Numbered(holder, "columns")
             parts = self._split(numbered)
         fused = Fused(numbered.fused, [_slice(_numbers(part)) for part in parts])
@@ -88,7 +88,7 @@ class _Cutter:
 
 
 class _Numbered:
-    """A module whose projections have weights that say which row or column each entry is from."""
+    """A module whose projections have weights filled with row or column indices."""
 
     def __init__(self, holder: nn.Module, along: str) -> None:
         self._holder = holder
@@ -106,7 +106,7 @@ class _Numbered:
 
 
 class _NumberedWeight:
-    """The weight and bias of a projection, their entries numbered; nothing of its size is made."""
+    """Weight and bias of a projection filled with indices, as expanded views."""
 
     def __init__(self, rows: int, columns: int, along: str, bias: Tensor | None) -> None:
         size = rows if along == "rows" else columns
@@ -117,7 +117,7 @@ class _NumberedWeight:
 
 
 def _sizes(module: Any) -> tuple[int, int]:
-    """Rows and columns of a projection's weight, which may be packed where it is quantised."""
+    """Rows and columns of a projection's weight, which may be packed if quantised."""
     rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if isinstance(rows, int) and isinstance(columns, int) and module.weight.ndim != 2:
         return rows, columns
@@ -125,14 +125,14 @@ def _sizes(module: Any) -> tuple[int, int]:
 
 
 def _numbers(part: nn.Module) -> list[int]:
-    """The numbers of a part's outputs, in order; one number if outputs do not tell apart."""
+    """Indices of a part's outputs, in order; a single one if rows and columns were confused."""
     weight: Any = part.weight
     found = weight[:, 0].long().tolist()
     return found if len(set(found)) > 1 else found[:1]
 
 
 def _slice(outputs: list[int]) -> slice | Int[Tensor, "output"]:
-    """A run of outputs as a slice, which needs no copy."""
+    """Contiguous output indices as a slice, which avoids a copy."""
     first, last = outputs[0], outputs[-1]
     if outputs == list(range(first, last + 1)):
         return slice(first, last + 1)
@@ -140,11 +140,11 @@ def _slice(outputs: list[int]) -> slice | Int[Tensor, "output"]:
 
 
 class Fused:
-    """A fused projection and where the outputs of its parts are.
+    """A fused projection and the output indices of its parts.
 
     Args:
         module: The model's own module.
-        outputs: Which of its outputs each part has.
+        outputs: Output indices of each part.
     """
 
     def __init__(self, module: nn.Module, outputs: list[slice | Tensor]) -> None:
@@ -156,9 +156,9 @@ class Fused:
         self._output: Tensor | None = None
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        """The outputs of one part; the module runs once for parts that get the same input.
+        """The outputs of one part; the module runs once for parts with the same input.
 
-        A hook may change the input of one part in place: then each part runs the module itself.
+        If a hook may edit the input of a part in place, each part runs the module separately.
         """
         if self._input is not x or self._output is None or self._edited():
             self._input, self._output = x, self.module(x)
@@ -174,47 +174,46 @@ class Fused:
         outputs = self.outputs[index]
         if isinstance(outputs, slice):
             return x.narrow(dim, outputs.start, outputs.stop - outputs.start)
-        place = index, x.device  # offloaded weights lie on "meta", where an index has no numbers
+        place = index, x.device  # an index tensor on "meta" (offloaded weights) has no data
         if place not in self._moved:
             self._moved[place] = outputs.to(x.device)
         return x.index_select(dim, self._moved[place])
 
     def weight(self, index: int) -> Float[Tensor, "output input"]:
-        """The rows of the weight that a part multiplies by, as `nn.Linear` keeps them.
+        """The rows of the weight that belong to a part, in the layout of `nn.Linear`.
 
         Raises:
-            AttributeError: If the module is no plain projection, so that its weight is not all.
+            AttributeError: If the module is not a plain projection defined by its weight.
         """
         kind, weight = type(self.module), self.module.weight
         plain = kind in (nn.Linear, Conv1D) and type(weight) is nn.Parameter
         if not plain or self.module._forward_hooks:
             raise AttributeError(
-                f"{kind.__name__} is no plain projection, so its weight cannot be read apart from "
-                "what sits on it."
+                f"{kind.__name__} is not a plain projection, so its weight alone does not define "
+                "its output."
             )
         return self._cut(weight.T if kind is Conv1D else weight, index, dim=0)
 
     def bias(self, index: int) -> Float[Tensor, "output"] | None:
-        """The entries of the bias that a part adds."""
+        """The entries of the bias that belong to a part."""
         bias: Any = getattr(self.module, "bias", None)
         return None if bias is None else self._cut(bias, index)
 
 
 class FusedPart(nn.Linear):
-    """One of the projections that a fused one consists of.
+    """One part of a fused projection.
 
-    It has no weights of its own, and its ``weight`` and ``bias`` are cut when they are asked for,
-    until it is given some, as TransformerLens gives processed weights; then it is a plain linear
-    layer.
+    It has no weights of its own: ``weight`` and ``bias`` are sliced on access. Once weights are
+    assigned, as TransformerLens does with processed weights, it becomes a plain linear layer.
 
     Args:
         fused: The fused projection.
-        index: Which of its parts this is.
+        index: Index of the part.
     """
 
     def __init__(self, fused: Fused, index: int) -> None:
-        nn.Module.__init__(self)  # nn.Linear's would draw weights
-        self.__dict__["_fused"] = fused  # not registered: the model holds it under its own name
+        nn.Module.__init__(self)  # nn.Linear's would allocate weights
+        self.__dict__["_fused"] = fused  # not registered: it already is a module of the model
         self._index = index
         outputs = fused.outputs[index]
         run = isinstance(outputs, slice)
@@ -245,13 +244,13 @@ class FusedPart(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         for name in ("weight", "bias"):
-            value = getattr(self, name, None)  # there is none to read under an adapter
+            value = getattr(self, name, None)  # not readable under an adapter
             if value is not None:
                 destination[prefix + name] = value if keep_vars else value.detach()
 
 
 def all_components(component: Any) -> Iterator[Any]:
-    """A component of an adapter's plan and all those inside it."""
+    """Yield a component of an adapter's component mapping and all components within it."""
     yield component
     for inner in getattr(component, "submodules", {}).values():
         yield from all_components(inner)

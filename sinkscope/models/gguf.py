@@ -1,7 +1,7 @@
-"""Models in GGUF files, read through transformers and freed of their quantisation.
+"""Models in GGUF files, loaded by transformers and dequantised.
 
-transformers dequantises a GGUF file while it reads, yet marks the model as quantised, which
-forbids saving it. The weights are given to a model of the same config without that mark.
+transformers dequantises a GGUF file on loading but still marks the model as quantised, which
+prevents saving it. The weights are moved to a model with the same config without that mark.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     """
     with path.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
-            raise ModelError(f"{path} is not a GGUF file: it does not begin with {_MAGIC!r}.")
+            raise ModelError(f"{path} is not a GGUF file: it does not start with {_MAGIC!r}.")
     folder, name = str(path.parent), path.name
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
             _repair_digits(tokenizer, path)
-            # The folder it names holds no tokenizer that anyone could read again.
+            # It names a folder from which the tokenizer cannot be reloaded.
             tokenizer.init_kwargs.pop("name_or_path", None)
     except ImportError as error:
         raise ModelError(f"Reading {path} needs a package: {error}") from error
-    except Exception as error:  # a damaged file fails wherever the damage happens to lie
+    except Exception as error:  # a damaged file may fail anywhere
         said = str(error).partition("\n")[0]
         if "not supported" in said:
             raise UnsupportedError(f"transformers cannot read {path}: {said}") from error
@@ -61,9 +61,9 @@ def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _repair_digits(tokenizer: Any, path: Path) -> None:
-    """Split digits one by one where the file says so, which transformers does not read.
+    """Split digits individually where the file requires it, a setting that transformers ignores.
 
-    Without this, "  12" becomes two lone spaces and digits instead of a double space and digits.
+    Without this, "  12" becomes two single spaces and digits instead of a double space and digits.
     """
     from tokenizers import pre_tokenizers
 
@@ -77,10 +77,10 @@ def _repair_digits(tokenizer: Any, path: Path) -> None:
 
 
 def _pre_tokenizer(path: Path) -> str:
-    """The file's "tokenizer.ggml.pre", "" if it has none.
+    """The file's "tokenizer.ggml.pre", or "".
 
-    Read by hand, because gguf's reader needs seconds to parse a whole vocabulary first. In GGUF a
-    key is followed by its type (8 is a string), the string's length and its bytes.
+    Read directly from the bytes, because gguf's reader takes seconds to parse the vocabulary first.
+    In GGUF a key is followed by its type (8 is a string), the string's length and its bytes.
     """
     key = b"tokenizer.ggml.pre"
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -1,4 +1,4 @@
-"""Looking a model up on the Hugging Face Hub before anything is downloaded."""
+"""Look-up of models on the Hugging Face Hub before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _TOKEN_HINT = "accept its terms on its page and log in with `hf auth login` (or 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model on the hub, or of the hub in the local cache.
+    """A model on the hub or in the local hub cache.
 
     Attributes:
-        revision: Commit that is to be read.
-        files: Names of its files, as far as they are known here.
+        revision: Commit to read.
+        files: Names of its files (in the cache, of the downloaded ones).
     """
 
     revision: str
@@ -40,7 +40,7 @@ def find_on_hub(name: str, revision: str | None, otherwise: str) -> HubModel:
     Args:
         name: Hub id, for example "openai-community/gpt2".
         revision: Branch, tag or commit; the default branch if ``None``.
-        otherwise: What to say at the end of an error: the kinds of name that would have worked.
+        otherwise: End of error messages: the kinds of name that are accepted.
 
     Raises:
         ModelError: If it does not exist, is gated, or the hub cannot be reached and the model is
@@ -50,8 +50,8 @@ def find_on_hub(name: str, revision: str | None, otherwise: str) -> HubModel:
     if constants.is_offline_mode():
         if cached is None:
             raise ModelError(
-                f"{name!r} is not in the local hub cache, and HF_HUB_OFFLINE forbids asking the "
-                f"Hugging Face Hub for it; {otherwise}"
+                f"{name!r} is not in the local hub cache, and HF_HUB_OFFLINE prevents a download "
+                f"from the Hugging Face Hub; {otherwise}"
             )
         return cached
     try:
@@ -65,10 +65,10 @@ def find_on_hub(name: str, revision: str | None, otherwise: str) -> HubModel:
             f"There is no model {name!r} on the Hugging Face Hub (a private one needs "
             f"`hf auth login`); {otherwise}"
         ) from error
-    except Exception as error:  # whatever the HTTP client raises without a network
+    except Exception as error:  # the HTTP client raises various errors without a network
         if cached is None:
             raise ModelError(
-                f"{name!r} was looked for on the Hugging Face Hub, which could not be reached "
+                f"{name!r} was looked up on the Hugging Face Hub, which could not be reached "
                 f"({type(error).__name__}); {otherwise}"
             ) from error
         return cached
@@ -77,10 +77,10 @@ def find_on_hub(name: str, revision: str | None, otherwise: str) -> HubModel:
 
 
 def check_hub_indices(name: str, found: HubModel) -> None:
-    """Fetch the indices of a checkpoint in several files, and check what they name.
+    """Download the weight indices of a sharded checkpoint and check the files they name.
 
     Raises:
-        ModelError: If one names anything but safetensors files of the checkpoint.
+        ModelError: If an index names anything but safetensors files of the checkpoint.
     """
     for file in found.files:
         if file.endswith(INDEX):
@@ -101,6 +101,6 @@ def _in_cache(name: str, revision: str | None, otherwise: str) -> HubModel | Non
     if not isinstance(config, str):
         return None
     folder = Path(config).parent
-    # Snapshot folders are named by their commit.
+    # Snapshot folders are named after their commit.
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     return HubModel(folder.name, tuple(files))

@@ -209,8 +209,8 @@ def test_a_peak_is_traced_through_every_block() -> None:
     ("name", "why"),
     [
         ("MambaForCausalLM", "no block of MambaForCausalLM attends to keys"),
-        ("NemotronHForCausalLM", "runs the blocks of NemotronHForCausalLM as wholes"),
-        ("RecurrentGemmaForCausalLM", "runs the blocks of RecurrentGemmaForCausalLM as wholes"),
+        ("NemotronHForCausalLM", "runs each block of NemotronHForCausalLM as a whole"),
+        ("RecurrentGemmaForCausalLM", "runs each block of RecurrentGemmaForCausalLM as a whole"),
     ],
 )
 def test_models_without_shown_attention_get_the_residual_stream(name: str, why: str) -> None:

@@ -225,8 +225,8 @@ def test_a_bridge_that_computes_something_else_is_refused(monkeypatch: Any) -> N
         lambda self, x, *sizes: x.flatten(-1).reshape(sizes[0], sizes[1], -1),
     )
     bridge = load_model(BY_NAME["gpt2"].build())
-    assert "computes block 0 otherwise" in (proof_of(bridge).stock or "")
-    with pytest.raises(UnsupportedError, match="cannot be exact .* computes block 0 otherwise"):
+    assert "computes block 0 differently" in (proof_of(bridge).stock or "")
+    with pytest.raises(UnsupportedError, match="cannot be exact .* computes block 0 differently"):
         scan(bridge, TOKENS, attention="eager", progress=False)
     assert_measured(BY_NAME["gpt2"].build())
 
@@ -268,10 +268,10 @@ def test_a_folder_whose_bridge_computes_something_else_is_refused(
     monkeypatch.setattr(llama.LlamaArchitectureAdapter, "prepare_model", prepare, raising=False)
     bridge = load_model(saved("llama", tmp_path), dtype=dtype)
     found = proof_of(bridge)
-    assert "computes block 1 otherwise" in (found.stock or "")
-    assert "computes block 1 otherwise" in (found.streaming or "")
+    assert "computes block 1 differently" in (found.stock or "")
+    assert "computes block 1 differently" in (found.streaming or "")
     for attention in ("eager", "streaming"):
-        with pytest.raises(UnsupportedError, match="computes block 1 otherwise"):
+        with pytest.raises(UnsupportedError, match="computes block 1 differently"):
             scan(bridge, TOKENS, attention=attention, progress=False)
 
 
