@@ -1,7 +1,7 @@
-"""What a scan returns: named, labelled tensors with their settings, and what one asks of them.
+"""Reports, the results of scans: labelled tensors with settings, and quantities derived from them.
 
 `fields` declares every field with its dimensions, unit and metric; `quantities` derives heads,
-dimensions and tokens from them; `summary` puts a report into words; `report` is the class.
+dimensions and tokens from them; `summary` describes a report in text; `report` defines the class.
 """
 
 import lazy_loader

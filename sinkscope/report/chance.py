@@ -1,4 +1,4 @@
-"""p-values and chance levels of a report that holds nulls: is a number more than chance gives?
+"""p-values and chance levels for reports with nulls: does a value exceed what chance gives?
 
 The nulls are described in `sinkscope.capture.nulls`. A head is compared with the largest value over
 all heads in each draw, a layer's residual peak with the largest over all layers, which corrects for
@@ -20,31 +20,31 @@ NULLS = {
     "random": "another position at random",
     "shuffled": "keys shuffled within a prompt",
 }
-"""Each null by name, in words."""
+"""Description of each null by name."""
 QUANTITIES = ("sink_attention", "residual_peak")
-"""The fields that nulls are drawn of."""
+"""The fields for which nulls are drawn."""
 DERIVED = tuple(f"p_{null}" for null in NULLS)
-"""The fields that follow from the others."""
+"""The fields computed from others."""
 WITH_NULLS = (
     *(f"{null}_{one}" for one in QUANTITIES for null in NULLS),
     *DERIVED,
     "sink_is_largest",
 )
-"""The fields that a scan measures with nulls alone."""
+"""The fields that a scan measures only with nulls."""
 ALPHA = 0.05
 
 
 def null_of(report: SinkFields, quantity: str, null: str) -> Tensor | None:
-    """Mean over prompts of a quantity in each draw of a null [draw layer ...], if it was drawn."""
+    """Mean over prompts of a quantity in each draw of a null [draw layer ...], or None."""
     drawn = getattr(report, f"{null}_{quantity}", None)
     return None if drawn is None else mean_over_prompts(drawn).movedim(-1, 0)
 
 
 def p_values(report: SinkFields, quantity: str = "sink_attention") -> dict[str, Tensor]:
-    """P of every head (or layer) against each null that was drawn of a quantity.
+    """p-values of every head (or layer) against each available null of a quantity.
 
     Args:
-        report: What a scan gave.
+        report: Result of a scan.
         quantity: One of `QUANTITIES`.
     """
     observed = getattr(report, quantity)
@@ -59,17 +59,17 @@ def p_values(report: SinkFields, quantity: str = "sink_attention") -> dict[str, 
 
 
 def derived(report: SinkFields) -> dict[str, Tensor]:
-    """The fields in `DERIVED`, as far as their nulls were drawn."""
+    """The fields in `DERIVED` whose nulls were drawn."""
     return {f"p_{null}": p for null, p in p_values(report).items()}
 
 
 def chance_levels(report: SinkFields, quantity: str = "sink_attention") -> list[dict[str, Any]]:
-    """What each null gives, beside what was measured.
+    """Chance level of a quantity under each null, and the number of significant heads or layers.
 
     Returns:
         Records of null, draws, low, median and high (quantiles 0.025, 0.5 and 0.975, over draws, of
-        the largest value over heads or layers), tested and significant (how many heads or layers,
-        and of how many p is at most 0.05).
+        the largest value over heads or layers), tested (number of heads or layers) and significant
+        (number of these with p at most 0.05).
     """
     records = []
     for null, p in p_values(report, quantity).items():

@@ -1,4 +1,4 @@
-"""Two reports of the same prompts side by side: before and after an intervention, or two models."""
+"""Comparison of two reports of the same prompts, such as before and after an intervention."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _PAGE = "sinkscope.html.comparison_page"
-"""The module that draws the page, found by name: drawing stands above what it draws."""
-_UNCHANGED = "No figure changed."
+"""The module that renders the page, imported by name, because it is in a higher layer."""
+_UNCHANGED = "No value changed."
 
 
 def compare(before: SinkReport, after: SinkReport) -> Comparison:
-    """Set two reports of the same tokens side by side.
+    """Compare two reports of the same tokens, prompt by prompt.
 
     Args:
         before: the baseline.
-        after: the same prompts under an intervention, in another dtype, or in another model. Of one
-            with other layers or heads only the figures without those can be compared.
+        after: the same prompts under an intervention, in another dtype, or in another model. If the
+            models differ in layers or heads, only fields without these dimensions are compared.
 
     Returns:
-        The pair: `difference` and `to_frame` give one quantity, printing it gives all that changed.
+        The comparison: `difference` and `to_frame` return one field; printing it shows all fields
+        that changed.
 
     Raises:
-        ReportError: where one is no report, or the tokens differ, so that prompts cannot be paired.
+        ReportError: if one is not a report, or the tokens differ, so that prompts cannot be paired.
     """
     for report in (before, after):
         if not isinstance(report, SinkReport):
@@ -47,25 +48,25 @@ def compare(before: SinkReport, after: SinkReport) -> Comparison:
     if not same:
         raise ReportError(
             "These reports cannot be compared prompt by prompt because their tokens differ; scan "
-            "the same texts both times."
+            "the same texts twice."
         )
     return Comparison(before, after)
 
 
 def _words(value: Any) -> str:
-    """A setting in words."""
+    """A setting as text."""
     return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def _place(coordinate: Any) -> str:
-    """A coordinate in words: thresholds are fractions that float32 has rounded."""
+    """A coordinate as text; thresholds are rounded, as float32 does not store them exactly."""
     rounded = hasattr(coordinate, "dtype") and coordinate.dtype.kind == "f"
     return f"{coordinate:g}" if rounded else printable(str(coordinate))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
-    """What changed from one report to another of the same prompts; made by `compare`.
+    """Differences between two reports of the same prompts, as returned by `compare`.
 
     Example:
         >>> with SelfOnlyMask(model, position=255):                     # doctest: +SKIP
@@ -78,7 +79,7 @@ class Comparison:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The figures that both reports have, dimension for dimension."""
+        """The fields that both reports have with equal sizes."""
         return tuple(
             name
             for name, variable in self.before.variables().items()
@@ -91,7 +92,7 @@ class Comparison:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """The figures that both reports have, of different sizes."""
+        """The fields that both reports have with different sizes."""
         return tuple(
             name
             for name in self.before.measured()
@@ -107,14 +108,14 @@ class Comparison:
     def difference(
         self, name: str, level: float = 0.95, resamples: int = 2000, seed: int = 0
     ) -> Interval:
-        """After less before: mean over prompts with its bootstrap interval over paired prompts.
+        """After minus before: mean over prompts with its bootstrap interval over paired prompts.
 
         Returns:
-            (mean, low, high) with the field's dimensions but the prompt. A field that is a mean
-            over prompts already has no interval: its low and high are nan.
+            (mean, low, high) with the field's dimensions except the prompt. For fields stored as
+            means over prompts, low and high are nan.
 
         Raises:
-            ReportError: a figure that one of the reports lacks, or that has other sizes in it.
+            ReportError: if one of the reports lacks the field, or their sizes differ.
         """
         before, after = self._pair(name)
         if "prompt" in self.before.variables()[name].dims:
@@ -123,11 +124,11 @@ class Comparison:
         return Interval(after - before, nothing, nothing)
 
     def to_frame(self, name: str, level: float = 0.95) -> pd.DataFrame:
-        """A tidy frame of one figure: its dimensions but the prompt, before, after, difference.
+        """A tidy frame of one field: before, after and difference, averaged over prompts.
 
         Returns:
-            Columns "before [unit]", "after [unit]", "difference [unit]", "low [unit]" and
-            "high [unit]", the last two the ends of the difference's interval.
+            The field's other dimensions, then "before [unit]", "after [unit]", "difference
+            [unit]", and "low [unit]" and "high [unit]", the ends of the difference's interval.
         """
         import numpy as np
         import pandas as pd
@@ -152,7 +153,7 @@ class Comparison:
         return pd.DataFrame(columns)
 
     def to_html(self) -> str:
-        """One page of what changed, with no request and no other file."""
+        """Render the comparison as one self-contained HTML page."""
         return importlib.import_module(_PAGE).to_html(self)
 
     def __repr__(self) -> str:
@@ -182,12 +183,12 @@ class Comparison:
         return f"Before and after, {model}" + (f" ({changed})" if changed else "")
 
     def _note(self) -> str:
-        """What is not in the table and why, or nothing."""
+        """A sentence on the fields left out of the table, or ""."""
         names = ", ".join(self.left_out)
         return f"Left out, since their sizes differ: {names}." if names else ""
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        """Each figure that changed: its mean over everything, and where it changed most."""
+        """Rows for the fields that changed: overall means, and where the change is largest."""
         rows = []
         for name in self.names:
             before, after = self._pair(name)
@@ -210,7 +211,7 @@ class Comparison:
                     f"{number(float(change.flatten()[top]))} at {where}",
                 ]
             )
-        return ["figure", "mean before", "mean after", "largest change"], rows
+        return ["field", "mean before", "mean after", "largest change"], rows
 
     def _pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         before, after = self.before[name], self.after[name]

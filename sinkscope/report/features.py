@@ -1,7 +1,7 @@
-"""A report as flat tables: one row a head, one row a prompt, and two texts head by head.
+"""Flat tables of a report: one row per head, one row per prompt, and two texts head by head.
 
-Columns are plain names that any library takes, such as ``sink_attention`` or
-``top_received_L5H3R0``; units and meanings are in the frame's ``attrs``.
+Column names are plain identifiers, such as ``sink_attention`` or ``top_received_L5H3R0``; units and
+meanings are in the frame's ``attrs``.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ FEATURES = (
     "value_drain",
     "residual_peak",
 )
-"""What describes a prompt's sinks, in the order of the columns."""
+"""The default features of a prompt's sinks, in column order."""
 
 _SHORT = {"layer": "L", "head": "H", "kv_head": "KV", "rank": "R"}
 _OF_HEADS = (("prompt", "layer", "head"), ("prompt", "layer", "kv_head"))
 
 
-# -- one row a head --------------------------------------------------------------------------------
+# -- one row per head ------------------------------------------------------------------------------
 
 
 def heads(report: SinkQuantities, level: float = 0.95) -> pd.DataFrame:
-    """One row a head; see `SinkReport.heads`."""
+    """One row per head; see `SinkReport.heads`."""
     settings = report.settings
     layer, head = np.indices((settings.n_layers, settings.n_heads)).reshape(2, -1)
     kv_head = head // settings.heads_per_kv_head
@@ -62,11 +62,11 @@ def heads(report: SinkQuantities, level: float = 0.95) -> pd.DataFrame:
     return frame
 
 
-# -- one row a prompt ------------------------------------------------------------------------------
+# -- one row per prompt ----------------------------------------------------------------------------
 
 
 def features(report: SinkQuantities, *names: str) -> pd.DataFrame:
-    """One row a prompt; see `SinkReport.features`."""
+    """One row per prompt; see `SinkReport.features`."""
     missing: dict[str, str] = {}
     if not names:
         missing = {n: report._not_measured(n) for n in FEATURES if getattr(report, n) is None}
@@ -94,14 +94,14 @@ def features(report: SinkQuantities, *names: str) -> pd.DataFrame:
 def _check_flat(name: str, variable: Variable) -> None:
     if variable.dims[0] != "prompt" or "position" in variable.dims:
         raise ReportError(
-            f"{name} has the dimensions {' '.join(variable.dims)}, and the features of a prompt "
-            "are fields with a prompt and no position, such as sink_attention; use "
+            f"{name} has the dimensions {' '.join(variable.dims)}, but features of a prompt must "
+            "be fields with a prompt and no position, such as sink_attention; use "
             f"to_frame({name!r}) for this one."
         )
 
 
 def _places(variable: Variable, values: Tensor) -> list[str]:
-    """The coordinates of each entry of one prompt, such as ``_L5H3``."""
+    """Suffixes with the coordinates of each entry of a prompt, such as ``_L5H3``."""
     sizes = values.shape[1:]
     short = [_SHORT.get(dim, f"_{dim}") for dim in variable.dims[1:]]
     places = itertools.product(*(range(size) for size in sizes))
@@ -119,15 +119,15 @@ def head_differences(
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """This text less the other; see `SinkReport.head_differences`."""
+    """This text minus the other; see `SinkReport.head_differences`."""
     _check_one_model(report, other)
     level = probability("level", level, error=ReportError)
     one, two = report[name], other[name]
     dims = report.variables()[name].dims
     if dims not in _OF_HEADS:
         raise ReportError(
-            f"Heads differ by a field with the dimensions {' '.join(_OF_HEADS[0])}, and {name} "
-            f"has {' '.join(dims)}."
+            f"Heads are compared by a field with the dimensions {' '.join(_OF_HEADS[0])}, but "
+            f"{name} has {' '.join(dims)}."
         )
     one, two = one.cpu().double(), two.cpu().double()
     difference, low, high = bootstrap_difference(one, two, level, seed=seed)
@@ -160,7 +160,7 @@ def head_differences(
 
 
 def _pairs(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-    """Share of the pairs of a prompt of each text in which the first is higher, and lower."""
+    """Shares of pairs of prompts, one of each text, in which the first is higher and lower."""
     shares = []
     for sign in (1, -1):
         counts = torch.zeros(one.shape[1:], dtype=torch.float64)
@@ -181,8 +181,8 @@ def _check_one_model(report: SinkQuantities, other: SinkQuantities) -> None:
         pair = getattr(mine, name), getattr(theirs, name)
         if pair[0] != pair[1] and (name != "weights" or all(pair)):
             raise ReportError(
-                f"The heads of two texts are compared in one model, and the {name} of these "
-                f"reports differ: {pair[0]!r} and {pair[1]!r}; scan both texts with the same "
+                f"Heads can be compared between two texts in one model only, but the {name} of "
+                f"these reports differ: {pair[0]!r} and {pair[1]!r}; scan both texts with the same "
                 "model."
             )
 

@@ -1,4 +1,4 @@
-"""The fields of a report: each one's dimensions, unit, meaning and metric, in this one place.
+"""The fields of a report: dimensions, unit, meaning and metric of each.
 
 The fields of a user's own metric are declared on its `Observer` and added to `SinkReport` by
 `report.labelled.extended`.
@@ -22,22 +22,22 @@ from sinkscope.report.settings import Settings
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MassiveActivations(Labelled):
-    """The largest residual activations that pass the massive-activation rule (Sun et al. 2024).
+    """Massive activations of the residual stream (Sun et al. 2024), one entry each.
 
-    One entry each: ``|value| > 100`` and more than 1000 times the median ``|activation|`` of that
-    prompt's hidden state after that layer. `count` also counts those beyond the entries kept.
+    The rule is ``|value| > 100`` and more than 1000 times the median ``|activation|`` of the
+    prompt's hidden state after the layer. `count` includes those beyond the stored entries.
     """
 
     prompt: Int[Tensor, "entry"] = given("prompt of the entry")
-    layer: Int[Tensor, "entry"] = given("layer whose output holds it")
+    layer: Int[Tensor, "entry"] = given("layer whose output contains it")
     position: Int[Tensor, "entry"] = given("token position")
     dim: Int[Tensor, "entry"] = given("residual channel")
-    value: Float[Tensor, "entry"] = given("the activation itself", "activation")
-    ratio: Float[Tensor, "entry"] = given("|value| over that hidden state's median", "ratio")
+    value: Float[Tensor, "entry"] = given("the activation", "activation")
+    ratio: Float[Tensor, "entry"] = given("|value| over the median of the hidden state", "ratio")
     count: Int[Tensor, "prompt layer"] = given("entries that pass the rule", "count")
 
     def followed_by(self, other: MassiveActivations, prompts: int) -> MassiveActivations:
-        """The entries of both, where `other`'s first prompt comes after `prompts` of these."""
+        """Concatenate the entries, with the prompts of `other` renumbered from `prompts` on."""
         shifted = dataclasses.replace(other, prompt=other.prompt + prompts)
         both = {
             name: torch.cat([self[name], shifted[name].to(self[name].device)])
@@ -48,16 +48,16 @@ class MassiveActivations(Labelled):
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class SinkFields(Labelled):
-    """What one scan measures; `SinkReport` adds the questions one asks of it."""
+    """The fields that a scan measures; `SinkReport` adds methods on them."""
 
     settings: Settings
     tokens: Int[Tensor, "prompt position"] = given("token ids, right-padded")
     mask: Bool[Tensor, "prompt position"] = given("whether a position holds a real token")
     sink_mask: Bool[Tensor, "prompt position"] = given(
-        "the sink positions asked for, or the primary sink that was found"
+        "the requested sink positions, or the primary sink that was found"
     )
     secondary_sinks: Bool[Tensor, "prompt layer position"] | None = measured(
-        about='with sinks="auto", where further positions are sinks; they enter no other field'
+        about='further sink positions found with sinks="auto", ignored by all other fields'
     )
     token_text: list[list[str]] | None = None
 
@@ -111,7 +111,7 @@ class SinkFields(Labelled):
         about="norm of that key's value vector", unit="activation", metric="top_received"
     )
     sink_rate: Float[Tensor, "position"] | None = measured(
-        about="share of (prompt, layer, head) whose received attention exceeds settings.epsilon",
+        about="share of (prompt, layer, head) with received attention above settings.epsilon",
         unit="share",
         weight="prompts_at",
         metric="received",
@@ -120,7 +120,7 @@ class SinkFields(Labelled):
         about="thresholds of sink_rate_curve", unit="1", metric="received"
     )
     sink_rate_curve: Float[Tensor, "epsilon position"] | None = measured(
-        about="share of (prompt, layer, head) whose received attention exceeds epsilon",
+        about="share of (prompt, layer, head) with received attention above epsilon",
         unit="share",
         weight="prompts_at",
         metric="received",
@@ -151,7 +151,7 @@ class SinkFields(Labelled):
         tabled=True,
     )
     sink_logit_gap: Float[Tensor, "prompt layer head"] | None = measured(
-        about="mean over queries of the sink's logit less the mean of the other visible keys'",
+        about="mean over queries of the sink logit minus the mean logit of the other visible keys",
         unit="logit",
         metric="logit_gap",
         tabled=True,
@@ -173,7 +173,7 @@ class SinkFields(Labelled):
         metric="sink_logit",
     )
     width: Int[Tensor, "width"] | None = measured(
-        about="widths of the neighbourhood of a query in the fields of recency",
+        about="widths of a query's neighbourhood in the recency fields",
         unit="tokens",
         metric="recency",
     )
@@ -207,7 +207,7 @@ class SinkFields(Labelled):
         metric="recency",
     )
     learned_sink_mass: Float[Tensor, "prompt layer head"] | None = measured(
-        about="mean attention that a learned sink logit takes: one less the sum over keys",
+        about="mean attention to a learned sink logit: one minus the sum over keys",
         unit="probability",
         metric="learned_sink",
         tabled=True,
@@ -224,7 +224,7 @@ class SinkFields(Labelled):
         tabled=True,
     )
     gate_closed: Float[Tensor, "prompt layer head"] | None = measured(
-        about="share of the gate's factors, over queries and channels, that are below 0.1",
+        about="share of the gate's factors below 0.1, over queries and channels",
         unit="share",
         metric="gates",
         tabled=True,
@@ -257,7 +257,7 @@ class SinkFields(Labelled):
         metric="through_output",
     )
     value_drain_out: Float[Tensor, "prompt layer head"] | None = measured(
-        about="value_drain with the values taken through W_O, and a gate before it",
+        about="value_drain with the values multiplied by W_O, and by a gate before it",
         unit="ratio",
         metric="through_output",
         tabled=True,
@@ -269,19 +269,19 @@ class SinkFields(Labelled):
         about="mean norm of the values (AVVN)", unit="activation", metric="values"
     )
     latent_norm: Float[Tensor, "layer position"] | None = measured(
-        about="norm of the latent that keys and values are made of, before its own RMSNorm, mean "
-        "over prompts (multi-head latent attention)",
+        about="norm of the latent of keys and values before its RMSNorm, mean over prompts "
+        "(multi-head latent attention)",
         unit="activation",
         weight="prompts_at",
         metric="latent",
     )
     latent_drain: Float[Tensor, "prompt layer"] | None = measured(
-        about="norm of the sink's latent over the mean of the others, before its own RMSNorm",
+        about="norm of the sink's latent over the mean of the others, before its RMSNorm",
         unit="ratio",
         metric="latent",
     )
     normed_latent_drain: Float[Tensor, "prompt layer"] | None = measured(
-        about="latent_drain after the RMSNorm, where a KV cache keeps the latent",
+        about="latent_drain after the RMSNorm, as stored in a KV cache",
         unit="ratio",
         metric="latent",
     )
@@ -362,19 +362,20 @@ class SinkFields(Labelled):
         metric="ffn",
     )
     ffn_mixed_mean: Float[Tensor, "layer dim"] | None = measured(
-        about="largest |FFN output| over the positions that mix, mean over those prompts",
+        about="largest |FFN output| over mixed positions, mean over those prompts",
         unit="activation",
         weight="ffn_prompts",
         metric="ffn",
     )
     ffn_over_median: Float[Tensor, "layer dim"] | None = measured(
-        about="|FFN output| at the first sink over its median over dims, mean over those prompts",
+        about="|FFN output| at the first sink over the median over dims, mean over those prompts",
         unit="ratio",
         weight="ffn_prompts",
         metric="ffn",
     )
     ffn_over_mixed: Float[Tensor, "layer dim"] | None = measured(
-        about="|FFN output| at the first sink over the largest that mixes, mean over those prompts",
+        about="|FFN output| at the first sink over the largest at mixed positions, mean over those "
+        "prompts",
         unit="ratio",
         weight="ffn_prompts",
         metric="ffn",
@@ -389,7 +390,7 @@ class SinkFields(Labelled):
         about="FFN output at the first sink in those dims", unit="activation", metric="ffn"
     )
     ffn_largest_mixed: Float[Tensor, "prompt layer ffn_rank"] | None = measured(
-        about="largest |FFN output| over the positions that mix in those dims",
+        about="largest |FFN output| over mixed positions in those dims",
         unit="activation",
         metric="ffn",
     )
@@ -397,7 +398,7 @@ class SinkFields(Labelled):
         about="FFN output at the first sink in every dim", unit="activation", metric="ffn_dims"
     )
     ffn_mixed_max: Float[Tensor, "prompt layer dim"] | None = measured(
-        about="largest |FFN output| over the positions that mix in every dim",
+        about="largest |FFN output| over mixed positions in every dim",
         unit="activation",
         metric="ffn_dims",
     )
@@ -407,25 +408,25 @@ class SinkFields(Labelled):
         about="norm of each learned position embedding", unit="activation"
     )
 
-    # Chance levels: the sink attention and the residual peak under nulls, see `capture.nulls`
+    # Chance levels: sink attention and residual peak under nulls, see `capture.nulls`
     initial_sink_attention: Float[Tensor, "prompt layer head draw"] | None = measured(
-        about="sink_attention of the model at initialisation, one draw a seed", unit="probability"
+        about="sink_attention of the model at initialisation, one draw per seed", unit="probability"
     )
     random_sink_attention: Float[Tensor, "prompt layer head draw"] | None = measured(
-        about="sink_attention with another position of the prompt's first half, drawn at random, "
-        "as the sink: over uniform attention there, times uniform attention to the sink",
+        about="sink_attention with a random position of the prompt's first half as the sink, "
+        "divided by uniform attention there and multiplied by uniform attention to the sink",
         unit="probability",
     )
     shuffled_sink_attention: Float[Tensor, "prompt layer head draw"] | None = measured(
-        about="sink_attention with the keys shuffled within a prompt: to the first of the keys "
-        "that a query sees, in a random order",
+        about="sink_attention with the keys shuffled within a prompt: attention to the first of a "
+        "query's visible keys in a random order",
         unit="probability",
     )
     initial_residual_peak: Float[Tensor, "prompt layer draw"] | None = measured(
-        about="residual_peak of the model at initialisation, one draw a seed", unit="ratio"
+        about="residual_peak of the model at initialisation, one draw per seed", unit="ratio"
     )
     random_residual_peak: Float[Tensor, "prompt layer draw"] | None = measured(
-        about="residual_peak with that other position as the sink", unit="ratio"
+        about="residual_peak with the same random position as the sink", unit="ratio"
     )
     p_initial: Float[Tensor, "layer head"] | None = measured(
         about="p of sink_attention against initial_sink_attention, corrected for all heads",
@@ -443,14 +444,14 @@ class SinkFields(Labelled):
         tabled=True,
     )
     sink_is_largest: Float[Tensor, "prompt layer head"] | None = measured(
-        about="share of the queries after the sink that pay their largest attention to it",
+        about="share of the queries after the sink whose largest attention is to the sink",
         unit="share",
         tabled=True,
     )
 
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """FFN outputs folded over prompts, where an older file holds those of every prompt only."""
+        """Compute means over prompts of FFN outputs, which older files store per prompt only."""
         if values.get("ffn_sink") is None or values.get("ffn_sink_mean") is not None:
             return values
         from sinkscope.metrics import ffn
@@ -463,16 +464,16 @@ class SinkFields(Labelled):
 
 
 _METHODS = {"massive_activations": "massive", "nonmixture_dims": "ffn"}
-"""Methods of a report that answer from the fields of one metric."""
+"""Methods of a report that need the fields of a single metric."""
 
 
 def metric_of(name: str) -> str | None:
-    """The metric to ask a scan for, so that its report holds a field, or answers a method.
+    """The metric that a scan must measure for a field or method of its report.
 
     Args:
         name: A field or method of `SinkReport`.
 
     Returns:
-        The metric, as `scan` takes it; None where no metric measures it.
+        Name of the metric for `scan`; None if it does not belong to a metric.
     """
     return SinkFields.metrics().get(name) or _METHODS.get(name)

@@ -1,6 +1,6 @@
-"""A report in a few sentences: whether there is a sink, how strong, who writes it, what it holds.
+"""A summary of a report in a few sentences: sink, strength, residual peak, value norm.
 
-Every clause is derived from the report's fields, and is left out where they were not measured.
+Every clause is derived from the report's fields and left out if they were not measured.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from sinkscope.output import and_more, listed, number, printable
 from sinkscope.report.quantities import SinkQuantities
 
 PEAK = 10.0
-"""From this ratio on a residual state is called a peak, and the block after which the mean over
-prompts first exceeds it is said to write the peak. Published sinks lie between 10 and 1000."""
+"""Ratio above which a residual state is called a peak. The first block after which the mean over
+prompts exceeds it is said to write the peak. Published values are between 10 and 1000."""
 STRONG = 1 / 3
-"""A sink is called strong where at least this share of all heads are sink heads."""
+"""A sink is called strong if at least this share of heads are sink heads."""
 
 TERMS = {
-    "Sinks": "positions that receive far more attention than an even spread would give them",
+    "Sinks": "positions that receive far more attention than under uniform attention",
     "Secondary sinks": "further positions that are sinks in some layers (arXiv 2512.22213); no "
-    "other value is about them",
+    "other value takes them into account",
     "Sink heads": "heads whose sink attention, averaged over prompts, exceeds ε",
     "Sink rate": "share of all (prompt, layer, head) in which the first sink's mean attention over "
     "the queries that see it exceeds ε (Gu et al. 2410.10781)",
-    "Chance": "heads whose sink attention exceeds the largest of as many heads where there is no "
-    "sink: in the model at initialisation, at a random position, with keys shuffled",
+    "Chance": "heads whose sink attention exceeds the maximum over all heads under a null: the "
+    "model at initialisation, a random position as the sink, or shuffled keys",
     "Value drain": "norm of the sink's value vector over the mean norm of the others'",
-    "Residual peak": "norm of the sink's residual state over the median norm of the others', after "
-    "a block",
+    "Residual peak": "norm of the sink's residual state after a block over the median norm of the "
+    "others'",
     "Massive dims": "residual channels with an activation above 100 and above 1,000 times the "
     "median of its hidden state (Sun et al. 2402.17762)",
-    "Non-mixture dims": "FFN output dimensions in which the sink stands far above the median over "
-    "dimensions and above every position that attends to others (after Yan et al. 2407.01601)",
+    "Non-mixture dims": "FFN output dimensions in which the sink far exceeds the median over "
+    "dimensions and every position that attends to others (after Yan et al. 2407.01601)",
     "Marked tokens": "tokens to leave out when training an SAE or a probe, or when quantising",
-    "even spread": "what each query would pay if it attended to all keys that it sees alike",
+    "uniform attention": "sink attention if each query attended equally to all visible keys",
 }
-"""One line on every term that a summary uses."""
+"""One-line definitions of the terms in a summary."""
 
-_NEAR = 0.02  # how far from a simple fraction a share still is called by it
+_NEAR = 0.02  # largest deviation at which a share is worded as a fraction
 _FRACTIONS = {
     Fraction(1, 4): "a quarter", Fraction(1, 3): "a third", Fraction(1, 2): "half",
     Fraction(2, 3): "two thirds", Fraction(3, 4): "three quarters",
@@ -49,17 +49,17 @@ _SHOWN = 3  # positions named
 
 
 def headline(report: SinkQuantities) -> str:
-    """What a report shows, in one to three sentences.
+    """Describe a report in one to three sentences.
 
     Args:
-        report: A report; of what was not measured nothing is said.
+        report: A report; values that were not measured are left out.
 
     Returns:
         Plain text, for example "smollm2-135m has a strong sink at position 0: half of its heads
         (136 of 270) pay it more than 0.3 of their attention; the mean over heads, 0.35, is 17 times
-        an even spread. Block 11 writes its residual peak (179 times the others' norm, dim 507). Its
-        value norm is about a quarter of the others' (0.24).". Empty where neither attention,
-        residual states nor values of sinks were measured.
+        that of uniform attention. Block 11 writes the residual peak (179 times the others' norm,
+        dim 507). The sink's values have about a quarter of the others' norm (0.24).". Empty if
+        neither attention, residual states nor values of sinks were measured.
     """
     sentences = (
         _attention(report), _secondary(report), _learned(report), _peak(report), _value(report)
@@ -68,13 +68,13 @@ def headline(report: SinkQuantities) -> str:
 
 
 def numbers(report: SinkQuantities) -> list[tuple[str, str, str]]:
-    """The few figures to look at first, as (value, what it is, its definition)."""
+    """The main values, as (value, label, definition)."""
     shown = []
     if (heads := _head_counts(report)) is not None and heads[1]:
         found, of = heads
         shown.append((f"{found} of {of}", "sink heads", TERMS["Sink heads"]))
         mean, even = _strength(report)
-        shown.append((f"{_two(mean / even)} ×", "an even spread", TERMS["even spread"]))
+        shown.append((f"{_two(mean / even)} ×", "uniform attention", TERMS["uniform attention"]))
     peak = _mean_peak(report)
     if peak is not None:
         top = int(peak.argmax())
@@ -93,7 +93,7 @@ def _attention(report: SinkQuantities) -> str:
     name = _name(report)
     found, of = counts
     if not bool(report.sink_mask.any()):
-        return f"No position of these texts was found to be a sink of {name}."
+        return f"No position of these texts is a sink of {name}."
     if of == 0:
         return (
             f"The attention to the sink of {name} is undefined: in these prompts no query comes "
@@ -103,7 +103,8 @@ def _attention(report: SinkQuantities) -> str:
     it = "them" if several else "it"
     epsilon = report.settings.epsilon
     mean, even = _strength(report)
-    average = f"the mean over heads, {_two(mean)}, is {_two(mean / even)} times an even spread"
+    times = _two(mean / even)
+    average = f"the mean over heads, {_two(mean)}, is {times} times that of uniform attention"
     if found == 0:
         largest = report.mean("sink_attention").nan_to_num(-1).max()
         return (
@@ -122,7 +123,7 @@ def _attention(report: SinkQuantities) -> str:
 
 
 def _secondary(report: SinkQuantities) -> str:
-    """Of further sinks that `sinks="auto"` found, which no other sentence is about."""
+    """A sentence on further sinks found with `sinks="auto"`."""
     if report.secondary_sinks is None or not bool(report.secondary_sinks.any()):
         return ""
     places = report.secondary_sinks.any(dim=1).sum(dim=0)
@@ -132,11 +133,11 @@ def _secondary(report: SinkQuantities) -> str:
     what = f"position {int(places.argmax())} is" if count == 1 else f"{count} other positions are"
     kind = "a secondary sink" if count == 1 else "secondary sinks"
     whom = "it" if count == 1 else "them"
-    return f"In {where}, {what} {kind}; the other numbers are not about {whom}."
+    return f"In {where}, {what} {kind}; the other values do not take {whom} into account."
 
 
 def _learned(report: SinkQuantities) -> str:
-    """Of models with a learned sink logit, which no position receives."""
+    """A sentence on the attention to learned sink logits."""
     if report.learned_sink_mass is None or bool(report.learned_sink_mass.isnan().all()):
         return ""
     mass = float(report.mean("learned_sink_mass").nanmean())
@@ -176,11 +177,11 @@ def _value(report: SinkQuantities) -> str:
     return f"{whose} {_two(drain)} times the others' norm."
 
 
-# What the sentences say is computed here.
+# Values for the sentences.
 
 
 def uniform(report: SinkQuantities) -> float:
-    """`sink_attention` if every query spread its attention evenly over the keys that it sees."""
+    """Sink attention if every query attended equally to all visible keys [probability]."""
     from sinkscope.metrics.attention import sink_attention
     from sinkscope.metrics.positions import reach, visible_keys
     from sinkscope.metrics.reductions import sliding_sum
@@ -206,7 +207,7 @@ def _head_counts(report: SinkQuantities) -> tuple[int, int] | None:
 
 
 def _strength(report: SinkQuantities) -> tuple[float, float]:
-    """Mean sink attention over heads, and what an even spread would give [probability]."""
+    """Mean sink attention over heads, and that of uniform attention [probability]."""
     return float(report.mean("sink_attention").nanmean()), uniform(report)
 
 
@@ -250,7 +251,7 @@ def _several(report: SinkQuantities) -> bool:
 
 
 def _where(report: SinkQuantities) -> tuple[str, bool]:
-    """The sink positions in words, the commonest first, and whether a prompt has several."""
+    """The sink positions as text, most frequent first, and whether a prompt has several."""
     several, prompts = _several(report), len(report.sink_mask)
     found = Counter(report.sink_mask.nonzero()[:, 1].tolist())
     common = found.most_common(_SHOWN)
@@ -264,7 +265,7 @@ def _where(report: SinkQuantities) -> tuple[str, bool]:
 
 
 def _token(report: SinkQuantities) -> str:
-    """The sink's token where it is the same in every prompt."""
+    """The sink's token if it is the same in every prompt."""
     if report.token_text is None:
         return ""
     places = report.sink_mask.nonzero().tolist()
@@ -273,7 +274,7 @@ def _token(report: SinkQuantities) -> str:
 
 
 def _share(found: int, of: int) -> str:
-    """Some of all heads: "half of its heads (136 of 270)", "10 of its 72 heads"."""
+    """A share of the heads as text: "half of its heads (136 of 270)", "10 of its 72 heads"."""
     if found == of:
         return "its only head" if of == 1 else f"all of its {of} heads"
     word = next((w for f, w in _FRACTIONS.items() if abs(found / of - f) <= _NEAR), None)
@@ -281,5 +282,5 @@ def _share(found: int, of: int) -> str:
 
 
 def _two(value: float) -> str:
-    """A number to two significant digits: sentences are read, not computed with."""
+    """A number to two significant digits."""
     return number(float(f"{value:.2g}"))

@@ -1,4 +1,4 @@
-"""A report in a few numbers, as a row of a table of many reports."""
+"""Key numbers of a report, one row in a table of many reports."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ KEY_NUMBERS = {
     "massive_dims": (None, "residual channels with massive activations, largest first"),
     "learned_sink_mass": ("probability", "attention that learned sink logits take, mean"),
 }
-"""Unit and meaning of each; None has no unit."""
+"""Unit (None for no unit) and meaning of each key number."""
 
-_DIMS = 5  # massive dims that are named
+_DIMS = 5  # massive dims listed
 
 
 def key_numbers(report: SinkQuantities) -> dict[str, Any]:
-    """The numbers that a table of many reports shows.
+    """The key numbers of a report.
 
     Args:
-        report: What a scan gave.
+        report: Result of a scan.
 
     Returns:
-        A value for each name in `KEY_NUMBERS`; None where it was not measured or is not defined.
+        A value for each name in `KEY_NUMBERS`; None if it was not measured or is not defined.
     """
     found: dict[str, Any] = dict.fromkeys(KEY_NUMBERS)
     if _known(report, "sink_importance"):
@@ -71,7 +71,7 @@ def _known(report: SinkQuantities, name: str) -> bool:
 
 
 def _massive_dims(report: SinkQuantities) -> str:
-    """Their numbers with commas between them."""
+    """Channel indices of massive activations, largest first, separated by commas."""
     largest: dict[int, float] = {}
     for entry in report.massive_activations():
         dim = entry["dim"]

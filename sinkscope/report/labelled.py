@@ -1,9 +1,9 @@
 """Dataclasses of named tensors whose annotations are their schema.
 
 A field annotated ``Float[Tensor, "prompt layer head"] | None`` is a variable with the dimensions
-prompt, layer and head. Its type checker in the tests, its xarray dimensions, its data-frame columns
-and its layout in a file all come from that one annotation; unit and meaning sit in the field's
-metadata. A 1-D field that bears the name of its own dimension is that dimension's coordinate.
+prompt, layer and head. The run-time type check in the tests, the xarray dimensions, the data-frame
+columns and the layout in a file are all derived from the annotation; unit and meaning are in the
+field's metadata. A 1-D field with the name of its own dimension is that dimension's coordinate.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ L = TypeVar("L", bound="Labelled")  # not Self: beartype checks it on functions 
 
 @dataclass(frozen=True)
 class Variable:
-    """What one tensor field is.
+    """Description of a tensor field.
 
     Attributes:
         name: The field's name.
         dims: Names of its dimensions, in order.
         unit: Its unit; "1" for a pure number, None for things like token ids.
         about: Its meaning, in one clause.
-        weight: Name of the counts that weight this mean over prompts when reports are merged.
-        metric: Name of the metric that measures it, if a metric does.
+        weight: Field with the counts by which this mean over prompts is weighted in a merge.
+        metric: Name of the metric that measures it, if any.
         tabled: Whether tables of heads have a column for it.
         declared: Whether it was added to its class by `extended`.
     """
@@ -73,18 +73,18 @@ def measured(
     """Declare a field of a report that is None until it has been measured.
 
     Args:
-        dims: Names of its dimensions with spaces between them, such as "prompt layer head", for a
-            field of one's own `Observer`. A field in the body of a dataclass has them in its
+        dims: Names of its dimensions separated by spaces, such as "prompt layer head", for a field
+            of a user-defined `Observer`. A field in the body of a dataclass has them in its
             annotation.
         unit: Its unit; "1" for a pure number, None for things like token ids.
         about: Its meaning, in one clause.
-        weight: For a mean over prompts that has no prompt dimension, the field that says over how
-            many prompts it was taken.
-        metric: Name of the metric that measures it, as `scan` takes it; an `Observer` fills it in.
-        tabled: Whether tables of heads have a column for it; by default those of one's own do.
+        weight: For a mean over prompts without a prompt dimension, the field with the number of
+            prompts it is taken over.
+        metric: Name of the metric for `scan`; filled in by an `Observer`.
+        tabled: Whether tables of heads have a column for it; by default only user-defined fields.
 
     Returns:
-        A dataclass field with this metadata, to be used in a class body or in `Observer.fields`.
+        A dataclass field with this metadata, for use in a class body or in `Observer.fields`.
     """
     metadata = dict(
         dims=dims, about=about, unit=unit, weight=weight, metric=metric, tabled=tabled or False
@@ -95,17 +95,17 @@ def measured(
 
 
 def given(about: str, unit: str | None = None) -> Any:
-    """A field that is always there."""
+    """Declare a field that is always present."""
     return dataclasses.field(metadata={"about": about, "unit": unit})
 
 
 @functools.cache
 def extended(cls: type[L], variables: tuple[Variable, ...]) -> type[L]:
-    """The class with further fields, each of which is None until it has been measured.
+    """Subclass a labelled dataclass with further fields, each None until it has been measured.
 
     Args:
         cls: A labelled dataclass.
-        variables: The fields to add; without any the class itself is returned.
+        variables: The fields to add; if empty, the class itself is returned.
 
     Returns:
         A subclass of the same name; equal variables give the same subclass.
@@ -140,12 +140,12 @@ def extended(cls: type[L], variables: tuple[Variable, ...]) -> type[L]:
 
 
 def _rebuilt(cls: type[L], variables: tuple[Variable, ...], values: dict[str, Any]) -> L:
-    """Undo `Labelled.__reduce__`."""
+    """Restore an object pickled by `Labelled.__reduce__`."""
     return extended(cls, variables)(**values)
 
 
 def _annotated(cls: type) -> dict[str, Any]:
-    """Each field's type, with ``| None`` taken off."""
+    """The type of each field, without ``| None``."""
     hints = typing.get_type_hints(cls)
     types = {}
     for field in dataclasses.fields(cls):
@@ -163,7 +163,7 @@ class Labelled:
     """Base of the dataclasses of named tensors; see the module's docstring.
 
     Attributes:
-        OLD_NAMES: From names that tensors had in files of the release before to those of today.
+        OLD_NAMES: Maps the names of tensors in files of the previous release to current names.
     """
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {}
@@ -191,18 +191,18 @@ class Labelled:
     @classmethod
     @functools.cache
     def parts(cls) -> dict[str, type[Labelled]]:
-        """The fields that are themselves labelled dataclasses, by name."""
+        """The fields that are labelled dataclasses themselves, by name."""
         return {name: kind for name, kind in _annotated(cls).items() if _is(kind, Labelled)}
 
     @classmethod
     @functools.cache
     def metrics(cls) -> dict[str, str]:
-        """The metric that measures each field, for the fields that a metric measures."""
+        """The metric of each field that belongs to one."""
         named = {field.name: field.metadata.get("metric") for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         return {name: metric for name, metric in named.items() if metric is not None}
 
     def measured(self, *dims: str) -> tuple[str, ...]:
-        """Names of the tensors that were measured; with dims, of those that have exactly these."""
+        """Names of the measured tensors; if dims are given, only those with exactly these dims."""
         return tuple(
             name
             for name, variable in self.variables().items()
@@ -214,7 +214,7 @@ class Labelled:
         """Size of every dimension.
 
         Raises:
-            ReportError: where two tensors disagree, or one has another number of dimensions.
+            ReportError: if two tensors disagree, or one has the wrong number of dimensions.
         """
         sizes: dict[str, int] = {}
         owner: dict[str, str] = {}
@@ -234,7 +234,7 @@ class Labelled:
 
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The values of an older file, with fields that its version did not have."""
+        """Convert the values of an older file to the current fields."""
         return values
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -246,7 +246,7 @@ class Labelled:
         """The tensor of that name.
 
         Raises:
-            ReportError: where there is no such field, or it was not measured.
+            ReportError: if there is no such field, or it was not measured.
         """
         return getattr(self, self._require(name).name)
 
@@ -259,15 +259,15 @@ class Labelled:
         return dataclasses.replace(self, **moved)  # type: ignore[type-var]
 
     def to_frame(self, *names: str) -> pd.DataFrame:
-        """A tidy frame, one row an observation; see `sinkscope.report.labelled.frame`."""
+        """A tidy frame, one row per observation; see `sinkscope.report.labelled.frame`."""
         return frame(self, *names)
 
     def to_xarray(self) -> xr.Dataset:
-        """Everything that was measured as an xarray Dataset; see `dataset`."""
+        """All measured fields as an xarray Dataset; see `dataset`."""
         return dataset(self)
 
     def equals(self, other: Labelled) -> bool:
-        """Whether both hold the same figures, bit for bit (nan equals nan) and dtype for dtype."""
+        """Whether all values are equal, bit for bit (nan equals nan) and dtype for dtype."""
         return same(self, other)
 
     def _require(self, name: str) -> Variable:
@@ -294,14 +294,14 @@ class Labelled:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The tensor's values; half precision becomes float32, which numpy and files know."""
+    """Convert to numpy; half precision becomes float32."""
     tensor = tensor.detach().cpu()
     half = tensor.dtype in (torch.bfloat16, torch.float16)
     return (tensor.float() if half else tensor).numpy()
 
 
 def coordinate(labelled: Labelled, dim: str) -> np.ndarray:
-    """The values along a dimension: the field of that name, else 0, 1, 2 and so on."""
+    """The values along a dimension: the field of that name, or else indices from 0."""
     variable = labelled.variables().get(dim)
     if variable is not None and variable.dims == (dim,) and getattr(labelled, dim) is not None:
         return to_numpy(labelled[dim])
@@ -309,19 +309,19 @@ def coordinate(labelled: Labelled, dim: str) -> np.ndarray:
 
 
 def frame(labelled: Labelled, *names: str) -> pd.DataFrame:
-    """A tidy frame, one row an observation.
+    """A tidy frame, one row per observation.
 
     Args:
-        labelled: Where the values are.
-        names: Fields of equal dimensions, which become columns side by side; or the name of one
-            part, such as "massive", for its entries.
+        labelled: The labelled dataclass.
+        names: Fields of equal dimensions, one column each; or the name of one part, such as
+            "massive", for its entries.
 
     Returns:
-        One column a dimension, then one a field, titled with its unit, such as
+        One column per dimension, then one per field, titled with its unit, such as
         "sink_attention [probability]".
 
     Raises:
-        ReportError: A name that is unknown or was not measured, or dimensions that differ.
+        ReportError: If a name is unknown or was not measured, or dimensions differ.
     """
     if not names:
         raise ReportError("to_frame() needs the name of a field; see .measured() for the names.")
@@ -350,13 +350,13 @@ def dataset(labelled: Labelled, names: Iterable[str] | None = None) -> xr.Datase
     """Measured fields as variables with their dimensions, coordinates, units and meaning.
 
     Args:
-        labelled: Where the values are.
-        names: Fields; by default everything that was measured, parts included. The fields of a
-            part have its name in front, such as ``massive_value``.
+        labelled: The labelled dataclass.
+        names: Fields; by default all that were measured, parts included. The fields of a part are
+            prefixed with its name, such as ``massive_value``.
     """
     import xarray as xr
 
-    sizes = labelled.sizes  # refuses tensors that disagree
+    sizes = labelled.sizes  # raises if tensors disagree
     fields = _xarray_variables(labelled, labelled.measured() if names is None else names)
     if names is None:
         for name in labelled.parts():
@@ -384,7 +384,7 @@ def _xarray_variables(labelled: Labelled, names: Iterable[str]) -> dict[str, xr.
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two labelled dataclasses hold the same values, nan for nan and dtype for dtype."""
+    """Whether two labelled dataclasses have equal values (nan equals nan) and dtypes."""
     return (
         type(one) is type(other)
         and _beside_values(one) == _beside_values(other)
@@ -393,7 +393,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def _beside_values(labelled: Labelled) -> list[Any]:
-    """What a Dataset does not hold: the tensors' dtypes and the fields that are no tensors."""
+    """Values that are not in a Dataset: dtypes of the tensors, and fields that are not tensors."""
     names = {field.name for field in dataclasses.fields(labelled)}  # type: ignore[arg-type]
     parts = labelled.parts()
     plain = sorted(names - set(labelled.variables()) - set(parts))

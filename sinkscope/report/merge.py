@@ -1,8 +1,8 @@
-"""Two reports of different prompts as one, exactly as if their prompts had been scanned together.
+"""Merging of reports of different prompts, exactly as if the prompts had been scanned together.
 
-What a field needs follows from its dimensions: one with prompts is laid end to end; a mean over
-prompts is weighted by how many prompts it was taken over, position by position; counts add up; what
-has nothing to do with prompts must agree.
+The dimensions of a field determine how it is merged: fields with a prompt dimension are
+concatenated; means over prompts are weighted by their numbers of prompts, position by position;
+counts are added; fields independent of prompts must agree.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _GROWING = ("position", "bucket")
 
 
 def merged_fields(one: Labelled, other: Labelled) -> dict[str, Any]:
-    """Every tensor field of the two, merged, but those that follow from others.
+    """Merge all tensor fields except those derived from others.
 
     Raises:
-        ReportError: a field that only one of them measured, or sizes that do not fit.
+        ReportError: if only one report has a field, or sizes differ.
     """
     _check_sizes(one, other)
     variables = dict(one.variables())
     for name, variable in other.variables().items():
         if variables.setdefault(name, variable) != variable:
             raise ReportError(
-                f"These reports cannot be merged because their {name} was declared in two ways: "
+                f"These reports cannot be merged because their {name} was declared differently: "
                 f"{variables[name].label} with {' '.join(variables[name].dims)}, and "
                 f"{variable.label} with {' '.join(variable.dims)}."
             )
@@ -74,7 +74,7 @@ def _check_sizes(one: Labelled, other: Labelled) -> None:
 
 
 def _counts(one: Labelled, other: Labelled, variable: Variable) -> tuple[Tensor, Tensor]:
-    """Over how many prompts each report's mean was taken."""
+    """Number of prompts in each report's mean."""
     assert variable.weight is not None
     counts = getattr(one, variable.weight), getattr(other, variable.weight)
     if counts[0] is None or counts[1] is None:
@@ -86,7 +86,7 @@ def _counts(one: Labelled, other: Labelled, variable: Variable) -> tuple[Tensor,
 
 
 def _equally_long(variable: Variable, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both tensors on one device, the shorter filled up at its end with "not there"."""
+    """Both tensors on one device, the shorter one padded with the value for "undefined"."""
     other = other.to(one.device)
     if not variable.dims or variable.dims[-1] not in _GROWING:
         return one, other
@@ -99,7 +99,7 @@ def _equally_long(variable: Variable, one: Tensor, other: Tensor) -> tuple[Tenso
 
 
 def _beside(count: Tensor, weight: Variable, mean: Variable) -> Tensor:
-    """Counts along one dimension of a mean, so that they broadcast against it."""
+    """Reshape counts along one dimension of a mean so that they broadcast against it."""
     after = len(mean.dims) - 1 - mean.dims.index(weight.dims[0])
     return count.reshape(count.shape + (1,) * after)
 
@@ -112,7 +112,7 @@ def _weighted(means: tuple[Tensor, Tensor], counts: tuple[Tensor, ...]) -> Tenso
 
 
 def _agreed(name: str, one: Tensor, other: Tensor) -> Tensor:
-    """What both have: equal, or a coordinate of which one is the beginning of the other."""
+    """The common value: equal tensors, or the longer coordinate if the other is a prefix of it."""
     shared = min(one.shape[-1], other.shape[-1])
     if not torch.equal(one[..., :shared], other[..., :shared].to(one.device)):
         raise ReportError(f"These reports cannot be merged because their {name} differs.")

@@ -1,9 +1,9 @@
-"""A report as a netCDF file, and back.
+"""Saving reports to netCDF files and loading them.
 
 A field is a variable with dimensions, coordinates and units, so the file opens in xarray, R, Julia
-or ``ncdump``; it reads back bit for bit. Fields that are no tensors are JSON text, and so are token
-strings, which may hold what a netCDF string may not. A file is written in memory first: HDF5
-crashes when a disk is full.
+or ``ncdump``; values are restored bit for bit. Fields that are not tensors are stored as JSON text,
+as are token strings, which may contain characters that netCDF does not allow. The file is first
+built in memory, because HDF5 crashes on a full disk.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ if typing.TYPE_CHECKING:
     import xarray as xr
 
 FORMAT = 2
-"""1 held FFN outputs of every prompt and dim only; see `Labelled.upgraded`."""
+"""Format 1 stored FFN outputs per prompt and dim only; see `Labelled.upgraded`."""
 
 T = TypeVar("T", bound=Labelled)
 
 
 def save(labelled: Labelled, path: str | Path) -> Path:
-    """Write a labelled dataclass to a ``.nc`` file: all of it or nothing.
+    """Write a labelled dataclass to a ``.nc`` file atomically.
 
     Returns:
         The path written.
 
     Raises:
-        ReportError: Another suffix, or a path that cannot be written.
+        ReportError: If the suffix is not .nc, or the path cannot be written.
     """
     path = validation.path("path", path, error=ReportError)
     if path.suffix != ".nc":
-        raise ReportError(f"A report is saved as netCDF, so {path.name!r} should end in .nc.")
+        raise ReportError(f"Reports are saved as netCDF, so {path.name!r} must end in .nc.")
     return write_file(path, to_bytes(labelled))
 
 
@@ -53,7 +53,7 @@ def to_bytes(labelled: Labelled) -> bytes:
     texts, content.attrs = _beside_values(labelled)
     content.attrs |= {"sinkscope_format": FORMAT, "sinkscope_type": type(labelled).__name__}
     for name, variable in labelled.variables().items():
-        if variable.declared and name in content:  # the file is the only place that knows these
+        if variable.declared and name in content:  # user-defined: declared in the file only
             content[name].attrs["sinkscope_declared"] = json.dumps(dataclasses.asdict(variable))
     content = content.assign({name: ((), text) for name, text in texts.items()})
     whole = {name: {"_FillValue": None} for name in content.variables}
@@ -61,10 +61,10 @@ def to_bytes(labelled: Labelled) -> bytes:
 
 
 def load(cls: type[T], path: str | Path) -> T:
-    """Read what `save` wrote; tensors are on the CPU.
+    """Load a file written by `save`; tensors are on the CPU.
 
     Raises:
-        ReportError: A file that is missing, damaged, of another kind, or from a newer sinkscope.
+        ReportError: If the file is missing, damaged, of another kind, or from a newer sinkscope.
     """
     import xarray as xr
 
@@ -83,7 +83,7 @@ def load(cls: type[T], path: str | Path) -> T:
             ]
             kind = extended(cls, tuple(declared))
             loaded = _read(kind, file, "", int(file.attrs["sinkscope_format"]))
-        loaded.sizes  # noqa: B018 (refuses tensors that disagree)
+        loaded.sizes  # noqa: B018 (raises if tensors disagree)
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise ReportError(
             f"{path} cannot be read as a sinkscope report: it is damaged or another kind of file "
@@ -93,7 +93,7 @@ def load(cls: type[T], path: str | Path) -> T:
 
 
 def _beside_values(labelled: Labelled, prefix: str = "") -> tuple[dict[str, str], dict[str, Any]]:
-    """What variables do not say by themselves: other fields as JSON texts, dtypes as attributes."""
+    """Data other than the tensors' values: other fields as JSON, and dtypes as attributes."""
     dtypes = {n: str(labelled[n].dtype).removeprefix("torch.") for n in labelled.measured()}
     texts, attributes = {}, {f"{prefix}dtypes": json.dumps(dtypes)}
     for field in dataclasses.fields(labelled):  # type: ignore[arg-type]
@@ -110,10 +110,10 @@ def _beside_values(labelled: Labelled, prefix: str = "") -> tuple[dict[str, str]
 
 
 def _refuse_links(content: bytes, path: str | Path) -> None:
-    """Refuse a file that would have HDF5 read other files.
+    """Refuse a file that would make HDF5 read other files.
 
     Raises:
-        ReportError: If it links to other files, or keeps its values in some.
+        ReportError: If it contains links to other files, or stores values in them.
     """
     import h5py
 
@@ -123,9 +123,9 @@ def _refuse_links(content: bytes, path: str | Path) -> None:
             found = file[name] if isinstance(link, h5py.HardLink) else None
             if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
                 raise ReportError(
-                    f"{path} is not read, because its {name!r} is a link to other files or a "
-                    "group of them, which a report never has; ask whoever sent it for the report "
-                    "itself."
+                    f"{path} was not loaded because its {name!r} is a link to other files or a "
+                    "group of them, which a report never contains; obtain the report from its "
+                    "source again."
                 )
 
 
@@ -139,7 +139,7 @@ def _check_kind(cls: type[Labelled], attributes: Any, path: str | Path) -> None:
             f"up to {FORMAT}); upgrade sinkscope to read it."
         )
     if kind != cls.__name__:
-        raise ReportError(f"{path} holds a {kind}, not a {cls.__name__}.")
+        raise ReportError(f"{path} contains a {kind}, not a {cls.__name__}.")
 
 
 def _read(cls: type[T], file: xr.Dataset, prefix: str, version: int) -> T:

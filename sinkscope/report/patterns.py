@@ -10,15 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class HeadPatterns:
-    """What `sinkscope.capture.patterns.head_patterns` keeps beside a report for its page.
+    """Downsampled attention patterns for a report's page, see `capture.patterns.head_patterns`.
 
-    A pattern is cut into cells of neighbouring queries and keys, and a cell holds the largest
-    attention within it, so that a sink stays as strong as it is.
+    A pattern is divided into cells of adjacent queries and keys, and a cell's value is the largest
+    attention within it, so that sinks keep their strength.
 
     Attributes:
-        prompts: which prompts of the report.
-        first: position at which each row and column of cells begins; beyond a shorter prompt's end
-            cells are empty.
+        prompts: indices of the prompts in the report.
+        first: first position of each row and column of cells; cells beyond the end of a shorter
+            prompt are empty.
         cells: 255 times the largest attention of each cell, rounded.
         received: mean attention that each key receives from the queries that see it [probability];
             nan in the padding.

@@ -1,4 +1,4 @@
-"""What a report is asked: means with intervals; the heads, dims and tokens that stand out."""
+"""Quantities derived from a report: means with intervals; notable heads, dims and tokens."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ _PER_HEAD = ("prompt", "layer", "head")
 
 
 class SinkQuantities(SinkFields):
-    """The fields of a scan, with what follows from them."""
+    """The fields of a scan, with methods for quantities derived from them."""
 
     # -- over prompts ----------------------------------------------------------------------------
 
     def mean(self, name: str) -> Tensor:
-        """Mean of a field over the prompts that define it; what has no prompts is given as it is.
+        """Mean of a field over the prompts in which it is defined.
+
+        A field without a prompt dimension is returned unchanged.
 
         Raises:
-            ReportError: a field that is unknown or was not measured.
+            ReportError: if the field is unknown or was not measured.
         """
         figures = self[name]
         if "prompt" not in self.variables()[name].dims:
@@ -47,20 +49,20 @@ class SinkQuantities(SinkFields):
         Args:
             name: a field with a prompt dimension.
             level: probability between the ends.
-            resamples: how many times the prompts are drawn anew.
-            seed: of the draws.
+            resamples: number of bootstrap resamples of the prompts.
+            seed: seed of the draws.
 
         Returns:
-            (mean, low, high), each with the field's dimensions but the prompt.
+            (mean, low, high), each with the field's dimensions except the prompt.
 
         Raises:
-            ReportError: a field that was not measured or is a mean over prompts already.
+            ReportError: if the field was not measured or is stored as a mean over prompts.
         """
         figures = self[name]
         if "prompt" not in self.variables()[name].dims:
             raise ReportError(
-                f"{name} is kept as a mean over prompts, so there is no interval to give; fields "
-                "with a prompt dimension have one, such as sink_attention."
+                f"{name} is stored as a mean over prompts, so it has no interval; only fields with "
+                "a prompt dimension have one, such as sink_attention."
             )
         figures = figures if figures.is_floating_point() else figures.float()
         return bootstrap(figures, level, resamples, seed)
@@ -71,19 +73,19 @@ class SinkQuantities(SinkFields):
         """The heads with the largest mean of a field, strongest first.
 
         Args:
-            n: how many.
+            n: number of heads.
             by: a field with the dimensions prompt, layer and head.
 
         Returns:
             Records of layer, head, the field's mean with the low and high ends of its 95 %
-            interval, and what else was measured of: honor, attention_entropy, sink_logit_gap,
+            interval, and, where measured, honor, attention_entropy, sink_logit_gap and
             value_drain (of the head's kv_head).
         """
         n = whole_number("n", n, at_least=1, error=ReportError)
         mean, low, high = (end.cpu() for end in self.interval(by))
         if self.variables()[by].dims != _PER_HEAD:
             raise ReportError(
-                f"Heads are ranked by a field with the dimensions {' '.join(_PER_HEAD)}, and {by} "
+                f"Heads are ranked by a field with the dimensions {' '.join(_PER_HEAD)}, but {by} "
                 f"has {' '.join(self.variables()[by].dims)}."
             )
         beside = {name: self.mean(name).cpu() for name in _BESIDE if name in self.measured()}
@@ -114,23 +116,23 @@ class SinkQuantities(SinkFields):
     def nonmixture_dims(
         self, over_median: float = 100.0, over_mixed: float = 10.0, share: float = 0.5
     ) -> list[dict[str, Any]]:
-        """FFN-output dims in which the sink stands out from dims and from positions.
+        """Non-mixture dims: FFN-output dims whose value at the sink is an outlier.
 
-        Operational, ours: the seed paper's rule (Yan et al. 2024) is not public. The rule for one
-        prompt is `sinkscope.metrics.ffn.nonmixture_dims`.
+        This is an operational definition, because the rule of the original paper (Yan et al. 2024)
+        is not public. The rule for one prompt is `sinkscope.metrics.ffn.nonmixture_dims`.
 
         Args:
-            over_median: |x| at the sink over the median |x| over dims has to exceed this.
-            over_mixed: |x| at the sink over the largest |x| of any mixed position, likewise.
-            share: in at least this share of prompts.
+            over_median: lower bound on |x| at the sink over the median |x| over dims.
+            over_mixed: lower bound on |x| at the sink over the largest |x| of any mixed position.
+            share: minimum share of prompts in which both bounds are exceeded.
 
         Returns:
             Records of layer, dim, value (mean over prompts), over_median, over_mixed (means) and
             share, largest |value| first.
 
         Raises:
-            ReportError: where FFN outputs were not measured, or `over_median` is so low that more
-                dims of some prompt may pass than the scan kept.
+            ReportError: if FFN outputs were not measured, or `over_median` is so low that in some
+                prompt more dims may pass than the scan stored.
         """
         over_median = real_number("over_median", over_median, at_least=0, error=ReportError)
         over_mixed = real_number("over_mixed", over_mixed, at_least=0, error=ReportError)
@@ -161,12 +163,12 @@ class SinkQuantities(SinkFields):
             return stands_out(x, mixed, median, over_median, over_mixed).float().mean(0)
         x, mixed, dim = (self[f"ffn_largest_{name}"] for name in ("sink", "mixed", "dim"))
         mean = self["ffn_sink_mean"]
-        lowest = x[..., -1].abs() > over_median * median  # then a dim that was left out may pass
+        lowest = x[..., -1].abs() > over_median * median  # a dim that was not stored may pass
         if x.shape[-1] < mean.shape[-1] and bool(lowest.any()):
             raise ReportError(
                 f"over_median is {over_median:g}, which more than {x.shape[-1]} dims of a prompt "
-                "exceed, and no more were kept; scan again with the metric 'ffn_dims' among "
-                "metrics=, or choose a larger over_median."
+                "exceed, but no more were stored; scan again with 'ffn_dims' among metrics=, or "
+                "choose a larger over_median."
             )
         passing = stands_out(x, mixed, median, over_median, over_mixed)
         prompts, layers, ranks = passing.shape
@@ -175,11 +177,10 @@ class SinkQuantities(SinkFields):
         return torch.zeros_like(mean).scatter_add_(1, index, found.to(mean.dtype)) / prompts
 
     def inactivity_scores(self) -> dict[str, Float[Tensor, "prompt layer head"]]:
-        """The thirteen scores of Sandoval-Segura et al. 2025 by name, among them HONOR (AHON-LN).
+        """The thirteen scores of Sandoval-Segura et al. 2025 by name, including HONOR (AHON-LN).
 
-        LTHON-LL, which is ours, stands beside their LTHON-LN.
-
-        `sinkscope.metrics.heads.INACTIVE_IF` says which side of a threshold is inactive.
+        LTHON-LL is our addition to their LTHON-LN. `sinkscope.metrics.heads.INACTIVE_IF` states on
+        which side of a threshold a head is inactive.
         """
         from sinkscope.metrics.heads import inactivity_scores
 
@@ -193,22 +194,22 @@ class SinkQuantities(SinkFields):
         )
 
     def sink_heads(self, epsilon: float | None = None) -> Bool[Tensor, "layer head"]:
-        """The sink heads: those whose sink attention, averaged over prompts, exceeds ε.
+        """The sink heads: heads whose sink attention, averaged over prompts, exceeds ε.
 
-        This is the one count of sink heads: the summary, the head map, the page and the explorer
-        show the same. Heads whose sink attention no prompt defines are not sink heads.
+        The summary, the head map, the page and the explorer all use this definition. Heads with
+        undefined sink attention in every prompt are not sink heads.
 
         Args:
             epsilon: threshold [probability]; by default that of the scan.
 
         Raises:
-            ReportError: where `sink_attention` was not measured.
+            ReportError: if `sink_attention` was not measured.
         """
         threshold = self.settings.epsilon if epsilon is None else epsilon
         return self.mean("sink_attention") > threshold
 
     def chance_levels(self, quantity: str = "sink_attention") -> list[dict[str, Any]]:
-        """What each null of a scan with ``nulls=`` gives, and how many heads exceed it.
+        """Chance level under each null of a scan with ``nulls=``, and how many heads exceed it.
 
         p-values are one-sided and corrected for the number of heads (layers); those of heads are
         the fields p_initial, p_random and p_shuffled.
@@ -218,24 +219,24 @@ class SinkQuantities(SinkFields):
 
         Returns:
             Records of null, draws, low, median and high (quantiles 0.025, 0.5 and 0.975, over
-            draws, of the largest value over heads or layers), tested and significant (how many
-            heads or layers, and of how many p is at most 0.05).
+            draws, of the largest value over heads or layers), tested (number of heads or layers)
+            and significant (number of these with p at most 0.05).
 
         Raises:
-            ReportError: If no null was drawn of it.
+            ReportError: If no null was drawn for it.
         """
         if quantity not in QUANTITIES:
             raise ReportError(
-                f"Nulls are drawn of {' and '.join(QUANTITIES)}, not of {shown(quantity)}."
+                f"Nulls are drawn for {' and '.join(QUANTITIES)}, not for {shown(quantity)}."
             )
         if not (records := levels_of(self, quantity)):
             raise ReportError("No null was drawn; scan with nulls=20, for example.")
         return records
 
     def sink_rate_at(self, epsilon: float) -> float:
-        """Gu's sink rate of the first sink at any ε: share of (prompt, layer, head) above it.
+        """Sink rate of Gu et al. at any ε: share of (prompt, layer, head) above it [share].
 
-        Exact for every ε, because `sink_importance` keeps prompts, layers and heads [share].
+        Computed for the first sink from `sink_importance`, so it is exact for every ε.
         """
         epsilon = probability("epsilon", epsilon, error=ReportError)
         importance = self["sink_importance"]
@@ -245,19 +246,19 @@ class SinkQuantities(SinkFields):
     def token_mask(
         self, residual_ratio: float = 10.0, attention: float = 0.3
     ) -> Bool[Tensor, "prompt position"]:
-        """Sink and outlier tokens, to leave out when training SAEs or probes, or to quantise apart.
+        """Mask of sink and outlier tokens, to exclude from training SAEs or probes or quantising.
 
         A token is marked if it is a sink, that is, its received attention averaged over all layers
         and heads exceeds `attention`; or an outlier, that is, after some layer the norm of its
-        residual state exceeds `residual_ratio` times that layer's median. What was not measured
-        does not mark. Position 0 is not marked for being first, and padding never is.
+        residual state exceeds `residual_ratio` times that layer's median. A criterion that was not
+        measured is ignored. Position 0 gets no special treatment; padding is never marked.
 
         Args:
             residual_ratio: threshold of `residual_outlier`.
             attention: threshold of `received_peak`.
 
         Raises:
-            ReportError: where neither was measured.
+            ReportError: if neither was measured.
         """
         residual_ratio = real_number(
             "residual_ratio", residual_ratio, at_least=0, error=ReportError
@@ -277,25 +278,25 @@ class SinkQuantities(SinkFields):
             return f"{name} was not measured: scan again with nulls=20, for example."
         metric = metric_of(name)
         if metric is None or metric in self.settings.metrics:
-            return f"{name} was not measured: it does not exist for this model."
+            return f"{name} was not measured: it is not defined for this model."
         return (
             f"{name} was not measured: scan again with the metric {metric!r} among metrics= "
-            f"(this scan had {', '.join(self.settings.metrics) or 'none'})."
+            f"(this scan measured {', '.join(self.settings.metrics) or 'none'})."
         )
 
 
-# -- a report as plain values: what ``sinkscope scan --json`` prints -------------------------------
+# -- a report as plain values, as printed by ``sinkscope scan --json`` -----------------------------
 
-# Raw material of nonmixture_dims, which stands for it: numbers for every layer and dim, and more.
+# Inputs of nonmixture_dims, which is written instead: values for every layer and dim.
 _LEFT_OUT = ("ffn", "ffn_dims")
 
 
 def plain_report(report: SinkQuantities) -> dict[str, Any]:
     """Every measured field as nested lists, by name.
 
-    `sink_attention` keeps its prompts and so do fields about single tokens, such as `tokens`; other
-    fields are means over prompts. `massive_activations` and `nonmixture_dims` are lists of records.
-    A field that was not measured is left out; nan and inf, which JSON has not, are None.
+    `sink_attention` and fields of single tokens, such as `tokens`, have a value per prompt; other
+    fields are averaged over prompts. `massive_activations` and `nonmixture_dims` are lists of
+    records. Fields that were not measured are left out; nan and inf are None, as JSON lacks them.
     """
     values: dict[str, Any] = {"settings": report.settings.to_dict()}
     if report.token_text is not None:
@@ -314,7 +315,7 @@ def plain_report(report: SinkQuantities) -> dict[str, Any]:
 
 
 def nested(tensor: Tensor) -> list[Any]:
-    """The tensor as nested lists of plain numbers: each the shortest that reads back the same."""
+    """The tensor as nested lists of numbers, each with the fewest digits that restore its value."""
     figures = to_numpy(tensor)
     if figures.dtype.kind != "f":
         return figures.tolist()

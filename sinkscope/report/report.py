@@ -1,4 +1,4 @@
-"""The result of a scan, and what one asks of it."""
+"""The result of a scan."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from sinkscope.report.patterns import HeadPatterns
 
 _PAGE = "sinkscope.html.report_page"
-"""The module that draws a report as a page, found by name: drawing stands above what it draws."""
+"""The module that renders a report as a page, imported by name, as it is in a higher layer."""
 
 
 class SinkReport(SinkQuantities):
-    """Everything one scan measured: named tensors, with units and provenance.
+    """The result of a scan: named tensors with units and provenance.
 
-    Attributes are tensors on the scan's device, or None where the scan did not measure them; the
-    list is in `sinkscope.report.fields`. Values that are cheap to keep for every prompt have a
-    prompt dimension, so that `interval` can say how sure their mean is; the others are means over
-    prompts, and `prompts_at` (for positions), `prompts_with_sink_at` (for `cosine_to_sink`) and
-    `prompts_in_bucket` say over how many. A figure that a prompt does not define (a mean over the
-    queries after the sink, where there is none) is nan.
+    Attributes are tensors on the scan's device, or None if the scan did not measure them; they are
+    listed in `sinkscope.report.fields`. Values that are cheap to store for every prompt have a
+    prompt dimension, from which `interval` computes confidence intervals. The others are means over
+    prompts, whose numbers are in `prompts_at` (for positions), `prompts_with_sink_at` (for
+    `cosine_to_sink`) and `prompts_in_bucket`. A value that is undefined in a prompt (a mean over
+    the queries after the sink, if there are none) is nan.
 
     Example:
         >>> report = scan(model, texts("prose"))                        # doctest: +SKIP
@@ -42,17 +42,18 @@ class SinkReport(SinkQuantities):
     # -- as tables and files ---------------------------------------------------------------------
 
     def to_frame(self, *names: str) -> pd.DataFrame:
-        """A tidy frame: one row an observation, one column a dimension, then one a field.
+        """A tidy frame: one row per observation, one column per dimension, then one per field.
 
         Args:
             names: fields of equal dimensions, or "massive" for the massive activations.
 
         Returns:
             Columns named by dimension and by field with unit, such as "sink_attention
-            [probability]". Rows of single tokens also have the token's text, and none is padding.
+            [probability]". Fields with prompt and position also have a column with the token's
+            text, and no rows for padding.
 
         Raises:
-            ReportError: a field that is unknown or was not measured, or dimensions that differ.
+            ReportError: if a field is unknown or was not measured, or dimensions differ.
         """
         frame = super().to_frame(*names)
         if not {"prompt", "position"} <= set(frame):
@@ -66,7 +67,7 @@ class SinkReport(SinkQuantities):
         return frame
 
     def heads(self, level: float = 0.95) -> pd.DataFrame:
-        """One row a head: means over prompts with their intervals of every field of heads.
+        """One row per head: means over prompts with intervals, for every field of heads.
 
         Args:
             level: probability between the ends of the bootstrap intervals.
@@ -74,31 +75,33 @@ class SinkReport(SinkQuantities):
         Returns:
             layer, head, kv_head, sink_head (see `sink_heads`), then for each measured field with
             the dimensions prompt, layer and head or kv_head three columns: ``honor``,
-            ``honor_low``, ``honor_high``. What is kept per KV head stands at every head that reads
-            it. ``attrs`` has "units" and "about" by column, "level", "model", "text", "weights".
+            ``honor_low``, ``honor_high``. Values of KV heads are repeated for each query head of
+            the group. ``attrs`` has "units" and "about" by column, "level", "model", "text" and
+            "weights".
         """
         from sinkscope.report.features import heads
 
         return heads(self, level)
 
     def features(self, *names: str) -> pd.DataFrame:
-        """One row a prompt of named numbers, for probes and classifiers.
+        """One row of features per prompt, for probes and classifiers.
 
         Args:
-            names: fields with a prompt and no position. By default what describes the sinks: the
-                keys that receive most from each head with their positions and value norms
+            names: fields with a prompt and no position. The default features are the keys that
+                receive the most attention from each head, with their positions and value norms
                 (metric "top_received"; Binkowski et al. 2026, arXiv 2604.10697), sink attention,
-                value drains, residual peaks.
+                value drains and residual peaks.
 
         Returns:
-            One column an entry, named by field and place, such as ``top_received_L5H3R0`` (layer
-            5, head 3, rank 0, the strongest) or ``value_drain_L5KV1``; the index is the prompt.
-            What a model or a prompt does not define is nan. ``attrs`` has "units" and "about", and
-            in "not_measured" what the scan did not hold, each with the metric to ask for.
+            One column per entry, named by field and coordinates, such as ``top_received_L5H3R0``
+            (layer 5, head 3, rank 0, the strongest) or ``value_drain_L5KV1``; the index is the
+            prompt. Values that are undefined for a model or a prompt are nan. ``attrs`` has
+            "units", "about" and "not_measured": default fields that were not measured, each with
+            its metric.
 
         Raises:
-            ReportError: a named field that is unknown, was not measured or has positions, or where
-                none of the default ones was measured.
+            ReportError: if a named field is unknown, was not measured or has positions, or if none
+                of the default ones was measured.
         """
         from sinkscope.report.features import features
 
@@ -111,26 +114,26 @@ class SinkReport(SinkQuantities):
         level: float = 0.95,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """How each head differs between this text and another one, prompts unpaired.
+        """Compare each head between this text and another one, with unpaired prompts.
 
         Args:
             other: report of other prompts on the same model.
             name: field with the dimensions prompt, layer and head or kv_head; with sink_attention
                 the difference is the sink divergence of Surgery (2026, arXiv 2602.05228).
             level: probability between the ends; p-values below 1 - level count as significant.
-            seed: of the resamples and permutations.
+            seed: seed of the resamples and permutations.
 
         Returns:
-            One row a head: layer, head, means on "this" and the "other" text, their "difference"
+            One row per head: layer, head, means on "this" and the "other" text, their "difference"
             with "low" and "high" (bootstrap), "p" (corrected for all heads, see
-            `sinkscope.statistics.max_t`; nan where some prompt leaves the field undefined), and
-            the share of pairs of prompts in which this text is "higher" and "lower". ``attrs``
-            counts signs: "heads_higher", "heads_lower", "heads_equal", "heads_undefined",
+            `sinkscope.statistics.max_t`; nan if the field is undefined in some prompt), and the
+            share of pairs of prompts in which this text is "higher" and "lower". ``attrs`` has the
+            counts of heads: "heads_higher", "heads_lower", "heads_equal", "heads_undefined",
             "significantly_higher", "significantly_lower".
 
         Raises:
-            ReportError: reports of two models or interventions, or an unsuitable field.
-            TextError: fewer than two prompts of a text.
+            ReportError: if models or interventions differ, or the field is unsuitable.
+            TextError: if a text has fewer than two prompts.
         """
         from sinkscope.report.features import head_differences
 
@@ -156,43 +159,43 @@ class SinkReport(SinkQuantities):
         return dataset.assign_coords(token=(("prompt", "position"), padded))
 
     def save(self, path: str | Path) -> Path:
-        """Write the report to a ``.nc`` (netCDF 4) file, all of it or nothing; see `load_report`.
+        """Write the report to a ``.nc`` (netCDF 4) file atomically; see `load_report`.
 
         Raises:
-            ReportError: another suffix, or a path that cannot be written.
+            ReportError: if the suffix is not .nc, or the path cannot be written.
         """
         from sinkscope.report.netcdf import save
 
         return save(self, path)
 
     def to_dict(self) -> dict[str, Any]:
-        """All values as JSON knows them; see `quantities.plain_report`."""
+        """All values as JSON types; see `quantities.plain_report`."""
         from sinkscope.report.quantities import plain_report
 
         return plain_report(self)
 
     def to_json(self) -> str:
-        """One JSON object of all figures; nan and inf are null."""
+        """All values as one JSON object; nan and inf are null."""
         return json.dumps(self.to_dict(), allow_nan=False)
 
     def to_html(self, patterns: HeadPatterns | None = None) -> str:
-        """One interactive page with everything inside: no kernel, no request, no other file.
+        """Render the report as one self-contained interactive HTML page.
 
         Args:
-            patterns: attention patterns of the first prompts, which a report does not keep; see
-                `sinkscope.capture.patterns.head_patterns`. Without them the page shows none.
+            patterns: attention patterns of the first prompts, which are not part of a report; see
+                `sinkscope.capture.patterns.head_patterns`. By default the page shows none.
         """
         return importlib.import_module(_PAGE).to_html(self, patterns)
 
     def merge(self, other: SinkReport) -> SinkReport:
-        """The report of both reports' prompts, as if they had been scanned together.
+        """Merge two reports of different prompts, as if these had been scanned together.
 
-        Prompts are laid end to end; means over prompts are weighted by how many they are over.
+        Prompts are concatenated; means over prompts are weighted by their numbers of prompts.
         Prompts of the two may differ in length.
 
         Raises:
-            ReportError: where a setting that changes the meaning of the figures differs (the
-                sentence names the first), only one report has a field, or `other` is no report.
+            ReportError: if a setting that affects the meaning of the values differs (the message
+                names the first), only one report has a field, or `other` is not a report.
         """
         from sinkscope.report.chance import derived
         from sinkscope.report.merge import merged_fields
@@ -215,7 +218,7 @@ class SinkReport(SinkQuantities):
         )
         return dataclasses.replace(merged, **derived(merged))
 
-    # -- for people ------------------------------------------------------------------------------
+    # -- display ---------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         from sinkscope.report.summary import as_text
@@ -229,16 +232,16 @@ class SinkReport(SinkQuantities):
 
 
 def load_report(path: str | Path) -> SinkReport:
-    """Read a report that `SinkReport.save` wrote; its tensors are on the CPU.
+    """Load a report saved by `SinkReport.save`; its tensors are on the CPU.
 
     Args:
-        path: of the ``.nc`` file.
+        path: path of the ``.nc`` file.
 
     Returns:
-        The report, equal to the one that was saved.
+        The report, equal to the saved one.
 
     Raises:
-        ReportError: a file that is missing, damaged, of another kind, or from a newer sinkscope.
+        ReportError: if the file is missing, damaged, of another kind, or from a newer sinkscope.
     """
     from sinkscope.report.netcdf import load
 

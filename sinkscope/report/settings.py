@@ -1,4 +1,4 @@
-"""What a report was measured with: enough to repeat it, and to know which reports may be merged."""
+"""Settings of a scan: provenance for reproducing a report and deciding which may be merged."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from sinkscope.errors import ReportError
 
 _LIBRARIES = ("sinkscope", "torch", "transformers", "transformer-lens")
 
-# Settings that leave a trace in the report but do not change what its figures mean: two reports
-# that differ only here may be merged. Everything else has to agree.
+# Settings that do not affect the meaning of the values: two reports that differ only in these may
+# be merged. All others must agree.
 _PROVENANCE = ("device", "attention", "seed", "length", "versions", "weights", "output", "hooks")
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that shape the figures, read without importing them.
+    """Versions of Python and of the libraries that affect results, read without importing them.
 
     Returns:
-        Library name (``transformer_lens`` with an underscore) to version; "" where not installed.
+        Library name (``transformer_lens`` with an underscore) to version; "" if not installed.
     """
     installed = {library.replace("-", "_"): _version(library) for library in _LIBRARIES}
     return {"python": platform.python_version()} | installed
 
 
-@cache  # reading four files would show in the time of a short scan
+@cache  # reading four files takes noticeable time in a short scan
 def _version(library: str) -> str:
     try:
         return metadata.version(library)
@@ -43,28 +43,27 @@ class Settings:
 
     Attributes:
         model: name, hub id or path as the user gave it.
-        revision: hub revision or hash of the weights' file; "" where there is none.
+        revision: hub revision or hash of the weight file; "" if there is none.
         architecture: name of the model's class or family, for example "LlamaForCausalLM".
         dtype: the weights' dtype, for example "float32".
         device: where the model ran.
-        source: where the tokens came from, for example "prose".
-        bos: BOS policy and what it came to, for example "auto (none)".
+        source: source of the tokens, for example "prose".
+        bos: BOS policy and its result, for example "auto (none)".
         length: number of positions of the longest prompt, BOS included (T).
         epsilon: threshold of `SinkReport.sink_rate`.
-        sinks: the sink positions asked for: "0", "0,255" or "auto".
-        attention: how attention was read: "eager" or "streaming". Both are exact.
-        causal: whether a query sees only the keys up to itself.
-        windows: each layer's sliding window in positions, None for a layer that sees everything.
-        without_attention: the layers that do not attend, or whose attention TransformerLens does
-            not show; attention, values and heads are undefined (nan) there.
-        metrics: what was asked of the scan.
-        seed: of the texts and of anything random in the scan; None where merged reports differ.
-        interventions: those in force while it was measured, the outermost first.
-        hooks: where hooks of the user's own were meanwhile.
-        weights: hash of all weights that were measured; "" in reports of earlier versions, which
-            did not record it.
-        output: hash of what the model gives on a few tokens, where code of the user's own takes
-            part (a replaced ``forward``, a module of one's own); "" elsewhere.
+        sinks: the requested sink positions: "0", "0,255" or "auto".
+        attention: attention path: "eager" or "streaming". Both are exact.
+        causal: whether a query attends only to itself and earlier positions.
+        windows: each layer's sliding window in positions; None for full attention.
+        without_attention: layers without attention, or whose attention TransformerLens does not
+            expose; fields of attention, values and heads are undefined (nan) there.
+        metrics: the measured metrics.
+        seed: seed of the texts and of the scan; None if merged reports differ.
+        interventions: interventions active during the scan, outermost first.
+        hooks: places with user hooks during the scan.
+        weights: hash of all weights; "" in reports of earlier versions, which did not record it.
+        output: hash of the model's output on a few tokens if user code is involved (a replaced
+            ``forward``, a custom module); otherwise "".
         versions: see `library_versions`.
     """
 
@@ -95,17 +94,17 @@ class Settings:
 
     @property
     def attending(self) -> tuple[int, ...]:
-        """The layers that attend."""
+        """The layers with attention."""
         return tuple(i for i in range(self.n_layers) if i not in self.without_attention)
 
     @property
     def heads_per_kv_head(self) -> int:
-        """Query heads that share keys and values; they are neighbours. 0 where no layer attends."""
+        """Size of the groups of adjacent query heads that share a KV head; 0 without attention."""
         return self.n_heads // max(self.n_kv_heads, 1)
 
     @property
     def windows_attended(self) -> tuple[int | None, ...]:
-        """The sliding window of each layer that attends."""
+        """The sliding window of each layer with attention."""
         return tuple(self.windows[layer] if self.windows else None for layer in self.attending)
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,7 +117,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Settings:
-        """Undo `to_dict`, also of earlier versions."""
+        """Restore settings written by `to_dict`, also by earlier versions."""
         plain = dict(plain)
         if "path" in plain:  # its name until 0.1
             words = plain.pop("path").split(", ")
@@ -131,19 +130,19 @@ class Settings:
         return cls(**{**plain, **tuples})
 
     def merge(self, other: Settings) -> Settings:
-        """The settings of two reports put together.
+        """Merge the settings of two reports.
 
         Raises:
-            ReportError: where a setting that changes the meaning of the figures differs; the
-                sentence names the first such setting.
+            ReportError: if a setting that affects the meaning of the values differs; the message
+                names the first.
         """
         self._refuse_another_model(other)
         self._refuse_other(other, [name for name in self.to_dict() if name not in _PROVENANCE])
         made = [settings.versions.get("sinkscope", "") for settings in (self, other)]
         if made[0] != made[1]:
             raise ReportError(
-                f"These reports cannot be merged because sinkscope {made[0]} made one and "
-                f"{made[1]} the other; scan again with one version."
+                f"These reports cannot be merged because one is from sinkscope {made[0]} and the "
+                f"other from {made[1]}; scan again with one version."
             )
         libraries = dict.fromkeys([*self.versions, *other.versions])
         return dataclasses.replace(
@@ -160,7 +159,7 @@ class Settings:
         )
 
     def _refuse_other(self, other: Settings, names: Iterable[str]) -> None:
-        """Refuse reports of which one of these settings differs."""
+        """Refuse reports if one of these settings differs."""
         ours, theirs = self.to_dict(), other.to_dict()
         for name in names:
             if ours[name] != theirs[name]:
@@ -171,34 +170,34 @@ class Settings:
                 )
 
     def _refuse_another_model(self, other: Settings) -> None:
-        """Refuse reports of models that may compute different things.
+        """Refuse reports of models that may compute different results.
 
-        What else differs (a metric that is not defined under a hook) may only follow from that, so
-        this comes first.
+        Checked first, because other differences (a metric undefined under a hook) may follow from
+        it.
         """
         if hooks := self.hooks or other.hooks:
             raise ReportError(
-                f"These reports cannot be merged because hooks of one's own were at "
-                f"{', '.join(hooks[:3])} while one was measured, and nothing tells whether they "
-                "did the same in the other; scan all texts at once."
+                f"These reports cannot be merged because user hooks were at "
+                f"{', '.join(hooks[:3])} while one was measured, and it is unknown whether they "
+                "were the same in the other; scan all texts at once."
             )
         self._refuse_other(other, ("model", "revision", "architecture", "dtype", "interventions"))
         if not (self.weights and other.weights):  # a report of an earlier version
             return
         if self.weights != other.weights:
             raise ReportError(
-                f"These reports cannot be merged because {self.model} had other weights in each; "
-                "scan both texts with one model."
+                f"These reports cannot be merged because {self.model} had different weights in "
+                "each; scan both texts with one model."
             )
         if self.output != other.output:
             raise ReportError(
                 f"These reports cannot be merged because {self.model} has the same weights in both "
-                "and computes something else with them: a forward that was replaced, or a module "
-                "of one's own, differs; scan both texts with one model, on one device."
+                "but computes different results: a replaced forward or a custom module differs; "
+                "scan both texts with one model, on one device."
             )
 
 
 def _either(mine: str, theirs: str) -> str:
-    """Both values, each once, in order; what is unknown is left out."""
+    """Both values joined, without duplicates and unknown ones."""
     both = [*mine.split(", "), *theirs.split(", ")]
     return ", ".join(value for value in dict.fromkeys(both) if value)

@@ -1,7 +1,7 @@
-"""A report at a glance, for the terminal and for a notebook: the same facts in both.
+"""Summary of a report for a terminal or a notebook, with the same content in both.
 
-First the headline, then one line a fact, each made by a function of its own that returns None where
-there is nothing to say, then the table of the strongest heads.
+The headline is followed by one line per fact, each from a function that returns None if it does not
+apply, and the table of the strongest heads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sinkscope.report.headline import PEAK, headline, uniform
 from sinkscope.report.quantities import SinkQuantities
 from sinkscope.statistics import Interval, bootstrap
 
-_SHOWN = 5  # dims, tokens, layers named in one sentence
+_SHOWN = 5  # dims, tokens or layers listed in one sentence
 
 
 def model(report: SinkQuantities) -> str:
@@ -48,7 +48,7 @@ def model(report: SinkQuantities) -> str:
 
 
 def text(report: SinkQuantities) -> str:
-    """Where the tokens came from, how many, and the BOS policy."""
+    """Source and number of the tokens, and the BOS policy."""
     lengths = report.mask.sum(1)
     low, high = int(lengths.min()), int(lengths.max())
     length = str(high) if low == high else f"{low} to {high}"
@@ -58,7 +58,7 @@ def text(report: SinkQuantities) -> str:
 
 
 def sinks(report: SinkQuantities) -> str:
-    """Which positions, which tokens, and how much attention they get beside uniform attention."""
+    """Sink positions, their tokens, and their attention next to that of uniform attention."""
     parts = [f"{_positions(report)}{_sink_tokens(report)}"]
     if report.sink_attention is not None and not report.sink_attention.isnan().all():
         per_prompt = report.sink_attention.float().nanmean((1, 2))
@@ -72,7 +72,7 @@ def sinks(report: SinkQuantities) -> str:
 
 
 def secondary_sinks(report: SinkQuantities) -> str | None:
-    """Which further positions `sinks="auto"` found, in how many prompts and which layers."""
+    """Further positions found with `sinks="auto"`, with their numbers of prompts and layers."""
     if report.secondary_sinks is None:
         return None
     prompts = report.secondary_sinks.any(dim=1).sum(dim=0)  # [position]
@@ -84,11 +84,11 @@ def secondary_sinks(report: SinkQuantities) -> str | None:
         shown.append(f"{position} (×{int(prompts[position])}, layer{count} {runs(set(layers))})")
     if not shown:
         return "none found"
-    return f"positions {and_more(shown, len(order), '; ')}; kept apart from the primary sinks"
+    return f"positions {and_more(shown, len(order), '; ')}; separate from the primary sinks"
 
 
 def sink_heads(report: SinkQuantities) -> str | None:
-    """How many heads are sink heads; see `SinkQuantities.sink_heads`."""
+    """Number of sink heads; see `SinkQuantities.sink_heads`."""
     if report.sink_attention is None or report.sink_attention.isnan().all():
         return None
     defined = int(report.mean("sink_attention").isfinite().sum())
@@ -99,7 +99,7 @@ def sink_heads(report: SinkQuantities) -> str | None:
 
 
 def sink_rate(report: SinkQuantities) -> str | None:
-    """Gu's sink rate of the first sink."""
+    """Sink rate of the first sink (Gu et al.)."""
     if report.sink_importance is None or report.sink_importance.isnan().all():
         return None
     epsilon = report.settings.epsilon
@@ -110,7 +110,7 @@ def sink_rate(report: SinkQuantities) -> str | None:
 
 
 def chance(report: SinkQuantities) -> str | None:
-    """How many heads, and layers' residual peaks, exceed what each null gives."""
+    """Numbers of heads, and of layers' residual peaks, that exceed chance under each null."""
     said = []
     for quantity, what in (("sink_attention", "heads"), ("residual_peak", "layers' peaks")):
         for one in chance_levels(report, quantity):
@@ -123,7 +123,7 @@ def chance(report: SinkQuantities) -> str | None:
 
 
 def value_drain(report: SinkQuantities) -> str | None:
-    """The sink's value norm beside the others'."""
+    """The sink's value norm relative to the others'."""
     if report.value_drain is None:
         return None
     drain = report.mean("value_drain")
@@ -138,7 +138,7 @@ def value_drain(report: SinkQuantities) -> str | None:
 
 
 def residual_peak(report: SinkQuantities) -> str | None:
-    """Where the residual peak is largest, and the layer that first writes it."""
+    """Size and layer of the largest residual peak, and the layer that first writes it."""
     if report.residual_peak is None:
         return None
     peak = report.mean("residual_peak")
@@ -153,7 +153,7 @@ def residual_peak(report: SinkQuantities) -> str | None:
 
 
 def massive_dims(report: SinkQuantities) -> str | None:
-    """The dims that hold massive activations, largest first, and the layers where they do."""
+    """The dims with massive activations, largest first, and their layers."""
     if report.massive is None:
         return None
     layers: dict[int, set[int]] = defaultdict(set)
@@ -188,7 +188,7 @@ def nonmixture_dims(report: SinkQuantities) -> str | None:
 
 
 def marked_tokens(report: SinkQuantities) -> str | None:
-    """How many tokens `token_mask` marks, and where most of them are."""
+    """Number of tokens marked by `token_mask`, and their most frequent positions."""
     if report.received_peak is None and report.residual_outlier is None:
         return None
     marked = report.token_mask()
@@ -204,7 +204,7 @@ def marked_tokens(report: SinkQuantities) -> str | None:
 
 
 def provenance(report: SinkQuantities) -> str:
-    """Path, device, seed and versions."""
+    """Attention path, device, revision, seed and versions."""
     s = report.settings
     versions = [f"{name} {version}" for name, version in s.versions.items() if version]
     seed = "" if s.seed is None else f", seed {s.seed}"
@@ -280,12 +280,12 @@ def as_html(report: SinkQuantities) -> str:
 
 
 def title_of(report: SinkQuantities) -> str:
-    """What was measured, in one line."""
+    """Title of the summary."""
     return f"Attention sinks of {printable(report.settings.model)}"
 
 
 def facts_of(report: SinkQuantities) -> list[Fact]:
-    """Label and text of everything there is to say; what was not measured is left out."""
+    """Label and text of every fact; those that were not measured are left out."""
     facts = [
         ("Model", model(report)),
         ("Text", text(report)),
@@ -305,10 +305,10 @@ def facts_of(report: SinkQuantities) -> list[Fact]:
 
 
 def heads_of(report: SinkQuantities) -> tuple[list[str], list[list[str]]]:
-    """Column titles and cells of the table of the strongest heads; no rows without a figure."""
+    """Column titles and cells of the table of the strongest heads; empty if not measured."""
     if report.sink_attention is None or report.sink_attention.isnan().all():
         return [], []
-    defined = int(report.mean("sink_attention").isfinite().sum())  # not without attention
+    defined = int(report.mean("sink_attention").isfinite().sum())  # nan in layers without attention
     records = [_with_interval(record) for record in report.top_heads(min(_HEADS, defined))]
     names = [name for name in _TITLES if name in records[0]]
     return (

@@ -317,13 +317,13 @@ def test_received_attention_of_relu_by_loops(tokens):
 def test_what_is_not_defined_is_refused_in_a_sentence(tokens):
     relu, gated = (to_bridge(build(attention=kind)) for kind in ("relu", "gated"))
     texts = token_ids(tokens)
-    with pytest.raises(UnsupportedError, match="not a softmax .* no distribution"):
+    with pytest.raises(UnsupportedError, match="not a softmax .* not distributions"):
         scan(relu, texts, metrics="entropy", progress=False)
     with pytest.raises(UnsupportedError, match="no gate stands behind the heads"):
         scan(relu, texts, metrics="gates", progress=False)
     with pytest.raises(UnsupportedError, match="use eager attention"):
         scan(relu, texts, metrics="sink_attention", attention="streaming", progress=False)
-    assert "no distribution" in capabilities(relu).unavailable["entropy"]
+    assert "not distributions" in capabilities(relu).unavailable["entropy"]
     assert not any("streaming" in why for why in capabilities(relu).unavailable.values())
     assert capabilities(gated).gate == "identity" and not capabilities(relu).gated
     assert "gated outputs" in str(capabilities(gated))

@@ -372,7 +372,7 @@ def test_found_sinks_are_measured_as_if_they_had_been_named(tmp_path) -> None:
     one.save(tmp_path / "r.nc")
     assert ss.load_report(tmp_path / "r.nc").equals(one)
     text = repr(one)
-    assert "Secondary sinks" in text and "kept apart from the primary sinks" in text
+    assert "Secondary sinks" in text and "separate from the primary sinks" in text
 
 
 @pytest.mark.parametrize("sinks", [[], None, "first", [0.0], [True], [-1], 1.0])

@@ -147,7 +147,7 @@ def test_weights_that_are_not_finite(tmp_path: Path, value: float, with_tokenize
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     refused(
-        ModelError, folder, r"1 tensors \(first model.layers.1.mlp.up_proj.weight\).*every figure"
+        ModelError, folder, r"1 tensors \(first model.layers.1.mlp.up_proj.weight\).*every result"
     )
 
 

@@ -113,7 +113,7 @@ def test_code_replaced_in_the_library_is_seen_and_measured(
     now = scan(model, TOKENS, progress=False)
     assert_measured(model)
     assert not now.equals(before)
-    with pytest.raises(ReportError, match="a forward that was replaced"):
+    with pytest.raises(ReportError, match="a replaced forward"):
         before.merge(now)
     monkeypatch.undo()
     assert model_identity(model) == identity

@@ -84,7 +84,7 @@ def test_one_prompt_has_no_interval():
 
 
 def test_fields_without_prompts_have_no_interval():
-    with pytest.raises(ReportError, match="residual_norm is kept as a mean over prompts"):
+    with pytest.raises(ReportError, match="residual_norm is stored as a mean over prompts"):
         synthetic_report().interval("residual_norm")
     with pytest.raises(ReportError, match="was not measured"):
         only(synthetic_report()).interval("sink_attention")

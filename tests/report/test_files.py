@@ -144,7 +144,7 @@ def test_saving_over_a_report_replaces_it(tmp_path: Path):
 
 def test_paths_that_cannot_be_written(tmp_path: Path):
     report = only(synthetic_report())
-    with pytest.raises(ReportError, match=r"'r.csv' should end in .nc"):
+    with pytest.raises(ReportError, match=r"'r.csv' must end in .nc"):
         report.save(tmp_path / "r.csv")
     with pytest.raises(ReportError, match="cannot be written: No such file or directory"):
         report.save(tmp_path / "missing" / "r.nc")
@@ -180,7 +180,7 @@ def test_a_newer_format_or_another_type_is_refused(tmp_path: Path):
     with pytest.raises(ReportError, match=r"newer sinkscope .* upgrade"):
         load_report(path)
     path = netcdf.save(synthetic_report().massive, tmp_path / "m.nc")
-    with pytest.raises(ReportError, match="holds a MassiveActivations, not a SinkReport"):
+    with pytest.raises(ReportError, match="contains a MassiveActivations, not a SinkReport"):
         load_report(path)
 
 

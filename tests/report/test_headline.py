@@ -40,9 +40,9 @@ def test_a_strong_sink_its_writer_and_its_values():
     ratio = float(attention.mean()) / EVEN
     assert said == (
         "synthetic has a strong sink at position 0: half of its heads (12 of 24) pay it more than "
-        f"0.3 of their attention; the mean over heads, 0.45, is {ratio:.2g} times an even spread. "
-        "Block 1 writes the residual peak (179 times the others' norm, dim 3). The sink's values "
-        "have about a quarter of the others' norm (0.24)."
+        f"0.3 of their attention; the mean over heads, 0.45, is {ratio:.2g} times that of uniform "
+        "attention. Block 1 writes the residual peak (179 times the others' norm, dim 3). The "
+        "sink's values have about a quarter of the others' norm (0.24)."
     )
 
 
@@ -74,7 +74,7 @@ def test_several_sinks_and_moving_ones_are_named():
 def test_no_sink_found_and_nothing_after_the_sink():
     none = report(torch.full((2, 4, 6), torch.nan), sink_mask=torch.zeros(2, 16, dtype=torch.bool))
     assert headline(only(none, "sink_attention")) == (
-        "No position of these texts was found to be a sink of synthetic."
+        "No position of these texts is a sink of synthetic."
     )
     alone = report(torch.full((2, 4, 6), torch.nan))
     assert "no query comes after it" in headline(only(alone, "sink_attention"))
@@ -105,7 +105,7 @@ def test_a_peak_that_grows_names_both_blocks():
 def test_the_even_spread_is_that_of_the_mask(causal: bool):
     made = only(report(heads(*[0.8] * 24), settings={"causal": causal}), "sink_attention")
     even = EVEN if causal else 1 / 16
-    assert f"is {float(f'{0.8 / even:.2g}'):g} times an even spread" in headline(made)
+    assert f"is {float(f'{0.8 / even:.2g}'):g} times that of uniform attention" in headline(made)
 
 
 def test_terminal_notebook_page_and_figure_count_the_same_heads():

@@ -110,7 +110,7 @@ def test_the_first_setting_that_differs_is_named(setting: str, value: object):
 
 def test_another_version_of_sinkscope_is_refused():
     versions = {"python": "3.11.7", "sinkscope": "9.9", "torch": "2.13.0"}
-    with pytest.raises(ReportError, match=r"sinkscope 0\.1\.0 made one and 9\.9 the other"):
+    with pytest.raises(ReportError, match=r"from sinkscope 0\.1\.0 and the other from 9\.9"):
         synthetic_report().merge(synthetic_report(settings={"versions": versions}))
 
 

@@ -62,7 +62,7 @@ def test_access_by_name_says_what_is_wrong():
         report["honor"]
     with pytest.raises(ReportError, match="scan again with the metric 'massive'"):
         report.to_frame("massive")
-    with pytest.raises(ReportError, match="does not exist for this model"):
+    with pytest.raises(ReportError, match="is not defined for this model"):
         report["position_embedding_norm"]
 
 

@@ -276,7 +276,7 @@ def test_comparison_names_what_changed(pair):
     place = before.residual_norm.argmax().item()
     assert f"at layer {place // 16}, position {place % 16}" in text
     Page(comparison._repr_html_())
-    assert "No figure changed." in repr(compare(before, before))
+    assert "No value changed." in repr(compare(before, before))
 
 
 def test_other_tokens_cannot_be_compared(pair):
