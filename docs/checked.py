@@ -485,11 +485,11 @@ Made by `python docs/checked.py` on {date} with {versions}.
 ## Published definitions, computed a second time
 
 Each quantity was computed twice: by sinkscope, and by the formula given here, which the script
-states on its own and evaluates in float64 on what hooks on transformers' eager model keep. The
-model is SmolLM2-135M in float32 on a CPU, with 4 prompts of 64 tokens of prose, unless something
-else is said. Positions count from 0; a difference is the largest over all prompts, layers, heads
-and positions. The code of the peers was read, at the commit given below, and not run for this
-table. Tests compare every field of a report with transformers on [many more
+implements independently and evaluates in float64 on activations recorded by hooks on transformers'
+eager model. The model is SmolLM2-135M in float32 on a CPU, with 4 prompts of 64 tokens of prose,
+unless stated otherwise. Positions count from 0; a difference is the largest over all prompts,
+layers, heads and positions. The code of the peers was read, at the commit given below, and not run
+for this table. Tests compare every field of a report with transformers on [many more
 architectures](families.md).
 """
 REPORTED = """

@@ -1,6 +1,6 @@
 """The `sinkscope` command: each subcommand only calls what Python users call.
 
-Nothing heavy is imported before a command runs, so `--help` answers at once.
+Nothing heavy is imported before a command runs, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from sinkscope.cli import (
 
 
 class InOrder(typer.core.TyperGroup):
-    """Commands as a newcomer meets them: what can be measured, then a first scan, then the rest."""
+    """Command group that lists `models` and `scan` first, which a new user needs first."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The commands' names in that order."""
+        """Return the names of the commands in that order."""
         names = super().list_commands(ctx)
         first = [name for name in ("models", "scan") if name in names]
         return [*first, *(name for name in names if name not in first)]
@@ -91,13 +91,13 @@ examples.add_to(app)
 
 
 def main() -> None:
-    """Run the command; what sinkscope refuses ends in one sentence and exit code 2.
+    """Run the command; sinkscope's own errors end with one sentence and exit code 2.
 
-    Ctrl-C ends in exit code 130; what a command keeps of it, the command itself says.
+    Ctrl-C ends with exit code 130; the command then reports which results were saved.
     """
     from sinkscope.errors import SinkscopeError
 
-    # Notes of one library to the authors of another, about which a user can do nothing.
+    # Notices from one library to the developers of another, on which a user cannot act.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(?!sinkscope\b)")
     try:
         with _common.terminal():

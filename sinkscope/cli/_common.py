@@ -1,4 +1,4 @@
-"""What several commands share: options, folders to write to, JSON on stdout."""
+"""Options and helpers that several commands use: texts, output folders, JSON on stdout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sinkscope.prompts.recipes import TextSource
     from sinkscope.prompts.tokens import Texts as Tokens
 else:
-    Context = typer.Context.__base__  # the class of what typer really hands over
+    Context = typer.Context.__base__  # the class of the object that typer passes
 
 Model = Annotated[
     str,
@@ -34,27 +34,27 @@ Model = Annotated[
         help="A packaged model (see `sinkscope models`), a Hub id, a folder, or a .gguf file."
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda if available.")]
 Dtype = Annotated[
     str | None,
     typer.Option(help="float32 (the default), bfloat16, float16, or auto: the checkpoint's own."),
 ]
-Out = Annotated[Path | None, typer.Option(help="Folder to write to; made if it is not there.")]
+Out = Annotated[Path | None, typer.Option(help="Folder to write to; created if missing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Texts = Annotated[str, typer.Option("--texts", help="prose, code, a file, or hf:owner/name:split.")]
-Prompts = Annotated[int, typer.Option(min=1, help="How many prompts.")]
+Prompts = Annotated[int, typer.Option(min=1, help="Number of prompts.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens of each prompt, BOS included.")]
 Bos = Annotated[str, typer.Option(help="auto, always, never, or random (an ordinary first token).")]
-Seed = Annotated[int, typer.Option(min=0, help="Where the texts are cut.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the random cuts of the texts.")]
 
 
 def listed(option: str) -> tuple[str, ...]:
-    """An option of names with commas between them."""
+    """Split a comma-separated option into names."""
     return tuple(name.strip() for name in option.split(",") if name.strip())
 
 
 def some(option: str, text: str) -> tuple[str, ...]:
-    """At least one name, with commas between them.
+    """Split a comma-separated option into at least one name.
 
     Raises:
         SinkscopeError: If there is none.
@@ -65,7 +65,7 @@ def some(option: str, text: str) -> tuple[str, ...]:
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """Whole numbers with commas between them.
+    """Parse a comma-separated list of whole numbers.
 
     Raises:
         SinkscopeError: If they are not.
@@ -74,7 +74,7 @@ def numbers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise SinkscopeError(
-            f"{option} {text} should be whole numbers with commas between them, such as 0,4."
+            f"{option} {text} should be whole numbers separated by commas, such as 0,4."
         ) from None
 
 
@@ -85,16 +85,16 @@ RECIPE = ("prompts", "length", "bos", "seed")
 def prompts_of(
     context: Context, texts: str, void: tuple[str, ...] = RECIPE, **recipe: Any
 ) -> TextSource | Tokens:
-    """What --texts names: a recipe, or the exact token ids of a .json file.
+    """Return the texts of --texts: a recipe, or the exact token ids of a .json file.
 
     Args:
         context: The command's.
         texts: The option.
-        void: Options that count for nothing beside exact ids.
+        void: Options that have no effect on exact ids.
         recipe: What `texts` takes.
 
     Raises:
-        TextError: If there is no such text, or an option is given that counts for nothing.
+        TextError: If there is no such text, or an option is given that has no effect.
     """
     import sinkscope as ss
 
@@ -102,7 +102,7 @@ def prompts_of(
 
 
 def exact_ids(context: Context, file: str | Path, void: tuple[str, ...]) -> Tokens:
-    """The token ids that a file holds, if no option is given that they make void.
+    """Read token ids from a file, unless an option is given that has no effect on them.
 
     Raises:
         TextError: If there is no such file, or one of these options is given.
@@ -115,12 +115,12 @@ def exact_ids(context: Context, file: str | Path, void: tuple[str, ...]) -> Toke
 
 
 def is_exact(texts: str) -> bool:
-    """Whether --texts names a file of exact token ids."""
+    """Return whether --texts is a file of exact token ids."""
     return Path(texts).suffix == ".json"
 
 
 def refuse_beside_ids(context: Context, ids: str, void: tuple[str, ...]) -> None:
-    """Refuse options that stand on the command line and count for nothing beside exact token ids.
+    """Refuse options that were given on the command line but have no effect on exact token ids.
 
     Raises:
         TextError: If there are any.
@@ -139,7 +139,7 @@ def _given(context: Context, name: str) -> bool:
 
 @contextlib.contextmanager
 def terminal() -> Iterator[None]:
-    """Inside, whatever is said reaches the terminal, and SIGTERM ends the command cleanly.
+    """Make output printable in the terminal's encoding, and let SIGTERM end the command cleanly.
 
     Characters that the terminal's encoding lacks are replaced, and sinkscope's own warnings are one
     line. SIGTERM raises SystemExit, so that nothing half-written is left.
@@ -167,7 +167,7 @@ _LOOKALIKES = str.maketrans(
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:
-    """What a terminal shows whose encoding lacks a character: a lookalike, or the escape."""
+    """Replace a character that the terminal's encoding lacks by a lookalike, or by its escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(_LOOKALIKES)
@@ -187,22 +187,22 @@ def _terminate(number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def interruptible(kept: Path | None) -> Iterator[None]:
-    """After Ctrl-C, say that the same command goes on from what is kept, if that is there."""
+    """After Ctrl-C, say that the same command continues from the saved results, if any."""
     try:
         yield
     except KeyboardInterrupt:
         if kept is not None and kept.exists():
-            typer.echo(f"Interrupted; the same command goes on from {kept}.", err=True)
+            typer.echo(f"Interrupted; the same command continues from {kept}.", err=True)
         raise
 
 
 def locked_folder(out: Path | None) -> contextlib.AbstractContextManager[None]:
-    """The lock on --out, so that another process cannot write there meanwhile."""
+    """Lock --out, so that no other process writes there meanwhile."""
     return contextlib.nullcontext() if out is None else locked(out)
 
 
 def writable_folder(out: Path | None) -> Path | None:
-    """Make the folder and prove that it can be written to, before any long work.
+    """Create the folder and check that it is writable, before any long computation.
 
     Raises:
         ReportError: If it cannot.
@@ -222,12 +222,12 @@ def writable_folder(out: Path | None) -> Path | None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout; nan and infinity are null."""
+    """Print one JSON object on stdout, with nan and infinity as null."""
     sys.stdout.write(as_json(value) + "\n")
 
 
 def show(found: Any) -> None:
-    """Print a result in words and tables that the terminal shows whole."""
+    """Print a result's summary, with tables as wide as the terminal."""
     with as_wide_as_the_terminal():
         typer.echo(repr(found))
 
@@ -246,11 +246,11 @@ def tell(found: Any, written: Iterable[Path], json: bool, remark: str = "") -> N
 
 @contextlib.contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """Send whatever libraries print to stderr, so that stdout holds the JSON alone."""
+    """Redirect everything printed to stderr, so that stdout contains only the JSON."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def progress_wanted() -> bool:
-    """Bars are for people: not in pipes and logs."""
+    """Return whether to draw progress bars: only on a terminal, not in pipes and logs."""
     return sys.stderr.isatty()

@@ -14,7 +14,7 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.output import as_csv, number, write_file
 
 LAWS_FROM = 200
-"""First step that growth laws are fitted to."""
+"""First step that is used to fit growth laws."""
 
 app = typer.Typer(help="Grow an attention sink: train, compare mitigations, draw the curves.")
 
@@ -26,22 +26,25 @@ Steps = Annotated[
     int | None,
     typer.Option(min=1, help="Optimiser steps; default: 2,000, or 10,000 with --paper."),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Draws the first weights and every batch.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the initial weights and of every batch.")]
 Paper = Annotated[
-    bool, typer.Option("--paper", help="The paper's settings (for a GPU), not the classroom's.")
+    bool,
+    typer.Option(
+        "--paper", help="The paper's settings (for a GPU) instead of the small default ones."
+    ),
 ]
 Text = Annotated[
     Path | None,
     typer.Option(
         "--text",
-        help="Count the task's bigrams in this UTF-8 text file (the paper: tinyshakespeare); "
+        help="UTF-8 text file in which to count the task's bigrams (the paper: tinyshakespeare); "
         "default: the English counts that come with sinkscope.",
     ),
 ]
 Triggers = Annotated[
     int,
     typer.Option(
-        "--triggers", "-k", min=0, help="How many of the most frequent characters are triggers."
+        "--triggers", "-k", min=0, help="Number of most frequent characters that are triggers."
     ),
 ]
 
@@ -59,17 +62,17 @@ def train(
     snapshots: Annotated[
         str,
         typer.Option(
-            help="Steps, separated by commas, whose weights --out keeps in files of their own, "
-            "for `sinkscope dynamics`."
+            help="Comma-separated steps after which the weights are also saved in --out, for "
+            "`sinkscope dynamics`."
         ),
     ] = "",
     device: common.Device = None,
     out: common.Out = None,
     json: common.Json = False,
 ) -> None:
-    """Train one model and say which of sink, drain and peak it grew.
+    """Train one model and report whether it forms a sink, a drain and a peak.
 
-    With --out the run is kept there; the same command resumes it.
+    With --out, the run is saved there, and the same command resumes it.
     """
     kept = _steps(snapshots, out)
     folder = common.writable_folder(out)
@@ -98,12 +101,10 @@ def train(
 @app.command()
 def compare(
     attention: Annotated[
-        str, typer.Option(help=f"all, or some of {OPERATORS}, separated by commas.")
+        str, typer.Option(help=f"Comma-separated: all, or some of {OPERATORS}.")
     ] = "softmax,relu",
-    optimizer: Annotated[
-        str, typer.Option(help="Some of adamw, sgd and muon, separated by commas.")
-    ] = "adamw",
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of each.")] = 3,
+    optimizer: Annotated[str, typer.Option(help="Comma-separated: adamw, sgd, muon.")] = "adamw",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds for each combination.")] = 3,
     layers: Layers = 3,
     steps: Steps = None,
     text: Text = None,
@@ -113,7 +114,7 @@ def compare(
     out: common.Out = None,
     json: common.Json = False,
 ) -> None:
-    """Which mitigations remove which phenomenon, over seeds, with intervals."""
+    """Train models with every mitigation, and report which phenomena each removes, over seeds."""
     folder = common.writable_folder(out)
     with common.quiet_stdout():
         from sinkscope import bb
@@ -150,7 +151,7 @@ def dynamics(
     out: common.Out = None,
     json: common.Json = False,
 ) -> None:
-    """The curves of training runs, with the growth laws fitted to them."""
+    """Plot the curves of training runs, with growth laws fitted to them."""
     folder = common.writable_folder(out)
     with common.quiet_stdout():
         import pandas as pd
@@ -200,23 +201,23 @@ def dynamics(
 
 
 def _steps(snapshots: str, out: Path | None) -> tuple[int, ...]:
-    """The steps of --snapshots.
+    """Parse the steps of --snapshots.
 
     Raises:
-        SinkscopeError: If they are no numbers, or nothing is kept.
+        SinkscopeError: If they are not numbers, or --out is missing.
     """
     names = common.listed(snapshots)
     if not all(name.isdecimal() for name in names):
         raise SinkscopeError(
-            f"--snapshots {snapshots} names no steps; expected such as 50,100,500."
+            f"--snapshots {snapshots} names no steps; expected steps such as 50,100,500."
         )
     if names and out is None:
-        raise SinkscopeError("--snapshots keeps files in --out; name that folder too.")
+        raise SinkscopeError("--snapshots needs --out, the folder that the files are written to.")
     return tuple(map(int, names))
 
 
 def _in_words(found: dict[str, int | float]) -> list[dict[str, Any]]:
-    """A run's end as rows: what, where, how much."""
+    """Return the values at the end of a run as rows of a table."""
     layers = {name: found[f"{name}_layer"] for name in ("sink", "drain", "peak")}
     layers = {name: "–" if layer < 0 else layer for name, layer in layers.items()}
     rows = (
@@ -241,7 +242,7 @@ def _in_words(found: dict[str, int | float]) -> list[dict[str, Any]]:
 
 
 def _a_row_each(summary: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """One row an attention and optimiser, one column a phenomenon."""
+    """Return one row per attention and optimiser, with one column per phenomenon."""
     found: dict[str, dict[str, str]] = {}
     for cell in summary:
         name = f"{cell['attention']} {cell['optimizer']}"
@@ -264,14 +265,14 @@ def _config(paper: bool, layers: int, steps: int | None, triggers: int) -> Any:
 
 
 def _source(text: Path | None) -> Any:
-    """The bigram source of --text; None is the one that comes with sinkscope."""
+    """Return the bigram source of --text; None for the one that comes with sinkscope."""
     from sinkscope.bb import BigramSource
 
     return None if text is None else BigramSource.from_file(text)
 
 
 def _rate(paper: bool, optimizer: str) -> float | None:
-    """The learning rate that suits the model's size; None is the optimiser's usual one."""
+    """Return the learning rate for the model's size; None for the optimiser's default."""
     from sinkscope.bb.comparison import classroom_rates
 
     rates = classroom_rates()

@@ -17,24 +17,29 @@ def bench(
         str, typer.Option(help="llama-1b, llama-8b (random weights), or a model to load.")
     ] = "llama-1b",
     sizes: Annotated[
-        str | None, typer.Option(help="Batches as PROMPTSxLENGTH with commas, such as 8x1024.")
+        str | None, typer.Option(help="Comma-separated batches as PROMPTSxLENGTH, such as 8x1024.")
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="Lengths with commas: one prompt of each, instead of sizes.")
+        str | None,
+        typer.Option(help="Comma-separated lengths, one prompt of each, instead of --sizes."),
     ] = None,
     by_metric: Annotated[
         bool,
-        typer.Option("--by-metric", help="What each metric costs on its own, in forward passes."),
+        typer.Option(
+            "--by-metric", help="Measure the cost of each metric alone, in forward passes."
+        ),
     ] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed batches; the median counts.")] = 5,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Number of timed batches; the median is reported.")
+    ] = 5,
     device: common.Device = None,
     dtype: Annotated[
-        str, typer.Option(help="Random weights: float32, bfloat16, or float16.")
+        str, typer.Option(help="For random weights: float32, bfloat16, or float16.")
     ] = "bfloat16",
     out: common.Out = None,
     json: common.Json = False,
 ) -> None:
-    """Time a bare transformers forward, stock hooks and streaming, side by side in one run."""
+    """Time transformers' own forward pass, TransformerLens' hooks and streaming in one run."""
     folder = common.writable_folder(out)
     with common.quiet_stdout():
         from sinkscope.bench import SIZES, run_bench

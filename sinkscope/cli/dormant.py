@@ -18,17 +18,17 @@ def dormant(
     context: common.Context,
     model: common.Model,
     domains: Annotated[
-        str, typer.Option(help="Kinds of text with commas between them; each as for --texts.")
+        str, typer.Option(help="Comma-separated kinds of text, each as for --texts.")
     ] = "prose,code",
     prompts: common.Prompts = 32,
     length: common.Length = 128,
     bos: common.Bos = "auto",
     remove: Annotated[
         str,
-        typer.Option(help="Ablate every head in turn: zero, mean, resample, or several of them."),
+        typer.Option(help="Also ablate every head in turn; comma-separated: zero, mean, resample."),
     ] = "",
     remove_prompts: Annotated[
-        int | None, typer.Option(min=1, help="On how many prompts of each kind.")
+        int | None, typer.Option(min=1, help="Number of prompts of each kind for --remove.")
     ] = 8,
     sleep: Annotated[
         bool,
@@ -39,7 +39,7 @@ def dormant(
         typer.Option(
             "--one-pass",
             help="With --sleep: score and zero heads in one forward pass, as Sandoval-Segura et "
-            "al. do; by default scores are of the unchanged model.",
+            "al. do; by default heads are scored in the unchanged model.",
         ),
     ] = False,
     seed: common.Seed = 0,
@@ -51,8 +51,8 @@ def dormant(
     """Find heads that are dormant on one kind of text and active on another.
 
     With --remove, every head is also ablated, and the loss without it is measured. With --out, each
-    result is kept when it is measured, and the same command continues an interrupted run. At the
-    end there are dormant.json, dormant.csv and dormant.html, and likewise sleep-KIND.*.
+    result is saved as soon as it is measured, and the same command continues an interrupted run. At
+    the end writes dormant.json, dormant.csv and dormant.html, and with --sleep also sleep-KIND.*.
     """
     folder = common.writable_folder(out)
     kinds, modes = common.listed(domains), common.listed(remove)
@@ -66,7 +66,7 @@ def dormant(
         from sinkscope.experiments.resume import file_stem
 
         bridge = ss.load_model(model, device=device, dtype=dtype)
-        if sleep:  # refuse before the work what would be refused after it
+        if sleep:  # raise errors before the long computation, not after it
             Partway(bridge)
         texts = sources(kinds, prompts=prompts, length=length, bos=bos, seed=seed)
         shared: dict[str, Any] = dict(seed=seed, progress=common.progress_wanted())

@@ -16,19 +16,19 @@ def dynamics(
     checkpoints: Annotated[
         list[str],
         typer.Argument(
-            help="Folders or laboratory snapshots whose names end in a step (checkpoint-500, "
-            "step-000500.safetensors); with --model, its Hub revisions (step1000), or bare numbers "
-            "for the training steps that TransformerLens knows."
+            help="Folders or toy-model snapshots whose names end in a step (checkpoint-500, "
+            "step-000500.safetensors); with --model, its Hub revisions (step1000), or numbers for"
+            " the training steps that TransformerLens lists."
         ),
     ],
     model: Annotated[
-        str | None, typer.Option(help="The Hub model that revisions and steps are of.")
+        str | None, typer.Option(help="The Hub model of the revisions and steps.")
     ] = None,
     texts: Annotated[
         str | None,
         typer.Option(
-            help="prose, code, a file, or hf:owner/name:split; default: prose, and for the "
-            "laboratory's snapshots its own task."
+            help="prose, code, a file, or hf:owner/name:split; default: prose, and for toy-model "
+            "snapshots their own task."
         ),
     ] = None,
     prompts: common.Prompts = 16,
@@ -36,8 +36,8 @@ def dynamics(
         int | None,
         typer.Option(
             min=1,
-            help="Tokens of each prompt, BOS included; default: 256, and for the laboratory's "
-            "snapshots their context.",
+            help="Tokens of each prompt, BOS included; default: 256, and for toy-model snapshots "
+            "their context.",
         ),
     ] = None,
     bos: common.Bos = "auto",
@@ -48,8 +48,8 @@ def dynamics(
         bool,
         typer.Option(
             "--seeds",
-            help="Checkpoints in different folders are of different runs, at the same steps; "
-            "compares the sink heads of these.",
+            help="Treat checkpoints in different folders as runs with different seeds, at the same "
+            "steps, and compare their sink heads.",
         ),
     ] = False,
     out: common.Out = None,
@@ -57,9 +57,10 @@ def dynamics(
 ) -> None:
     """Follow the sink over training: scan every checkpoint on the same texts.
 
-    With --out, each checkpoint's report is kept when it is measured, and an interrupted run
-    continues; at the end there are dynamics.json, dynamics.csv and dynamics.html. With --seeds each
-    run has a folder, and seeds.json, seeds.csv and seeds.html compare their sink heads.
+    With --out, each checkpoint's report is saved as soon as it is measured, and the same command
+    continues an interrupted run; at the end writes dynamics.json, dynamics.csv and dynamics.html.
+    With --seeds, each run gets a folder, and seeds.json, seeds.csv and seeds.html compare their
+    sink heads.
     """
     folder = common.writable_folder(out)
     options: dict[str, Any] = {
@@ -101,7 +102,7 @@ def dynamics(
 
 
 def _by_folder(checkpoints: list[Any], seeds: bool) -> dict[str, list[Any]]:
-    """The checkpoints of each run, by the name of its folder; all of one run without `seeds`.
+    """Group the checkpoints by the name of their folder; without `seeds`, all are of one run.
 
     Raises:
         ModelError: If runs cannot be told apart.

@@ -1,4 +1,4 @@
-"""Examples of every command, which its --help ends with."""
+"""Examples for every command, shown at the end of its --help."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ EXAMPLES = {
     "bb compare": ["sinkscope bb compare --attention softmax,relu --seeds 2 --steps 500"],
     "bb dynamics": ["sinkscope bb dynamics run --out curves"],
 }
-"""Lines that can be typed, by command."""
+"""Example command lines, by command."""
 
 
 def add_to(app: typer.Typer, name: str = "") -> None:
-    """End the help of an app, and of all its commands, with their examples."""
+    """Append examples to the help of an app and of all its commands."""
     if app.registered_callback is not None:
         app.registered_callback.epilog = _written(name)
     for command in app.registered_commands:

@@ -16,24 +16,29 @@ def experts(
     ablate: Annotated[
         bool,
         typer.Option(
-            help="Measure the model once more without its super experts, and without as many "
-            "random experts of the same layers."
+            help="Also measure the model without its super experts, and without as many random "
+            "experts of the same layers."
         ),
     ] = True,
     percentile: Annotated[
         float,
         typer.Option(
-            min=0, max=100, help="Of the largest outputs of all experts: a super expert is above."
+            min=0,
+            max=100,
+            help="Percentile of all experts' largest outputs that a super expert exceeds.",
         ),
     ] = 99.5,
     share: Annotated[
-        float, typer.Option(min=0, max=1, help="Of the largest output of all: likewise.")
+        float,
+        typer.Option(
+            min=0, max=1, help="Share of the maximum over all experts that a super expert exceeds."
+        ),
     ] = 0.1,
     minimum: Annotated[
-        float, typer.Option(min=0, help="What a massive activation exceeds.")
+        float, typer.Option(min=0, help="Magnitude that a massive activation exceeds.")
     ] = 100.0,
     ratio: Annotated[
-        float, typer.Option(min=0, help="What it exceeds, in medians of its hidden state.")
+        float, typer.Option(min=0, help="Multiple of its hidden state's median that it exceeds.")
     ] = 1000.0,
     texts: common.Texts = "prose",
     prompts: common.Prompts = 4,

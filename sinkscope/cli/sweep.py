@@ -20,7 +20,7 @@ def sweep(
         str | None, typer.Option(help="Folder or URL for the cells, instead of the file's.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that measure; 0: this one.")
+        int | None, typer.Option(min=0, help="Worker processes; 0: measure in this one.")
     ] = None,
     ray: Annotated[
         str | None,
@@ -29,7 +29,7 @@ def sweep(
         ),
     ] = None,
     num_gpus: Annotated[
-        float | None, typer.Option(min=0, help="On Ray: GPUs of each worker, 0.5 for two on one.")
+        float | None, typer.Option(min=0, help="On Ray: GPUs per worker; 0.5 puts two on one GPU.")
     ] = None,
     device: common.Device = None,
     dry_run: Annotated[
@@ -37,9 +37,10 @@ def sweep(
     ] = False,
     json: common.Json = False,
 ) -> None:
-    """Measure every model on every text at every length, keeping each as soon as it is measured.
+    """Measure every model on every text at every length, saving each as soon as it is measured.
 
-    Interrupted or killed, the same command goes on with what is missing. Cells that failed say why.
+    After an interruption the same command continues with the missing cells. Failed cells record the
+    reason.
     """
     given: dict[str, Any] = {"out": out, "workers": workers, "ray": ray, "num_gpus": num_gpus}
     given["device"] = device
@@ -70,13 +71,13 @@ def sweep(
 
 def atlas(
     folder: Annotated[str, typer.Argument(help="A folder or URL that `sinkscope sweep` wrote to.")],
-    out: Annotated[Path, typer.Option(help="The page; ends in .html.")] = Path("atlas.html"),
+    out: Annotated[Path, typer.Option(help="The .html file to write.")] = Path("atlas.html"),
     reports: Annotated[
         bool,
-        typer.Option(help="Also write the full page of every cell, 5 MB each, beside it."),
+        typer.Option(help="Also write the full page of every cell beside it, 5 MB each."),
     ] = True,
 ) -> None:
-    """Write one page of a sweep: a row a cell with its numbers and head map, to sort and filter."""
+    """Write one page for a sweep, to sort and filter: a row per cell with values and head map."""
     if out.suffix != ".html":
         raise SinkscopeError(f"--out {out} should end in .html.")
     with common.quiet_stdout():
@@ -90,7 +91,7 @@ def atlas(
 
 
 def _known(asked: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The arguments, if `sweep` has them all.
+    """Return the arguments, if `sweep` accepts them all.
 
     Raises:
         SinkscopeError: If one is unknown, or no models are named.

@@ -16,8 +16,8 @@ def trace_peak(
     modes: Annotated[
         str,
         typer.Option(
-            help="The replacements: some of zero, typical (the mean over the other positions) and "
-            "mean (at the sink), with commas between them."
+            help="Comma-separated replacements: zero, typical (the mean over the other positions), "
+            "mean (the mean at the sink)."
         ),
     ] = "zero,typical,mean",
     texts: common.Texts = "prose",
@@ -30,7 +30,7 @@ def trace_peak(
     out: common.Out = None,
     json: common.Json = False,
 ) -> None:
-    """Replace each block's attention and FFN output at the sink, and measure what is left of it.
+    """Replace each block's attention and FFN output at the sink, and measure the peak that is left.
 
     Takes one pass over the texts for each block, part and mode. With --out, writes
     trace-peak.json, trace-peak.csv and trace-peak.html.

@@ -30,8 +30,8 @@ def waiver(
     ask: Annotated[
         str,
         typer.Option(
-            help="all, or some of nonmixture (Fig. 1), norms (2), mask (3), positions (4), parts, "
-            "with commas between them."
+            help="Comma-separated: all, or some of nonmixture (Fig. 1), norms (2), mask (3), "
+            "positions (4), parts."
         ),
     ] = "all",
     position: Annotated[
@@ -48,10 +48,10 @@ def waiver(
     out: common.Out = None,
     json: common.Json = False,
 ) -> None:
-    """Ask what makes a token the sink, and make another one the sink (Yan et al. 2407.01601).
+    """Measure what makes a token the sink, and make another one the sink (Yan et al. 2407.01601).
 
     With --out, writes QUESTION.json, QUESTION.csv and QUESTION.html (all figures) for each one. A
-    folder holds answers about one model and one choice of texts.
+    folder is for one model and one choice of texts.
     """
     folder = common.writable_folder(out)
     wanted = questions(ask)
@@ -95,10 +95,10 @@ def waiver(
 
 
 def questions(ask: str) -> tuple[str, ...]:
-    """The --ask option.
+    """Parse the --ask option.
 
     Raises:
-        SinkscopeError: If it names something unknown.
+        SinkscopeError: If it has an unknown question.
     """
     if ask == "all":
         return tuple(QUESTIONS)
@@ -113,7 +113,7 @@ def questions(ask: str) -> tuple[str, ...]:
 
 
 def _refuse_before_the_work(wanted: tuple[str, ...], model: Any) -> None:
-    """Refuse a question that the model cannot answer before the others are answered.
+    """Refuse a question that does not apply to the model before the others are measured.
 
     Raises:
         UnsupportedError: If there is one.
@@ -131,7 +131,7 @@ def _refuse_before_the_work(wanted: tuple[str, ...], model: Any) -> None:
 
 
 def _claim(folder: Path, model: Any, source: Any, **options: Any) -> None:
-    """Note what is asked in this folder; answers to something else may not stand beside it.
+    """Record the request in the folder; refuse a folder with results of another request.
 
     Raises:
         ReportError: If there are any.
@@ -146,7 +146,7 @@ def _claim(folder: Path, model: Any, source: Any, **options: Any) -> None:
 def _answers(
     model: Any, source: Any, position: int | None, seed: int
 ) -> dict[str, Callable[[], Result]]:
-    """The experiment for each question."""
+    """Return the experiment for each question."""
     from sinkscope.experiments import waiver as experiment
 
     bar = common.progress_wanted()

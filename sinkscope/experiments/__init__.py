@@ -1,4 +1,4 @@
-"""Experiments: one module a question that a paper asks, for any model.
+"""Experiments for any model, one module per research question.
 
 =================== ==========================================================================
 `waiver`            what makes a token the sink, and making another one the sink
@@ -6,11 +6,11 @@
 `vocabulary`        which tokens make a sink as the first of a prompt
 `life`              which parts write, carry and erase the sink's residual state
 `experts`           which experts of a routed model write the massive activations
-`spikes`            whether a hybrid model's activations spike before the layers that attend
-`transplant`        whether a sink matters by the attention it absorbs or by what it adds
+`spikes`            whether a hybrid model's activations spike before its attention layers
+`transplant`        whether a sink matters for the attention it absorbs or what it adds
 `dormant`           which heads are dormant on one kind of text and active on another
 `ablation`          the loss without each head
-`inactive_heads`    the loss without the heads that a score calls inactive
+`inactive_heads`    the loss without the heads that a score flags as inactive
 `mixing`            how far a changed token spreads, with and without a sink
 `dynamics`          sinks, drains and peaks over training
 `precision`         what low precision costs, and what must stay in full precision

@@ -4,14 +4,14 @@
 2. A head of layer l changes nothing below l. So for each layer, copy the kept residual stream once
    for each of its heads, and run the blocks from l on with one head replaced in each copy: half the
    blocks on average, and few large products instead of many small ones.
-3. What takes a head's place is zero, its mean over positions, or its output on another prompt
+3. A head's output is replaced by zero, by its mean over positions, or by that on another prompt
    (Wang et al. 2022, "Interpretability in the Wild", arXiv 2211.00593, on mean ablation). Zero
-   exaggerates, since later layers are used to a head's average; see `interventions.AblateHeads`,
-   which does the same in whole forward passes. Or it is the head's own output when it attends to
-   the first tokens and a window only (`interventions.WindowedAttention`). A head whose loss does
+   exaggerates, since later layers rely on a head's average; see `interventions.AblateHeads`,
+   which does the same in whole forward passes. Or it is replaced by its own output when it attends
+   to the first tokens and a window only (`interventions.WindowedAttention`). A head whose loss does
    not rise then needs no other keys, which is what DuoAttention (Xiao et al. 2024, arXiv
-   2410.10819) asks of each head; its gates are trained, for all heads at once, whereas this is the
-   effect of restricting one alone.
+   2410.10819) determines for each head; its gates are trained, for all heads at once, whereas this
+   is the effect of restricting a single head.
 4. The effect of a head is the loss without it minus the baseline loss, prompt by prompt, with a
    bootstrap interval over prompts.
 """
@@ -54,9 +54,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 MODES = ("zero", "mean", "resample")
-"""What takes the place of an ablated head's output."""
+"""Replacements for an ablated head's output."""
 WINDOW = "window"
-"""The mode in which a head keeps its output, but for the keys that it may attend to."""
+"""The mode in which a head is not replaced but attends to fewer keys."""
 _TOKENS = {"cuda": 2**16, "cpu": 2**12}
 """Tokens of one forward pass, copies counted."""
 
@@ -66,8 +66,8 @@ class Ablation(Result):
     """The loss with all heads, and without each of them.
 
     Attributes:
-        mode: What took a head's place, of `MODES` or `WINDOW`.
-        texts: Where the prompts came from.
+        mode: Replacement of the head's output, of `MODES` or `WINDOW`.
+        texts: Source of the prompts.
         loss: Baseline: mean next-token loss of each prompt [nat]; nan where no head was ablated.
         ablated_loss: The same without the head; nan where it was not ablated.
     """
@@ -95,7 +95,7 @@ class Ablation(Result):
         return bootstrap(self.loss_change, level)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a head that was ablated.
+        """One row per ablated head.
 
         Returns:
             domain (the texts), layer, head, mode; loss_change with the ends of its 95 % interval
@@ -172,19 +172,19 @@ def ablate_heads(
     """Ablate every head in turn, and measure the loss without it.
 
     Args:
-        model: A bridge, or anything that `load_model` takes; interventions in force stay in force.
+        model: A bridge, or anything that `load_model` takes; active interventions stay active.
         texts: Prompts.
-        mode: What takes the place of a head's output before W_O: "zero"; "mean", its mean over the
+        mode: Replacement of a head's output before W_O: "zero"; "mean", its mean over the
             calibration texts' positions; "resample", its output at the same position of another
             prompt; "window", its output when it attends to the first tokens and a window only.
         heads: (layer, head) pairs, or which heads on which prompts [prompt layer head]; all by
             default.
-        calibration: Texts for "mean" and "resample"; by default the prompts themselves, where
-            "resample" then never takes a prompt's own.
+        calibration: Texts for "mean" and "resample"; by default the prompts themselves, of which
+            "resample" never takes a prompt's own.
         window: For "window", how many keys up to and including the query's own stay [tokens].
         sinks: For "window", how many of the first tokens stay [tokens].
         seed: Of the draws.
-        batch: Prompts at once; by default what fills the device. Where memory runs out, fewer
+        batch: Prompts per batch; by default as many as fit on the device. If memory runs out, fewer
             copies run at once.
         file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
         progress: Whether to draw a progress bar.
@@ -236,7 +236,7 @@ def _wanted(
     shape: tuple[int, int, int],
     can: Capabilities,
 ) -> Bool[Tensor, "prompt layer head"]:
-    """Which heads are ablated on which prompts; by default those of every layer that attends.
+    """Return which heads are ablated on which prompts; by default those of every attention layer.
 
     Raises:
         UnsupportedError: If one does not exist, or there are none.
@@ -265,7 +265,7 @@ def _wanted(
 
 
 class _Run:
-    """Ablation of heads, batch of prompts after batch."""
+    """Ablates heads, one batch of prompts after another."""
 
     def __init__(
         self,
@@ -294,7 +294,7 @@ class _Run:
     def fill(
         self, result: Ablation, wanted: Tensor, grew: Callable[[], None], progress: bool
     ) -> None:
-        """Measure what is wanted and still nan, and say so after every layer."""
+        """Measure the requested values that are still nan, reporting progress after every layer."""
         missing = result.ablated_loss.isnan() & wanted
         with tqdm(
             total=int(wanted.sum()),
@@ -406,7 +406,7 @@ def _others(prompts: Texts, calibration: Texts | None, seed: int) -> Int[Tensor,
         return pool.tokens[torch.randint(len(pool), (len(prompts),), generator=generator)]
     if len(prompts) < 2:
         raise TextError('mode="resample" takes outputs of another prompt; give at least two.')
-    # Each prompt gets the next one of a shuffled circle, which is never itself.
+    # Each prompt gets the next one in a shuffled cycle, which is never itself.
     circle = torch.randperm(len(prompts), generator=generator)
     partner = torch.empty_like(circle)
     partner[circle] = circle.roll(1)

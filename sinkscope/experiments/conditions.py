@@ -1,9 +1,9 @@
-"""A model under several conditions: start tokens × what was done to one position.
+"""Measure a model under several conditions: start tokens × changes to one position.
 
 1. `designated` and `started` prepare the prompts: equal lengths, and a special, random or given
    first token.
-2. `observe` runs the model under each `Condition` and measures what every position receives
-   (attention) and holds (value and residual norms, FFN outputs), and the loss.
+2. `observe` runs the model under each `Condition` and measures, for every position, the attention
+   that it receives, its value and residual norms and its FFN output; and the loss.
 3. `Conditions` is the result: comparisons with the unchanged model, prompt by prompt.
 """
 
@@ -45,14 +45,14 @@ Dims = frozenset[tuple[int, int]]
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Conditions(Result):
-    """What every position receives and holds, condition by condition and prompt by prompt.
+    """Attention, norms and FFN outputs of every position, by condition and prompt.
 
     Attributes:
         position: The position that was changed.
-        starts: Start of each condition, special, random or given.
-        changes: What was done in each condition; "unchanged" for the reference.
+        starts: Start token of each condition: special, random or given.
+        changes: Change made in each condition; "unchanged" for the reference.
         names: Title of each condition.
-        causal: Whether attention is.
+        causal: Whether attention is causal.
         received_attention: Importance of each key, mean over heads [probability].
         value_norm: Norm of each value, mean over KV heads [activation].
         residual_norm: Norm of each residual state after a layer [activation].
@@ -61,7 +61,7 @@ class Conditions(Result):
             both, so the two are comparable.
         ffn_output: FFN output at position 0 and at `position` [activation].
         ffn_mixed_max: Largest |FFN output| over all other positions [activation].
-        loss: Of each query's next token [nat]; None without a trained head or causality.
+        loss: Loss of each query's next token [nat]; None without a trained head or causality.
     """
 
     position: int
@@ -79,13 +79,13 @@ class Conditions(Result):
 
     @property
     def later(self) -> slice:
-        """The later layers: the second half of them."""
+        """Slice of the later half of the layers."""
         n_layers = self.residual_norm.shape[2]
         return slice(n_layers // 2, n_layers)
 
     @property
     def layers(self) -> list[int]:
-        """The later layers, one by one."""
+        """The indices of the later layers."""
         return list(range(self.residual_norm.shape[2]))[self.later]
 
     def reference(self, index: int) -> int:
@@ -120,12 +120,12 @@ class Conditions(Result):
     def nonmixture_dims(
         self, index: int, target: int, share: float = 0.5
     ) -> list[tuple[int, int, float]]:
-        """(layer, dim, mean value) of the dims that stand out at position 0 or the position.
+        """List (layer, dim, mean value) of the dims that stand out at position 0 or the position.
 
         Args:
-            index: Which condition.
+            index: Index of the condition.
             target: 0 for position 0, 1 for `position`.
-            share: In at least this share of prompts.
+            share: Smallest share of prompts in which a dim stands out.
         """
         x = self.ffn_output[index, :, :, target]
         median = ffn.median_over_dims(x)
@@ -247,7 +247,7 @@ class Conditions(Result):
         return drawn
 
     def _in_order(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The order of the panels: a row a start; a row a change where there are many of those."""
+        """Sort the panels: a row per start, or a row per change where there are many changes."""
         if len(set(self.changes)) <= 2:
             return frame
         order = sorted(range(len(self.names)), key=lambda i: self.changes.index(self.changes[i]))
@@ -277,11 +277,11 @@ class Condition:
 def observe(
     model: Any, prompts: Texts, conditions: list[Condition], position: int, progress: bool = True
 ) -> dict[str, Any]:
-    """Measure every condition: the tensors of `Conditions`, and what names its conditions.
+    """Measure every condition, and return the fields of `Conditions`.
 
     Args:
         model: A bridge.
-        prompts: The prompts before any start token was put in.
+        prompts: The prompts before any start token was inserted.
         conditions: In the order of the panels.
         position: The position that is changed.
         progress: Whether to draw a progress bar.
@@ -319,7 +319,7 @@ def _observe(model: Any, condition: Condition, position: int) -> dict[str, Tenso
 
 
 def paid(x: AttentionReader, batch: Batch, position: int) -> Float[Tensor, "prompt head target"]:
-    """Attention to 0 and to the position, from the queries that are after both."""
+    """Attention to 0 and to the position, from the queries after both."""
     index = torch.arange(batch.length, device=batch.mask.device)
     queries = batch.mask & (index != 0) & (index != position)
     if batch.causal:
@@ -337,7 +337,7 @@ def _only(mask: Bool[Tensor, "prompt key"], key: int) -> Bool[Tensor, "prompt ke
 def started(
     model: Any, texts: Texts, starts: Iterable[str], ends: bool, seed: int
 ) -> dict[str, Texts]:
-    """The prompts with each kind of start token, and of end token as well where `ends`.
+    """Return the prompts with each kind of start token, and with `ends` also of end token.
 
     Args:
         model: A bridge.
@@ -361,12 +361,12 @@ def started(
 
 
 def designated(model: Any, texts: Any, position: int | None) -> tuple[Texts, int]:
-    """The prompts, and the position to change: one with queries after it that predict a token.
+    """Return the prompts and the position to change, which has predicting queries after it.
 
     Args:
         model: A bridge.
         texts: The prompts.
-        position: The position; that of `default_position` where it is None.
+        position: The position; None for `default_position`.
 
     Raises:
         TextError: If prompts differ in length, or end at the position or too soon after it.
@@ -377,11 +377,11 @@ def designated(model: Any, texts: Any, position: int | None) -> tuple[Texts, int
 
 
 def default_position(length: int, position: int | None) -> int:
-    """The paper's 255 where prompts are long enough, else two thirds of the way.
+    """Return the paper's 255 if prompts are long enough, otherwise two thirds of their length.
 
     Args:
         length: Tokens of each prompt.
-        position: What the caller named; None for the default.
+        position: The requested position; None for the default.
 
     Raises:
         TextError: If the position is the first one.

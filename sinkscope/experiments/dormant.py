@@ -3,12 +3,12 @@
 Guo, Pai, Bai, Jiao, Jordan and Mei 2024, "Active-Dormant Attention Heads" (arXiv 2410.13835).
 
 1. Scan the model on each kind of text (a domain).
-2. A head is a sink head on a domain if its mean sink attention exceeds a threshold. It is named if
-   it is a sink head on one domain, its sink attention is lower by a margin on another, and the
+2. A head is a sink head on a domain if its mean sink attention exceeds a threshold. It is reported
+   if it is a sink head on one domain, its sink attention is lower by a margin on another, and the
    difference is significant: Welch's t of each head against the largest |t| over heads when prompts
    are exchanged at random (`statistics.max_t`), and Bonferroni over pairs of domains.
-3. On request, ablate every head and see whether it matters less where it is dormant. Attention is a
-   hint; the loss decides.
+3. On request, ablate every head and test whether its effect on the loss is smaller where it is
+   dormant: sink attention alone does not show that a head is inactive.
 4. Report how well each inactivity score ranks heads by the effect of their ablation.
 """
 
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 METRICS = ("sink_attention", "values", "head_outputs", "entropy")
-"""What a scan has to measure for the thirteen inactivity scores."""
+"""Metrics that the thirteen inactivity scores need."""
 FIELDS = ("sink_attention", "attention_entropy", "head_output_norm", "honor")
 """Fields of the report beside the thirteen scores."""
 
 
 _NAMED = 6
-"""Heads that the summary names."""
+"""Number of heads that the summary lists."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -64,13 +64,13 @@ class Dormancy(Result):
 
     Attributes:
         reports: The scan of each domain.
-        p_values: Of a difference in sink attention, by pair of domains, corrected for heads and
+        p_values: p of a difference in sink attention, by pair of domains, corrected for heads and
             pairs [layer head].
         ablations: By mode, then domain; empty where nothing was ablated.
         sink_threshold: Mean sink attention above which a head is a sink head, hence counts as
             dormant [probability].
-        drop: How much lower counts as active [probability].
-        level: Probability of naming even one head wrongly.
+        drop: How much lower sink attention has to be to count as active [probability].
+        level: Family-wise error rate [probability].
     """
 
     QUESTION = "Which heads are dormant on one kind of text and active on another?"
@@ -111,7 +111,7 @@ class Dormancy(Result):
         return sorted(found, key=_drop, reverse=True)
 
     def _dormant_here(self, here: str, there: str, p: Tensor) -> list[dict[str, Any]]:
-        """Heads that are dormant here and active there."""
+        """Return the heads that are dormant on one domain and active on the other."""
         one, other = (self.reports[name]["sink_attention"] for name in (here, there))
         heads = is_active_dormant(one, other, self.sink_threshold, self.drop) & (p < self.level)
         return [
@@ -130,7 +130,7 @@ class Dormancy(Result):
         ]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a head and domain.
+        """One row per head and domain.
 
         Returns:
             domain, layer, head; sink_attention, attention_entropy, head_output_norm, honor and the
@@ -142,7 +142,7 @@ class Dormancy(Result):
         return self._table({})
 
     def _table(self, prompts: Mapping[str, Any]) -> pd.DataFrame:
-        """`to_frame`, of each domain on some of its prompts; on all where none are named."""
+        """Return `to_frame` for some prompts of each domain; for all prompts by default."""
         pieces = []
         p = torch.stack(list(self.p_values.values())).amin(dim=0)
         differs = torch.zeros_like(p, dtype=torch.bool)
@@ -168,7 +168,7 @@ class Dormancy(Result):
         All columns are of the prompts on which every head was ablated, as in `prediction`.
 
         Args:
-            mode: Of the ablation.
+            mode: Mode of the ablation.
 
         Raises:
             ReportError: If heads were not ablated in this mode.
@@ -199,7 +199,7 @@ class Dormancy(Result):
         """How well each score ranks heads by the effect of their ablation.
 
         Args:
-            mode: Of the ablation.
+            mode: Mode of the ablation.
             of: "cost", the mean change of the loss; or "effect", the mean absolute change in a
                 prompt, whether the head helped or harmed.
 
@@ -213,7 +213,7 @@ class Dormancy(Result):
         import pandas as pd
 
         if of not in ("cost", "effect"):
-            raise ReportError(f"An ablation has no {of!r}; ask for its cost or its effect.")
+            raise ReportError(f"An ablation has no {of!r}; choose 'cost' or 'effect'.")
         rows = []
         for domain, whole in self._whole(mode).items():
             change = self._by_head(domain, self.ablations[mode][domain].loss_change)
@@ -235,7 +235,7 @@ class Dormancy(Result):
         Mean over the prompts on which every head was ablated; nan if there are none.
 
         Args:
-            mode: Of the ablation.
+            mode: Mode of the ablation.
 
         Raises:
             ReportError: If heads were not ablated in this mode.
@@ -249,7 +249,7 @@ class Dormancy(Result):
     def _ablated(self, mode: str) -> dict[str, Ablation]:
         if mode not in self.ablations:
             raise ReportError(
-                f"No head was ablated with mode {mode!r} here; ask dormancy(..., remove={mode!r})."
+                f"No head was ablated with mode {mode!r} here; call dormancy(..., remove={mode!r})."
             )
         return self.ablations[mode]
 
@@ -315,9 +315,9 @@ def dormancy(
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Dormancy:
-    """Which heads are dormant on one kind of text and active on another.
+    """Find heads that are dormant on one kind of text and active on another.
 
-    A head is named where its mean sink attention is above `sink_threshold` on one kind, lower by at
+    A head is reported if its mean sink attention is above `sink_threshold` on one kind, lower by at
     least `drop` on the other, and the difference is significant after correction for the number of
     heads and of pairs of domains (`statistics.max_t`).
 
@@ -326,19 +326,19 @@ def dormancy(
         domains: Kinds of text by name: anything that a scan takes. Names alone are sources of
             `texts`.
         prompts: Prompts of each domain that is given as a source.
-        length: Their tokens.
-        bos: Their BOS policy.
+        length: Tokens of each of these prompts.
+        bos: BOS policy of these prompts.
         remove: Also ablate every head in turn, with "zero", "mean" or "resample" (or several of
             them) in its place; see `ablate_heads`. This takes most of the time.
         remove_prompts: On how many prompts of each domain; all by default. The heads that differ
             between domains are ablated on all prompts in any case.
         sink_threshold: Mean sink attention above which a head counts as dormant [probability].
-        drop: How much lower counts as active [probability].
-        level: Probability of naming even one head wrongly.
+        drop: How much lower sink attention has to be to count as active [probability].
+        level: Family-wise error rate [probability].
         sinks: See `scan`.
-        seed: Of texts, permutations and draws.
-        out: A folder that keeps each result when it is measured, and from which an interrupted run
-            continues.
+        seed: Seed of texts, permutations and draws.
+        out: A folder in which each result is saved as soon as it is measured, and from which an
+            interrupted run continues.
         progress: Whether to draw progress bars.
 
     Returns:
@@ -356,7 +356,7 @@ def dormancy(
     folder = kept_in(out, model)
     modes = tuple(check_mode(mode, MODES) for mode in _names(remove))
     if modes:
-        Partway(model)  # refuse before the scans what would be refused after them
+        Partway(model)  # raise errors before the scans rather than after them
     if remove_prompts is not None and remove_prompts < 1:
         raise TextError(
             f"Heads cannot be ablated on {remove_prompts} prompts; give 1 or more, or None for all."
@@ -400,7 +400,7 @@ def dormancy(
 
 @dataclass(frozen=True)
 class _Request:
-    """What is the same for every domain."""
+    """Options that all domains share."""
 
     sinks: Any
     seed: int
@@ -408,7 +408,7 @@ class _Request:
     progress: bool
 
     def file(self, *name: str) -> Path | None:
-        """A file of the folder that results are kept in."""
+        """Return the path of a result in the output folder."""
         if self.out is None:
             return None
         return self.out / f"{'-'.join(map(file_stem, name))}.nc"
@@ -470,7 +470,7 @@ def _about(model: Any, kinds: Mapping[str, Texts]) -> str:
 
 
 def _report(model: Any, name: str, kind: Texts, request: _Request) -> SinkReport:
-    """Scan a domain, unless its report is kept already."""
+    """Scan a domain, or load its saved report."""
     file = request.file(name)
     request_now = {} if file is None else request_of(model, kind, sinks=request.sinks)
     with Kept(SinkReport, file, request_now) as kept:
@@ -488,7 +488,7 @@ def _scanned(model: Any, kind: Texts, request: _Request) -> SinkReport:
 def _p_values(
     reports: Mapping[str, SinkReport], seed: int
 ) -> dict[tuple[str, str], Float[Tensor, "layer head"]]:
-    """Corrected for heads by the largest t, and for pairs of domains by Bonferroni."""
+    """Return p corrected for heads by the largest t, and for pairs of domains by Bonferroni."""
     pairs = list(itertools.combinations(reports, 2))
     return {
         (one, other): (
@@ -500,7 +500,7 @@ def _p_values(
 
 
 def _per_head(report: SinkReport) -> dict[str, Float[Tensor, "prompt layer head"]]:
-    """Every field and score of the heads on a domain, by name."""
+    """Return every field and score of the heads on a domain, by name."""
     return {name: report[name] for name in FIELDS} | report.inactivity_scores()
 
 
@@ -510,7 +510,7 @@ def _with_ends(name: str, x: Float[Tensor, "prompt layer head"]) -> dict[str, Te
 
 
 def _drop(head: Mapping[str, Any]) -> float:
-    """How much lower the sink attention is where the head is active."""
+    """Return how much lower the sink attention is where the head is active."""
     dormant, active = head["sink_attention"]
     return dormant.mean - active.mean
 

@@ -1,4 +1,4 @@
-"""Sinks, drains, peaks and dormant heads over training: one scan a checkpoint, one table for all.
+"""Sinks, drains, peaks and dormant heads over training: one scan per checkpoint, one table for all.
 
 Guo, Pai, Bai, Jiao, Jordan and Mei 2024, "Active-Dormant Attention Heads" (arXiv 2410.13835), who
 follow OLMo-7B over 31 revisions.
@@ -8,7 +8,7 @@ follow OLMo-7B over 31 revisions.
    of the Bigram-Backcopy laboratory, a model, or a function that makes one.
 2. Load each, measure its loss, scan it on the same tokens, and free it before the next. Each report
    is kept, so that an interrupted run continues and later checkpoints can be added.
-3. One curve a phenomenon against the step, and the step at which it is half-way.
+3. One curve per phenomenon against the step, and the step at which it is half-way.
 4. The sink heads, those whose mean sink attention exceeds ε: how many appear and disappear between
    neighbouring checkpoints, and the Jaccard index of the two sets beside its value by chance (Xu
    2026, arXiv 2606.02378). For each head the step from which it is a sink head for good.
@@ -122,7 +122,7 @@ class Dynamics(Result):
             epsilon: See `sink_heads`.
 
         Returns:
-            One row a step: step, sink_heads, appeared and disappeared since the step before
+            One row per step: step, sink_heads, appeared and disappeared since the step before
             [count], jaccard with it, and jaccard_by_chance if the heads of each layer were
             renumbered at random [share]. What the first step has nothing before it for, and what
             two empty populations leave undefined, is nan.
@@ -153,7 +153,7 @@ class Dynamics(Result):
             epsilon: See `sink_heads`.
 
         Returns:
-            One row a head: layer, head, the step at which it first is a sink head (appeared), the
+            One row per head: layer, head, the step at which it first is a sink head (appeared), the
             step from which it is one at every later checkpoint (formed), -1 where there is none,
             and how many times it stopped being one (disappeared) [count].
         """
@@ -182,7 +182,7 @@ class Dynamics(Result):
         return self.steps[int((2 * counts >= most).long().argmax())] if most else None
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a metric, step, layer and head: metric, step, layer, head, value.
+        """One row per metric, step, layer and head: metric, step, layer, head, value.
 
         layer and head are -1 for the curves of `overview`, and head is for values of a layer;
         value_drain has a kv_head in `head`. A metric that one of the checkpoints does not have
@@ -260,7 +260,7 @@ class Dynamics(Result):
         )
 
     def figures(self) -> dict[str, go.Figure]:
-        """One panel a phenomenon against the step."""
+        """One panel per phenomenon against the step."""
         from sinkscope.plot import training_curves
 
         frame = self.to_frame()

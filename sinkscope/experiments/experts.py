@@ -7,7 +7,7 @@ breaks the model and its sinks, pruning as many random experts does not.
 1. Compute the output of every expert for every token that is sent to it, from what transformers'
    own modules are called with (`sinkscope.models.experts`); their weighted sum is compared with
    what those modules return, block by block and batch by batch.
-2. Take the largest |output| of each expert, the token and dim where it stands, and the neurons
+2. Take the largest |output| of each expert, its token and dim, and the neurons
    whose contributions a_n · W_down[n, dim] are largest there.
 3. Find the super experts by the paper's rule (`metrics.experts`).
 4. Compare the weights that the router gives each expert at the sink and at the other tokens.
@@ -52,9 +52,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 NEURONS = 5
-"""Contributors that are kept for each expert's largest output."""
+"""Number of contributing neurons kept for each expert's largest output."""
 _SHOWN = 10
-"""Rows of the summary's table at most."""
+"""Largest number of rows in the summary's table."""
 ABLATED = ("super experts", "random experts")
 
 
@@ -77,14 +77,14 @@ class ExpertOutputs(Result):
         norm: Mean ‖output‖ over the tokens after the sink and before it that are sent to the
             expert [activation].
         sink_norm: ‖output‖ at the sink [activation]; nan where the sink is not sent to the expert.
-        weight: Mean weight w_e that the router gives the expert over the tokens that are no sinks,
-            0 where they are not sent to it.
+        weight: Mean weight w_e that the router gives the expert over the tokens other than the
+            sink, 0 where they are not sent to it.
         sink_weight: The same at the sink.
-        chosen: Share of the tokens that are no sinks that are sent to the expert.
+        chosen: Share of the tokens other than the sink that are sent to the expert.
         sink_chosen: Whether the sink is sent to it, 0 or 1.
-        position: Where `largest` stands; -1 where it is nan.
-        dim: The residual dim of it; -1 where it is nan.
-        value: The output there with its sign [activation].
+        position: Position of `largest`; -1 where it is nan.
+        dim: Residual dim of `largest`; -1 where it is nan.
+        value: The signed output there [activation].
         neuron: The neurons of the expert that contribute most to it, -1 where it is nan.
         contribution: What each adds to it, a_n · W_down[n, dim] [activation].
         peak: Largest |a| of the residual stream; state 0 enters block 0, state l + 1 leaves block l
@@ -153,7 +153,7 @@ class ExpertOutputs(Result):
         return tuple(sorted(found, key=lambda one: -float(self.size[self._row(one[0]), one[1]])))
 
     def describe(self, layer: int, expert: int) -> dict[str, Any]:
-        """What is known of one expert: its largest output, where, by which neurons, and its tokens.
+        """Describe one expert: its largest output, with token, dim and neurons, and its tokens.
 
         Args:
             layer: A block of `layers`.
@@ -190,7 +190,7 @@ class ExpertOutputs(Result):
         }
 
     def ranked(self, n: int = _SHOWN) -> list[dict[str, Any]]:
-        """The experts with the largest outputs, super or not; see `describe`.
+        """Describe the experts with the largest outputs, super experts or not; see `describe`.
 
         Args:
             n: How many.
@@ -237,7 +237,7 @@ class ExpertOutputs(Result):
         return facts
 
     def summary(self) -> str:
-        """The rule and what passes it, the experts with the largest outputs, and the ablation."""
+        """The rule, the super experts, the experts with the largest outputs, and the ablation."""
         facts = self.statistics()
         forms = facts["forms_massive"]
         layers = (
@@ -256,7 +256,7 @@ class ExpertOutputs(Result):
             [_cells(one) for one in facts["largest"]],
         )
         legend = (
-            "Largest: max |output| [activation] and where it stands; neurons: those that add at "
+            "Largest: max |output| [activation] and its position; neurons: those that add at "
             "least 5 % of it; sink, others: share of tokens sent to the expert, and the router's "
             "mean weight."
         )
@@ -267,8 +267,8 @@ class ExpertOutputs(Result):
             return []
         loss = f", loss {facts['loss']} nat" if "loss" in facts else ""
         lines = [
-            f"As it is: largest residual activation {facts['peak']}, mean attention to position "
-            f"{self.sink} {facts['attention']}{loss}."
+            f"Unchanged model: largest residual activation {facts['peak']}, mean attention to "
+            f"position {self.sink} {facts['attention']}{loss}."
         ]
         for name in self.ablated:
             one = facts[f"without {name}"]
@@ -284,7 +284,7 @@ class ExpertOutputs(Result):
         return lines
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a prompt, layer and expert."""
+        """One row per prompt, layer and expert."""
         axes = {
             "prompt": range(len(self.largest)),
             "layer": self.layers,
@@ -334,12 +334,12 @@ def experts(
         sink: The sink position.
         ablate: Whether to measure the model without its super experts, and without as many random
             other experts of the same layers.
-        minimum: What a massive activation exceeds [activation].
-        ratio: What it exceeds over the median |a| of its hidden state.
-        percentile: Of the largest outputs of all experts, what that of a super expert exceeds.
-        share: Of the maximum of them, the same; also the least rise in a layer that forms massive
-            activations (`metrics.experts.forms_massive`).
-        seed: Of the choice of random experts.
+        minimum: Magnitude that a massive activation exceeds [activation].
+        ratio: Multiple of the median |a| of its hidden state that it exceeds.
+        percentile: Percentile of all experts' largest outputs that a super expert's exceeds.
+        share: Share of their maximum that it exceeds; also the smallest rise in a layer that forms
+            massive activations (`metrics.experts.forms_massive`).
+        seed: Seed of the choice of random experts.
         progress: Whether to draw a progress bar.
 
     Returns:
@@ -375,7 +375,7 @@ def experts(
 
 
 def _with_ablation(result: ExpertOutputs, model: Any, prompts: Texts, seed: int) -> ExpertOutputs:
-    """The same, with peaks, sink attention and loss of the model without some experts."""
+    """Return the result with peaks, sink attention and loss of the model without some experts."""
     chosen = [result.super_experts]
     if random := _random_experts(result, seed):
         chosen.append(random)
@@ -398,7 +398,7 @@ def _with_ablation(result: ExpertOutputs, model: Any, prompts: Texts, seed: int)
 
 
 def _random_experts(result: ExpertOutputs, seed: int) -> tuple[tuple[int, int], ...]:
-    """As many other experts of the same layers, of those to which tokens are sent."""
+    """Draw as many other experts of the same layers, among those to which tokens are sent."""
     generator = torch.Generator().manual_seed(seed)
     pairs: list[tuple[int, int]] = []
     for layer in sorted({layer for layer, _ in result.super_experts}):
@@ -410,7 +410,7 @@ def _random_experts(result: ExpertOutputs, seed: int) -> tuple[tuple[int, int], 
 
 
 def _state(model: Any, prompts: Texts, sink: int) -> dict[str, Any]:
-    """Peaks, attention to the sink, and mean loss of the model as it is now."""
+    """Measure peaks, attention to the sink, and mean loss of the model in its current state."""
     peaks = _run(model, prompts, sink, {}, progress=False)
     attention = readout.measure(model, prompts, {"attention": readout.TO_SINKS}, [sink])
     loss = readout.losses(model, prompts)
@@ -424,7 +424,7 @@ def _state(model: Any, prompts: Texts, sink: int) -> dict[str, Any]:
 def _run(
     model: Any, prompts: Texts, sink: int, routes: dict[int, Experts], progress: bool
 ) -> dict[str, Tensor]:
-    """The tensors of `ExpertOutputs` that one pass over the prompts measures."""
+    """Measure the tensors of `ExpertOutputs` in one pass over the prompts."""
     can = capabilities(model)
     sinks = torch.zeros_like(prompts.mask)
     sinks[:, sink] = True
@@ -492,13 +492,13 @@ class _EachExpert(Observer):
 
 
 def reduced(experts: Experts, call: Routing, batch: Batch, most: int) -> dict[str, Tensor]:
-    """What is kept of one call of a block's experts, by prompt and expert.
+    """Reduce one call of a block's experts to values by prompt and expert.
 
     Args:
         experts: The experts.
-        call: What they were given and returned.
+        call: Their inputs and outputs.
         batch: Mask and sinks of the prompts, on the same device.
-        most: Experts of the block that has most.
+        most: Largest number of experts in any block.
     """
     prompts, length = batch.mask.shape
     real, is_sink = batch.mask.flatten(), batch.sinks.flatten()
@@ -539,7 +539,7 @@ def reduced(experts: Experts, call: Routing, batch: Batch, most: int) -> dict[st
 def _largest_of_prompts(
     prompt: Int[Tensor, "row"], size: Float[Tensor, "row"]
 ) -> tuple[Int[Tensor, "kept"], Int[Tensor, "kept"]]:
-    """The prompts that occur, and the first row of each with its largest size."""
+    """Return the prompts that occur, and for each the first row of largest size."""
     found, which = prompt.unique(return_inverse=True)
     best = size.new_full(found.shape, -torch.inf).scatter_reduce(0, which, size, "amax")
     rows = torch.arange(len(size), device=size.device)

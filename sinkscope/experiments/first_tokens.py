@@ -1,7 +1,7 @@
-"""Tokens put first in real prompts: does the model have a sink there, and where is it otherwise?
+"""Put tokens first in real prompts, and measure whether the sink is there or elsewhere.
 
-1. Take the prompts, without the special tokens at their start, and put each token in the place of
-   their first one; once as it is, and once behind the special tokens.
+1. Take the prompts, without the special tokens at their start, and replace their first token by
+   each token; once as it is, and once behind the special tokens.
 2. Measure the attention to position 0, the attention that every position receives in the layers
    after the peak is written, the residual norm at the block of the peak, and the loss of the later
    tokens, which are the same for all first tokens.
@@ -31,15 +31,15 @@ EXCEPTION, CONTROL = 0, 1
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class FirstTokens(Labelled):
-    """What exceptions and their controls do as the first token of real prompts.
+    """Measurements with exceptions and their controls as the first token of real prompts.
 
     Exceptions and controls run along `group`, in this order, and the prompts along `host`, since a
-    file of a `Vocabulary` has all of them besides. The prompts behind special tokens are longer by
+    `Vocabulary` stores them in the same file. The prompts behind special tokens are longer by
     these: `received` and `ratio` end in nan for the others.
 
     Attributes:
-        conditions: Names along `placement`, where in a text the token is put.
-        ahead: How many special tokens stand before the token in each condition.
+        conditions: Names along `placement`, the place of the token in the text.
+        ahead: Number of special tokens before the token in each condition.
         exceptions: Ids of tokens that make no peak.
         controls: Ids of tokens that make one.
         later: First and last layer that attention is averaged over.
@@ -66,7 +66,7 @@ class FirstTokens(Labelled):
     def new_position(self) -> Int[Tensor, "placement group pair host"]:
         """The position after 0 that receives most attention.
 
-        The last quarter of a prompt is left out: few queries see its keys, above all their own.
+        The last quarter of a prompt is left out, since few queries see its keys.
         """
         return self._elsewhere.argmax(-1) + 1
 
@@ -106,7 +106,7 @@ class FirstTokens(Labelled):
         ]
 
     def statistics(self, threshold: float) -> list[dict[str, Any]]:
-        """Everything, condition by condition.
+        """Return all statistics, condition by condition.
 
         Args:
             threshold: Norm ratio above which a position is a peak.
@@ -155,7 +155,7 @@ def first_tokens(
     ordinary: float,
     progress: bool = True,
 ) -> FirstTokens:
-    """Put each token first in every prompt, and measure.
+    """Measure every prompt with each token as its first.
 
     Args:
         model: A bridge.
@@ -163,7 +163,7 @@ def first_tokens(
         exceptions: Token ids.
         controls: As many token ids.
         conditions: Name of each condition, and the special tokens put before the token in it.
-        ahead: How many special tokens the prompts begin with, which are left out.
+        ahead: Number of special tokens at the start of the prompts, which are left out.
         layer: The block of the peak.
         ordinary: Norm of a later token of real text after it [activation].
         progress: Whether to draw a progress bar.
@@ -221,10 +221,10 @@ def _read(
     }
     losses = readout.losses(model, prompts)
     if losses is not None:
-        row["loss"] = losses[:, ahead + 1 : -1].mean(1)  # the last query predicts nothing
+        row["loss"] = losses[:, ahead + 1 : -1].mean(1)  # the last query has no next token
     return row
 
 
 def _later(n_layers: int, layer: int) -> slice:
-    """The layers that can read what a block wrote."""
+    """Return the layers after a block, which can read what it wrote."""
     return slice(min(layer + 1, n_layers - 1), n_layers)

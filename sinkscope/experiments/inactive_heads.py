@@ -1,4 +1,4 @@
-"""Ablate the heads that a score calls inactive, and measure the loss.
+"""Ablate the heads that a score flags as inactive, and measure the loss.
 
 Sandoval-Segura, Wang, Panda, Goldblum, Basri, Goldstein and Jacobs 2025, "Identifying and
 Evaluating Inactive Heads in Pretrained LLMs" (arXiv 2504.03889): whether a head is inactive is
@@ -12,15 +12,15 @@ decided anew for every input, by one of thirteen scores (`metrics.heads.inactivi
 
    "two passes" (ours)
        The flags are those of the scores of step 1: all heads of a prompt are judged in the
-       unchanged model, and the share of flagged heads is the one that was asked for.
+       unchanged model, and the share of flagged heads is as requested.
    "one pass" (the paper's; its reproduction)
        Each layer is scored and zeroed in the same forward pass, against the thresholds of step 2.
-       Heads that are zero in earlier layers change the scores of later ones, so that another
+       Heads that are zero in earlier layers change the scores of later ones, so that a different
        number of heads is flagged.
 4. As a baseline, as many heads of each prompt are drawn at random.
 
-The paper measures accuracy on MMLU. The loss is more sensitive: it rises with a missing head long
-before an answer changes.
+The paper measures accuracy on MMLU. The loss is more sensitive: it rises without a head long before
+any answer changes.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 RANDOM = "random"
-"""The baseline's name beside those of the scores."""
+"""Name of the random baseline."""
 PROCEDURES = ("two passes", "one pass")
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 _RESAMPLES = 1000
@@ -85,7 +85,7 @@ class InactiveAblation(Result):
 
     Attributes:
         scores: Names along `score`; the last is "random", heads drawn at random.
-        procedure: Of `PROCEDURES`.
+        procedure: One of `PROCEDURES`.
         shares: Share of heads that each threshold flags in the unchanged model, over all prompts.
         quantile: The same as a tensor.
         loss: Baseline: mean next-token loss of each prompt with all heads [nat].
@@ -147,11 +147,11 @@ class InactiveAblation(Result):
         return found
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a score, threshold and prompt, as `plot.loss_by_share_ablated` takes it.
+        """One row per score, threshold and prompt, as `plot.loss_by_share_ablated` takes it.
 
         Returns:
             score, quantile, prompt; share_ablated (mean over prompts), share_of_prompt (this
-            prompt's own) and loss [nat]. At a quantile of 0 stands the baseline loss.
+            prompt's own) and loss [nat]. Quantile 0 has the baseline loss.
         """
         none = torch.zeros_like(self.share_ablated[:, :1])
         share = torch.cat([none, self.share_ablated], dim=1)
@@ -205,14 +205,14 @@ class InactiveAblation(Result):
         return "\n".join(lines)
 
     def figures(self) -> dict[str, go.Figure]:
-        """Loss against the share of heads that are zero, one line a score."""
+        """Loss against the share of heads that are zero, one line per score."""
         from sinkscope.plot import loss_by_share_ablated
 
         return {"inactive-heads": loss_by_share_ablated(self.to_frame(), about=self.about)}
 
 
 def last_within(shares: np.ndarray, losses: np.ndarray, baseline: float, limit: float) -> float:
-    """Where a curve of loss against share first exceeds a limit, on straight lines between points.
+    """Return the share at which a piecewise linear loss curve first exceeds a limit.
 
     Args:
         shares: In rising order, none 0.
@@ -262,12 +262,12 @@ def ablate_inactive(
         procedure: "two passes" flags heads by their scores in the unchanged model; "one pass"
             scores and zeroes layer after layer in one forward pass, as Sandoval-Segura et al. do.
         draws: How often random heads are drawn; their losses are averaged.
-        thresholds: A report to take thresholds from, as for a model in use; by default the
+        thresholds: A report from which thresholds are taken, as in deployment; by default the
             quantiles of these prompts.
         also: Further scores of these prompts by name, a head being inactive where they are small,
-            such as `Ablation.loss_change`. They are fixed, whichever the procedure.
+            such as `Ablation.loss_change`. They are fixed in both procedures.
         seed: Of the random heads.
-        batch: Prompts at once; by default what fills the device.
+        batch: Prompts per batch; by default as many as fit on the device.
         file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
         progress: Whether to draw a progress bar.
 
@@ -327,7 +327,7 @@ def ablate_inactive(
 
 
 def _digest(report: SinkReport, names: tuple[str, ...]) -> str:
-    """A hash of the scores that thresholds are taken from."""
+    """Hash the scores that thresholds are taken from."""
     scores = report.inactivity_scores()
     return digest_of(*(scores[name] for name in names))
 
@@ -346,7 +346,7 @@ def _check(names: tuple[str, ...], shares: tuple[float, ...], draws: int) -> Non
 
 
 class _Chooser:
-    """Which heads of each prompt are ablated, for a score and a share."""
+    """Chooses the heads of each prompt to ablate, for a score and a share."""
 
     def __init__(
         self,
@@ -373,7 +373,7 @@ class _Chooser:
         self._attending = list(report.settings.attending)
 
     def __call__(self, name: str, share: float) -> list[Flags]:
-        """The flags in the unchanged model; of random heads, several draws."""
+        """Return the flags in the unchanged model; for random heads, several draws."""
         if name == RANDOM:
             return [self._random(share, draw) for draw in range(self._draws)]
         score, _, inactive_if = self._scores[name]
@@ -385,7 +385,7 @@ class _Chooser:
         return inactivity_threshold(source, share, inactive_if)
 
     def _random(self, quantile: float, draw: int) -> Flags:
-        """As many heads of every prompt, drawn for each prompt anew."""
+        """Flag as many heads of every prompt at random, drawn separately for each prompt."""
         prompts, _, heads = self._shape
         layers = len(self._attending)
         generator = torch.Generator().manual_seed(1000 * self._seed + draw)
@@ -409,7 +409,7 @@ class _Measure:
         self._partway, self._losses, self._choose = partway, losses, choose
 
     def fill(self, result: InactiveAblation, grew: Callable[[], None], progress: bool) -> None:
-        """Measure what is still nan."""
+        """Measure the values that are still nan."""
         missing = result.ablated_loss.isnan().any(dim=-1)
         if result.loss.isnan().any():
             result.loss[:] = self._losses()

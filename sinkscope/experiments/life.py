@@ -209,7 +209,7 @@ class SinkLife(Result):
         }
 
     def _removals(self) -> list[dict[str, Any]]:
-        """One record a case."""
+        """One record per case."""
         rows = []
         for case, removed in enumerate(self.removed):
             row: dict[str, Any] = {
@@ -228,7 +228,7 @@ class SinkLife(Result):
         return _summary(self)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a metric, part, prompt, layer and position: metric, part, …, value.
+        """One row per metric, part, prompt, layer and position: metric, part, …, value.
 
         `part` is the part, the place ("sink", "control") or the case; layer, position and prompt
         are -1 where a row has none.

@@ -1,8 +1,8 @@
-"""How far one changed token spreads, and how alike positions become, with and without a sink.
+"""How far one changed token spreads, and how similar positions become, with and without a sink.
 
 Barbero et al. 2025, "Why do LLMs attend to the first token?" (arXiv 2504.02732), explain the sink
-as a limit on mixing: without it, heads would have to mix what they see, a changed token would
-affect all later ones, and representations would become alike. They change one word and follow the
+as a limit on mixing: without it, heads would have to mix the tokens they see, a changed token would
+affect all later ones, and representations would become similar. They change one word and follow the
 change through the layers, with and without BOS.
 
 1. Take each prompt twice, the second time with another token at one position.
@@ -14,11 +14,11 @@ change through the layers, with and without BOS.
        The model's BOS token in front.
    "no sink"
        With BOS where there is one, but in the layers after the residual peak was written no query
-       can see the front token. (Hiding it in every layer removes no sink: the next token is then
-       the first that attends only to itself, and becomes one. With rotary positions that is the
-       same as dropping it.)
-3. Measure the difference of the residual states at every layer and position, and how alike the
-   positions are (`metrics.mixing`). Whether a condition has a sink is measured, too: `front_rate`
+       can see the front token. (Hiding it in every layer does not remove the sink: the next token
+       is then the first that attends only to itself, and becomes the sink. With rotary positions
+       that equals dropping the front token.)
+3. Measure the difference of the residual states at every layer and position, and how similar the
+   positions are (`metrics.mixing`). Whether a condition has a sink is also measured: `front_rate`
    and `other_rate`.
 
 All other values are of the text's own tokens after the first, so that conditions compare the same
@@ -64,7 +64,7 @@ _TOKENS = {"cuda": 2**15, "cpu": 2**11}
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Mixing(Result):
-    """Perturbations and likeness of positions, condition by condition.
+    """Perturbations and similarity of positions, condition by condition.
 
     `position` counts the text's own tokens from 0, BOS excluded.
 
@@ -78,8 +78,9 @@ class Mixing(Result):
             [activation].
         relative_perturbation: The same over ‖h_i(x)‖ [ratio].
         rank_collapse: μ(V) of the positions after the first [activation], see `metrics.mixing`.
-        rank_share: μ(V) over ‖V‖_F of the same positions: 0 = all alike [ratio].
-        matrix_entropy: Of the same positions, over its largest possible value [share].
+        rank_share: μ(V) over ‖V‖_F of the same positions: 0 if all are equal [ratio].
+        matrix_entropy: Matrix entropy of the same positions over its largest possible value
+            [share].
     """
 
     QUESTION = "How far does one changed token spread, with and without a sink?"
@@ -97,11 +98,11 @@ class Mixing(Result):
 
     @property
     def spread(self) -> Float[Tensor, "condition prompt layer"]:
-        """Relative perturbation of the positions after the changed one, their mean [ratio]."""
+        """Mean relative perturbation of the positions after the changed one [ratio]."""
         return self.relative_perturbation[..., self.changed + 1 :].mean(-1)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a condition, prompt, layer, position and metric, as `plot.before_after` takes it.
+        """One row per condition, prompt, layer, position and metric, for `plot.before_after`.
 
         `position` is -1 for values of a whole prompt.
         """
@@ -125,7 +126,7 @@ class Mixing(Result):
         return tidy(axes, value=x[None])
 
     def statistics(self) -> dict[str, Any]:
-        """Each condition's values half-way up and after the last block, and their differences."""
+        """Each condition's values after the middle and the last block, and their differences."""
         found: dict[str, Any] = {}
         for index, condition in enumerate(self.conditions):
             rates = {name: float(self[name][index]) for name in ("front_rate", "other_rate")}
@@ -139,7 +140,7 @@ class Mixing(Result):
     def _at(
         self, choose: Callable[[Tensor], Float[Tensor, "prompt layer"]]
     ) -> dict[str, dict[str, Interval]]:
-        """Three statistics, half-way up and after the last block."""
+        """Return three statistics after the middle and the last block."""
         values = {
             "spread": self.spread,
             "rank_share": self.rank_share,
@@ -153,7 +154,7 @@ class Mixing(Result):
         }
 
     def summary(self) -> str:
-        """Spread of a changed token and likeness of positions, condition by condition."""
+        """Spread of a changed token and similarity of positions, condition by condition."""
         found = self.statistics()
         lines = [
             f"One token changed (position {self.changed}): spread, the change of later positions "
@@ -170,7 +171,7 @@ class Mixing(Result):
         return "\n".join(lines)
 
     def figures(self) -> dict[str, go.Figure]:
-        """Relative perturbation by position, one panel a condition."""
+        """Relative perturbation by position, one panel per condition."""
         from sinkscope.plot import before_after
 
         rows = self.to_frame()
@@ -202,12 +203,12 @@ def mixing(
         progress: Whether to draw a progress bar.
 
     Returns:
-        Perturbations and likeness of positions, condition by condition.
+        Perturbations and similarity of positions, condition by condition.
 
     Raises:
         TextError: If the prompts differ in length, end at the changed position, or begin with BOS.
-        UnsupportedError: If no condition is named; if "bos" is asked for and the model has none,
-            or "no sink" of a model whose logits cannot be shifted.
+        UnsupportedError: If no condition is named; if "bos" is requested and the model has none,
+            or "no sink" for a model whose logits cannot be shifted.
     """
     model = load_model(model)
     prompts = readout.even(model, texts)
@@ -247,7 +248,7 @@ def mixing(
 def _preceded(
     tokens: Int[Tensor, "prompt text"], front: int | None
 ) -> Int[Tensor, "prompt position"]:
-    """The prompts with a token in front, if there is one."""
+    """Return the prompts with a token in front, if there is one."""
     if front is None:
         return tokens
     return torch.cat([torch.full_like(tokens[:, :1], front), tokens], dim=1)
@@ -264,14 +265,14 @@ def _peak_layer(model: Any, tokens: Int[Tensor, "prompt position"]) -> int:
     layer = int((norms >= norms.max() / 2).nonzero()[0])
     if layer == len(norms) - 1:
         raise UnsupportedError(
-            'The front token grows up to the last layer, so that "no sink" has nowhere to hide it; '
-            "leave that condition out."
+            'The front token\'s norm grows up to the last layer, so that "no sink" has no layer to '
+            "hide it in; leave that condition out."
         )
     return layer
 
 
 def _sink_rates(model: Any, tokens: Int[Tensor, "prompt position"]) -> dict[str, Tensor]:
-    """For what share of heads the front token is a sink, and the largest other share."""
+    """Share of heads whose sink is the front token, and the largest share of another position."""
     rates = scan(model, token_ids(tokens), metrics=["received"], progress=False)["sink_rate"].cpu()
     half = max(2, len(rates) // 2)
     return {"front_rate": rates[0], "other_rate": rates[1:half].max()}
@@ -298,13 +299,13 @@ def _front(model: Any, prompts: Texts) -> int | None:
 def _with_another(
     model: Any, tokens: Int[Tensor, "prompt position"], changed: int, seed: int
 ) -> Int[Tensor, "prompt position"]:
-    """The prompts with another ordinary token at one position."""
+    """Return the prompts with another ordinary token at one position."""
     tokenizer = getattr(model, "tokenizer", None)
     known = capabilities(model).d_vocab
     ids = torch.tensor(ordinary_ids(tokenizer, known) if tokenizer is not None else range(known))
     generator = torch.Generator().manual_seed(seed)
     drawn = ids[torch.randint(len(ids), (len(tokens),), generator=generator)]
-    # Where the same token was drawn, take its neighbour.
+    # If the same token was drawn, take its neighbour.
     again = ids[(torch.searchsorted(ids, drawn) + 1) % len(ids)]
     tokens = tokens.clone()
     tokens[:, changed] = torch.where(drawn == tokens[:, changed].cpu(), again, drawn)

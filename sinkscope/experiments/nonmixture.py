@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
 
 NEURONS = 5
-"""Contributors that are kept for each dim."""
+"""Number of contributing neurons kept for each dim."""
 _SHOWN = 0.05
-"""Smallest share of a value that the summary names a neuron for."""
+"""Smallest share of a value for which the summary lists a neuron."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -50,7 +50,8 @@ class NonMixture(Result):
         report: The scan's FFN and residual fields, for figures and other thresholds.
         position: The position.
         masked: Whether a self-only mask kept it from attending to others.
-        causal: Whether attention is: then position 0 attends only to itself without a mask.
+        causal: Whether attention is causal, so that position 0 attends only to itself without a
+            mask.
         over_median: |x| over the median |x| over dims has to exceed this.
         over_mixed: |x| over the largest |x| of any mixed position has to exceed this.
         contributor: The neurons that add most to each dim that stands out; None for mixtures of
@@ -104,7 +105,7 @@ class NonMixture(Result):
         ]
 
     def strongest(self) -> list[dict[str, Any]]:
-        """For each layer the dim that stands out most over the mixed positions, rule or not."""
+        """For each layer the dim that stands out most over the mixed positions, by rule or not."""
         x, mixed = self.report["ffn_sink"].abs(), self.report["ffn_mixed_max"]
         median = self.report["ffn_sink_median"]
         over_mixed, over_median = (x / mixed).mean(0), (x / median[..., None]).mean(0)
@@ -188,7 +189,7 @@ class NonMixture(Result):
         return ", ".join(own[:3])
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a layer and dim: value at the position (nonmixed), largest of the others."""
+        """One row per layer and dim: value at the position (nonmixed), largest of the others."""
         value = self.report.mean("ffn_sink")
         axes = {"layer": range(value.shape[0]), "dim": range(value.shape[1])}
         return tidy(axes, nonmixed=value, mixed_max=self.report.mean("ffn_mixed_max"))
@@ -217,7 +218,7 @@ def nonmixture(
     over_mixed: float = 10.0,
     progress: bool = True,
 ) -> NonMixture:
-    """The dims in which the FFN output of a non-mixed position stands out (Yan et al., Fig. 1).
+    """Find the FFN-output dims in which a non-mixed position stands out (Yan et al., Fig. 1).
 
     The paper's separation of mixture from non-mixture distributions is not public; the rule is
     operational and ours (`metrics.ffn.nonmixture_dims`).
@@ -225,8 +226,8 @@ def nonmixture(
     Args:
         model: A bridge, or anything that `load_model` takes.
         texts: Prompts of equal length.
-        position: Which one. Position 0 under a causal mask attends only to itself; in a
-            bidirectional model it attends to others as all do, and is distinguished by its position
+        position: The position. Under a causal mask position 0 attends only to itself; in a
+            bidirectional model it attends to all others, and is distinguished by its position
             vector or its token.
         mask: Whether a self-only mask keeps the position from attending to others; by default
             everywhere but at position 0.

@@ -1,10 +1,10 @@
 """Start a forward pass at any block, and compute losses in bounded memory.
 
 1. `Partway` runs the model's own forward pass, so that masks, positions, final norm, output head
-   and softcap are unchanged. The blocks before the first one that is wanted do not compute: each
-   returns the given residual state.
+   and softcap are unchanged. The blocks before the requested one are skipped: each returns the
+   given residual state.
 2. Whether that is exact is checked on every model before it is used, since a model may pass more
-   from block to block than one residual stream. Interventions in force apply as in whole passes.
+   from block to block than one residual stream. Active interventions apply as in full passes.
 3. `Partway.losses` applies the output head to a few positions at a time; `PromptLosses` is the loss
    of each prompt with some heads set to zero.
 """
@@ -58,7 +58,7 @@ class Track:
 
 
 def with_loss(can: Capabilities) -> Capabilities:
-    """The same capabilities, if the model has a meaningful next-token loss.
+    """Return the capabilities, if the model has a meaningful next-token loss.
 
     Raises:
         UnsupportedError: If it does not.
@@ -71,14 +71,14 @@ def with_loss(can: Capabilities) -> Capabilities:
 
 
 def with_predictions(prompts: Texts, name: str = "") -> Texts:
-    """The same prompts, if every one has a token to predict.
+    """Return the prompts, if every one has a token to predict.
 
     Args:
         prompts: Right-padded.
-        name: What to call them.
+        name: Their name in the error.
 
     Raises:
-        TextError: If one has not.
+        TextError: If one has none.
     """
     shortest = int(prompts.lengths.min())
     if shortest < 2:
@@ -143,10 +143,10 @@ class Partway:
         residual: Residual | None = None,
         hooks: Hooks = (),
     ) -> Residual:
-        """The residual state after the last block, when block ``layer`` is given ``residual``.
+        """Return the residual state after the last block, with ``residual`` as input of a block.
 
         Args:
-            tokens: What the residual belongs to.
+            tokens: The tokens of the residual state.
             mask: True at real tokens.
             layer: The first block that runs.
             residual: Its input; None with ``layer=0``, which reads the embedding.
@@ -166,9 +166,9 @@ class Partway:
     ) -> Float[Tensor, "row"]:
         """Mean loss of each row's next-token predictions [nat]; nan where it predicts none.
 
-        The output head runs on a few positions at a time, since logits over a vocabulary would be
-        the largest tensor by far. Hooks after the blocks, on the final norm or the logits, need
-        all positions at once; the effect of those inside is in the residual state already.
+        The output head runs on a few positions at a time, since the logits would be by far the
+        largest tensor. Hooks after the blocks, on the final norm or the logits, need all positions
+        at once; the effect of those inside is in the residual state already.
         """
         names = hooked(self.model)
         inside = {name for name in names if name.startswith("blocks.")}
@@ -228,12 +228,12 @@ class Partway:
         mask: Bool[Tensor, "row position"],
         rows: Int[Tensor, "row"] | None = None,
     ) -> Batch:
-        """These prompts as observers take them, with position 0 as the sink.
+        """Return these prompts as a `Batch` for observers, with position 0 as the sink.
 
         Args:
             tokens: Right-padded token ids.
             mask: True at real tokens.
-            rows: Which prompts of a text they are.
+            rows: Their indices among the prompts of the text.
         """
         sinks = torch.zeros_like(mask)
         sinks[:, 0] = True
@@ -247,7 +247,7 @@ class Partway:
         """Hooks that read signals of every layer of one batch, for `final`.
 
         Args:
-            batch: What runs.
+            batch: The batch that runs.
             signals: "attention", or names of activations, see `Capabilities`.
             emit: Called with signal, layer, and the activation or the attention's reader.
         """
@@ -256,11 +256,11 @@ class Partway:
 
     @contextmanager
     def _starting_at(self, layer: int, residual: Residual | None) -> Iterator[None]:
-        """Inside, the blocks below ``layer`` return ``residual`` instead of computing."""
+        """Context in which the blocks below ``layer`` return ``residual`` instead of computing."""
         overrides, handles = Overrides(), []
 
         def give(block: Any, given: Any, output: Any) -> Any:
-            # Hooks on these blocks have edited it again, although it holds their edits already.
+            # Hooks on these blocks have edited it again, although their edits are already included.
             return (residual, *output[1:]) if isinstance(output, tuple) else residual
 
         try:
@@ -278,7 +278,7 @@ class Partway:
                 handle.remove()
 
     def _without_hooks(self, names: Iterable[str] | None = None) -> AbstractContextManager[None]:
-        """Temporarily remove the caller's hooks on the points of these names, or on all."""
+        """Temporarily remove the caller's hooks from the named hook points, or from all."""
         points = self.model.hook_dict
         chosen = [points[name] for name in (points if names is None else names)]
         return only_hooks(chosen, (), lambda x, hook: None)
@@ -287,7 +287,7 @@ class Partway:
         """Refuse a model whose result changes when it starts at a later block.
 
         Raises:
-            UnsupportedError: If it is not.
+            UnsupportedError: If it does.
         """
         tokens = probe_tokens(self.model).to(self.device)
         mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -307,8 +307,8 @@ class Partway:
         tolerance = 3e-2 if half else 1e-4
         plain = self.model(tokens, return_type="logits", use_cache=False)
         same = close(self._logits(tokens, track.final).float(), plain.float(), tolerance)
-        # The prompts change places from run to run. Otherwise a value that a later block reads from
-        # a skipped one would be that of the run before, and fit by chance.
+        # The prompts are permuted between runs. Otherwise a value that a later block reads from a
+        # skipped one would be that of the previous run, and match by coincidence.
         for layer in range(self.can.n_layers):
             order = [1, 0] if layer % 2 == 0 else [0, 1]
             again = self.final(tokens[order], mask, layer, track.before[layer][order])
@@ -327,7 +327,7 @@ class PromptLosses:
     Args:
         partway: The model, opened.
         prompts: Right-padded.
-        batch: Prompts at once; by default what fills the device.
+        batch: Prompts per batch; by default as many as fit on the device.
     """
 
     def __init__(self, partway: Partway, prompts: Texts, batch: int | None = None) -> None:

@@ -403,7 +403,7 @@ class Precision(Result):
         return lines
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a run and prompt.
+        """One row per run and prompt.
 
         Returns:
             what: "all", "alone", "without", "cell" or "keep list"; scheme, kept, tensor ("" for

@@ -32,12 +32,12 @@ LOSS_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something to measure in every layer.
+    """A quantity to measure in every layer.
 
     Attributes:
         signal: "attention", or the name of an activation (see `Capabilities`).
-        reduce: From the signal and its batch to [prompt ...].
-        statistics: What `reduce` calls of an `AttentionReader`, see there.
+        reduce: Maps the signal and its batch to [prompt ...].
+        statistics: Methods of `AttentionReader` that `reduce` calls, see there.
     """
 
     signal: str
@@ -73,7 +73,7 @@ FFN_MIXED_MAX = Quantity("mlp_out", lambda x, b: ffn.ffn_profile(x, b.sinks, b.m
 
 
 def at(signal: str, position: int) -> Quantity:
-    """An activation at one position [prompt dim]."""
+    """Return the quantity of an activation at one position [prompt dim]."""
     return Quantity(signal, lambda x, batch: x[:, position].float())
 
 
@@ -99,13 +99,13 @@ def measure(
     """Measure quantities in every layer, in one pass over the texts.
 
     Args:
-        model: A bridge, with whatever interventions are in force.
+        model: A bridge; active interventions apply.
         texts: Prompts of equal length, right-padded.
         quantities: By name.
         sinks: The sink positions of every prompt.
 
     Returns:
-        On the CPU, [prompt layer ...] each.
+        Tensors [prompt layer ...] by name, on the CPU.
     """
     can = capabilities(model)
     where = torch.zeros_like(texts.mask)
@@ -122,10 +122,10 @@ def measure(
 
 
 def scope(can: Capabilities) -> Scope:
-    """What an observer is told of a model whose output projections it does not ask for."""
+    """Return the scope for observers that do not need the output projections."""
 
     def no_gram(layer: int) -> Tensor:
-        raise NotImplementedError("nothing here goes through W_O")
+        raise NotImplementedError("these observers do not use W_O")
 
     sizes = {"layer": can.n_layers}
     return Scope(0.3, can.n_heads, bucket_edges=(1,), gram=no_gram, sizes=sizes)
@@ -144,12 +144,12 @@ def median_of_others(
 
 
 def chosen(names: Iterable[str], choices: tuple[str, ...], what: str) -> tuple[str, ...]:
-    """Some of these choices, at least one.
+    """Return the chosen names, at least one.
 
     Args:
-        names: Which.
-        choices: What there is.
-        what: What they are, in the plural.
+        names: The names.
+        choices: The allowed names.
+        what: What to call them in errors, in the plural.
 
     Raises:
         UnsupportedError: If one is unknown, or none is named.
@@ -161,7 +161,7 @@ def chosen(names: Iterable[str], choices: tuple[str, ...], what: str) -> tuple[s
 
 
 def has_loss(model: Any) -> bool:
-    """Whether a model predicts next tokens with a trained output head."""
+    """Return whether a model predicts next tokens with a trained output head."""
     can = capabilities(model)
     return can.causal and can.lm_head
 
@@ -193,7 +193,7 @@ def losses(model: Any, texts: Texts) -> Float[Tensor, "prompt query"] | None:
 
 
 def even(model: Any, texts: Any, position: int | None = None, after: int = 1) -> Texts:
-    """Prompts of one length, which reach a position and go beyond it.
+    """Return prompts of equal length that extend beyond a position.
 
     Args:
         model: A bridge.

@@ -1,8 +1,8 @@
 """The base of the experiments' results: labelled tensors, a tidy table, words, figures, files.
 
-Every experiment returns a subclass of `Result`, which says what is particular to it in four
-methods: `summary`, `statistics`, `to_frame` and `figures`. The rest follows from them: `to_dict`,
-`to_html`, `save`, and how a result shows on a terminal and in a notebook. `tidy` makes the tables.
+Every experiment returns a subclass of `Result`, which implements four methods: `summary`,
+`statistics`, `to_frame` and `figures`. The rest follows from them: `to_dict`, `to_html`, `save`,
+and how a result shows on a terminal and in a notebook. `tidy` makes the tables.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Result(Labelled):
 
     Attributes:
         about: Model, T, BOS and texts in one line, for figures.
-        QUESTION: What the experiment asks; the heading of its page.
+        QUESTION: The question of the experiment, the heading of its page.
     """
 
     QUESTION = ""
@@ -45,14 +45,14 @@ class Result(Labelled):
         raise NotImplementedError
 
     def statistics(self) -> dict[str, Any]:
-        """The numbers that the summary states, by name, as plain values and `Interval`."""
+        """The values in the summary, by name, as plain numbers and `Interval`."""
         raise NotImplementedError
 
     def to_frame(self) -> pd.DataFrame:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """A tidy frame, one row an observation, as the figures take it.
+        """A tidy frame, one row per observation, as the figures take it.
 
-        The tensors themselves come by name, such as ``result["loss"]``, and all of them with
-        `to_xarray`.
+        The tensors themselves are available by name, such as ``result["loss"]``, and all of them
+        with `to_xarray`.
         """
         raise NotImplementedError
 
@@ -61,7 +61,7 @@ class Result(Labelled):
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        """What was measured on, the summary and the statistics, ready for JSON."""
+        """Return the setting, the summary and the statistics, ready for JSON."""
         return {"about": self.about, "summary": self.summary(), **plain(self.statistics())}
 
     def save(self, path: str | Path, name: str | None = None) -> list[Path]:
@@ -70,7 +70,7 @@ class Result(Labelled):
         Args:
             path: Of the files, without suffix: ``.json``, ``.csv`` and ``.html`` are added. The
                 folder has to exist.
-            name: Deprecated: of the files, `path` being their folder.
+            name: Deprecated: name of the files, with `path` as their folder.
 
         Returns:
             The files written.
@@ -109,7 +109,7 @@ class Result(Labelled):
         return "\n".join(map(wrapped, lines))
 
     def _repr_html_(self) -> str:
-        """The question and the same words for a notebook; tables keep their columns."""
+        """Return the question and the summary for a notebook, with aligned tables."""
         words = html.escape(repr(self))
         return (
             f"<strong>{html.escape(self.QUESTION)}</strong>"

@@ -1,10 +1,10 @@
-"""Resume long measurements: a result is kept in a file and continued if the request is the same.
+"""Resume long measurements: a result is saved in a file and continued if the request is the same.
 
-1. `request_of` and `checkpoint_request` say what a result depends on: the model by its name and
-   its identity (all weights, settings, and the output on a probe), the exact tokens, and every
+1. `request_of` and `checkpoint_request` describe what a result depends on: the model by its name
+   and its identity (all weights, settings, and the output on a probe), the exact tokens, and every
    option.
-2. `Kept` locks a result's file, compares its request with the one of now, and returns what the
-   file holds. The request is written beside it: ``prose.nc`` has ``prose.request.json``.
+2. `Kept` locks a result's file, compares its request with the current one, and returns the saved
+   result. The request is written beside it: ``prose.nc`` has ``prose.request.json``.
 3. Results that fill up in place, with nan where nothing was measured yet, are written every few
    seconds (`Kept.grew`) and when the block ends, after an exception or Ctrl-C too.
 """
@@ -50,12 +50,12 @@ class Kept(Generic[R]):
 
     Args:
         kind: Class of the result.
-        file: A ``.nc`` file; None keeps nothing.
-        request: What the result depends on, as JSON knows it.
+        file: A ``.nc`` file; None saves nothing.
+        request: What the result depends on, as JSON-compatible values.
 
     Attributes:
-        found: What the file holds; None if there is no file yet.
-        also: Values kept with it, see `write`.
+        found: The saved result; None if there is no file yet.
+        also: Values saved with it, see `write`.
 
     Raises:
         ReportError: On entry: if the file was begun with another request, cannot be read, or
@@ -91,20 +91,20 @@ class Kept(Generic[R]):
 
         Args:
             result: What was measured.
-            also: Values that belong to it, as JSON knows them.
+            also: Values that belong to it, JSON-compatible.
         """
         self._unwritten, self._written = None, time.monotonic()
         if self._file is not None:
             self.also |= also
-            # The result comes last: where it is, its request is too.
+            # The result is written last, so that its request always exists.
             content = as_json({"request": self._request, "also": self.also}, indent=1)
             write_file(_request_file(self._file), content)
             netcdf.save(result, self._file)
 
     def grew(self, result: R) -> None:
-        """Note that more was measured; it is written every few seconds.
+        """Record progress; the result is written every few seconds.
 
-        Where nothing was measured nothing is written: an empty file would be in the way of another
+        Before anything is measured nothing is written, since an empty file would block another
         request.
         """
         self._unwritten = result
@@ -113,11 +113,11 @@ class Kept(Generic[R]):
 
 
 def check(file: Path, request: Request) -> bool:
-    """Whether a file holds a result; of another request it may not be.
+    """Return whether a file holds a result, and refuse one of another request.
 
     Args:
         file: The result's file.
-        request: What is asked for now.
+        request: The current request.
 
     Raises:
         ReportError: If anything differs that the result depends on, or the record of it is missing
@@ -130,12 +130,12 @@ def check(file: Path, request: Request) -> bool:
 
 
 def claim(record: Path, results: Iterable[Path], request: Request) -> None:
-    """Note in a file what several results beside it are of; those of another request may not be.
+    """Record the request of several results in a file beside them, and refuse another one.
 
     Args:
         record: The file, ``NAME.request.json``.
         results: Files that hold, or are going to hold, the results.
-        request: What is asked for now.
+        request: The current request.
 
     Raises:
         ReportError: If a result is there already and was measured for another request, or no
@@ -178,12 +178,12 @@ def _request_file(file: Path) -> Path:
 
 
 def _beside(file: Path) -> dict[str, Any]:
-    """The request that a result was measured for, and what is kept with it."""
+    """Return the request that a result was measured for, and the values saved with it."""
     return _recorded(file, _request_file(file))
 
 
 def _recorded(file: Path, record: Path) -> dict[str, Any]:
-    """The request that a file records of a result, and what is kept with it.
+    """Read the request of a result from its record, and the values saved with it.
 
     Raises:
         ReportError: If that record is missing or damaged.
@@ -209,29 +209,28 @@ def _recorded(file: Path, record: Path) -> dict[str, Any]:
 
 
 def kept_in(place: str | Path | None, model: Any) -> Path | None:
-    """The file or folder to keep results in, if there is one.
+    """Return the file or folder for results, if there is one.
 
     Args:
-        place: What the caller named.
+        place: The requested file or folder.
         model: A bridge.
 
     Raises:
-        ReportError: If hooks are in force. What they do cannot be written down, and may show at
-            positions that no probe reaches, so that later runs would return these results for
-            the model without them.
+        ReportError: If hooks are active. Their effect cannot be recorded, and may be absent at the
+            positions of the probe, so that later runs without them would return these results.
     """
     if place is not None and hooked(model):
         raise ReportError(
-            f"{place} keeps results of a model as it is, and hooks or interventions are in force "
-            "on this one; measure under them without a file or folder."
+            f"{place} is for results of an unmodified model, and hooks or interventions are in "
+            f"force on this one; measure under them without a file or folder."
         )
     return None if place is None else Path(place)
 
 
 def file_stem(name: str) -> str:
-    """A name, such as that of a text source, as part of a file's name.
+    """Return a name, such as that of a text source, as part of a file's name.
 
-    Plain names stay as they are. Of all others a hash is added, so that two names never share a
+    Plain names stay as they are. A hash is added to all others, so that two names never share a
     file: "a-b.txt" becomes ``a_b.txt-62e1c9``.
     """
     if re.fullmatch(r"[a-z0-9_]{1,60}", name):
@@ -244,12 +243,12 @@ def file_stem(name: str) -> str:
 
 
 def request_of(model: Any, texts: Texts, **options: Any) -> Request:
-    """Everything that a result of a model on exact tokens depends on.
+    """Return everything that a result of a model on exact tokens depends on.
 
     Args:
         model: A bridge.
         texts: The prompts.
-        options: Everything else that decides the numbers, as JSON knows it.
+        options: Everything else that determines the values, JSON-compatible.
     """
     source = model_source(model)
     return {
@@ -275,11 +274,11 @@ def checkpoint_request(
     sinks: Any,
     options: dict[str, Any],
 ) -> Request:
-    """Everything that the report of a checkpoint depends on, known before it is loaded.
+    """Return what the report of a checkpoint depends on, as far as known before it is loaded.
 
     Args:
         model: The Hub model that steps and revisions are of.
-        checkpoint: As `dynamics` takes it. What a function will give is not known.
+        checkpoint: As `dynamics` takes it; the result of a function is not known.
         source: The prompts.
         sinks: The sink positions.
         options: Of `load_model`.
@@ -314,7 +313,7 @@ def _checkpoint(model: str | Path | None, checkpoint: Any, options: dict[str, An
 
 
 def _on_disk(path: Path) -> str:
-    """A path, and the size and time that change when the weights there are written anew."""
+    """Return a path with size and time, which change when the weights there are rewritten."""
     files = [path] if path.is_file() else [f for glob in _FILES for f in path.glob(glob)]
     found = [file.stat() for file in files]
     size = sum(each.st_size for each in found)
@@ -331,7 +330,7 @@ def _dtype(checkpoint: Any, options: dict[str, Any]) -> str:
 
 
 def texts_identity(source: TextSource | Texts) -> str:
-    """Exact ids by a hash; a recipe by its settings and a hash of the text that it is made from."""
+    """Identify exact ids by a hash, and a recipe by its settings and a hash of its text."""
     if isinstance(source, Texts):
         return f"{source.source}, tokens {digest(source.right_padded())}"
     settings = {
@@ -345,11 +344,11 @@ def texts_identity(source: TextSource | Texts) -> str:
 
 
 _CHARACTERS = 64
-"""Of a token; no text has longer ones on average."""
+"""Characters per token; no text has longer tokens on average."""
 
 
 def _content(source: Documents) -> str:
-    """A hash of as much of the text as the prompts can be cut from."""
+    """Hash as much of the text as the prompts can be cut from."""
     content, read = hashlib.sha256(), 0
     a_prompt = WHOLE if source.length is None else _CHARACTERS * source.length
     windows = isinstance(source, Windows)

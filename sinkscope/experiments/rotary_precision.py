@@ -127,7 +127,7 @@ class RotaryPrecision(Result):
         return self.first_error.nansum(dims) / self.error.nansum(dims)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row an arithmetic, shift, layer and head.
+        """One row per arithmetic, shift, layer and head.
 
         Returns:
             arithmetic, shift, layer, head; error, first_error and first_attention (means over
@@ -188,7 +188,7 @@ class RotaryPrecision(Result):
         return {"length": self.error_by_key.shape[-1], "arithmetics": found}
 
     def summary(self) -> str:
-        """One row an arithmetic and shift: errors, the first token's share, and what follows."""
+        """One row per arithmetic and shift: errors, the first token's share, and what follows."""
         rows, notes = [], []
         for name, values in self.statistics()["arithmetics"].items():
             if values["overflowed"]:
@@ -229,7 +229,7 @@ class RotaryPrecision(Result):
         }
 
     def by_query(self) -> pd.DataFrame:
-        """One row an arithmetic, shift and bucket of query positions, as `plot.shift_errors` takes.
+        """One row per arithmetic, shift and bucket of query positions, for `plot.shift_errors`.
 
         Returns:
             arithmetic, shift, query (lower edge); error with the ends of its 95 % interval over
@@ -252,7 +252,7 @@ class RotaryPrecision(Result):
         return frame.dropna(subset="error", ignore_index=True)
 
     def by_key(self) -> pd.DataFrame:
-        """One row an arithmetic, shift and key, as `plot.shift_errors_by_key` takes.
+        """One row per arithmetic, shift and key, as `plot.shift_errors_by_key` takes.
 
         Returns:
             arithmetic, shift, key; error (mean over prompts and layers), largest_error.

@@ -60,7 +60,7 @@ class SameHeads(Result):
         return next(iter(self.runs.values())).steps
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a pair of runs, step and kind of overlap: metric, step, run, other, value."""
+        """One row per pair of runs, step and kind of overlap: metric, step, run, other, value."""
         heads = {name: run.sink_heads() for name, run in self.runs.items()}
         pieces = []
         for one, other in itertools.combinations(self.runs, 2):

@@ -1,15 +1,17 @@
-"""Whether the massive activations of a hybrid model spike right before the layers that attend.
+"""Whether the massive activations of a hybrid model spike right before its attention layers.
 
 Su et al. 2026, "Massive Activations in Hybrid Linear Attention Large Language Models: Pre-Attention
-Spikes and Inter-Spike Plateaus" (arXiv 2608.12149): where few layers attend, the sink's largest
-activation rises right before each of them and falls behind it; where more of them do, the spikes
-join into a plateau.
+Spikes and Inter-Spike Plateaus" (arXiv 2608.12149): with few attention layers, the sink's "
+"largest activation rises right before each of them and falls after it; with more, the spikes "
+"merge into a plateau"Spikes and Inter-Spike Plateaus" (arXiv 2608.12149): with few attention
+layers, the sink's largest activation rises right before each of them and falls after it; with more,
+the spikes merge into a plateau.
 
 1. Measure the largest |a| of every token after every layer.
-2. In every layer that attends, take the token that receives most attention from later queries, mean
+2. In every attention layer, take the token that receives most attention from later queries, mean
    over these and over heads: its sink.
 3. Sink–spike alignment: the share of these layers before which the sink's activation is the largest
-   of its block, the layers since the last one that attends. By chance it would be one over the
+   of its block, the layers since the last attention layer. By chance it would be one over the
    length of the block.
 4. Inter-spike retention, at the token that is the sink of most layers: the share of two
    neighbouring spikes that is left in the layers between them.
@@ -50,18 +52,18 @@ class Spikes(Result):
     """The largest activations of a hybrid model by layer, alignment and retention.
 
     Attributes:
-        attending: The layers that attend.
-        events: Those along `event`, which have layers that do not attend right before them.
+        attending: The attention layers.
+        events: Those along `event`: attention layers right after a layer without attention.
         pairs: The layers of neighbouring spikes along `interval`.
         value: Largest |a| of each position after each layer [activation].
         sinks: Sink of each layer that attends.
         sink: The position whose retention is measured: the sink of most of these layers (of two,
-            the one that is the sink of an earlier layer), or the one that was asked for.
+            the one that is the sink of an earlier layer), or the requested one.
         aligned: Whether the sink of each event spikes right before it, 0 or 1.
         retained: Retention between each pair of spikes [share].
     """
 
-    QUESTION = "Do massive activations spike right before the layers that attend?"
+    QUESTION = "Do massive activations spike right before the attention layers?"
 
     attending: tuple[int, ...]
     events: tuple[int, ...]
@@ -79,12 +81,12 @@ class Spikes(Result):
 
     @property
     def chance(self) -> float:
-        """The alignment if each layer of a block were its largest alike [share]."""
+        """Expected alignment if the largest layer of each block were drawn at random [share]."""
         lengths = [len(block) for block in definitions.blocks(self.attending).values()]
         return sum(1 / length for length in lengths) / len(lengths)
 
     def statistics(self) -> dict[str, Any]:
-        """Alignment and retention with intervals over prompts, and what they are means of."""
+        """Alignment and retention with intervals over prompts, overall and by layer."""
         value = self.value_at_sink.mean(0)
         return {
             "attending": list(self.attending),
@@ -104,7 +106,7 @@ class Spikes(Result):
         }
 
     def summary(self) -> str:
-        """Alignment and retention in words, and a table of the layers that attend."""
+        """Alignment and retention in words, and a table of the attention layers."""
         found = self.statistics()
         where = sorted(set(self.sink.tolist()))
         lines = [
@@ -116,7 +118,7 @@ class Spikes(Result):
                 else "No two spikes have a layer between them, so there is no retention."
             ),
             f"The largest activation at position {listed([str(at) for at in where])}, "
-            f"{number(found['largest'])}, stands after layer {found['largest_after']}.",
+            f"{number(found['largest'])}, occurs after layer {found['largest_after']}.",
         ]
         mean = self.value_at_sink.mean(0)
         rows = [
@@ -133,27 +135,27 @@ class Spikes(Result):
         return "\n".join([*lines, table_as_text(columns, rows)])
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a prompt and layer: largest |a| at the sink, and whether the layer attends."""
+        """One row per prompt and layer: largest |a| at the sink, and whether the layer attends."""
         prompts, layers = self.value.shape[:2]
         axes = {"prompt": range(prompts), "layer": range(layers)}
         attends = torch.tensor([layer in self.attending for layer in range(layers)])
         return tidy(axes, value=self.value_at_sink, attends=attends).astype({"attends": bool})
 
     def figures(self) -> dict[str, go.Figure]:
-        """The sink's largest activation by layer, with the layers that attend."""
+        """The sink's largest activation by layer, with the attention layers marked."""
         from sinkscope.plot import pre_attention_spikes
 
         return {"spikes": pre_attention_spikes(self.to_frame(), about=self.about)}
 
 
 def spikes(model: Any, texts: Any, sink: int | None = None) -> Spikes:
-    """Alignment of spikes with the layers that attend, and what is left between them.
+    """Measure the alignment of spikes with attention layers, and the retention between spikes.
 
-    The pattern of each layer that attends is made whole, one layer at a time.
+    The full pattern of each attention layer is computed, one layer at a time.
 
     Args:
-        model: A bridge, or anything that `load_model` takes: a causal model of which some layers
-            attend.
+        model: A bridge, or anything that `load_model` takes: a causal model in which some layers
+            have attention.
         texts: Prompts of equal length.
         sink: The position whose retention is measured; by default the sink of most layers.
 
@@ -161,15 +163,15 @@ def spikes(model: Any, texts: Any, sink: int | None = None) -> Spikes:
         Activations, sinks, alignment and retention of every prompt.
 
     Raises:
-        UnsupportedError: If the model is not causal, shows no pattern, or has no layer that attends
-            after one that does not.
+        UnsupportedError: If the model is not causal, shows no pattern, or has no attention layer
+            after a layer without attention.
         TextError: If prompts differ in length, or end before the sink.
     """
     model = load_model(model)
     can = capabilities(model)
     if not can.attending:
         raise UnsupportedError(
-            f"Spikes are measured before layers that attend: {can.absent['pattern']}."
+            f"Spikes are measured before attention layers: {can.absent['pattern']}."
         )
     if not can.causal:
         raise UnsupportedError(
@@ -179,8 +181,8 @@ def spikes(model: Any, texts: Any, sink: int | None = None) -> Spikes:
     blocks = definitions.blocks(can.attending)
     if not blocks:
         raise UnsupportedError(
-            f"In {can.architecture} no layer without attention stands before one that attends, so "
-            "there is no block in which a spike could be; use a hybrid model, such as Qwen3.5."
+            f"In {can.architecture} no layer without attention comes before an attention layer, so"
+            f" there is no block in which a spike could be; use a hybrid model, such as Qwen3.5."
         )
     prompts = readout.even(model, texts, 0 if sink is None else sink)
     found = readout.measure(model, prompts, {"value": PEAKS, "later": LATER})
@@ -203,5 +205,5 @@ def spikes(model: Any, texts: Any, sink: int | None = None) -> Spikes:
 
 
 def _most(positions: list[int]) -> int:
-    """The position that occurs most often, of several the first."""
+    """Return the position that occurs most often, the first one in case of ties."""
     return max(positions, key=positions.count)

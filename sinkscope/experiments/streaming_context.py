@@ -3,7 +3,7 @@
 Xiao, Tian, Chen, Han and Lewis 2023, "Efficient Streaming Language Models with Attention Sinks"
 (StreamingLLM, arXiv 2309.17453): a model that sees a window of recent tokens only breaks down once
 its first tokens have left the window, and recovers if a few of them are kept. Yan et al. 2024
-(arXiv 2407.01601) claim that any designated waiver element will do; here one in the middle of the
+(arXiv 2407.01601) claim that any designated waiver element suffices; here one in the middle of the
 text is kept instead of the first tokens.
 
 1. `plan` lists the settings: what is kept, the window, how positions are counted.
@@ -76,7 +76,7 @@ _COUNTED = {"cache": "positions counted in the cache", "absolute": "positions co
 
 SINKS = (0, 1, 2, 4, 8)
 _NATIVE = "TransformerLensNative"
-"""Architecture of models that do not come from transformers, such as the laboratory's."""
+"""Architecture of models that do not come from transformers, such as the toy models."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -88,7 +88,7 @@ class StreamedContext(Result):
         windows: Window of each setting; -1 for full attention. Where keys and values are quantised,
             how many recent tokens are not.
         schemes: How keys and values before the window are stored, such as "int4-token"; "" where
-            they are as they were, or not kept.
+            they are unquantised, or not kept.
         counted: How positions were counted in each setting.
         moved_on: The first query that, in every setting, has all kept positions before it and the
             start outside its window.
@@ -118,14 +118,14 @@ class StreamedContext(Result):
 
     @property
     def after(self) -> int:
-        """Where "after" begins: at `moved_on`, or half-way if the text hardly gets there."""
+        """First query of the evaluated part: `moved_on`, or the middle of a short text."""
         return self.moved_on if self.moved_on + BLOCK <= self.tokens else self.tokens // 2
 
     def perplexity(self, setting: int, start: int = 0, stop: int | None = None) -> float:
         """Exp of the mean loss of some queries.
 
         Args:
-            setting: Which one.
+            setting: Index of the setting.
             start: First query.
             stop: After the last one.
         """
@@ -140,11 +140,11 @@ class StreamedContext(Result):
     def difference(self, setting: int, other: int, start: int = 0) -> Interval:
         """Mean loss of a setting minus another's [nat], with a 95 % interval.
 
-        Both read the same tokens, so the difference is paired token by token and far more precise
+        Both are on the same tokens, so the difference is paired token by token and far more precise
         than either perplexity.
 
         Args:
-            setting: Which one.
+            setting: Index of the setting.
             other: What is subtracted.
             start: First query.
         """
@@ -154,8 +154,8 @@ class StreamedContext(Result):
         """The setting with the same window and counting that keeps something else, if any.
 
         Args:
-            setting: Which one.
-            kept: What it keeps, in the words of `kept`; "everything" has no window.
+            setting: Index of the setting.
+            kept: What it keeps, as in `kept`; "everything" has no window.
         """
         for index, name in enumerate(self.kept):
             same = self._frame_of(index) == self._frame_of(setting)
@@ -175,7 +175,7 @@ class StreamedContext(Result):
         return None if other in (None, setting) else self.difference(setting, other, self.after)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a setting: perplexity of the whole text, and from `after` on."""
+        """One row per setting: perplexity of the whole text, and from `after` on."""
         import pandas as pd
 
         rows = []
@@ -259,7 +259,7 @@ class StreamedContext(Result):
         return table_as_text([*columns, "KV [MB]", "tokens/s"], table)
 
     def _gains(self, rows: list[dict[str, Any]]) -> list[str]:
-        """By how much each kept set lowers the loss, window by window."""
+        """Sentences on how much each kept set lowers the loss, by window."""
         sentences: dict[tuple[int, str, str], list[str]] = {}
         for setting, row in enumerate(rows):
             if row["loss_over_no_sinks"] is not None and row["window"] > 0:
@@ -307,7 +307,7 @@ class StreamedContext(Result):
         return drawn
 
     def _along(self, counted: str, window: int) -> pd.DataFrame:
-        """One row a setting and block: its middle, and the block's perplexity."""
+        """One row per setting and block: its middle, and the block's perplexity."""
         import pandas as pd
 
         pieces = []
@@ -334,10 +334,10 @@ def _frame_in_words(window: int, counted: str, scheme: str) -> str:
 
 
 def _over_blocks(x: Float[Tensor, "query"]) -> Interval:
-    """The mean, and its interval over blocks of `BLOCK` tokens or more, as equal as can be.
+    """The mean, and its interval over blocks of at least `BLOCK` tokens, nearly equal in size.
 
-    Every token is in a block; an interval over whole blocks of `BLOCK` alone would be that of
-    another mean. Fewer tokens than two blocks have no interval.
+    Every token is in a block; leaving some out would give the interval of another mean. With fewer
+    tokens than two blocks there is no interval.
     """
     blocks = [block.mean() for block in x.tensor_split(max(1, len(x) // BLOCK))]
     _, low, high = bootstrap(torch.stack(blocks))
@@ -367,12 +367,12 @@ def streaming_context(
     Args:
         model: A bridge, or anything that `load_model` takes; causal, without windows of its own.
         text: What `texts()` takes, or exact `token_ids`; it may be longer than the context.
-        tokens: How much of it.
+        tokens: Tokens of the text to use.
         windows: Recent positions that a query sees, its own included.
         sinks: How many first tokens are kept beside the window.
         designated: Positions to designate by a self-only mask and to keep *instead* of the first
             tokens, one setting each; each is run undesignated as well, as a control. None for none;
-            "auto" for 255, or two thirds of the way in a text that hardly goes beyond.
+            "auto" for 255, or two thirds of the way along a text that hardly goes beyond it.
         counted: "cache" counts positions inside the cache (StreamingLLM), "absolute" from the
             text's start.
         full: Whether to run full attention too; by default where the text is no longer than the
@@ -380,8 +380,8 @@ def streaming_context(
         quantise: Schemes such as "int4-token" or "int2-group64-asym", by which keys and values are
             stored that are older than `recent` tokens, with none, with `sinks` and with the pivots
             kept in full precision; windows do not matter there.
-        recent: How many tokens are kept in full precision there, the query's own included.
-        chunk: Queries that run at once; any number gives the same result.
+        recent: Number of last tokens kept in full precision there, the query's own included.
+        chunk: Queries processed at once; any number gives the same result.
         bos: The BOS policy, see `texts`.
         seed: Of the order of documents.
         file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
@@ -392,9 +392,9 @@ def streaming_context(
 
     Raises:
         UnsupportedError: If the model is bidirectional, has no trained head, has sliding windows,
-            or takes no cache; or if its positions cannot be counted as asked.
+            or takes no cache; or if its positions cannot be counted as requested.
         TextError: If the text is too short; a number of sinks, a chunk or a position is not valid;
-            or neither a window nor full attention is asked for.
+            or neither a window nor full attention is requested.
         ReportError: If the file holds another request's result, another process is writing to it,
             or hooks or interventions are in force, which a file cannot record.
     """
@@ -429,16 +429,17 @@ def streaming_context(
 
 @dataclass(frozen=True)
 class Setting:
-    """What the queries of one run can see.
+    """Which keys the queries of one run can see.
 
     Attributes:
-        kept: In words, such as "4 sinks" or "designated 255".
+        kept: What is kept, such as "4 sinks" or "designated 255".
         keep: Positions that stay visible.
         window: Recent positions that a query sees, its own included; None for all.
         counted: How positions are counted, of `COUNTED`.
         alone: Positions designated by a self-only mask.
-        scheme: How what has left the window is stored; "" for as it is.
-        sinks: How many first tokens are not stored so; for "pivots" those of each layer are not.
+        scheme: Scheme of keys and values that have left the window; "" for full precision.
+        sinks: Number of first tokens that stay in full precision; for "pivots", the pivots of each
+            layer do.
     """
 
     kept: str
@@ -454,10 +455,10 @@ class Setting:
         return f"{self.kept}, window {self.window}, counted {self.counted}{stored}"
 
     def stored(self, layers: int, massive: Bool[Tensor, "layer position"] | None) -> Stored | None:
-        """How its keys and values are stored; None for as they are.
+        """Return how its keys and values are stored; None for full precision.
 
         Args:
-            layers: Of the model.
+            layers: Number of layers of the model.
             massive: The pivot tokens of each layer, for "pivots".
         """
         if not self.scheme:
@@ -487,7 +488,7 @@ def plan(
     tokens: int,
     can: Capabilities,
 ) -> list[Setting]:
-    """Every run that is asked for, beginning with full attention.
+    """List the requested runs, beginning with full attention.
 
     Raises:
         TextError: If there is none, or a window is empty.
@@ -510,7 +511,7 @@ def plan(
                 found.append(Setting(f"designated {p}", (p,), window, way, (p,)))
     if not found:
         raise TextError(
-            "Nothing is asked for: name a window and what to keep beside it, or run full attention "
+            "No run is requested: name a window and what to keep beside it, or run full attention "
             "(full=True)."
         )
     return found
@@ -519,7 +520,7 @@ def plan(
 def plan_stored(
     schemes: str | Iterable[str], sinks: Iterable[int], recent: int, tokens: int
 ) -> list[Setting]:
-    """Every run in which old keys and values are quantised.
+    """List the runs in which old keys and values are quantised.
 
     Raises:
         TextError: If the number of recent tokens is not one.
@@ -538,7 +539,7 @@ def plan_stored(
 
 
 def _counts(sinks: Iterable[int]) -> tuple[int, ...]:
-    """Numbers of first tokens to keep.
+    """Check the numbers of first tokens to keep.
 
     Raises:
         TextError: If one is not a whole number from 0.
@@ -605,7 +606,7 @@ def _run(
 
 
 def _tokens_held(setting: Setting, tokens: int) -> int:
-    """Positions whose keys and values a cache holds at the end."""
+    """Count the positions whose keys and values are in a cache at the end."""
     if setting.window is None:
         return tokens
     return min(setting.window - 1, tokens) + len([k for k in setting.keep if k < tokens])
@@ -620,16 +621,16 @@ def stream(
     bar: Any = None,
     stored: Stored | None = None,
 ) -> tuple[Float[Tensor, "query"], WindowCache]:
-    """The loss of every next token of one text under one setting, and the cache at the end.
+    """Return the loss of every next token of one text under one setting, and the final cache.
 
     Args:
         model: A bridge.
         prompts: One prompt.
-        setting: What its queries can see.
-        rotation: Of the kept keys, where positions are counted in the cache.
+        setting: Which keys its queries can see.
+        rotation: Rotation of the kept keys, where positions are counted in the cache.
         chunk: Queries that run at once.
         bar: A progress bar, if there is one.
-        stored: How keys and values before the window are stored; as they are by default.
+        stored: How keys and values before the window are stored; unquantised by default.
     """
     device = runner.input_device(model)
     tokens = prompts.tokens[:1].to(device)
@@ -679,7 +680,7 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check(can: Capabilities) -> Capabilities:
-    """Refuse what has no next-token loss, or windows of its own.
+    """Refuse a model without a next-token loss, or with windows of its own.
 
     Raises:
         UnsupportedError: With the reason.

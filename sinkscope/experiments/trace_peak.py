@@ -1,8 +1,8 @@
 """Which blocks write the residual peak at the sink, and which heads read it.
 
 Guo, Pai, Bai, Jiao, Jordan and Mei 2024, "Active-Dormant Attention Heads" (arXiv 2410.13835; their
-table for Llama-3.1-8B): without the FFN of blocks 0 or 1 the residual peak is gone, without any
-attention it stays.
+table for Llama-3.1-8B): without the FFN of blocks 0 or 1 the residual peak is gone; without any
+attention it remains.
 
 1. Measure residual norms and sink attention in every layer of the unchanged model.
 2. Replace the attention or FFN output of one block at the sink position, by zero or by a mean, and
@@ -100,7 +100,8 @@ class PeakTrace(Result):
     def left_by_prompt(self, mode: str) -> Float[Tensor, "removed part prompt"]:
         """Share of the peak that is left at `peak_layer`, above the norm of an ordinary position.
 
-        (‖h_sink‖ without the part − median) / (‖h_sink‖ − median): 0 is "like any other position".
+        (‖h_sink‖ without the part − median) / (‖h_sink‖ − median): 0 is the norm of other
+        positions.
 
         Args:
             mode: The replacement.
@@ -120,7 +121,7 @@ class PeakTrace(Result):
 
         Significantly: the 95 % interval over prompts ends below half (with a single prompt, its
         share is below half). The part that writes the peak comes first, the others by how little is
-        left without them. Empty where the sink is no peak.
+        left without them. Empty if the sink has no peak.
 
         Args:
             mode: The replacement.
@@ -146,7 +147,7 @@ class PeakTrace(Result):
         return estimate(self.left_by_prompt(mode)[row, column])
 
     def least(self, mode: str = "zero") -> tuple[int, str, Interval]:
-        """The (block, part, share left) without which least of the peak is left.
+        """The (block, part, share left) whose replacement leaves least of the peak.
 
         Args:
             mode: The replacement.
@@ -158,7 +159,7 @@ class PeakTrace(Result):
         """The heads that lose most of their sink attention without the block that writes the peak.
 
         Args:
-            mode: The replacement of that block's part.
+            mode: The replacement.
             n: How many.
 
         Returns:
@@ -222,7 +223,7 @@ class PeakTrace(Result):
 
     @property
     def is_peak(self) -> bool:
-        """Whether the sink's residual norm stands out at all."""
+        """Whether the sink's residual norm exceeds the others enough to be a peak."""
         return float(self.peak_ratio.mean(0).max()) >= _PEAK
 
     @property
@@ -241,7 +242,7 @@ class PeakTrace(Result):
         return _summary(self)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a removed block, part, mode, prompt, layer and metric; -1, none: unchanged."""
+        """One row per removed block, part, mode, prompt, layer and metric; -1, none: unchanged."""
         before = {
             "sink_residual_norm": self.peak,
             "residual_peak": self.peak_ratio,
@@ -294,7 +295,7 @@ def trace_peak(
         model: A bridge, or anything that `load_model` takes.
         texts: Prompts of equal length.
         sink: The sink position.
-        blocks: Which blocks to change; all by default.
+        blocks: Blocks to change; all by default.
         parts: Of "attention" and "ffn".
         modes: The replacements. "zero"; "typical", the part's mean output at the other positions,
             as if the sink were one of them; or "mean", its mean at the sink over the prompts, which
@@ -343,7 +344,7 @@ def trace_peak(
 
 
 def _read(model: Any, prompts: Texts, sink: int) -> dict[str, Tensor]:
-    """Peak and sink attention in every layer, of the model as it is now."""
+    """Measure peak and sink attention in every layer of the model in its current state."""
     wanted = {"norm": readout.RESIDUAL_NORM, "attention": readout.TO_SINKS}
     found = readout.measure(model, prompts, wanted, [sink])
     norm = found["norm"]
@@ -427,7 +428,7 @@ def _table(found: PeakTrace, facts: dict[str, Any]) -> str:
 
 
 def _sentences(found: PeakTrace, facts: dict[str, Any], mode: str) -> list[str]:
-    """What writes the peak, what else is necessary, and what reads it, with one replacement."""
+    """Sentences on what writes the peak, what else is necessary, and what reads it."""
     how = f"replaced by {_MODES[mode]}" if mode != "zero" else "set to zero"
     needed = facts[mode]["needed"]
     if not needed:
@@ -452,7 +453,7 @@ def _sentences(found: PeakTrace, facts: dict[str, Any], mode: str) -> list[str]:
 
 
 def _none_needed(found: PeakTrace, mode: str, how: str) -> str:
-    """That no part is significantly necessary, and how little may be left."""
+    """Sentence that no part is significantly necessary, with the smallest share left."""
     block, part, share = found.least(mode)
     if share.mean >= 0.5:
         least = 100 * share.mean
@@ -467,7 +468,7 @@ def _none_needed(found: PeakTrace, mode: str, how: str) -> str:
 
 
 def _left(share: Interval) -> str:
-    """The share of the peak that is left; a negative one is a norm below that of the others."""
+    """Return the share of the peak left; if negative, the norm is below that of the others."""
     if round(100 * share.mean) < 0:
         return f"nothing of it (a norm below that of the others: {share.in_percent()})"
     return f"{share.in_percent()} of it"

@@ -151,7 +151,7 @@ class Transplant(Result):
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a condition, prompt and metric: attention, loss, divergence, shares of experts.
+        """One row per condition, prompt and metric: attention, loss, divergence, shares of experts.
 
         The last two, same_experts and sink_same_experts, are means over all routed layers.
         """

@@ -247,7 +247,7 @@ class Vocabulary(Result):
         return _summary(self)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a condition and measured token, at the block of the peak.
+        """One row per condition and measured token, at the block of the peak.
 
         Columns condition, token, text, class, ratio [ratio], largest_ratio over blocks [ratio],
         cosine to the sink vector, sink (whether it makes one).

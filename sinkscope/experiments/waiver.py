@@ -1,9 +1,9 @@
-"""The waiver phenomenon, measured on any model.
+"""Measure the waiver phenomenon on any model.
 
 Yan et al. 2024, "Unveiling and Controlling Anomalous Attention Distribution in Transformers" (arXiv
 2407.01601): an element can waive its own contribution (small values) and absorb the attention that
-heads do not need. Which one does depends on what distinguishes it: that it attends only to itself,
-or its position vector. One function for each of the paper's questions:
+heads do not need. Which token does so depends on what distinguishes it: that it attends only to
+itself, or its position vector. One function for each of the paper's questions:
 
 ========================= ============================================================= =======
 `nonmixture`              which FFN-output dims mark a token that attends only to itself  Fig. 1
@@ -13,8 +13,8 @@ or its position vector. One function for each of the paper's questions:
 `which_part`              which layers, dims or norms are needed for that                ours
 ========================= ============================================================= =======
 
-Here are the questions about position vectors and the mask; `nonmixture` and `which_part` are in
-modules of their own.
+This module has the experiments on position vectors and the mask; `nonmixture` and `which_part` have
+their own modules.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class PositionNorms(Result):
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a position: position, metric ("norm") and value."""
+        """One row per position: position, metric ("norm") and value."""
         return tidy({"position": range(len(self.norm))}, metric="norm", value=self.norm)
 
     def figures(self) -> dict[str, go.Figure]:
@@ -164,21 +164,21 @@ def position_embeddings(
 ) -> PositionEdit:
     """Give a position the first or the last position's vector (Yan et al. 2024, Fig. 4).
 
-    Whether the paper replaced or swapped is not public; both are offered. On rotary models position
-    ids stand in for vectors: "first" rotates the token as at position 0, "last" as at the last
-    position of the prompt.
+    Whether the paper replaced or swapped is not public; both are offered. On rotary models the
+    position id is changed instead: "first" rotates the token as at position 0, "last" as at the
+    last position of the prompt.
 
     Args:
         model: A bridge, or anything that `load_model` takes.
         texts: Prompts of equal length that go beyond `position`.
-        position: Which one; 255 by default, or two thirds of the way in short prompts.
+        position: The position; 255 by default, or two thirds of the way along short prompts.
         starts: Of "special", "random" (start and end tokens both) and "given".
         changes: Of `CHANGES`; the unchanged model always comes first.
         seed: Of the random tokens.
         progress: Whether to draw a progress bar.
 
     Returns:
-        What every position receives and holds, condition by condition.
+        Attention, norms and FFN outputs of every position, condition by condition.
 
     Raises:
         UnsupportedError: If positions are neither learned nor rotary.
@@ -216,7 +216,7 @@ def check_positions(can: Capabilities) -> None:
 
 
 def _edit(model: Any, change: str, position: int, length: int) -> Any:
-    """A function that makes the intervention of a change."""
+    """Return a function that makes the intervention of a change."""
     which, how = change.split()
     mode = {"replaced": "replace", "swapped": "swap"}[how]
     if capabilities(model).positions == "learned":
@@ -225,7 +225,7 @@ def _edit(model: Any, change: str, position: int, length: int) -> Any:
     else:
         source = {"first": 0, "last": length - 1}[which]
         make = functools.partial(PositionIdEdit, model, source, position, mode)
-    make()  # refuse before the work what would be refused during it
+    make()  # raise errors before the long computation
     return make
 
 
@@ -254,17 +254,17 @@ def structured_mask(
     Args:
         model: A bridge, or anything that `load_model` takes.
         texts: Prompts of equal length that go beyond `position`.
-        position: Which one; 255 by default, or two thirds of the way in short prompts.
+        position: The position; 255 by default, or two thirds of the way along short prompts.
         starts: Of "special", "random" and "given" (the prompts as they are).
-        layers: Where the mask holds; all by default.
+        layers: Layers in which the mask applies; all by default.
         seed: Of the random tokens.
         progress: Whether to draw a progress bar.
 
     Returns:
-        What every position receives and holds, condition by condition.
+        Attention, norms and FFN outputs of every position, condition by condition.
 
     Returns:
-        What every position receives and holds, condition by condition.
+        Attention, norms and FFN outputs of every position, condition by condition.
 
     Raises:
         TextError: If prompts differ in length or end before the position.

@@ -74,12 +74,12 @@ class WhichPart(Result):
         """Attention to the target as a share of that to the natural sink.
 
         Args:
-            case: Which one.
+            case: Index of the case.
         """
         return float(self.paid[case].mean() / self.paid[0].mean())
 
     def statistics(self) -> dict[str, Any]:
-        """One record a case."""
+        """One record per case."""
         rows = []
         for case, name in enumerate(self.cases):
             row: dict[str, Any] = {
@@ -171,7 +171,7 @@ def which_part(
     seed: int = 0,
     progress: bool = True,
 ) -> WhichPart:
-    """Keep one part at a time of what makes a position a sink.
+    """Test each part of what makes a position a sink on its own.
 
     At `position`, designated by a self-only mask: the mask in the first layers only, in the layers
     up to the peak, only after it; everywhere but with the non-mixture dims set to zero; and without
@@ -181,14 +181,14 @@ def which_part(
     Args:
         model: A bridge, or anything that `load_model` takes.
         texts: Prompts of equal length that go beyond `position`.
-        position: Which position; 255 by default, or two thirds of the way in short prompts.
+        position: The position; 255 by default, or two thirds of the way along short prompts.
         start: "special", "random" or "given".
-        first_layers: How many first layers to mask alone, one case each.
+        first_layers: Numbers of first layers to mask alone, one case each.
         seed: Of the random tokens.
         progress: Whether to draw a progress bar.
 
     Returns:
-        One case a row, the natural sink first.
+        One row per case, the natural sink first.
 
     Raises:
         UnsupportedError: If a number of first layers is not a whole number from 1.
@@ -221,7 +221,7 @@ def which_part(
 
 
 def _counts(first_layers: Iterable[int]) -> tuple[int, ...]:
-    """Numbers of first layers to mask.
+    """Check the numbers of first layers to mask.
 
     Raises:
         UnsupportedError: If one is not a whole number from 1.

@@ -4,15 +4,15 @@ StreamingLLM (Xiao et al. 2023, arXiv 2309.17453) feeds one token at a time: eac
 kept positions and the most recent W positions, itself included, and positions are counted inside
 the cache. Here queries run in chunks:
 
-1. `Layout` says which keys the queries of a chunk see. Each query has a window of its own, which a
-   mask expresses.
-2. With positions counted in the cache, the kept keys stand at another distance from each query.
+1. `Layout` says which keys the queries of a chunk see. Each query has its own window, which a mask
+   expresses.
+2. With positions counted in the cache, the kept keys are at a different distance from each query.
    `KeyRotation` gives each query its own copy of them, re-rotated accordingly. Rotary attention
    depends on distances only, so nothing is approximated.
 3. `WindowCache` stores the kept positions and the window of every layer. Its memory is bounded by
    window, chunk and number of kept positions.
-4. Where `Stored` is given, kept positions are quantised once they have left a query's window, some
-   tokens apart.
+4. Where `Stored` is given, kept positions are quantised once they have left a query's window,
+   except some tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from sinkscope.models.signals import close
 
 
 class KeyRotation:
-    """Rotates keys by a further number of positions, as their own model rotates them.
+    """Rotates keys by a further number of positions, with the rotation of their model.
 
     This is verified on the model first: in a text of one repeated token only the rotation
     distinguishes positions, so a layer's first key rotated by n has to equal its key n.
@@ -51,7 +51,7 @@ class KeyRotation:
 
     Raises:
         UnsupportedError: If the model is not rotary, its angles change with the text's length, or
-            its rotation cannot be found or is another one in some layers.
+            its rotation cannot be found or differs between layers.
     """
 
     def __init__(self, model: Any, can: Capabilities) -> None:
@@ -89,8 +89,8 @@ class KeyRotation:
         """A copy of every key for every query, query after query, each rotated further.
 
         Args:
-            key: Keys as the cache holds them.
-            by: By how many positions.
+            key: Keys as stored in the cache.
+            by: Number of positions for each query.
         """
         wide = repeat(key.float(), "b h k d -> b h (q k) d", q=len(by))
         ids = rearrange(by, "q k -> 1 (q k)").to(key.device)
@@ -114,7 +114,7 @@ class KeyRotation:
             model.original_model(input_ids=tokens, use_cache=True, **given)
             by = torch.arange(tokens.shape[1])[:, None]
             half = model.cfg.dtype in (torch.float16, torch.bfloat16)
-            # Wrong rotations miss by the size of a key, half precision by 3 % in SmolLM2's last
+            # Wrong rotations are off by the size of a key, half precision by 3 % in SmolLM2's last
             # layers.
             tolerance = 0.2 if half else 1e-3
             try:
@@ -122,7 +122,7 @@ class KeyRotation:
                     close(self.rotate(keys[:, :, :1], by).float(), keys.float(), tolerance)
                     for keys in (layer.keys for layer in cache.layers)
                 )
-            except RuntimeError as error:  # angles of another width than the keys
+            except RuntimeError as error:  # the angles differ in width from the keys
                 if ran_out_of_memory(error):
                     raise
                 return False
@@ -144,7 +144,7 @@ class Layout:
         stop: Position after its last.
         window: Recent positions that a query sees, its own included; None for all.
         kept: Kept positions, in order, that have left the window of some query.
-        counted: Of `COUNTED`.
+        counted: One of `COUNTED`.
         alone: Positions whose query sees itself only.
     """
 
@@ -206,12 +206,12 @@ class Layout:
 
 
 _RANGE_BYTES = 2
-"""Of a scale, or of an end of a range: a number of 16 bits."""
+"""Bytes of a scale, or of an end of a range, which have 16 bits."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How keys and values are stored that have left the window: by a scheme, some tokens apart.
+    """How keys and values that have left the window are stored: quantised, except some tokens.
 
     Attributes:
         scheme: With a range for each token or group, so that a token's does not depend on others.
@@ -234,11 +234,11 @@ class Stored:
     def read(
         self, x: Float[Tensor, "prompt kv_head position d_head"], layer: int, start: int
     ) -> Float[Tensor, "prompt kv_head position d_head"]:
-        """What is read again of a layer's keys or values.
+        """Return a layer's keys or values as they are read back.
 
         Args:
             x: As they were written.
-            layer: Whose.
+            layer: The layer.
             start: Position of the first.
         """
         apart = self.full[layer, start : start + x.shape[2]].to(x.device)
@@ -260,8 +260,8 @@ class WindowCache(Cache):
     """Stores some positions and a window of the rest, layer by layer.
 
     Args:
-        rotation: Of the kept keys; None where positions are counted absolutely.
-        stored: How the kept positions are stored; as they are by default.
+        rotation: Rotation of the kept keys; None where positions are counted absolutely.
+        stored: How the kept positions are stored; unquantised by default.
     """
 
     def __init__(self, rotation: KeyRotation | None = None, stored: Stored | None = None) -> None:
@@ -305,7 +305,7 @@ class WindowCache(Cache):
         return torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
 
     def bytes(self) -> float:
-        """Size of what is kept between chunks; of what is quantised, with its ranges."""
+        """Bytes kept between chunks, including the ranges of quantised values."""
         found = float(sum(_size(x) for pair in self._recent.values() for x in pair))
         if self._stored is None:
             return found + sum(_size(x) for pair in self._pairs() for x in pair)
@@ -348,7 +348,7 @@ def _size(x: Tensor) -> int:
 def _last(
     x: Float[Tensor, "prompt kv_head key d_head"], layout: Layout
 ) -> Float[Tensor, "prompt kv_head _ d_head"]:
-    """What the next chunk's first query will still see; a copy, so that the rest can be freed."""
+    """Copy what the next chunk's first query will still see, so that the rest can be freed."""
     if layout.window is None:
         return x
     size = min(layout.window - 1, x.shape[2])

@@ -29,7 +29,7 @@ def bars(
     values: np.ndarray,
     theme: Theme = None,
 ) -> go.Figure:
-    """A bar a bin; the first trace holds the sinks, the second all others.
+    """A bar per bin; the first trace holds the sinks, the second all others.
 
     Of more than 128 bins the others are one line, and the sinks are dots on it.
 

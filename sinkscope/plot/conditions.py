@@ -45,9 +45,9 @@ def before_after(
     title: str | None = None,
     theme: Theme = None,
 ) -> go.Figure:
-    """One panel a condition: what an intervention did to every sequence.
+    """One panel per condition: what an intervention did to every sequence.
 
-    The frame is tidy, one row an observation, and may hold several metrics:
+    The frame is tidy, one row per observation, and may hold several metrics:
 
     ========== ======= ===========================================================================
     column     type    meaning
@@ -68,10 +68,10 @@ def before_after(
         metric: Which metric's rows to draw.
         about: Settings of one of the reports, or a line that says model, T, BOS and ε; of reports
             by default what they share.
-        by: What runs along x. "position": a dot a sequence and position, mean over the layers in
+        by: What runs along x. "position": a dot per sequence and position, mean over the layers in
             the frame, as in the paper's scatter panels. "layer": mean over sequences with its 95 %
-            interval, one line a position. "condition": one panel, one line a sequence through all
-            conditions, and the mean with its interval; for metrics without layer and position.
+            interval, one line per position. "condition": one panel, one line per sequence through
+            all conditions, and the mean with its interval; for metrics without layer and position.
         positions: The positions that stand out in the story, such as (0, 255): labelled with
             by="position", the lines to draw with by="layer". By default those whose mean is largest
             in any condition.
@@ -82,7 +82,8 @@ def before_after(
         theme: "light", "dark", or the default.
 
     Returns:
-        One panel a condition, with dots or lines as `by` says; one panel alone with by="condition".
+        One panel per condition, with dots or lines as `by` says; one panel alone with
+        by="condition".
 
     Raises:
         ReportError: If a column, the metric, or all rows are missing.
@@ -215,7 +216,7 @@ def _layers(
 
 
 def _conditions(rows: pd.DataFrame, metric: str, colours: Palette) -> go.Figure:
-    """One line a sequence through the conditions, and their mean; many conditions run downwards."""
+    """Draw one line per sequence across the conditions, and the mean; many conditions downwards."""
     order = list(dict.fromkeys(rows["condition"]))
     down = len(order) > _ABREAST
     table = rows.pivot_table(index="prompt", columns="condition", values="value")[order]

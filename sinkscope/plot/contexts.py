@@ -20,12 +20,12 @@ _LEVEL = "everything"
 
 
 def perplexity_along(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
-    """Perplexity block by block along a text, one line a set of kept positions.
+    """Perplexity block by block along a text, one line per set of kept positions.
 
     Where a model breaks down, this shows when: as soon as its window has left the sink behind, or
     beyond the trained context. (The shape of StreamingLLM's first figures, 2309.17453.)
 
-    The frame is tidy, one row a setting and block of tokens:
+    The frame is tidy, one row per setting and block of tokens:
 
     ========== ===== ==========================================================================
     column     type  meaning
@@ -42,7 +42,7 @@ def perplexity_along(frame: pd.DataFrame, *, about: About, theme: Theme = None) 
         theme: "light", "dark", or the default.
 
     Returns:
-        One line a set of kept positions, against the position in the text.
+        One line per set of kept positions, against the position in the text.
 
     Raises:
         ReportError: If a column is missing.
@@ -72,9 +72,9 @@ def perplexity_along(frame: pd.DataFrame, *, about: About, theme: Theme = None) 
 
 
 def perplexity_by_window(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
-    """Perplexity of a long text against the window, one line a set of kept positions.
+    """Perplexity of a long text against the window, one line per set of kept positions.
 
-    The frame is tidy, one row a setting:
+    The frame is tidy, one row per setting:
 
     ================================= ===== ======================================================
     column                            type  meaning
@@ -95,7 +95,7 @@ def perplexity_by_window(frame: pd.DataFrame, *, about: About, theme: Theme = No
         theme: "light", "dark", or the default.
 
     Returns:
-        One line a set of kept positions, against the size of the window.
+        One line per set of kept positions, against the size of the window.
 
     Raises:
         ReportError: If a column is missing.
@@ -140,7 +140,7 @@ def perplexity_by_window(frame: pd.DataFrame, *, about: About, theme: Theme = No
 def perplexity_by_scheme(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
     """Perplexity of a long text whose old keys and values are quantised, by scheme and tokens kept.
 
-    The frame is that of `experiments.streaming_context`, one row a setting:
+    The frame is that of `experiments.streaming_context`, one row per setting:
 
     ================================= ===== ======================================================
     column                            type  meaning
@@ -161,7 +161,7 @@ def perplexity_by_scheme(frame: pd.DataFrame, *, about: About, theme: Theme = No
         theme: "light", "dark", or the default.
 
     Returns:
-        One line a rule, against the scheme.
+        One line per rule, against the scheme.
 
     Raises:
         ReportError: If a column is missing.

@@ -32,9 +32,9 @@ def domain_scatter(
     about: About,
     theme: Theme = None,
 ) -> go.Figure:
-    """A dot a head: its sink attention on one kind of text against another.
+    """A dot per head: its sink attention on one kind of text against another.
 
-    The frame is tidy, one row a head and domain:
+    The frame is tidy, one row per head and domain:
 
     ====================== ===== =================================================================
     column                 type  meaning
@@ -58,7 +58,7 @@ def domain_scatter(
         theme: "light", "dark", or the default.
 
     Returns:
-        A dot a head, coloured by its layer, and the line on which both kinds of text agree.
+        A dot per head, coloured by its layer, and the line on which both kinds of text agree.
 
     Raises:
         ReportError: If a column or a domain is missing.
@@ -118,9 +118,9 @@ def ablation_effect(
     about: About,
     theme: Theme = None,
 ) -> go.Figure:
-    """A dot a head: the cost of ablating it against its sink attention.
+    """A dot per head: the cost of ablating it against its sink attention.
 
-    The frame is tidy, one row a head and domain:
+    The frame is tidy, one row per head and domain:
 
     ======================================= ===== ================================================
     column                                  type  meaning
@@ -142,7 +142,7 @@ def ablation_effect(
         theme: "light", "dark", or the default.
 
     Returns:
-        A dot a head and kind of text, one colour a kind of text.
+        A dot per head and kind of text, one colour per kind of text.
 
     Raises:
         ReportError: If a column is missing.
@@ -182,7 +182,7 @@ def loss_by_share_ablated(
     differ in their loss far more than ablated heads change it. The axis is linear up to 1 % and
     logarithmic beyond. Scores are in the order of their mean height, the best first.
 
-    The frame is tidy, one row an observation:
+    The frame is tidy, one row per observation:
 
     ============== ===== =========================================================================
     column         type  meaning
@@ -201,7 +201,7 @@ def loss_by_share_ablated(
         theme: "light", "dark", or the default.
 
     Returns:
-        One line a score against the share of heads that are zero, with a band for its interval;
+        One line per score against the share of heads that are zero, with a band for its interval;
         random heads dotted.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The experts of a routed model at a glance: one cell an expert, layer by layer."""
+"""The experts of a routed model at a glance: one cell per expert, layer by layer."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def expert_map(
 ) -> go.Figure:
     """Layer × expert map of one figure of every expert of a routed model.
 
-    The frame is that of `experiments.experts`: one row a prompt, layer and expert, with the columns
-    prompt, layer, expert and the metric. Outputs have a logarithmic colour scale. A cell is empty
-    where no token is sent to the expert.
+    The frame is that of `experiments.experts`: one row per prompt, layer and expert, with the
+    columns prompt, layer, expert and the metric. Outputs have a logarithmic colour scale. A cell is
+    empty where no token is sent to the expert.
 
     Args:
         frame: As above.

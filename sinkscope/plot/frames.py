@@ -1,6 +1,6 @@
 """Checks and small sums on the tidy frames that experiments hand to figures.
 
-Every experiment's frame has one row an observation, dimensions and quantities in columns named by
+Every experiment's frame has one row per observation, dimensions and quantities in columns named by
 the vocabulary. `prompt`, `layer`, `head` and `position` are integers, -1 where a row has none.
 `metric` names a field of the report (or a word such as "loss"), `value` is its figure. What each
 figure needs beyond that stands in its docstring.

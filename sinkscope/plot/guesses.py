@@ -31,7 +31,7 @@ def guess_and_result(
         theme: "light", "dark", or the default.
 
     Returns:
-        A bar a name for the result, and a diamond for the guess, if there is one.
+        A bar per name for the result, and a diamond for the guess, if there is one.
 
     Raises:
         ReportError: If nothing was measured under a name that was guessed.

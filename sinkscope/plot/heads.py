@@ -1,4 +1,4 @@
-"""The heads of a model at a glance: one cell a head, layer by layer."""
+"""The heads of a model at a glance: one cell per head, layer by layer."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def head_scatter(
     *,
     theme: Theme = None,
 ) -> go.Figure:
-    """A dot a head: one figure of it against another, coloured by layer.
+    """A dot per head: one figure of it against another, coloured by layer.
 
     A head may attend to the sink and still write: sink heads are not all inactive
     (Sandoval-Segura et al. 2504.03889). The title gives Spearman's rank correlation.
@@ -274,7 +274,7 @@ def head_scatter(
         theme: "light", "dark", or the default.
 
     Returns:
-        A dot a head; the hover has its layer, its head and both values.
+        A dot per head; the hover has its layer, its head and both values.
 
     Raises:
         ReportError: If a field was not measured or is not one figure a head.
@@ -322,7 +322,7 @@ def _by_layer(where: np.ndarray, colours: Palette) -> dict[str, Any]:
 
 
 def recency_plane(report: SinkReport, width: int = 16, *, theme: Theme = None) -> go.Figure:
-    """A dot a head: attention to near keys against attention to the sink, and what is left.
+    """A dot per head: attention to near keys against attention to the sink, and what is left.
 
     The further a head lies below the line, the more it attends to keys that are neither: such a
     head needs the whole context. The dotted line is what uniform attention would pay to near keys.

@@ -56,7 +56,7 @@ def by_layer(
         theme: "light", "dark", or the default.
 
     Returns:
-        One line a metric (or report), with a band for its 95 % interval where there is one.
+        One line per metric (or report), with a band for its 95 % interval where there is one.
 
     Raises:
         ReportError: If a metric was not measured or has no prompt or layer, or units differ.
@@ -151,7 +151,7 @@ def residual_norms(report: SinkReport, *, theme: Theme = None) -> go.Figure:
 
 
 def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) -> go.Figure:
-    """Norm of the sink's value over the mean of the others: a dot a head, the layer's mean.
+    """Norm of the sink's value over the mean of the others: a dot per head, the layer's mean.
 
     Args:
         report: What a scan gave.
@@ -206,8 +206,8 @@ def chance_levels(report: SinkReport, *, theme: Theme = None) -> go.Figure:
         theme: "light", "dark", or the default.
 
     Returns:
-        A dot a head and layer, and a band a null: the middle 95 % of its draws of the largest value
-        over all heads; buttons for a linear and a logarithmic axis.
+        A dot per head and layer, and a band per null: the middle 95 % of its draws of the largest
+        value over all heads; buttons for a linear and a logarithmic axis.
 
     Raises:
         ReportError: If no null was drawn.
@@ -257,7 +257,7 @@ def attention_by_query(
         theme: "light", "dark", or the default.
 
     Returns:
-        One line a layer (or head) against the position of the query, in buckets.
+        One line per layer (or head) against the position of the query, in buckets.
 
     Raises:
         ReportError: If it was not measured, or there is no such layer or head.

@@ -30,7 +30,7 @@ _NOTHING = "nothing"
 def sink_life(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
     """Six panels: the sink's norm, what writes and erases it, what is constant, trigger, effects.
 
-    The frame is tidy, one row an observation; it is what `experiments.life` gives:
+    The frame is tidy, one row per observation; it is what `experiments.life` gives:
 
     ======== ===== ===============================================================================
     column   type  meaning

@@ -229,7 +229,8 @@ def position_embedding_norms(
         theme: "light", "dark", or the default.
 
     Returns:
-        A bar a position, the first in a colour of its own, and a line for the median of the others.
+        A bar per position, the first in a colour of its own, and a line for the median of the
+        others.
 
     Raises:
         ReportError: If the model has no learned position embeddings, or norms come without a word

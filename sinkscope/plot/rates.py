@@ -38,14 +38,14 @@ def sink_rate(reports: SinkReport | Mapping[str, SinkReport], *, theme: Theme = 
 
     Of one report: the first sink, and thin lines for the other positions with the highest rates
     (in a causal model, of the first three quarters: the last keys are seen by few queries).
-    Of several: one line a report, of its first sink; the legend has each one's rate.
+    Of several: one line per report, of its first sink; the legend has each one's rate.
 
     Args:
         reports: A report, or reports by name.
         theme: "light", "dark", or the default.
 
     Returns:
-        One line a position (or report) against ε, with a band for the 95 % interval.
+        One line per position (or report) against ε, with a band for the 95 % interval.
 
     Raises:
         ReportError: If `sink_importance` was not measured.
@@ -85,7 +85,7 @@ def sink_rate(reports: SinkReport | Mapping[str, SinkReport], *, theme: Theme = 
 def sink_rate_by_length(
     reports: Sequence[SinkReport], *, epsilon: float | None = None, theme: Theme = None
 ) -> go.Figure:
-    """Sink rate of the first sink against T, one report a point, one line a model.
+    """Sink rate of the first sink against T, one report per point, one line per model.
 
     The same text looks less of a sink the longer it is: causal attention that is uniform falls as
     ln T / T, bidirectional as 1 / T. A dotted line a model is what uniform attention would give the
@@ -97,7 +97,7 @@ def sink_rate_by_length(
         theme: "light", "dark", or the default.
 
     Returns:
-        One line a model against T, and one for what uniform attention would give it.
+        One line per model against T, and one for what uniform attention would give it.
 
     Raises:
         ReportError: If there is no report, or `sink_importance` was not measured.

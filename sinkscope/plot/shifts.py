@@ -25,13 +25,14 @@ def shift_errors(
     """How much of a query's attention a shift of all positions moves, along the text.
 
     Args:
-        frame: One row an arithmetic, shift and bucket of queries: `RotaryPrecision.by_query`.
+        frame: One row per arithmetic, shift and bucket of queries: `RotaryPrecision.by_query`.
         shift: Which shift; the largest by default.
         about: A line that says model, number of tokens and texts.
         theme: "light", "dark", or the default.
 
     Returns:
-        One line an arithmetic against the position of the query, with a band for the 95 % interval.
+        One line per arithmetic against the position of the query, with a band for the 95 %
+        interval.
 
     Raises:
         ReportError: If a column is missing, or there is no such shift.
@@ -61,13 +62,13 @@ def shift_errors_by_key(
     """Where a shift of all positions changes attention: the mean error at every key.
 
     Args:
-        frame: One row an arithmetic, shift and key: `RotaryPrecision.by_key`.
+        frame: One row per arithmetic, shift and key: `RotaryPrecision.by_key`.
         shift: Which shift; the largest by default.
         about: A line that says model, number of tokens and texts.
         theme: "light", "dark", or the default.
 
     Returns:
-        One line an arithmetic against the position of the key.
+        One line per arithmetic against the position of the key.
 
     Raises:
         ReportError: If a column is missing, or there is no such shift.

@@ -22,9 +22,9 @@ def pre_attention_spikes(
 ) -> go.Figure:
     """The largest |activation| at the sink after each layer, mean over prompts, with its interval.
 
-    The frame is that of `experiments.spikes`: one row a prompt and layer, with the columns prompt,
-    layer, value and attends. Layers that attend are dashed lines: a spike stands at the layer
-    before one.
+    The frame is that of `experiments.spikes`: one row per prompt and layer, with the columns
+    prompt, layer, value and attends. Layers that attend are dashed lines: a spike stands at the
+    layer before one.
 
     Args:
         frame: As above.

@@ -33,7 +33,7 @@ def sweep_curves(
 ) -> go.Figure:
     """A metric's mean with its interval against one column of a sweep; the others are lines.
 
-    The frame is what `Cells.means` gives, one row a cell:
+    The frame is what `Cells.means` gives, one row per cell:
 
     ================ ===== ======================================================================
     column           type  meaning
@@ -53,7 +53,7 @@ def sweep_curves(
         theme: "light", "dark", or the default.
 
     Returns:
-        One line a combination of the other columns, with a band for the 95 % interval.
+        One line per combination of the other columns, with a band for the 95 % interval.
 
     Raises:
         ReportError: If a column is missing, or `along` is empty in every row.
@@ -114,13 +114,13 @@ def head_maps(
 
     Args:
         reports: By what each map is called.
-        metric: A field with one value a head; see `head_map`.
+        metric: A field with one value per head; see `head_map`.
         about: What was measured.
         columns: Maps in a row.
         theme: "light", "dark", or the default.
 
     Returns:
-        One panel a report, each a heatmap of layers × heads, in one scale of colours.
+        One panel per report, each a heatmap of layers × heads, in one scale of colours.
 
     Raises:
         ReportError: If there is none, there are more than 60, or a report lacks the metric.

@@ -42,7 +42,7 @@ def bench_ratios(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> g
         theme: "light", "dark", or the default.
 
     Returns:
-        Groups of bars, one group a shape of the batch, one colour a configuration.
+        Groups of bars, one group a shape of the batch, one colour per configuration.
 
     Raises:
         ReportError: If a column is missing.

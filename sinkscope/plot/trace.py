@@ -32,7 +32,7 @@ def peak_trace(
 ) -> go.Figure:
     """Matrix [removed block × part × read layer]: which blocks write the peak.
 
-    The frame is tidy, one row an observation:
+    The frame is tidy, one row per observation:
 
     ======== ===== ===============================================================================
     column   type  meaning
@@ -55,7 +55,7 @@ def peak_trace(
         theme: "light", "dark", or the default.
 
     Returns:
-        One panel a part; rows are removed blocks, columns read layers. The colours of shares end
+        One panel per part; rows are removed blocks, columns read layers. The colours of shares end
         at 2, and say so where some are above it.
 
     Raises:

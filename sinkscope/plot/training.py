@@ -26,9 +26,9 @@ _RISKS = ("backcopy_excess", "bigram_excess")
 
 
 def mitigations(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
-    """A cell a run and phenomenon: whether it is there, its mean and interval over seeds.
+    """A cell per run and phenomenon: whether it is there, its mean and interval over seeds.
 
-    The frame is what `sinkscope.bb.summarise` gives, one row a cell:
+    The frame is what `sinkscope.bb.summarise` gives, one row per cell:
 
     ==================== ===== ===================================================================
     column               type  meaning
@@ -92,7 +92,7 @@ def _interval(phenomenon: str, low: float, high: float) -> str:
 def knockout_risks(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
     """Bars: both risks of a trained model as it is and under every intervention.
 
-    The frame is what `sinkscope.bb.knockouts` gives, one row an intervention:
+    The frame is what `sinkscope.bb.knockouts` gives, one row per intervention:
 
     ============================== ===== =========================================================
     column                         type  meaning
@@ -148,9 +148,9 @@ def training_curves(
     columns: int = 3,
     theme: Theme = None,
 ) -> go.Figure:
-    """One panel a metric against the training step; runs by colour, fitted laws dashed.
+    """One panel per metric against the training step; runs by colour, fitted laws dashed.
 
-    The frame is tidy, one row an observation; it is what `sinkscope.bb` logs:
+    The frame is tidy, one row per observation; it is what `sinkscope.bb` logs:
 
     ============ ====== ==========================================================================
     column       type   meaning
@@ -175,8 +175,8 @@ def training_curves(
         theme: "light", "dark", or the default.
 
     Returns:
-        One panel a metric against the step; one colour a run, with a band where there are several
-        seeds.
+        One panel per metric against the step; one colour per run, with a band where there are
+        several seeds.
 
     Raises:
         ReportError: If a column or a metric is missing.
@@ -223,7 +223,7 @@ def _curves(
     colours: Palette,
     named: set[str],
 ) -> None:
-    """One colour a run; of a single run, one colour a head, and of several, one dash a head."""
+    """One colour per run; of a single run, one colour per head, and of several, one dash a head."""
     runs = list(dict.fromkeys(rows["run"]))
     heads = list(dict.fromkeys(zip(rows["layer"], rows["head"], strict=True)))
     for (run, layer, head), line in rows.groupby(["run", "layer", "head"], sort=False):

@@ -28,13 +28,13 @@ def vocabulary_shares(
     """Bars: which share of each class of tokens makes a sink, condition by condition.
 
     Args:
-        frame: One row a token and condition, with the columns condition, class and sink.
+        frame: One row per token and condition, with the columns condition, class and sink.
         about: Settings of a report, or a line that says model, T, BOS and texts.
         threshold: Norm ratio above which a token makes a sink, for the title.
         theme: "light", "dark", or the default.
 
     Returns:
-        One bar a class and condition, the largest class on top.
+        One bar per class and condition, the largest class on top.
 
     Raises:
         ReportError: If a column is missing, or there is no row.
@@ -64,7 +64,7 @@ def vocabulary_norms(
     """Lines: the residual norm block by block, of tokens that make a sink and of the others.
 
     Args:
-        frame: One row a condition, group and layer, with the columns condition, group, tokens,
+        frame: One row per condition, group and layer, with the columns condition, group, tokens,
             layer, low, median and high (quantiles over tokens).
         about: Settings of a report, or a line that says model, T, BOS and texts.
         threshold: Drawn as a dotted line.
@@ -104,13 +104,13 @@ def vocabulary_norms(
 def vocabulary_map(
     frame: pd.DataFrame, *, about: About, threshold: float, theme: Theme = None
 ) -> go.Figure:
-    """A dot a token: its norm ratio against its id, coloured by class.
+    """A dot per token: its norm ratio against its id, coloured by class.
 
     Of more than 4,000 tokens the exceptions come first, as many as half of the dots, and the others
     are drawn evenly from the vocabulary; the title says how many are shown.
 
     Args:
-        frame: One row a token of one condition, with the columns token, text, class, ratio and
+        frame: One row per token of one condition, with the columns token, text, class, ratio and
             sink.
         about: Settings of a report, or a line that says model, T, BOS and texts.
         threshold: Drawn as a dotted line.

@@ -157,7 +157,7 @@ class Cells:
 
     @property
     def frame(self) -> pd.DataFrame:
-        """One row a cell: the grid's columns, cell, state and reason."""
+        """One row per cell: the grid's columns, cell, state and reason."""
         import pandas as pd
 
         columns = [*COLUMNS, "cell", "state", "reason"]
@@ -213,7 +213,7 @@ class Cells:
     def means(
         self, name: str, level: float = 0.95, resamples: int = 2000, seed: int = 0
     ) -> pd.DataFrame:
-        """One row a cell: a field's mean with its bootstrap interval over prompts.
+        """One row per cell: a field's mean with its bootstrap interval over prompts.
 
         Args:
             name: A field; layers, heads and positions are averaged first, prompt by prompt.
@@ -245,7 +245,7 @@ class Cells:
         return _whole_steps(pd.DataFrame(rows))
 
     def numbers(self) -> pd.DataFrame:
-        """One row a measured scan: the grid's columns, its cell, and `report.key_numbers`."""
+        """One row per measured scan: the grid's columns, its cell, and `report.key_numbers`."""
         import pandas as pd
 
         rows = [
@@ -333,7 +333,7 @@ class Cells:
         return xr.Dataset(made, {"cell": names_of_cells, **coordinates})
 
     def experiments(self) -> pd.DataFrame:
-        """One row a measured experiment: the grid's columns, then its numbers by name.
+        """One row per measured experiment: the grid's columns, then its numbers by name.
 
         Numbers inside others are named with dots between, such as "loss.mean".
         """
@@ -394,7 +394,7 @@ class Cells:
         """A head map of every measured scan, small; see `plot.head_maps`.
 
         Args:
-            name: A field with one value a head.
+            name: A field with one value per head.
             theme: "light", "dark", or the default.
         """
         from sinkscope.plot import head_maps
@@ -407,7 +407,7 @@ class Cells:
         return head_maps(drawn, name, about=self.about, theme=theme)
 
     def to_html(self, pages: dict[str, str] | None = None) -> str:
-        """The atlas: one page with a row a cell, which needs no network.
+        """The atlas: one page with a row per cell, which needs no network.
 
         Args:
             pages: Where the full page of each cell is, relative to this one, by its name.

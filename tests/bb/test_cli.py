@@ -49,7 +49,7 @@ def test_ctrl_c_says_from_where_the_run_goes_on(tmp_path, capsys, monkeypatch):
         code, out, err = run(*asked, "--out", tmp_path / "run", capsys=capsys)
     assert (code, out) == (130, "")
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
-    assert f"the same command goes on from {checkpoint}." in err and "Traceback" not in err
+    assert f"the same command continues from {checkpoint}." in err and "Traceback" not in err
     assert load_checkpoint(checkpoint).step == 4
     code, out, _ = run(*asked, "--out", tmp_path / "run", capsys=capsys)
     assert code == 0 and json.loads(out) == json.loads(whole)

@@ -64,7 +64,7 @@ def test_an_interruption_says_what_is_kept(app, folder, tmp_path, monkeypatch) -
     out = tmp_path / "out"
     done = run(app, folder / "model", "--domains", kinds, "--remove", "zero", "--out", out)
     assert done.exit_code == 130
-    assert f"the same command goes on from {out}" in done.stderr
+    assert f"the same command continues from {out}" in done.stderr
     assert len(list(out.glob("*.nc"))) == 2
 
 

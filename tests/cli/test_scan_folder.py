@@ -85,7 +85,7 @@ def test_ctrl_c_says_what_is_kept(kept: str, tmp_path: Path, capsys) -> None:
     said = capsys.readouterr().err
     assert said.startswith("Interrupted; ") and said.count("\n") == 1
     sentence = {
-        "nothing": "nothing is kept",
+        "nothing": "nothing was saved",
         "earlier": "report.nc in .* of an earlier scan",
         "half": "report.nc in .* written, the other files of this scan were not",
     }[kept]
@@ -95,7 +95,7 @@ def test_ctrl_c_says_what_is_kept(kept: str, tmp_path: Path, capsys) -> None:
 def test_ctrl_c_without_a_folder(capsys) -> None:
     with pytest.raises(KeyboardInterrupt), command.interruptible(None):
         raise KeyboardInterrupt
-    assert "nothing is kept" in capsys.readouterr().err
+    assert "nothing was saved" in capsys.readouterr().err
 
 
 def test_a_scan_of_single_tokens_says_that_it_means_nothing(

@@ -174,7 +174,7 @@ def test_an_interruption_says_how_to_go_on(folder, tmp_path, monkeypatch) -> Non
     asked += ("--windows", "8, 16", "--sinks", "0", "--no-full", "--out", tmp_path)
     done = run("stream", folder / "model", *asked)
     assert done.exit_code == 130
-    assert f"the same command goes on from {tmp_path}/stream.nc." in done.stderr
+    assert f"the same command continues from {tmp_path}/stream.nc." in done.stderr
     (tmp_path / "stream.nc").unlink()
     done = run("stream", folder / "model", *asked)
     assert done.exit_code == 130 and "goes on" not in done.stderr

@@ -117,7 +117,7 @@ def test_a_spike_that_was_put_there_is_found(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("LlamaForCausalLM", "no layer without attention stands before one that attends"),
+        ("LlamaForCausalLM", "no layer without attention comes before an attention layer"),
         ("MambaForCausalLM", "no block of MambaForCausalLM attends to keys"),
         ("BertForMaskedLM", "is bidirectional"),
     ],

@@ -286,7 +286,7 @@ def test_refusals() -> None:
         streaming_context(model, text, tokens=TOKENS, designated=1, windows=[0], progress=False)
     with pytest.raises(TextError, match="chunks of 0 tokens"):
         streaming_context(model, text, tokens=TOKENS, chunk=0, progress=False)
-    with pytest.raises(TextError, match="Nothing is asked for"):
+    with pytest.raises(TextError, match="No run is requested"):
         streaming_context(model, text, tokens=TOKENS, windows=[], full=False, progress=False)
     with pytest.raises(TextError, match="no tokenizer"):
         streaming_context(model, "prose", tokens=TOKENS, progress=False)
