@@ -1,4 +1,4 @@
-"""Figures: a report in, a `plotly.graph_objects.Figure` out; none is shown by itself."""
+"""Figures: functions that take a report and return a `plotly.graph_objects.Figure`."""
 
 import lazy_loader
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
 
 
-_BARS = 128  # that a figure has room for
+_BARS = 128  # most bars drawn one by one
 
 
 def bars(
@@ -29,13 +29,14 @@ def bars(
     values: np.ndarray,
     theme: Theme = None,
 ) -> go.Figure:
-    """A bar per bin; the first trace holds the sinks, the second all others.
+    """Draw a bar per bin; the first trace has the sinks, the second all others.
 
     Of more than 128 bins the others are one line, and the sinks are dots on it.
 
     Args:
-        report: Whose sinks and tokens; without one, position 0 stands out and there are no tokens.
-        variable: What is drawn, for its name and unit.
+        report: For its sinks and tokens; without one, position 0 is the sink and there are no
+            tokens.
+        variable: The quantity drawn, for its name and unit.
         places: The bins.
         values: Their heights [bin].
         theme: "light", "dark", or the default.
@@ -48,7 +49,7 @@ def bars(
     as_line = len(places.first) > _BARS
     figure = go.Figure()
     for chosen, name, colour, outline in (
-        (is_sink, first, colours.sink, 2),  # seen where a bar is thinner than a pixel
+        (is_sink, first, colours.sink, 2),  # visible where a bar is thinner than a pixel
         (~is_sink, "other positions", colours.other, 0),
     ):
         shown: dict[str, Any] = dict(
@@ -72,7 +73,7 @@ def bars(
             textposition="none",
         )
     figure.update_yaxes(rangemode="tozero")
-    if as_line:  # a point is found wherever in its column the pointer is
+    if as_line:  # the hover appears anywhere in a point's column
         figure.update_layout(hovermode="x", hoverdistance=5)
     figure.update_xaxes(
         title_text="position of the key" if "attention" in variable.name else "position",
@@ -84,7 +85,7 @@ def bars(
 
 
 def add_uniform(figure: go.Figure, places: Bins, level: np.ndarray, theme: Theme = None) -> None:
-    """A dotted line where uniform attention would be [position]."""
+    """Add a dotted line at the level of uniform attention [position]."""
     figure.add_scatter(
         x=places.first, y=places.maximum(level), mode="lines", name="uniform attention",
         line=dict(color=palette(theme).faint, dash="dot", width=1.5), hoverinfo="skip",
@@ -92,7 +93,7 @@ def add_uniform(figure: go.Figure, places: Bins, level: np.ndarray, theme: Theme
 
 
 def mark_few(figure: go.Figure, report: SinkReport, colours: Palette) -> None:
-    """Shade the last quarter of a causal text, whose keys few queries see, and say so."""
+    """Shade and label the last quarter of a causal text, whose keys few queries see."""
     if (start := few_from(report)) is not None:
         figure.add_vrect(
             x0=start - 0.5, x1=report.sizes["position"] - 0.5, layer="below", line_width=0,
@@ -102,9 +103,9 @@ def mark_few(figure: go.Figure, report: SinkReport, colours: Palette) -> None:
 
 
 def few_from(report: SinkReport) -> int | None:
-    """Where the last quarter of a causal text begins; None of another, or of a very short one.
+    """Return where the last quarter of a causal text begins; None for other or very short texts.
 
-    What its keys receive is an average over few queries, above all their own.
+    The attention that its keys receive is an average over few queries.
     """
     size = report.sizes["position"]
     return size - size // 4 if report.settings.causal and size >= 4 else None
@@ -114,7 +115,7 @@ FEW = "from {:,} on seen by few queries"
 
 
 def uniform_level(report: SinkReport, metric: str, layer: int) -> np.ndarray | None:
-    """What uniform attention gives each position, mean over prompts [position]; None for norms."""
+    """Uniform attention to each position, mean over prompts [position]; None for norms."""
     if metric == "uniform_ratio":
         return np.ones(report.sizes["position"])
     if metric != "received_attention":
@@ -125,7 +126,7 @@ def uniform_level(report: SinkReport, metric: str, layer: int) -> np.ndarray | N
 
 
 def hover_names(report: SinkReport, places: Bins) -> list[str]:
-    """Each bin in words, and the tokens of the bins that are one position; Plotly text."""
+    """Name each bin in Plotly text, with the token of bins that are a single position."""
     alone = places.first == places.last
     tokens = iter(hover_tokens(report, places.first[alone].tolist()))
     return [

@@ -1,4 +1,4 @@
-"""Long axes cut into bins, so that a figure of 32,768 positions opens without freezing."""
+"""Bins for long axes, so that a figure of 32,768 positions opens without freezing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LONGEST = 1024
-"""Bins of a line or of bars: about as many as a screen has columns for."""
-_KEPT = 50  # a kept position takes one fiftieth of a map
+"""Number of bins of a line or of bars: about as many as fit on a screen."""
+_KEPT = 50  # a kept position is one fiftieth of a map wide
 
 
 class Bins(NamedTuple):
@@ -26,7 +26,7 @@ class Bins(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many positions there are."""
+        """Number of positions."""
         return int(self.last[-1]) + 1
 
     @property
@@ -43,27 +43,27 @@ class Bins(NamedTuple):
         return np.fmax.reduceat(values, self.first, axis=axis)
 
     def argmax(self, values: np.ndarray) -> np.ndarray:
-        """Where each bin's largest value is [... bin]; values that are not a number lose."""
+        """Position of each bin's largest value, ignoring nan [... bin]."""
         filled = np.where(np.isnan(values), -np.inf, values)
         ends = zip(self.first, self.last + 1, strict=True)
         found = [start + filled[..., start:end].argmax(axis=-1) for start, end in ends]
         return np.stack(found, axis=-1)
 
     def edges(self) -> np.ndarray:
-        """Where the bins begin and end on an axis of positions [bin + 1]."""
+        """Edges of the bins on an axis of positions [bin + 1]."""
         return np.append(self.first, self.size) - 0.5
 
     def columns(self, keep: Sequence[int] = ()) -> np.ndarray:
-        """Where the bins begin and end on a map that draws all of them equally wide [bin + 1].
+        """Edges of the bins on a map that draws all of them equally wide [bin + 1].
 
         Drawn to scale, one position of hundreds would be thinner than a few pixels. The positions
-        in `keep` take a fiftieth of the map each, so that a sink is seen on a telephone too.
+        in `keep` take a fiftieth of the map each, so that a sink is visible on a phone too.
         """
         width = np.where(np.isin(self.first, keep), -(-len(self.first) // _KEPT), 1)
         return np.append(0, np.cumsum(width)) - 0.5
 
     def ticks(self, columns: np.ndarray) -> dict[str, Any]:
-        """Ticks of an axis whose bins lie at `columns`: at round positions, which they name."""
+        """Ticks at round positions for an axis whose bins are at `columns`."""
         if np.array_equal(columns, self.edges()):
             return dict(dtick=1) if self.size <= 10 else {}
         round_numbers = (n * 10**power for power in itertools.count() for n in (1, 2, 5))
@@ -83,10 +83,10 @@ class Bins(NamedTuple):
 
 
 def bins(size: int, longest: int = LONGEST, keep: Sequence[int] = ()) -> Bins:
-    """About `longest` bins of equal width over `size` positions; single positions if they fit.
+    """Make about `longest` bins of equal width over `size` positions; single positions if they fit.
 
-    The first sixteen positions and those in `keep` have bins of their own, so that a sink is where
-    it is and its height is exact.
+    The first sixteen positions and those in `keep` have bins of their own, so that a sink's
+    position and height are exact.
     """
     if size <= longest:
         return Bins(np.arange(size), np.arange(size))

@@ -45,40 +45,39 @@ def before_after(
     title: str | None = None,
     theme: Theme = None,
 ) -> go.Figure:
-    """One panel per condition: what an intervention did to every sequence.
+    """One panel per condition: the effect of an intervention on every sequence.
 
     The frame is tidy, one row per observation, and may hold several metrics:
 
     ========== ======= ===========================================================================
     column     type    meaning
     ========== ======= ===========================================================================
-    condition  str     title of the panel, for example "special start · 255 designated"; panels
-                       stand in the order in which conditions first appear
+    condition  str     title of the panel, for example "special start · 255 designated"; panels are
+                       in the order in which conditions first appear
     prompt     int     sequence; one colour each
     layer      int     block; -1 where the metric has none (a loss)
     position   int     position it was read at; -1 where the metric has none (a loss)
     metric     str     a field of the report ("received_attention", "value_norm", "residual_norm",
-                       …), or "loss"; it carries the unit
-    value      float   the figure; heads already averaged
+                       …), or "loss"; it determines the unit
+    value      float   the value; heads already averaged
     ========== ======= ===========================================================================
 
     Args:
         frame: As above; or reports by the name of their condition, such as {"before": one,
-            "after": other}, whose figure a position is drawn, mean over prompts and heads.
+            "after": other}, whose values by position are drawn, mean over prompts and heads.
         metric: Which metric's rows to draw.
-        about: Settings of one of the reports, or a line that says model, T, BOS and ε; of reports
-            by default what they share.
+        about: Settings of one of the reports, or a line with model, T, BOS and ε; for reports, by
+            default what they share.
         by: What runs along x. "position": a dot per sequence and position, mean over the layers in
             the frame, as in the paper's scatter panels. "layer": mean over sequences with its 95 %
             interval, one line per position. "condition": one panel, one line per sequence through
             all conditions, and the mean with its interval; for metrics without layer and position.
-        positions: The positions that stand out in the story, such as (0, 255): labelled with
-            by="position", the lines to draw with by="layer". By default those whose mean is largest
-            in any condition.
+        positions: The positions to highlight, such as (0, 255): labelled with by="position", the
+            lines to draw with by="layer". By default those whose mean is largest in any condition.
         log: Whether y is logarithmic; by default for residual norms and peaks.
         columns: Panels in a row.
-        title: What the figure shows; the metric and what runs along x by default. Say more where a
-            page has several figures of one metric.
+        title: What the figure shows; the metric and what runs along x by default. Use it to tell
+            several figures of one metric apart.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -96,7 +95,7 @@ def before_after(
         about = differences(list(frame.values())) if about is None else about
         frame = _frame_of(frame, metric)
     if about is None:
-        raise ReportError("A frame does not say what it was measured on; pass about=.")
+        raise ReportError("A frame does not record what it was measured on; pass about=.")
     frames.need(frame, "before_after", *COLUMNS)
     rows = frames.pick(frame, "metric", metric)
     colours = palette(theme)
@@ -133,7 +132,7 @@ def before_after(
 
 
 def _frame_of(reports: Mapping[str, SinkReport], metric: str) -> pd.DataFrame:
-    """The rows of reports: each layer and position, mean over prompts and heads."""
+    """Return the rows of reports: each layer and position, mean over prompts and heads."""
     import pandas as pd
 
     pieces = []
@@ -160,7 +159,7 @@ def _positions(
     place: dict[str, int],
     colours: Palette,
 ) -> None:
-    """Dots: every sequence at every position, the prominent ones in the sink's colour."""
+    """Draw a dot per sequence and position, the prominent positions in the sink's colour."""
     table = rows.groupby(["prompt", "position"], as_index=False)["value"].mean()
     for index, (prompt, own) in enumerate(table.groupby("prompt")):
         at, values = own["position"].to_numpy(), own["value"].to_numpy()
@@ -196,7 +195,7 @@ def _layers(
     place: dict[str, int],
     colours: Palette,
 ) -> None:
-    """Lines: the mean over sequences at each prominent position, layer by layer."""
+    """Draw the mean over sequences at each prominent position as a line over layers."""
     for index, position in enumerate(marked):
         own = rows[rows["position"] == position]
         if own.empty:
@@ -255,7 +254,7 @@ def _conditions(rows: pd.DataFrame, metric: str, colours: Palette) -> go.Figure:
 
 
 def _prominent(rows: pd.DataFrame, at_most: int = 2) -> list[int]:
-    """The positions whose mean is the largest in some condition, as many as two."""
+    """Return at most two positions whose mean is the largest in some condition."""
     with_position = rows[rows["position"] >= 0]
     if with_position.empty:
         return []

@@ -1,4 +1,4 @@
-"""Long contexts: what keeping a few sink positions is worth (StreamingLLM, 2309.17453)."""
+"""Long contexts: the effect of keeping a few sink positions (StreamingLLM, 2309.17453)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _LEVEL = "everything"
 def perplexity_along(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
     """Perplexity block by block along a text, one line per set of kept positions.
 
-    Where a model breaks down, this shows when: as soon as its window has left the sink behind, or
-    beyond the trained context. (The shape of StreamingLLM's first figures, 2309.17453.)
+    Shows where a model breaks down: once its window no longer includes the sink, or beyond the
+    trained context (as in the first figures of StreamingLLM, 2309.17453).
 
     The frame is tidy, one row per setting and block of tokens:
 
@@ -38,7 +38,7 @@ def perplexity_along(frame: pd.DataFrame, *, about: About, theme: Theme = None) 
 
     Args:
         frame: As above.
-        about: A line that says model, number of tokens, window and how positions were counted.
+        about: A line with model, number of tokens, window and how positions were counted.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -55,7 +55,7 @@ def perplexity_along(frame: pd.DataFrame, *, about: About, theme: Theme = None) 
         name = escaped(str(kept))
         line: dict[str, object] = dict(color=colours.faint, dash="dash")
         if kept != _LEVEL:
-            # The first lines are the widest, so that one that lies on another can be seen.
+            # The first lines are the widest, so that lines remain visible where they coincide.
             width = max(1.5, 5.5 - index)
             line = dict(color=colours.series[index % len(colours.series)], width=width)
             index += 1
@@ -91,7 +91,7 @@ def perplexity_by_window(frame: pd.DataFrame, *, about: About, theme: Theme = No
 
     Args:
         frame: As above.
-        about: A line that says model, number of tokens and how positions were counted.
+        about: A line with model, number of tokens and how positions were counted.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -112,7 +112,7 @@ def perplexity_by_window(frame: pd.DataFrame, *, about: About, theme: Theme = No
         rows = rows.sort_values("window")
         figure.add_scatter(
             x=rows["window"], y=rows["perplexity"], mode="lines+markers", name=name,
-            # The first lines are the widest, so that one that lies on another can be seen.
+            # The first lines are the widest, so that lines remain visible where they coincide.
             line=dict(
                 color=colours.series[index % len(colours.series)], width=max(1.5, 5.5 - index)
             ),
@@ -157,7 +157,7 @@ def perplexity_by_scheme(frame: pd.DataFrame, *, about: About, theme: Theme = No
 
     Args:
         frame: As above.
-        about: A line that says model, number of tokens and how many are not quantised.
+        about: A line with model, number of tokens and how many are not quantised.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -178,7 +178,7 @@ def perplexity_by_scheme(frame: pd.DataFrame, *, about: About, theme: Theme = No
         figure.add_scatter(
             x=[escaped(str(scheme)) for scheme in rows["scheme"]], y=rows["perplexity"],
             mode="lines+markers", name=f"{name} kept",
-            # The first lines are the widest, so that one that lies on another can be seen.
+            # The first lines are the widest, so that lines remain visible where they coincide.
             line=dict(color=colour, width=max(1.5, 5.5 - index)), marker_size=max(5, 11 - index),
             error_y=_ends(rows),
             hovertemplate=f"%{{x}}, {name} kept<br>perplexity: %{{y:,.4~g}}<extra></extra>",

@@ -1,4 +1,4 @@
-"""Channels that carry the sink: non-mixture dimensions and massive activations."""
+"""Channels in which the sink stands out: non-mixture dimensions and massive activations."""
 
 from __future__ import annotations
 
@@ -40,26 +40,25 @@ def nonmixture_dims(
 
     On the left every dim: the sink's value, and how far any mixed position reaches either way. On
     the right the largest dims in size, with 95 % intervals over prompts. Dims that pass the rule of
-    `SinkReport.nonmixture_dims` (operational, ours) bear their number in bold.
+    `SinkReport.nonmixture_dims` (operational, ours) are labelled in bold.
 
     Args:
-        report: What a scan gave.
-        layer: Which layer; by default the one with the largest dim that passes the rule, or else
-            where the sink stands out most from the mixed positions.
+        report: The report of a scan.
+        layer: The layer; by default the one with the largest dim that passes the rule, or else that
+            in which the sink stands out most from the mixed positions.
         over_median: The rule's thresholds, as `SinkReport.nonmixture_dims` takes them: over the
             median of the dims,
         over_mixed: over the largest of the mixed positions,
         share: and the share of prompts in which a dim has to pass both.
-        top: Dims on the right: at most so many, of those that are among the largest kept of every
-            prompt.
+        top: Largest number of dims on the right, of those that were kept for every prompt.
         theme: "light", "dark", or the default.
 
     Returns:
         Two panels: every dim of the layer's FFN output, and the dims that stand out most.
 
     Raises:
-        ReportError: If FFN outputs were not measured, there is no such layer, or, without a layer
-            asked for, no prompt has a mixed position.
+        ReportError: If FFN outputs were not measured, there is no such layer, or, without a given
+            layer, no prompt has a mixed position.
     """
     require_report("report", report)
     layer = checked_index(report, "layer", layer)
@@ -115,13 +114,13 @@ def nonmixture_dims(
 
 
 def standout_layer(report: SinkReport, found: list[dict[str, Any]]) -> int:
-    """The layer whose FFN output stands out most at the sink, given the dims that pass the rule."""
+    """Return the layer whose FFN output stands out most at the sink, given the passing dims."""
     if found:
         return found[0]["layer"]
     require_known(report, "ffn_mixed_mean")
     sink, mixed = (to_numpy(report[f"ffn_{of}_mean"]) for of in ("sink", "mixed"))
     sink, mixed = np.abs(sink).max(axis=1), mixed.max(axis=1)
-    # Where neither has any norm, as with weights of zero, nothing stands out.
+    # If both norms are zero, as with zero weights, nothing stands out.
     ratio = np.divide(sink, mixed, out=np.zeros_like(sink), where=(sink > 0) & ~np.isnan(mixed))
     return int(ratio.argmax())
 
@@ -129,9 +128,9 @@ def standout_layer(report: SinkReport, found: list[dict[str, Any]]) -> int:
 def _largest_dims(
     report: SinkReport, layer: int, value: np.ndarray, top: int
 ) -> tuple[np.ndarray, Float[Tensor, "prompt dim"], Float[Tensor, "prompt dim"]]:
-    """The dims of a layer with the largest mean, and what every prompt has there.
+    """Return the dims of a layer with the largest mean, and the values of every prompt there.
 
-    Where only the largest dims of each prompt were kept, those that all prompts with a sink share.
+    If only the largest dims of each prompt were kept, use those that all prompts with a sink share.
     """
     order = np.argsort(-np.nan_to_num(np.abs(value)))
     if report.ffn_sink is not None:
@@ -155,7 +154,7 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
     """Map of the massive activations over layers and dims (rule of Sun et al. 2402.17762).
 
     Args:
-        report: What a scan gave.
+        report: The report of a scan.
         top: Dims to draw, those with the largest activations.
         theme: "light", "dark", or the default.
 
@@ -217,7 +216,7 @@ def massive_activations(report: SinkReport, *, top: int = 20, theme: Theme = Non
 
 
 def _empty(figure: go.Figure) -> None:
-    """A sentence where there is nothing to draw."""
+    """Add a sentence to a figure with nothing to draw."""
     figure.data = ()
     figure.update_xaxes(visible=False).update_yaxes(visible=False)
     figure.add_annotation(
@@ -231,7 +230,7 @@ def _every_dim(
 ) -> None:
     """The sink's FFN output over all dims, and the reach of the mixed positions behind it.
 
-    Of a bin each draws its own largest dim: they need not be the same.
+    Each curve draws its own largest dim of a bin, which may differ.
     """
     dims, reached = places.argmax(np.abs(value)), places.argmax(reach)
     for sign, name in ((1, "largest of the mixed positions, either way"), (-1, "")):

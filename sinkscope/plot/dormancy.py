@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RANDOM = "random"
-_NAMED = 12  # heads of a scatter that are named; the others say who they are under the pointer
+_NAMED = 12  # heads of a scatter that are labelled; the others are named in the hover
 _PERCENT = 0.01  # up to here the axis of relative losses is linear
 
 
@@ -41,7 +41,7 @@ def domain_scatter(
     ====================== ===== =================================================================
     layer, head            int   the head
     domain                 str   kind of text, for example "prose" or "code"
-    {metric}               float mean over prompts of that figure on that domain
+    {metric}               float mean over prompts of that metric on that domain
     {metric}_low, …_high   float ends of its 95 % interval (optional, for error bars)
     differs                bool  whether the head is dormant on one domain and active on another,
                                  after the correction for many heads (optional, the same in all
@@ -53,8 +53,8 @@ def domain_scatter(
         frame: As above.
         x: Domain along x.
         y: Domain along y.
-        metric: Which column to draw.
-        about: Settings of one of the reports, or a line that says model, T, BOS and ε.
+        metric: The column to draw.
+        about: Settings of one of the reports, or a line with model, T, BOS and ε.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -128,17 +128,17 @@ def ablation_effect(
     layer, head                             int   the head
     domain                                  str   kind of text; one colour each
     {metric}                                float what runs along x, such as sink_attention
-    loss_change                             float loss without the head less the loss with it [nat]
+    loss_change                             float loss without the head minus the loss with it [nat]
     loss_change_low, loss_change_high       float ends of its 95 % interval (optional)
     ======================================= ===== ================================================
 
-    The title gives Spearman's rank correlation for each domain. The cost's axis is linear about
-    zero and logarithmic beyond, with room for heads whose ablation lowers the loss.
+    The title gives Spearman's rank correlation for each domain. The axis of the cost is linear
+    around zero and logarithmic beyond, so that heads whose ablation lowers the loss are shown too.
 
     Args:
         frame: As above; one mode of ablation (zero, mean or resample), named in `about`.
         metric: Column along x.
-        about: Settings of the report, or a line that says model, T, BOS and ε.
+        about: Settings of the report, or a line with model, T, BOS and ε.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -178,9 +178,9 @@ def loss_by_share_ablated(
 ) -> go.Figure:
     """Loss against the share of heads that a score sets to zero; random heads for comparison.
 
-    Drawn is each prompt's loss minus its baseline loss, as a share of the mean baseline: prompts
-    differ in their loss far more than ablated heads change it. The axis is linear up to 1 % and
-    logarithmic beyond. Scores are in the order of their mean height, the best first.
+    Draws each prompt's loss minus its baseline loss, as a share of the mean baseline, since prompts
+    differ in loss far more than ablation changes it. The axis is linear up to 1 % and logarithmic
+    beyond. Scores are in the order of their mean height, the best first.
 
     The frame is tidy, one row per observation:
 
@@ -196,7 +196,7 @@ def loss_by_share_ablated(
 
     Args:
         frame: As above.
-        about: Settings of the report, or a line that says model, T, BOS and ε.
+        about: Settings of the report, or a line with model, T, BOS and ε.
         tolerance: Share of the baseline loss that is allowed; drawn as a line.
         theme: "light", "dark", or the default.
 
@@ -249,7 +249,7 @@ def loss_by_share_ablated(
 
 
 def _relative(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with `change`, each loss minus its prompt's baseline [share of the mean].
+    """Return the frame with `change`, each loss minus its prompt's baseline [share of the mean].
 
     Raises:
         ReportError: If a prompt's baseline loss is missing.
@@ -281,7 +281,7 @@ def _ends(rows: pd.DataFrame, column: str, colour: str) -> dict[str, object] | N
 
 
 def _beside(along: np.ndarray, named: np.ndarray) -> list[str]:
-    """Where names stand: neighbours along x take turns, so that they do not cover each other."""
+    """Positions of labels, which alternate along x so that neighbours do not overlap."""
     turns = ("top center", "bottom center", "middle right", "middle left")
     places = np.full(len(along), turns[0], dtype=object)
     for turn, index in enumerate(sorted(np.flatnonzero(named), key=along.__getitem__)):
@@ -293,7 +293,7 @@ def _diagonal(figure: go.Figure, values: np.ndarray, unit: str | None, colour: s
     """The line on which both domains agree."""
     finite = values[np.isfinite(values)]
     if finite.size == 0:
-        raise ReportError("domain_scatter was given no figure that is a number.")
+        raise ReportError("domain_scatter was given no finite value.")
     low, high = (0.0, 1.0) if unit in ("probability", "share") else (finite.min(), finite.max())
     figure.add_shape(
         type="line", x0=low, y0=low, x1=high, y1=high, layer="below",

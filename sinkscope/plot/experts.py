@@ -1,4 +1,4 @@
-"""The experts of a routed model at a glance: one cell per expert, layer by layer."""
+"""Maps of the experts of a routed model: one cell per layer and expert."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WORDS = {
     "largest": "largest |output| of each expert",
     "norm": "mean norm of each expert's output",
     "sink_norm": "norm of each expert's output at the sink",
-    "weight": "router's mean weight, tokens that are no sinks",
+    "weight": "router's mean weight, tokens other than sinks",
     "sink_weight": "router's mean weight at the sink",
     "chosen": "share of the tokens sent to each expert",
     "sink_chosen": "share of the sinks sent to each expert",
@@ -37,7 +37,7 @@ def expert_map(
     marked: Iterable[tuple[int, int]] = (),
     theme: Theme = None,
 ) -> go.Figure:
-    """Layer × expert map of one figure of every expert of a routed model.
+    """Layer × expert map of one metric of every expert of a routed model.
 
     The frame is that of `experiments.experts`: one row per prompt, layer and expert, with the
     columns prompt, layer, expert and the metric. Outputs have a logarithmic colour scale. A cell is
@@ -47,7 +47,7 @@ def expert_map(
         frame: As above.
         metric: The column to draw: "largest" (its maximum over prompts), "norm", "sink_norm",
             "weight", "sink_weight", "chosen" or "sink_chosen" (their means).
-        about: A line that says model, T and BOS.
+        about: A line with model, T and BOS.
         marked: (layer, expert) pairs to mark, such as the super experts.
         theme: "light", "dark", or the default.
 

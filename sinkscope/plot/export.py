@@ -1,4 +1,4 @@
-"""Figures as files: HTML anywhere, PNG, SVG and PDF where Chrome is."""
+"""Write figures to files: HTML, or with Chrome PNG, SVG and PDF."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 
 IMAGES = (".png", ".svg", ".pdf", ".webp", ".jpg")
 CONFIG = {"displaylogo": False, "responsive": True}
-"""Plotly's settings of a figure in a page."""
-_WIDTH = 900  # pixels of a picture of a figure that has no width of its own
-_SLIDER = 80  # pixels that a slider takes below a figure
+"""Plotly's settings for a figure in a page."""
+_WIDTH = 900  # pixels of a picture whose figure has no width
+_SLIDER = 80  # pixels of a slider below a figure
 
 
 COLUMN, PAGE = 3.3, 6.8
 """Widths of a figure in a paper [inch]: of one column, and of the page."""
-_PIXELS = 96  # of a picture to the inch
+_PIXELS = 96  # pixels per inch of a picture
 _POINT = 96 / 72  # pixels
 
 
 def paper(
     figure: go.Figure, inches: float = COLUMN, *, height: float | None = None, points: float = 8
 ) -> go.Figure:
-    """The figure as a paper prints it: to size, in its type size, without a title or buttons.
+    """Return the figure for a paper: in its size and type size, without title or buttons.
 
     Args:
-        figure: Any figure of this package; it stays as it is.
+        figure: Any figure of this package; it is not modified.
         inches: Width: 3.3 for a column, 6.8 for a page.
         height: Height [inch]; by default 0.72 of the width, or less where the page is wide.
         points: Size of all text.
@@ -72,25 +72,24 @@ def save(
     figure: go.Figure, path: str | Path, *, width: int | None = None, height: int | None = None,
     scale: float = 2.0,
 ) -> Path:  # fmt: skip
-    """Write a figure as a file whose suffix says the kind.
+    """Write a figure to a file, in the format of its suffix.
 
-    A picture shows what the figure shows first; sliders and buttons, which nobody can press there,
-    are left out of it.
+    A picture shows the initial state of the figure, without sliders and buttons.
 
     Args:
         figure: What to write; `paper` gives it the size and type of a paper.
         path: ".html" for an interactive page that needs no network; ".png", ".svg", ".pdf",
             ".webp" or ".jpg" for a picture, drawn by Chrome through Kaleido.
-        width: Of a picture [pixel]; by default the figure's own, or 900.
-        height: Of a picture [pixel]; by default the figure's own.
+        width: Width of a picture [pixel]; by default the figure's, or 900.
+        height: Height of a picture [pixel]; by default the figure's.
         scale: Pixels of the file for each pixel of the picture (".png", ".webp", ".jpg").
 
     Returns:
         The path.
 
     Raises:
-        SinkscopeError: If the suffix is another one, the folder cannot be written, or Kaleido or
-            Chrome is not there; the sentence says what to install.
+        SinkscopeError: If the suffix is another one, the folder is not writable, or Kaleido or
+            Chrome is missing; the message says what to install.
     """
     path = Path(path)
     if path.suffix not in (".html", *IMAGES):
@@ -105,7 +104,7 @@ def save(
 
 
 def _without_controls(figure: go.Figure) -> go.Figure:
-    """A copy without sliders and buttons, and without the room that they took."""
+    """Return a copy without sliders and buttons, and without their space."""
     import plotly.graph_objects as go
 
     shown = go.Figure(figure)
@@ -117,7 +116,7 @@ def _without_controls(figure: go.Figure) -> go.Figure:
 
 
 def _image(figure: go.Figure, kind: str, width: int, height: int | None, scale: float) -> bytes:
-    """The picture's bytes, or an error that says what is missing."""
+    """Return the picture's bytes, or raise an error that says what to install."""
     try:
         return figure.to_image(format=kind, width=width, height=height, scale=scale)
     except (ImportError, ValueError) as error:
@@ -127,7 +126,7 @@ def _image(figure: go.Figure, kind: str, width: int, height: int | None, scale: 
             "Pictures need Kaleido, which is not installed: pip install 'sinkscope[image]'. "
             "HTML needs nothing: end the file in .html."
         ) from error
-    except Exception as error:  # Kaleido raises its own kinds when it finds no browser
+    except Exception as error:  # Kaleido raises its own errors when it finds no browser
         if "chrome" not in f"{type(error).__name__} {error}".lower():
             raise
         raise SinkscopeError(

@@ -1,4 +1,4 @@
-"""How every figure ends: its title, the line that says what was measured, its theme."""
+"""Finish a figure: title, line with the settings of the measurement, theme."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def finish(
     *,
     height: int = 440,
 ) -> go.Figure:
-    """Give a figure its title, the line that says what it was measured on, and its theme.
+    """Set a figure's title, the line with the settings of the measurement, and the theme.
 
     Args:
         figure: with traces and axis titles.
-        title: what it shows; Plotly text, so whatever comes from outside has to be escaped.
-        about: settings of the report, or a line of one's own.
+        title: what it shows; Plotly text, in which user input has to be escaped.
+        about: settings of the report, or a line of text.
         theme: "light", "dark" or the default.
         height: in pixels; the width follows the page.
     """
@@ -49,7 +49,7 @@ def finish(
 
 
 def _broken(line: str) -> str:
-    """A line about a figure as Plotly text, on as many lines as `_WIDTH` needs."""
+    """Break the line about a figure into Plotly lines of at most `_WIDTH`."""
     lines = [""]
     for part in line.split(_DOT):
         longer = f"{lines[-1]}{_DOT}{part}" if lines[-1] else part
@@ -61,7 +61,7 @@ def _broken(line: str) -> str:
 
 
 def _legend_rows(figure: go.Figure) -> int:
-    """Rows that the legend takes in a figure as wide as `plot.save` writes it; 0 without one.
+    """Rows of the legend in a figure of the width that `plot.save` writes; 0 without one.
 
     Plotly puts all entries in one row, or gives each as much room as the longest needs.
     """
@@ -76,7 +76,7 @@ def _legend_rows(figure: go.Figure) -> int:
 
 
 def _has_panels(figure: go.Figure) -> bool:
-    """Whether the figure is divided into panels, which have titles of their own."""
+    """Whether the figure is divided into panels with their own titles."""
     return "xaxis2" in figure.layout
 
 

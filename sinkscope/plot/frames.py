@@ -1,9 +1,9 @@
-"""Checks and small sums on the tidy frames that experiments hand to figures.
+"""Checks and aggregations of the tidy frames that experiments pass to figures.
 
-Every experiment's frame has one row per observation, dimensions and quantities in columns named by
-the vocabulary. `prompt`, `layer`, `head` and `position` are integers, -1 where a row has none.
-`metric` names a field of the report (or a word such as "loss"), `value` is its figure. What each
-figure needs beyond that stands in its docstring.
+Every experiment's frame has one row per observation, with dimensions and quantities in columns of
+standard names. `prompt`, `layer`, `head` and `position` are integers, -1 where a row has none.
+`metric` names a field of the report (or a word such as "loss"), and `value` is its value. The
+docstring of each figure describes what else it needs.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _UNITS = {
 
 
 def need(frame: pd.DataFrame, figure: str, *columns: str) -> pd.DataFrame:
-    """The frame, if it has these columns and any row.
+    """Return the frame, if it has these columns and any row.
 
     Raises:
-        ReportError: Naming what is missing and what there is, or if it is no frame.
+        ReportError: If a column or all rows are missing, or it is not a frame.
     """
     if not hasattr(frame, "columns") or not hasattr(frame, "empty"):
         raise ReportError(
@@ -62,10 +62,10 @@ def need(frame: pd.DataFrame, figure: str, *columns: str) -> pd.DataFrame:
 
 
 def pick(frame: pd.DataFrame, column: str, value: object) -> pd.DataFrame:
-    """The rows that have this value in this column.
+    """Return the rows that have this value in this column.
 
     Raises:
-        ReportError: If there are none; the sentence says which values there are.
+        ReportError: If there are none; the message lists the existing values.
     """
     rows = frame[frame[column] == value]
     if rows.empty:
@@ -75,7 +75,7 @@ def pick(frame: pd.DataFrame, column: str, value: object) -> pd.DataFrame:
 
 
 def unit_of(metric: str) -> str | None:
-    """The unit of a report's field, or of what experiments measure beside them."""
+    """Return the unit of a report's field, or of another quantity that experiments measure."""
     from sinkscope.report.fields import SinkFields
 
     variable = SinkFields.variables().get(metric)
@@ -83,7 +83,7 @@ def unit_of(metric: str) -> str | None:
 
 
 def label_of(metric: str) -> str:
-    """A metric as an axis title, with its unit."""
+    """Return a metric's axis title, with its unit."""
     return with_unit(in_words(metric), unit_of(metric))
 
 
@@ -92,7 +92,7 @@ def over_prompts(frame: pd.DataFrame, by: str, value: str = "value") -> pd.DataF
 
     Args:
         frame: with the columns prompt, `by` and `value`; several rows of one prompt are averaged.
-        by: the column that stays, in rising order.
+        by: the column to group by, in rising order.
         value: the column to average.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A reader's guess beside what was measured: for lessons and talks."""
+"""A reader's guess beside the measured result, for lessons and talks."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def guess_and_result(
     about: About,
     theme: Theme = None,
 ) -> go.Figure:
-    """What somebody guessed beside what was measured.
+    """Draw a guess beside the measured result.
 
     Args:
-        guess: A guess for each name; None where there is none, which is not drawn.
-        result: What was measured, by the same names; further ones are not drawn.
-        label: What the numbers are, with their unit, as the title of the axis.
-        about: Settings of a report, or a line that says model, T, BOS and ε.
+        guess: A guess for each name; None for no guess, which is not drawn.
+        result: The results by the same names; further ones are not drawn.
+        label: Title of the axis, with the unit.
+        about: Settings of a report, or a line with model, T, BOS and ε.
         theme: "light", "dark", or the default.
 
     Returns:
         A bar per name for the result, and a diamond for the guess, if there is one.
 
     Raises:
-        ReportError: If nothing was measured under a name that was guessed.
+        ReportError: If a guess has no result.
     """
     if missing := [name for name in guess if name not in result]:
         raise ReportError(

@@ -1,4 +1,4 @@
-"""The heads of a model at a glance: one cell per head, layer by layer."""
+"""Maps and scatter plots of the heads of a model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 _STEPS = 20
-_LITTLE = 0.1  # what a head may pay to the rest and be counted in the title of `recency_plane`
+_LITTLE = 0.1  # attention to the rest below which the title of `recency_plane` counts a head
 
 
 def head_map(
@@ -43,17 +43,17 @@ def head_map(
     threshold: float | None = None,
     theme: Theme = None,
 ) -> go.Figure:
-    """Layer × head map of any figure that each head has, with a threshold to slide.
+    """Layer × head map of any metric of heads, with a threshold slider.
 
     Heads at or below the threshold are empty and the title counts those above it; the slider works
-    wherever the figure is shown, with no kernel behind it.
+    without a kernel.
 
     Args:
-        report: What a scan gave.
+        report: The report of a scan.
         metric: A field with the dimensions layer and head (or kv_head), with or without prompts;
             or one of the thirteen inactivity scores, such as "AHON-LN".
-        threshold: Where the slider starts; by default ε for probabilities, and below the smallest
-            value, so that nothing is empty, for everything else.
+        threshold: Initial threshold; by default ε for probabilities; otherwise below the smallest
+            value, so that no cell is empty.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -61,7 +61,7 @@ def head_map(
         95 % interval.
 
     Raises:
-        ReportError: If the metric is unknown, was not measured, or is not one figure a head.
+        ReportError: If the metric is unknown, was not measured, or is not one value per head.
     """
     require_report("report", report)
     variable, figures = of_heads(report, metric)
@@ -87,14 +87,14 @@ def head_map(
 
 
 def of_heads(report: SinkReport, metric: str) -> tuple[Variable, Interval]:
-    """What a metric is and its figure of every head, with intervals over prompts.
+    """Return a metric's description and its value for every head, with intervals over prompts.
 
     Args:
-        report: What a scan gave.
+        report: The report of a scan.
         metric: A field of `HEAD_DIMS`, or one of the thirteen inactivity scores.
 
     Raises:
-        ReportError: If the metric is unknown, was not measured, or is not one figure a head.
+        ReportError: If the metric is unknown, was not measured, or is not one value per head.
     """
     metric = text("metric", metric, error=ReportError)
     if metric in INACTIVE_IF:
@@ -106,8 +106,8 @@ def of_heads(report: SinkReport, metric: str) -> tuple[Variable, Interval]:
     variable = report._require(metric)
     if variable.dims not in HEAD_DIMS:
         raise ReportError(
-            f"{metric} has the dimensions {' '.join(variable.dims)}; a head map needs one figure a "
-            f"layer and head, such as {', '.join(head_metrics(report)[:3])}."
+            f"{metric} has the dimensions {' '.join(variable.dims)}; a head map needs one value "
+            f"per layer and head, such as {', '.join(head_metrics(report)[:3])}."
         )
     return variable, interval_of(report, metric)
 
@@ -149,25 +149,25 @@ def heatmap(figures: Interval, variable: Variable) -> go.Heatmap:
 
 
 def is_ratio(variable: Variable) -> bool:
-    """Whether a figure is a ratio, drawn on a logarithmic scale whose middle is 1."""
+    """Whether a variable is a ratio, drawn on a logarithmic scale whose middle is 1."""
     return variable.unit == "ratio"
 
 
 def coloured(values: np.ndarray, variable: Variable) -> tuple[np.ndarray, float, float]:
-    """What the colours of a head map stand for, and the ends of its scale."""
+    """Return the values that a head map's colours encode, and the ends of the scale."""
     if is_ratio(variable):
         return ratio_colours(values)
     return values, *value_range(values, variable.unit)
 
 
 def empty_map(cells: go.Heatmap, variable: Variable, colours: Palette) -> go.Figure:
-    """A head map with its axes and outlines, as yet without threshold and title."""
+    """Return a head map with axes and outlines, without threshold and title."""
     layers, columns = cells.z.shape
     plain = dict(
         showgrid=False, zeroline=False, showline=True, mirror=True, linecolor=colours.muted[0]
     )
     figure = go.Figure(cells)
-    figure.update_layout(plot_bgcolor=colours.muted[0])  # seen between the cells
+    figure.update_layout(plot_bgcolor=colours.muted[0])  # visible between the cells
     figure.update_traces(colorbar=dict(outlinewidth=1, outlinecolor=colours.muted[0]))
     figure.update_xaxes(title_text=in_words(variable.dims[-1]), dtick=tick_step(columns), **plain)
     figure.update_yaxes(title_text="layer", autorange="reversed", dtick=tick_step(layers), **plain)
@@ -197,7 +197,7 @@ def mark_without_attention(figure: go.Figure, settings: Settings) -> None:
 def _thresholds(
     figures: np.ndarray, threshold: float | None, unit: str | None
 ) -> tuple[list[float | None], int]:
-    """The slider's stops, the first of which empties nothing, and where it starts."""
+    """Return the slider's steps, the first of which empties no cell, and the initial one."""
     finite = figures[np.isfinite(figures)]
     low, high = value_range(figures, unit)
     if unit not in ("probability", "share") and finite.size:
@@ -216,7 +216,7 @@ def _step(
     threshold: float | None,
     colours: Palette,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What one stop of the slider changes: the colours, and the title with its count."""
+    """Return what one step of the slider changes: the colours, and the count in the title."""
     scale = colour_scale(cells.zmin < 0, colours)
     name = heading(variable.name)
     kind = "KV heads" if variable.dims[-1] == "kv_head" else "heads"
@@ -262,22 +262,22 @@ def head_scatter(
     *,
     theme: Theme = None,
 ) -> go.Figure:
-    """A dot per head: one figure of it against another, coloured by layer.
+    """A dot per head: one metric against another, coloured by layer.
 
-    A head may attend to the sink and still write: sink heads are not all inactive
+    Not all sink heads are inactive: a head may attend to the sink and still have a large output
     (Sandoval-Segura et al. 2504.03889). The title gives Spearman's rank correlation.
 
     Args:
-        report: What a scan gave.
+        report: The report of a scan.
         x: Field along x, with the dimensions layer and head, or an inactivity score.
-        y: Field along y, likewise; per-KV-head figures are repeated for the heads that share them.
+        y: Field along y, likewise; values per KV head are repeated for the heads that share it.
         theme: "light", "dark", or the default.
 
     Returns:
         A dot per head; the hover has its layer, its head and both values.
 
     Raises:
-        ReportError: If a field was not measured or is not one figure a head.
+        ReportError: If a field was not measured or is not one value per head.
     """
     require_report("report", report)
     (across_is, across), (up_is, up) = (_per_head(report, name) for name in (x, y))
@@ -322,20 +322,20 @@ def _by_layer(where: np.ndarray, colours: Palette) -> dict[str, Any]:
 
 
 def recency_plane(report: SinkReport, width: int = 16, *, theme: Theme = None) -> go.Figure:
-    """A dot per head: attention to near keys against attention to the sink, and what is left.
+    """A dot per head: attention to near keys against attention to the sink, and to the rest.
 
     The further a head lies below the line, the more it attends to keys that are neither: such a
     head needs the whole context. The dotted line is what uniform attention would pay to near keys.
-    Ours and operational: the recency ratio by which RecurFormer (arXiv 2410.12850) chooses heads is
-    not public.
+    The operational definition is ours: the recency ratio by which RecurFormer (arXiv 2410.12850)
+    chooses heads is not public.
 
     Args:
-        report: What a scan with the metric "recency" gave.
-        width: Of the near keys, the query's own included; one that was measured.
+        report: The report of a scan with the metric "recency".
+        width: Number of near keys, the query's own included; one of those measured.
         theme: "light", "dark", or the default.
 
     Returns:
-        A scatter plot coloured by layer. A learned sink counts to the sink.
+        A scatter plot coloured by layer. A learned sink counts as the sink.
 
     Raises:
         ReportError: If recency was not measured, or not at this width, or no prompt is longer.
@@ -407,12 +407,12 @@ def head_change(
 ) -> go.Figure:
     """Layer × head map of what an intervention changed: after minus before.
 
-    Where both reports hold the same tokens, the hover has the 95 % interval of the paired
-    difference; a dot marks the heads whose interval leaves out zero.
+    If both reports are of the same tokens, the hover has the 95 % interval of the paired
+    difference; a dot marks the heads whose interval excludes zero.
 
     Args:
-        before: The untouched model's report.
-        after: The report under the intervention, of as many layers and heads.
+        before: The report of the unchanged model.
+        after: The report under the intervention, with as many layers and heads.
         metric: A field with the dimensions layer and head (or kv_head).
         theme: "light", "dark", or the default.
 
@@ -420,7 +420,7 @@ def head_change(
         One heatmap: rows are layers, columns heads, on a scale whose middle is no change.
 
     Raises:
-        ReportError: If the reports do not fit together, or lack the metric.
+        ReportError: If the reports do not match, or lack the metric.
     """
     require_report("before", before)
     require_report("after", after)
@@ -484,13 +484,13 @@ def _same_tokens(one: SinkReport, other: SinkReport) -> bool:
 
 
 def _per_head(report: SinkReport, metric: str) -> tuple[Variable, np.ndarray]:
-    """A metric and its figure of every head [layer head]; heads of one kv_head share theirs."""
+    """Return a metric's variable and values [layer head]; values of kv_heads are repeated."""
     variable, figures = of_heads(report, metric)
     share = report.settings.n_heads // figures.mean.shape[1]
     return variable, np.repeat(figures.mean, share, axis=1)
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's ρ over the pairs that are both numbers."""
+    """Spearman's ρ over the pairs without nan."""
     defined = ~(np.isnan(x) | np.isnan(y))
     return float(spearman(torch.from_numpy(x[defined]), torch.from_numpy(y[defined])))

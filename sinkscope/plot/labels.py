@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
 
 About = Settings | str
-"""What a figure was measured on: the settings of a report, or a line of one's own."""
+"""The settings of the measurement: those of a report, or a line of text."""
 
 _SHOWN = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
 _LONGEST = 32  # characters of a token that are shown
-_EXAMPLES = 3  # tokens that a hover names at one position
+_EXAMPLES = 3  # tokens listed in a hover at one position
 
 
 def about_line(about: About) -> str:
@@ -40,7 +40,7 @@ def plain_about(about: Settings) -> str:
 
 
 def differences(reports: list[SinkReport]) -> str:
-    """The line under a title for several reports: what they share, and how many values else."""
+    """The line under a title for several reports: shared settings, and the values of the others."""
     parts = []
     for name, prefix in (
         ("model", ""), ("length", "T = "), ("bos", "BOS: "), ("epsilon", "ε = "), ("source", ""),
@@ -75,7 +75,7 @@ def with_unit(text: str, unit: str | None) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text as Plotly text, which reads a few HTML tags: none of them is meant."""
+    """Escape text for Plotly, which interprets a few HTML tags."""
     return html.escape(readable(text), quote=False)
 
 
@@ -85,7 +85,7 @@ def readable(text: str) -> str:
 
 
 def shown_token(token: str) -> str:
-    """A token as a reader should see it: spaces and controls visible, long ones cut; plain text."""
+    """Return a token as plain text, with spaces and controls visible, shortened if long."""
     text = token if len(token) <= _LONGEST else token[: _LONGEST - 1] + "…"
     if not text:
         return "∅"
@@ -96,12 +96,12 @@ def shown_token(token: str) -> str:
 
 
 def plotly_token(token: str) -> str:
-    """A token for a hover or an axis: escaped, its direction kept to itself."""
+    """Return a token for a hover or an axis: escaped, with its writing direction isolated."""
     return isolated(html.escape(shown_token(token), quote=False))
 
 
 def isolated(text: str) -> str:
-    """Text between marks that keep its writing direction to itself."""
+    """Return text between marks that isolate its writing direction."""
     return f"\u2068{text}\u2069"
 
 

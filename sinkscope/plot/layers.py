@@ -1,4 +1,4 @@
-"""What changes from layer to layer, and how sure it is."""
+"""Quantities by layer, with intervals."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def by_layer(
     """Lines over the layers: mean over prompts (and a layer's heads) with its 95 % interval.
 
     Args:
-        report: What a scan gave; or several reports by name, such as {"before": one, "after":
+        report: The report of a scan; or several reports by name, such as {"before": one, "after":
             other}, whose lines are then drawn together.
         metrics: Fields of one unit that have a prompt and a layer, such as "sink_cosine" and
             "other_cosine".
-        log: Whether y starts logarithmic; where nothing is negative a button changes it.
-        title: Instead of the metrics' names.
-        axis: Title of y, without the unit; by default the words that the metrics' names end in,
+        log: Whether y is initially logarithmic; if no value is negative, a button changes it.
+        title: Title, instead of the metrics' names.
+        axis: Title of y, without the unit; by default the last words that the metrics' names share,
             or else the names.
         theme: "light", "dark", or the default.
 
@@ -104,7 +104,7 @@ def by_layer(
 
 
 def _checked(report: SinkReport, name: str) -> Variable:
-    """What a metric is, if it has a prompt and a layer."""
+    """Return the variable of a metric that has a prompt and a layer."""
     variable = report._require(name)
     if variable.dims[:2] != ("prompt", "layer") or "dim" in variable.dims:
         raise ReportError(
@@ -115,7 +115,7 @@ def _checked(report: SinkReport, name: str) -> Variable:
 
 
 def _shared(metrics: tuple[str, ...]) -> str:
-    """The words that names end in: "cosine" of sink_cosine and other_cosine."""
+    """Return the last words that names share: "cosine" of sink_cosine and other_cosine."""
     names = [in_words(name).split() for name in metrics]
     last = zip(*(reversed(words) for words in names), strict=False)
     shared = itertools.takewhile(lambda words: len(set(words)) == 1, last)
@@ -126,7 +126,7 @@ def residual_norms(report: SinkReport, *, theme: Theme = None) -> go.Figure:
     """Norm of the residual state after each block: the sink's and the median of the others.
 
     Args:
-        report: What was measured, "residual" among it.
+        report: A report with the metric "residual".
         theme: "light", "dark", or the default.
 
     Returns:
@@ -151,11 +151,11 @@ def residual_norms(report: SinkReport, *, theme: Theme = None) -> go.Figure:
 
 
 def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) -> go.Figure:
-    """Norm of the sink's value over the mean of the others: a dot per head, the layer's mean.
+    """Norm of the sink's value over the mean of the others: a dot per head, a line for the mean.
 
     Args:
-        report: What a scan gave.
-        out: Take the values through W_O (`value_drain_out`, per head) rather than as they are
+        report: The report of a scan.
+        out: Whether values are taken after W_O (`value_drain_out`, per head) or before
             (`value_drain`, per KV head).
         theme: "light", "dark", or the default.
 
@@ -199,10 +199,10 @@ def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) 
 
 
 def chance_levels(report: SinkReport, *, theme: Theme = None) -> go.Figure:
-    """Sink attention of every head beside what nulls give the strongest of as many heads.
+    """Sink attention of every head beside that of the strongest head under each null.
 
     Args:
-        report: What a scan with ``nulls=`` gave.
+        report: The report of a scan with ``nulls=``.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -248,12 +248,12 @@ def chance_levels(report: SinkReport, *, theme: Theme = None) -> go.Figure:
 def attention_by_query(
     report: SinkReport, layer: int | None = None, head: int | None = None, *, theme: Theme = None
 ) -> go.Figure:
-    """Attention to the sink by how far into the text the query is.
+    """Attention to the sink by the position of the query.
 
     Args:
-        report: What a scan gave.
-        layer: Which layer; None draws every layer's mean over heads.
-        head: Which head of that layer; None draws all of its heads.
+        report: The report of a scan.
+        layer: The layer; None draws every layer's mean over heads.
+        head: The head of that layer; None draws all of its heads.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -292,14 +292,14 @@ def attention_by_query(
     return finish(figure, title, report.settings, theme)
 
 
-_NAMED = 5  # of many lines, those with the largest means bear their names
-_APART = 0.055  # of the height of the plot, from one name to the next
+_NAMED = 5  # of many lines, those with the largest means are labelled
+_APART = 0.055  # distance between labels, as a share of the plot's height
 
 
 def _label_strongest(
     figure: go.Figure, x: np.ndarray, lines: dict[str, np.ndarray], scale: list[str]
 ) -> None:
-    """The names of the strongest lines at their right ends, one below the other; no legend."""
+    """Label the strongest lines at their right ends, one below the other, instead of a legend."""
     means = {name: nanmean(line, 0) for name, line in lines.items() if np.isfinite(line).any()}
     strongest = sorted(means, key=lambda name: float(means[name]), reverse=True)[:_NAMED]
     colours = dict(zip(lines, scale, strict=True))

@@ -1,4 +1,4 @@
-"""The life of a sink on one page, from the embedding to the last layer."""
+"""The sink from the embedding to the last layer, in one figure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NOTHING = "nothing"
 
 
 def sink_life(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
-    """Six panels: the sink's norm, what writes and erases it, what is constant, trigger, effects.
+    """Six panels: the sink's norm, its writers and erasers, the constant part, trigger and effects.
 
     The frame is tidy, one row per observation; it is what `experiments.life` gives:
 
@@ -42,13 +42,13 @@ def sink_life(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.F
     prompt   int   averaged, with a 95 % interval; -1 for constant_share
     layer    int   -1 for loss
     position int   of trigger; -1 for all others
-    value    float the figure
+    value    float the value
     ======== ===== ===============================================================================
 
     Args:
-        frame: As above; a panel whose rows are missing (a model without a loss or a gated FFN)
-            says so.
-        about: Settings of the report, or a line that says model, T, BOS and ε.
+        frame: As above; a panel without rows (a model without a loss or a gated FFN) is labelled as
+            such.
+        about: Settings of the report, or a line with model, T, BOS and ε.
         theme: "light", "dark", or the default.
 
     Returns:

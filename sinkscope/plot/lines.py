@@ -1,4 +1,4 @@
-"""Lines with their 95 % intervals, told apart by colour, symbol and dash."""
+"""Lines with 95 % intervals, distinguished by colour, symbol and dash."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from sinkscope.plot.theme import DARK, LIGHT, SEQUENTIAL, faded
 
-_POINTS = 80  # that are drawn as symbols
+_POINTS = 80  # most points drawn as symbols
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "triangle-down")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "8px,2px", "2px,6px")
 
@@ -31,16 +31,16 @@ def band(
 ) -> None:
     """Add a line with its 95 % interval as a band behind it.
 
-    Each colour of the palette has a symbol of its own, or a dash where there are too many points
-    for symbols, so that lines are told apart without colours too.
+    Each colour of the palette has its own symbol, or its own dash if there are too many points for
+    symbols, so that lines can be distinguished without colour.
 
     Args:
         figure: to add to.
         x: where [point].
         interval: (mean, low, high) over prompts [point]; nan ends draw no band.
-        name: of the line, for legend and hover; Plotly text.
+        name: name of the line, for legend and hover; Plotly text.
         colour: "#rrggbb".
-        label: of y, with its unit, for the hover.
+        label: label of y with its unit, for the hover.
         along: word for x in the hover.
         showlegend: whether the line is in the legend.
         dash: Plotly's name of a dash, instead of the colour's own.
@@ -75,6 +75,6 @@ def band(
 
 
 def graded(size: int) -> list[str]:
-    """Colours of as many lines in an order, first to last: viridis, seen on light and dark."""
+    """Return colours for an ordered set of lines: viridis, visible on light and dark."""
     points = np.linspace(0.2, 0.9, max(size, 2)).tolist()
     return plotly.colors.sample_colorscale(plotly.colors.get_colorscale(SEQUENTIAL), points)[:size]

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-_LARGEST = 512  # rows and columns that are drawn one by one
-_COARSE = 200  # of a larger pattern: wider than a pixel, so that the column of a sink is seen
+_LARGEST = 512  # most rows and columns drawn one by one
+_COARSE = 200  # bins of a larger pattern: wider than a pixel, so that a sink's column is visible
 _LABELLED = 32  # positions whose tokens all fit on an axis
 
 
@@ -33,24 +33,24 @@ def attention_pattern(
     title: str = "Attention pattern",
     theme: Theme = None,
 ) -> go.Figure:
-    """Which key each query attends to, in one head.
+    """Attention of each query to each key, in one head.
 
     More than 512 queries or keys are cut into 200 bins of neighbours whose maximum is drawn, so
-    that a sink stays as strong as it is; the title says so.
+    that sinks keep their strength; the title says so.
 
     Args:
         pattern: One head's attention [query key] [probability]; keys that a query does not see
             are 0 or nan.
-        tokens: Text of each position, for axes and hover; of bins neither has any.
-        about: Settings of a report, or a line that says model, T, BOS and ε.
-        title: Such as "Layer 11, head 4"; plain text.
+        tokens: Text of each position, for axes and hover; not used for bins.
+        about: Settings of a report, or a line with model, T, BOS and ε.
+        title: Title such as "Layer 11, head 4"; plain text.
         theme: "light", "dark", or the default.
 
     Returns:
         One heatmap: rows are queries, from the top, columns keys. The hover names both tokens.
 
     Raises:
-        ReportError: If the pattern is not [query key], or tokens do not fit it.
+        ReportError: If the pattern is not [query key], or the number of tokens differs.
     """
     figures = to_numpy(pattern)
     if figures.ndim != 2:
@@ -66,7 +66,7 @@ def attention_pattern(
     queries, keys = (_bins(size) for size in figures.shape)
     drawn = keys.maximum(queries.maximum(figures, axis=0), axis=1)
     low, high = value_range(drawn, "probability" if np.nanmin(drawn) >= 0 else None)
-    # Cells nobody may see stay empty: the triangle is the mask's, not a row of zeros.
+    # Masked cells stay empty, to distinguish them from zero attention.
     unseen = (keys.first[None, :] > queries.last[:, None]) & (np.nan_to_num(drawn) == 0)
     figure = go.Figure(
         go.Heatmap(
@@ -91,7 +91,7 @@ def attention_pattern(
 
 
 def _bins(size: int) -> Bins:
-    """Single positions, or bins of equal width: one of a single position would not be seen."""
+    """Return single positions, or bins of equal width, since single ones would not be visible."""
     if size <= _LARGEST:
         return bins(size, _LARGEST)
     first = np.linspace(0, size, _COARSE, endpoint=False).astype(int)
@@ -99,7 +99,7 @@ def _bins(size: int) -> Bins:
 
 
 def _places(positions: Bins, tokens: Sequence[str] | None) -> list[str] | list[int]:
-    """What axis and hover call each row or column."""
+    """Return the name of each row or column on axis and hover."""
     ends = zip(positions.first.tolist(), positions.last.tolist(), strict=True)
     if positions.binned:
         return [f"{first} to {last}" if first < last else str(first) for first, last in ends]

@@ -1,4 +1,4 @@
-"""What every position of the text receives and holds."""
+"""Metrics by position in the text."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ POSITION_DIMS = (
     ("layer", "kv_head", "position"),
     ("layer", "position"),
 )
-LOG_METRICS = ("residual_norm",)  # as bars, where they differ widely
+LOG_METRICS = ("residual_norm",)  # logarithmic bars if values differ widely
 _LINEAR_MAPS = ("cosine_to_sink",)
-_COLUMNS = 512  # of a map; more are binned
-_NAMED = 3  # secondary sinks above a map
+_COLUMNS = 512  # most columns of a map; more are binned
+_NAMED = 3  # secondary sinks labelled above a map
 
 
 def by_position(
@@ -73,23 +73,23 @@ def by_position(
 
     Beyond 128 positions the sinks are dots and the others a line; beyond 1,024 each point is the
     largest of a few neighbours and the title says so. The first sixteen positions and the sinks are
-    always drawn alone. A dotted line shows what uniform attention would give. What the last quarter
-    of a causal text receives is
-    shaded: few queries see its keys, and an average over few is seldom small.
+    always drawn alone. A dotted line shows what uniform attention would give. The last quarter of a
+    causal text is shaded for received attention, which there is an average over few queries and
+    tends to be large.
 
     Args:
-        report: What a scan gave.
+        report: The report of a scan.
         metric: A field with the dimensions layer and position, with or without heads: "received_
             attention", "uniform_ratio", "value_norm", "value_norm_out", "residual_norm", ….
-        layer: Which layer.
-        head: Which head (or kv_head); None is the mean over the layer's heads.
+        layer: The layer.
+        head: The head (or kv_head); None for the mean over the layer's heads.
         log: Whether y is logarithmic; by default for residual norms whose largest is more than 20
             times the smallest. A button changes it.
         theme: "light", "dark", or the default.
 
     Returns:
-        Bars (a line, where the text is long), the sink in a colour of its own, and a dotted line
-        for uniform attention where attention is drawn.
+        Bars (a line for long texts), the sink in its own colour, and for attention a dotted line at
+        the uniform level.
 
     Raises:
         ReportError: If the metric was not measured or has no positions, or there is no such layer
@@ -126,13 +126,13 @@ def position_map(
     *,
     theme: Theme = None,
 ) -> go.Figure:
-    """Layer × position map of what each position receives or holds, mean over a layer's heads.
+    """Layer × position map of a metric, mean over a layer's heads.
 
     Beyond 512 positions each column is the largest of a few neighbours and the title says so; the
-    first sixteen positions and the sinks have columns of their own, the sinks' wider than others.
+    first sixteen positions and the sinks have their own columns, the sinks' wider than others.
 
     Args:
-        report: What a scan gave.
+        report: The report of a scan.
         metric: A field with the dimensions layer and position, with or without heads.
         theme: "light", "dark", or the default.
 
@@ -187,7 +187,7 @@ def position_map(
 def _name_secondary(
     figure: go.Figure, report: SinkReport, metric: str, places: Bins, columns: np.ndarray
 ) -> None:
-    """Name, above the map, the positions that are no sink and yet receive as much in some layer."""
+    """Label secondary sinks above the map: other positions that receive as much in some layer."""
     if metric != "received_attention":
         return
     largest = np.nan_to_num(mean_over_heads(report, metric)).max(axis=0)
@@ -224,17 +224,17 @@ def position_embedding_norms(
     """Norm of every learned position embedding (Yan et al. 2407.01601, Fig. 2).
 
     Args:
-        source: A report of a model with learned positions, or the norms themselves [activation].
-        about: For norms: which model's they are.
+        source: A report of a model with learned positions, or the norms [activation].
+        about: For norms: the name of their model.
         theme: "light", "dark", or the default.
 
     Returns:
-        A bar per position, the first in a colour of its own, and a line for the median of the
+        A bar per position, the first in its own colour, and a line for the median of the
         others.
 
     Raises:
-        ReportError: If the model has no learned position embeddings, or norms come without a word
-            on whose they are.
+        ReportError: If the model has no learned position embeddings, or norms are given without
+            `about`.
     """
     variable = SinkFields.variables()["position_embedding_norm"]
     if isinstance(source, Tensor):
@@ -243,7 +243,7 @@ def position_embedding_norms(
         require_report("source", source)
         about, norms = source.settings, mean_of(source, "position_embedding_norm")
     if about is None:
-        raise ReportError("Norms alone do not say which model's they are; pass about=.")
+        raise ReportError("Norms alone do not record their model; pass about=.")
     places = bins(len(norms))
     figure = bars(None, variable, places, places.maximum(norms), theme)
     median = float(np.median(norms[1:]))
@@ -262,7 +262,7 @@ def _positional(report: SinkReport, metric: str) -> Variable:
     if variable.dims not in POSITION_DIMS:
         known = [n for n in report.measured() if report.variables()[n].dims in POSITION_DIMS]
         raise ReportError(
-            f"{metric} has the dimensions {' '.join(variable.dims)}; expected a figure with layer "
+            f"{metric} has the dimensions {' '.join(variable.dims)}; expected a metric with layer "
             f"and position, such as {' or '.join(known[:3])}."
         )
     return variable

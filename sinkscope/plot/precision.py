@@ -41,7 +41,7 @@ def kept_tokens(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go
 
     Args:
         frame: As above.
-        about: A line that says model, T and BOS.
+        about: A line with model, T and BOS.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -115,7 +115,7 @@ def damage_map(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.
 
     Args:
         frame: With the columns what, kept, layer, tensor and divergence.
-        about: A line that says model, T, BOS and scheme.
+        about: A line with model, T, BOS and scheme.
         theme: "light", "dark", or the default.
 
     Returns:

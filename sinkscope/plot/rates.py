@@ -36,9 +36,9 @@ _OTHERS = 3  # further positions that get a line
 def sink_rate(reports: SinkReport | Mapping[str, SinkReport], *, theme: Theme = None) -> go.Figure:
     """Sink rate against ε, exact at every ε, with its interval over prompts.
 
-    Of one report: the first sink, and thin lines for the other positions with the highest rates
+    For one report: the first sink, and thin lines for the other positions with the highest rates
     (in a causal model, of the first three quarters: the last keys are seen by few queries).
-    Of several: one line per report, of its first sink; the legend has each one's rate.
+    For several: one line per report for its first sink, with its rate in the legend.
 
     Args:
         reports: A report, or reports by name.
@@ -87,17 +87,17 @@ def sink_rate_by_length(
 ) -> go.Figure:
     """Sink rate of the first sink against T, one report per point, one line per model.
 
-    The same text looks less of a sink the longer it is: causal attention that is uniform falls as
-    ln T / T, bidirectional as 1 / T. A dotted line a model is what uniform attention would give the
-    first sink, mean over layers (their windows count) and prompts.
+    Sink rates fall with length even for uniform attention: as ln T / T under a causal mask, as 1 /
+    T for bidirectional models. A dotted line per model is the uniform attention to the first sink,
+    mean over layers (with their windows) and prompts.
 
     Args:
-        reports: Scans at several lengths; of several models if you like.
+        reports: Scans at several lengths, of one or more models.
         epsilon: Threshold; by default the first report's.
         theme: "light", "dark", or the default.
 
     Returns:
-        One line per model against T, and one for what uniform attention would give it.
+        One line per model against T, and one for uniform attention.
 
     Raises:
         ReportError: If there is no report, or `sink_importance` was not measured.
@@ -143,7 +143,7 @@ def _rate_at(report: SinkReport, epsilons: np.ndarray) -> Interval:
 
 
 def _uniform(report: SinkReport) -> float:
-    """What the first sink would receive, as `sink_importance` counts it, of uniform attention."""
+    """Return the `sink_importance` of the first sink under uniform attention."""
     first = report.sink_mask & (report.sink_mask.cumsum(dim=1) == 1)
     layers = Counter(report.settings.windows_attended)
     levels = [
@@ -154,13 +154,13 @@ def _uniform(report: SinkReport) -> float:
 
 
 def _other_positions(figure: go.Figure, report: SinkReport, colour: str) -> None:
-    """Thin lines of the positions that come next after the sinks, of those that many see."""
+    """Draw thin lines for the positions with the next highest rates that many queries see."""
     if report.sink_rate_curve is None:
         return
     curve, epsilons = mean_of(report, "sink_rate_curve"), mean_of(report, "epsilon")
     area = np.nan_to_num(curve.sum(axis=0))
     area[sink_positions(report)] = -1
-    if report.settings.causal:  # the last keys are seen by few queries, above all by their own
+    if report.settings.causal:  # the last keys are seen by few queries
         area[-(len(area) // 4) :] = -1
     for rank, position in enumerate(np.argsort(-area)[:_OTHERS].tolist()):
         if area[position] <= 0:

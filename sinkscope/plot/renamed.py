@@ -1,4 +1,4 @@
-"""Names of the release before: they work, and warn with the new one."""
+"""Deprecated names of the previous release, which warn with the new name."""
 
 from __future__ import annotations
 

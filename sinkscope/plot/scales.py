@@ -1,4 +1,4 @@
-"""Scales: colours that suit a figure, and axes that are linear, logarithmic, or both ways."""
+"""Colour scales, and axes that are linear, logarithmic, or symmetric logarithmic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Scale = list[list[Any]]
 
 
 def value_range(figures: np.ndarray, unit: str | None) -> tuple[float, float]:
-    """Ends of a colour scale: 0 to 1 for shares, about zero for signed figures, else the data's."""
+    """Ends of a colour scale: 0 to 1 for shares, symmetric for signed values, else the data's."""
     finite = figures[np.isfinite(figures)]
     if finite.size == 0 or unit in ("probability", "share"):
         return 0.0, 1.0
@@ -28,10 +28,10 @@ def value_range(figures: np.ndarray, unit: str | None) -> tuple[float, float]:
 
 
 def ratio_colours(ratios: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """log10 of ratios, and the ends of a diverging scale for it whose middle is 1.
+    """log10 of ratios, and the ends of a diverging scale with 1 in the middle.
 
-    The scale reaches a hundredfold either way at most; what lies beyond has the colour of its end,
-    and so has a ratio of zero.
+    The scale spans at most a factor of 100 either way; values beyond, and zero, have the colour of
+    the end.
     """
     with np.errstate(divide="ignore"):
         z = np.log10(ratios)
@@ -41,10 +41,10 @@ def ratio_colours(ratios: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 def log_bar(low: float, high: float, pixels: int = 250) -> dict[str, Any]:
-    """Ticks of a colour bar of logarithms, labelled with what they are logarithms of.
+    """Ticks of a colour bar of logarithms, labelled with the original values.
 
-    Both ends, and between them 1, 2, 5 of each decade, of more than two decades 1 alone, as far as
-    there is room for their labels on so many pixels.
+    Both ends, and between them 1, 2, 5 of each decade (only 1 for more than two decades), as far as
+    the labels fit on so many pixels.
     """
     steps = (1, 2, 5) if high - low <= 2 else (1,)
     decades = range(math.floor(low), math.ceil(high) + 1)
@@ -58,24 +58,24 @@ def log_bar(low: float, high: float, pixels: int = 250) -> dict[str, Any]:
 
 
 def _three_digits(figure: float) -> str:
-    """Three digits: 0.00123, 22,800, and from a million or a ten-thousandth on a power of ten."""
+    """Format with three digits: 0.00123, 22,800, and powers of ten from a million or below 1e-4."""
     if 1e-4 <= figure < 1e6:
         return f"{float(f'{figure:.3g}'):,.10g}"
     digits, power = f"{figure:.2e}".split("e")
     return f"{float(digits):g} × 10<sup>{int(power)}</sup>".removeprefix("1 × ")
 
 
-_LABEL = 18  # pixels of a colour bar that a label takes
-_SIGNED = ("logit", "1")  # units of figures that may lie on either side of zero
-_RATIO_REACH, _LEAST_REACH = 2.0, 0.1  # decades of a scale of ratios either way from 1
-_DECADES = 5  # that a logarithmic scale spans at most
+_LABEL = 18  # pixels of a label on a colour bar
+_SIGNED = ("logit", "1")  # units of values of either sign
+_RATIO_REACH, _LEAST_REACH = 2.0, 0.1  # decades on either side of 1 in a scale of ratios
+_DECADES = 5  # most decades of a logarithmic scale
 
 
 def log_colours(figures: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """log10 of figures that are not negative, and the ends of a scale for it.
+    """log10 of non-negative values, and the ends of a scale for it.
 
-    The scale goes down at most five decades from the largest figure; what is smaller, zero
-    included, has the colour of its lower end.
+    The scale spans at most five decades below the largest value; smaller values, and zero, have the
+    colour of its lower end.
     """
     positive = figures[np.isfinite(figures) & (figures > 0)]
     if positive.size == 0:
@@ -86,14 +86,14 @@ def log_colours(figures: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 def colour_scale(signed: bool, colours: Palette) -> Scale:
-    """Diverging for signed figures, otherwise sequential; as Plotly's pairs."""
+    """A diverging scale for signed values, otherwise a sequential one, as Plotly's pairs."""
     if signed:
         return [list(stop) for stop in colours.diverging]
     return plotly.colors.get_colorscale(SEQUENTIAL)
 
 
 def emptied(scale: Scale, cut: float, colours: Palette) -> Scale:
-    """A colour scale that is the paper's colour up to a share of its range."""
+    """Return a colour scale with the background colour up to a share of its range."""
     if cut <= 0:
         return scale
     cut = min(cut, 1.0)
@@ -106,7 +106,7 @@ def emptied(scale: Scale, cut: float, colours: Palette) -> Scale:
 
 
 def log_switch(logarithmic: bool, ends: list[float] | None = None) -> dict[str, Any]:
-    """Two buttons that make y linear or logarithmic, the latter perhaps with these ends."""
+    """Two buttons that make y linear or logarithmic, optionally with these ends."""
     ticks = {"linear": None, "log": _LOG_TICKS}
     ranges = {"linear": None, "log": ends}
     return dict(
@@ -136,7 +136,7 @@ WHOLE = ",~g"
 
 _LOG_TICKS = "D2"  # 1, 2, 5 of each decade
 _WIDE = 20.0
-_ROOMY = 2.5  # decades whose 1, 2, 5 fit beside each other
+_ROOMY = 2.5  # decades within which the ticks 1, 2, 5 fit
 
 
 def y_scale(logarithmic: bool) -> dict[str, str]:
@@ -146,15 +146,15 @@ def y_scale(logarithmic: bool) -> dict[str, str]:
 
 
 def is_wide(figures: np.ndarray) -> bool:
-    """Whether bars of these figures need a logarithmic axis: the largest is 20 × the smallest."""
+    """Whether bars of these values need a logarithmic axis: the largest is 20 × the smallest."""
     positive = figures[np.isfinite(figures) & (figures > 0)]
     return bool(positive.size) and bool(positive.max() > _WIDE * positive.min())
 
 
 def log_range(figures: np.ndarray) -> list[float] | None:
-    """Ends of a logarithmic axis of bars: a decade below the smallest, whose bar would be nothing.
+    """Ends of a logarithmic axis of bars: a decade below the smallest, so that its bar shows.
 
-    None where no figure is positive.
+    None if no value is positive.
     """
     positive = figures[np.isfinite(figures) & (figures > 0)]
     if not positive.size:
@@ -163,9 +163,9 @@ def log_range(figures: np.ndarray) -> list[float] | None:
 
 
 def log_scale(figures: np.ndarray) -> dict[str, Any]:
-    """Type and ticks of a logarithmic axis: 1, 2, 5 of each decade, as many as there is room for.
+    """Type and ticks of a logarithmic axis: 1, 2, 5 of each decade, as far as they fit.
 
-    Within a decade Plotly finds more of them; of more than two and a half only powers of ten stay.
+    Within a decade Plotly adds more ticks; beyond two and a half decades only powers of ten remain.
     """
     positive = figures[np.isfinite(figures) & (figures > 0)]
     decades = float(np.log10(positive.max() / positive.min())) if positive.size else 0.0
@@ -175,11 +175,10 @@ def log_scale(figures: np.ndarray) -> dict[str, Any]:
     return dict(type="log", tickformat=WHOLE) | ticks
 
 
-# An axis for figures of either sign over many decades: linear about zero, logarithmic beyond.
-#
-# What removing a head costs runs from a gain of a hundredth to a loss of several nats; a linear
-# axis shows the largest only, and a logarithmic one has no place for gains. Plotly has no such
-# axis, so the data are squeezed and the ticks say what they stand for.
+# An axis for values of either sign over many decades: linear around zero, logarithmic beyond.
+# The cost of ablating a head ranges from a gain of a hundredth to a loss of several nats; a linear
+# axis shows only the largest, and a logarithmic one cannot show gains. Plotly has no such axis, so
+# the data are transformed and the ticks labelled with the original values.
 
 _MOST = 9  # ticks on either side of zero
 
@@ -191,7 +190,7 @@ def squeezed(figures: Any, unit: float) -> np.ndarray:
 
 
 def unit_for(figures: Any) -> float:
-    """The power of ten at or below the median size of these figures; 1 where all are zero."""
+    """The power of ten at or below the median magnitude of these values; 1 if all are zero."""
     sizes = np.abs(np.asarray(figures, dtype=float))
     sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
     return 10.0 ** math.floor(math.log10(float(np.median(sizes)))) if sizes.size else 1.0
@@ -200,12 +199,12 @@ def unit_for(figures: Any) -> float:
 def ticks(
     figures: Any, unit: float, text: Callable[[float], str] = "{:+g}".format
 ) -> dict[str, Any]:
-    """Ticks for squeezed figures: zero, and every power of ten from the unit to beyond the data.
+    """Ticks for squeezed values: zero, and every power of ten from the unit to beyond the data.
 
     Args:
-        figures: All that is drawn, not squeezed.
-        unit: Of the squeezing, a power of ten.
-        text: What is written at a figure.
+        figures: All values drawn, not squeezed.
+        unit: Unit of `squeezed`, a power of ten.
+        text: Formats a value.
     """
     figures = np.asarray(figures, dtype=float)
     finite = figures[np.isfinite(figures)]

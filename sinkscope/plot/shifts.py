@@ -27,7 +27,7 @@ def shift_errors(
     Args:
         frame: One row per arithmetic, shift and bucket of queries: `RotaryPrecision.by_query`.
         shift: Which shift; the largest by default.
-        about: A line that says model, number of tokens and texts.
+        about: A line with model, number of tokens and texts.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -64,7 +64,7 @@ def shift_errors_by_key(
     Args:
         frame: One row per arithmetic, shift and key: `RotaryPrecision.by_key`.
         shift: Which shift; the largest by default.
-        about: A line that says model, number of tokens and texts.
+        about: A line with model, number of tokens and texts.
         theme: "light", "dark", or the default.
 
     Returns:

@@ -28,7 +28,7 @@ def pre_attention_spikes(
 
     Args:
         frame: As above.
-        about: A line that says model, T and BOS.
+        about: A line with model, T and BOS.
         log: Whether y starts logarithmic; where all values are positive a button changes it.
         theme: "light", "dark", or the default.
 

@@ -56,7 +56,7 @@ def token_strip(
     """The tokens of a prompt in reading order, coloured by one figure a token.
 
     Args:
-        report: What a scan gave.
+        report: The report of a scan.
         prompt: Which prompt.
         metric: A field with the dimensions prompt and position: "received_peak" (attention
             received, mean over layers and heads) or "residual_outlier".

@@ -1,4 +1,4 @@
-"""What a measurement costs beside a bare forward pass."""
+"""Cost of a measurement relative to a bare forward pass."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ BARE = "transformers"
 
 
 def bench_ratios(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
-    """Bars: time of each way to measure over the bare forward pass of the same batch.
+    """Bars: time of each configuration over the bare forward pass of the same batch.
 
-    The frame holds `sinkscope.bench`'s rows:
+    The frame has the rows of `sinkscope.bench`:
 
     ============= ===== ==========================================================================
     column        type  meaning
@@ -32,13 +32,13 @@ def bench_ratios(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> g
     way           str   what ran; "transformers" is the bare model
     milliseconds  float median time; nan where it did not run
     ratio         float milliseconds over the bare model's; nan likewise
-    memory        float most memory at once beyond the loaded model [GiB] (optional)
+    memory        float peak memory beyond the loaded model [GiB] (optional)
     note          str   why it did not run (optional)
     ============= ===== ==========================================================================
 
     Args:
         frame: As above.
-        about: A line that says device, dtype and versions.
+        about: A line with device, dtype and versions.
         theme: "light", "dark", or the default.
 
     Returns:

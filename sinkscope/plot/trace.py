@@ -1,4 +1,4 @@
-"""Where a residual peak is made: what is left of it when a part of a block is replaced."""
+"""Where a residual peak is written: what is left of it when a part of a block is replaced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sinkscope.plot.theme import Theme, palette
 if TYPE_CHECKING:
     import pandas as pd
 
-_MOST = 2  # where the colours of shares end: 1, "nothing lost", is half-way
+_MOST = 2  # upper end of the colours of shares, so that 1, "nothing lost", is in the middle
 COLUMNS = ("removed", "part", "mode", "layer", "metric", "value")
 
 
@@ -40,26 +40,26 @@ def peak_trace(
     removed  int   block whose part was removed at the sink; -1 for the unchanged model
     part     str   "attention", "ffn" or "both"; "none" for the unchanged model
     mode     str   the replacement, such as "zero"; "none" for the unchanged model
-    layer    int   block in which the figure was read; after it, for residual norms
+    layer    int   block in which the value was read; after it, for residual norms
     metric   str   "sink_residual_norm", "residual_peak", "sink_attention", …
-    value    float the figure; several rows of one cell (prompts) are averaged
+    value    float the value; several rows of one cell (prompts) are averaged
     ======== ===== ===============================================================================
 
     Args:
         frame: As above; the rows of the unchanged model are needed where `relative`.
-        metric: Which metric's rows to draw.
-        about: Settings of the report, or a line that says model, T, BOS and ε.
-        mode: Which replacement's rows to draw.
-        relative: Whether to show each figure as a share of the unchanged model's at that layer;
-            1 is "nothing lost". Otherwise the figures themselves.
+        metric: The metric to draw.
+        about: Settings of the report, or a line with model, T, BOS and ε.
+        mode: The replacement to draw.
+        relative: Whether to show each value as a share of the unchanged model's at that layer,
+            where 1 is "nothing lost"; otherwise the values themselves.
         theme: "light", "dark", or the default.
 
     Returns:
         One panel per part; rows are removed blocks, columns read layers. The colours of shares end
-        at 2, and say so where some are above it.
+        at 2, which is labelled if some are above it.
 
     Raises:
-        ReportError: If a column or the rows asked for are missing.
+        ReportError: If a column or the requested rows are missing.
     """
     frames.need(frame, "peak_trace", *COLUMNS)
     rows = frames.pick(frame, "metric", metric)
@@ -89,7 +89,7 @@ def peak_trace(
         )  # fmt: skip
     rows_drawn = max(len(table) for table in tables.values())
     figure.update_xaxes(title_text=read, showgrid=False)
-    # Names rather than numbers: not every block need have been removed.
+    # Names rather than numbers, since some blocks may not have been removed.
     figure.update_yaxes(
         type="category", autorange="reversed", dtick=tick_step(rows_drawn), showgrid=False
     )
@@ -106,7 +106,7 @@ def peak_trace(
 
 
 def _matrix(rows: pd.DataFrame) -> pd.DataFrame:
-    """[removed block, read layer], averaged over what else the rows differ in."""
+    """Return the matrix [removed block, read layer], averaged over everything else."""
     return rows.pivot_table(index="removed", columns="layer", values="value", aggfunc="mean")
 
 

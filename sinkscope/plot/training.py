@@ -26,7 +26,7 @@ _RISKS = ("backcopy_excess", "bigram_excess")
 
 
 def mitigations(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
-    """A cell per run and phenomenon: whether it is there, its mean and interval over seeds.
+    """A cell per run and phenomenon: whether it is present, its mean and interval over seeds.
 
     The frame is what `sinkscope.bb.summarise` gives, one row per cell:
 
@@ -41,7 +41,7 @@ def mitigations(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go
 
     Args:
         frame: As above.
-        about: What was trained: layers, steps, seeds.
+        about: A line on the training: layers, steps, seeds.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -81,7 +81,7 @@ def mitigations(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go
 
 
 def _interval(phenomenon: str, low: float, high: float) -> str:
-    """A cell's second line; an interval beyond what is possible says that seeds are too few."""
+    """A cell's second line; an interval beyond the possible range means too few seeds."""
     if np.isnan(low):
         return ""
     if low < 0 or high > _MOST.get(phenomenon, np.inf):
@@ -90,7 +90,7 @@ def _interval(phenomenon: str, low: float, high: float) -> str:
 
 
 def knockout_risks(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go.Figure:
-    """Bars: both risks of a trained model as it is and under every intervention.
+    """Bars: both risks of a trained model, unchanged and under every intervention.
 
     The frame is what `sinkscope.bb.knockouts` gives, one row per intervention:
 
@@ -104,11 +104,11 @@ def knockout_risks(frame: pd.DataFrame, *, about: About, theme: Theme = None) ->
 
     Args:
         frame: As above.
-        about: What was trained.
+        about: A line on the training.
         theme: "light", "dark", or the default.
 
     Returns:
-        Two bars an intervention, the excess of the backcopy risk and that of the bigram risk.
+        Two bars per intervention, the excess of the backcopy risk and that of the bigram risk.
 
     Raises:
         ReportError: If a column is missing.
@@ -157,8 +157,8 @@ def training_curves(
     ============ ====== ==========================================================================
     step         int    optimiser step
     metric       str    what was measured, such as "sink_attention", "logit_gap", "value_norm"
-    layer, head  int    -1 where the metric has none; each pair is a line of its own
-    value        float  the figure
+    layer, head  int    -1 where the metric has none; one line for each pair
+    value        float  the value
     run          str    name of a run (optional); one colour each
     seed         int    seed of a run (optional): the seeds of one run are averaged, with the 95 %
                         interval of the mean over seeds, and each seed faint behind it
@@ -166,8 +166,8 @@ def training_curves(
 
     Args:
         frame: As above.
-        metrics: Which panels, in this order; by default all in the frame.
-        about: What was trained; for checkpoints of a pretrained model its settings.
+        metrics: Metrics to draw, in the order of the panels; by default all in the frame.
+        about: A line on the training; for checkpoints of a pretrained model its settings.
         laws: Fitted laws: a frame with the columns metric, step, value, law (for example "a + b ln
             t"), and run where the curves have it. Drawn dashed.
         log_steps: Whether the steps' axis is logarithmic; step 0 is then left out.
@@ -210,7 +210,7 @@ def training_curves(
 
 
 def _complete(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with the optional columns filled in."""
+    """Return the frame with the optional columns filled in."""
     defaults = {"run": "", "seed": 0, "layer": -1, "head": -1}
     return frame.assign(**{name: value for name, value in defaults.items() if name not in frame})
 
@@ -223,7 +223,7 @@ def _curves(
     colours: Palette,
     named: set[str],
 ) -> None:
-    """One colour per run; of a single run, one colour per head, and of several, one dash a head."""
+    """Draw runs by colour; a single run by head in colour, several by head in dashes."""
     runs = list(dict.fromkeys(rows["run"]))
     heads = list(dict.fromkeys(zip(rows["layer"], rows["head"], strict=True)))
     for (run, layer, head), line in rows.groupby(["run", "layer", "head"], sort=False):
@@ -256,7 +256,7 @@ def _seeds(
     colour: str,
     place: dict[str, int],
 ) -> None:
-    """Each seed faint behind the mean."""
+    """Draw each seed faintly behind the mean."""
     for seed, own in line.groupby("seed"):
         figure.add_scatter(
             x=own["step"], y=own["value"], mode="lines", showlegend=False,
@@ -286,7 +286,7 @@ def _fits(
 
 
 def _told_apart(frame: pd.DataFrame) -> set[str]:
-    """What a legend has to name: runs if there are several, otherwise layers and their heads."""
+    """Return what a legend has to name: runs if there are several, otherwise layers and heads."""
     if frame["run"].nunique() > 1:
         return {"run"}
     of_heads = frame[frame["head"] >= 0]
@@ -296,7 +296,7 @@ def _told_apart(frame: pd.DataFrame) -> set[str]:
 
 
 def _name(run: str, layer: int, head: int) -> str:
-    """A line's name from whatever tells it apart."""
+    """Return a line's name from what distinguishes it."""
     parts = [str(run)] if run else []
     parts += [f"layer {layer}"] if layer >= 0 else []
     parts += [f"head {head}"] if head >= 0 else []

@@ -1,4 +1,4 @@
-"""What figures read from a report: means over prompts with intervals, sinks, checked indices."""
+"""Values that figures read from a report: means with intervals, sinks, checked indices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def mean_of(report: SinkReport, name: str) -> np.ndarray:
 
 
 def interval_of(report: SinkReport, name: str, resamples: int = 2000) -> Interval:
-    """A field's mean over prompts and its interval; nan ends where the field keeps no prompts."""
+    """A field's mean over prompts and its interval; with nan ends if the field has no prompts."""
     if "prompt" not in report.variables()[name].dims:
         middle = mean_of(report, name)
         return Interval(middle, np.full_like(middle, np.nan), np.full_like(middle, np.nan))
@@ -32,7 +32,7 @@ def interval_of(report: SinkReport, name: str, resamples: int = 2000) -> Interva
 
 
 def remembered(report: SinkReport, key: Hashable, make: Callable[[], Any]) -> Interval:
-    """An interval of a report, computed once for the figures of both themes and for clicks."""
+    """Cache an interval of a report, for the figures of both themes and for clicks."""
     computed = _intervals.setdefault(report, {})
     if key not in computed:
         computed[key] = Interval(*(to_numpy(end) for end in make()))
@@ -40,7 +40,7 @@ def remembered(report: SinkReport, key: Hashable, make: Callable[[], Any]) -> In
 
 
 def nanmean(figures: np.ndarray, axis: int) -> np.ndarray:
-    """Mean over the figures that are numbers; nan, without a warning, where there are none."""
+    """Mean ignoring nan; nan, without a warning, if all are nan."""
     known = ~np.isnan(figures)
     counts = known.sum(axis=axis)
     sums = np.where(known, figures, 0).sum(axis=axis)
@@ -48,23 +48,23 @@ def nanmean(figures: np.ndarray, axis: int) -> np.ndarray:
 
 
 def is_known(report: SinkReport, name: str) -> bool:
-    """Whether a field was measured and some prompt defines it."""
+    """Whether a field was measured and is defined for some prompt."""
     figures = getattr(report, name)
     return figures is not None and not (isinstance(figures, Tensor) and figures.isnan().all())
 
 
 def require_report(name: str, value: Any) -> None:
-    """Refuse what is no report.
+    """Refuse anything but a report.
 
     Raises:
-        ReportError: If it is anything else; other results and frames have figures of their own.
+        ReportError: If it is anything else; other results and frames have their own figures.
     """
     if not isinstance(value, SinkReport):
         raise ReportError(f"{name} is {shown(value)}; expected the SinkReport that a scan gives.")
 
 
 def require_known(report: SinkReport, name: str) -> None:
-    """Refuse a field that was not measured, or that no prompt defines.
+    """Refuse a field that was not measured, or is undefined for every prompt.
 
     Raises:
         ReportError: with the reason.
@@ -72,8 +72,8 @@ def require_known(report: SinkReport, name: str) -> None:
     report._require(name)
     if not is_known(report, name):
         raise ReportError(
-            f"{name} is nan in every prompt, so there is nothing to draw: it sets the sinks beside "
-            "other positions; scan prompts that have some."
+            f"{name} is nan in every prompt, so there is nothing to draw: it compares the sinks "
+            f"with other positions; scan prompts that have some."
         )
 
 

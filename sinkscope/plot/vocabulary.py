@@ -1,4 +1,4 @@
-"""A vocabulary at the first position: which tokens make a sink, by class, by block, one by one."""
+"""Which tokens of a vocabulary make a sink at the first position: by class, block and token."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _DOTS = 4000
-"""Tokens that a map draws at most: more lie on each other, and WebGL is not everywhere."""
+"""Most tokens drawn in a map, since more overlap, and WebGL is not always available."""
 _RATIO = "norm over a later token's [ratio]"
 
 
 def vocabulary_shares(
     frame: pd.DataFrame, *, about: About, threshold: float, theme: Theme = None
 ) -> go.Figure:
-    """Bars: which share of each class of tokens makes a sink, condition by condition.
+    """Bars: the share of each class of tokens that makes a sink, by condition.
 
     Args:
         frame: One row per token and condition, with the columns condition, class and sink.
-        about: Settings of a report, or a line that says model, T, BOS and texts.
+        about: Settings of a report, or a line with model, T, BOS and texts.
         threshold: Norm ratio above which a token makes a sink, for the title.
         theme: "light", "dark", or the default.
 
@@ -66,12 +66,12 @@ def vocabulary_norms(
     Args:
         frame: One row per condition, group and layer, with the columns condition, group, tokens,
             layer, low, median and high (quantiles over tokens).
-        about: Settings of a report, or a line that says model, T, BOS and texts.
+        about: Settings of a report, or a line with model, T, BOS and texts.
         threshold: Drawn as a dotted line.
         theme: "light", "dark", or the default.
 
     Returns:
-        A median line and its band a condition and group, on a logarithmic scale.
+        A median line with a band per condition and group, on a logarithmic scale.
 
     Raises:
         ReportError: If a column is missing, or there is no row.
@@ -106,18 +106,18 @@ def vocabulary_map(
 ) -> go.Figure:
     """A dot per token: its norm ratio against its id, coloured by class.
 
-    Of more than 4,000 tokens the exceptions come first, as many as half of the dots, and the others
-    are drawn evenly from the vocabulary; the title says how many are shown.
+    With more than 4,000 tokens, up to half of the dots are exceptions, and the others are spaced
+    evenly over the vocabulary; the title states how many are shown.
 
     Args:
         frame: One row per token of one condition, with the columns token, text, class, ratio and
             sink.
-        about: Settings of a report, or a line that says model, T, BOS and texts.
+        about: Settings of a report, or a line with model, T, BOS and texts.
         threshold: Drawn as a dotted line.
         theme: "light", "dark", or the default.
 
     Returns:
-        One trace of dots a class, on a logarithmic scale.
+        One trace of dots per class, on a logarithmic scale.
 
     Raises:
         ReportError: If a column is missing, or there is no row.
@@ -147,7 +147,7 @@ def vocabulary_map(
 
 
 def _evenly(rows: np.ndarray, size: int) -> np.ndarray:
-    """At most so many of these rows, evenly spaced."""
+    """Return at most `size` of these rows, evenly spaced."""
     if len(rows) <= size:
         return rows
     return rows[np.linspace(0, len(rows) - 1, size).astype(int)]
