@@ -1,1 +1,1 @@
-"""The notebook explorer: a report with linked views, and prompts typed into it."""
+"""The notebook explorer: linked views of a report, and measurement of typed prompts."""

@@ -1,4 +1,4 @@
-"""Linked views in a notebook: choose a head, see what it does; type a prompt, measure it."""
+"""Linked views in a notebook: choose a head to inspect, type a prompt to measure."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from sinkscope.plot.values import checked_index, interval_of
 if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
 
-_LONGEST_PATTERN = 1024  # positions: the stock path holds every head's pattern of a layer at once
+_LONGEST_PATTERN = 1024  # positions: patterns of all heads of a layer are materialised
 _STRIP = 120  # tokens
 
 
@@ -49,11 +49,11 @@ def explore(
     theme: Theme = None,
     widgets: bool | None = None,
 ) -> Explorer | PlainViews:
-    """Linked views of a model's sinks in a notebook.
+    """Show linked views of a model's sinks in a notebook.
 
     Click a head on the map: the attention that each position receives from it, its value norms, the
-    residual norms of its layer and, with a model at hand, its attention pattern follow. With a
-    model one can also type a prompt and measure it, and set an intervention beside it.
+    residual norms of its layer and, if there is a model, its attention pattern are updated. With a
+    model one can also measure a typed prompt, and compare an intervention.
 
     Args:
         report_or_model: A report, or a model (anything that `load_model` takes), which is scanned.
@@ -61,11 +61,11 @@ def explore(
         model: The model of a report, for patterns, prompts and interventions; anything that
             `load_model` takes.
         theme: "light", "dark", or the default.
-        widgets: Whether to use widgets; by default where they work. Elsewhere come plain figures
-            that say why.
+        widgets: Whether to use widgets; by default where they work; elsewhere plain figures are
+            returned, with the reason.
 
     Returns:
-        The explorer, which a notebook shows; or plain figures.
+        The explorer, for display in a notebook; or plain figures.
 
     Raises:
         SinkscopeError: If the model or the texts cannot be measured, or the model is not the one
@@ -83,17 +83,17 @@ def explore(
 
 
 class Explorer:
-    """What `explore` shows. Everything a click does can be called too.
+    """The result of `explore`; every action of the interface is also a method.
 
     Attributes:
-        before: The report, of the model as it is.
+        before: The report of the unchanged model.
         after: The report under the last intervention, or None.
-        layer, head: What is chosen.
-        prompt: Which prompt's tokens are shown.
+        layer, head: The chosen layer and head.
+        prompt: The prompt whose tokens are shown.
         metric: Metric of the map.
         epsilon: Threshold of the map.
         figures: The figure widgets by name.
-        widget: All of it, as one widget.
+        widget: The whole interface as one widget.
     """
 
     def __init__(self, report: SinkReport, model: Any = None, theme: Theme = None) -> None:
@@ -101,7 +101,7 @@ class Explorer:
         metrics = heads.head_metrics(report)
         if not metrics:
             raise SinkscopeError(
-                "This report holds no figure a head to explore; scan with sink_attention among "
+                "This report has no metric per head to explore; scan with sink_attention among "
                 "the metrics."
             )
         self.before, self.after, self.model, self.theme = report, None, model, theme
@@ -118,7 +118,7 @@ class Explorer:
 
     @property
     def report(self) -> SinkReport:
-        """The report that the views show: before or after the intervention."""
+        """The displayed report: before or after the intervention."""
         return self.before if self.after is None or self.shown == "before" else self.after
 
     def choose(self, **changes: Any) -> None:
@@ -130,7 +130,7 @@ class Explorer:
 
         Raises:
             ReportError: If there is no such layer, head, prompt or metric.
-            SinkscopeError: If there is nothing else of that name to choose.
+            SinkscopeError: If an argument has another name.
         """
         self._check(changes)
         changed = {name for name, value in changes.items() if getattr(self, name) != value}
@@ -143,7 +143,7 @@ class Explorer:
         self._redraw(*(name for name in self.figures if changed & _MOVED_BY[name]))
 
     def measure(self, text: str) -> None:
-        """Measure a prompt of one's own in place of the report's, in the same way.
+        """Measure a typed prompt instead of the report's, with the same settings.
 
         Raises:
             SinkscopeError: If there is no model, or the text cannot be measured.
@@ -159,7 +159,7 @@ class Explorer:
 
         Args:
             name: One of `sinkscope.explorer.session.INTERVENTIONS`.
-            position: Where, for those that act at a position.
+            position: The position, for interventions that have one.
 
         Raises:
             SinkscopeError: If there is no model, no such intervention, or the model does not
@@ -191,7 +191,7 @@ class Explorer:
         }
 
     def _has(self, name: str) -> bool:
-        """Whether there is what a figure needs."""
+        """Whether the fields for a figure exist."""
         fields = {
             "received": "received_attention",
             "values": "value_norm",
@@ -249,7 +249,7 @@ class Explorer:
         )
 
     def _pattern(self) -> go.Figure:
-        """The chosen head's pattern: as it is, under the intervention, or what that changed."""
+        """Draw the chosen head's pattern: unchanged, under the intervention, or the change."""
         real = self.report.mask[self.prompt]
         tokens = self.report.tokens[self.prompt][real][:_LONGEST_PATTERN]
         text = self.report.token_text
@@ -280,7 +280,7 @@ class Explorer:
     # -- the rest --------------------------------------------------------------------------------
 
     def _check(self, changes: dict[str, Any]) -> None:
-        """Refuse what cannot be chosen, before anything has changed."""
+        """Refuse invalid choices before anything changes."""
         for name in changes:
             if name not in _CHOICES:
                 raise SinkscopeError(
@@ -334,7 +334,7 @@ _MOVED_BY = {
     "tokens": {"prompt", "shown"},
     "pattern": _HEAD | {"prompt"},
 }
-"""What each figure has to be drawn again for."""
+"""The choices after which each figure is redrawn."""
 _CHOICES = ("layer", "head", "prompt", "metric", "epsilon", "shown")
 
 
@@ -346,7 +346,7 @@ _FIELD = {"description_width": "initial"}
 
 
 class Panel:
-    """Controls that change an explorer, and follow it when it is changed otherwise."""
+    """Controls that change an explorer, and are updated when it changes otherwise."""
 
     def __init__(self, explorer: Explorer, metrics: list[str]) -> None:
         self._explorer = explorer
@@ -381,7 +381,7 @@ class Panel:
         )  # fmt: skip
         self.position = w.BoundedIntText(
             description="Position", min=0, max=sizes["position"] - 1,
-            value=sizes["position"] // 2, style=_FIELD,  # position 0 sees only itself already
+            value=sizes["position"] // 2, style=_FIELD,  # position 0 already attends only to itself
             layout=w.Layout(width="10em"),
         )  # fmt: skip
         self.apply = w.Button(description="Before and after", icon="exchange")
@@ -390,7 +390,7 @@ class Panel:
         self._listen()
 
     def follow(self) -> None:
-        """Show in the controls what the explorer has chosen."""
+        """Update the controls from the explorer's choices."""
         explorer = self._explorer
         self._following = True
         try:
@@ -415,7 +415,7 @@ class Panel:
             self._following = False
 
     def _sentence(self) -> str:
-        """The chosen head's figure of the chosen metric, in words."""
+        """Describe the chosen head's value of the chosen metric."""
         explorer = self._explorer
         variable = explorer.report.variables()[explorer.metric]
         share = explorer.report.settings.n_heads // explorer.report[explorer.metric].shape[-1]
@@ -446,7 +446,7 @@ class Panel:
         self._explorer.intervene(self.what.value, self.position.value)
 
     def _do(self, saying: str, act: Callable[[], None]) -> None:
-        """Do something that takes a while, under a bar that runs; what goes wrong is said there."""
+        """Run a slow action with a progress bar, and show errors in its place."""
         with self._busy(saying):
             try:
                 act()
@@ -455,7 +455,7 @@ class Panel:
 
     @contextmanager
     def _busy(self, saying: str) -> Iterator[None]:
-        self.said.value = f"<progress></progress> {saying}"  # without a value its bar runs
+        self.said.value = f"<progress></progress> {saying}"  # an indeterminate bar
         self.ask.disabled = self.apply.disabled = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""What the explorer measures: models, prompts of one's own, the same tokens again, one pattern."""
+"""Measurements of the explorer: models, typed prompts, interventions, one head's pattern."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Where(NamedTuple):
-    """What is chosen in the explorer when an intervention is asked for."""
+    """The choices in the explorer when an intervention is requested."""
 
     position: int
     layer: int
@@ -69,13 +69,13 @@ INTERVENTIONS: dict[str, Make] = {
     "Remove the chosen head": _without_head,
     "Remove the chosen layer's FFN output at the position": _without_ffn,
 }
-"""By the name in the explorer's list; each raises a sentence where the model does not allow it."""
+"""Interventions by their name in the explorer; each raises an error where it is not possible."""
 
 _SHAPE = ("architecture", "n_layers", "n_heads", "n_kv_heads")
 
 
 def scanned(model: Any, texts: Any) -> tuple[Any, SinkReport]:
-    """The loaded model, and its report; without texts, of four prompts of prose."""
+    """Load a model and scan it; by default on four prompts of prose."""
     import sinkscope as ss
 
     model = ss.load_model(model)
@@ -84,7 +84,7 @@ def scanned(model: Any, texts: Any) -> tuple[Any, SinkReport]:
 
 
 def model_of(report: SinkReport, model: Any) -> Any:
-    """The loaded model, where it is the one that the report is of.
+    """Load a model, and refuse it if the report is of another one.
 
     Raises:
         SinkscopeError: If it is another.
@@ -112,7 +112,7 @@ def model_of(report: SinkReport, model: Any) -> Any:
 
 
 def scanned_text(model: Any, text: str, settings: Settings) -> SinkReport:
-    """A prompt of one's own, measured as a report with these settings was."""
+    """Measure a typed prompt with the settings of a report."""
     import sinkscope as ss
     from sinkscope.prompts.special_tokens import POLICIES
 
@@ -122,7 +122,7 @@ def scanned_text(model: Any, text: str, settings: Settings) -> SinkReport:
 
 
 def scanned_again(model: Any, before: SinkReport) -> SinkReport:
-    """The same tokens measured in the same way."""
+    """Measure the same tokens with the same settings."""
     import sinkscope as ss
 
     rows = zip(before.tokens, before.mask, strict=True)
@@ -149,7 +149,7 @@ def _scanned_like(model: Any, texts: Any, settings: Settings) -> SinkReport:
 
 
 def head_pattern(model: Any, tokens: Any, layer: int, head: int) -> Any:
-    """One head's pattern [query key] on some tokens, from the stock bridge's hook."""
+    """Return one head's pattern [query key] on some tokens, from TransformerLens' hook."""
     import torch
 
     from sinkscope.models.capabilities import capabilities

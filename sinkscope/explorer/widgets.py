@@ -1,4 +1,4 @@
-"""Where widgets work, what stands in for them elsewhere, and how a figure gets into one."""
+"""Whether widgets work, plain figures in their place, and figures in widgets."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 
 class PromptBox(anywidget.AnyWidget):
-    """A box to type a prompt in, with a button to measure it.
+    """A text box for a prompt, with a button to measure it.
 
     Attributes:
-        disabled: Whether the button cannot be pressed.
+        disabled: Whether the button is disabled.
     """
 
     _esm = Path(__file__).with_suffix(".js")
     disabled = traitlets.Bool(False).tag(sync=True)
 
     def on_sent(self, handle: Callable[[str], None]) -> None:
-        """Call this with the text that was in the box, whenever the button is pressed."""
+        """Call a function with the text of the box whenever the button is pressed."""
 
         def heard(_widget: Any, content: dict[str, Any], _buffers: Any) -> None:
             handle(content["text"])
@@ -44,7 +44,7 @@ class PromptBox(anywidget.AnyWidget):
 
 
 def why_not() -> str | None:
-    """Why widgets would not work here, as a sentence with the way out; None where they do."""
+    """Return why widgets do not work here, and what to do; None where they work."""
     missing = [name for name in ("ipywidgets", "anywidget") if not importlib.util.find_spec(name)]
     if missing:
         return (
@@ -57,16 +57,16 @@ def why_not() -> str | None:
             "output.enable_custom_widget_manager(). Then call explore(…, widgets=True)."
         )
     if "IPython" not in sys.modules:
-        return "there is no notebook here; in JupyterLab or VS Code there would be."
+        return "this is not a notebook; use JupyterLab or VS Code."
     shell = sys.modules["IPython"].get_ipython()
     if getattr(shell, "kernel", None) is None:
-        return "this is no Jupyter kernel; in JupyterLab or VS Code there would be one."
+        return "this is not a Jupyter kernel; use JupyterLab or VS Code."
     return None
 
 
 @dataclass(frozen=True)
 class PlainViews:
-    """Plain figures in place of the explorer: they are not linked, and need no kernel.
+    """Plain figures instead of the explorer, which are not linked and need no kernel.
 
     Attributes:
         reason: Why there is no explorer.
@@ -91,7 +91,7 @@ class PlainViews:
 
 
 def plain_views(report: SinkReport, reason: str, theme: Theme) -> PlainViews:
-    """The figures that the report has the fields for, at its strongest sink head."""
+    """Return the figures for which the report has the fields, at its strongest sink head."""
     layer, head = first_head(report)
     kv_head = head // report.settings.heads_per_kv_head
     draw = {
@@ -110,14 +110,14 @@ def plain_views(report: SinkReport, reason: str, theme: Theme) -> PlainViews:
     return PlainViews(reason, made)
 
 
-_FLAT = 0.9  # from this sink attention on, a head shows nothing but the sink
+_FLAT = 0.9  # a head with more sink attention attends to little else
 
 
 def first_head(report: SinkReport) -> tuple[int, int]:
-    """Layer and head to open on: the largest mean attention to the sink that is at most 0.9.
+    """Return the initial layer and head: the largest mean sink attention of at most 0.9.
 
-    Of a head that attends to nothing else every figure is a flat line. Where there is no other, the
-    strongest; where attention to the sink was not measured, the first.
+    For a head that attends to nothing else every figure is flat. If there is no other, the
+    strongest head; if sink attention was not measured, the first.
     """
     if report.sink_attention is None:
         return 0, 0
@@ -130,8 +130,8 @@ def first_head(report: SinkReport) -> tuple[int, int]:
 def show_in(widget: go.FigureWidget, figure: go.Figure, width: int) -> None:
     """Put a figure into a figure widget of a fixed width [pixel].
 
-    A notebook draws widgets before they have a place on the page, where text cannot be measured
-    and a width cannot be taken: so the width is given, and the title has one short line.
+    A notebook draws widgets before they are placed on the page, when text and width cannot be
+    measured; so the width is given, and the title is one short line.
     """
     figure.layout.title.subtitle = None
     figure.update_layout(title=dict(x=0.01, xref="container", font_size=14))
@@ -154,7 +154,7 @@ _LETTER = 7.5  # pixels of a letter of a title
 
 
 def _short(title: str, width: int) -> str:
-    """A title's first clause where all of it does not fit the figure."""
+    """Shorten a title to its first clause if it does not fit the figure."""
     if len(title) * _LETTER <= width:
         return title
     return re.split(r"; | \(", title)[0]
@@ -164,7 +164,7 @@ _GRIDS = ("z", "customdata")
 
 
 def _without_nan(grid: Any) -> Any:
-    """A grid with None for nan: widgets send grids as JSON, which knows no nan."""
+    """Return a grid with None for nan, since widgets send grids as JSON."""
     if not isinstance(grid, np.ndarray) or grid.dtype.kind != "f" or not np.isnan(grid).any():
         return grid
     return np.where(np.isnan(grid), None, grid.astype(object))

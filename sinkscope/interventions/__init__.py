@@ -1,13 +1,13 @@
 """Interventions: context managers that change one thing about how a model runs.
 
 They compose with every measurement, work on both attention paths and on every architecture that
-they accept, and leave the model bit for bit as it was, after an error too::
+they accept, and leave the model bit for bit as it was, even after an error::
 
     with SelfOnlyMask(model, position=255):
         after = scan(model, texts)
 
-What cannot be done exactly on an architecture is refused in a sentence. `ReplaceStart` and
-`ReplaceEnd` differ in form: they turn texts into texts, so that a report names the tokens that ran.
+An edit that cannot be exact on an architecture is refused with an error. `ReplaceStart` and
+`ReplaceEnd` differ in form: they map texts to texts, so that a report has the tokens that were run.
 
     activations  SetActivation, RemoveOutput, ScaleActivation: the residual stream and block outputs
     heads        AblateHeads: the heads' outputs
@@ -20,7 +20,7 @@ What cannot be done exactly on an architecture is refused in a sentence. `Replac
     quantise     Quantise: activations, keys and values in simulated low precision
     softmax      ReplaceSoftmax: the attention operator
     positions    PositionEmbeddingEdit, PositionIdEdit: learned vectors and rotary ids
-    base         the base classes; to add an intervention, start there
+    base the base classes; to add an intervention, start there
 """
 
 from __future__ import annotations

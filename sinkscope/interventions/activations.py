@@ -1,4 +1,4 @@
-"""Set, scale or remove the residual stream, or what attention and feed-forward add to it."""
+"""Set, scale or remove the residual stream, or the outputs of attention and feed-forward."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _AtPositions(HookedIntervention):
         return x
 
     def new(self, old: Float[Tensor, "prompt row dim"], first: int) -> Tensor:
-        """The new activation, of `self.positions[first:]`."""
+        """Return the new activation at `self.positions[first:]`."""
         raise NotImplementedError
 
 
@@ -68,11 +68,11 @@ class SetActivation(_AtPositions):
             a number; or a tensor or nested list that broadcasts to [position dim], in the order of
             ``positions`` and ``dims``.
         at: "resid_pre", "attn_out", "mlp_out" (what a part adds to the stream) or "resid_post".
-        calibration: Texts for "mean"; they run at once, on the model as it is now.
+        calibration: Texts for "mean"; they run immediately, on the model in its current state.
 
     Raises:
-        UnsupportedError: If the layer or a dim does not exist, the value does not fit, or this
-            architecture has no hook point for the activation.
+        UnsupportedError: If the layer or a dim does not exist, the value does not broadcast, or
+            this architecture has no hook point for the activation.
         TextError: If a position is not a whole number from 0, (when it runs) beyond a prompt, or
             beyond every calibration prompt.
     """
@@ -117,7 +117,7 @@ class SetActivation(_AtPositions):
         return given[[self._given.index(position) for position in self.positions]]
 
     def new(self, old: Float[Tensor, "prompt row dim"], first: int) -> Tensor:
-        """The value in the chosen dims, the old activation in the others."""
+        """Return the value in the chosen dims and the old activation in the others."""
         old = old.clone()
         old[:, :, self._chosen] = self.value[first:].to(old)
         return old
@@ -159,7 +159,7 @@ class RemoveOutput(SetActivation):
 class ScaleActivation(_AtPositions):
     """Scale an activation at some positions, x → factor · x or norm · x / ‖x‖.
 
-    Its direction stays as it is.
+    Its direction does not change.
 
     Args:
         model: A bridge.
@@ -193,7 +193,7 @@ class ScaleActivation(_AtPositions):
         self.norm = None if norm is None else real_number("norm", norm, error=refuse)
 
     def new(self, old: Float[Tensor, "prompt row dim"], first: int) -> Tensor:
-        """The scaled activation."""
+        """Return the scaled activation."""
         if self.factor is not None:
             return old * self.factor
         size = torch.linalg.vector_norm(old, dim=-1, keepdim=True, dtype=torch.float32)

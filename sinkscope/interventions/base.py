@@ -1,11 +1,11 @@
 """The base of all interventions: context managers that leave the model as it was.
 
 `Intervention` is the context manager; `HookedIntervention` is the base of most, which only names
-hook points and edits; `Cursor` says which positions of the sequence a forward pass holds; the
+hook points and edits; `Cursor` tracks which positions of the sequence a forward pass covers; the
 `check_…` functions validate arguments. To add an intervention, subclass `HookedIntervention`, whose
-docstring shows how; CONTRIBUTING.md says where to name it.
+docstring shows how; CONTRIBUTING.md lists where to register it.
 
-Edits are hooks, so that no weight is written to (learned position vectors are the one exception;
+Edits are hooks, so that no weights are modified (learned position vectors are the one exception;
 they are copied back). Hooks run in the order in which they were added: enter an intervention before
 adding hooks that should read its effect. Of two interventions on one activation the inner one is
 applied last.
@@ -34,8 +34,8 @@ class Intervention(AbstractContextManager):
     """Base of all interventions.
 
     Interventions nest, compose with every measurement on both attention paths, and can be entered
-    again after they ended. Positions are token indices from 0; with a KV cache they count from the
-    start of the sequence.
+    again after they have ended. Positions are token indices from 0; with a KV cache they count from
+    the start of the sequence.
 
     Args:
         model: A TransformerBridge.
@@ -45,7 +45,7 @@ class Intervention(AbstractContextManager):
         softmax: Whether attention rows are still those of a softmax (non-negative weights whose sum
             is at most one), so that their entropy is defined.
         even: Whether the edit of a prompt depends on all positions that run, so that padding would
-            take part in it.
+            affect it.
     """
 
     positions: tuple[int, ...] = ()
@@ -54,7 +54,7 @@ class Intervention(AbstractContextManager):
     _arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Keep the arguments as they were given: the repr, which reports record, shows them."""
+        """Keep the arguments as given, for the repr, which reports record."""
         new = super().__new__(cls)
         new._arguments = args, kwargs
         return new
@@ -73,7 +73,7 @@ class Intervention(AbstractContextManager):
     def __enter__(self) -> Intervention:
         if self._undo is not None:
             raise SinkscopeError(
-                f"This {type(self).__name__} is in use already; make a second one to nest it."
+                f"This {type(self).__name__} is active already; create a second one to nest it."
             )
         with ExitStack() as undo:
             undo.enter_context(enforced(self.model, self))
@@ -92,14 +92,14 @@ class Intervention(AbstractContextManager):
             undo.close()
 
     def _begin(self, undo: ExitStack) -> None:
-        """Take effect, and register on `undo` whatever reverts it."""
+        """Start the edit, and register on `undo` whatever reverts it."""
         raise NotImplementedError
 
     def _follow_hooks(self, undo: ExitStack, layer: int = 0) -> None:
-        """For an edit that is not a hook of the bridge: be in force only when its hooks are.
+        """Make an edit that is not a hook active only while the bridge's hooks are.
 
-        Code that temporarily removes the hooks of a bridge, to examine the model itself, then
-        suspends this edit as well.
+        Code that temporarily removes the hooks of a bridge, to examine the model itself, then also
+        suspends this edit.
         """
         self._point = self.model.hook_dict[f"blocks.{layer}.hook_in"]
         undo.enter_context(self.model.hooks(fwd_hooks=[(self._point.name, self._marker)]))
@@ -108,7 +108,7 @@ class Intervention(AbstractContextManager):
         return any(handle.user_hook == self._marker for handle in self._point.fwd_hooks)
 
     def _marker(self, x: Tensor, hook: Any) -> None:
-        """No effect; its presence says that the bridge's hooks are in force."""
+        """Do nothing; its presence shows that the bridge's hooks are active."""
 
 
 class HookedIntervention(Intervention):
@@ -132,14 +132,15 @@ class HookedIntervention(Intervention):
                 return x
 
     `self.caps.hook(signal, layer)` gives the name of a hook point that was verified on this model,
-    and refuses a signal that the architecture does not show. The signals and their dimensions are
-    in `sinkscope.capture.observers.base.SIGNALS` ("attention" is no hook point); "query" and "key"
-    are those that are multiplied, after rotary embedding where there is one.
+    and refuses a signal that the architecture does not expose. The signals and their dimensions are
+    in `sinkscope.capture.observers.base.SIGNALS` ("attention" is not a hook point); "query" and
+    "key" are as multiplied, after any rotary embedding.
 
     An edit is called as ``edit(x, hook=point)`` and returns a new tensor of the same shape, or None
     to leave `x` as it is; it must not change `x` in place. With a KV cache `x` holds only the
-    positions of the current pass: an edit at positions asks `self.cursor.rows(positions)` for
-    their rows, and sets `self.positions`, so that too short prompts are refused.
+    positions of the current pass: an edit at positions gets their rows from
+    `self.cursor.rows(positions)`, and sets `self.positions`, so that prompts that are too short are
+    refused.
     """
 
     def __init__(self, model: Any) -> None:
@@ -151,7 +152,7 @@ class HookedIntervention(Intervention):
         undo.enter_context(self.model.hooks(fwd_hooks=self._hooks()))
 
     def _hooks(self) -> Hooks:
-        """Names of hook points, each with the function that edits the activation there."""
+        """Return names of hook points, each with the function that edits the activation there."""
         raise NotImplementedError
 
 
@@ -169,7 +170,7 @@ class Cursor:
 
     @contextmanager
     def following(self, model: Any) -> Iterator[None]:
-        """Follow the model's forward passes until the block ends."""
+        """Track the model's forward passes until the context ends."""
         handle = model.blocks[0].register_forward_pre_hook(self._begin, with_kwargs=True)
         try:
             yield
@@ -186,7 +187,7 @@ class Cursor:
         self.passes += 1
 
     def rows(self, positions: Iterable[int]) -> list[int]:
-        """The rows of these positions in this pass, without those of earlier passes.
+        """Return the rows of these positions in this pass, without those of earlier passes.
 
         Raises:
             TextError: If a position is beyond the tokens so far.
@@ -202,7 +203,7 @@ class Cursor:
 
 
 def _plain(value: Any) -> str:
-    """An argument as text; texts, tensors and other objects by their type alone."""
+    """Return an argument as text; texts, tensors and other objects by their type only."""
     if isinstance(value, list | tuple | set | frozenset | range):
         listed = ", ".join(map(_plain, value))
         return f"({listed})" if isinstance(value, tuple) else f"[{listed}]"
@@ -211,12 +212,12 @@ def _plain(value: Any) -> str:
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The residual states that a block or its attention is called with."""
+    """Return the residual states that a block or its attention is called with."""
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
 def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
-    """Layers as a tuple; None means all of them.
+    """Return layers as a tuple; None means all of them.
 
     Raises:
         UnsupportedError: If there are none, or one that the model does not have.
@@ -227,7 +228,7 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
 
 
 def check_attending(layers: Any, caps: Capabilities) -> tuple[int, ...]:
-    """Layers that attend, as a tuple; None means all of them.
+    """Return attention layers as a tuple; None means all of them.
 
     Raises:
         UnsupportedError: If there are none, or one that the model does not have, or that has no
@@ -243,7 +244,7 @@ def check_attending(layers: Any, caps: Capabilities) -> tuple[int, ...]:
 
 
 def check_indices(indices: Any, size: int, what: str) -> tuple[int, ...] | None:
-    """Heads, dims and the like as a tuple; None (all of them) stays None.
+    """Return indices such as heads or dims as a tuple; None (all of them) stays None.
 
     Raises:
         UnsupportedError: If there are none, or one that the model does not have.
@@ -252,7 +253,7 @@ def check_indices(indices: Any, size: int, what: str) -> tuple[int, ...] | None:
 
 
 def check_positions(positions: Any) -> tuple[int, ...]:
-    """Positions as a tuple; whether a prompt has them is checked when it runs.
+    """Return positions as a tuple; whether a prompt has them is checked when it runs.
 
     Raises:
         TextError: If there are none, or one is not a whole number from 0.
@@ -261,7 +262,7 @@ def check_positions(positions: Any) -> tuple[int, ...]:
 
 
 def check_mode(mode: str, modes: tuple[str, ...]) -> str:
-    """The mode, if it is one of `modes`.
+    """Return the mode, if it is one of `modes`.
 
     Raises:
         UnsupportedError: If it is not.

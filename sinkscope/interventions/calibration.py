@@ -1,4 +1,4 @@
-"""Activations on calibration texts, for interventions that replace activations by typical ones."""
+"""Activations on calibration texts, for interventions that need typical activations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_through(model: Any, texts: Any, listeners: dict[str, Listener]) -> None:
         listeners: For each hook name, a function of the activation and its batch.
 
     Raises:
-        TextError: If a prompt lacks a position that an intervention in force changes.
+        TextError: If a prompt lacks a position that an active intervention changes.
     """
     caps = capabilities(model)
     prompts = as_texts(texts).tokenize(model).right_padded()
@@ -117,7 +117,7 @@ def outputs(
     """The outputs of some heads on every prompt, by hook name.
 
     Raises:
-        TextError: If the prompts differ in length: the choice of one must not depend on that.
+        TextError: If the prompts differ in length, on which the choice of a prompt must not depend.
     """
     kept: dict[str, list[Tensor]] = {name: [] for name in heads}
 
@@ -136,13 +136,11 @@ def outputs(
 
 
 def needs_calibration(mode: str, calibration: Any) -> Any:
-    """The calibration texts of a mode that needs them.
+    """Return the calibration texts of a mode that needs them.
 
     Raises:
         UnsupportedError: If there are none.
     """
     if calibration is None:
-        raise UnsupportedError(
-            f'mode="{mode}" needs typical activations; pass calibration=texts to take them from.'
-        )
+        raise UnsupportedError(f'mode="{mode}" needs typical activations; pass calibration=texts.')
     return calibration

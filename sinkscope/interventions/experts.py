@@ -20,16 +20,15 @@ from sinkscope.models.experts import Routing, experts_of, routed
 class AblateExperts(Intervention):
     """Ablate experts: replace their output out_e in Σ_e w_e · out_e for every token sent to them.
 
-    The router and the weights w_e of the other experts stay as they are, so that a token sent to an
-    ablated expert gets less; none takes its place. Shared experts are not among those that can be
-    ablated.
+    The router and the weights w_e of the other experts do not change, so that no other expert
+    replaces an ablated one. Shared experts cannot be ablated.
 
     Args:
         model: A bridge.
         experts: (layer, expert) pairs.
-        mode: "zero": out_e = 0, which is what pruning an expert means in the source; or "mean": the
+        mode: "zero": out_e = 0, which corresponds to pruning in the source; or "mean": the
             mean of out_e over the non-padding tokens of the calibration texts that are sent to it.
-        calibration: Texts for "mean"; they run at once, on the model as it is now.
+        calibration: Texts for "mean"; they run immediately, on the model in its current state.
 
     Raises:
         UnsupportedError: If an expert does not exist, or the model's experts cannot be told apart
@@ -81,7 +80,7 @@ class AblateExperts(Intervention):
         return dict(grouped)
 
     def _means(self, texts: Any) -> dict[int, Float[Tensor, "expert dim"]]:
-        """Mean output of each expert over the real tokens that are sent to it."""
+        """Return the mean output of each expert over the non-padding tokens that are sent to it."""
         calls: dict[int, Routing] = {}
         total: dict[tuple[int, int], Tensor] = {}
         count: dict[tuple[int, int], int] = defaultdict(int)
@@ -121,7 +120,7 @@ class AblateExperts(Intervention):
                 undo.callback(remove)
 
     def _edit(self, layer: int) -> list[Callable[[], None]]:
-        """Weigh the ablated experts with zero; with "mean" add w_e times their mean again."""
+        """Set the weights of the ablated experts to zero; with "mean" add w_e times their mean."""
         one, ablated = self._routed[layer], self.experts[layer]
         owed: list[Tensor] = []
 
@@ -132,7 +131,7 @@ class AblateExperts(Intervention):
             return weight.masked_fill(hit.any(-1), 0.0)
 
         def before(module: Any, args: Any, kwargs: Any) -> Any:
-            owed.clear()  # of a pass that an error ended
+            owed.clear()  # left over from a pass that ended with an error
             return one.reweighted(args, kwargs, silence) if self._in_force() else None
 
         def after(module: Any, args: Any, output: Tensor) -> Tensor | None:

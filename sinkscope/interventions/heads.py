@@ -33,9 +33,10 @@ class AblateHeads(HookedIntervention):
         mode: "zero": z_i = 0; "mean": the mean over the non-padding positions of the calibration
             texts; or "resample": the output at the same position of a calibration prompt, drawn
             anew for each prompt and the same for all heads.
-        calibration: Texts for "mean" and "resample"; they run at once, on the model as it is now.
-            For "resample" they must be of equal length, at least that of the prompts that follow.
-        seed: Of the draws, which start over each time the context is entered.
+        calibration: Texts for "mean" and "resample"; they run immediately, on the model in its
+            current state. For "resample" they must be of equal length, at least that of the prompts
+            measured later.
+        seed: Seed of the draws, which start over each time the context is entered.
 
     Raises:
         UnsupportedError: If a head does not exist, calibration texts are missing, or the head
@@ -69,7 +70,7 @@ class AblateHeads(HookedIntervention):
                 self.replacement = outputs(model, texts, self.heads)
 
     def _by_hook(self, heads: Iterable[tuple[int, int]]) -> dict[str, list[int]]:
-        """The heads of each layer by the name of its hook point."""
+        """Return the heads of each layer by the name of its hook point."""
         grouped: dict[str, list[int]] = defaultdict(list)
         try:
             pairs = dict.fromkeys((layer, head) for layer, head in heads)
@@ -100,7 +101,7 @@ class AblateHeads(HookedIntervention):
     def _new(
         self, name: str, z: Float[Tensor, "prompt position head d_head"]
     ) -> Float[Tensor, "..."]:
-        """The output that replaces that of a layer's ablated heads."""
+        """Return the replacement for the outputs of a layer's ablated heads."""
         if self.mode == "zero":
             return z.new_zeros(())
         replacement = self.replacement[name].to(z)
@@ -115,7 +116,7 @@ class AblateHeads(HookedIntervention):
         return replacement[self._choice(len(z), len(replacement)).to(z.device), first:last]
 
     def _choice(self, prompts: int, calibration: int) -> Tensor:
-        """Which calibration prompt replaces each prompt: one draw per sequence."""
+        """Draw the calibration prompt that replaces each prompt: one draw per sequence."""
         if self._drawn_for != self.cursor.passes and self.cursor.past == 0:
             self._drawn_for = self.cursor.passes
             self._draw = torch.randint(calibration, (prompts,), generator=self._generator)

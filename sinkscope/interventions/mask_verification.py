@@ -1,9 +1,9 @@
 """Verify that a model's own attention applies an edited mask as intended.
 
-transformers has no one rule: most models add a mask to the scores, some add it before they scale
-them, some read a boolean mask the other way round, some refuse one with a head axis. The streaming
-path applies masks itself; everything else is verified by arithmetic: with the edit in force the
-pattern of a probe has to be softmax(ln A + edit), A being the pattern without it.
+Models in transformers differ: most add a mask to the scores, some add it before scaling, some
+invert boolean masks, some refuse a mask with a head axis. The streaming path applies masks itself;
+everything else is verified numerically: with the edit, the pattern of a probe has to be softmax(ln
+A + edit), where A is the pattern without it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def verify(
 
     Args:
         edit: The edit to verify.
-        like: Makes the same edit of a single layer, at positions that the probe has.
-        kind: Whatever else of the edit a verification depends on.
+        like: Makes the same edit in a single layer, at positions that the probe has.
+        kind: Everything else about the edit that a verification depends on.
 
     Raises:
-        UnsupportedError: If the model's attention applies it otherwise.
+        UnsupportedError: If the model's attention applies it differently.
     """
     if all(name != "attention_mask" for name, _ in edit.arguments.values()):
-        return  # the attention of sinkscope.bb, which applies masks as they are
+        return  # the attention of sinkscope.bb, which applies masks directly
     if takes_attention_functions(edit.model):
         return
     done = _verified.setdefault(edit.model, set())
@@ -91,7 +91,7 @@ def _pattern(model: Any, tokens: Tensor, name: str) -> Pattern:
 
 
 def _nothing(x: Any, hook: Any) -> None:
-    """A hook without effect."""
+    """Do nothing, as a hook."""
 
 
 def _refusal(edit: MaskIntervention) -> str:

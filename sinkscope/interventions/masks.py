@@ -2,9 +2,9 @@
 
 Both attention paths take their masks from the arguments of the attention module, and so do
 statistics that are computed from a log-sum-exp. After an edit here patterns, scores and sums are
-therefore all consistent, on delegated attention (BERT, OPT) too. The cost is one dense mask
-[1 1 query key] of one byte per entry, shared by all heads and layers; without an intervention,
-streaming attention has no dense mask.
+therefore consistent, also on delegated attention (BERT, OPT). The cost is one dense mask [1 1 query
+key] of one byte per entry, shared by all heads and layers; without an intervention, streaming
+attention has no dense mask.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class MaskIntervention(Intervention):
         self._pass = -1
 
     def edit(self, mask: Mask) -> Mask:
-        """The edited mask; `self.cursor` says which positions its rows are."""
+        """Return the edited mask; `self.cursor` has the positions of its rows."""
         raise NotImplementedError
 
     def touches(self) -> bool:
-        """Whether this forward pass holds anything to edit."""
+        """Whether this forward pass contains anything to edit."""
         raise NotImplementedError
 
     def _verify(self) -> None:
@@ -94,13 +94,13 @@ class MaskIntervention(Intervention):
         return args, {**kwargs, name: edited}
 
     def _once(self, given: Any, layer: int, device: torch.device) -> Any:
-        """The edited mask, computed once for all layers that are given the same one."""
+        """Return the edited mask, computed once for all layers that are given the same one."""
         if self._pass != self.cursor.passes:
             self._pass = self.cursor.passes
             self._edited.clear()
         key = id(given), self.caps.windows[layer] if given is None else None, device
         if key not in self._edited:
-            # The given mask is kept as well, so that no other object can have its id.
+            # The given mask is kept too, so that no other object can have its id.
             self._edited[key] = given, self._edit(given, layer, device)
         return self._edited[key][1]
 
@@ -163,14 +163,14 @@ def additive(mask: Mask, dtype: torch.dtype) -> Mask:
 
 
 def hidden(mask: Mask) -> Bool[Tensor, "_ _ query key"]:
-    """Where a mask hides a key from a query."""
+    """Return where a mask hides a key from a query."""
     if mask.dtype == torch.bool:
         return ~mask
     return mask <= torch.finfo(mask.dtype).min
 
 
 def lowest(mask: Mask) -> float:
-    """What a mask that is added to the scores has where it hides a key."""
+    """Return the value of hidden keys in a mask that is added to the scores."""
     return -torch.inf if mask.isneginf().any() else torch.finfo(mask.dtype).min
 
 

@@ -26,7 +26,7 @@ class PositionEmbeddingEdit(Intervention):
     Args:
         model: A bridge with learned position embeddings.
         source: The position whose vector is taken; negative ones count from the last.
-        target: The position that gets it.
+        target: The position that receives it.
         mode: "replace", or "swap" to give `source` the target's vector as well.
 
     Raises:
@@ -69,12 +69,12 @@ class PositionIdEdit(Intervention):
     """Give a token the rotary position id of another position.
 
     Queries and keys at `target` are rotated by the angles of `source` in every layer. The attention
-    mask stays as it is.
+    mask does not change.
 
     Args:
         model: A bridge with rotary positions.
-        source: The position id that is given.
-        target: The position that gets it.
+        source: The position whose id is used.
+        target: The position that receives it.
         mode: "replace", or "swap" to give `source` the id of `target` as well.
 
     Raises:
@@ -130,7 +130,7 @@ class PositionIdEdit(Intervention):
 
 
 def rotaries(model: Any) -> list[nn.Module]:
-    """The modules of a bridge that turn position ids into rotary angles."""
+    """Return the modules of a bridge that compute rotary angles from position ids."""
     from transformer_lens.model_bridge.generalized_components.rotary_embedding import (
         RotaryEmbeddingBridge,
     )
@@ -141,25 +141,25 @@ def rotaries(model: Any) -> list[nn.Module]:
 def with_ids(
     args: tuple, kwargs: dict[str, Any], edit: Callable[[Tensor], Tensor]
 ) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of such a module with edited position ids."""
+    """Return the arguments of such a module with edited position ids."""
     if "position_ids" in kwargs:
         return args, {**kwargs, "position_ids": edit(kwargs["position_ids"])}
     return (args[0], edit(args[1]), *args[2:]), kwargs
 
 
 def length_dependent(rotaries: list[Any]) -> list[str]:
-    """The kinds of rotary embedding whose angles depend on the largest id, by their names."""
+    """Return the names of the kinds of rotary embedding whose angles depend on the largest id."""
     kinds: set[str] = set()
     for rotary in rotaries:
         kind = getattr(rotary.original_component, "rope_type", "default")
-        kinds |= set(kind.values()) if isinstance(kind, dict) else {kind}  # one a layer type
+        kinds |= set(kind.values()) if isinstance(kind, dict) else {kind}  # one per layer type
     return sorted(kinds & {"dynamic", "longrope"})
 
 
 def position_table(model: Any) -> tuple[Float[Tensor, "row dim"], int]:
-    """The table of learned position vectors, and its row for position 0.
+    """Return the table of learned position vectors, and its row for position 0.
 
-    Some models (OPT, RoBERTa) have rows in front that no position uses, so the embedding's output
+    Some models (OPT, RoBERTa) begin with rows that no position uses, so the embedding's output
     for positions 0, 1, 2, … is looked up in the table.
 
     Raises:

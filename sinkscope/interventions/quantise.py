@@ -31,7 +31,7 @@ TENSORS: Mapping[str, str] = {
     "mlp_in": "what the FFN's first projections (of experts, the router too) read",
     "neurons": "the FFN's hidden units, which the down projection reads",
 }
-"""What can be quantised, by the names of the report's signals where there are such."""
+"""What can be quantised, named like the report's signals where possible."""
 CACHE = ("key", "value")
 """The tensors of the KV cache."""
 
@@ -43,30 +43,30 @@ _INPUTS = {
 }
 
 Ends = tuple[Float[Tensor, "channel"], Float[Tensor, "channel"]]
-"""Least and largest entry of every channel."""
+"""Smallest and largest entry of every channel."""
 
 
 class Quantise(HookedIntervention):
     """Quantise some tensors wherever they are read, x → x̂ (see `metrics.quantisation`).
 
-    Weights, and the arithmetic on what was read, stay in the model's own precision.
+    Weights, and the arithmetic after reading, stay in the model's precision.
 
     Args:
         model: A bridge.
-        scheme: How, such as "int8-tensor" or "int4-group64-asym"; see
+        scheme: The scheme, such as "int8-tensor" or "int4-group64-asym"; see
             `metrics.quantisation.Scheme`.
         tensors: Of `TENSORS`; all of them by default, ("key", "value") for a KV cache alone.
         layers: The layers; None for all.
         keep: Positions that stay in full precision, in every tensor.
         channels: For a (layer, tensor), the channels that stay in full precision; those of keys,
             values and z are counted head after head.
-        calibration: For a static scheme the texts of whose tensors it takes the range, the
-            positions in `keep` left out; or what `channel_ends` gives for them.
+        calibration: For a static scheme, the texts on which its ranges are measured, without the
+            positions in `keep`; or the result of `channel_ends` for them.
 
     Raises:
-        UnsupportedError: If a layer, tensor or channel does not exist or this architecture does
-            not show it; if a static scheme has no calibration; when it runs, if a range over
-            whole prompts is asked for in the middle of one (with a KV cache).
+        UnsupportedError: If a layer, tensor or channel does not exist or this architecture does not
+            expose it; if a static scheme has no calibration; when it runs, if a range over whole
+            prompts is requested in the middle of one (with a KV cache).
         TextError: If a position is not a whole number from 0, or (when it runs) beyond a prompt.
     """
 
@@ -99,11 +99,11 @@ class Quantise(HookedIntervention):
             )
 
     def mark(self, tokens: Bool[Tensor, "layer prompt position"] | None) -> None:
-        """Keep tokens of one's own of each prompt and layer, besides `keep`, in the next passes.
+        """Also keep the given tokens of each prompt and layer in the next passes.
 
         Args:
-            tokens: True at the tokens that stay in full precision, of exactly the prompts that
-                run; None ends it.
+            tokens: True at the tokens that stay in full precision, for exactly the prompts that
+                run; None to stop.
         """
         self._marked = tokens
 
@@ -130,7 +130,7 @@ class Quantise(HookedIntervention):
         return edit
 
     def _kept(self, layer: int, tensor: str, x: Tensor) -> Bool[Tensor, "_ _ _"] | None:
-        """What stays as it is, to be broadcast to `x`; None for nothing."""
+        """Return what stays in full precision, to be broadcast to `x`; None for nothing."""
         rows = self.cursor.rows(self.positions)
         channels = self._channels.get((layer, tensor), ())
         if not rows and not channels and self._marked is None:
@@ -154,7 +154,7 @@ class Quantise(HookedIntervention):
     def _between(
         self, layer: int, tensor: str, keep: Tensor | None, x: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """The range of a static scheme."""
+        """Return the range of a static scheme."""
         if not self.scheme.static:
             return None
         low, high = (end.to(x.device) for end in self._ends[layer, tensor])
@@ -177,18 +177,18 @@ def channel_ends(
     keep: Iterable[int] = (),
     marked: Bool[Tensor, "layer prompt position"] | None = None,
 ) -> dict[tuple[int, str], Ends]:
-    """The least and the largest entry of every channel, over all tokens of some texts.
+    """Return the smallest and the largest entry of every channel, over all tokens of some texts.
 
     Args:
         model: A bridge.
         texts: Anything that a scan takes.
         tensors: Of `TENSORS`; all of them by default.
         layers: The layers; all of them by default.
-        keep: Positions that do not count.
-        marked: Tokens of each prompt and layer that do not count.
+        keep: Positions that are left out.
+        marked: Tokens of each prompt and layer that are left out.
 
     Returns:
-        By (layer, tensor), on the CPU; 0 where no token counts.
+        By (layer, tensor), on the CPU; 0 where no token is left.
     """
     caps = capabilities(model)
     found: dict[tuple[int, str], Ends] = {}
@@ -224,15 +224,15 @@ def channel_ends(
 
 
 def flattened(x: Float[Tensor, "prompt position *channel"]) -> Float[Tensor, "prompt position _"]:
-    """Channels of all heads in one row."""
+    """Flatten the channels of all heads into one dimension."""
     return rearrange(x, "b t h d -> b t (h d)") if x.ndim == 4 else x
 
 
 def hooks_of(caps: Capabilities, tensor: str, layer: int) -> tuple[str, ...]:
-    """Names of the hook points where a tensor of `TENSORS` is read; all of them show the same.
+    """Return the hook points where a tensor of `TENSORS` is read; all have the same value.
 
     Raises:
-        UnsupportedError: If this architecture does not show it.
+        UnsupportedError: If this architecture does not expose it.
     """
     if tensor not in _INPUTS:
         return (caps.hook(tensor, layer),)
@@ -242,10 +242,11 @@ def hooks_of(caps: Capabilities, tensor: str, layer: int) -> tuple[str, ...]:
 
 
 def check_tensors(tensors: str | Iterable[str] | None, caps: Capabilities) -> tuple[str, ...]:
-    """Tensors of `TENSORS`, each of which the architecture shows; None for all that it does.
+    """Return tensors of `TENSORS` that the architecture exposes; None for all of these.
 
     Raises:
-        UnsupportedError: If there are none, one is unknown, or the architecture hides one.
+        UnsupportedError: If there are none, one is unknown, or the architecture does not expose
+            one.
     """
     if tensors is None:
         return tuple(name for name in TENSORS if name in caps.signals or _shows_input(caps, name))

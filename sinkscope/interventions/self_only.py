@@ -1,4 +1,4 @@
-"""Let a token attend to itself alone: the structured mask."""
+"""Restrict a token to attend only to itself: the structured mask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sinkscope.interventions.masks import Mask, MaskIntervention, lowest
 
 
 class SelfOnlyMask(MaskIntervention):
-    """Let the query at some positions attend to its own key alone: A_pp = 1.
+    """Restrict the query at some positions to its own key: A_pp = 1.
 
     Such a token does not mix values of several positions, like position 0 under a causal mask. Its
     key stays visible to every query to which it was visible before. A learned sink logit keeps its
@@ -25,13 +25,13 @@ class SelfOnlyMask(MaskIntervention):
         layers: The layers in which the mask is edited; None for all.
 
     Raises:
-        UnsupportedError: If a layer does not exist, or an attention takes no mask or does not apply
-            the edited one as intended.
+        UnsupportedError: If a layer does not exist, or a layer's attention takes no mask or does
+            not apply the edited one as intended.
         TextError: If a position is not a whole number from 0, or (when it runs) beyond a prompt.
 
     Source: the "structured mask" of Yan et al. (2024), Unveiling and Controlling Anomalous
-    Attention Distribution in Transformers, arXiv 2407.01601; their exact mask is not public, this
-    reading is ours.
+    Attention Distribution in Transformers, arXiv 2407.01601; their exact mask is not public; this
+    interpretation is ours.
 
     Examples:
         >>> with SelfOnlyMask(model, position=255):  # doctest: +SKIP

@@ -17,8 +17,8 @@ from sinkscope.validation import real_number
 class ShiftSinkLogit(MaskIntervention):
     """Add a constant to the logit of one key, s_ip + c, in every query i to which it is visible.
 
-    After any softcap and before the softmax: the smallest edit that makes a sink weaker (c < 0) or
-    stronger. The odds of the key against each other key change by the factor e^c.
+    It is added after any softcap and before the softmax: the smallest edit that makes a sink weaker
+    (c < 0) or stronger. The odds of the key against each other key change by the factor e^c.
 
     Args:
         model: A bridge.
@@ -28,8 +28,8 @@ class ShiftSinkLogit(MaskIntervention):
         heads: The query heads; None for all.
 
     Raises:
-        UnsupportedError: If a layer or head does not exist, c is not finite, or an attention takes
-            no additive mask or does not apply the edited one as intended.
+        UnsupportedError: If a layer or head does not exist, c is not finite, or a layer's attention
+            takes no additive mask or does not apply the edited one as intended.
         TextError: If the position is not a whole number from 0, or (when it runs) beyond a prompt.
     """
 
@@ -51,7 +51,7 @@ class ShiftSinkLogit(MaskIntervention):
             )
 
     def _verify(self) -> None:
-        # Up and down: at least one of them has an effect, whatever the probe's first token gets.
+        # Up and down: at least one has an effect, however much the probe's first token receives.
         for shift in (3.0, -3.0):
             verify(
                 self,
@@ -60,12 +60,12 @@ class ShiftSinkLogit(MaskIntervention):
             )
 
     def touches(self) -> bool:
-        """Always: a key of an earlier pass is still visible."""
+        """Always True, since a key of an earlier pass is still visible."""
         self.cursor.rows([self.position])  # refuses a position that no token has reached
         return True
 
     def edit(self, mask: Mask) -> Mask:
-        """Add to one column, in some heads."""
+        """Add the shift to one column, in some heads."""
         mask = additive(mask, self.model.cfg.dtype)
         column = self.position - (self.cursor.past + self.cursor.length - mask.shape[-1])
         if column < 0:  # it has left the window of a trimmed cache

@@ -18,10 +18,10 @@ from sinkscope.interventions.base import HookedIntervention, Hooks, check_attend
 
 
 class ReplaceSoftmax(HookedIntervention):
-    """Compute attention weights from the scores by another operator than softmax.
+    """Compute attention weights from the scores with an operator other than softmax.
 
     The pattern of these layers is materialised, and a scan reads it there on either attention path.
-    Such rows have no log-sum-exp, so that hooks on ``hook_lse`` are refused.
+    Such rows have no log-sum-exp, so hooks on ``hook_lse`` are refused.
 
     Args:
         model: A bridge whose scores and pattern are those that the model uses (on the eager path
@@ -47,7 +47,7 @@ class ReplaceSoftmax(HookedIntervention):
         if self.caps.learned_sinks:
             raise UnsupportedError(
                 f"{self.caps.architecture} has learned sinks, which are part of its softmax; no "
-                "other operator defines what becomes of them."
+                "other operator defines how to treat them."
             )
         self.operator = operator
         self.softmax = operator is operators.off_by_one

@@ -1,4 +1,4 @@
-"""Restrict heads to a window of near keys, and to the first tokens if asked to."""
+"""Restrict heads to a window of near keys, optionally with the first tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sinkscope.validation import whole_number
 
 
 class WindowedAttention(MaskIntervention):
-    """Let heads attend to near keys, and to the first tokens, only.
+    """Restrict heads to near keys and to the first tokens.
 
     Query i keeps those of its visible keys j with |i - j| < w (under a causal mask the last w keys,
-    its own included) or j < n. The softmax runs over these alone, so that what the others had is
-    given to them in proportion; a learned sink logit stays in its denominator.
+    its own included) or j < n. The softmax runs over these alone, so that the attention to the
+    others is redistributed in proportion; a learned sink logit stays in its denominator.
 
     Args:
         model: A bridge.
@@ -33,7 +33,8 @@ class WindowedAttention(MaskIntervention):
 
     Raises:
         UnsupportedError: If a layer or head does not exist, w is not a whole number from 1 or n
-            from 0, or an attention takes no mask or does not apply the edited one as intended.
+            from 0, or a layer's attention takes no mask or does not apply the edited one as
+            intended.
 
     Source: window attention with and without the first tokens as in Xiao et al. (2023), Efficient
     Streaming Language Models with Attention Sinks, arXiv 2309.17453; head by head as in Xiao et
@@ -60,8 +61,8 @@ class WindowedAttention(MaskIntervention):
             name != "attention_mask" for name, _ in self.arguments.values()
         ):
             raise UnsupportedError(
-                f"{self.caps.architecture} takes one mask for all heads of a layer, so "
-                "that some of them cannot be restricted; leave out heads."
+                f"{self.caps.architecture} takes one mask for all heads of a layer, so some heads "
+                f"alone cannot be restricted; leave out heads."
             )
 
     def _verify(self) -> None:
@@ -87,7 +88,7 @@ class WindowedAttention(MaskIntervention):
         return torch.where(hide, lowest(mask), mask)
 
     def _far(self, n_keys: int, device: torch.device) -> Bool[Tensor, "query key"]:
-        """Which keys each query of this pass may not keep."""
+        """Return which keys are hidden from each query of this pass."""
         end = self.cursor.past + self.cursor.length
         query = torch.arange(self.cursor.past, end, device=device)[:, None]
         key = torch.arange(end - n_keys, end, device=device)  # a trimmed cache has lost the first

@@ -111,7 +111,7 @@ def test_what_cannot_be_chosen_is_refused_and_changes_nothing(explorer, choice, 
 def test_fields_that_were_not_measured_have_no_figure():
     explorer = ss.explore(only(synthetic_report(), "sink_attention"), widgets=True)
     assert set(explorer.figures) == {"map"}
-    with pytest.raises(SinkscopeError, match="no figure a head"):
+    with pytest.raises(SinkscopeError, match="no metric per head"):
         ss.explore(only(synthetic_report(), "residual_norm"), widgets=True)
 
 

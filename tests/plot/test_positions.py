@@ -230,7 +230,7 @@ def test_strange_layers_heads_and_metrics_are_refused():
         plot.by_position(report, layer=4)
     with pytest.raises(ReportError, match="no kv_head 2 .* run from 0 to 1"):
         plot.by_position(report, "value_norm", layer=0, head=2)
-    with pytest.raises(ReportError, match="expected a figure with layer and position"):
+    with pytest.raises(ReportError, match="expected a metric with layer and position"):
         plot.by_position(report, "honor", layer=0)
     with pytest.raises(ReportError, match="was not measured"):
         plot.position_embedding_norms(only(report, "residual_norm"))
