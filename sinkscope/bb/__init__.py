@@ -2,8 +2,8 @@
 
 `train` a small transformer on the task, follow sink, value drain and residual peak over training
 (`dynamics`), clamp one of them (`reinforcement`), compare mitigations (`compare`), and measure any
-of these models with the rest of sinkscope (`to_bridge`). README.md beside this file has the results
-and says what is in which file.
+of these models with the rest of sinkscope (`to_bridge`). README.md in this folder has the results
+and describes the files.
 """
 
 import lazy_loader

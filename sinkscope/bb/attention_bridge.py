@@ -1,6 +1,6 @@
-"""The attention component of bridges of toy models: true scores, and edits that take effect.
+"""The attention component of toy-model bridges, with true scores and effective edits.
 
-A file of its own, since it subclasses a TransformerLens class and training runs without
+It is in a separate file, since it subclasses a TransformerLens class and training runs without
 TransformerLens.
 """
 
@@ -17,7 +17,7 @@ class BackcopyAttentionBridge(AttentionBridge):
     """Runs `sinkscope.bb.model.Attention` with its tap connected to the bridge's hook points.
 
     `q`, `k`, `v` and `o` inside it are bridge components already, so `hook_q`, `hook_k`, `hook_v`
-    and `hook_z` fire by themselves; this class connects the scores, the pattern and the gate.
+    and `hook_z` fire already; this class connects the scores, the pattern and the gate.
     """
 
     supports_split_qkv_fork = False
@@ -28,7 +28,7 @@ class BackcopyAttentionBridge(AttentionBridge):
             self.hook_gate = HookPoint()
 
     def forward(self, hidden_states: Tensor, visible: Tensor, *_: Any, **__: Any) -> Tensor:
-        """What the layer adds to the residual stream."""
+        """Return what the layer adds to the residual stream."""
         hidden_states = self.hook_in(hidden_states)
         points = {"hook_attn_scores": self.hook_attn_scores, "hook_pattern": self.hook_pattern}
         if hasattr(self, "hook_gate"):

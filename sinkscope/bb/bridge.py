@@ -1,12 +1,12 @@
-"""Any toy model as a `TransformerBridge`, measured like every other model.
+"""Wrap any toy model as a `TransformerBridge`, to be measured like every other model.
 
 The bridge wraps a copy of the module itself, through TransformerLens' own native adapter, so that
 there is no second implementation. One component differs from the native one: attention passes its
 true pre-softmax scores to `hook_attn_scores` and uses edits of both scores and pattern, whatever
 the operator; a gated layer has a `hook_gate`.
 
-`scan` measures every operator. Where attention is not a softmax it leaves out the entropy of its
-rows, which are no distributions; behind a gate it leaves out the norms of W_O v.
+`scan` measures every operator. Where attention is not a softmax it omits the entropy of the rows,
+which are not distributions; with a gate it omits the norms of W_O v.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def to_bridge(
     name: str = "bigram-backcopy",
     task: BigramBackcopy | None = None,
 ) -> TransformerBridge:
-    """Wrap a copy of `model`, which itself stays as it is.
+    """Wrap a copy of `model`, which is not modified.
 
     Layers without attention or a feed-forward network get one whose output is exactly zero (zero
     weights, zero pattern), and a linear feed-forward is written as a network of two matrices whose
@@ -41,7 +41,7 @@ def to_bridge(
 
     Args:
         model: Any toy model, trained or not.
-        name: Recorded as `cfg.model_name`.
+        name: The value of `cfg.model_name`.
         task: Give the bridge this task's character tokenizer, if its symbols are characters.
 
     Returns:
@@ -83,7 +83,7 @@ def _use_true_attention(adapter: ArchitectureAdapter, gated: bool) -> None:
     block.submodules["attn"] = BackcopyAttentionBridge(
         name=native.name, config=adapter.cfg, submodules=native.submodules, gated=gated
     )
-    # Hook points of the native component's optional split inputs, which ours does not have.
+    # Hook points of the native component's optional split inputs, which this one lacks.
     absent = {"hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"}
     block.hook_aliases = {k: v for k, v in block.hook_aliases.items() if k not in absent}
 
@@ -114,7 +114,7 @@ def _zero_attention(config: ModelConfig, like: Tensor) -> Attention:
 
 
 def _feed_forward(config: ModelConfig, like: Tensor, matrix: Tensor | None = None) -> FeedForward:
-    """No feed-forward (matrix None), or x -> matrix @ x through linear neurons 0 … width-1."""
+    """Return no feed-forward (matrix None), or x -> matrix @ x with linear neurons 0 … width-1."""
     network = FeedForward(config).to(like)
     network.activation = nn.Identity()
     with torch.no_grad():

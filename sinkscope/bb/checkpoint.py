@@ -1,8 +1,8 @@
-"""One training state in one safetensors file.
+"""Save and load a training state in one safetensors file.
 
 Weights, optimiser state and the two tables of the task are tensors; step, configuration and the
 digests of the starting weights and of the log are JSON in the file's metadata. Nothing is pickled,
-so a checkpoint from a stranger is data and never code; `load_checkpoint` verifies all of it.
+so loading an untrusted checkpoint runs no code; `load_checkpoint` verifies all of it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Checkpoint:
 
     Attributes:
         weights: The model's weights, by parameter name.
-        optimizer: The optimiser's state, as `Optimizers.tensors` names it; empty in snapshots.
+        optimizer: The optimiser's state, named as by `Optimizers.tensors`; empty in snapshots.
         source: The bigram source of the task.
         config: The configuration of the run.
         step: Optimiser steps taken.
-        start: Digest of the weights that the run was started from, if they were given.
+        start: Digest of the starting weights, if they were given.
         log: Digest of the log up to this step; None in snapshots and in files of older versions.
     """
 
@@ -48,10 +48,10 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint whole or not at all.
+    """Write a checkpoint atomically.
 
     Raises:
-        ReportError: If the file cannot be written; the old one is still there.
+        ReportError: If the file cannot be written; the old one is kept.
     """
     source = checkpoint.source
     tensors = {
@@ -86,7 +86,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             metadata = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         return _verified(metadata, tensors)
-    except Exception as error:  # whatever a damaged or foreign file leads to
+    except Exception as error:  # any error of a damaged or foreign file
         told = isinstance(error, SinkscopeError) or type(error) is ValueError
         reason = str(error).rstrip(".") if told else f"{type(error).__name__}: {error}"
         raise ModelError(

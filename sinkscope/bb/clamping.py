@@ -2,11 +2,11 @@
 
 Guo et al. (2024, arXiv 2410.13835) explain the sink by two processes that reinforce each other:
 attention to BOS rewards a small value at BOS, and a small value at BOS makes attention there
-harmless. Clamp one of the two at its initial state and see whether the other still develops.
+harmless. Clamping one of the two at its initial state tests whether the other still develops.
 
 `values`: the value vector of BOS stays that of the starting model, in every layer. It cannot drain:
-    does the logit gap still grow?
-`logits`: all attention scores stay those that the starting model computes. No sink can form: does
+does the logit gap still grow? `logits`: all attention scores stay those that the starting model
+computes. No sink can form: does
     the value still shrink?
 `sink`: non-trigger queries attend to BOS alone. Does the value shrink at once?
 """
@@ -24,12 +24,12 @@ from sinkscope.bb.task import BigramBackcopy
 
 
 class Clamp:
-    """Builds, for each batch, the tap that replaces what is clamped.
+    """Builds, for each batch, the tap that replaces the clamped quantities.
 
     Args:
         names: Some of `sinkscope.bb.config.CLAMPS`.
         start: The model whose values and logits are kept; it is copied.
-        task: Says which queries are triggers.
+        task: Defines which queries are triggers.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Clamp:
         self.start = copy.deepcopy(start).requires_grad_(False)
 
     def tap(self, tokens: Int[Tensor, "prompt position"]) -> Tap:
-        """The tap for one batch of inputs."""
+        """Return the tap for one batch of inputs."""
         with torch.no_grad():
             kept, record = recorder("hook_attn_scores", "hook_v")
             if "values" in self.names or "logits" in self.names:

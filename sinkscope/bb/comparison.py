@@ -1,8 +1,8 @@
 """Which mitigation removes which phenomenon: attention x optimiser x seed, one small run each.
 
 `compare` trains and tabulates the runs, `summarise` decides which phenomena are present. Every run
-has a folder of its own, so an interrupted comparison resumes and a longer list of seeds re-uses
-the runs that are there.
+has its own folder, so an interrupted comparison resumes and a longer list of seeds reuses existing
+runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LINES = {"sink": (">", 0.3), "drain": ("<", 0.5), "peak": (">", 1.5), "growth": (">", 1.1)}
-"""A phenomenon is present when its measure lies beyond this threshold: direction, threshold."""
+"""Direction and threshold beyond which a phenomenon is present."""
 
 
 def compare(
@@ -52,8 +52,8 @@ def compare(
         seeds: Weights and data of each repetition.
         config: Everything else; by default a three-layer classroom run (peaks need depth).
         rates: Learning rate per optimiser; by default `classroom_rates()` for classroom-sized
-            models when `config` is left out, else the optimiser's usual one.
-        folder: Where runs are kept, one sub-folder each; None keeps nothing.
+            models when `config` is left out, else the optimiser's default.
+        folder: Folder for the runs, one sub-folder each; None saves nothing.
         source: The bigram source, as in `train`.
         device: As in `train`.
         progress: As in `train`.
@@ -63,8 +63,8 @@ def compare(
         the same step.
 
     Raises:
-        ModelError: Before any training, if an attention, an optimiser or a setting is not known or
-            nothing is named; as in `train`, if `folder` holds other runs, or longer ones, or if
+        ModelError: Before any training, if an attention, an optimiser or a setting is unknown or
+            none is named; as in `train`, if `folder` holds other runs, or longer ones, or if
             another process trains there.
         ReportError: If a file cannot be written.
     """
@@ -83,7 +83,7 @@ def compare(
     ]
     if not configs:
         raise ModelError("There is nothing to compare; name an attention, an optimiser and a seed.")
-    BigramBackcopy(source, config.triggers, config.bos)  # refuses what cannot be
+    BigramBackcopy(source, config.triggers, config.bos)  # raises errors before training
     device = chosen_device(device)
     rows = []
     with exclusive(folder) if folder is not None else nullcontext():
@@ -97,14 +97,14 @@ def compare(
 
 
 def classroom_rates() -> dict[str, float]:
-    """Learning rates that suit models of classroom width."""
+    """Learning rates for models of classroom width."""
     return {"adamw": 3e-3, "sgd": 3e-2, "muon": 3e-3}
 
 
 def headline(log: pd.DataFrame) -> dict[str, int | float]:
-    """The end of a run in a few numbers: medians over its last three measurements.
+    """Summarise the end of a run: medians over its last three measurements.
 
-    A single measurement may fall into one of the loss spikes that AdamW has now and then.
+    A single measurement may coincide with one of AdamW's occasional loss spikes.
 
     Returns:
         sink, sink_layer: the largest `sink_attention` of any head, and its layer; sink_share,
@@ -147,8 +147,8 @@ def summarise(
     """Means over seeds, 95 % t intervals, and whether each phenomenon is present.
 
     The verdict is "yes" or "no" if the whole interval lies on one side of the threshold, otherwise
-    "unclear"; with one seed there is no interval and the verdict has a question mark. What could
-    not be measured (the sink of models without attention) is "unclear" too.
+    "unclear"; with one seed there is no interval and the verdict has a question mark. Unmeasured
+    phenomena (the sink of models without attention) are "unclear" too.
 
     Args:
         runs: The result of `compare`.

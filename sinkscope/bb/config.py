@@ -1,6 +1,6 @@
-"""The settings of a model and of a training run: two frozen records that decide a run.
+"""The settings of a model and of a training run, in two frozen dataclasses.
 
-Every value is checked when a record is made, whether by a user or from a file.
+Every value is checked on construction, whether by a user or from a file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ATTENTIONS = (
     *("softmax", "relu", "sigmoid", "off-by-one"),
     *("learned-sink", "key-bias", "softpick", "gated"),
 )
-"""Kinds of attention; `sinkscope.bb.model.Attention` says what each computes."""
+"""Kinds of attention; `sinkscope.bb.model.Attention` defines each."""
 
 CLAMPS = ("values", "logits", "sink")
 """What can be clamped during training; see `sinkscope.bb.clamping`."""
@@ -43,11 +43,11 @@ class ModelConfig:
         attention: One of `ATTENTIONS`.
         no_attention: Layers without attention (the paper's minimal structures).
         no_ffn: Layers without a feed-forward network.
-        linear_ffn: Layers with a single matrix for their feed-forward network.
-        no_norm: Leave out every LayerNorm. (The reference code's flag drops the final one only.)
+        linear_ffn: Layers with a single matrix as their feed-forward network.
+        no_norm: Leave out every LayerNorm. (The reference code's flag removes only the final one.)
 
     Raises:
-        ModelError: If a value is not possible.
+        ModelError: If a value is invalid.
     """
 
     layers: int = 1
@@ -106,26 +106,26 @@ class TrainConfig:
         triggers: The task's triggers; see `BigramBackcopy`.
         bos: Number of BOS tokens; see `BigramBackcopy`.
         optimizer: "adamw", "sgd" (with momentum) or "muon".
-        learning_rate: Constant; None is the optimiser's usual one (3e-4, SGD 3e-2).
-        weight_decay: Of every optimiser.
-        betas: Of AdamW.
-        eps: Of AdamW.
-        momentum: Of SGD.
+        learning_rate: Constant learning rate; None for the optimiser's default (3e-4, SGD 3e-2).
+        weight_decay: Weight decay of every optimiser.
+        betas: β of AdamW.
+        eps: ε of AdamW.
+        momentum: Momentum of SGD.
         batch: Prompts per step.
         length: Tokens per prompt.
         steps: Optimiser steps.
-        seed: Of the first weights and the data.
+        seed: Seed of the initial weights and the data.
         measure_every: Steps between two measurements (a few early ones are always taken).
         measure_prompts: Sequences in the fixed evaluation batch.
         save_every: Steps between two checkpoints.
-        snapshots: Steps whose weights are kept in files of their own.
+        snapshots: Steps after which the weights are saved in separate files.
         precision: "fp32", "bf16" (autocast; weights and residual stream stay fp32), or "auto":
             bf16 on a GPU, fp32 on a CPU. Measurements are always fp32.
         compile: Use torch.compile; None: on a GPU only.
         clamp: What is clamped during training, some of `CLAMPS`; see `sinkscope.bb.clamping`.
 
     Raises:
-        ModelError: If a value is not possible.
+        ModelError: If a value is invalid.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -191,7 +191,7 @@ class TrainConfig:
 
     @classmethod
     def classroom(cls, **changes: Any) -> TrainConfig:
-        """A one-layer model that grows a visible sink on two CPU cores in a few minutes."""
+        """Return a one-layer run that forms a visible sink on two CPU cores in a few minutes."""
         small = ModelConfig(width=64, context=64)
         settings = {
             "model": small,
@@ -205,10 +205,10 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, stored: Any) -> TrainConfig:
-        """The configuration that `dataclasses.asdict` or JSON made of it; `hold` is `clamp`.
+        """Read a configuration from `dataclasses.asdict` or JSON; `hold` is read as `clamp`.
 
         Raises:
-            ModelError: If it is no configuration, or has settings that are not known.
+            ModelError: If it is not a configuration, or has unknown settings.
         """
         run = _settings(stored, cls, "configuration", renamed={"hold": "clamp"})
         if "model" in run:
@@ -216,14 +216,14 @@ class TrainConfig:
         return cls(**run)
 
     def replace(self, **changes: Any) -> TrainConfig:
-        """A copy with some settings changed; `attention=`, `layers=` and such reach the model."""
+        """Return a copy with changed settings; `attention=`, `layers=` etc. apply to the model."""
         inner = {f.name for f in dataclasses.fields(ModelConfig)} & changes.keys()
         if inner:
             model = changes.pop("model", self.model)
             model = dataclasses.replace(model, **{name: changes.pop(name) for name in inner})
             changes["model"] = model
         if "optimizer" in changes and "learning_rate" not in changes:
-            changes["learning_rate"] = None  # the usual one of the new optimiser
+            changes["learning_rate"] = None  # the new optimiser's default
         return dataclasses.replace(self, **changes)
 
     def measures_at(self, step: int) -> bool:
@@ -248,7 +248,7 @@ def _check_at_least(
 def _settings(
     stored: Any, of: type, what: str, renamed: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Stored settings by their names of today; lists, which JSON has only, become tuples."""
+    """Return stored settings by their current names, with JSON's lists as tuples."""
     if not isinstance(stored, dict):
         raise ModelError(f"The {what} is {stored!r}, which is no object of settings.")
     former = renamed or {}

@@ -1,7 +1,7 @@
-"""Curves over training, and experiments on what drives them.
+"""Curves over training, and experiments with clamped quantities.
 
 `dynamics` gathers the reference's curves from one or several runs. `reinforcement` trains with one
-of two coupled quantities clamped (see `clamping`) and shows how the other then develops.
+of two coupled quantities clamped (see `clamping`) and records how the other develops.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ CURVES = (
     *("sink_attention", "logit_gap", "value_norm", "residual_norm"),
     *("backcopy_risk", "bigram_risk"),
 )
-"""The reference's six curves (Guo et al. 2024), by their names in a log."""
+"""The reference's six curves (Guo et al. 2024), as metrics of a log."""
 
 
 def dynamics(
     runs: Run | str | Path | Sequence[Run | str | Path], metrics: Sequence[str] | None = CURVES
 ) -> pd.DataFrame:
-    """The curves of runs in memory or on disk, in one tidy frame.
+    """Collect the curves of runs in memory or on disk in one tidy frame.
 
     Args:
         runs: Runs, or folders that `train` wrote.
-        metrics: Which curves; None for everything measured.
+        metrics: The curves; None for everything measured.
 
     Returns:
         A frame with the columns run, seed, step, metric, layer, head and value, which
@@ -64,17 +64,17 @@ def dynamics(
 
 
 def run_name(config: TrainConfig) -> str:
-    """A run's name without its seed, such as "1L softmax adamw, clamp values"."""
+    """Return a run's name without its seed, such as "1L softmax adamw, clamp values"."""
     model = config.model
     clamped = f", clamp {'+'.join(config.clamp)}" if config.clamp else ""
     return f"{model.layers}L {model.attention} {config.optimizer}{clamped}"
 
 
 def run_names(configs: Sequence[TrainConfig]) -> list[str]:
-    """`run_name` of each run, with the settings in which it differs from others of that name.
+    """Return the `run_name` of each run, with the settings that distinguish equal names.
 
     Runs that differ in their seed alone share a name, such as "1L softmax adamw, learning rate
-    0.003". Runs that do not even differ in that (but in their source, for example) are numbered.
+    0.003". Runs with equal settings and seeds (but different sources, for example) are numbered.
     """
     names = [run_name(config) for config in configs]
     settings = [_settings(config) for config in configs]
@@ -91,7 +91,7 @@ def run_names(configs: Sequence[TrainConfig]) -> list[str]:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide a run, without its seed, in one flat dictionary."""
+    """Return the settings of a run, without its seed, in one flat dictionary."""
     settings = asdict(config)
     settings |= settings.pop("model")
     return {key: value for key, value in settings.items() if key not in (*MAY_CHANGE, "seed")}
@@ -111,9 +111,9 @@ def reinforcement(
     """Train without and with each clamp, from the same weights on the same data.
 
     Args:
-        config: The run; by default the classroom's.
-        clamps: What to clamp, one run each; see `sinkscope.bb.clamping`.
-        seeds: Repetitions.
+        config: The run; by default the classroom run.
+        clamps: Quantities to clamp, one run each; see `sinkscope.bb.clamping`.
+        seeds: Seeds, one repetition each.
         folder: Where runs are kept, one sub-folder each; None keeps nothing.
         source: The bigram source, as in `train`.
         device: As in `train`.
@@ -121,7 +121,7 @@ def reinforcement(
         holds: The former name of `clamps`.
 
     Returns:
-        All curves, as `dynamics` gives them; the name of a run says what was clamped.
+        All curves, as from `dynamics`; the name of a run states what was clamped.
 
     Raises:
         ModelError: As in `train`; if there is no such clamp.

@@ -1,4 +1,4 @@
-"""The laws that theory predicts for the phenomena's growth, fitted to what was measured.
+"""Fit the growth laws predicted by theory to measured curves.
 
 Guo et al. predict that the sink's logit grows like ln t (its gradient shrinks as the attention
 saturates) and that Adam grows the residual norm of BOS linearly in t.
@@ -21,7 +21,7 @@ LAWS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "linear": ("a + b t", lambda t: t),
     "sqrt": ("a + b sqrt t", np.sqrt),
 }
-BLOCKS = 10  # of neighbouring measurements, which a bootstrap must not tear apart
+BLOCKS = 10  # of neighbouring measurements, which the bootstrap resamples together
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Growth:
     r_squared: float
 
     def at(self, steps: np.ndarray) -> np.ndarray:
-        """The law's values at these steps."""
+        """Return the law's values at these steps."""
         return self.intercept + self.slope * LAWS[self.law][1](np.asarray(steps, dtype=float))
 
 
@@ -53,15 +53,15 @@ def fit_growth(
     """Fit one law to one curve.
 
     Args:
-        steps: where the curve was measured, from where the phenomenon starts: the laws are
-            asymptotic. Above 0.
+        steps: steps of the measurements, above 0, from the onset of the phenomenon on, since the
+            laws are asymptotic.
         values: the curve.
         law: "log", "linear" or "sqrt".
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
 
     Returns:
-        The coefficients, the interval of the slope, and how well the law fits.
+        The coefficients, the interval of the slope, and R².
     """
     x = LAWS[law][1](np.asarray(steps, dtype=float))
     y = np.asarray(values, dtype=float)
@@ -76,7 +76,7 @@ def fit_growth(
 def _slope_interval(
     x: np.ndarray, fitted: np.ndarray, residual: np.ndarray, resamples: int, seed: int
 ) -> tuple[float, float]:
-    """Resample the residuals in blocks of neighbours: the curve's noise is slow, not white."""
+    """Resample the residuals in blocks of neighbours, since the curve's noise is autocorrelated."""
     count = len(x)
     size = max(1, count // BLOCKS)
     random = np.random.default_rng(seed)
@@ -98,12 +98,12 @@ def growth_laws(
 
     Args:
         log: a run's tidy log, of one seed.
-        metrics: which of its metrics.
+        metrics: metrics to fit.
         start: first step of the fits.
 
     Returns:
         the fits, one row per metric, layer, head and law, best first within a curve; and the best
-        law's curve in the form that `plot.training_curves(laws=…)` draws.
+        law's curve in the form that `plot.training_curves(laws=…)` takes.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""Interventions on a trained toy model: which part is responsible for which risk.
+"""Interventions on a trained toy model that show which part is responsible for which risk.
 
 Guo et al. (2024, section 2). With a head set to zero only the risk on trigger queries should rise,
 which is what *active-dormant* means; with the feed-forward network set to zero the bigram is lost;
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def knockouts(
     model: BackcopyTransformer, task: BigramBackcopy, tokens: Int[Tensor, "prompt position"]
 ) -> pd.DataFrame:
-    """Both risks of the model as it is and under every intervention.
+    """Measure both risks of the unchanged model and under every intervention.
 
     Args:
         model: A toy model.
@@ -67,7 +67,7 @@ def knockouts(
 
 
 def on_sink(pattern: Float[Tensor, "*row query key"]) -> Float[Tensor, "*row query key"]:
-    """All attention on position 0."""
+    """Return the pattern with all attention on position 0."""
     forced = torch.zeros_like(pattern)
     forced[..., 0] = 1.0
     return forced
@@ -76,7 +76,7 @@ def on_sink(pattern: Float[Tensor, "*row query key"]) -> Float[Tensor, "*row que
 def clean(
     pattern: Float[Tensor, "prompt query key"], is_trigger: Bool[Tensor, "prompt query"]
 ) -> Float[Tensor, "prompt query key"]:
-    """The pattern of the theory: trigger queries attend to the previous token, others to BOS."""
+    """Return the theoretical pattern: trigger queries attend to the previous token, others to BOS."""
     length = pattern.shape[-1]
     previous = torch.eye(length, device=pattern.device, dtype=pattern.dtype).roll(-1, dims=1)
     return torch.where(is_trigger[..., None], previous, on_sink(pattern))

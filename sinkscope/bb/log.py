@@ -22,7 +22,7 @@ class Log:
     """Rows in the order of measurement; layer and head are -1 where a metric has none.
 
     Attributes:
-        rows: One dictionary per measured number, with the keys `COLUMNS`.
+        rows: One dictionary per measured value, with the keys `COLUMNS`.
     """
 
     def __init__(self) -> None:
@@ -33,26 +33,26 @@ class Log:
         return step in self._steps
 
     def add(self, step: int, metric: str, value: float) -> None:
-        """Add one number that has neither layer nor head."""
+        """Add one value without layer and head."""
         self.rows.append(dict(zip(COLUMNS, (step, metric, -1, -1, value), strict=True)))
 
     def extend(self, step: int, found: Phenomena) -> None:
-        """Add all measurements of a step, which from then on is `in` the log."""
+        """Add all measurements of a step, which is then `in` the log."""
         self._steps.add(step)
         self.rows.extend({"step": step, **row} for row in found.rows())
 
     def to_frame(self) -> pd.DataFrame:
-        """The rows as a frame with the columns `COLUMNS`."""
+        """Return the rows as a frame with the columns `COLUMNS`."""
         import pandas as pd
 
         return pd.DataFrame(self.rows, columns=list(COLUMNS))
 
     def as_csv(self) -> str:
-        """The rows as CSV text; numbers are written so that they are read back exactly."""
+        """Return the rows as CSV text, from which numbers are read back exactly."""
         return self.to_frame().to_csv(index=False, na_rep="nan", lineterminator="\n")
 
     def digest(self) -> str:
-        """Hexadecimal SHA-256 of the rows: a checkpoint names the log that belongs to it."""
+        """Return the hexadecimal SHA-256 of the rows, by which a checkpoint identifies its log."""
         return hashlib.sha256(self.as_csv().encode()).hexdigest()
 
     def write(self, path: Path) -> None:
@@ -65,7 +65,7 @@ class Log:
 
     @classmethod
     def read(cls, path: Path, until: int) -> Log:
-        """Read the rows up to a step; later rows belong to steps that a kill undid.
+        """Read the rows up to a step; later rows are from steps that were lost in a kill.
 
         Raises:
             ModelError: If there is no such file, or it is not a log.

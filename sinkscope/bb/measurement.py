@@ -1,4 +1,4 @@
-"""The three phenomena and the two risks of one model, as Guo et al. define them on this task.
+"""Measure the three phenomena and the two risks of one model, as defined by Guo et al.
 
 All are computed in float32 from one forward pass and averaged over *non-trigger queries*, where the
 head has nothing to copy and can be dormant. Position 0 is the sink and not counted as a query,
@@ -64,7 +64,7 @@ class Phenomena:
     residual_peak: Float[Tensor, "layer"]
 
     def rows(self) -> Iterator[dict[str, str | int | float]]:
-        """Tidy rows: metric, layer, head, value; -1 where a metric has no layer or head."""
+        """Yield tidy rows: metric, layer, head, value; -1 where a metric has no layer or head."""
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float):
@@ -186,7 +186,8 @@ def _gap_per_symbol(
 ) -> Float[Tensor, "symbol head"]:
     """s_i0 minus the mean score of the keys strictly between the sink and the query, per symbol.
 
-    NaN for symbols that are no non-trigger query of this batch. Queries 0 and 1 have no such key.
+    NaN for symbols that are not a non-trigger query of this batch. Queries 0 and 1 have no such
+    keys.
     """
     length = scores.shape[-1]
     between = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril(-1)

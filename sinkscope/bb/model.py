@@ -1,12 +1,12 @@
-"""The toy transformer: the model of Guo et al. 2024, and the mitigations proposed since.
+"""The toy transformer: the model of Guo et al. 2024, with mitigations proposed since.
 
 Pre-norm, learned token and position embeddings, ReLU feed-forward, no biases in linear maps, untied
-unembedding, PyTorch's default initialisation. Sub-modules are named as TransformerLens names those
-of its native model, so that `sinkscope.bb.to_bridge` wraps this module and converts nothing.
+unembedding, PyTorch's default initialisation. Sub-modules are named as in TransformerLens' native
+model, so that `sinkscope.bb.to_bridge` wraps this module without conversion.
 
 Every intermediate value passes through a *tap*, a function (name, tensor) -> tensor with the hook
-names of TransformerLens. A tap records, edits, or (the default) does nothing and compiles away.
-Start at `BackcopyTransformer`, at the end of this file.
+names of TransformerLens. A tap records or edits values, or (by default) does nothing and compiles
+away. The entry point is `BackcopyTransformer`, at the end of this file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MASKED = torch.finfo(torch.float32).min
 
 
 def no_tap(name: str, value: Tensor) -> Tensor:
-    """Leave every value as it is."""
+    """Return every value unchanged."""
     return value
 
 
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         visible: Bool[Tensor, "*#prompt query key"],
         tap: Tap = no_tap,
     ) -> Float[Tensor, "prompt position dim"]:
-        """What the layer adds to the residual stream; `visible` is the attention mask."""
+        """Return what the layer adds to the residual stream; `visible` is the attention mask."""
         split = partial(rearrange, pattern="b t (h d) -> b t h d", h=self.heads)
         query = tap("hook_q", split(self.q(hidden_states)))
         key = tap("hook_k", split(self.k(hidden_states)))
@@ -79,7 +79,7 @@ class Attention(nn.Module):
     def pattern(
         self, scores: Float[Tensor, "prompt head query key"], query: Tensor
     ) -> Float[Tensor, "prompt head query key"]:
-        """Attention weights from masked scores, by this layer's operator."""
+        """Return attention weights from masked scores, by this layer's operator."""
         if self.operator == "learned-sink":
             sinks = rearrange(self.sinks.float(), "h -> h 1 1")
             return operators.softmax_with_extra_logit(scores, sinks)
@@ -105,7 +105,7 @@ class FeedForward(nn.Module):
     def forward(
         self, hidden_states: Float[Tensor, "prompt position dim"], tap: Tap = no_tap
     ) -> Float[Tensor, "prompt position dim"]:
-        """What the network adds to the residual stream."""
+        """Return what the network adds to the residual stream."""
         before = tap("hook_pre", self.fc_in(hidden_states))
         return self.fc_out(tap("hook_post", self.activation(before)))
 
@@ -114,11 +114,11 @@ class TokenEmbedding(nn.Embedding):
     """An embedding whose gradient is one matrix product and therefore deterministic.
 
     The usual gradient adds 131,072 rows into 67 in the order of the GPU's atomic operations; this
-    one costs the same and has the same bits every time.
+    one costs the same and is bitwise reproducible.
     """
 
     def forward(self, input_ids: Int[Tensor, "*row"]) -> Float[Tensor, "*row dim"]:
-        """The rows of the table."""
+        """Return the rows of the table."""
         return _Lookup.apply(input_ids, self.weight)
 
 
@@ -140,7 +140,7 @@ class LinearFeedForward(nn.Linear):
     """One matrix in place of the feed-forward network."""
 
     def forward(self, hidden_states: Tensor, tap: Tap = no_tap) -> Tensor:
-        """W x; there is no intermediate value to tap."""
+        """Return W x; there is no intermediate value to tap."""
         return super().forward(hidden_states)
 
 
@@ -171,7 +171,7 @@ class Block(nn.Module):
         visible: Bool[Tensor, "*#prompt query key"],
         tap: Tap = no_tap,
     ) -> Float[Tensor, "prompt position dim"]:
-        """The residual stream after this block."""
+        """Return the residual stream after this block."""
         x = tap("hook_resid_pre", hidden_states)
         if self.attn is not None:
             x = x + tap("hook_attn_out", self.attn(self.ln1(x), visible, within(tap, "attn.")))
@@ -185,7 +185,7 @@ class BackcopyTransformer(nn.Module):
 
     Args:
         config: The architecture.
-        seed: Draw the weights from this seed and leave torch's global generator as it is; None
+        seed: Seed of the initial weights, which leaves torch's global generator unchanged; None
             draws from the global generator.
     """
 
@@ -216,14 +216,14 @@ class BackcopyTransformer(nn.Module):
         inputs_embeds: Tensor | None = None,
         **unused: object,
     ) -> Float[Tensor, "prompt position vocab"]:
-        """Logits after every position.
+        """Return the logits at every position.
 
         Args:
             input_ids: Token ids.
             attention_mask: 1 for real tokens; padding must be on the right.
-            tap: Records, and may replace, every intermediate value.
-            inputs_embeds: Not supported; named so that it is refused rather than ignored.
-            unused: Options of Hugging Face models that a bridge passes along.
+            tap: Called with every intermediate value, which it may replace.
+            inputs_embeds: Not supported; an argument so that it is refused rather than ignored.
+            unused: Options of Hugging Face models that a bridge passes on.
 
         Raises:
             UnsupportedError: For input embeddings, padding on the left, or too many tokens.
@@ -257,14 +257,14 @@ class BackcopyTransformer(nn.Module):
 
 
 def within(tap: Tap, prefix: str) -> Tap:
-    """The same tap for a sub-module: names get the module's prefix."""
+    """Return the tap for a sub-module, with the module's prefix added to names."""
     if tap is no_tap:
         return no_tap
     return lambda name, value: tap(prefix + name, value)
 
 
 def recorder(*endings: str) -> tuple[dict[str, Tensor], Tap]:
-    """A tap that keeps the values whose names end in one of `endings`, and the dict it fills."""
+    """Return a dict, and a tap that stores in it the values whose names end in one of `endings`."""
     kept: dict[str, Tensor] = {}
 
     def tap(name: str, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The optimisers that are compared, all of them PyTorch's own, and their state as tensors."""
+"""PyTorch's optimisers for the comparison, and their state as tensors."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Optimizers:
             part.step()
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
+        """Clear the gradients."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole state as named tensors: `{optimiser}.{parameter}.{entry}`."""
+        """Return the whole state as named tensors: `{optimiser}.{parameter}.{entry}`."""
         return {
             f"{i}.{parameter}.{entry}": torch.as_tensor(value)
             for i, part in enumerate(self.parts)
@@ -39,7 +39,7 @@ class Optimizers:
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors` returned."""
+        """Restore the state that `tensors` returned."""
         states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.parts]
         for name, tensor in tensors.items():
             i, parameter, entry = name.split(".")
@@ -50,14 +50,14 @@ class Optimizers:
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> Optimizers:
-    """Build the optimiser a configuration names.
+    """Build the optimiser of a configuration.
 
     `adamw` and `sgd` are the paper's. `muon` (Jordan et al. 2024, as in `torch.optim.Muon`) takes
     the blocks' matrices, with its updates scaled to AdamW's size so that one learning rate suits
     both, and AdamW takes embeddings, norms and the unembedding.
 
     Raises:
-        ModelError: for an optimiser that is not known or that this PyTorch does not have.
+        ModelError: for an optimiser that is unknown or missing in this PyTorch.
     """
     rate = config.learning_rate
     if config.optimizer == "adamw":

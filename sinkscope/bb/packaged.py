@@ -36,10 +36,10 @@ def load_packaged(
     Args:
         name: "bb-3l": three layers, one head each, trained on Bigram-Backcopy with the settings of
             Guo et al.; or "bb-1l", "bb-1l-gated" and "bb-1l-learned-sink": one layer and head of 64
-            channels, 450 steps, that differ in their attention alone. `packaged_recipe` says how
-            each was trained.
-        device: where to put it; the CPU when left out.
-        dtype: float32 when left out (the file holds float16).
+            channels, 450 steps, that differ in their attention alone. `packaged_recipe` has the
+            training settings of each.
+        device: the device; by default the CPU.
+        dtype: by default float32 (the file is float16).
 
     Returns:
         The bridge, in eval mode.
@@ -57,17 +57,17 @@ def load_packaged(
 
 
 def packaged_task(name: str = "bb-3l") -> BigramBackcopy:
-    """The task a packaged model was trained on, from the tables stored with its weights."""
+    """Return the task of a packaged model, from the tables stored with its weights."""
     return load_model(packaged_file(name))[1]
 
 
 def packaged_recipe(name: str = "bb-3l") -> dict[str, Any]:
-    """How a packaged model was trained (configuration, source, machine) and its log."""
+    """Return how a packaged model was trained (configuration, source, machine) and its log."""
     return json.loads(packaged_file(name).with_suffix(".json").read_text("utf-8"))
 
 
 def packaged_file(name: str) -> Path:
-    """The weights file of a packaged model."""
+    """Return the weights file of a packaged model."""
     if name not in PACKAGED:
         raise ModelError(
             f"There is no packaged toy model {name!r}; there are {', '.join(PACKAGED)}."
@@ -80,9 +80,9 @@ def export(run: Run, folder: str | Path, name: str, **notes: str | float) -> Pat
 
     Args:
         run: a finished run.
-        folder: where to.
-        name: as what.
-        notes: what else the recipe should say (machine, seconds, ...).
+        folder: the output folder.
+        name: the model's name.
+        notes: further entries of the recipe (machine, seconds, ...).
 
     Returns:
         the weights file.
@@ -120,12 +120,12 @@ def _short(value: str | int | float) -> str | int | float:
 def task_texts(
     prompts: int = 16, length: int = 256, seed: int = 0, task: BigramBackcopy | None = None
 ) -> Texts:
-    """Sequences of a Bigram-Backcopy task as prompts for `scan`.
+    """Draw sequences of a Bigram-Backcopy task as prompts for `scan`.
 
     Args:
         prompts: Number of prompts.
         length: Tokens of each, BOS included.
-        seed: Of the draws.
+        seed: Seed of the draws.
         task: By default the task of the packaged model.
 
     Returns:

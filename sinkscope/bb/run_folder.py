@@ -1,4 +1,4 @@
-"""The folder of one training run: its checkpoint, its log and its snapshots, one writer at a time.
+"""The folder of one training run: checkpoint, log and snapshots, with one writer at a time.
 
 checkpoint.safetensors    the last saved state
 log.csv                   the measurements
@@ -25,7 +25,7 @@ _UNFINISHED = re.compile(
     r"\.(checkpoint|step-\d+|log|runs|summary)\.\w+\.[0-9a-f]{8}\.tmp"
     r"|(checkpoint\.safetensors|step-\d+\.safetensors|log\.csv)\.partial"
 )
-"""Unfinished files of older versions; `output.write_file` removes its own when it writes again."""
+"""Unfinished files of older versions; `output.write_file` removes its own on the next write."""
 
 
 class RunFolder:
@@ -39,7 +39,7 @@ class RunFolder:
         self.path = Path(path)
 
     def read(self) -> tuple[Checkpoint, Log] | None:
-        """The last saved state with the log up to its step, or None where no run was saved.
+        """Return the last saved state with the log up to its step, or None if no run was saved.
 
         Raises:
             ModelError: If a file is damaged, or the log is not the one of the checkpoint.
@@ -59,7 +59,7 @@ class RunFolder:
         """Save the log, the snapshot if this step is one of the configuration's, and the state.
 
         Raises:
-            ReportError: If a file cannot be written; the last saved state is still there.
+            ReportError: If a file cannot be written; the last saved state is kept.
         """
         log.write(self.path / LOG)
         if state.step in state.config.snapshots:
@@ -69,19 +69,19 @@ class RunFolder:
         save_checkpoint(self.path / CHECKPOINT, state)
 
     def snapshot(self, step: int) -> Path:
-        """The file that keeps the weights of a step."""
+        """Return the file with the weights after a step."""
         return self.path / f"step-{step:06d}.safetensors"
 
 
 @contextmanager
 def exclusive(folder: str | Path) -> Iterator[None]:
-    """Make the folder, and be the only process that trains there until the block ends.
+    """Create the folder, and lock it for training until the context ends.
 
     Temporary files that a killed run left in the folder are removed.
 
     Raises:
         ModelError: If another process trains there.
-        ReportError: If the folder cannot be made or written to.
+        ReportError: If the folder cannot be created or written to.
     """
     folder = Path(folder)
     try:

@@ -1,8 +1,8 @@
 """The base process of the Bigram-Backcopy task: a marginal and a transition matrix.
 
-A source is two tables of numbers, so that runs, checkpoints and tests can contain theirs. The
-default one was counted on the help texts that come with Python and is stored as counts beside this
-file, since those texts change between Python versions and the results must not.
+A source is two tables of numbers, so that runs, checkpoints and tests can include theirs. The
+default one was counted on the help texts that come with Python, and is stored as counts beside this
+file, since those texts change between Python versions.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class BigramSource:
         marginal: how often each symbol occurs [probability].
         transition: P(next | symbol), one row per symbol [probability].
         symbols: the text of each symbol, when the chain was counted on a text.
-        name: a human name that reports print.
+        name: a readable name that reports print.
 
     Raises:
-        TextError: when the tables do not fit each other or are no probabilities.
+        TextError: when the tables do not match or are not probabilities.
     """
 
     marginal: Float[Tensor, "symbol"]
@@ -74,7 +74,7 @@ class BigramSource:
         symbols: Sequence[str] | None = None,
         name: str = "custom",
     ) -> BigramSource:
-        """Normalise a table of bigram counts; a symbol that nothing follows gets the marginal."""
+        """Normalise a table of bigram counts; symbols without a successor get the marginal."""
         counts = counts.double()
         followed = counts.sum(1)
         if followed.sum() == 0:
@@ -92,9 +92,9 @@ class BigramSource:
 
     @classmethod
     def from_file(cls, path: str | Path, symbols: int = PAPER_SYMBOLS) -> BigramSource:
-        """Count character bigrams in a UTF-8 text file; the source bears the file's name.
+        """Count character bigrams in a UTF-8 text file; the source is named after the file.
 
-        Line breaks count as one character whatever the system wrote, and a byte-order mark as none.
+        Line breaks of any system count as one character, and a byte-order mark is ignored.
 
         Raises:
             TextError: If the file cannot be read, or has fewer than two distinct characters.
@@ -108,7 +108,7 @@ class BigramSource:
 
     @classmethod
     def english(cls) -> BigramSource:
-        """English prose about Python, counted once and shipped as numbers (see its provenance)."""
+        """Return the counts of English prose about Python that come with sinkscope."""
         stored = json.loads(files("sinkscope.bb").joinpath("data", ENGLISH).read_text("utf-8"))
         return cls.from_counts(torch.tensor(stored["counts"]), stored["symbols"], "english")
 
@@ -123,13 +123,13 @@ class BigramSource:
             rows = torch.distributions.Gamma(shape, torch.ones_like(shape)).sample() + 1e-12
         transition = rows / rows.sum(1, keepdim=True)
         marginal = torch.full((symbols,), 1.0 / symbols, dtype=torch.float64)
-        for _ in range(1000):  # the chain's own stationary distribution
+        for _ in range(1000):  # the chain's stationary distribution
             marginal = marginal @ transition
         return cls(marginal / marginal.sum(), transition, None, f"synthetic(seed={seed})")
 
 
 def count_bigrams(text: str, symbols: int) -> tuple[str, Int[Tensor, "symbol next"]]:
-    """Count which of the most frequent characters follows which.
+    """Count bigrams of the most frequent characters.
 
     Returns:
         the kept characters, most frequent first, and the counts [symbol next].
@@ -147,10 +147,9 @@ def count_bigrams(text: str, symbols: int) -> tuple[str, Int[Tensor, "symbol nex
 
 
 def python_prose() -> str:
-    """The prose of the running Python's own help topics, markup and code examples left out.
+    """Return the prose of the running Python's help topics, without markup and code examples.
 
-    This is what the shipped English counts were made from; under another Python version it
-    differs slightly.
+    The packaged English counts were made from it; it differs slightly between Python versions.
     """
     from pydoc_data.topics import topics
 

@@ -1,11 +1,11 @@
 """The Bigram-Backcopy task (Guo et al. 2024, arXiv 2410.13835, §2), generated and solved exactly.
 
 Most symbols are followed as in a character bigram. After a *trigger* symbol the chain instead
-copies the symbol that stood before the trigger: `x[t+1] = x[t-1]`. A head that serves the triggers
-has nothing to do anywhere else, and that is where the attention sink grows.
+copies the symbol before the trigger: `x[t+1] = x[t-1]`. A head that handles the triggers has
+nothing to do at other queries, at which the attention sink forms.
 
-The pair (x[t-1], x[t]) is a Markov chain, so everything that can be asked of the task (Bayes loss,
-trigger share, entropies) follows from pushing V x V probabilities forward, without sampling.
+The pair (x[t-1], x[t]) is a Markov chain, so its exact properties (Bayes loss, trigger share,
+entropies) are computed by propagating V x V probabilities, without sampling.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from torch import Tensor
 from sinkscope.bb.source import BigramSource
 from sinkscope.errors import TextError
 
-# Prompts drawn at once, at most: the chain is sequential in positions, so width is what is free.
+# Most prompts drawn at once: the chain is sequential in positions, so only prompts are parallel.
 WIDTH = 2**17
 
 
 class BigramBackcopy:
     """Bigram-Backcopy over a bigram source.
 
-    Ids 0 … V-1 are the source's symbols, V is BOS and V+1 a delimiter that is never emitted (the
-    reference has it too, so that 65 symbols make a vocabulary of 67).
+    Ids 0 … V-1 are the source's symbols, V is BOS and V+1 a delimiter that is never emitted (as in
+    the reference, where 65 symbols make a vocabulary of 67).
 
     With `bos` other than 1 the vocabulary differs from the reference's, where every BOS token has
-    an id of its own: V + bos + 1 ids (66 without BOS; 68 with two, `<s_0>` and `<s_1>`). Here it is
-    always V + 2, and several BOS tokens are the same id several times.
+    its own id: V + bos + 1 ids (66 without BOS; 68 with two, `<s_0>` and `<s_1>`). Here it is
+    always V + 2, and all BOS tokens have the same id.
 
     Args:
         source: The base process; by default the English counts that come with sinkscope.
-        triggers: How many of the most frequent symbols are triggers (the paper's k), or their ids.
-        bos: How many BOS tokens a sequence begins with (the paper: 1; 0 and 2 are its ablations).
+        triggers: Number of most frequent symbols that are triggers (the paper's k), or their ids.
+        bos: Number of BOS tokens at the start of a sequence (the paper: 1, and 0 and 2 as
+            ablations).
 
     Raises:
-        TextError: If a trigger is no symbol, or all symbols are triggers.
+        TextError: If a trigger is not a symbol, or all symbols are triggers.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class BigramBackcopy:
 
     @cached_property
     def is_trigger(self) -> Bool[Tensor, "vocab"]:
-        """Which token ids are triggers."""
+        """Mask of the token ids that are triggers."""
         flags = torch.zeros(self.vocab, dtype=torch.bool)
         flags[list(self.triggers)] = True
         return flags
@@ -79,9 +80,9 @@ class BigramBackcopy:
 
     @cached_property
     def _edges(self) -> Float[Tensor, "edge"]:
-        """Inverse CDFs of every row laid end to end: row x fills the interval [x, x+1).
+        """Inverse CDFs of all rows, concatenated: row x fills the interval [x, x+1).
 
-        One sorted list means one binary search per draw, whatever the row. Row V is the start.
+        In one sorted list a draw is one binary search for any row. Row V is the start.
         """
         rows = torch.cat([self.source.transition, self.start[None]])
         cdf = rows.cumsum(1)
@@ -119,10 +120,10 @@ class BigramBackcopy:
     def oracle(
         self, tokens: Int[Tensor, "prompt position"]
     ) -> Float[Tensor, "prompt position symbol"]:
-        """The true distribution of the next symbol after each position [probability].
+        """Return the true distribution of the next symbol after each position [probability].
 
-        It is one-hot after a trigger. A second BOS, where the task has one, counts as known: its
-        query gets the row of the first symbol, and no risk is ever computed on BOS queries.
+        It is one-hot after a trigger. A second BOS, if the task has one, counts as known: its query
+        gets the row of the first symbol; risks are never computed on BOS queries.
         """
         device = tokens.device
         rows = torch.cat([self.source.transition, self.start[None]]).to(device)
@@ -135,7 +136,7 @@ class BigramBackcopy:
     def statistics(self, length: int) -> ChainStatistics:
         """Solve the task exactly for `length` queries (positions 0 … length-1).
 
-        Pushes the joint distribution of (x[t-1], x[t]) forward one position at a time.
+        Propagates the joint distribution of (x[t-1], x[t]) position by position.
         """
         transition = self.source.transition
         is_trigger = self.is_trigger[: self.symbols]
@@ -202,8 +203,8 @@ class ChainStatistics:
 class Batches:
     """An endless, seeded, random-access stream of fresh batches: `batches[step]`.
 
-    Batch `step` depends on (seed, step) alone: a resumed run sees what the killed one would have.
-    Neighbouring batches are drawn together, which amortises the sequential loop over positions.
+    Batch `step` depends only on (seed, step), so a resumed run gets the same batches.
+    Neighbouring batches are drawn together, to amortise the sequential loop over positions.
     """
 
     def __init__(
@@ -232,6 +233,6 @@ class Batches:
 
 
 def mixed_seed(*parts: int) -> int:
-    """One well-spread 63-bit seed from several small non-negative integers."""
+    """Mix several small non-negative integers into one 63-bit seed."""
     state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
     return int(state) >> 1

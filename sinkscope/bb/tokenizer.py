@@ -13,10 +13,10 @@ BOS, DELIMITER = "<s>", "<d>"
 
 
 def make_tokenizer(task: BigramBackcopy) -> PreTrainedTokenizerFast | None:
-    """One token per character, with BOS in front; None if the source's symbols have no text.
+    """Make a tokenizer with a token per character and BOS in front; None for symbols without text.
 
-    Characters that the source does not have become the delimiter, which the task never emits and on
-    which the model was therefore never trained.
+    Unknown characters become the delimiter, which the task never emits and on which the model was
+    therefore not trained.
     """
     if task.source.symbols is None or any(len(symbol) != 1 for symbol in task.source.symbols):
         return None

@@ -1,8 +1,8 @@
-"""Train a toy model, and measure sink, value drain and residual peak while it trains.
+"""Train a toy model, and measure sink, value drain and residual peak during training.
 
-A run is a function of its configuration, its source and the starting weights, if any were given:
-other weights come from the seed, and batch t from (seed, t). A run that was killed and resumed on
-the same machine therefore ends on the same bits as one that was not. Start at `train`.
+A run is determined by its configuration, its source and any given starting weights; otherwise
+weights are drawn from the seed, and batch t from (seed, t). A run that is killed and resumed on the
+same machine therefore ends with bitwise the same weights. The entry point is `train`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 MAY_CHANGE = ("steps", "measure_every", "save_every", "snapshots")
 """Settings that may differ between a run and its resumption."""
-EVALUATION = 2**31  # a seed stream that training never draws from
+EVALUATION = 2**31  # a seed stream not used in training
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Run:
 
     Attributes:
         config: Its configuration.
-        task: What it was trained on.
+        task: The task.
         model: The trained model, fp32, in evaluation mode.
         log: Its measurements.
     """
@@ -62,7 +62,7 @@ class Run:
     log: Log
 
     def to_frame(self) -> pd.DataFrame:
-        """The log as a tidy frame with the columns step, metric, layer, head and value."""
+        """Return the log as a tidy frame with the columns step, metric, layer, head and value."""
         return self.log.to_frame()
 
     def frame(self) -> pd.DataFrame:
@@ -80,14 +80,14 @@ def train(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Run:
-    """Train one model, or resume the run that `folder` holds.
+    """Train one model, or resume the run in `folder`.
 
     Args:
         config: The run; by default the paper's one-layer model and settings.
-        folder: Where the checkpoint, the log and snapshots are kept; None keeps nothing on disk.
+        folder: Folder for the checkpoint, the log and snapshots; None saves nothing.
         source: The bigram source; by default the English counts that come with sinkscope.
-        start: Begin from these weights instead of the seed's; quantities that are clamped keep the
-            values that *this* model computes.
+        start: Starting weights instead of the seed's; clamped quantities keep the values that
+            *this* model computes.
         device: By default the GPU if there is one.
         progress: Show a bar with the loss and the three phenomena.
 
@@ -96,9 +96,9 @@ def train(
 
     Raises:
         ModelError: If `folder` holds a run with another configuration, source or start, or with
-            more steps, or a damaged one; if another process trains there; if a snapshot is asked
-            for at a step that the run does not reach; if there is no such device.
-        ReportError: If a file cannot be written; the last saved state is still there.
+            more steps, or a damaged one; if another process trains there; if a snapshot is
+            requested beyond the last step; if there is no such device.
+        ReportError: If a file cannot be written; the last saved state is kept.
     """
     config = config if config is not None else TrainConfig()
     task = BigramBackcopy(source, config.triggers, config.bos)
@@ -111,7 +111,7 @@ def train(
 
 
 class Trainer:
-    """The moving parts of one run, and the loop."""
+    """The state of one run, and the training loop."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class Trainer:
         self.folder: RunFolder | None = None
         on_gpu = self.device.type == "cuda"
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
-        # The tap of a clamp is a new closure every batch, which a compiled graph would re-trace.
+        # The tap of a clamp is a new closure every batch, which a compiled graph would retrace.
         wanted = on_gpu if config.compile is None else config.compile
         compiled = wanted and self.clamp is None
         self.loss = torch.compile(next_token_loss) if compiled else next_token_loss
@@ -185,7 +185,7 @@ class Trainer:
             )
 
     def _refuse_missed_snapshots(self, folder: RunFolder, begun: int) -> None:
-        """Refuse snapshots of steps before `begun`, unless they were kept."""
+        """Refuse snapshots of steps before `begun`, unless they exist."""
         for step in self.config.snapshots:
             if step < begun and not folder.snapshot(step).exists():
                 raise ModelError(
@@ -194,10 +194,10 @@ class Trainer:
                 )
 
     def run(self, progress: bool) -> None:
-        """Measure, save and step until the last step is done.
+        """Measure, save and train until the last step.
 
         Raises:
-            KeyboardInterrupt: After Ctrl-C, once the current step is done and saved.
+            KeyboardInterrupt: After Ctrl-C, once the current step is finished and saved.
         """
         config = self.config
         bar = tqdm(
@@ -258,7 +258,7 @@ class Trainer:
 
 
 def _fingerprint(model: BackcopyTransformer) -> str:
-    """Hexadecimal SHA-256 of a model's weights."""
+    """Return the hexadecimal SHA-256 of a model's weights."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
@@ -268,7 +268,7 @@ def _fingerprint(model: BackcopyTransformer) -> str:
 def next_token_loss(
     model: BackcopyTransformer, tokens: Int[Tensor, "prompt position"], tap: Tap = no_tap
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy of every next token, the one after BOS included [nat]."""
+    """Return the mean cross-entropy of all next tokens, including the one after BOS [nat]."""
     logits = model(tokens[:, :-1], tap=tap)
     return F.cross_entropy(
         rearrange(logits.float(), "b t v -> (b t) v"), rearrange(tokens[:, 1:], "b t -> (b t)")
@@ -276,7 +276,7 @@ def next_token_loss(
 
 
 def summary(found: Phenomena, loss: Tensor | None) -> str:
-    """The progress bar's text: loss, sink, drain and peak of the strongest head and layer."""
+    """Return the progress bar's text: loss, and the strongest sink, drain and peak."""
     parts = [
         f"loss {loss.item():.3f}" if loss is not None else "",
         f"sink {found.sink_attention.nan_to_num(-1).max():.2f}",
@@ -289,11 +289,12 @@ def summary(found: Phenomena, loss: Tensor | None) -> str:
 
 @contextmanager
 def waiting_interrupt() -> Iterator[Callable[[], bool]]:
-    """Defer Ctrl-C until a training step is over, so that what is saved is whole.
+    """Defer Ctrl-C until the end of a training step, so that the saved state is consistent.
 
     Yields:
-        A function that says whether Ctrl-C was pressed; pressed again, it raises KeyboardInterrupt
-        at once. In other threads, or under another handler of SIGINT, nothing changes.
+        A function that returns whether Ctrl-C was pressed; pressed again, it raises
+        KeyboardInterrupt at once. In other threads, or under another handler of SIGINT, nothing
+        changes.
     """
     came = False
 
@@ -316,13 +317,13 @@ def waiting_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def load_model(path: str | Path) -> tuple[BackcopyTransformer, BigramBackcopy]:
-    """The model and the task of a checkpoint or snapshot file.
+    """Load the model and the task of a checkpoint or snapshot file.
 
     Returns:
         The model, fp32 on the CPU and in evaluation mode, and its task.
 
     Raises:
-        ModelError: If there is no such file, or it is damaged or no checkpoint of this task.
+        ModelError: If there is no such file, or it is damaged or not a checkpoint of this task.
     """
     saved = load_checkpoint(path)
     model = BackcopyTransformer(saved.config.model)
