@@ -76,7 +76,7 @@ def on_sink(pattern: Float[Tensor, "*row query key"]) -> Float[Tensor, "*row que
 def clean(
     pattern: Float[Tensor, "prompt query key"], is_trigger: Bool[Tensor, "prompt query"]
 ) -> Float[Tensor, "prompt query key"]:
-    """Return the theoretical pattern: trigger queries attend to the previous token, others to BOS."""
+    """Return the theoretical pattern: triggers attend to the previous token, others to BOS."""
     length = pattern.shape[-1]
     previous = torch.eye(length, device=pattern.device, dtype=pattern.dtype).roll(-1, dims=1)
     return torch.where(is_trigger[..., None], previous, on_sink(pattern))

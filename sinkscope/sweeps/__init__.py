@@ -1,16 +1,16 @@
-"""Many measurements at once: models × texts × lengths × interventions, each kept in its own file.
+"""Sweeps: models × texts × lengths × interventions, with each result saved in its own file.
 
 =============== ==============================================================================
 `grid`          the cells of a sweep, from Python or a YAML file
-`fingerprint`   what decides a cell's numbers, as a hash that names its files
-`folder`        the folder or object store that the cells are kept in
-`cell`          one process's work: load a model once, measure its cells one by one
-`deal`          hand cells to workers, and again where one is lost
+`fingerprint`   a hash of everything a cell's values depend on, which names its files
+`folder`        the folder or object store with the cells
+`cell`          a worker: loads a model once and measures its cells one by one
+`deal`          assigns cells to workers, again if one is lost
 `processes`     workers on this machine
 `on_ray`        workers on a Ray cluster
-`run`           `sweep`: plan, measure what is missing, say what failed
-`memory`        what a model needs, estimated from its files
-`view`          `open_sweep`: all cells as one labelled thing
+`run`           `sweep`: plans, measures the missing cells, reports failures
+`memory`        memory of a model, estimated from its files
+`view`          `open_sweep`: all cells as one labelled collection
 `monitor`       `Monitor` and `SinkCallback`: the same files, written while a model trains
 =============== ==============================================================================
 """
@@ -22,9 +22,9 @@ import lazy_loader
 
 
 def _import_without_drawing(module: str) -> None:
-    """Import a module that draws from Python's random generator, and put its state back.
+    """Import a module that uses Python's random generator, and restore the generator's state.
 
-    A monitor is often made when a training run was seeded already, and has to leave no trace in it.
+    A monitor is often made after a training run was seeded, which it must not affect.
     """
     state = random.getstate()
     importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""One cell, and the process that measures cells: it loads a model once for all cells in a row."""
+"""Cells, and the worker that measures them, loading a model once for consecutive cells."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MEASURED, KEPT, FAILED, BUSY = "measured", "kept", "failed", "busy"
 
 @dataclass(frozen=True)
 class Cell:
-    """A case with the request and name of its files.
+    """A case with its request and file name.
 
     Attributes:
         case: What to measure.
-        request: What its numbers depend on.
-        name: Of its files.
+        request: What its values depend on.
+        name: Name of its files.
     """
 
     case: Case
@@ -39,16 +39,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell.
+    """The outcome of a cell.
 
     Attributes:
-        name: The cell's.
-        state: "measured", "kept" (it was there already), "failed", or "busy" (another process
-            measures it).
+        name: Name of the cell.
+        state: "measured", "kept" (it existed already), "failed", or "busy" (another process is
+            measuring it).
         reason: Why it failed.
         loaded: Whether a model was loaded for it.
-        seconds: All the time that the worker spent on it.
-        measuring: The part of it that `load_model`, `scan` or the experiment took.
+        seconds: Total time that the worker spent on it.
+        measuring: The part of it in `load_model`, `scan` or the experiment.
     """
 
     name: str
@@ -61,28 +61,28 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Run:
-    """What became of the cells of one call of `sweep`.
+    """The outcomes of the cells of one call of `sweep`.
 
     Attributes:
-        outcomes: By the cells' names, those that were there before included.
+        outcomes: Outcomes by the cells' names, including cells that existed before.
     """
 
     outcomes: dict[str, Outcome]
 
     def count(self, state: str) -> int:
-        """How many cells have a state: "measured", "kept" or "failed"."""
+        """Return the number of cells with a state: "measured", "kept" or "failed"."""
         return sum(outcome.state == state for outcome in self.outcomes.values())
 
     @property
     def loads(self) -> int:
-        """How many times a model was loaded."""
+        """Number of times that a model was loaded."""
         return sum(outcome.loaded for outcome in self.outcomes.values())
 
     @property
     def overhead(self) -> float:
-        """Mean time of a measured cell beside loading and measuring [s]; nan where there is none.
+        """Mean time of a measured cell beyond loading and measuring [s]; nan if there is none.
 
-        It is the worker's: locks, files, the hash of what is in hand.
+        This is time of the worker: locks, files, hashes.
         """
         spent = [
             outcome.seconds - outcome.measuring
@@ -92,7 +92,7 @@ class Run:
         return sum(spent) / len(spent) if spent else float("nan")
 
     def summary(self) -> str:
-        """Counts, and why cells failed."""
+        """Return counts by state, and why cells failed."""
         parts = [f"{self.count(state)} {state}" for state in (MEASURED, KEPT, FAILED)]
         lines = [f"{listed(parts)}; {counted(self.loads, 'model load')}."]
         reasons: dict[str, int] = {}
@@ -104,11 +104,11 @@ class Run:
 
 
 class Worker:
-    """Measures one cell after the other; a model stays loaded until a cell of another one comes.
+    """Measures one cell after another; a model stays loaded until a cell of another model.
 
     Args:
         place: The sweep's folder or URL.
-        device: Where models go; by default a GPU if there is one.
+        device: Device of the models; by default a GPU if there is one.
     """
 
     def __init__(self, place: str, device: str | None = None) -> None:
@@ -120,7 +120,7 @@ class Worker:
         self._texts: dict[str, Texts] = {}
 
     def measure(self, cell: Cell) -> Outcome:
-        """Measure a cell and keep it, or say why that failed."""
+        """Measure a cell and save it, or record why that failed."""
         begun = time.perf_counter()
         self._loaded, self._measuring = False, 0.0
         reason = ""
@@ -133,7 +133,7 @@ class Worker:
                     state = MEASURED
         except Busy:
             state = BUSY
-        except Exception as error:  # whatever a model or an experiment may raise
+        except Exception as error:  # any error of a model or an experiment
             state, reason = FAILED, _sentence(error)
             trace = "" if isinstance(error, SinkscopeError) else traceback.format_exc()
             self._folder.write_failure(cell.name, cell.case.columns, reason, trace)
@@ -141,7 +141,7 @@ class Worker:
         return Outcome(cell.name, state, reason, self._loaded, seconds, self._measuring)
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         self._key = self._model = self._broken = None
         self._texts.clear()
         gc.collect()
@@ -170,7 +170,7 @@ class Worker:
             )
 
     def _bridge(self, model: Model) -> Any:
-        """The model, loaded unless it is the last one; one that failed to load is not tried again.
+        """Load the model unless it is loaded already; one that failed to load is not tried again.
 
         Raises:
             SinkscopeError: If it cannot be loaded.
@@ -181,7 +181,7 @@ class Worker:
             self._key, self._loaded = model.key, True
             try:
                 self._model = model.load(self._device)
-            except Exception as error:  # of the files, of the memory, of code with the checkpoint
+            except Exception as error:  # from files, memory, or the checkpoint's code
                 self._broken = error
             self._measuring += time.perf_counter() - begun
         if self._broken is not None:
@@ -189,7 +189,7 @@ class Worker:
         return self._model
 
     def _tokenised(self, model: Any, cell: Cell) -> Texts:
-        """The prompts, tokenised once for all cells of this model on the same text."""
+        """Tokenise the prompts, once for all cells of this model on the same text."""
         key = str(cell.request["texts"])
         if key not in self._texts:
             self._texts[key] = cell.case.texts.tokenize(model)
@@ -197,7 +197,7 @@ class Worker:
 
 
 def _quietly(case: Case) -> dict[str, Any]:
-    """The experiment's options, without a bar of its own where it has one."""
+    """Return the experiment's options, with its progress bar disabled."""
     import inspect
 
     takes = inspect.signature(case.task.function()).parameters

@@ -1,10 +1,11 @@
-"""Hand cells to workers so that each model is loaded at most once per worker.
+"""Assign cells to workers so that each model is loaded at most once per worker.
 
-1. A worker that becomes idle gets the next cell of the model that it holds.
-2. If there is none left, it gets a cell of a model that no worker holds, the one with most cells
-   first; then one of a model that others hold, if more cells of it are left than workers hold it.
-3. A worker that is lost (killed, out of memory) is replaced, and its cell is handed out again,
-   three times at most. A cell that another sweep is measuring is asked for again a second later.
+1. An idle worker gets the next cell of its loaded model.
+2. If there is none left, it gets a cell of a model that no worker has loaded, the one with most
+   cells first; then one of a model of other workers, if more cells of it are left than workers have
+   it.
+3. A worker that is lost (killed, out of memory) is replaced, and its cell is assigned again, three
+   times at most. A cell that another sweep is measuring is tried again a second later.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from typing import Protocol, runtime_checkable
 from sinkscope.sweeps.cell import BUSY, FAILED, Cell, Outcome, Worker
 
 _ATTEMPTS = 3
-_AGAIN = 1.0  # seconds until a cell that another sweep measures is asked for again
+_AGAIN = 1.0  # seconds until a cell that another sweep measures is tried again
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker ended before it answered.
+    """A worker that ended before it answered.
 
     Attributes:
-        reason: What is known of why.
+        reason: Why, as far as known.
     """
 
     reason: str
@@ -34,18 +35,18 @@ class Lost:
 
 @runtime_checkable
 class Pool(Protocol):
-    """Workers somewhere else."""
+    """Protocol of a pool of workers."""
 
     def start(self) -> Hashable:
-        """Start a worker; its name."""
+        """Start a worker and return its name."""
         ...
 
     def submit(self, worker: Hashable, cell: Cell) -> None:
-        """Have an idle worker measure a cell."""
+        """Send a cell to an idle worker."""
         ...
 
     def wait(self, seconds: float | None) -> Iterator[tuple[Hashable, Outcome | Lost]]:
-        """The answers that have come; at least one, unless the time is over."""
+        """Yield the available answers; at least one, unless the time is over."""
         ...
 
     def close(self) -> None:
@@ -107,7 +108,7 @@ def deal(cells: Sequence[Cell], pool: Pool, workers: int) -> Iterator[Outcome]:
 
 
 class Hands:
-    """Which cells are left, by model, and which worker holds which model."""
+    """Tracks which cells are left, by model, and which worker has loaded which model."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self._left: dict[str, deque[Cell]] = {}
@@ -118,11 +119,11 @@ class Hands:
 
     @property
     def left(self) -> int:
-        """Cells that nobody has been handed, or that have to be handed out again."""
+        """Number of cells to assign, including those to assign again."""
         return sum(map(len, self._left.values())) + len(self._later)
 
     def next(self, worker: Hashable) -> Cell | None:
-        """The cell that an idle worker should measure; None if there is none for it now."""
+        """Return the cell that an idle worker should measure; None if there is none at present."""
         while self._later and self._later[0][0] <= time.monotonic():
             self.again(self._later.popleft()[1])
         key = self._chosen(worker)
@@ -132,19 +133,19 @@ class Hands:
         return self._left[key].popleft()
 
     def again(self, cell: Cell) -> None:
-        """Have a cell handed out again."""
+        """Assign a cell again."""
         self._left.setdefault(cell.case.model.key, deque()).append(cell)
 
     def later(self, cell: Cell) -> None:
-        """Have a cell handed out again after a second."""
+        """Assign a cell again after a second."""
         self._later.append((time.monotonic() + _AGAIN, cell))
 
     def waiting(self) -> bool:
-        """Whether cells are left that only time makes available."""
+        """Whether cells are left that become available later."""
         return bool(self._later)
 
     def forget(self, worker: Hashable) -> None:
-        """A worker was lost, and the model that it held with it."""
+        """Remove a lost worker with its loaded model."""
         self._held.pop(worker, None)
 
     def _chosen(self, worker: Hashable) -> str | None:

@@ -1,10 +1,10 @@
-"""What decides the numbers of a cell, known before its model is loaded.
+"""What the values of a cell depend on, determined before its model is loaded.
 
-The request of a cell (see `experiments.resume`) holds the model by its weights, the texts by their
-content, the interventions, what is measured, and the version of sinkscope. Its hash is the cell's
-name, so that a changed setting is another cell and a copied folder of weights is not. What merging
-two reports does not ask for is left out here too: the device, and the versions of other libraries,
-which the report records.
+The request of a cell (see `experiments.resume`) contains the model by its weights, the texts by
+their content, the interventions, the metrics, and the version of sinkscope. Its hash is the cell's
+name, so that a changed setting makes a new cell and a copied folder of weights does not. As in
+merging reports, the device and the versions of other libraries are not included; the report records
+them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OF_TRAINING = ("trainer_state.json", "training_args.bin", "optimizer.bin", "sch
 
 
 class Fingerprints:
-    """Requests of cells; each model's files are read once, and remembered while they are the same.
+    """Makes requests of cells; the hash of each model's files is cached while they are unchanged.
 
     Args:
         place: The sweep's folder, for messages.
@@ -45,10 +45,10 @@ class Fingerprints:
         self._files = _Hashes()
 
     def request(self, case: Case) -> Request:
-        """Everything that the case's numbers depend on.
+        """Return everything that the case's values depend on.
 
         Raises:
-            ModelError: If its model is not there.
+            ModelError: If its model does not exist.
             ReportError: If the model is in memory and hooks are on it.
         """
         task = {"experiment": case.task.experiment, **case.task.options}
@@ -63,7 +63,7 @@ class Fingerprints:
         }
 
     def save(self) -> None:
-        """Remember the hashes of files for the next sweep."""
+        """Save the hashes of files for the next sweep."""
         self._files.save()
 
     def _model(self, model: Model) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Fingerprints:
         return f"{spec} at {find_on_hub(spec, revision, 'give a model folder.').revision}"
 
     def _folder(self, folder: Path) -> str:
-        """A hash of the weights, settings and tokenizer in a folder, whatever it is called."""
+        """Hash the weights, settings and tokenizer in a folder, independently of its name."""
         patterns = (*_WEIGHTS, *_BESIDE)
         files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
         files = [file for file in files if file.is_file() and file.name not in _OF_TRAINING]
@@ -120,13 +120,13 @@ class Fingerprints:
 
 
 def name_of(request: Request) -> str:
-    """The name of a cell's files: twenty hexadecimal digits of its request's hash."""
+    """Return the name of a cell's files: twenty hexadecimal digits of its request's hash."""
     plain = json.dumps(json.loads(as_json(request)), sort_keys=True)
     return hashlib.sha256(plain.encode()).hexdigest()[:20]
 
 
 def _own_metrics(metrics: list[str]) -> dict[str, str]:
-    """A hash of the source of each metric that is the user's own.
+    """Hash the source of each user-defined metric.
 
     Raises:
         SinkscopeError: If its source cannot be found.
@@ -140,15 +140,15 @@ def _own_metrics(metrics: list[str]) -> dict[str, str]:
             source = "\n".join(map(inspect.getsource, own))
         except (OSError, TypeError) as error:
             raise SinkscopeError(
-                f"The metric {metric} is your own and its source cannot be found, so that nothing "
-                "tells its cells from those of an earlier version; put it into a file."
+                f"The metric {metric} is user-defined and its source cannot be found, so its cells "
+                f"cannot be distinguished from those of an earlier version; put it into a file."
             ) from error
         found[metric] = hashlib.sha256(source.encode()).hexdigest()[:16]
     return found
 
 
 class _Hashes:
-    """SHA-256 of files, read again only where size or time have changed."""
+    """SHA-256 of files, computed again only if size or time have changed."""
 
     def __init__(self) -> None:
         self._file = cache_dir() / "file-hashes.json"
@@ -156,11 +156,11 @@ class _Hashes:
         self._new = False
         try:
             self._known = dict(json.loads(self._file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):  # not there yet, or damaged: made anew
+        except (OSError, ValueError, TypeError):  # missing or damaged: start a new one
             pass
 
     def of(self, path: Path) -> str:
-        """The file's hash.
+        """Return the file's hash.
 
         Raises:
             ModelError: If it cannot be read.
@@ -179,7 +179,7 @@ class _Hashes:
         return digest
 
     def save(self) -> None:
-        """Write what was read; a cache that cannot be written costs time only."""
+        """Write the cache, if possible; without it hashes are computed again."""
         if self._new:
             try:
                 self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,14 @@
-"""Where cells are kept: a folder, or an object store through fsspec.
+"""Storage of cells: a folder, or an object store through fsspec.
 
 NAME.request.json   what the cell was measured for, its grid columns and its sizes
 NAME.nc             a scan's report; of an experiment NAME.json, NAME.csv and NAME.html
 NAME.failed.json    why a cell could not be measured
-plan-HASH.json      a sweep's cells, so that what is missing is known
+plan-HASH.json      a sweep's cells, so that missing ones are known
 
-A cell is there where its request and its result are; each is written whole or not at all, the last
-one last. In a folder a lock on each cell keeps two sweeps from measuring it at once. Object stores
-have no locks: two sweeps may then measure a cell twice, and the later upload, which is equal,
-replaces the other.
+A cell exists if its request and its result do; each file is written atomically, the result last. In
+a folder a lock on each cell keeps two sweeps from measuring it at once. Object stores have no
+locks: two sweeps may then measure a cell twice, and the later upload, which is equal, replaces the
+other.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Folder:
     """Reads and writes the files of cells.
 
     Args:
-        place: A path, or a URL that fsspec knows, such as "s3://bucket/sweep".
+        place: A path, or a URL that fsspec supports, such as "s3://bucket/sweep".
 
     Raises:
         ReportError: If it cannot be used.
@@ -60,7 +60,7 @@ class Folder:
             raise ReportError(f"{place} cannot be used for a sweep: {error.strerror}.") from error
 
     def names(self) -> set[str]:
-        """Names of all files."""
+        """Return the names of all files."""
         if self._store is None:
             return {entry.name for entry in self.path.iterdir()}
         with _told(self.place):
@@ -70,12 +70,12 @@ class Folder:
             return {Path(entry).name for entry in self._store.ls(self._root, detail=False)}
 
     def has(self, name: str, experiment: str, among: set[str] | None = None) -> bool:
-        """Whether a cell was measured.
+        """Return whether a cell was measured.
 
         Args:
             name: The cell's.
-            experiment: What it measures.
-            among: The names of all files, where they are known.
+            experiment: Its experiment.
+            among: The names of all files, if known.
         """
         files = (name + REQUEST, name + _result(experiment))
         if among is not None:
@@ -83,7 +83,7 @@ class Folder:
         return all(map(self._exists, files))
 
     def fetched(self, file: str) -> Path:
-        """The path of a file, after it was downloaded if it is in an object store."""
+        """Return the path of a file, downloaded if it is in an object store."""
         path = self.path / file
         if self._store is not None and not path.exists():
             with _told(self.place):
@@ -92,7 +92,7 @@ class Folder:
         return path
 
     def json(self, file: str) -> dict[str, Any]:
-        """What a file of JSON holds.
+        """Read a JSON file.
 
         Raises:
             ReportError: If it is damaged.
@@ -108,7 +108,7 @@ class Folder:
 
     @contextlib.contextmanager
     def claimed(self, name: str) -> Iterator[None]:
-        """Inside, no other process measures this cell.
+        """Lock this cell against measurement by other processes.
 
         Raises:
             Busy: If one does.
@@ -119,10 +119,10 @@ class Folder:
     def write_report(
         self, name: str, request: Request, report: SinkReport, columns: dict[str, Any]
     ) -> None:
-        """Keep a scan's report, with its columns and sizes beside it."""
+        """Save a scan's report, with its columns and sizes beside it."""
         file = self.path / f"{name}.nc"
         if not (self.path / (name + REQUEST)).exists():
-            file.unlink(missing_ok=True)  # nothing says what such a report was measured for
+            file.unlink(missing_ok=True)  # the request of such a report is unknown
         with Kept(SinkReport, file, request) as kept:
             if kept.found is None:
                 kept.write(report, columns=columns, fields=fields_of(report))
@@ -132,7 +132,7 @@ class Folder:
     def write_result(
         self, name: str, request: Request, result: Any, columns: dict[str, Any]
     ) -> None:
-        """Keep an experiment's result."""
+        """Save an experiment's result."""
         files = [path.name for path in result.save(self.path / name)]
         record = {"request": request, "also": {"columns": columns}}
         write_file(self.path / (name + REQUEST), as_json(record, indent=1))
@@ -142,13 +142,13 @@ class Folder:
     def write_failure(
         self, name: str, columns: dict[str, Any], reason: str, trace: str = ""
     ) -> None:
-        """Keep why a cell could not be measured."""
+        """Record why a cell could not be measured."""
         record = {"columns": columns, "reason": reason, "trace": trace}
         write_file(self.path / (name + FAILED), as_json(record, indent=1))
         self._publish(name + FAILED)
 
     def write_plan(self, digest: str, cells: list[dict[str, Any]]) -> None:
-        """Keep which cells a sweep asked for."""
+        """Record the cells of a sweep."""
         file = f"{PLAN}{digest}.json"
         write_file(self.path / file, as_json({"cells": cells}, indent=1))
         self._publish(file)
@@ -176,7 +176,7 @@ class Folder:
 
 
 def fields_of(report: SinkReport) -> dict[str, Any]:
-    """Shape, dimensions and kind of every field that was measured."""
+    """Return shape, dimensions and kind of every measured field."""
     return {
         name: {
             "dims": report.variables()[name].dims,
@@ -188,7 +188,7 @@ def fields_of(report: SinkReport) -> dict[str, Any]:
 
 
 def _result(experiment: str) -> str:
-    """The suffix of the file that holds a cell's numbers."""
+    """Return the suffix of the file with a cell's result."""
     return ".nc" if experiment == SCAN else ".json"
 
 
@@ -207,9 +207,9 @@ def _opened(place: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _told(place: str) -> Iterator[None]:
-    """Turn what an object store raises into one sentence."""
+    """Turn errors of an object store into one sentence."""
     try:
         yield
-    except Exception as error:  # each store has exceptions of its own
+    except Exception as error:  # each store has its own exceptions
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ReportError(f"{place} cannot be read or written: {reason}.") from error

@@ -1,4 +1,4 @@
-"""The grid of a sweep: what to measure on which model, with which texts, under what.
+"""The grid of a sweep: models, texts, interventions, and what to measure.
 
 `axes` reads what Python or a YAML file names; `combined` gives every combination as a `Case`, which
 has not been looked up yet: no model is loaded and no text is tokenised.
@@ -40,7 +40,7 @@ COLUMNS = ("model", "checkpoint", "texts", "length", "intervention", "experiment
 """The columns of the grid."""
 
 SCAN = "scan"
-"""What a cell without an experiment is called."""
+"""Name of a cell without an experiment."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Model:
     """A model of a sweep.
 
     Attributes:
-        label: What the grid's column says; several checkpoints of one model share it.
+        label: Its name in the grid's column, shared by checkpoints of one model.
         checkpoint: Training step, if it is known.
         spec: What `load_model` takes, or a snapshot of the toy model.
-        options: Of `load_model`, the device left out.
+        options: Options of `load_model`, without the device.
     """
 
     label: str
@@ -61,12 +61,12 @@ class Model:
 
     @property
     def in_memory(self) -> bool:
-        """Whether it is a model and not the name of one."""
+        """Whether it is a model rather than the name of one."""
         return isinstance(self.spec, nn.Module)
 
     @cached_property
     def key(self) -> str:
-        """Equal for models whose weights are loaded in the same way."""
+        """A key that is equal for models with the same weights and options."""
         spec = f"object {id(self.spec)}" if self.in_memory else str(self.spec)
         return json.dumps([spec, self.options], sort_keys=True, default=str)
 
@@ -83,10 +83,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Applied:
-    """An intervention by name, with arguments that JSON knows.
+    """An intervention by name, with JSON-compatible arguments.
 
     Attributes:
-        name: Of the class in `sinkscope.interventions`.
+        name: Name of the class in `sinkscope.interventions`.
         arguments: All but the model.
     """
 
@@ -98,7 +98,7 @@ class Applied:
         return f"{self.name}({inside})"
 
     def on(self, model: Any) -> Intervention:
-        """The intervention on a bridge, not entered yet."""
+        """Return the intervention on a bridge, not entered yet."""
         return getattr(known_interventions, self.name)(model, **self.arguments)
 
 
@@ -108,14 +108,14 @@ class Task:
 
     Attributes:
         experiment: "scan", or an experiment as "trace_peak" or "ablation.ablate_heads".
-        options: Of `scan` or of the experiment.
+        options: Options of `scan` or of the experiment.
     """
 
     experiment: str
     options: dict[str, Any]
 
     def function(self) -> Any:
-        """The experiment's function.
+        """Return the experiment's function.
 
         Raises:
             SinkscopeError: If there is none of that name.
@@ -153,7 +153,7 @@ class Case:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The values of the grid's columns."""
+        """Return the values of the grid's columns."""
         exact = isinstance(self.texts, Texts)
         return {
             "model": self.model.label,
@@ -165,7 +165,7 @@ class Case:
         }
 
     def interventions(self, model: Any) -> ExitStack:
-        """A context in which the case's interventions are in force on a bridge."""
+        """Return a context in which the case's interventions are active on a bridge."""
         stack = ExitStack()
         try:
             for applied in self.applied:
@@ -177,10 +177,10 @@ class Case:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """The arguments of `sweep` that a YAML file holds.
+    """Read the arguments of `sweep` from a YAML file.
 
     Raises:
-        SinkscopeError: If it cannot be read, or is no mapping.
+        SinkscopeError: If it cannot be read, or is not a mapping.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -207,14 +207,14 @@ _SERIES = ("revision", "checkpoint")
 
 
 def models_of(given: Any, **common: Any) -> list[Model]:
-    """The models that an argument names.
+    """Return the models of an argument.
 
     Args:
         given: One model, a list of them, or a mapping from label to model. A model is what
             `load_model` takes, a snapshot of the toy model, a pattern such as
             "runs/checkpoint-*", or a mapping with "model" and options of `load_model`, of which
             "revision" and "checkpoint" may be lists.
-        common: Options for all models that do not say otherwise.
+        common: Default options of all models.
 
     Raises:
         SinkscopeError: If there is none, or one cannot be understood.
@@ -259,7 +259,7 @@ def _models(label: str | None, given: Any, common: dict[str, Any]) -> list[Model
 
 
 def _expanded(spec: str) -> list[str]:
-    """The files or folders of a pattern; by step where their names have one."""
+    """Expand a pattern to files or folders, sorted by step if their names have one."""
     if not any(mark in spec for mark in "*?["):
         return [spec]
     found = sorted(glob.glob(spec), key=lambda path: (_step(path, {}) or -1, path))
@@ -278,7 +278,7 @@ def _step(spec: str, options: dict[str, Any]) -> int | None:
 
 
 def _label(spec: str, step: int | None) -> str:
-    """The model's name; of checkpoints in files their folder."""
+    """Return the model's name; for checkpoints in files that of their folder."""
     is_one_of_several = step is not None and _STEP.search(Path(spec).name) is not None
     return str(Path(spec).parent) if is_one_of_several else spec
 
@@ -287,13 +287,13 @@ def _label(spec: str, step: int | None) -> str:
 
 
 def texts_of(given: Any, lengths: Any, prompts: int | None) -> list[tuple[str, TextSource | Texts]]:
-    """The texts that arguments name, at every length, each with its label.
+    """Return the texts of the arguments, at every length, each with its label.
 
     Args:
         given: One source, a list of them, or a mapping from label to source. A source is what
             `scan` takes, or a mapping of the arguments of `texts` with "source" in it.
         lengths: Tokens of each prompt; None for each source's own.
-        prompts: Of sources that do not say how many.
+        prompts: Default number of prompts of sources.
 
     Raises:
         TextError: If there is none, or one cannot be understood.
@@ -348,14 +348,14 @@ def _as_long(label: str, source: TextSource | Texts, length: int | None) -> Text
 
 
 def interventions_of(given: Any) -> list[tuple[Applied, ...]]:
-    """The interventions that an argument names, each alone or several together.
+    """Return the interventions of an argument, each alone or several together.
 
     Args:
         given: A list; each "none" or None, a name, a mapping from name to arguments, or a list of
-            these that are in force together.
+            these to combine.
 
     Raises:
-        SinkscopeError: If one is unknown, or has arguments that JSON does not know.
+        SinkscopeError: If one is unknown, or its arguments are not JSON-compatible.
     """
     if given is None:
         return [()]
@@ -410,11 +410,11 @@ def _applied(name: str, arguments: Any) -> Applied:
 def task_of(
     experiment: Any, metrics: Any, sinks: Any, epsilon: float, attention: str, batch: Any
 ) -> Task:
-    """What every cell measures.
+    """Return what every cell measures.
 
     Args:
         experiment: None for a scan; a name; or a mapping with "name" and the experiment's options.
-        metrics: Of a scan, as are the others; see `scan`.
+        metrics: For a scan, like the following; see `scan`.
         sinks: See `scan`.
         epsilon: See `scan`.
         attention: See `scan`.
@@ -456,13 +456,13 @@ def combined(
     applied: Iterable[tuple[Applied, ...]],
     task: Task,
 ) -> list[Case]:
-    """Every combination, model by model."""
+    """Return every combination, model by model."""
     every = itertools.product(models, texts, applied)
     return [Case(model, label, source, under, task) for model, (label, source), under in every]
 
 
 def _several(given: Any) -> list[Any]:
-    """One thing or a list of them, as a list."""
+    """Return one thing or a list of them as a list."""
     if isinstance(given, list | tuple | range | set):
         return list(given)
     return [given]

@@ -1,4 +1,4 @@
-"""One field of many reports as one array with a `cell` dimension, read where it is asked for."""
+"""A field of many reports as one lazily read array with a `cell` dimension."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Reader = Callable[[str], np.ndarray]
 def variable(
     name: str, fields: Sequence[dict[str, Any] | None], readers: Sequence[Reader]
 ) -> xr.Variable:
-    """A field of several cells.
+    """Return a field of several cells as a lazy variable.
 
     Args:
         name: The field.
         fields: Its "dims", "shape" and "kind" in each cell; None where it was not measured.
-        readers: Reads a field of each cell.
+        readers: For each cell, a function that reads a field.
     """
     known = [field for field in fields if field is not None]
     dims = tuple(known[0]["dims"])
@@ -38,7 +38,7 @@ def variable(
 
 
 class _Stacked(BackendArray):
-    """Reads the cells that an index names, and fills the smaller ones up."""
+    """Reads the cells of an index, and pads smaller ones."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""What a model of a sweep needs in memory, estimated from its files without loading it.
+"""Memory of a sweep's models, estimated from their files without loading them.
 
 weights   parameters × bytes of the dtype; the parameters are counted in the headers of the
           safetensors files
-working   for one prompt of T tokens, the largest of what a block holds at once, in fp32:
+working   for one prompt of T tokens, the largest activations of a block, in fp32:
           T (10 d + 3 d_mlp), and the logits' T × vocabulary once
 """
 
@@ -31,8 +31,8 @@ class Estimate:
 
     Attributes:
         model: Its label, with the checkpoint.
-        weights: Of all weights [byte]; None where the files are not here.
-        working: For one prompt of the longest text [byte]; None where the sizes are not known.
+        weights: Size of all weights [byte]; None without local files.
+        working: Working memory for one prompt of the longest text [byte]; None for unknown sizes.
     """
 
     model: str
@@ -41,7 +41,7 @@ class Estimate:
 
 
 def estimate(cases: Sequence[Case]) -> Estimate:
-    """What a model needs for its cases."""
+    """Estimate the memory of a model for its cases."""
     model = cases[0].model
     step = "" if model.checkpoint is None else f", step {model.checkpoint}"
     folder = _folder(model)
@@ -51,7 +51,7 @@ def estimate(cases: Sequence[Case]) -> Estimate:
 
 
 def _folder(model: Model) -> Path | None:
-    """Where the files are, if they are here."""
+    """Return the folder of the files, if they are local."""
     if model.in_memory:
         return None
     spec = str(model.spec)
@@ -87,7 +87,7 @@ def _weights(model: Model, folder: Path | None) -> float | None:
 
 
 def _tensors(file: Path) -> list[tuple[list[int], int]]:
-    """Shape and bytes a number of each tensor in a safetensors file, from its header alone."""
+    """Return shape and bytes per number of each tensor in a safetensors file, from its header."""
     try:
         with file.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))

@@ -1,13 +1,13 @@
-"""Watch sinks while a model trains: `Monitor` for one's own loop, `SinkCallback` for a trainer.
+"""Measure sinks during training: `Monitor` for a training loop, `SinkCallback` for a trainer.
 
 1. The texts are tokenised once, when the monitor is made.
-2. `Monitor.log(step)` scans the model as it is then: in evaluation mode, without gradients and
-   outside autocast, through a copy of its modules that shares the weights. Afterwards modes, hooks,
-   gradients and the states of all random generators are what they were.
+2. `Monitor.log(step)` scans the model in its current state: in evaluation mode, without gradients
+   and outside autocast, through a copy of its modules that shares the weights. Afterwards modes,
+   hooks, gradients and the states of all random generators are restored.
 3. Each report is a cell of the folder, with the step as its checkpoint: `open_sweep` reads them.
 
 A scan of n prompts costs about one forward pass over them, and the first one a few more, which
-prove the copy; with n far below the training batch times `every`, it does not show.
+verify the copy; for n far below the training batch times `every` this is negligible.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ if TYPE_CHECKING:
     from sinkscope.experiments.dynamics import Dynamics
 
 LOGGED = ("sink_rate", "sink_attention", "sink_head_share", "residual_peak", "value_drain")
-"""What a trainer's log gets, each with "sink/" in front."""
+"""The values in a trainer's log, each prefixed with "sink/"."""
 
 
 class Monitor:
-    """Measures a model on a few fixed texts, as often as `log` is called.
+    """Measures a model on a few fixed texts whenever `log` is called.
 
     Args:
         model: A transformers model, or a wrapper of one: `DistributedDataParallel`, a compiled
-            model, a `PeftModel`. It goes on being trained as if it had not been measured.
-        texts: What `scan` takes; a few short prompts are enough to see a sink form.
+            model, a `PeftModel`. Its training is not affected.
+        texts: What `scan` takes; a few short prompts are enough to follow a sink.
         metrics: See `scan`.
         sinks: See `scan`.
         epsilon: See `scan`.
-        out: A folder for the reports, as `sweep` has it; None keeps them in memory only.
-        name: What the grid's model column says.
-        tokenizer: For texts that are not token ids yet.
+        out: A folder for the reports, as in `sweep`; None keeps them in memory only.
+        name: The model's name in the grid.
+        tokenizer: The tokenizer, for texts that are not token ids.
 
     Attributes:
-        reports: By step.
+        reports: Reports by step.
 
     Raises:
         UnsupportedError: If the model's weights are sharded over processes (FSDP, DeepSpeed
@@ -95,14 +95,14 @@ class Monitor:
             self._texts = as_texts(texts).tokenize(self._bridge())
 
     def log(self, step: int) -> dict[str, float]:
-        """Measure the model as it is now.
+        """Measure the model in its current state.
 
         Args:
-            step: The training step, under which the report is kept; an earlier report of the same
-                step is replaced.
+            step: The training step, under which the report is saved, replacing an earlier one of
+                the same step.
 
         Returns:
-            The numbers of `LOGGED` that are defined, with "sink/" in front.
+            The defined values of `LOGGED`, prefixed with "sink/".
 
         Raises:
             ModelError: If the model's weights or residual states are nan or infinite.
@@ -117,7 +117,7 @@ class Monitor:
         return {f"sink/{name}": found[name] for name in LOGGED if found[name] is not None}
 
     def dynamics(self, sink_threshold: float = 0.5) -> Dynamics:
-        """What was logged so far as curves; see `experiments.dynamics`.
+        """Return the curves logged so far; see `experiments.dynamics`.
 
         Args:
             sink_threshold: Mean sink attention above which a head counts as dormant.
@@ -151,7 +151,7 @@ class Monitor:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Inside, modes and random generators may be changed; afterwards they are what they were."""
+    """Restore modes and random generators afterwards."""
     modes = {module: module.training for module in model.modules()}
     python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
@@ -170,10 +170,10 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Refuse a model of which this process holds a part of the weights only.
+    """Refuse a model of which this process has only a part of the weights.
 
     Raises:
-        UnsupportedError: If it is one.
+        UnsupportedError: If its weights are sharded.
     """
     kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
     sharded = "FSDP" if kinds & {"FullyShardedDataParallel", "FSDPModule"} else ""
@@ -190,19 +190,18 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 class SinkCallback(TrainerCallback):
-    """Measures sinks every few steps of a transformers `Trainer`, or of a Lightning one.
+    """Measures sinks every few steps of a transformers or Lightning `Trainer`.
 
     The process of rank 0 measures; the others go on to the next step, where they wait for it in the
-    first reduction of gradients, and no collective operation is called meanwhile. Give the process
-    group a timeout longer than a measurement.
+    first reduction of gradients, and no collective operations are called meanwhile. Give the
+    process group a timeout longer than a measurement.
 
     Args:
         texts: What `scan` takes; a few short prompts.
         every: Steps between two measurements; the first is made before training.
-        trainer: The transformers `Trainer`, so that the numbers go to everything it logs to
-            (TensorBoard, Weights & Biases, the console): its callbacks are not told of it
-            otherwise. Without it they go to ``state.log_history`` and to `out`. Lightning's trainer
-            needs none.
+        trainer: The transformers `Trainer`, so that the values go to everything it logs to
+            (TensorBoard, Weights & Biases, the console), since callbacks have no access to it.
+            Without it they go to ``state.log_history`` and to `out`. Not needed with Lightning.
         out: See `Monitor`.
         **options: Passed on to `Monitor`: metrics, sinks, epsilon, name, tokenizer.
 
@@ -219,7 +218,7 @@ class SinkCallback(TrainerCallback):
     """
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
-        """Also a Lightning callback where that was imported: its trainer asks for its class."""
+        """Also make it a Lightning callback if that was imported, for its trainer's check."""
         base = _lightning_callback()
         return super().__new__(cls if base is None or issubclass(cls, base) else _both(cls, base))
 
@@ -242,7 +241,7 @@ class SinkCallback(TrainerCallback):
     # transformers
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the model before the first step, or where training is resumed."""
+        """Measure the model before the first step, or when training is resumed."""
         refuse_sharded(kwargs["model"])
         if not state.is_world_process_zero:
             return
@@ -270,7 +269,7 @@ class SinkCallback(TrainerCallback):
         if self._trainer is None:
             state.log_history.append({**found, "step": state.global_step})
             return
-        due = control.should_log  # which logging anything switches off
+        due = control.should_log  # which any logging resets
         self._trainer.log(found)
         control.should_log = self._trainer.control.should_log = due
 
@@ -298,7 +297,7 @@ class SinkCallback(TrainerCallback):
             logger.log_metrics(found, step=trainer.global_step)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing; both trainers call it, with arguments of their own."""
+        """Do nothing; both trainers call it, with different arguments."""
 
 
 def _reports_to(args: Any) -> list[str]:
@@ -307,7 +306,7 @@ def _reports_to(args: Any) -> list[str]:
 
 
 def _lightning_callback() -> type | None:
-    """Lightning's class of callbacks, if Lightning was imported."""
+    """Return Lightning's class of callbacks, if Lightning was imported."""
     for name in ("lightning.pytorch", "pytorch_lightning"):
         if name in sys.modules:
             return sys.modules[name].Callback
@@ -320,10 +319,10 @@ def _both(cls: type, base: type) -> type:
 
 
 def _transformers_model(module: nn.Module) -> nn.Module:
-    """The outermost transformers model in a Lightning module."""
+    """Return the outermost transformers model in a Lightning module."""
     for inside in module.modules():
         if isinstance(inside, PreTrainedModel):
             return inside
     raise UnsupportedError(
-        f"{type(module).__name__} holds no transformers model, and sinkscope measures those."
+        f"{type(module).__name__} has no transformers model, which sinkscope needs."
     )

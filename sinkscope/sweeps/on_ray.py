@@ -1,8 +1,8 @@
 """Workers as actors on a Ray cluster.
 
-An actor holds the model of its last cell, as a worker's process does. Ray places it where its GPUs
-and CPUs are free; one that is lost is replaced by `deal`. The folder has to be one that all
-machines share, or an object store.
+An actor keeps the model of its last cell, like a worker process. Ray places it where GPUs and CPUs
+are free; a lost actor is replaced by `deal`. The folder has to be shared by all machines, or be an
+object store.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def on_ray(
     """Measure cells on Ray.
 
     Args:
-        cells: The missing ones.
-        folder: Of the sweep.
-        address: Of the cluster; None starts one here, which ends with the sweep.
-        workers: How many actors; 0 for as many as there is room for.
-        device: Where models go.
-        num_gpus: Of each actor.
-        num_cpus: Of each actor.
+        cells: The missing cells.
+        folder: The sweep's folder.
+        address: Address of the cluster; None starts a local one, which ends with the sweep.
+        workers: Number of actors; 0 for as many as fit.
+        device: Device of the models.
+        num_gpus: GPUs of each actor.
+        num_cpus: CPUs of each actor.
 
     Raises:
         SinkscopeError: If Ray is not installed, or the cluster cannot be reached or is lost.
@@ -60,7 +60,7 @@ def on_ray(
         reason = " ".join(str(error).split())[:200]
         raise SinkscopeError(
             f"The Ray cluster cannot be reached, or was lost ({reason}); what was measured is "
-            "kept, and the same call goes on with the rest."
+            f"saved, and the same call continues with the rest."
         ) from error
     finally:
         if ours:
@@ -72,7 +72,7 @@ class Actors:
 
     Args:
         place: The sweep's folder or URL.
-        device: Where models go.
+        device: Device of the models.
         share: What Ray reserves for each: num_cpus and num_gpus.
     """
 
@@ -93,11 +93,11 @@ class Actors:
         return self._started
 
     def submit(self, worker: int, cell: Cell) -> None:
-        """Have an actor measure a cell."""
+        """Send a cell to an actor."""
         self._asked[self._actors[worker].measure.remote(cell)] = worker
 
     def wait(self, seconds: float | None) -> Iterator[tuple[int, Outcome | Lost]]:
-        """The answers that have come."""
+        """Yield the available answers."""
         ready, _ = self._ray.wait(list(self._asked), timeout=seconds)
         for answer in ready:
             worker = self._asked.pop(answer)
@@ -119,7 +119,7 @@ def _place(folder: Folder) -> str:
 
 
 def _room(there: dict[str, float], share: dict[str, float]) -> int:
-    """How many actors the cluster has room for."""
+    """Return the number of actors that fit in the cluster."""
     rooms = [
         there.get(kind, 0) / share[asked]
         for kind, asked in (("CPU", "num_cpus"), ("GPU", "num_gpus"))
@@ -127,19 +127,19 @@ def _room(there: dict[str, float], share: dict[str, float]) -> int:
     ]
     if (room := int(min(rooms, default=1))) < 1:
         raise SinkscopeError(
-            f"A worker asks for {share['num_cpus']:g} CPUs and {share['num_gpus']:g} GPUs, and the "
+            f"A worker needs {share['num_cpus']:g} CPUs and {share['num_gpus']:g} GPUs, and the "
             f"cluster has {there.get('CPU', 0):g} and {there.get('GPU', 0):g}; ask for less."
         )
     return room
 
 
 def _seen(outcome: Outcome, cells: Sequence[Cell], folder: Folder) -> Outcome:
-    """The outcome; failed where the worker wrote to a folder that this machine does not see."""
+    """Return the outcome; failed if the worker wrote to a folder not accessible here."""
     experiment = cells[0].case.task.experiment
     if outcome.state != MEASURED or folder.has(outcome.name, experiment):
         return outcome
     reason = (
-        f"it was measured on another machine, whose {folder.place} is not the one here; name a "
-        "folder that all machines share, or a URL that fsspec knows"
+        f"it was measured on another machine, whose {folder.place} is not the one here; name a"
+        f" folder that all machines share, or a URL that fsspec supports"
     )
     return replace(outcome, state=FAILED, reason=reason)

@@ -1,9 +1,9 @@
-"""Workers as processes of this machine.
+"""Workers as processes on this machine.
 
-Each is a Python of its own (`python -m sinkscope.sweeps.processes`), which reads cells from its
-standard input and writes outcomes to its standard output, pickled. It does not run the caller's
-script again, as multiprocessing would, and ends when its input does, so that no worker outlives a
-sweep that was killed by more than the cell in hand.
+Each is a separate Python (`python -m sinkscope.sweeps.processes`), which reads pickled cells from
+standard input and writes outcomes to standard output. Unlike with multiprocessing, it does not run
+the caller's script again. It ends when its input does, so that after a sweep is killed a worker
+finishes at most its current cell.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Processes:
 
     Args:
         place: The sweep's folder or URL.
-        workers: How many there will be at once; they share the cores, and the GPUs in turn.
-        device: Where models go; by default a GPU if there is one.
+        workers: Number of processes; they share the cores, and get the GPUs in turn.
+        device: Device of the models; by default a GPU if there is one.
     """
 
     def __init__(self, place: str, workers: int, device: str | None = None) -> None:
@@ -58,11 +58,11 @@ class Processes:
         return worker
 
     def submit(self, worker: int, cell: Cell) -> None:
-        """Have a process measure a cell."""
+        """Send a cell to a process."""
         self._send(self._running[worker], cell)
 
     def wait(self, seconds: float | None) -> Iterator[tuple[int, Outcome | Lost]]:
-        """The answers that have come."""
+        """Yield the available answers."""
         try:
             answer = self._answers.get(timeout=seconds)
         except queue.Empty:
@@ -88,7 +88,7 @@ class Processes:
         process.kill()
         process.wait()
         assert process.stdin is not None
-        with contextlib.suppress(OSError):  # what was not sent yet cannot be
+        with contextlib.suppress(OSError):  # it cannot be sent any more
             process.stdin.close()
 
     def _environment(self, place: int) -> dict[str, str]:
@@ -105,7 +105,7 @@ class Processes:
         try:
             pickle.dump(value, process.stdin)
             process.stdin.flush()
-        except (BrokenPipeError, OSError):  # it has ended, which whoever listens to it will say
+        except (BrokenPipeError, OSError):  # it has ended, which `_listen` reports
             return
 
     def _listen(self, worker: int, process: subprocess.Popen[bytes]) -> None:
@@ -122,7 +122,7 @@ class Processes:
 
 
 def _visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls each GPU that this process may use."""
+    """Return the names in CUDA_VISIBLE_DEVICES of the GPUs of this process."""
     import torch
 
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -131,7 +131,7 @@ def _visible_gpus() -> list[str]:
 
 
 def _serve(cells: IO[bytes], outcomes: IO[bytes]) -> None:
-    """What a worker's process does."""
+    """Run a worker process."""
     from sinkscope.sweeps.cell import Worker
 
     worker = Worker(*pickle.load(cells))
@@ -142,14 +142,14 @@ def _serve(cells: IO[bytes], outcomes: IO[bytes]) -> None:
             return
         try:
             outcome = worker.measure(cell)
-        except Exception as error:  # the folder cannot be written to
+        except Exception as error:  # the folder is not writable
             outcome = Outcome(cell.name, FAILED, str(error))
         pickle.dump(outcome, outcomes)
         outcomes.flush()
 
 
 if __name__ == "__main__":
-    # Whatever libraries print goes to standard error.
+    # Output of libraries goes to standard error.
     kept = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     _serve(sys.stdin.buffer, kept)

@@ -1,10 +1,10 @@
 """`sweep`: measure every combination of models, texts, lengths and interventions that is missing.
 
-1. `plan` names every cell by what decides its numbers; no model is loaded.
-2. Cells whose files are there are kept. The others are measured: in this process, in several, or on
-   a Ray cluster (`deal`), each written whole as soon as it is measured.
-3. A cell that fails says why, in its file and at the end, and the others go on. The same call later
-   tries it again.
+1. `plan` names every cell by what its values depend on; no model is loaded.
+2. Cells whose files exist are kept. The others are measured in this process, in several, or on a
+   Ray cluster (`deal`), and each is written as soon as it is measured.
+3. If a cell fails, the reason is recorded in its file and reported at the end, and the others
+   continue. The next call tries it again.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from sinkscope.validation import real_number, whole_number
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells of a sweep, and which of them are there.
+    """The cells of a sweep, and which of them exist.
 
     Attributes:
         place: Its folder or URL.
         cells: Every cell once, model by model.
-        rows: The grid columns of every combination with the name of its cell; two combinations
-            that measure the same share one.
-        there: Names of the cells that were measured already.
+        rows: The grid columns of every combination with the name of its cell; equal combinations
+            share a cell.
+        there: Names of the cells that have been measured.
     """
 
     place: str
@@ -50,16 +50,16 @@ class Plan:
 
     @property
     def missing(self) -> list[Cell]:
-        """The cells that are not there."""
+        """The missing cells."""
         return [cell for cell in self.cells if cell.name not in self.there]
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the cells and of what they are called."""
+        """A hash of the cells and their labels."""
         return hashlib.sha256(repr(self.rows).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON knows it."""
+        """Return the plan as JSON-compatible values."""
         return {
             "place": self.place,
             "cells": [{**row, "there": row["cell"] in self.there} for row in self.rows],
@@ -67,7 +67,7 @@ class Plan:
         }
 
     def memory(self) -> list[memory.Estimate]:
-        """What each model needs."""
+        """Estimate the memory of each model."""
         by_model: dict[str, list[Case]] = {}
         for cell in self.cells:
             by_model.setdefault(cell.case.model.key, []).append(cell.case)
@@ -138,9 +138,9 @@ def sweep(
         lengths: Tokens of each prompt; None for each source's own.
         metrics: See `scan`; by default those of "core".
         interventions: A list; each "none", a name in `sinkscope.interventions`, a mapping such as
-            ``{"ZeroValue": {"positions": 0}}``, or a list of these that are in force together.
-        out: A folder, which may hold other sweeps, or a URL that fsspec knows ("s3://…").
-        prompts: Of sources that do not say how many.
+            ``{"ZeroValue": {"positions": 0}}``, or a list of these to combine.
+        out: A folder, which may hold other sweeps, or a URL that fsspec supports ("s3://…").
+        prompts: Default number of prompts of sources.
         experiment: Instead of scans: a name such as "trace_peak" or "ablation.ablate_heads", or a
             mapping of "name" and the experiment's options. Each cell calls it with a model and
             texts.
@@ -148,20 +148,20 @@ def sweep(
         epsilon: See `scan`.
         attention: See `scan`.
         batch: See `scan`.
-        device: Where models go; by default a GPU if there is one.
-        dtype: Of models that do not say otherwise; by default float32.
-        workers: Processes that measure; 0 measures in this one. GPUs go round: one worker each.
-            On Ray, how many actors; 0 for as many as the cluster has room for.
+        device: Device of the models; by default a GPU if there is one.
+        dtype: Default dtype of the models; by default float32.
+        workers: Number of processes; 0 measures in this one. GPUs are assigned in turn. On Ray,
+            number of actors; 0 for as many as fit in the cluster.
         ray: A Ray cluster's address, "auto" for the one that this machine belongs to, or "local" or
-            True to start one here for this call. Needs the extra "cluster".
+            True to start one on this machine for this call. Needs the extra "cluster".
         num_gpus: On Ray, GPUs of each worker, a fraction of one or several (with the models'
             device_map: auto).
         num_cpus: On Ray, CPUs of each worker; 1 by default.
         progress: Whether to draw a bar over the cells.
 
     Returns:
-        All cells of this grid, as `open_sweep` gives them; its `run` says how many were measured,
-        kept and failed, and how many models were loaded.
+        All cells of this grid, as from `open_sweep`; `run` counts the measured, kept and failed
+        cells and the model loads.
 
     Raises:
         SinkscopeError: If an argument cannot be understood, or a model in memory is to be measured
@@ -227,10 +227,10 @@ def plan(
     batch: Any = "auto",
     dtype: str | None = None,
 ) -> Plan:
-    """The cells of a sweep, without measuring any.
+    """Plan a sweep without measuring any cell.
 
     Args:
-        models: See `sweep`, as for all the others.
+        models: See `sweep`.
         texts: See `sweep`.
         lengths: See `sweep`.
         metrics: See `sweep`.
@@ -245,7 +245,7 @@ def plan(
         dtype: See `sweep`.
 
     Returns:
-        The plan, which shows the memory that each model needs.
+        The plan, with the memory of each model.
     """
     task = task_of(experiment, metrics, sinks, epsilon, attention, batch)
     cases = combined(
@@ -270,14 +270,14 @@ def plan(
 
 
 def _absolute(folder: Folder) -> str:
-    """The folder's name for a process in another working directory."""
+    """Return the folder's absolute name, for a process in another working directory."""
     return folder.place if "://" in folder.place else str(folder.path)
 
 
 def _with_bar(
     outcomes: Iterator[Outcome], cells: int, done: int, progress: bool
 ) -> Iterator[Outcome]:
-    """The outcomes, with one bar over all cells."""
+    """Yield the outcomes, with one progress bar over all cells."""
     failed = 0
     with tqdm(total=cells, initial=done, unit="cell", disable=not progress, leave=False) as bar:
         for outcome in outcomes:
@@ -292,7 +292,7 @@ def _refuse_what_stays_here(cells: Sequence[Cell]) -> None:
     """Refuse cells that other processes cannot measure.
 
     Raises:
-        SinkscopeError: If a model is in memory, or a metric is the user's own.
+        SinkscopeError: If a model is in memory, or a metric is user-defined.
     """
     for cell in cells:
         if cell.case.model.in_memory:
@@ -302,6 +302,6 @@ def _refuse_what_stays_here(cells: Sequence[Cell]) -> None:
             )
         if own := cell.request["task"].get("own"):
             raise SinkscopeError(
-                f"The metric {listed(sorted(own))} is your own, and other processes do not know "
-                "it; measure in this process (workers=0)."
+                f"The metric {listed(sorted(own))} is user-defined and not known in other "
+                f"processes; measure in this process (workers=0)."
             )

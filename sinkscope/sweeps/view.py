@@ -1,7 +1,7 @@
-"""`open_sweep`: all cells of a folder as one labelled thing, partial sweeps included.
+"""`open_sweep`: all cells of a folder as one labelled collection, also of partial sweeps.
 
-A cell is a row of the grid: model, checkpoint, texts, length, intervention, experiment. What was
-measured on it is read from its own file when it is asked for, and not before.
+A cell is a row of the grid: model, checkpoint, texts, length, intervention, experiment. Its results
+are read lazily from its own file.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ if TYPE_CHECKING:
     from sinkscope.sweeps.cell import Run
 
 MEASURED, MISSING, FAILED_STATE = "measured", "missing", "failed"
-_HELD = 64  # reports that are kept in memory
+_HELD = 64  # most reports kept in memory
 
 
 def open_sweep(folder: str | Path) -> Cells:
-    """All cells that sweeps and monitors kept in a folder, those still missing too.
+    """Open all cells of the sweeps and monitors in a folder, including missing ones.
 
     Args:
-        folder: A folder, or a URL that fsspec knows, as `sweep` took it.
+        folder: A folder, or a URL that fsspec supports, as given to `sweep`.
 
     Returns:
-        The cells, which select, compare, tabulate and draw what was measured.
+        The cells, with methods to select, compare, tabulate and plot.
 
     Raises:
-        ReportError: If there is no such folder, or it holds no cells.
+        ReportError: If there is no such folder, or it has no cells.
 
     Example:
         >>> cells = open_sweep("runs")                                        # doctest: +SKIP
@@ -82,10 +82,10 @@ class Cells:
     """Cells of a sweep, in the order of the grid.
 
     Attributes:
-        folder: Where they are.
+        folder: Their folder.
         rows: The grid's columns of each, with its name ("cell"), "state" ("measured", "missing" or
             "failed") and the "reason" why it failed.
-        run: Of `sweep`: what it measured, kept and loaded.
+        run: From `sweep`: measured and kept cells, and model loads.
     """
 
     folder: Folder
@@ -95,7 +95,7 @@ class Cells:
 
     @classmethod
     def of(cls, folder: Folder, rows: list[dict[str, Any]]) -> Cells:
-        """The cells of a grid, with what became of each."""
+        """Return the cells of a grid with their states."""
         files = folder.names()
         distinct = {tuple(row[name] for name in (*COLUMNS, "cell")): row for row in rows}
         ordered = sorted(distinct.values(), key=_order)
@@ -124,7 +124,7 @@ class Cells:
     # -- choosing cells --------------------------------------------------------------------------
 
     def select(self, **columns: Any) -> Cells:
-        """The cells with these values in the grid's columns.
+        """Return the cells with these values in the grid's columns.
 
         Args:
             columns: A value, or a list of values, for each column; also ``state``.
@@ -147,12 +147,12 @@ class Cells:
         return replace(self, rows=rows)
 
     def values(self, column: str) -> list[Any]:
-        """The distinct values of one of the grid's columns, in order."""
+        """Return the distinct values of one of the grid's columns, in order."""
         return list(dict.fromkeys(row[column] for row in self.rows))
 
     @property
     def missing(self) -> Cells:
-        """The cells that were not measured, those that failed included."""
+        """The cells that were not measured, including failed ones."""
         return replace(self, rows=tuple(row for row in self.rows if row["state"] != MEASURED))
 
     @property
@@ -166,15 +166,15 @@ class Cells:
     # -- what was measured -----------------------------------------------------------------------
 
     def reports(self) -> Iterator[tuple[dict[str, Any], SinkReport]]:
-        """The grid's columns and the report of each measured scan, one after the other."""
+        """Yield the grid's columns and the report of each measured scan."""
         for row in self._scans:
             yield {name: row[name] for name in COLUMNS}, self._report(row)
 
     def report(self, **columns: Any) -> SinkReport:
-        """The report of one cell.
+        """Return the report of one cell.
 
         Args:
-            columns: As `select` takes them; as many as it needs.
+            columns: As in `select`; enough to identify one cell.
 
         Raises:
             ReportError: If not exactly one measured scan has these values.
@@ -183,8 +183,8 @@ class Cells:
         names = {row["cell"] for row in found}
         if len(names) != 1:
             raise ReportError(
-                f"{counted(len(names), 'measured scan')} of this sweep has these values; name as "
-                f"many of {', '.join(COLUMNS)} as tell one from the others."
+                f"{counted(len(names), 'measured scan')} of this sweep has these values; give "
+                f"enough of {', '.join(COLUMNS)} to identify one."
             )
         return self._report(found[0])
 
@@ -218,8 +218,8 @@ class Cells:
         Args:
             name: A field; layers, heads and positions are averaged first, prompt by prompt.
             level: Probability between the ends.
-            resamples: How many times the prompts are drawn anew.
-            seed: Of the draws.
+            resamples: Number of bootstrap resamples.
+            seed: Seed of the resamples.
 
         Returns:
             The grid's columns, then metric, mean, low and high; the ends are nan for one prompt,
@@ -257,17 +257,17 @@ class Cells:
         return _whole_steps(pd.DataFrame(rows))
 
     def compare(self, column: str, baseline: Any, name: str = "sink_attention") -> pd.DataFrame:
-        """What changes from one value of a column to the others, all else being equal.
+        """Compare one value of a column with the others, all else being equal.
 
         Args:
-            column: Of the grid, such as "intervention".
-            baseline: Its value to compare with, such as "none".
+            column: Column of the grid, such as "intervention".
+            baseline: The value to compare with, such as "none".
             name: A field with prompts; layers and heads are averaged first, prompt by prompt.
 
         Returns:
             One row for each cell that has a counterpart: the grid's columns, before, after,
             difference, low and high. Prompts are paired, so the interval is that of the
-            differences; where the tokens of the two differ it is nan.
+            differences; if the tokens of the two differ it is nan.
 
         Raises:
             ReportError: If no pair of cells has the field.
@@ -297,10 +297,10 @@ class Cells:
         return _whole_steps(pd.DataFrame(rows))
 
     def to_xarray(self, *names: str) -> xr.Dataset:
-        """Fields of all measured scans as variables with a `cell` dimension in front.
+        """Return fields of all measured scans as variables with a leading `cell` dimension.
 
-        Nothing is read before values are asked for, and then only the files of the cells chosen.
-        Where a cell has fewer prompts, layers, heads or positions than another, or lacks the field,
+        Values are read lazily, and only from the files of the selected cells.
+        If a cell has fewer prompts, layers, heads or positions than another, or lacks the field,
         floating-point values are nan and others -1.
 
         Args:
@@ -335,7 +335,7 @@ class Cells:
     def experiments(self) -> pd.DataFrame:
         """One row per measured experiment: the grid's columns, then its numbers by name.
 
-        Numbers inside others are named with dots between, such as "loss.mean".
+        Nested numbers are named with dots, such as "loss.mean".
         """
         import pandas as pd
 
@@ -349,7 +349,7 @@ class Cells:
         return _whole_steps(pd.DataFrame(rows))
 
     def dynamics(self, sink_threshold: float = 0.5) -> Dynamics:
-        """The checkpoints of one model as the experiment `dynamics` gives them.
+        """Return the checkpoints of one model as a result of the experiment `dynamics`.
 
         Args:
             sink_threshold: Mean sink attention above which a head counts as dormant.
@@ -391,7 +391,7 @@ class Cells:
         return sweep_curves(self.means(name), along, about=self.about, theme=theme)
 
     def head_maps(self, name: str = "sink_attention", theme: Any = None) -> go.Figure:
-        """A head map of every measured scan, small; see `plot.head_maps`.
+        """Small head maps of all measured scans; see `plot.head_maps`.
 
         Args:
             name: A field with one value per head.
@@ -407,10 +407,10 @@ class Cells:
         return head_maps(drawn, name, about=self.about, theme=theme)
 
     def to_html(self, pages: dict[str, str] | None = None) -> str:
-        """The atlas: one page with a row per cell, which needs no network.
+        """Return the atlas: one page with a row per cell, which needs no network.
 
         Args:
-            pages: Where the full page of each cell is, relative to this one, by its name.
+            pages: Relative paths of the full pages by the cells' names.
         """
         from sinkscope.html.atlas_page import to_html
 
@@ -433,8 +433,8 @@ class Cells:
         """Write the atlas, and the page of every report to a folder beside it.
 
         Args:
-            path: Of the page, such as "atlas.html"; the reports go to "atlas-reports".
-            reports: Whether to write them, 5 MB each; pages that are there already are kept.
+            path: Path of the page, such as "atlas.html"; the reports go to "atlas-reports".
+            reports: Whether to write their pages, 5 MB each; existing ones are kept.
             progress: Whether to draw a bar.
 
         Returns:
@@ -459,7 +459,7 @@ class Cells:
 
     @property
     def about(self) -> str:
-        """What the sweep is of, in one line."""
+        """The models, texts and lengths of the sweep in one line."""
         models, texts = self.values("model"), self.values("texts")
         lengths = [str(length) for length in self.values("length")]
         named = models[0] if len(models) == 1 else counted(len(models), "model")
@@ -480,13 +480,13 @@ class Cells:
         return self._reports[name]
 
     def _fields(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Dimensions, shape and kind of each field, without reading the report."""
+        """Return dimensions, shape and kind of each field, without reading the report."""
         return self.folder.json(row["cell"] + REQUEST)["also"]["fields"]
 
     def _refuse_unmeasured(self, *names: str) -> None:
         raise ReportError(
             f"{listed(names)} was measured in no cell; see .report(…).measured() for names, and "
-            "ask the sweep for the metric that measures it."
+            f"add the metric that measures it to the sweep."
         )
 
 
@@ -494,12 +494,12 @@ _ENDS = ("mean", "low", "high")
 
 
 def _whole_steps(frame: pd.DataFrame) -> pd.DataFrame:
-    """Checkpoints as whole numbers, also where some cells have none."""
+    """Convert checkpoints to whole numbers, also if some cells have none."""
     return frame.astype({"checkpoint": "Int64", "length": "Int64"})
 
 
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Checkpoints and lengths by size, the rest as it came."""
+    """Sort key: checkpoints and lengths by size, the rest in the given order."""
     return (
         row["experiment"] != SCAN,
         str(row["model"]),
@@ -526,7 +526,7 @@ def _cell(value: Any) -> str:
 
 
 def _by_prompt(report: SinkReport, name: str) -> Float[Tensor, "prompt"] | None:
-    """A field's mean over everything but the prompts; None where it has none."""
+    """Return a field's mean over everything but the prompts; None if it has no prompts."""
     if "prompt" not in report.variables()[name].dims:
         return None
     values = report[name].double().flatten(1)
@@ -537,12 +537,12 @@ def _difference(before: SinkReport, after: SinkReport, name: str) -> dict[str, f
     one, other = _by_prompt(before, name), _by_prompt(after, name)
     if one is None or other is None:
         raise ReportError(
-            f"{name} is kept as a mean over prompts, so prompts cannot be paired; choose a field "
+            f"{name} is a mean over prompts, so prompts cannot be paired; choose a field "
             "with a prompt dimension, such as sink_attention."
         )
     means = [float(mean_over_prompts(each)) for each in (one, other)]
     try:
-        compare(before, after)  # refuses reports of other tokens
+        compare(before, after)  # raises for reports of other tokens
     except ReportError:
         ends = [means[1] - means[0], math.nan, math.nan]
     else:
@@ -552,7 +552,7 @@ def _difference(before: SinkReport, after: SinkReport, name: str) -> dict[str, f
 
 
 def _flat(found: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """The numbers and words of a JSON object, those inside others named with dots."""
+    """Flatten a JSON object, naming nested entries with dots."""
     flat: dict[str, Any] = {}
     for name, value in found.items():
         if isinstance(value, dict):

@@ -200,7 +200,7 @@ def test_help_of_the_laboratory_names_every_operator(command, capsys, monkeypatc
     _, out, _ = run("bb", command, "--help", capsys=capsys)
     missing = [name for name in (*bb.ATTENTIONS, *bb.OPTIMIZERS) if name not in out]
     assert not missing
-    assert "texts are cut" not in out
+    assert "cuts of the texts" not in out
 
 
 @pytest.mark.parametrize("command", ["scan", "dormant", "stream", "trace-peak", "waiver"])

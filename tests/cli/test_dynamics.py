@@ -83,7 +83,7 @@ def test_what_a_snapshots_task_cannot_be(options, reason, folder) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("bb", "train", "--snapshots", "5"), "name that folder too"),
+        (("bb", "train", "--snapshots", "5"), "needs --out"),
         (("bb", "train", "--snapshots", "5,x", "--out", "."), "names no steps"),
         (("dynamics", "1000"), "name the model"),
     ],

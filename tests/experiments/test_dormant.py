@@ -189,7 +189,7 @@ def test_prediction_is_a_rank_correlation_over_heads(model) -> None:
     ordered = [z.numpy().argsort().argsort() for z in (entropy, effect)]
     row = found.prediction("zero", "effect").query("domain == 'high' and score == 'AEQD'").iloc[0]
     assert row["rho"] == pytest.approx(np.corrcoef(*ordered)[0, 1])
-    with pytest.raises(ReportError, match="cost or its effect"):
+    with pytest.raises(ReportError, match="choose 'cost' or 'effect'"):
         found.prediction("zero", "loss")
     with pytest.raises(ReportError, match="remove='mean'"):
         found.prediction("mean")

@@ -854,7 +854,7 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedError, match="mode is .tanh.; expected one of"):
         ReplaceSoftmax(model, "tanh")
     mask = SelfOnlyMask(model, 0)
-    with mask, pytest.raises(SinkscopeError, match="in use already"), mask:
+    with mask, pytest.raises(SinkscopeError, match="active already"), mask:
         pass
     bert = ss.load_model(BY_NAME["bert"].build())
     with pytest.raises(TextError, match="64 learned positions"):

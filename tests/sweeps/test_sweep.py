@@ -247,5 +247,5 @@ def test_a_metric_of_ones_own_stays_in_this_process(
     asked = dict(texts="prose", lengths=12, prompts=2, metrics="loudest", out=tmp_path)
     found = ss.sweep(gpt2, **asked, progress=False)
     assert found.means("loudest")["mean"].notna().all()
-    with pytest.raises(SinkscopeError, match="your own"):
+    with pytest.raises(SinkscopeError, match="user-defined"):
         ss.sweep(gpt2, **(asked | {"lengths": 13}), workers=1)
