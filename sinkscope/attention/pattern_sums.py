@@ -259,6 +259,27 @@ def logit_gap_in_tiles(
     return torch.where(valid, gap, torch.nan), valid
 
 
+def is_largest(
+    query: Query,
+    key: Key,
+    call: AttentionCall,
+    keys: Bool[Tensor, "prompt key"],
+) -> Bool[Tensor, "prompt head query"]:
+    """`metrics.attention.is_largest`: the largest score is at one of the keys.
+
+    Every score is computed once more, in plain torch on any device, and both maxima come from the
+    same numbers.
+    """
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    found = keys.new_zeros(query.shape[:3])
+    for rows, columns in tiles(query, key.shape[2], call):
+        logits = scores(query, key, call, rows, columns)
+        largest = logits.amax(dim=-1)
+        at_keys = logits.masked_fill_(~keys[:, None, None, columns], -torch.inf).amax(dim=-1)
+        found[:, :, rows] = (at_keys >= largest) & (largest > -torch.inf)
+    return found
+
+
 def nearby_attention(
     query: Query, key: Key, lse: LogSumExp, call: AttentionCall, widths: Sequence[int]
 ) -> Float[Tensor, "prompt head query span"]:

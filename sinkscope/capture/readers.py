@@ -44,6 +44,10 @@ class AttentionReader(Protocol):
         """
         ...
 
+    def is_largest(self, keys: Bool[Tensor, "prompt key"]) -> Bool[Tensor, "prompt head query"]:
+        """Whether each query pays its largest attention to one of the given keys."""
+        ...
+
     def received(self) -> Float[Tensor, "prompt head key"]:
         """Attention that each key receives, summed over real queries."""
         ...
@@ -146,6 +150,10 @@ class PatternReader:
     ) -> Float[Tensor, "prompt head query"]:
         """See `metrics.attention.attention_to`."""
         return attention.attention_to(self._pattern, keys)
+
+    def is_largest(self, keys: Bool[Tensor, "prompt key"]) -> Bool[Tensor, "prompt head query"]:
+        """See `metrics.attention.is_largest`."""
+        return attention.is_largest(self.pattern, keys)
 
     def received(self) -> Float[Tensor, "prompt head key"]:
         """See `metrics.attention.received_mass`."""
@@ -308,6 +316,10 @@ class StreamReader:
         if id(keys) not in self._paid:
             self._paid[id(keys)] = _columns.attention_to_keys(*self._attended, chosen)
         return self._paid[id(keys)]
+
+    def is_largest(self, keys: Bool[Tensor, "prompt key"]) -> Bool[Tensor, "prompt head query"]:
+        """max_j s_ij is at one of the keys; every score is computed once more."""
+        return _columns.is_largest(self.query, self.key, self.call, keys)
 
     def received(self) -> Float[Tensor, "prompt head key"]:
         """Σ_i exp(s_ij − lse_i)."""

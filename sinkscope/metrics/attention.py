@@ -93,6 +93,19 @@ def by_bucket(
     return torch.stack(means, dim=-1), torch.stack(counts, dim=-1)
 
 
+def is_largest(
+    pattern: Float[Tensor, "prompt head query key"], keys: Bool[Tensor, "prompt key"]
+) -> Bool[Tensor, "prompt head query"]:
+    """Whether a query pays its largest attention to one of some keys: argmax_j A_ij ∈ keys.
+
+    A tie counts, and a query that sees no key has no largest. The mean over queries and heads, with
+    the first token as the key, is the "%First-Attn" of Kaul et al. 2024 (2410.17174).
+    """
+    largest = pattern.amax(dim=-1)
+    at_keys = torch.where(keys[:, None, None, :], pattern, 0).amax(dim=-1)
+    return (at_keys >= largest) & (largest > 0)
+
+
 def received_mass(
     pattern: Float[Tensor, "prompt head query key"], mask: Bool[Tensor, "prompt query"]
 ) -> Float[Tensor, "prompt head key"]:

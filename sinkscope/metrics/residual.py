@@ -218,6 +218,36 @@ def token_peaks(
     return torch.where(mask, largest_magnitude(hidden, dim=2), 0)
 
 
+def largest_activation(
+    hidden: Float[Tensor, "prompt position dim"], mask: Bool[Tensor, "prompt position"]
+) -> Float[Tensor, "prompt"]:
+    """The largest |a| over the real positions and all dims of a hidden state [activation].
+
+    Chen et al. 2026 (2605.15572) report it in place of a rule with thresholds, which 4 of 24
+    checkpoints do not pass.
+    """
+    return token_peaks(hidden, mask).amax(dim=1)
+
+
+def kurtosis(
+    hidden: Float[Tensor, "prompt position dim"], mask: Bool[Tensor, "prompt position"]
+) -> Float[Tensor, "prompt"]:
+    """Kurtosis over dims of their root mean square over the real positions, in [1, dims].
+
+    With s_d² = mean_j h_jd² it is mean_d s_d⁴ / (mean_d s_d²)²: no mean is subtracted and it is no
+    excess over a Gaussian's 3. It is 1 where all dims are of one size, and the number of dims where
+    one dim holds everything (He et al. 2024, 2405.19279, "neuron RMS"). nan if all is zero.
+    """
+    square = torch.stack(
+        [
+            vector_norm(torch.where(mask[:, chunk, None], hidden[:, chunk], 0).mT).square()
+            for chunk in position_chunks(hidden)
+        ]
+    ).sum(dim=0)
+    relative = square / square.mean(dim=1, keepdim=True)
+    return relative.square().mean(dim=1)
+
+
 def topk_tokens(
     hidden: Float[Tensor, "prompt position dim"], mask: Bool[Tensor, "prompt position"], k: int = 20
 ) -> Bool[Tensor, "prompt position"]:

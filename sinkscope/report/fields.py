@@ -79,6 +79,12 @@ class SinkFields(Labelled):
         metric="sink_attention",
         tabled=True,
     )
+    sink_is_largest: Float[Tensor, "prompt layer head"] | None = measured(
+        about="share of the queries after the sink whose largest attention is to the sink",
+        unit="share",
+        metric="sink_is_largest",
+        tabled=True,
+    )
     received_attention: Float[Tensor, "layer head position"] | None = measured(
         about="mean attention a key receives from the queries that see it, mean over prompts",
         unit="probability",
@@ -338,6 +344,22 @@ class SinkFields(Labelled):
         unit="ratio",
         metric="residual",
     )
+    largest_activation: Float[Tensor, "prompt layer"] | None = measured(
+        about="largest |residual activation| over positions and dims",
+        unit="activation",
+        metric="outliers",
+    )
+    largest_over_median: Float[Tensor, "prompt layer"] | None = measured(
+        about="largest_activation over the median |activation| of the prompt's hidden state",
+        unit="ratio",
+        metric="outliers",
+    )
+    residual_kurtosis: Float[Tensor, "prompt layer"] | None = measured(
+        about="kurtosis over dims of their root mean square over positions: 1 if all are of one "
+        "size, the number of dims if one holds everything",
+        unit="1",
+        metric="outliers",
+    )
     cosine_to_sink: Float[Tensor, "layer position"] | None = measured(
         about="cosine of a residual state to the sink's, mean over prompts that have one",
         unit="1",
@@ -408,7 +430,7 @@ class SinkFields(Labelled):
         about="norm of each learned position embedding", unit="activation"
     )
 
-    # Chance levels: sink attention and residual peak under nulls, see `capture.nulls`
+    # Chance levels: sink attention, residual peak and value drain under nulls, see `capture.nulls`
     initial_sink_attention: Float[Tensor, "prompt layer head draw"] | None = measured(
         about="sink_attention of the model at initialisation, one draw per seed", unit="probability"
     )
@@ -428,6 +450,12 @@ class SinkFields(Labelled):
     random_residual_peak: Float[Tensor, "prompt layer draw"] | None = measured(
         about="residual_peak with the same random position as the sink", unit="ratio"
     )
+    initial_value_drain: Float[Tensor, "prompt layer kv_head draw"] | None = measured(
+        about="value_drain of the model at initialisation, one draw per seed", unit="ratio"
+    )
+    random_value_drain: Float[Tensor, "prompt layer kv_head draw"] | None = measured(
+        about="value_drain with the same random position as the sink", unit="ratio"
+    )
     p_initial: Float[Tensor, "layer head"] | None = measured(
         about="p of sink_attention against initial_sink_attention, corrected for all heads",
         unit="1",
@@ -443,9 +471,14 @@ class SinkFields(Labelled):
         unit="1",
         tabled=True,
     )
-    sink_is_largest: Float[Tensor, "prompt layer head"] | None = measured(
-        about="share of the queries after the sink whose largest attention is to the sink",
-        unit="share",
+    p_initial_value_drain: Float[Tensor, "layer kv_head"] | None = measured(
+        about="p of value_drain, if small, against initial_value_drain, corrected for all KV heads",
+        unit="1",
+        tabled=True,
+    )
+    p_random_value_drain: Float[Tensor, "layer kv_head"] | None = measured(
+        about="p of value_drain, if small, against random_value_drain, corrected for all KV heads",
+        unit="1",
         tabled=True,
     )
 

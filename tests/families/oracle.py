@@ -144,6 +144,10 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
         by_distance.append(mean)
         edge *= 2
 
+    sizes_by_dim = np.sqrt((resid**2).mean(axis=1))  # [layer dim]
+    kurtosis = (sizes_by_dim**4).mean(axis=-1) / (sizes_by_dim**2).mean(axis=-1) ** 2
+    first_choice = pattern.argmax(axis=-1)[:, :, queries] == sink
+
     norm = np.linalg.norm(resid, axis=-1)
     at_sink, median = norm[:, sink], np.median(norm[:, others], axis=1)
     largest = np.argsort(-np.abs(ffn[:, sink]), axis=-1, kind="stable")[:, :32]
@@ -177,6 +181,10 @@ def _prompt(a: dict, p: int, n: int, causal: bool, sink: int) -> dict:
         "residual_peak": at_sink / median,
         "by position: residual_outlier": (norm / median[:, None]).max(axis=0),
         "by position: received_peak": received.mean(axis=(0, 1)),
+        "sink_is_largest": first_choice.mean(axis=-1),
+        "largest_activation": np.abs(resid).max(axis=(1, 2)),
+        "largest_over_median": np.abs(resid).max(axis=(1, 2)) / np.median(np.abs(resid), (1, 2)),
+        "residual_kurtosis": kurtosis,
         "ffn_sink": ffn[:, sink],
         "ffn_mixed_max": np.abs(ffn[:, others]).max(axis=1),
         "ffn_sink_median": np.median(np.abs(ffn[:, sink]), axis=-1),

@@ -97,7 +97,7 @@ def compare_every_field(family: Family, family_reference: dict, path: str) -> No
     tokens = family.tokens()
     real = np.ones(tokens.shape, dtype=bool)
     oracle = expected(family_reference, real, family.causal, prescale=family.prescale)
-    every = ("all", "ffn_dims")
+    every = ("all", "ffn_dims", "sink_is_largest")
     report = ss.scan(
         family.build(), ss.token_ids(tokens), metrics=every, attention=path, progress=False
     )
@@ -125,8 +125,15 @@ def test_another_sink_and_ragged_prompts(family: Family, path: str) -> None:
     oracle = expected(ref, mask, family.causal, sink=3, prescale=family.prescale)
     rows = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
     report = ss.scan(
-        family.build(), ss.token_ids(rows), sinks=[3], batch=2, attention=path, progress=False
+        family.build(),
+        ss.token_ids(rows),
+        metrics=("all", "sink_is_largest"),
+        sinks=[3],
+        batch=2,
+        attention=path,
+        progress=False,
     )
+    assert report.sink_is_largest is not None
     assert len(compare(report, oracle)) > 20
 
 

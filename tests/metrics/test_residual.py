@@ -266,3 +266,26 @@ def test_pivot_tokens_hold_the_largest_entries_of_a_state():
     assert pivot_tokens(hidden, mask, 5)[0].nonzero().flatten().tolist() == [4]
     few = pivot_tokens(hidden[1:, :3], torch.tensor([[True, False, False]]))
     assert few.tolist() == [[True, False, False]]
+
+
+def test_the_largest_activation_is_that_of_real_positions():
+    hidden = torch.tensor([[[1.0, -3], [2, 0], [9, 9]], [[1, 1], [-7, 1], [0, 2]]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    assert residual.largest_activation(hidden, mask).tolist() == [3, 7]
+
+
+def test_kurtosis_goes_from_one_to_the_number_of_dims():
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    even = torch.tensor([1.0, -1, 1, -1]).expand(1, 5, 4) * torch.arange(1, 6)[None, :, None]
+    one = torch.tensor([0.0, 0, 3, 0]).expand(1, 5, 4)
+    assert residual.kurtosis(torch.cat([even, one]), mask).tolist() == pytest.approx([1, 4])
+
+
+def test_kurtosis_is_no_excess_and_leaves_pads_out():
+    rand = torch.Generator().manual_seed(1)
+    dims = torch.randn(1, 1, 200_000, generator=rand).double()
+    alone = torch.ones(1, 1, dtype=torch.bool)
+    assert float(residual.kurtosis(dims, alone)) == pytest.approx(3, abs=0.05), "a Gaussian has 3"
+    padded = torch.cat([dims, 1e4 * torch.randn(1, 1, 200_000, generator=rand).double()], dim=1)
+    shown = torch.tensor([[True, False]])
+    torch.testing.assert_close(residual.kurtosis(padded, shown), residual.kurtosis(dims, alone))

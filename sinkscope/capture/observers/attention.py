@@ -62,6 +62,15 @@ class SinkAttention(Observer, metric="sink_attention", reads="attention", core=T
         return found | {"bucket": edges, "prompts_in_bucket": by_bucket.count}
 
 
+class SinkIsLargest(Observer, metric="sink_is_largest", reads="attention", on_request=True):
+    """How often the sink is the key that a query pays most, whatever the amount."""
+
+    def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
+        """Mean over the queries after the sinks."""
+        first = x.is_largest(batch.sinks) & batch.queries[:, None]
+        return {"sink_is_largest": first.sum(-1) / batch.queries[:, None].sum(-1)}
+
+
 class Received(Observer, metric="received", reads="attention"):
     """Attention that every key receives from every head, and how many heads make it a sink."""
 

@@ -123,7 +123,7 @@ class Observer:
         needs: Tensors that a model must show for that signal to answer what is asked of it.
         core: Whether the metric belongs to "core".
         on_request: Whether it is measured only if it is asked for by name, and not with "all",
-            because what it keeps is large.
+            because what it keeps is large or it takes long.
 
     Attributes:
         layer: The layer that `observe` is called for.
@@ -336,7 +336,7 @@ def core() -> tuple[str, ...]:
 
 
 def on_request() -> tuple[str, ...]:
-    """The metrics that "all" leaves out because what they keep is large."""
+    """The metrics that "all" leaves out because of what they keep, or how long they take."""
     return tuple(
         name for name, kinds in metrics().items() if all(kind.on_request for kind in kinds)
     )

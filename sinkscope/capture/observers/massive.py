@@ -12,10 +12,9 @@ from torch import Tensor
 
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers.base import Observer, Scope
-from sinkscope.capture.observers.residual import token_summary
+from sinkscope.capture.observers.residual import median_magnitude, token_summary
 from sinkscope.devices import HostNumber
 from sinkscope.metrics import residual
-from sinkscope.metrics.magnitude_median import magnitude_median
 from sinkscope.report.fields import MassiveActivations
 
 LATE_LOOK = 2**25
@@ -132,7 +131,7 @@ class _Asked(NamedTuple):
         number = int(self.number)
         if number == 0:
             return None
-        median = magnitude_median(self.hidden, self.batch.mask)
+        median = median_magnitude(self.layer, self.hidden, self.batch)
         if number * FEW <= self.peak.numel():
             # Their number is known, so finding them waits for nothing.
             token = self.peak.flatten().topk(number, sorted=False).indices

@@ -15,6 +15,7 @@ from sinkscope.capture.reductions import all_layers
 from sinkscope.devices import HostNumber
 from sinkscope.errors import ModelError
 from sinkscope.metrics import ffn, residual
+from sinkscope.metrics.magnitude_median import magnitude_median
 from sinkscope.metrics.positions import first_true
 from sinkscope.metrics.reductions import at_least_fp32
 from sinkscope.report.report import SinkReport
@@ -28,6 +29,13 @@ def token_summary(
 ) -> residual.TokenSummary | None:
     """What three observers ask of a residual state, read once for all of them on CUDA."""
     return batch.once(("token summary", layer), lambda: residual.token_summary(x, batch.first_sink))
+
+
+def median_magnitude(
+    layer: int, x: Float[Tensor, "prompt position dim"], batch: Batch
+) -> Float[Tensor, "prompt"]:
+    """The median |a| of each prompt's hidden state, which two observers may ask for."""
+    return batch.once(("median magnitude", layer), lambda: magnitude_median(x, batch.mask))
 
 
 class ResidualNorms(Observer, metric="residual", reads="resid_post", core=True):
@@ -95,6 +103,23 @@ class _Suspect(NamedTuple):
                 f"The residual stream after layer {layer} holds nan or infinity, expected finite "
                 "numbers; check the weights, or load the model in float32 or bfloat16."
             )
+
+
+class Outliers(Observer, metric="outliers", reads="resid_post"):
+    """How far the residual stream's largest entries and dims stand out, without a threshold."""
+
+    def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
+        """Three numbers a prompt; the median is the one that `Massive` may ask for."""
+        summary = token_summary(self.layer, x, batch)
+        if summary is None:
+            largest = residual.largest_activation(x, batch.mask)
+        else:
+            largest = torch.where(batch.mask, summary.peak, 0).amax(dim=1)
+        return {
+            "largest_activation": largest,
+            "largest_over_median": largest / median_magnitude(self.layer, x, batch),
+            "residual_kurtosis": residual.kurtosis(x, batch.mask),
+        }
 
 
 class CosineToSink(Observer, metric="cosine", reads="resid_post"):
