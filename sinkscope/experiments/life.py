@@ -6,7 +6,8 @@ spike channel of a gated FFN is a quadratic form with one trigger direction).
 
 1. u is the direction of the mean over prompts of the sink's residual state, after the layer where
    its norm is largest. What a part adds along it is its output at the sink times u. These and the
-   embedding add up to the residual state along u, layer by layer.
+   embedding add up to the residual state along u, layer by layer, which is checked: where a norm
+   stands behind each addition (BERT) they do not, and no share of the state is a part's.
 2. A part that adds at least a tenth of the largest value along u is a writer, one that takes away
    as much an eraser, every other a carrier. The blocks that add and take away most are the steps.
 3. How much of the sink's state is the same in all prompts: ‖mean_p h‖² / mean_p ‖h‖², and the mean
@@ -34,11 +35,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sinkscope.capture import runner
+from sinkscope.errors import UnsupportedError
 from sinkscope.experiments import readout
 from sinkscope.experiments.result import Result, about, stacked, tidy
 from sinkscope.experiments.trace_peak import PART_WORDS, PARTS
 from sinkscope.interventions import RemoveOutput
 from sinkscope.metrics.reductions import at_least_fp32
+from sinkscope.models.capabilities import capabilities
 from sinkscope.models.load import load_model
 from sinkscope.output import listed, number, table_as_text
 from sinkscope.prompts.tokens import Texts
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
 
 ROLE = 0.1
 """Share of the largest value along the sink's direction from which a part writes or erases."""
+_AMISS = 0.05
+"""Of that value, by which parts may fail to add up: bfloat16 rounds each of a hundred additions."""
 _TOP = 5
 
 
@@ -286,7 +291,8 @@ def sink_life(
 
     Raises:
         TextError: If the prompts differ in length or end before the sink.
-        UnsupportedError: If the model shows no attention or FFN outputs.
+        UnsupportedError: If the model shows no attention or FFN outputs, or these do not add up to
+            its residual stream.
     """
     model = load_model(model)
     prompts = readout.even(model, texts, sink, after=2)
@@ -305,6 +311,8 @@ def sink_life(
     added = torch.stack([found[part].double() @ u for part in PARTS])
     same = [_constant(found[place].double()) for place in ("state", "control")]
     along = found["state"].double() @ u
+    start = found["before"][:, 0].double() @ u
+    _check_sum(model, start[:, None] + added.sum(0).cumsum(1), along)
     ffn_layer = int(added[1].mean(0).argmax())
     whole = SinkLife(
         about=about(model, prompts),
@@ -312,7 +320,7 @@ def sink_life(
         control=control,
         parts=tuple(PARTS),
         tokens_at_sink=len(prompts.tokens[:, sink].unique()),
-        start=(found["before"][:, 0].double() @ u).float(),
+        start=start.float(),
         along=along.float(),
         added=added.float(),
         norm=norm,
@@ -343,6 +351,23 @@ def sink_life(
         ratio_without=torch.stack([one["ratio"] for one in read]),
         loss=torch.stack(losses) if losses else None,
     )
+
+
+def _check_sum(
+    model: Any, summed: Float[Tensor, "prompt layer"], along: Float[Tensor, "prompt layer"]
+) -> None:
+    """Refuse a model in which embedding, attention and FFN do not add up to the residual stream.
+
+    Raises:
+        UnsupportedError: If they do not.
+    """
+    largest = along.abs().max()
+    if not bool(((summed - along).abs() <= _AMISS * largest).all()):
+        raise UnsupportedError(
+            f"In {capabilities(model).architecture} the outputs of attention and FFN do not add up "
+            "to the residual stream, as where a norm follows each addition, so that none has a "
+            "share of it; `sinkscope trace-peak MODEL` measures the model without each of them."
+        )
 
 
 def _constant(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sinkscope as ss
-from sinkscope.errors import TextError
+from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments.life import ROLE, SinkLife, sink_life
 from tests.families.architectures import BY_NAME
 
@@ -217,3 +217,10 @@ def test_one_constructed_writer_with_a_known_trigger() -> None:
     assert (found.trigger[:, 1:].abs() < 1e-5).all() and (found.trigger[:, 0].abs() > 1).all()
     torch.testing.assert_close(found.quadratic, found.written, rtol=1e-4, atol=1e-4)
     assert float(found.ratio_without[1].max()) < float(found.ratio.max()) / 10
+
+
+def test_parts_that_do_not_add_up_are_refused() -> None:
+    """BERT normalises after each addition, so its parts are no shares of what it keeps."""
+    texts = ss.token_ids(BY_NAME["bert"].tokens(prompts=2, length=12))
+    with pytest.raises(UnsupportedError, match="BertForMaskedLM .* do not add up"):
+        sink_life(BY_NAME["bert"].build(), texts, progress=False)
