@@ -93,17 +93,21 @@ class Transplant(Result):
         chosen = self.sink_weight > 0
         return (chosen & chosen[:1]).sum(3) / chosen.sum(3)
 
+    @property
+    def later_attention(self) -> Float[Tensor, "condition prompt"]:
+        """Mean `attention` over the heads of the layers after the erased block, if one was."""
+        first = min(self.erased_in + 1, self.attention.shape[2] - 1)
+        return self.attention[:, :, first:].mean((2, 3))
+
     def statistics(self) -> dict[str, Any]:
         """Attention, loss, its change from the untouched run, and divergence of each condition.
 
-        Attention is the mean over heads of the layers after the erased block (all layers if none
-        was erased), and shares of experts are means over the routed layers after it; every number
-        has its interval over prompts.
+        Attention is `later_attention`, and shares of experts are means over the routed layers after
+        the erased block; every number has its interval over prompts.
         """
-        later = slice(min(self.erased_in + 1, self.attention.shape[2] - 1), None)
         found = {
             name: {
-                "attention": estimate(self.attention[at, :, later].mean((1, 2))),
+                "attention": estimate(self.later_attention[at]),
                 "loss": estimate(self.loss[at]),
                 "loss_change": estimate(self.loss[at] - self.loss[0]),
                 "divergence": estimate(self.divergence[at]),
@@ -153,11 +157,12 @@ class Transplant(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per condition, prompt and metric: attention, loss, divergence, shares of experts.
 
-        The last two, same_experts and sink_same_experts, are means over all routed layers.
+        Attention is `later_attention`. The last two, same_experts and sink_same_experts, are means
+        over all routed layers.
         """
         axes = {"condition": self.conditions, "prompt": range(self.loss.shape[1])}
         metrics = {
-            "attention": self.attention.mean((2, 3)),
+            "attention": self.later_attention,
             "loss": self.loss,
             "divergence": self.divergence,
         }
@@ -167,8 +172,10 @@ class Transplant(Result):
         return stacked([tidy(axes, metric=name, value=x) for name, x in metrics.items()])
 
     def figures(self) -> dict[str, go.Figure]:
-        """None: five numbers a condition are a table."""
-        return {}
+        """Attention, change of the loss, and divergence of every condition."""
+        from sinkscope.plot import transplant_effects
+
+        return {"transplant": transplant_effects(self.to_frame(), about=self.about)}
 
 
 def transplant(

@@ -45,6 +45,7 @@ from .trace import peak_trace as peak_trace
 from .training import knockout_risks as knockout_risks
 from .training import mitigations as mitigations
 from .training import training_curves as training_curves
+from .transplant import transplant_effects as transplant_effects
 from .vocabulary import vocabulary_map as vocabulary_map
 from .vocabulary import vocabulary_norms as vocabulary_norms
 from .vocabulary import vocabulary_shares as vocabulary_shares
@@ -97,6 +98,7 @@ __all__ = [
     "mitigations",
     "knockout_risks",
     "training_curves",
+    "transplant_effects",
     "vocabulary_map",
     "vocabulary_norms",
     "vocabulary_shares",

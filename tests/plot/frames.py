@@ -299,3 +299,23 @@ def trajectories(layers: int = 6) -> pd.DataFrame:
     ]
     columns = ["condition", "group", "tokens", "layer", "low", "median", "high"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def transplanted(prompts: int = 3) -> pd.DataFrame:
+    """The key alone takes the attention, and both restore everything."""
+    effects = {
+        "untouched": (0.6, 0.0, 0.0),
+        "host": (0.1, 1.5, 2.0),
+        "both": (0.6, 0.0, 0.0),
+        "key": (0.55, 1.0, 1.2),
+        "value": (0.2, 1.1, 1.1),
+        "slot": (0.6, 0.1, 0.3),
+        "slot key": (0.62, 1.3, 1.4),
+    }
+    rows = []
+    for (name, values), p in itertools.product(effects.items(), range(prompts)):
+        attention, change, divergence = values
+        rows.append((name, p, "attention", attention + 0.01 * p))
+        rows.append((name, p, "loss", 3 + 0.5 * p + change * (1 + 0.1 * p)))
+        rows.append((name, p, "divergence", divergence * (1 + 0.1 * p)))
+    return pd.DataFrame(rows, columns=["condition", "prompt", "metric", "value"])

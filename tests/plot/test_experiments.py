@@ -48,6 +48,7 @@ def test_every_figure_names_what_it_was_measured_on():
         plot.before_after(frames.conditions(), "received_attention", about=ABOUT),
         plot.peak_trace(frames.trace(), about=ABOUT),
         plot.sink_life(frames.life(), about=ABOUT),
+        plot.transplant_effects(frames.transplanted(), about=ABOUT),
         plot.domain_scatter(frames.domains(), "prose", "code", about=ABOUT),
         plot.ablation_effect(frames.domains(), about=ABOUT),
         plot.loss_by_share_ablated(frames.sleep(), about=ABOUT),
@@ -126,6 +127,20 @@ def test_sink_life_has_six_panels_and_says_what_is_missing():
     assert not any("not measured" in a.text for a in figure.layout.annotations)
     few = plot.sink_life(frame[~frame["metric"].isin(["loss", "trigger"])], about=ABOUT)
     assert sum("not measured" in a.text for a in few.layout.annotations) == 2
+
+
+def test_a_transplant_is_compared_with_the_untouched_run_prompt_by_prompt():
+    frame = frames.transplanted()
+    figure = plot.transplant_effects(frame, about=ABOUT)
+    attention, change, divergence = figure.data
+    words = ["untouched", "no transplant", "key and value", "key, value zero", "value, host's key"]
+    assert list(attention.y) == [*words, "slot: key and value", "slot: key, value zero"]
+    np.testing.assert_allclose(attention.x[:2], [0.61, 0.11])
+    np.testing.assert_allclose(change.x[:4], [0, 1.65, 0, 1.1], atol=1e-12)
+    assert change.error_x.array[1] < 0.2, "of the difference, not of losses that differ by prompt"
+    np.testing.assert_allclose(divergence.x[1], 2.2)
+    with pytest.raises(ReportError, match="untouched"):
+        plot.transplant_effects(frame[frame["condition"] != "untouched"], about=ABOUT)
 
 
 def test_peak_trace_of_some_blocks_has_a_row_for_each_of_them_and_no_other():
