@@ -1,4 +1,4 @@
-"""Chance levels of a scan: what sink attention and residual peak are where there is no sink.
+"""Chance levels of a scan: sink attention, residual peak and value drain where there is no sink.
 
 Three nulls, each drawn as often as the caller asks:
 
@@ -7,7 +7,8 @@ Three nulls, each drawn as often as the caller asks:
 2. *random*: another position of the prompt's first half, drawn for each prompt, is taken for the
    sink. Later keys are seen by fewer queries, and queries with many keys pay each of them less; the
    attention to it is therefore divided by what uniform attention would give, and multiplied by what
-   uniform attention would give the sink.
+   uniform attention would give the sink. Its norm and its value's are compared with the others'
+   as the sink's are.
 3. *shuffled*: the keys of each prompt are put into a random order, and every query pays its sink
    attention to the first, in this order, of the keys that it sees. Neighbouring queries thus share
    their key, as they share the sink, and uniform attention gives what it gives the sink. Queries
@@ -33,7 +34,7 @@ from sinkscope.capture.observers.base import Observer, Scope
 from sinkscope.capture.readers import AttentionReader
 from sinkscope.capture.reductions import all_layers
 from sinkscope.errors import TextError, UnsupportedError
-from sinkscope.metrics import positions, residual
+from sinkscope.metrics import positions, residual, values
 from sinkscope.models.active import in_force, user_hooks
 from sinkscope.models.load import load_model
 from sinkscope.report.chance import QUANTITIES
@@ -95,11 +96,13 @@ def initial_fields(
         measure: Gives the fields of a bridge by name, each beginning with the prompt.
 
     Returns:
-        Every one of `QUANTITIES` with draws along its last dimension.
+        Those of `QUANTITIES` that were measured, with draws along the last dimension.
     """
     drawn = [measure(fresh) for fresh in initial_models(model, draws)]
     return {
-        f"initial_{name}": torch.stack([one[name] for one in drawn], dim=-1) for name in QUANTITIES
+        f"initial_{name}": torch.stack([one[name] for one in drawn], dim=-1)
+        for name in QUANTITIES
+        if name in drawn[0]
     }
 
 
@@ -136,9 +139,20 @@ class _Drawn(Observer):
 
         return batch.once(("other sinks", self.draws), compute)
 
+    def at_others(
+        self, definition: Callable[..., Tensor], layers: dict[str, Tensor], batch: Batch
+    ) -> Float[Tensor, "layer prompt ... draw"]:
+        """A quantity of norms, with every drawn position in turn as the sink."""
+        index = torch.arange(batch.length, device=batch.mask.device)
+        found = [
+            all_layers(definition, layers["norm"], index == place[:, None], batch.mask)
+            for place in self.other_sinks(batch).unbind(-1)
+        ]
+        return torch.stack(found, dim=-1)
+
 
 class NullAttention(_Drawn, reads="attention"):
-    """Sink attention of the random and shuffled nulls, and queries whose largest key is the sink.
+    """Sink attention of the random and shuffled nulls.
 
     The pattern is read key by key.
     """
@@ -149,16 +163,12 @@ class NullAttention(_Drawn, reads="attention"):
         total: Tensor | None = None
         for key, column in enumerate(x.by_key()):
             part = torch.einsum("phq,pqd->phd", column, weights.of(key))
-            largest = column if total is None else torch.maximum(largest, column)
             total = part if total is None else total + part
         assert total is not None
         random, shuffled = total.split(self.draws, dim=-1)
-        to_sink = x.on_keys(batch.sinks, batch.most_sinks)
-        first = (to_sink >= largest) & batch.queries[:, None]
         return {
             "random_sink_attention": random * weights.scale[:, None],
             "shuffled_sink_attention": shuffled,
-            "sink_is_largest": first.sum(-1) / batch.queries[:, None].sum(-1),
         }
 
     def _weights(self, batch: Batch, window: int | None) -> _Weights:
@@ -226,12 +236,21 @@ class NullPeak(_Drawn, reads="resid_post"):
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """The peak of every drawn position, in all layers at once."""
-        index = torch.arange(batch.length, device=batch.mask.device)
-        peaks = [
-            all_layers(residual.residual_peak, layers["norm"], index == place[:, None], batch.mask)
-            for place in self.other_sinks(batch).unbind(-1)
-        ]
-        return {"random_residual_peak": torch.stack(peaks, dim=-1)}
+        return {"random_residual_peak": self.at_others(residual.residual_peak, layers, batch)}
+
+
+class NullDrain(_Drawn, reads="value"):
+    """The value drain of the random null."""
+
+    def observe(
+        self, x: Float[Tensor, "prompt position kv_head d_head"], batch: Batch
+    ) -> dict[str, Tensor]:
+        """One norm a vector."""
+        return {"norm": values.norms(x)}
+
+    def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """The drain of every drawn position, in all layers at once."""
+        return {"random_value_drain": self.at_others(values.drain, layers, batch)}
 
 
 def _generator(row: int, null: int) -> torch.Generator:

@@ -13,7 +13,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinkscope.capture import observers, paths, runner
-from sinkscope.capture.nulls import NullAttention, NullPeak, check_one_sink, initial_fields
+from sinkscope.capture.nulls import (
+    NullAttention,
+    NullDrain,
+    NullPeak,
+    check_one_sink,
+    initial_fields,
+)
 from sinkscope.capture.observers import Observer, Scope
 from sinkscope.capture.observers.discovery import FindSinks
 from sinkscope.devices import exclusive, usual_torch
@@ -37,8 +43,10 @@ from sinkscope.validation import probability, shown, whole_number, whole_numbers
 
 Metrics = str | Iterable[str]
 Sinks = Iterable[int] | Literal["auto"]
-_WITH_NULLS = tuple(filter(None, map(metric_of, QUANTITIES)))
+_NULLED = tuple(filter(None, map(metric_of, QUANTITIES)))
 """Metrics that are measured of the model at initialisation, and that nulls belong to."""
+_WITH_NULLS = (*_NULLED, "sink_is_largest")
+"""Metrics that come with nulls."""
 
 
 def scan(
@@ -63,8 +71,9 @@ def scan(
         metrics: "all", "core" (what costs little beside the forward pass), or names from
             `capabilities(model).available`, those of one's own `Observer` included; a list may hold
             "core" or "all" beside names. With "all", what this model cannot have measured exactly
-            is left out, as is "ffn_dims", whose size grows with prompts × layers × dims; asked for
-            by name, the former is refused.
+            is left out, as are "ffn_dims", whose size grows with prompts × layers × dims, and
+            "sink_is_largest", which computes all scores again; asked for by name, the former is
+            refused.
         sinks: Positions counted from a prompt's first token, or "auto": a first pass finds the
             sinks of each prompt (`metrics.positions.primary_and_secondary`). The quantities are
             about its primary sink; its other sinks are in `secondary_sinks`, by layer.
@@ -73,10 +82,11 @@ def scan(
         attention: How attention is read: "streaming" (fused attention; nothing is materialised),
             "eager" (every layer's pattern is), or "auto", which streams wherever it can. Both are
             exact.
-        nulls: How often to draw each null that sink attention and residual peak are compared with
-            (`sinkscope.capture.nulls`): the model at initialisation, a random position as the sink,
-            and shuffled keys. Each draw of the first is a scan of a new model; no corrected p is
-            below 1 / (1 + nulls), so that 20 is the least with which one can be below 0.05.
+        nulls: How often to draw each null that sink attention, residual peak and value drain are
+            compared with (`sinkscope.capture.nulls`): the model at initialisation, a random
+            position as the sink, and shuffled keys. Each draw of the first is a scan of a new
+            model; no corrected p is below 1 / (1 + nulls), so that 20 is the least with which one
+            can be below 0.05. Where a model's values cannot be measured, the drain has no null.
         devices: Devices to divide the prompts between, such as ["cuda:0", "cuda:1"]; a model that
             is loaded here is loaded on the first. It is copied to each other one for the time of
             the scan, with adapters and edited weights, and idle copies take the next batch. Over
@@ -137,8 +147,9 @@ def _scan(
     how = paths.choose(model, can, attention)
     interventions = in_force(model)
     softmax = can.softmax and all(one.softmax for one in interventions)
-    named = (*metrics, *_WITH_NULLS) if nulls else metrics
-    chosen = choose_metrics(named, replace(can, softmax=softmax), how.name)
+    can_now = replace(can, softmax=softmax)
+    beside = _with_nulls(can_now, how.name) if nulls else ()
+    chosen = choose_metrics((*metrics, *beside), can_now, how.name)
 
     scope = Scope(
         epsilon=epsilon,
@@ -188,7 +199,8 @@ def _scan(
         places = measure(lambda scope: [FindSinks(scope, windows)], at)
         at, secondary = places["primary"], places["secondary"]
     kinds = [kind for name in chosen for kind in observers.metrics()[name]]
-    drawn = (NullAttention, NullPeak) if nulls else ()
+    drain = (NullDrain,) if metric_of("value_drain") in beside else ()
+    drawn = (NullAttention, NullPeak, *drain) if nulls else ()
     if nulls:
         check_one_sink(at)
     found = measure(
@@ -196,7 +208,8 @@ def _scan(
         at,
     )
     if nulls:
-        wanted = [kind for name in _WITH_NULLS for kind in observers.metrics()[name]]
+        nulled = [name for name in _NULLED if name in beside]
+        wanted = [kind for name in nulled for kind in observers.metrics()[name]]
         found |= initial_fields(
             model,
             nulls,
@@ -215,6 +228,13 @@ def _scan(
         **found,
     )
     return replace(report, **derived(report)) if nulls else report
+
+
+def _with_nulls(can: Capabilities, attention: str) -> tuple[str, ...]:
+    """The metrics that a scan with nulls measures beside those asked for."""
+    values = metric_of("value_drain")
+    absent = {values} & observers.unavailable(can, attention).keys()
+    return tuple(name for name in _WITH_NULLS if name not in absent)
 
 
 def choose_metrics(metrics: Metrics, can: Capabilities, attention: str) -> tuple[str, ...]:

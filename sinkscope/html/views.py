@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 from collections.abc import Callable
@@ -205,6 +206,10 @@ _STATIC: dict[str, tuple[tuple[str, ...], Callable[..., go.Figure]]] = {
     ),
     "drains": (("value_drain",), layers.value_drains),
     "chance": (("initial_sink_attention",), layers.chance_levels),
+    "drain-chance": (
+        ("initial_value_drain",),
+        functools.partial(layers.chance_levels, quantity="value_drain"),
+    ),
     "rate": (("sink_importance",), rates.sink_rate),
     "dims": (("ffn_sink_mean",), dims.nonmixture_dims),
     "massive": (("massive",), dims.massive_activations),

@@ -26,7 +26,7 @@ from sinkscope.plot.values import (
     require_known,
     require_report,
 )
-from sinkscope.report.chance import ALPHA, NULLS
+from sinkscope.report.chance import ALPHA, NULLS, SMALL, p_values
 from sinkscope.statistics import bootstrap
 
 if TYPE_CHECKING:
@@ -198,50 +198,64 @@ def value_drains(report: SinkReport, *, out: bool = False, theme: Theme = None) 
     return finish(figure, title, report.settings, theme)
 
 
-def chance_levels(report: SinkReport, *, theme: Theme = None) -> go.Figure:
-    """Sink attention of every head beside that of the strongest head under each null.
+def chance_levels(
+    report: SinkReport, quantity: str = "sink_attention", *, theme: Theme = None
+) -> go.Figure:
+    """A quantity of every head (KV head, layer) beside that of the strongest under each null.
 
     Args:
         report: The report of a scan with ``nulls=``.
+        quantity: "sink_attention", "residual_peak" or "value_drain"; a drain is strong if small.
         theme: "light", "dark", or the default.
 
     Returns:
-        A dot per head and layer, and a band per null: the middle 95 % of its draws of the largest
+        A dot per head and layer, and a band per null: the middle 95 % of its draws of the strongest
         value over all heads; buttons for a linear and a logarithmic axis.
 
     Raises:
-        ReportError: If no null was drawn.
+        ReportError: If no null was drawn of it.
     """
     require_report("report", report)
-    records = report.chance_levels()
-    heads = interval_of(report, "sink_attention")
+    records = report.chance_levels(quantity)
+    variable = report.variables()[quantity]
+    mean = mean_of(report, quantity).reshape(report.sizes["layer"], -1)
+    found = p_values(report, quantity)
+    p = np.stack([found[one["null"]].cpu().numpy().ravel() for one in records], axis=-1)
+    kind = {"head": "head", "kv_head": "KV head"}.get(variable.dims[-1], "layer")
+    strongest = "smallest" if quantity in SMALL else "strongest"
+    label = axis_label(variable)
     colours = palette(theme)
-    layers, per_layer = heads.mean.shape
-    p = np.stack([mean_of(report, f"p_{one['null']}").ravel() for one in records], axis=-1)
+    layers, per_layer = mean.shape
     figure = go.Figure()
     ends = np.array([-0.5, layers - 0.5])
     for one, colour in zip(records, colours.series, strict=False):
         level = np.full(2, one["median"])
-        words = f"{NULLS[one['null']]}, strongest head"
+        words = f"{NULLS[one['null']]}, {strongest} {kind}"
         band(
             figure, ends, (level, np.full(2, one["low"]), np.full(2, one["high"])),
-            name=words, colour=colour, label="sink attention [probability]", along="layer",
+            name=words, colour=colour, label=label, along="layer",
         )  # fmt: skip
+    which = "" if kind == "layer" else f", {kind} %{{customdata[0]}}"
     figure.add_scatter(
-        x=np.repeat(np.arange(layers), per_layer), y=heads.mean.ravel(), mode="markers",
-        name="each head", marker=dict(size=5, color=colours.other, opacity=0.7),
+        x=np.repeat(np.arange(layers), per_layer), y=mean.ravel(), mode="markers",
+        name=f"each {kind}", marker=dict(size=5, color=colours.other, opacity=0.7),
         customdata=np.column_stack([np.tile(np.arange(per_layer), layers), p]),
-        hovertemplate="layer %{x}, head %{customdata[0]}<br>sink attention [probability]: "
-        "%{y:,.3~r}" + "".join(
+        hovertemplate=f"layer %{{x}}{which}<br>{label}: %{{y:,.3~r}}" + "".join(
             f"<br>p against {NULLS[one['null']]}: %{{customdata[{index}]:,.3~r}}"
             for index, one in enumerate(records, start=1)
+            if one["tested"]
         ) + "<extra></extra>",
     )  # fmt: skip
     figure.update_xaxes(title_text="layer", **layer_ticks(layers))
-    figure.update_yaxes(title_text="sink attention [probability]", **y_scale(True))
+    figure.update_yaxes(title_text=label, **y_scale(True))
     figure.update_layout(updatemenus=[log_switch(True)])
-    every = (p <= ALPHA).all(axis=1).sum()
-    title = f"Chance levels: {every} of {records[0]['tested']} heads exceed every null"
+    tested = [one["tested"] > 0 for one in records]
+    every = (p[:, tested] <= ALPHA).all(axis=1).sum()
+    differ = "are below" if quantity in SMALL else "exceed"
+    what = {"head": "heads", "KV head": "KV heads' drains", "layer": "layers' peaks"}[kind]
+    names = [NULLS[one["null"]] for one in records if one["tested"]]
+    against = names[0] if len(names) == 1 else "every null"
+    title = f"Chance levels: {every} of {records[0]['tested']} {what} {differ} {against}"
     return finish(figure, title, report.settings, theme)
 
 

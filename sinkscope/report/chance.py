@@ -2,7 +2,8 @@
 
 The nulls are described in `sinkscope.capture.nulls`. A head is compared with the largest value over
 all heads in each draw, a layer's residual peak with the largest over all layers, which corrects for
-their number (`statistics.chance`).
+their number (`statistics.chance`). A drain is the smaller the stronger, so that a KV head's is
+compared with the smallest.
 """
 
 from __future__ import annotations
@@ -21,15 +22,21 @@ NULLS = {
     "shuffled": "keys shuffled within a prompt",
 }
 """Description of each null by name."""
-QUANTITIES = ("sink_attention", "residual_peak")
+QUANTITIES = ("sink_attention", "residual_peak", "value_drain")
 """The fields for which nulls are drawn."""
-DERIVED = tuple(f"p_{null}" for null in NULLS)
+SMALL = frozenset({"value_drain"})
+"""Those that are small where there is a sink."""
+UNTESTED = frozenset({("residual_peak", "random")})
+"""Nulls that give a level and no p-value: under a causal mask position 0 attends only to itself, so
+that its norm differs from those of other positions before any training."""
+_P_OF = {
+    **{f"p_{null}": ("sink_attention", null) for null in NULLS},
+    **{f"p_{null}_value_drain": ("value_drain", null) for null in ("initial", "random")},
+}
+"""The quantity and null of each field of p-values."""
+DERIVED = tuple(_P_OF)
 """The fields computed from others."""
-WITH_NULLS = (
-    *(f"{null}_{one}" for one in QUANTITIES for null in NULLS),
-    *DERIVED,
-    "sink_is_largest",
-)
+WITH_NULLS = (*(f"{null}_{one}" for one in QUANTITIES for null in NULLS), *DERIVED)
 """The fields that a scan measures only with nulls."""
 ALPHA = 0.05
 
@@ -41,7 +48,9 @@ def null_of(report: SinkFields, quantity: str, null: str) -> Tensor | None:
 
 
 def p_values(report: SinkFields, quantity: str = "sink_attention") -> dict[str, Tensor]:
-    """p-values of every head (or layer) against each available null of a quantity.
+    """p-values of every head (layer, KV head) against each available null of a quantity.
+
+    nan for the nulls in `UNTESTED`.
 
     Args:
         report: Result of a scan.
@@ -51,16 +60,27 @@ def p_values(report: SinkFields, quantity: str = "sink_attention") -> dict[str, 
     if observed is None:
         return {}
     mean, found = mean_over_prompts(observed), {}
+    sign = _sign(quantity)
     for null in NULLS:
         drawn = null_of(report, quantity, null)
-        if drawn is not None:
-            found[null] = chance(mean, drawn).to(mean.dtype).to(mean.device)
+        if drawn is not None and (quantity, null) in UNTESTED:
+            found[null] = torch.full_like(mean, torch.nan)
+        elif drawn is not None:
+            found[null] = chance(sign * mean, sign * drawn).to(mean.dtype).to(mean.device)
     return found
+
+
+def _sign(quantity: str) -> int:
+    """1 where a sink makes a quantity large, -1 where it makes it small."""
+    return -1 if quantity in SMALL else 1
 
 
 def derived(report: SinkFields) -> dict[str, Tensor]:
     """The fields in `DERIVED` whose nulls were drawn."""
-    return {f"p_{null}": p for null, p in p_values(report).items()}
+    p = {quantity: p_values(report, quantity) for quantity, _ in _P_OF.values()}
+    return {
+        name: p[quantity][null] for name, (quantity, null) in _P_OF.items() if null in p[quantity]
+    }
 
 
 def chance_levels(report: SinkFields, quantity: str = "sink_attention") -> list[dict[str, Any]]:
@@ -68,21 +88,21 @@ def chance_levels(report: SinkFields, quantity: str = "sink_attention") -> list[
 
     Returns:
         Records of null, draws, low, median and high (quantiles 0.025, 0.5 and 0.975, over draws, of
-        the largest value over heads or layers), tested (number of heads or layers) and significant
-        (number of these with p at most 0.05).
+        the largest value over heads or layers, the smallest of a drain), tested (number of heads or
+        layers, 0 for a null in `UNTESTED`) and significant (number of these with p at most 0.05).
     """
-    records = []
+    records, sign = [], _sign(quantity)
     for null, p in p_values(report, quantity).items():
         drawn = null_of(report, quantity, null)
         if drawn is None or bool(drawn.isnan().all()):
             continue
-        largest = drawn.double().cpu().flatten(1).nan_to_num(-torch.inf).amax(1)
+        extreme = sign * (sign * drawn.double().cpu().flatten(1)).nan_to_num(-torch.inf).amax(1)
         ends = torch.tensor([0.025, 0.5, 0.975], dtype=torch.float64)
-        low, median, high = largest[largest.isfinite()].quantile(ends).tolist()
+        low, median, high = extreme[extreme.isfinite()].quantile(ends).tolist()
         records.append(
             {
                 "null": null,
-                "draws": len(largest),
+                "draws": len(extreme),
                 "low": low,
                 "median": median,
                 "high": high,

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinkscope.errors import ReportError
-from sinkscope.output import plain
+from sinkscope.output import listed, plain
 from sinkscope.report.chance import QUANTITIES, WITH_NULLS
 from sinkscope.report.chance import chance_levels as levels_of
 from sinkscope.report.fields import SinkFields, metric_of
@@ -212,22 +212,26 @@ class SinkQuantities(SinkFields):
         """Chance level under each null of a scan with ``nulls=``, and how many heads exceed it.
 
         p-values are one-sided and corrected for the number of heads (layers); those of heads are
-        the fields p_initial, p_random and p_shuffled.
+        the fields p_initial, p_random and p_shuffled, and of KV heads p_initial_value_drain and
+        p_random_value_drain.
 
         Args:
-            quantity: "sink_attention" (heads) or "residual_peak" (layers).
+            quantity: "sink_attention" (heads), "residual_peak" (layers) or "value_drain" (KV
+                heads, which a sink makes small).
 
         Returns:
             Records of null, draws, low, median and high (quantiles 0.025, 0.5 and 0.975, over
-            draws, of the largest value over heads or layers), tested (number of heads or layers)
-            and significant (number of these with p at most 0.05).
+            draws, of the largest value over heads or layers, the smallest of a drain), tested and
+            significant (how many heads or layers, and of how many p is at most 0.05). Peaks are
+            not tested against random positions: position 0 attends to itself alone, so that its
+            norm differs from theirs before any training.
 
         Raises:
             ReportError: If no null was drawn for it.
         """
         if quantity not in QUANTITIES:
             raise ReportError(
-                f"Nulls are drawn for {' and '.join(QUANTITIES)}, not for {shown(quantity)}."
+                f"Nulls are drawn for {listed(QUANTITIES)}, not for {shown(quantity)}."
             )
         if not (records := levels_of(self, quantity)):
             raise ReportError("No null was drawn; scan with nulls=20, for example.")

@@ -112,12 +112,20 @@ def sink_rate(report: SinkQuantities) -> str | None:
 def chance(report: SinkQuantities) -> str | None:
     """Numbers of heads, and of layers' residual peaks, that exceed chance under each null."""
     said = []
-    for quantity, what in (("sink_attention", "heads"), ("residual_peak", "layers' peaks")):
+    words = {
+        "sink_attention": ("heads", "exceed", "largest"),
+        "residual_peak": ("layers' peaks", "exceed", "largest"),
+        "value_drain": ("KV heads' drains", "are below", "smallest"),
+    }
+    for quantity, (what, differ, extreme) in words.items():
         for one in chance_levels(report, quantity):
             level = Interval(one["median"], one["low"], one["high"])
+            if not one["tested"]:
+                said.append(f"{extreme} peak of {NULLS[one['null']]} {level}, without a test")
+                continue
             said.append(
-                f"{one['significant']} of {one['tested']} {what} exceed {NULLS[one['null']]} "
-                f"(largest there {level})"
+                f"{one['significant']} of {one['tested']} {what} {differ} {NULLS[one['null']]} "
+                f"({extreme} there {level})"
             )
     return f"{'; '.join(said)}; corrected p ≤ {ALPHA:g}" if said else None
 

@@ -21,6 +21,7 @@ from sinkscope.prompts.tokens import Texts
 from sinkscope.report.chance import p_values
 from sinkscope.report.report import SinkReport
 from tests.families.architectures import BY_NAME, Family
+from tests.families.reference import reference
 
 DRAWS = 3
 NULLS = ("initial", "random", "shuffled")
@@ -122,6 +123,46 @@ def test_the_random_peak_is_that_of_the_norms_there() -> None:
             np.testing.assert_allclose(found, want, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bert"])
+def test_the_null_of_a_drain_is_that_of_the_norms_there(name: str) -> None:
+    family, prompts = BY_NAME[name], texts()
+    report = ss.scan(family.build(), prompts, metrics="core", nulls=DRAWS, progress=False)
+    plain = family.build()
+    norms = (
+        reference(plain, prompts.tokens, prompts.mask, parts=family.parts)["values"]
+        .double()
+        .norm(dim=-1)
+        .numpy()
+    )
+    for row, length in enumerate(prompts.mask.sum(1).tolist()):
+        drawn = torch.Generator().manual_seed(2 * row)
+        places = 1 + torch.randint(length // 2 - 1, (DRAWS,), generator=drawn)
+        of_prompt = norms[:, row, :length]
+        for draw, place in enumerate(places.tolist()):
+            want = of_prompt[:, place] / np.delete(of_prompt, place, axis=1).mean(1)
+            found = report["random_value_drain"][row, ..., draw]
+            np.testing.assert_allclose(found, want, rtol=1e-4)
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        fresh = type(plain)(copy.deepcopy(plain.config)).eval()
+        of = (
+            reference(fresh, prompts.tokens, prompts.mask, parts=family.parts)["values"]
+            .double()
+            .norm(dim=-1)
+            .numpy()
+        )
+        for row, length in enumerate(prompts.mask.sum(1).tolist()):
+            want = of[:, row, 0] / of[:, row, 1:length].mean(1)
+            np.testing.assert_allclose(
+                report["initial_value_drain"][row, ..., seed], want, rtol=1e-4
+            )
+    for null in ("initial", "random"):
+        smallest = report[f"{null}_value_drain"].double().mean(0).flatten(0, 1).amin(0)
+        for (layer, head), p in np.ndenumerate(report[f"p_{null}_value_drain"].numpy()):
+            observed = report.value_drain.double().mean(0)[layer, head]
+            assert p == pytest.approx((1 + int((smallest <= observed).sum())) / (1 + DRAWS))
+
+
 def fresh_models(seeds: range) -> Iterator[Any]:
     plain = BY_NAME["llama"].build()
     for seed in seeds:
@@ -145,14 +186,32 @@ def at_initialisation() -> list[SinkReport]:
         return [ss.scan(one, prompts, **options) for one in fresh_models(range(100, 120))]
 
 
-@pytest.mark.parametrize("null", NULLS)
+@pytest.mark.parametrize(
+    ("quantity", "null"),
+    [
+        *(("sink_attention", null) for null in NULLS),
+        ("residual_peak", "initial"),
+        ("value_drain", "initial"),
+        ("value_drain", "random"),
+    ],
+)
 def test_at_initialisation_few_tests_are_significant(
-    at_initialisation: list[SinkReport], null: str
+    at_initialisation: list[SinkReport], quantity: str, null: str
 ) -> None:
-    significant = torch.stack([one[f"p_{null}"] <= 0.05 for one in at_initialisation])
+    significant = torch.stack([p_values(one, quantity)[null] <= 0.05 for one in at_initialisation])
     assert significant.double().mean() <= 0.05
     if null != "initial":  # whose draws are shared, so that the twenty stand or fall together
         assert significant.flatten(1).any(1).sum() <= 3, "3 or fewer of 20: 98 % at 5 %"
+
+
+def test_peaks_are_not_tested_against_other_positions(at_initialisation: list[SinkReport]) -> None:
+    """Position 0, which attends to itself alone, stands out from them before any training."""
+    above = 0
+    for one in at_initialisation:
+        assert p_values(one, "residual_peak")["random"].isnan().all()
+        drawn = one.random_residual_peak.double().mean(0)
+        above += int((one.residual_peak.double().mean(0) > drawn.amax((0, 1))).sum())
+    assert above > 30, "of 60, where a test that holds its level gives at most a few"
 
 
 @pytest.mark.parametrize("null", NULLS)
@@ -163,6 +222,19 @@ def test_a_sink_is_significant(null: str, at_initialisation: list[SinkReport]) -
     attention[:, 1, 2] = 0.6
     p = p_values(replace(one, sink_attention=attention))[null]
     assert p[1, 2] == pytest.approx(1 / 21) and (p <= 0.05).sum() == 1
+
+
+@pytest.mark.parametrize("null", ["initial", "random"])
+def test_a_drain_is_significant(null: str, at_initialisation: list[SinkReport]) -> None:
+    one = at_initialisation[0]
+    before = p_values(one, "value_drain")[null]
+    drain = one.value_drain.clone()
+    drain[:, 1, 1] = 0.1
+    p = p_values(replace(one, value_drain=drain), "value_drain")[null]
+    assert p[1, 1] == pytest.approx(1 / 21) < before[1, 1]
+    assert (p <= 0.05).sum() == 1 + (before <= 0.05).sum()
+    drain[:, 1, 1] = 10  # a large value is no drain
+    assert p_values(replace(one, value_drain=drain), "value_drain")[null][1, 1] == 1
 
 
 def test_kept_merged_and_the_same_in_any_batch(tmp_path: Path) -> None:
@@ -176,9 +248,14 @@ def test_kept_merged_and_the_same_in_any_batch(tmp_path: Path) -> None:
     assert merged.shuffled_sink_attention.shape[0] == 6
     torch.testing.assert_close(merged.p_shuffled, whole.p_shuffled)
     words = repr(whole)
-    assert "Chance" in words and "keys shuffled" in words
+    assert "Chance" in words and "keys shuffled" in words and "KV heads' drains are below" in words
     records = whole.chance_levels()
     assert [one["null"] for one in records] == list(NULLS) and records[0]["draws"] == 2
+    peaks = whole.chance_levels("residual_peak")
+    assert [one["tested"] for one in peaks] == [whole.sizes["layer"], 0]
+    low = [one["low"] for one in whole.chance_levels("value_drain")]
+    drawn = whole.random_value_drain.double().mean(0).flatten(0, 1).amin(0)
+    assert low[1] == pytest.approx(float(drawn.quantile(0.025)))
     assert "p_initial" in whole.to_html() and len(whole.chance_levels("residual_peak")) == 2
 
 

@@ -8,7 +8,7 @@ import torch
 import sinkscope.plot as plot
 from sinkscope.errors import ReportError
 from tests.plot.traces import line
-from tests.report.factory import only, synthetic_report
+from tests.report.factory import only, synthetic_report, with_nulls
 
 
 def test_lines_over_layers_are_means_over_prompts_and_heads():
@@ -222,3 +222,41 @@ def test_figures_of_what_was_not_measured_say_what_to_measure():
     ):
         with pytest.raises(ReportError, match="was not measured"):
             draw(report)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "nulls", "kind", "strongest"),
+    [
+        ("sink_attention", 3, "head", np.amax),
+        ("residual_peak", 2, "layer", np.amax),
+        ("value_drain", 2, "KV head", np.amin),
+    ],
+)
+def test_chance_levels_draw_every_head_and_the_strongest_of_each_draw(
+    quantity, nulls, kind, strongest
+):
+    report = with_nulls(synthetic_report(prompts=3))
+    figure = plot.chance_levels(report, quantity)
+    heads = next(trace for trace in figure.data if trace.name == f"each {kind}")
+    expected = report[quantity].double().mean(0).flatten()
+    np.testing.assert_allclose(heads.y, expected, rtol=1e-5)
+    levels = [trace for trace in figure.data if trace.name and "," in trace.name]
+    assert len(levels) == nulls == heads.customdata.shape[1] - 1
+    drawn = report[f"random_{quantity}"].double().mean(0).numpy()
+    of_draws = strongest(drawn.reshape(-1, drawn.shape[-1]), axis=0)
+    random = next(trace for trace in levels if trace.name.startswith("another position"))
+    np.testing.assert_allclose(random.y, np.median(of_draws), rtol=1e-5)
+    np.testing.assert_allclose(
+        random.customdata[0], np.quantile(of_draws, [0.025, 0.975]), rtol=1e-5
+    )
+    stronger = expected.min() < of_draws.min() if kind == "KV head" else expected.max() > 0
+    assert stronger and figure.layout.title.text.startswith("Chance levels")
+    tested = figure.layout.title.text.endswith("the model at initialisation")
+    assert tested == (quantity == "residual_peak"), "peaks are not tested against other positions"
+
+
+def test_chance_levels_of_a_report_without_nulls_are_refused():
+    with pytest.raises(ReportError, match="nulls=20"):
+        plot.chance_levels(synthetic_report(), "value_drain")
+    with pytest.raises(ReportError, match="residual_peak and value_drain"):
+        plot.chance_levels(with_nulls(synthetic_report()), "value_norm")

@@ -175,6 +175,7 @@ def with_nulls(report: SinkReport, draws: int = 20) -> SinkReport:
     rand = torch.Generator().manual_seed(8)
     attention = torch.rand(*report.sink_attention.shape, draws, generator=rand)
     peak = torch.rand(*report.residual_peak.shape, draws, generator=rand)
+    drain = torch.rand(*report.value_drain.shape, draws, generator=rand)
     return dataclasses.replace(
         report,
         initial_sink_attention=0.10 + 0.02 * attention,
@@ -182,10 +183,16 @@ def with_nulls(report: SinkReport, draws: int = 20) -> SinkReport:
         shuffled_sink_attention=0.08 + 0.05 * attention,
         initial_residual_peak=0.9 + 0.2 * peak,
         random_residual_peak=0.8 + 0.4 * peak,
+        initial_value_drain=0.9 + 0.2 * drain,
+        random_value_drain=0.7 + 0.6 * drain,
         sink_is_largest=report.sink_attention.clone(),
         **{
             f"p_{null}": torch.full(report.sink_attention.shape[1:], 1 / (1 + draws))
             for null in NULLS
+        },
+        **{
+            f"p_{null}_value_drain": torch.full(report.value_drain.shape[1:], 1 / (1 + draws))
+            for null in ("initial", "random")
         },
     )
 

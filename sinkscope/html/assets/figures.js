@@ -81,7 +81,7 @@ function marks(name) {
   if (name === "positions") {
     return framed({ xref: "paper", x0: 0, x1: 1 });
   }
-  if (["layers", "drains", "chance"].includes(name)) return [vertical(state.layer, "dot")];
+  if (["layers", "drains", "chance", "drain-chance"].includes(name)) return [vertical(state.layer, "dot")];
   if (name === "rate" && metric()?.threshold !== null && metric()) return [vertical(state.epsilon)];
   if (name === "pattern") return [];
   if (["received", "values", "residual"].includes(name) && state.position !== null) {
@@ -176,7 +176,7 @@ function listen(element) {
   const name = element.dataset.view;
   element.on("plotly_click", ({ points: [point] }) => {
     if (name === "map") choose({ layer: point.y, head: headAt(point.x) });
-    if (["layers", "drains", "chance"].includes(name)) choose({ layer: Math.round(point.x) });
+    if (["layers", "drains", "chance", "drain-chance"].includes(name)) choose({ layer: Math.round(point.x) });
     if (name === "positions") choose({ layer: point.y, position: positionAt(name, point) });
     if (["received", "values", "residual"].includes(name)) {
       choose({ position: positionAt(name, point) });

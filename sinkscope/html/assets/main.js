@@ -46,7 +46,7 @@ function startMap() {
 const MARKED_BY = {
   map: ["metric", "epsilon", "layer", "head"],
   received: ["position"], values: ["position"], residual: ["position"],
-  pattern: ["prompt"], layers: ["layer"], drains: ["layer"], chance: ["layer"], positions: ["layer"], rate: ["epsilon"],
+  pattern: ["prompt"], layers: ["layer"], drains: ["layer"], chance: ["layer"], "drain-chance": ["layer"], positions: ["layer"], rate: ["epsilon"],
 };
 
 // To a screen reader a figure is called as its heading is.
