@@ -1,8 +1,8 @@
-"""Attention statistics from the pattern and the scores, and the finishers both paths share.
+"""Attention statistics from patterns and scores, and the final steps shared by both paths.
 
 Functions that take a ``pattern`` or ``scores`` are the quadratic definitions. Functions that take
-rows (``[prompt head query]``) or column sums (``[prompt head key]``) finish what either path
-reduced: a stored pattern, or streaming attention that never had one.
+rows (``[prompt head query]``) or column sums (``[prompt head key]``) complete the reductions of
+either path: over a stored pattern, or in streaming attention, which does not store one.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from sinkscope.metrics.values import per_query_head
 EPSILONS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 """Thresholds of the sink-rate curve [probability]."""
 RECENT = (4, 16, 64)
-"""Widths w of the neighbourhood that recency is measured in [tokens]."""
+"""Widths w of the neighbourhood in the recency metric [tokens]."""
 
 TOP = 3
-"""Keys kept of each head and prompt by `top_received`."""
+"""Number of keys per head and prompt in `top_received`."""
 
 
 def attention_to(
@@ -50,8 +50,8 @@ def sink_attention(
     """Mean attention paid to the sinks by the queries after them [probability].
 
     mean_i Σ_{s∈sinks} A_is over :func:`~sinkscope.metrics.positions.queries_after`. Queries whose
-    window has left the sink behind pay it nothing and count as 0; divide by the queries that do
-    see it and you have :func:`importance`.
+    window no longer includes the sink count as 0; :func:`importance` divides by the number of
+    queries that see it instead.
     """
     return masked_mean(to_sinks, queries_after(sinks, mask, causal)[:, None, :], dim=-1)
 
@@ -67,7 +67,7 @@ def first_token_attention(
 
 
 def bucket_edges(length: int) -> list[int]:
-    """Lower edges of the query-position buckets 1, 2-3, 4-7, … that queries of a length reach."""
+    """Lower edges of the query-position buckets 1, 2-3, 4-7, … up to a length."""
     return [2**power for power in range(max(length - 1, 1).bit_length())]
 
 
@@ -78,10 +78,10 @@ def by_bucket(
     edges: list[int],
     causal: bool = True,
 ) -> tuple[Float[Tensor, "prompt head bucket"], Int[Tensor, "prompt bucket"]]:
-    """Sink attention of near and of far queries: its mean in each bucket, and the queries in it.
+    """Mean sink attention and number of queries in each bucket of query positions.
 
-    A bucket runs from its edge up to the next; the last one to the end. Only the queries after
-    the sinks count; a bucket without any is nan. Query 0 lies in no bucket.
+    A bucket runs from its edge up to the next, the last one to the end. Only the queries after
+    the sinks count; the mean of an empty bucket is nan. Query 0 is in no bucket.
     """
     queries = queries_after(sinks, mask, causal)
     index = torch.arange(mask.shape[1], device=mask.device)
@@ -109,7 +109,7 @@ def is_largest(
 def received_mass(
     pattern: Float[Tensor, "prompt head query key"], mask: Bool[Tensor, "prompt query"]
 ) -> Float[Tensor, "prompt head key"]:
-    """Attention that each key receives in all, Σ_i A_ik over the real queries i [queries]."""
+    """Total attention that each key receives, Σ_i A_ik over the real queries i [queries]."""
     return torch.where(mask[:, None, :, None], at_least_fp32(pattern), 0).sum(dim=2)
 
 
@@ -135,22 +135,22 @@ def top_received(
     causal: bool,
     count: int = TOP,
 ) -> tuple[Float[Tensor, "prompt head rank"], Float[Tensor, "prompt head rank"]]:
-    """The keys of each head that receive most, strongest first.
+    """The keys that receive the most attention from each head, strongest first.
 
-    The features of Binkowski et al. 2604.10697 ("SinkProbe"): the largest of the attention that
-    tokens receive, sorted. Ours is Gu's importance score. In a causal model the last quarter of a
-    prompt is left out, whose keys few queries see (see `positions.last_quarter`): the last key's
-    score is one query's attention to itself.
+    These are the features of Binkowski et al. 2604.10697 ("SinkProbe"): the largest values of
+    received attention, sorted. We use Gu's importance score. In a causal model the last quarter of
+    a prompt is left out, because few queries see these keys (see `positions.last_quarter`): the
+    score of the last key is the attention of a single query to itself.
 
     Args:
         importance: Importance score of every key; see `importance` [probability].
         mask: True at real positions.
-        causal: Whether attention is.
-        count: Number of keys to give for each head.
+        causal: Whether attention is causal.
+        count: Number of keys to return for each head.
 
     Returns:
         Scores [prompt head rank] and positions [prompt head rank], both nan where a prompt has
-        fewer keys to choose from.
+        fewer eligible keys.
     """
     chosen = mask & ~last_quarter(mask) if causal else mask
     score = torch.where(chosen[:, None, :], at_least_fp32(importance), -torch.inf)
@@ -169,17 +169,17 @@ def uniform_ratio(
     causal: bool,
     window: int | None = None,
 ) -> Float[Tensor, "prompt head key"]:
-    """Importance over what uniform attention would give the same key: 1 = unremarkable."""
+    """Importance of each key over its importance under uniform attention [ratio]."""
     return importance / uniform_received(mask, causal, window)[:, None, :]
 
 
 def count_above(
     importance: Float[Tensor, "*heads key"], epsilons: Float[Tensor, "epsilon"]
 ) -> Float[Tensor, "epsilon key"]:
-    """At each key, how many of the leading entries (prompt, head, …) exceed each ε.
+    """For each key, the number of leading entries (prompt, head, …) that exceed each ε.
 
-    Sums over prompts and layers, so a sink rate can be accumulated a layer at a time: divide the
-    total by (prompts that reach the key) × layers × heads. Padding is nan and exceeds nothing.
+    Sums over prompts and layers, so a sink rate can be accumulated layer by layer: divide the
+    total by (prompts that reach the key) × layers × heads. Padding is nan and is not counted.
     """
     flat = importance.flatten(end_dim=-2)
     return torch.stack([(flat > epsilon).sum(dim=0) for epsilon in epsilons]).float()
@@ -192,8 +192,8 @@ def sink_rate(
 ) -> Float[Tensor, "key"]:
     """Gu's Sink_k^ε: share of (prompt, layer, head) whose importance at key k exceeds ε [share].
 
-    1/L Σ_l 1/H Σ_h 1[α_k > ε], thresholded in each prompt and only then averaged, as the authors'
-    code does (Gu et al. 2410.10781, ε = 0.3, T = 64). Positions that no prompt reaches are nan.
+    1/L Σ_l 1/H Σ_h 1[α_k > ε], thresholded in each prompt before averaging, as in the authors'
+    code (Gu et al. 2410.10781, ε = 0.3, T = 64). Positions beyond every prompt are nan.
     """
     return masked_mean((importance > epsilon).float(), mask[:, None, None, :], dim=(0, 1, 2))
 
@@ -203,8 +203,8 @@ def row_entropy(
 ) -> Float[Tensor, "prompt head query"]:
     """Entropy of each query's attention, -Σ_j A_ij ln A_ij [nat], with 0 ln 0 = 0.
 
-    Rows are taken as they are: with a learned sink they sum to less than 1 and the hidden column
-    is left out. (From a log-sum-exp that includes it: lse_i Σ_j A_ij - Σ_j A_ij s_ij.)
+    Rows are not renormalised: with a learned sink they sum to less than 1, and the sink's share is
+    left out. (From a log-sum-exp that includes it: lse_i Σ_j A_ij - Σ_j A_ij s_ij.)
     """
     return torch.special.entr(at_least_fp32(pattern)).sum(dim=-1)
 
@@ -223,13 +223,13 @@ def logit_gap_rows(
     causal: bool,
     window: int | None = None,
 ) -> tuple[Float[Tensor, "prompt head query"], Bool[Tensor, "prompt head query"]]:
-    """How far each query's sink logit stands above its other logits [logit], and where that holds.
+    """Sink logit of each query minus the mean of its other logits [logit], and where it is valid.
 
-    Δ_i = mean_{s∈S_i} s_is - mean_{j∈O_i} s_ij, where S_i are the sinks that query i sees and O_i
-    the other keys it sees, itself left out. With the one sink 0 under a causal mask this is
-    s_i0 - mean_{1≤j<i} s_ij (Guo et al. 2410.13835). Valid for queries after the sink with
-    neither set empty; nan elsewhere. Masked scores may hold anything, and what an intervention
-    masked besides (a score at the dtype's minimum, or -inf) is not seen either.
+    Δ_i = mean_{s∈S_i} s_is - mean_{j∈O_i} s_ij, where S_i are the sinks visible to query i and O_i
+    its other visible keys except i itself. With the single sink 0 under a causal mask this is
+    s_i0 - mean_{1≤j<i} s_ij (Guo et al. 2410.13835). Valid for queries after the sink if neither
+    set is empty; nan elsewhere. Masked scores may have any value; scores masked by an intervention
+    (the dtype's minimum, or -inf) are excluded as well.
     """
     seen = visible(mask, causal, window)[:, None] & (scores > torch.finfo(scores.dtype).min / 2)
     itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
@@ -245,7 +245,7 @@ def logit_gap_rows(
 def sink_logit_gap(
     gap: Float[Tensor, "prompt head query"], valid: Bool[Tensor, "prompt #head query"]
 ) -> Float[Tensor, "prompt head"]:
-    """Δlogit: the gap of :func:`logit_gap_rows` averaged over the queries that have one [logit]."""
+    """Δlogit: the gap of :func:`logit_gap_rows` averaged over the valid queries [logit]."""
     return masked_mean(gap, valid, dim=-1)
 
 
@@ -255,7 +255,7 @@ def nearby_attention(
     """Attention that each query pays to its neighbourhood, Σ A_ij over a span [probability].
 
     The spans are |i - j| < w for each width w (the query's own key included), then 0 < |i - j| ≤ w
-    (excluded). Under a causal mask these are the last w keys, and the w keys before the own one.
+    (excluded). Under a causal mask these are the last w keys, and the w keys before the query's.
     """
     index = torch.arange(pattern.shape[-1], device=pattern.device)
     distance = (index[:, None] - index[None, :]).abs()
@@ -266,7 +266,7 @@ def nearby_attention(
 
 
 def spans(distance: Int[Tensor, "..."], widths: Sequence[int]) -> list[Bool[Tensor, "..."]]:
-    """Which distances between query and key lie in each span of :func:`nearby_attention`."""
+    """Masks of the query-key distances in each span of :func:`nearby_attention`."""
     including = [distance < width for width in widths]
     return including + [(distance > 0) & (distance <= width) for width in widths]
 
@@ -274,10 +274,10 @@ def spans(distance: Int[Tensor, "..."], widths: Sequence[int]) -> list[Bool[Tens
 def learned_sink_mass(
     pattern: Float[Tensor, "prompt head query key"], mask: Bool[Tensor, "prompt query"]
 ) -> Float[Tensor, "prompt head"]:
-    """Attention that went to a learned sink logit: mean over real queries of 1 - Σ_j A_ij.
+    """Attention to a learned sink logit: mean over real queries of 1 - Σ_j A_ij [probability].
 
     gpt-oss appends a logit per head to each row before the softmax and drops it afterwards, so
-    the visible row sums to less than 1 [probability]. Rounding below 0 is cut off.
+    the remaining row sums to less than 1. Values below 0 from rounding are clamped.
     """
     missing = (1 - at_least_fp32(pattern).sum(dim=-1)).clamp(min=0)
     return masked_mean(missing, mask[:, None, :], dim=-1)
@@ -290,7 +290,7 @@ def share_paid_to_sinks(
     mask: Bool[Tensor, "prompt query"],
     causal: bool,
 ) -> Float[Tensor, "prompt head"]:
-    """Mean over the queries after the sinks of part / whole [share]; an empty whole is left out."""
+    """Mean of part / whole over the queries after the sinks [share]; zero wholes are left out."""
     return mean_share(part, whole, queries_after(sinks, mask, causal))
 
 
@@ -299,7 +299,7 @@ def mean_share(
     whole: Float[Tensor, "prompt head query"],
     queries: Bool[Tensor, "prompt query"],
 ) -> Float[Tensor, "prompt head"]:
-    """Mean over some queries of part / whole [share]; an empty whole is left out."""
+    """Mean of part / whole over the given queries [share]; zero wholes are left out."""
     return masked_mean(at_least_fp32(part) / whole, queries[:, None, :] & (whole > 0), dim=-1)
 
 
@@ -310,10 +310,10 @@ def value_weighted_share(
     mask: Bool[Tensor, "prompt key"],
     causal: bool,
 ) -> Float[Tensor, "prompt head"]:
-    """What the sinks contribute once attention is weighted by the size of the values [share].
+    """Share of the sinks in attention weighted by value norms [share].
 
-    mean_i Σ_{j∈sinks} A_ij ‖v_j‖ / Σ_j A_ij ‖v_j‖ over the queries after the sinks: a head that
-    pays the sink 0.9 of its attention may take almost nothing from it.
+    mean_i Σ_{j∈sinks} A_ij ‖v_j‖ / Σ_j A_ij ‖v_j‖ over the queries after the sinks. It can be
+    close to 0 even if the sink attention is 0.9.
     """
     sizes = per_query_head(torch.where(mask[:, None, :], value_norm, 0), pattern.shape[1])
     weighted = at_least_fp32(pattern) * sizes[:, :, None, :]
@@ -325,11 +325,11 @@ def renormalised_similarity(
     similarity: Float[Tensor, "prompt head query key"],
     seen: Bool[Tensor, "prompt query key"],
 ) -> Float[Tensor, "prompt head query key"]:
-    """A stand-in for A where rows need not be a distribution: |sim_ij| / Σ_j |sim_ij|.
+    """Normalised weights for attention whose rows are not distributions: |sim_ij| / Σ_j |sim_ij|.
 
-    For sigmoid, ReLU, linear and other softmax-free attention (Gu et al. 2410.10781, the starred
-    rows of their Table on attention operations). ``seen`` is
-    :func:`~sinkscope.metrics.positions.visible`. A row that is zero throughout stays zero.
+    For sigmoid, ReLU, linear and other attention without softmax (Gu et al. 2410.10781, the starred
+    rows of their table of attention operations). ``seen`` is
+    :func:`~sinkscope.metrics.positions.visible`. Rows of zeros remain zero.
     """
     size = torch.where(seen[:, None], at_least_fp32(similarity).abs(), 0)
     total = size.sum(dim=-1, keepdim=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from sinkscope.metrics.residual import MASSIVE_MINIMUM, MASSIVE_RATIO
 
 PERCENTILE, SHARE = 99.5, 0.1
-"""What the largest output of a super expert exceeds: this percentile, and share of the maximum."""
+"""Thresholds on the largest output of a super expert: percentile, and share of the maximum."""
 
 
 def forms_massive(
@@ -21,19 +21,19 @@ def forms_massive(
 ) -> Bool[Tensor, "layer"]:
     """The layers in which massive activations form.
 
-    Layer l is one if in some prompt the largest |a| of the hidden state after it, M_l, is a massive
-    activation, M_l > minimum and M_l > ratio × the median |a| (Sun et al. 2024, arXiv 2402.17762),
-    and the layer raised it by more than a share of its largest value over all layers,
+    Layer l qualifies if in some prompt the largest |a| of the hidden state after it, M_l, is a
+    massive activation, M_l > minimum and M_l > ratio × the median |a| (Sun et al. 2024, arXiv
+    2402.17762), and the layer increases it by more than a share of the maximum over all layers,
     M_l − M_{l−1} > share · max M. Su et al. (2025), Unveiling Super Experts in Mixture-of-Experts
-    Large Language Models, arXiv 2507.23279, read these layers off a plot; this rule is ours.
+    Large Language Models, arXiv 2507.23279, read these layers off a plot; the rule here is ours.
 
     Args:
         peak: max |a| over the real tokens and dims of each hidden state [activation]; state 0 is
             the input of the first block, state l + 1 the output of block l.
         median: Median |a| of the same hidden states [activation].
-        minimum: What M_l exceeds [activation].
-        ratio: What M_l over the median exceeds.
-        share: The least rise, as a share of the largest M of the prompt.
+        minimum: Lower bound on M_l [activation].
+        ratio: Lower bound on M_l over the median.
+        share: Smallest increase, as a share of the largest M of the prompt.
     """
     after = peak[:, 1:]
     massive = (after > minimum) & (after > ratio * median[:, 1:])
@@ -50,16 +50,16 @@ def super_experts(
     """The super experts of a model.
 
     With a_le the largest |output| of the down-projection of expert e in layer l, over all tokens
-    that are routed to it, an expert is a super expert if a_le is above the percentile of all a,
-    above a share of the largest a, and l is a layer in which massive activations form. Su et al.
+    routed to it, an expert is a super expert if a_le is above the percentile of all a and above a
+    share of the largest a, and l is a layer in which massive activations form. Su et al.
     (2025), Unveiling Super Experts in Mixture-of-Experts Large Language Models, arXiv 2507.23279.
 
     Args:
-        largest: a_le [activation]; nan for an expert to which no token is routed, which takes no
-            part in the percentile.
+        largest: a_le [activation]; nan for an expert to which no token is routed, which is left out
+            of the percentile.
         forms: The layers in which massive activations form, see `forms_massive`.
         percentile: Between 0 and 100; interpolated linearly.
-        share: Of the largest a.
+        share: Threshold as a share of the largest a.
     """
     known = largest[~largest.isnan()].double()
     if not len(known):

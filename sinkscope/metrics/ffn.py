@@ -1,9 +1,9 @@
-"""Non-mixture dimensions: FFN-output dims in which a position that mixes nothing stands out.
+"""Non-mixture dimensions: outlier dims of the FFN output at a token that attends only to itself.
 
-Under a causal mask position 0 attends to itself alone, so its attention output is a function of
-one value vector; every later position averages several. Yan et al. (2407.01601) show that the
-second layer's FFN turns this into a few huge channels. Their exact rule is not public. The one
-here is operational, ours, with its thresholds as arguments.
+Under a causal mask position 0 attends only to itself, so its attention output depends on one value
+vector, whereas every later position averages several. Yan et al. (2407.01601) show that the second
+layer's FFN converts this into a few huge channels. As their exact rule is not public, we use an
+operational one with its thresholds as arguments.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sinkscope.metrics.reductions import (
 )
 
 LARGEST = 32
-"""Dims of each prompt and layer that a scan keeps, those with the largest |x| at the sink."""
+"""Number of dims with the largest |x| at the sink that a scan stores per prompt and layer."""
 
 
 def ffn_profile(
@@ -29,11 +29,11 @@ def ffn_profile(
     nonmixed: Bool[Tensor, "prompt position"],
     mask: Bool[Tensor, "prompt position"],
 ) -> tuple[Float[Tensor, "prompt dim"], Float[Tensor, "prompt dim"], Float[Tensor, "prompt"]]:
-    """What :func:`nonmixture_dims` needs of one layer's FFN output, without keeping it.
+    """Reduce the FFN output of one layer to the inputs of :func:`nonmixture_dims`.
 
     Args:
         x: FFN output before it is added to the residual stream [activation].
-        nonmixed: positions that attend to themselves alone; usually the sinks.
+        nonmixed: positions that attend only to themselves; usually the sinks.
         mask: real positions.
 
     Returns:
@@ -52,7 +52,7 @@ def ffn_profile(
 def at_first(
     x: Float[Tensor, "prompt position dim"], first: Int[Tensor, "prompt"]
 ) -> Float[Tensor, "prompt dim"]:
-    """What stands at one position of each prompt; the last one where that lies beyond the end."""
+    """Select one position of each prompt; indices beyond the end select the last position."""
     rows = torch.arange(len(first), device=first.device)
     return at_least_fp32(x[rows, first.clamp(max=x.shape[1] - 1)])
 
@@ -86,7 +86,7 @@ def median_over_dims(x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
 def folded(
     at_sink: Float[Tensor, "layer prompt dim"], mixed: Float[Tensor, "layer prompt dim"]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a report keeps of FFN outputs: little, however many prompts there are.
+    """Reduce FFN outputs to the fields of a report, whose size hardly depends on the prompts.
 
     Args:
         at_sink: x at the first sink, nan in a prompt without one [activation].
@@ -94,9 +94,10 @@ def folded(
 
     Returns:
         Fields of a report by name. First those with prompts, [layer prompt ...]: the median of |x|
-        over dims, and the `LARGEST` dims by |x|, with both inputs there (dim -1 in a prompt without
-        a sink). Then sums [layer dim] over the prompts that have both, and [layer] how many
-        these are: of x, of max |x|, of |x| over its median, and of |x| over max |x|.
+        over dims, and the `LARGEST` dims by |x|, with both inputs in these dims (dim -1 in a prompt
+        without a sink). Then sums [layer dim] over the prompts in which both are defined, of x, of
+        max |x|, of |x| over its median, and of |x| over max |x|, and the number of these prompts
+        [layer].
     """
     median, size = median_over_dims(at_sink), at_sink.abs()
     largest = size.nan_to_num(-1).topk(min(LARGEST, at_sink.shape[-1]), dim=-1).indices
@@ -123,7 +124,7 @@ def folded(
 
 
 def as_means(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sums of :func:`folded`, over as many prompts as there were, as means over these."""
+    """Convert the sums of :func:`folded` to means over prompts."""
     prompts = sums["ffn_prompts"]
     means = {name: x / prompts[:, None] for name, x in sums.items() if name != "ffn_prompts"}
     return means | {"ffn_prompts": prompts}
@@ -138,11 +139,11 @@ def nonmixture_dims(
 ) -> Bool[Tensor, "*batch dim"]:
     """Dims d with |x_d| > over_median · median_d |x_d| and |x_d| > over_mixed · max_mixed |x_d|.
 
-    The three inputs are those of :func:`ffn_profile`. Operational, ours (see the module). A prompt
-    without a mixed position has no such dims. On why the first default is not the 1000 of massive
-    activations: a median over few dims is less extreme. In SmolLM2-135M (576 dims) the channel
-    that writes the peak stands at 500 times the median and 1000 times any mixed position, while
-    ordinary channels stay below 40 and 3 times.
+    The three inputs are those of :func:`ffn_profile`; the rule is our operational definition (see
+    the module). A prompt without a mixed position has no such dims. The first default is lower than
+    the 1000 of massive activations because a ratio to the median is less extreme over few dims. In
+    SmolLM2-135M (576 dims) the channel of the peak is 500 times the median and 1000 times any mixed
+    position, while ordinary channels are below 40 and 3 times.
     """
     size = x_sink.abs()
     return (size > over_median * sink_median[..., None]) & (size > over_mixed * mixed_max)

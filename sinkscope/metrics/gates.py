@@ -1,9 +1,9 @@
-"""Gates on the heads' outputs: how open they are, and what they let through.
+"""Gates on the heads' outputs: their openness, and the attention and values that pass them.
 
-A gated head gives W_O the vector g_i ⊙ Σ_j A_ij v_j, where the gate g_i of query i is one factor
-for the whole head or one for each channel, and is a function of the query's own hidden state (Qiu
-et al. 2025, Gated Attention for Large Language Models, arXiv 2505.06708). A closed gate lets a head
-add nothing whatever it attends to; without one a head has to attend to a sink for that.
+The output of a gated head before W_O is g_i ⊙ Σ_j A_ij v_j, where the gate g_i of query i is one
+factor for the whole head or one for each channel, computed from the query's own hidden state (Qiu
+et al. 2025, Gated Attention for Large Language Models, arXiv 2505.06708). With a closed gate a head
+outputs nothing, whatever it attends to; without a gate, it can only do so by attending to a sink.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
         "softplus": lambda x: torch.nn.functional.softplus(at_least_fp32(x)).to(x.dtype),
     }
 )
-"""What models turn a projection into a gate's factors by, in the model's dtype."""
+"""Activations by which models compute a gate's factors from a projection, in the model's dtype."""
 
 Gate = Float[Tensor, "prompt position head d_gate"]
-"""Factors of every head, one (d_gate = 1) or one for each of its channels (d_gate = d_head)."""
+"""Factors of every head: a single one (d_gate = 1), or one for each channel (d_gate = d_head)."""
 
 
 def factors(x: Float[Tensor, "prompt position *width"], activation: str, heads: int) -> Gate:
-    """The gate's factors from what a hook point shows, flat or by heads.
+    """The gate's factors from the activation at a hook point, flat or by heads.
 
     Args:
         x: [prompt position width], or [prompt position head d_gate].
         activation: A name in `ACTIVATIONS`.
-        heads: Query heads.
+        heads: Number of query heads.
     """
     split = rearrange(x, "p t (h d) -> p t h d", h=heads) if x.ndim == 3 else x
     return ACTIVATIONS[activation](split)
@@ -54,7 +54,7 @@ def openness(gate: Gate) -> Float[Tensor, "prompt head position"]:
 
 
 def closed(gate: Gate, below: float = CLOSED) -> Float[Tensor, "prompt head position"]:
-    """Share of each query's factors, over the head's channels, that are below ``below`` [share]."""
+    """Share of each query's factors that are below ``below``, over the head's channels [share]."""
     return rearrange((at_least_fp32(gate) < below).float().mean(dim=-1), "p t h -> p h t")
 
 
@@ -66,7 +66,7 @@ def mean_gate(gate: Gate, mask: Bool[Tensor, "prompt position"]) -> Float[Tensor
 def closed_share(
     gate: Gate, mask: Bool[Tensor, "prompt position"], below: float = CLOSED
 ) -> Float[Tensor, "prompt head"]:
-    """How sparse a gate is: share of (real query, channel) whose factor is below ``below``."""
+    """Sparsity of a gate: share of (real query, channel) with a factor below ``below`` [share]."""
     return masked_mean(closed(gate, below), mask[:, None, :], dim=-1)
 
 
@@ -77,14 +77,14 @@ def gated_attention(
 ) -> Float[Tensor, "prompt head"]:
     """Attention to the sinks that passes the gate: mean_i A_i,sink ḡ_i over the given queries.
 
-    ḡ_i is the query's mean factor over the head's channels. Where attention and gate are
-    independent this is sink attention times mean gate; a gate that closes just when the head
-    attends to the sink makes it smaller.
+    ḡ_i is the query's mean factor over the head's channels. If attention and gate are
+    uncorrelated, this is sink attention times mean gate; it is smaller if the gate closes when
+    the head attends to the sink.
 
     Args:
-        attention: What each query pays to the sinks together [probability].
+        attention: Total attention of each query to the sinks [probability].
         gate: The factors.
-        queries: Queries that count, see `metrics.positions.queries_after`.
+        queries: Queries to average over, see `metrics.positions.queries_after`.
     """
     return masked_mean(at_least_fp32(attention) * openness(gate), queries[:, None, :], dim=-1)
 
@@ -95,14 +95,14 @@ def norms_through(
     gate: Gate,
     mask: Bool[Tensor, "prompt position"],
 ) -> Float[Tensor, "prompt head position"]:
-    """Size of every value as the residual stream receives it behind the gate [activation].
+    """Norm of every value after the gate and W_O, root mean square over queries [activation].
 
-    Query i receives A_ij (g_i ⊙ v_j) W_O^h of value j. This is the root mean square of
-    ‖(g_i ⊙ v_j) W_O^h‖ over the prompt's real queries i,
+    The contribution of value j to query i is A_ij (g_i ⊙ v_j) W_O^h. This is the root mean square
+    of ‖(g_i ⊙ v_j) W_O^h‖ over the prompt's real queries i,
 
         sqrt(v_jᵀ (G^h ∘ C^h) v_j),   C^h = mean_i g_i g_iᵀ,
 
-    with G from `metrics.values.gram` and ∘ entry by entry. A gate that is 1 throughout gives
+    with G from `metrics.values.gram` and ∘ the elementwise product. A gate of 1 gives
     `metrics.values.norms_through`; a factor c for the whole head multiplies that by c.
 
     Args:
@@ -115,6 +115,6 @@ def norms_through(
     weight = mask.to(wide.dtype) / mask.sum(dim=1, keepdim=True)
     second = torch.einsum("pthd,pthe,pt->phde", wide, wide, weight)
     matrices = rearrange(gram.to(second.dtype) * second, "p h d e -> (p h) d e")
-    # Every head of every prompt has a matrix of its own: let prompts be heads.
+    # Each (prompt, head) has its own matrix: treat prompts as heads.
     found = values.norms_through(rearrange(x, "p t k d -> 1 t (p k) d"), matrices)
     return rearrange(found, "1 (p h) t -> p h t", p=len(x))

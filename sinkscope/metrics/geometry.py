@@ -1,11 +1,11 @@
 """Logits and angles between queries and keys, without a score matrix.
 
-Where a score is scale · q_i·k_j and nothing else, its mean over a set of keys is the product of
-q_i with the mean of those keys, and the mean over all keys that a query sees is a sliding sum:
-O(T · d_head) where the definition in :mod:`sinkscope.metrics.attention` is O(T²). A softcap, ALiBi
-or any other position bias breaks that; there the logits of this module are not the model's.
+If a score is just scale · q_i·k_j, its mean over a set of keys is the product of q_i with the mean
+of these keys, and the mean over all visible keys is a sliding sum: O(T · d_head) instead of the
+O(T²) of the definition in :mod:`sinkscope.metrics.attention`. This does not hold with a softcap,
+ALiBi or another position bias, where the logits of this module are not the model's.
 
-Queries and keys are those that enter the dot product: after rotary embedding and QK norm.
+Queries and keys are those of the dot product, after rotary embedding and QK norm.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from sinkscope.metrics.values import norms, per_query_head
 
 
 class SinkLogit(NamedTuple):
-    """What a sink logit ‖q‖ ‖k‖ cos(q, k) is made of."""
+    """Factors of the sink logit ‖q‖ ‖k‖ cos(q, k)."""
 
     query_norm: Float[Tensor, "prompt head"]
     """Mean ‖q_i‖ over the queries after the sinks [activation]."""
     key_norm: Float[Tensor, "prompt head"]
-    """Mean ‖k_s‖ over the sinks, for the KV head that each query head reads [activation]."""
+    """Mean ‖k_s‖ over the sinks, for the KV head of each query head [activation]."""
     cosine: Float[Tensor, "prompt head"]
-    """Mean over those queries of cos(q_i, k_s), itself a mean over the sinks that i sees."""
+    """Mean over those queries of cos(q_i, k_s), averaged over the sinks visible to i."""
     other_cosine: Float[Tensor, "prompt head"]
-    """The same over the other keys that i sees, itself left out."""
+    """The same over the other visible keys except i itself."""
 
 
 def sink_logit_decomposition(
@@ -46,10 +46,10 @@ def sink_logit_decomposition(
 ) -> SinkLogit:
     """Norms and cosines behind the sink logit (Gu et al. 2410.10781, Fig. 2).
 
-    In LLaMA3-8B the angle makes the sink, not the norms: the first key is several times shorter
-    than the others. Each cosine is averaged over those of the queries after the sinks that see
-    such a key, by causality, window and padding: a key that an intervention hides still has its
-    angle. mean_j cos(q_i, k_j) = q̂_i · mean_j k̂_j, so no pair is ever formed.
+    In LLaMA3-8B the sink is due to the angle, not the norms: the first key's norm is several times
+    smaller than the others'. Each cosine is averaged over the queries after the sinks that see
+    such a key by causality, window and padding; keys masked by an intervention are included.
+    Computed as mean_j cos(q_i, k_j) = q̂_i · mean_j k̂_j, without forming pairs.
     """
     queries = queries_after(sinks, mask, causal)
     sees_sink, sees_other = _sees(sinks, mask, causal, window)
@@ -58,7 +58,7 @@ def sink_logit_decomposition(
     others = mean_key(unit, mask & ~sinks, causal, window, itself=False)
     to_others = products(q, others) / query_norm
     key_norm = masked_mean(norms(k), (sinks & mask)[:, None, :], dim=-1)
-    points = query_norm > 0  # a query of length 0 points nowhere
+    points = query_norm > 0  # no direction at norm 0
     return SinkLogit(
         query_norm=masked_mean(query_norm, queries[:, None, :], dim=-1),
         key_norm=per_query_head(key_norm, q.shape[2]),
@@ -76,9 +76,9 @@ def other_logit_mean(
     causal: bool,
     window: int | None = None,
 ) -> Float[Tensor, "prompt head position"]:
-    """Mean of scale · q_i·k_j over the keys j that i sees, sinks and itself left out [logit].
+    """Mean of scale · q_i·k_j over the visible keys j except sinks and i itself [logit].
 
-    nan where there is no such key. See the module for the models whose logits these are.
+    nan where there is no such key. See the module for the models in which these are the logits.
     """
     return scale * products(q, mean_key(k, mask & ~sinks, causal, window, itself=False))
 
@@ -94,7 +94,7 @@ def logit_gap_rows(
 ) -> tuple[Float[Tensor, "prompt head position"], Bool[Tensor, "prompt 1 position"]]:
     """The gap of :func:`sinkscope.metrics.attention.logit_gap_rows`, linear in length [logit].
 
-    Δ_i = scale · q_i · (mean sink key - mean other key). See the module for where that holds.
+    Δ_i = scale · q_i · (mean sink key - mean other key). See the module for when this holds.
     """
     sees_sink, sees_other = _sees(sinks, mask, causal, window)
     valid = (queries_after(sinks, mask, causal) & sees_sink & sees_other)[:, None, :]
@@ -111,14 +111,14 @@ def mean_key(
     *,
     itself: bool = True,
 ) -> Float[Tensor, "prompt position kv_head d_head"]:
-    """Per query position, the mean of those of ``keys`` that it sees; nan where it sees none.
+    """For each query position, the mean of its visible ``keys``; nan where there are none.
 
     Args:
         k: key vectors.
-        keys: which keys count.
-        causal: whether queries see earlier keys only.
+        keys: mask of the keys to average over.
+        causal: whether queries see only themselves and earlier keys.
         window: the layer's window.
-        itself: whether a position's own key may count.
+        itself: whether to include a position's own key.
     """
     before, after = reach(causal, window)
     chosen = torch.where(keys[:, :, None, None], at_least_fp32(k), 0)
@@ -132,9 +132,9 @@ def products(
     q: Float[Tensor, "prompt position head d_head"],
     k: Float[Tensor, "prompt position kv_head d_head"],
 ) -> Float[Tensor, "prompt head position"]:
-    """q_i · k_i position by position, every query head with its KV head's vector.
+    """q_i · k_i at each position, for every query head and its KV head.
 
-    Multiplied and summed in fp32 proper, a chunk at a time: a matrix product might run in TF32.
+    Multiplied and summed in true fp32, in chunks, since a matrix product might run in TF32.
     """
     k = at_least_fp32(k)
     q = rearrange(q, "prompt position (kv group) d -> prompt position kv group d", kv=k.shape[2])
@@ -158,6 +158,6 @@ def _sees(
     causal: bool,
     window: int | None,
 ) -> tuple[Bool[Tensor, "prompt position"], Bool[Tensor, "prompt position"]]:
-    """Whether each query sees a sink at all, and any other key than itself."""
+    """Whether each query sees a sink, and whether it sees any other key than itself."""
     sees_sink = _count(sinks & mask, causal, window, itself=True) > 0
     return sees_sink, _count(mask & ~sinks, causal, window, itself=False) > 0

@@ -1,10 +1,10 @@
-"""Verdicts on heads: HONOR and the other inactivity scores, dormancy.
+"""Classification of heads: HONOR and the other inactivity scores, dormancy.
 
-The thirteen scores are those of Sandoval-Segura et al. (2504.03889). Every one is per head and per
-prompt: whether a head is inactive is asked anew of each input. "LN" divides by the layer's mean of
-the same score, except that LTHON-LN divides by the layer's mean AHON, as their code does. "HN"
-divides by the head's own mean over positions. LTHON-LL, over the layer's mean LTHON, is ours and
-none of the thirteen.
+The thirteen scores are those of Sandoval-Segura et al. (2504.03889). Each is defined per head and
+prompt, so a head can be inactive on one input and active on another. "LN" divides by the layer's
+mean of the same score, except that LTHON-LN divides by the layer's mean AHON, as in their code.
+"HN" divides by the head's own mean over positions. LTHON-LL, which divides by the layer's mean
+LTHON, is our addition and not one of the thirteen.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ INACTIVE_IF: dict[str, Direction] = {
     "AHON": "below",
     "AHON-LN": "below",
 }
-"""Each score's name, and on which side of its threshold a head counts as inactive."""
+"""Names of the scores, with the side of the threshold on which a head counts as inactive."""
 
 
 def over_layer_mean(score: Float[Tensor, "*batch head"]) -> Float[Tensor, "*batch head"]:
-    """The score over its mean across the heads of the layer: 1 = like its neighbours [ratio]."""
+    """The score over its mean across the heads of the layer [ratio]."""
     return score / score.mean(dim=-1, keepdim=True)
 
 
 def honor(norms: Float[Tensor, "*batch head"]) -> Float[Tensor, "*batch head"]:
-    """HONOR: a head's mean output norm over its layer's mean of the same [ratio].
+    """HONOR: a head's mean output norm over the mean of its layer [ratio].
 
     mean_i ‖o_i^h‖ / mean_{h'} mean_i ‖o_i^{h'}‖ per prompt and layer (AHON-LN), where o is the
     head's output before W_O, or after it in the paper's appendix.
@@ -58,7 +58,7 @@ def inactivity_scores(
     last_output_norm: Float[Tensor, "prompt layer head"],
     head_output_norm: Float[Tensor, "prompt layer head"],
 ) -> dict[str, Float[Tensor, "prompt layer head"]]:
-    """The thirteen scores and LTHON-LL by name; `INACTIVE_IF` says which side means inactive.
+    """The thirteen scores and LTHON-LL by name; see `INACTIVE_IF` for the inactive side.
 
     LTHON-LN = ‖o_last^h‖ / mean_{h'} mean_i ‖o_i^{h'}‖ and LTHON-LL = ‖o_last^h‖ / mean_{h'}
     ‖o_last^{h'}‖, both over the heads h' of the layer [ratio].
@@ -67,7 +67,7 @@ def inactivity_scores(
         first_token_attention: AWFT, mean_i A_i0 [probability].
         attention_entropy: AEQD, mean_i -Σ_j A_ij ln A_ij [nat].
         first_value_norm: FTVVN, ‖v_0‖, repeated for the query heads of a group [activation].
-        mean_value_norm: AVVN, mean_j ‖v_j‖, repeated likewise [activation].
+        mean_value_norm: AVVN, mean_j ‖v_j‖, repeated in the same way [activation].
         last_output_norm: LTHON, ‖o_last‖ at the last real position [activation].
         head_output_norm: AHON, mean_i ‖o_i‖ [activation].
     """
@@ -89,20 +89,20 @@ def inactivity_scores(
 def inactivity_threshold(
     score: Float[Tensor, "*shape"], quantile: float, inactive_if: Direction
 ) -> float:
-    """The threshold that makes a share ``quantile`` of all these heads inactive.
+    """The threshold at which a share ``quantile`` of all entries is inactive.
 
-    Taken from the score's distribution over every prompt, layer and head, as the paper does on one
-    data set; a threshold found on one text may then be used on another.
+    Computed from the score's distribution over all prompts, layers and heads, as in the paper for
+    one data set; a threshold from one text can then be applied to another.
     """
     at = quantile if inactive_if == "below" else 1 - quantile
-    # torch's own nanquantile takes no more than 2^24 numbers.
+    # torch.nanquantile accepts at most 2^24 values.
     return float(np.nanquantile(score.double().cpu().numpy(), at))
 
 
 def flag_inactive(
     score: Float[Tensor, "*shape"], quantile: float, inactive_if: Direction
 ) -> Bool[Tensor, "*shape"]:
-    """The heads strictly beyond the threshold of :func:`inactivity_threshold`; nan is not."""
+    """The heads strictly beyond the threshold of :func:`inactivity_threshold`; nan is False."""
     threshold = inactivity_threshold(score, quantile, inactive_if)
     return score < threshold if inactive_if == "below" else score > threshold
 
@@ -110,10 +110,10 @@ def flag_inactive(
 def is_dormant(
     sink_attention: Float[Tensor, "*shape"], parked: float = 0.5
 ) -> Bool[Tensor, "*shape"]:
-    """Whether a head parks here: pays the sinks more than ``parked`` of its attention.
+    """Whether a head is dormant by its attention: sink attention above ``parked``.
 
-    Guo et al. (2410.13835) read Llama-2-7B L16H25 as dormant at 0.5 to 1.0. Attention alone is a
-    hint: whether the head then does nothing is decided by ablating it.
+    Guo et al. (2410.13835) call Llama-2-7B L16H25 dormant at 0.5 to 1.0. Attention alone is only an
+    indication; whether the head has no effect is decided by ablation.
     """
     return sink_attention > parked
 
@@ -124,16 +124,17 @@ def is_active_dormant(
     parked: float = 0.5,
     drop: float = 0.25,
 ) -> Bool[Tensor, "layer head"]:
-    """Heads that park on the sinks on one kind of text and work on another.
+    """Heads that are dormant on one kind of text and active on another.
 
-    Operational, ours: mean sink attention above ``parked`` on the first kind, and lower by at least
-    ``drop`` on the second (Guo et al.'s L16H25: 0.5 to 1.0 on Wikipedia, 0.08 to 0.5 on GitHub).
+    Operational definition: mean sink attention above ``parked`` on the first kind, and lower by at
+    least ``drop`` on the second (L16H25 of Guo et al.: 0.5 to 1.0 on Wikipedia, 0.08 to 0.5 on
+    GitHub).
 
     Args:
-        here: sink attention on the text where the head should park.
-        there: sink attention on the text where it should work.
-        parked: above this it parks [probability].
-        drop: how much less attention counts as working [probability].
+        here: sink attention on the text where the head should be dormant.
+        there: sink attention on the text where it should be active.
+        parked: sink attention above which a head is dormant [probability].
+        drop: smallest decrease at which it counts as active [probability].
     """
     here, there = here.nanmean(dim=0), there.nanmean(dim=0)
     return (here > parked) & (here - there >= drop)

@@ -1,8 +1,9 @@
-"""How much a layer's representations have collapsed into each other.
+"""Representational collapse of a layer's hidden states.
 
-Sinks are read as a brake on over-mixing (Barbero et al. 2504.02732) and as a compression of the
-hidden state into one direction (Queipo-de-Llano et al. 2510.06477). A single peak dominates both
-figures here, so ask for them with the sinks and without: ``where = mask`` or ``mask & ~sinks``.
+Sinks have been interpreted as preventing over-mixing (Barbero et al. 2504.02732) and as compressing
+the hidden state into one direction (Queipo-de-Llano et al. 2510.06477). A single peak dominates
+both measures here, so compute them with and without the sinks: ``where = mask`` or
+``mask & ~sinks``.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from sinkscope.metrics.reductions import at_least_fp32
 def rank_collapse(
     hidden: Float[Tensor, "prompt position dim"], where: Bool[Tensor, "prompt position"]
 ) -> Float[Tensor, "prompt"]:
-    """μ(V) = ‖V - (1/n) 1 1ᵀ V‖_F: how far the positions are from being one vector [activation].
+    """Distance of the positions from their mean, μ(V) = ‖V - (1/n) 1 1ᵀ V‖_F [activation].
 
-    0 is total collapse (Barbero et al. 2504.02732). nan without any position.
+    0 is complete rank collapse (Barbero et al. 2504.02732). nan without any position.
     """
     centre = masked_mean(hidden, where[:, :, None], dim=1)
     offset = torch.where(where[:, :, None], at_least_fp32(hidden) - centre[:, None], 0)
@@ -36,9 +37,8 @@ def matrix_entropy(
     """Von Neumann entropy of the hidden state's Gram matrix, -Σ_r p_r ln p_r [nat].
 
     p_r = σ_r² / Σ σ², σ the singular values of the positions × dims matrix, not centred
-    (Queipo-de-Llano et al. 2510.06477). 0 = one direction holds everything. ``normalised`` divides
-    by the largest value possible, ln(min(positions, dims)) [share]. Computed in float64 from the
-    smaller Gram matrix.
+    (Queipo-de-Llano et al. 2510.06477). 0 means rank one. ``normalised`` divides by the maximum,
+    ln(min(positions, dims)) [share]. Computed in float64 from the smaller Gram matrix.
     """
     rows = torch.where(where[:, :, None], hidden, 0).double()
     wide = rows.shape[1] <= rows.shape[2]

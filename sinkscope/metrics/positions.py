@@ -1,6 +1,6 @@
-"""Which positions see which, where the sinks are, and what uniform attention would give.
+"""Visibility of keys, sink positions, and received attention under uniform attention.
 
-Everything but :func:`visible` is O(position): nothing here builds a query × key table.
+All functions except :func:`visible` are O(position) and build no query × key table.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ def masked_mean(
 ) -> Float[Tensor, "..."]:
     """Mean of ``x`` over ``dim``, counting only the entries where ``where`` holds.
 
-    Entries left out may hold anything, nan included. Accumulated in fp32 at least; a mean over
-    no entry at all is nan.
+    Other entries may have any value, nan included. Accumulated in at least fp32; a mean over no
+    entries is nan.
     """
     kept = torch.where(where, at_least_fp32(x), 0)
     return kept.sum(dim=dim) / where.expand_as(x).sum(dim=dim)
 
 
 def reach(causal: bool, window: int | None) -> tuple[int | None, int | None]:
-    """How many positions before and after itself a query sees; None = all of them.
+    """Number of positions before and after itself that a query sees; None = all.
 
-    Causal: keys ``i - window < j <= i``. Bidirectional: keys ``|i - j| < window``. Both are what
-    Hugging Face's masks let through for the ``sliding_window`` its attention functions receive
-    (for ModernBERT that number is ``config.sliding_window + 1``).
+    Causal: keys ``i - window < j <= i``. Bidirectional: keys ``|i - j| < window``. Both follow
+    Hugging Face's masks for the ``sliding_window`` that its attention functions receive (for
+    ModernBERT that number is ``config.sliding_window + 1``).
     """
     before = None if window is None else window - 1
     return before, 0 if causal else before
@@ -73,7 +73,7 @@ def visible_queries(
 def uniform_received(
     mask: Bool[Tensor, "prompt key"], causal: bool, window: int | None = None
 ) -> Float[Tensor, "prompt key"]:
-    """Received attention of each key if every query spread itself evenly over what it sees.
+    """Received attention of each key if every query attends uniformly to its visible keys.
 
     u_k = mean over the queries i that see k of 1 / (number of keys i sees) [probability]. Without
     a window or padding, causal attention gives u_k = (H_T - H_k) / (T - k), H the harmonic
@@ -86,7 +86,7 @@ def uniform_received(
 
 
 def first_true(sinks: Bool[Tensor, "prompt position"]) -> Int[Tensor, "prompt"]:
-    """Index of the first True of each prompt; the length T where there is none."""
+    """Index of the first True of each prompt; the length T if there is none."""
     length = sinks.shape[1]
     index = torch.arange(length, device=sinks.device)
     return torch.where(sinks, index, length).amin(dim=1)
@@ -95,11 +95,11 @@ def first_true(sinks: Bool[Tensor, "prompt position"]) -> Int[Tensor, "prompt"]:
 def queries_after(
     sinks: Bool[Tensor, "prompt position"], mask: Bool[Tensor, "prompt position"], causal: bool
 ) -> Bool[Tensor, "prompt position"]:
-    """The queries whose attention to the sinks is asked for: real, and not sinks themselves.
+    """The queries over which sink attention is averaged: real positions that are not sinks.
 
     Under a causal mask they must also come after the first sink, since earlier queries cannot
-    see it and would only dilute the mean. A bidirectional query sees the sinks from either side,
-    so there every real non-sink query counts. A prompt without sinks has no such query.
+    see it. With bidirectional attention every real non-sink query counts. A prompt without sinks
+    has no such query.
     """
     queries = mask & ~sinks & sinks.any(dim=1, keepdim=True)
     if causal:
@@ -115,12 +115,11 @@ def queries_beyond(
     causal: bool,
     window: int | None = None,
 ) -> Bool[Tensor, "prompt position"]:
-    """The queries whose attention divides into near keys, sinks and the rest.
+    """The queries for which near keys, sinks and the remaining keys are disjoint.
 
-    They are those of :func:`queries_after` that have no sink among the keys within ``width`` of
-    them, and see a real key further away than that. Of the first few queries the near keys are all
-    there is; those next to a sink would have it counted twice. Empty where a sliding window lets
-    nothing through but near keys.
+    These are the queries of :func:`queries_after` with no sink within ``width`` and at least one
+    visible real key beyond ``width``. The first few queries see only near keys, and queries close
+    to a sink would count it twice. Empty if a sliding window covers only near keys.
     """
     near = width + 1 if window is None else min(width + 1, window)
     further = visible_keys(mask, causal, window) > visible_keys(mask, causal, near)
@@ -136,7 +135,7 @@ def uniform_nearby(
     causal: bool,
     window: int | None = None,
 ) -> Float[Tensor, "prompt query"]:
-    """What uniform attention over the visible keys pays to those near the query [probability].
+    """Uniform attention of each query to the keys near it [probability].
 
     |N_i| / |V_i|, V_i the visible keys and N_i those of them with |i - j| < ``width``, or
     0 < |i - j| ≤ ``width`` without ``itself``. nan for padding.
@@ -150,8 +149,8 @@ def uniform_nearby(
 def last_quarter(mask: Bool[Tensor, "prompt position"]) -> Bool[Tensor, "prompt position"]:
     """The last quarter of every prompt's real positions, whose keys few causal queries see.
 
-    Of n real positions these are the last ⌊n/4⌋. What their keys receive is a mean over few
-    queries, above all their own. Padding is not among them.
+    Of n real positions these are the last ⌊n/4⌋, without padding. Received attention of these keys
+    is a mean over few queries and dominated by their own.
     """
     lengths = mask.sum(dim=1, keepdim=True)
     return mask & (mask.cumsum(dim=1) > lengths - lengths // 4)
@@ -170,25 +169,25 @@ def find_sinks(
 ) -> Bool[Tensor, "prompt position"]:
     """Sink positions anywhere in the prompt, from Gu's importance score of every head.
 
-    Operational, ours: a position is a sink if, in at least ``share`` of all (layer, head), its
-    received attention [probability] exceeds both ``epsilon`` (Gu et al.'s threshold) and
-    ``over_uniform`` times what uniform attention would give it. The second bound matters on short
-    prompts only: at T = 9 uniform causal attention already hands position 0 more than 0.3.
+    Operational definition: a position is a sink if, in at least ``share`` of all (layer, head), its
+    received attention [probability] exceeds both ``epsilon`` (the threshold of Gu et al.) and
+    ``over_uniform`` times its value under uniform attention. The second bound matters only for
+    short prompts: at T = 9 position 0 receives more than 0.3 under uniform causal attention.
 
-    Under a causal mask the last keys are seen by few queries. A head that looks at itself or at
-    its neighbour gives every key about one unit of attention, which divided by n queries is
-    1 / n: near the end that exceeds any ε without being a sink. So a key counts only if at least
-    ``min_queries`` queries see it, or half of the prompt's real positions if that is fewer.
+    Under a causal mask few queries see the last keys. A head in which each query attends to itself
+    or its neighbour gives every key a total attention of about 1, hence 1 / n over n queries, which
+    exceeds any ε near the end. Therefore a key counts only if at least ``min_queries`` queries see
+    it, or half of the prompt's real positions if that is fewer.
 
     Args:
         received: importance α_k, from :func:`sinkscope.metrics.attention.importance`.
         mask: real positions.
-        epsilon: what α_k must exceed [probability].
-        share: in how much of all (layer, head) it must do so, in (0, 1].
-        causal: whether queries see earlier keys only.
-        window: the widest window among the layers (None if any layer sees everything).
-        over_uniform: what α_k over uniform attention's must exceed [ratio].
-        min_queries: how many queries must see a key for it to count.
+        epsilon: lower bound on α_k [probability].
+        share: share of (layer, head) in which it must be exceeded, in (0, 1].
+        causal: whether queries see only themselves and earlier keys.
+        window: the widest window among the layers (None if any layer has full attention).
+        over_uniform: lower bound on α_k over its value under uniform attention [ratio].
+        min_queries: number of queries that must see a key for it to count.
     """
     length = mask.sum(dim=1, keepdim=True)
     enough = visible_queries(mask, causal, window) >= (length / 2).ceil().clamp(max=min_queries)
@@ -206,26 +205,26 @@ def primary_and_secondary(
     window: int | None = None,
     over_uniform: float = 2.0,
 ) -> tuple[Bool[Tensor, "prompt position"], Bool[Tensor, "prompt layer position"]]:
-    """The sinks of `find_sinks` told apart: each prompt's strongest, and the others by layer.
+    """Divide the sinks of `find_sinks` into each prompt's primary sink and the others by layer.
 
     The **primary** sink of a prompt is the one that exceeds the bounds in the most (layer, head);
-    of equals, the one that receives more. All others are **secondary**: they are sinks in a run of
-    layers only, so each is given the layers in which at least ``share`` of the layer's heads exceed
-    the bounds at it. The two kinds are never averaged: a secondary sink has another residual norm
-    and other values than the primary one (arXiv 2512.22213).
+    ties are broken by received attention. All others are **secondary**: they are sinks in some
+    layers only, namely those in which at least ``share`` of the layer's heads exceed the bounds.
+    The two kinds are never averaged, as secondary sinks have different residual norms and values
+    (arXiv 2512.22213).
 
     Args:
         received: importance α_k, from :func:`sinkscope.metrics.attention.importance`.
         mask: real positions.
-        epsilon: as `find_sinks` takes it [probability].
+        epsilon: see `find_sinks` [probability].
         share: of all (layer, head) for a sink, and of a layer's heads for a sink in that layer.
-        causal: whether queries see earlier keys only.
-        window: the widest window among the layers (None if any layer sees everything).
-        over_uniform: as `find_sinks` takes it [ratio].
+        causal: whether queries see only themselves and earlier keys.
+        window: the widest window among the layers (None if any layer has full attention).
+        over_uniform: see `find_sinks` [ratio].
 
     Returns:
-        The primary sink of each prompt, nowhere True in a prompt without a sink; and the secondary
-        sinks, layer by layer.
+        Mask of the primary sink of each prompt, all False in a prompt without a sink; and mask of
+        the secondary sinks in each layer.
     """
     how = dict(causal=causal, window=window, over_uniform=over_uniform)
     sinks = find_sinks(received, mask, epsilon, share, **how)
@@ -245,7 +244,7 @@ def _exceeds(
     window: int | None,
     over_uniform: float,
 ) -> Bool[Tensor, "prompt layer head position"]:
-    """Where a head pays a key more than ε, and more than that multiple of uniform attention."""
+    """Where received attention exceeds ε and the given multiple of uniform attention."""
     uniform = uniform_received(mask, causal, window)[:, None, None, :]
     return (received > epsilon) & (received > over_uniform * uniform)
 

@@ -1,16 +1,16 @@
-"""Simulated quantisation: what a tensor becomes when it is stored with few bits and read again.
+"""Simulated quantisation: a tensor is rounded as if stored with few bits and read back.
 
-`Scheme` says how: the number format, over what a range is taken, and whether the range is that of
-the tensor itself (dynamic) or of other text (static). `limits` takes the range, `rounded` rounds to
-the grid that the range spans, `quantised` does both. Entries that are kept in full precision pass
-unchanged and do not enter the range, as where a deployed quantiser stores them apart.
+A `Scheme` sets the number format, the granularity of ranges, and whether a range comes from the
+tensor itself (dynamic) or from other text (static). `limits` computes the range, `rounded` rounds
+to the grid spanned by it, and `quantised` does both. Entries kept in full precision are unchanged
+and excluded from the range, as in a quantiser that stores them separately.
 
 The grids, with [low, high] the range and b the bits:
 
 * symmetric integers: x̂ = s · clamp(round(x / s), −n, n) with s = max(|low|, |high|) / n and
   n = 2^(b−1) − 1;
 * asymmetric integers: x̂ = low + s · clamp(round((x − low) / s), 0, n) with s = (high − low) / n and
-  n = 2^b − 1, the grid of KIVI (Liu et al. 2024, arXiv 2402.02750), which need not hold 0;
+  n = 2^b − 1, the grid of KIVI (Liu et al. 2024, arXiv 2402.02750), which need not contain 0;
 * fp8 (e4m3, largest number 448): x̂ = s · fp8(x / s), s = max(|low|, |high|) / 448.
 
 Ties round to even and x / s is computed as x · (1 / s), as in torch's fake quantisation.
@@ -34,33 +34,33 @@ from sinkscope.validation import one_of, whole_number
 BITS = {"int8": 8, "fp8": 8, "int4": 4, "int2": 2}
 """Bits of each number format."""
 RANGES = ("tensor", "token", "channel", "group")
-"""Over what a range is taken: a prompt's whole tensor, a token, a channel, some channels of one."""
+"""Granularity of ranges: a prompt's whole tensor, a token, a channel, or a group of channels."""
 _FP8_LARGEST = 448.0
-_NOTHING = 2.0**-100  # a range below this is taken for 0, so that 1 / s stays finite
+_NOTHING = 2.0**-100  # smaller ranges count as 0, so that 1 / s is finite
 _GROUP = 64
 
 Activation = Float[Tensor, "prompt position channel"]
 Kept = Bool[Tensor, "_ _ _"]
-"""Entries kept in full precision, to be broadcast to [prompt position channel]."""
+"""Entries kept in full precision, broadcast to [prompt position channel]."""
 Limit = Float[Tensor, "_ _ _"]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a tensor is quantised.
+    """A quantisation scheme.
 
     Attributes:
         format: "int8", "fp8" (e4m3), "int4" or "int2".
-        per: Over what one range is taken: "tensor" (all tokens and channels of a prompt), "token",
-            "channel" (all tokens of a prompt) or "group" (`group` neighbouring channels of a token;
+        per: Granularity of ranges: "tensor" (all tokens and channels of a prompt), "token",
+            "channel" (all tokens of a prompt) or "group" (`group` adjacent channels of a token;
             the last group may be smaller).
         symmetric: Whether the grid is symmetric about 0; fp8 always is.
-        static: Whether the range is that of calibration texts; otherwise of the tensor itself.
-        group: Channels of a group.
+        static: Whether the range is that of calibration texts instead of the tensor itself.
+        group: Number of channels in a group.
 
     Raises:
-        UnsupportedError: If there is no such format or range, fp8 is to be asymmetric, or a static
-            range is asked for of tokens or groups, which differ from text to text.
+        UnsupportedError: If the format or granularity does not exist, fp8 is asymmetric, or a
+            static range is requested per token or group, which differ between texts.
     """
 
     format: str = "int8"
@@ -75,23 +75,23 @@ class Scheme:
         whole_number("group", self.group, at_least=1, error=UnsupportedError)
         if self.format == "fp8" and not self.symmetric:
             raise UnsupportedError(
-                "fp8 is symmetric about 0; choose an integer format, or no asym."
+                "fp8 is symmetric about 0; choose an integer format, or leave out asym."
             )
         if self.static and self.per in ("token", "group"):
             raise UnsupportedError(
-                f"A static range cannot be taken per {self.per}, since tokens differ from text to "
-                "text; choose tensor or channel."
+                f"A static range cannot be taken per {self.per}, since tokens differ between "
+                "texts; choose tensor or channel."
             )
 
     @classmethod
     def parse(cls, text: Any) -> Scheme:
-        """A scheme from its name: FORMAT-RANGE, with -asym and -static where wanted.
+        """Parse the name of a scheme: FORMAT-RANGE, optionally with -asym and -static.
 
         Args:
-            text: Such as "int8-tensor", "int4-group32-asym" or "fp8-channel-static".
+            text: For example "int8-tensor", "int4-group32-asym" or "fp8-channel-static".
 
         Raises:
-            UnsupportedError: If the name is not of that form, or as for the class.
+            UnsupportedError: If the name does not have this form, or the scheme is invalid.
         """
         if isinstance(text, Scheme):
             return text
@@ -104,8 +104,8 @@ class Scheme:
             or len(set(options)) < len(options)
         ):
             raise UnsupportedError(
-                f"{text!r} is no scheme; expected FORMAT-RANGE such as int8-tensor, int4-token or "
-                "int4-group64-asym, with -asym and -static where wanted."
+                f"{text!r} is not a scheme; expected FORMAT-RANGE such as int8-tensor, int4-token "
+                "or int4-group64-asym, optionally with -asym and -static."
             )
         return cls(
             format=parts[0],
@@ -117,12 +117,12 @@ class Scheme:
 
     @property
     def bits(self) -> int:
-        """Bits of a number."""
+        """Number of bits per value."""
         return BITS[self.format]
 
     @property
     def whole_prompts(self) -> bool:
-        """Whether a range is taken over all tokens of a prompt, padding too."""
+        """Whether a range is taken over all tokens of a prompt, padding included."""
         return not self.static and self.per in ("tensor", "channel")
 
     def __str__(self) -> str:
@@ -132,15 +132,15 @@ class Scheme:
 
 
 def limits(x: Activation, scheme: Scheme, keep: Kept | None = None) -> tuple[Limit, Limit]:
-    """The range that a dynamic scheme takes: the least and the largest entry.
+    """The range of a dynamic scheme: smallest and largest entry.
 
     Args:
         x: A tensor.
-        scheme: Over what the range is taken.
-        keep: Entries that do not count.
+        scheme: The scheme, which sets the granularity.
+        keep: Entries excluded from the range.
 
     Returns:
-        Two tensors that broadcast to `x`; 0 where no entry counts.
+        Two tensors that broadcast to `x`; 0 where all entries are excluded.
     """
     low = high = at_least_fp32(x)
     if keep is not None:
@@ -163,16 +163,16 @@ def _largest_in_groups(x: Activation, size: int) -> Activation:
 
 
 def rounded(x: Activation, low: Limit, high: Limit, scheme: Scheme) -> Activation:
-    """The nearest points of the grid that a range spans; what lies beyond it is clipped.
+    """Round to the grid spanned by a range; values outside it are clipped.
 
     Args:
         x: A tensor.
-        low: Lower end of the range, to be broadcast.
+        low: Lower end of the range, broadcast to `x`.
         high: Upper end.
-        scheme: The format, and whether the grid is symmetric.
+        scheme: The scheme, which sets format and symmetry.
 
     Returns:
-        In the dtype of `x`.
+        The rounded tensor, in the dtype of `x`.
     """
     exact = at_least_fp32(x)
     low, high = low.to(exact), high.to(exact)
@@ -200,12 +200,12 @@ def quantised(
     keep: Kept | None = None,
     between: tuple[Limit, Limit] | None = None,
 ) -> Activation:
-    """A tensor after it was stored by a scheme, with some entries kept in full precision.
+    """Quantise and dequantise a tensor, optionally with some entries kept in full precision.
 
     Args:
         x: A tensor.
-        scheme: How it is stored.
-        keep: Entries that stay as they are, and do not enter the range.
+        scheme: The scheme.
+        keep: Entries that are left unchanged and excluded from the range.
         between: The range of a static scheme.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Reductions that the definitions share: precision, sliding sums, medians, chunks."""
+"""Reductions shared by the definitions: precision, sliding sums, medians, chunks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def token_kernels(x: Float[Tensor, "*shape"]) -> ModuleType | None:
-    """The kernels that read each vector once, if they take this tensor; None: use plain torch."""
+    """The CUDA kernels for vectors if they support this tensor; None to use plain torch."""
     if not x.is_cuda or x.numel() == 0:
         return None
     try:
@@ -23,19 +23,19 @@ def token_kernels(x: Float[Tensor, "*shape"]) -> ModuleType | None:
 
 
 def at_least_fp32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The same numbers in fp32, or in float64 if they came in it."""
+    """Cast to fp32; float64 is unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def vector_norm(x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape"]:
-    """Euclidean norm over the last dim, accumulated in fp32 without a widened copy of ``x``."""
+    """Euclidean norm over the last dim, accumulated in fp32 without an fp32 copy of ``x``."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
 
 
 def largest_magnitude(x: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "..."]:
-    """The largest |x| over a dim; on a GPU in one pass, without the copy ``x.abs()`` makes."""
-    if x.device.type == "cpu":  # where that norm is not vectorised, a copy is several times faster
+    """The largest |x| over a dim; on a GPU in one pass, without the copy of ``x.abs()``."""
+    if x.device.type == "cpu":  # inf-norm is not vectorised: a copy is several times faster
         return at_least_fp32(x.abs().amax(dim=dim))
     return at_least_fp32(torch.linalg.vector_norm(x, ord=torch.inf, dim=dim))
 
@@ -44,7 +44,7 @@ def largest_magnitude_at(
     x: Float[Tensor, "prompt position dim"], where: Bool[Tensor, "prompt position"]
 ) -> Float[Tensor, "prompt dim"]:
     """The largest |x| of each dim over the positions where ``where`` holds; 0 if there are none."""
-    if x.device.type == "cpu":  # a few rows are cleared faster than every entry is masked
+    if x.device.type == "cpu":  # zeroing a few rows is faster than masking all entries
         size = x.abs()
         size[~where] = 0
         return at_least_fp32(size.amax(dim=1))
@@ -54,7 +54,7 @@ def largest_magnitude_at(
 def masked_median(
     x: Float[Tensor, "*batch position"], where: Bool[Tensor, "*#batch position"]
 ) -> Float[Tensor, "*batch"]:
-    """Median of the entries where ``where`` holds, as numpy takes it; nan if there are none.
+    """Median of the entries where ``where`` holds, by numpy's convention; nan if there are none.
 
     An even count gives the mean of the middle two (``torch.median`` gives the lower one).
     """
@@ -71,9 +71,9 @@ def sliding_sum(
 ) -> Float[Tensor, "prompt position *rest"]:
     """y_i = Σ_{j = i-before}^{i+after} x_j along ``position``, in O(position); None = unbounded.
 
-    A running total minus its delayed self would lose digits to cancellation on long inputs.
-    Instead the axis is cut into blocks of one window's width: every window is then the tail of
-    one block plus the head of the next, and only its own terms are ever added.
+    The difference of two cumulative sums would suffer from cancellation on long inputs. Instead
+    the axis is divided into blocks of the window's width: every window is then the tail of one
+    block plus the head of the next, and only its own terms are added.
     """
     last = x.shape[1] - 1
     before = last if before is None else min(before, last)
@@ -90,7 +90,7 @@ def sliding_sum(
 def _running_sum(
     x: Float[Tensor, "prompt position *rest"], width: int = 256
 ) -> Float[Tensor, "prompt position *rest"]:
-    """A cumulative sum along ``position``, in blocks: GPUs scan a long outer axis one by one."""
+    """Cumulative sum along ``position``, in blocks, as GPUs scan a long outer axis sequentially."""
     length = x.shape[1]
     if length <= width:
         return x.cumsum(dim=1)
@@ -105,8 +105,8 @@ def _windowed_sum(
     length, width = x.shape[1], before + after + 1
     blocked = _in_blocks(x, width, -(-(length + before + after) // width), before)
     heads, tails = blocked.cumsum(dim=2), blocked.flip(2).cumsum(dim=2).flip(2)
-    # The window of position i is [i, i + width) of the padded axis. Where i starts a block, it is
-    # that block, and the head alone holds all of it.
+    # The window of position i is [i, i + width) of the padded axis. If i starts a block, the window
+    # is that block and equals its head.
     tails[:, :, 0] = 0
     heads = rearrange(heads, "prompt block inner ... -> prompt (block inner) ...")
     tails = rearrange(tails, "prompt block inner ... -> prompt (block inner) ...")
@@ -116,7 +116,7 @@ def _windowed_sum(
 def _in_blocks(
     x: Float[Tensor, "prompt position *rest"], width: int, blocks: int, before: int = 0
 ) -> Float[Tensor, "prompt block inner *rest"]:
-    """``x`` behind ``before`` zeros, cut into blocks, the last one filled up with zeros."""
+    """``x`` padded by ``before`` zeros in front, in blocks, the last one padded with zeros."""
     padded = x.new_zeros(x.shape[0], blocks * width, *x.shape[2:])
     padded[:, before : before + x.shape[1]] = x
     return rearrange(padded, "prompt (block inner) ... -> prompt block inner ...", inner=width)
@@ -125,7 +125,7 @@ def _in_blocks(
 def position_chunks(
     x: Float[Tensor, "prompt position *rest"], elements: int = 2**24
 ) -> Iterator[slice]:
-    """Slices of the position axis of about ``elements`` numbers each, to bound temporaries."""
+    """Slices of the position axis with about ``elements`` values each, to bound temporaries."""
     per_position = max(1, x.numel() // max(1, x.shape[1]))
     step = max(1, elements // per_position)
     for start in range(0, x.shape[1], step):

@@ -34,7 +34,7 @@ def mean_at_sinks(
     sinks: Bool[Tensor, "prompt position"],
     mask: Bool[Tensor, "prompt position"],
 ) -> Float[Tensor, "prompt"]:
-    """‖h_sink‖, averaged over the sinks where there are several [activation]."""
+    """‖h_sink‖, averaged over the sinks if there are several [activation]."""
     return masked_mean(norms, sinks & mask, dim=1)
 
 
@@ -43,17 +43,17 @@ def pivot_tokens(
     mask: Bool[Tensor, "prompt position"],
     entries: int = 20,
 ) -> Bool[Tensor, "prompt position"]:
-    """Pivot tokens: those in which the largest |a| of a hidden state stand.
+    """Pivot tokens: the tokens with the largest |a| of a hidden state.
 
     Su et al. 2025, "RotateKV: Accurate and Robust 2-Bit KV Cache Quantization for LLMs via
-    Outlier-Aware Adaptive Rotations" (arXiv 2501.16383): the keys and values of these tokens stay
-    in full precision. Twenty entries are twenty tokens at most, and one where a massive token has
-    them all.
+    Outlier-Aware Adaptive Rotations" (arXiv 2501.16383): keys and values of these tokens stay in
+    full precision. Twenty entries give at most twenty tokens, or a single one if a massive token
+    contains them all.
 
     Args:
-        hidden: The state that enters a block.
+        hidden: The input of a block.
         mask: True at real tokens.
-        entries: How many of the largest entries count.
+        entries: Number of largest entries.
     """
     size = hidden.abs().masked_fill(~mask[:, :, None], -1).flatten(1)
     top = size.topk(min(entries, size.shape[1]), dim=1).indices
@@ -76,7 +76,7 @@ def residual_peak(
 ) -> Float[Tensor, "prompt"]:
     """‖h_sink‖ over the median of the others [ratio].
 
-    The median, since the others may hold peaks of their own (a first full stop, secondary sinks).
+    The median is used because the others may include peaks (a first full stop, secondary sinks).
     """
     return mean_at_sinks(norms, sinks, mask) / median_of_others(norms, sinks, mask)
 
@@ -86,7 +86,7 @@ def excess_norm(
     sinks: Bool[Tensor, "prompt position"],
     mask: Bool[Tensor, "prompt position"],
 ) -> Float[Tensor, "prompt"]:
-    """‖h_sink‖ minus the mean of the others [activation] (Guo et al. 2410.13835, their code)."""
+    """‖h_sink‖ minus the mean of the others [activation] (code of Guo et al. 2410.13835)."""
     return mean_at_sinks(norms, sinks, mask) - masked_mean(norms, mask & ~sinks, dim=1)
 
 
@@ -95,7 +95,7 @@ def cosine_to_sink(
 ) -> Float[Tensor, "prompt position"]:
     """cos(h_j, h_s) with s the first sink; nan in a prompt without one.
 
-    Near ±1 away from s marks a secondary sink (2512.22213 asks for |cos| > 0.9).
+    Values near ±1 at other positions indicate a secondary sink (2512.22213 uses |cos| > 0.9).
     """
     first = first_true(sinks)
     rows = torch.arange(len(first), device=first.device)
@@ -108,11 +108,11 @@ def cosine_to_sink(
 
 
 class TokenSummary(NamedTuple):
-    """What three metrics ask of every residual state, from one reading of it.
+    """Three quantities of every residual state, computed in one pass.
 
     Attributes:
         norm: See `residual_norms` [activation].
-        peak: The largest |a|, at pads too [activation].
+        peak: The largest |a|, pads included [activation].
         cosine: See `cosine_to_sink`.
     """
 
@@ -124,18 +124,18 @@ class TokenSummary(NamedTuple):
 def token_summary(
     hidden: Float[Tensor, "prompt position dim"], first_sink: Int[Tensor, "prompt"]
 ) -> TokenSummary | None:
-    """All three by one kernel on CUDA; None elsewhere, where the definitions are as fast.
+    """Compute all three with one kernel on CUDA; None elsewhere, where it would be no faster.
 
     Args:
         hidden: Residual states.
-        first_sink: The first sink position of each prompt; its length where it has none.
+        first_sink: The first sink position of each prompt; its length if there is none.
     """
     kernels = token_kernels(hidden)
     return None if kernels is None else TokenSummary(*kernels.token_summary(hidden, first_sink))
 
 
 MASSIVE_MINIMUM, MASSIVE_RATIO = 100.0, 1000.0
-"""What a massive activation exceeds [activation], and by how many medians (Sun et al.)."""
+"""Thresholds of massive activations: |a| [activation], and |a| over the median (Sun et al.)."""
 
 
 class MassiveEntries(NamedTuple):
@@ -158,15 +158,15 @@ def massive_activations(
 ) -> MassiveEntries:
     """Entries a with |a| > minimum and |a| > ratio × the median |a| of that prompt's hidden state.
 
-    The rule of Sun et al. (2402.17762) with their figures as defaults. The median runs over all
-    real positions and all dims of the prompt, exactly, an even count giving the mean of the middle
-    two; it is computed only if some activation passes ``minimum``.
+    The rule of Sun et al. (2402.17762) with their thresholds as defaults. The median is exact, over
+    all real positions and dims of the prompt (the mean of the middle two for an even count), and
+    computed only if some activation exceeds ``minimum``.
     """
     peak = token_peaks(hidden, mask)
     if (peak > minimum).any():
         median = magnitude_median(hidden, mask)
     else:
-        median = torch.full_like(peak[:, 0], torch.inf)  # whatever it is, nothing passes
+        median = torch.full_like(peak[:, 0], torch.inf)  # not needed: no entry passes
     passing = peak > (ratio * median).clamp(min=minimum)[:, None]
     tokens = passing.flatten().nonzero().squeeze(1)
     return MassiveRows.at(hidden, tokens, median).entries(minimum, ratio)
@@ -174,11 +174,11 @@ def massive_activations(
 
 @dataclass(frozen=True)
 class MassiveRows:
-    """Rows of hidden states that may hold massive activations; all else is left behind.
+    """Rows of hidden states that may contain massive activations.
 
     Attributes:
-        token: Index of the row in all prompts laid end to end.
-        state: What stands there.
+        token: Index of each row in the concatenated prompts.
+        state: Hidden state of each row.
         median: Median |a| of each prompt.
         length: Positions of a prompt.
     """
@@ -195,14 +195,14 @@ class MassiveRows:
         token: Int[Tensor, "row"],
         median: Float[Tensor, "prompt"],
     ) -> MassiveRows:
-        """Some rows of a hidden state."""
+        """Select rows of a hidden state."""
         state = hidden.flatten(end_dim=1).index_select(0, token)
         return cls(token, state, median, hidden.shape[1])
 
     def entries(
         self, minimum: float = MASSIVE_MINIMUM, ratio: float = MASSIVE_RATIO
     ) -> MassiveEntries:
-        """The massive activations in them, see :func:`massive_activations`."""
+        """The massive activations in the rows, see :func:`massive_activations`."""
         state, median = at_least_fp32(self.state), self.median[self.token // self.length]
         bound = (ratio * median).clamp(min=minimum)
         row, dim = (state.abs() > bound[:, None]).nonzero(as_tuple=True)
@@ -251,12 +251,12 @@ def kurtosis(
 def topk_tokens(
     hidden: Float[Tensor, "prompt position dim"], mask: Bool[Tensor, "prompt position"], k: int = 20
 ) -> Bool[Tensor, "prompt position"]:
-    """Positions that hold any of the k largest |h| entries of their prompt (RotateKV, 2501.16383).
+    """Positions with any of the k largest |h| entries of their prompt (RotateKV, 2501.16383).
 
-    Those "pivot tokens" are the ones its quantiser spares; k = 20 entries per layer there.
+    These "pivot tokens" are excluded from quantisation there, with k = 20 entries per layer.
     """
     peak = largest_magnitude(hidden, dim=2).masked_fill(~mask, -torch.inf)
-    # The k largest entries lie in at most k rows: those with the k largest peaks.
+    # The k largest entries are in at most k rows: those with the k largest peaks.
     rows = peak.topk(min(k, peak.shape[1]), dim=1).indices
     picked = torch.arange(len(rows), device=rows.device)[:, None], rows
     size = hidden[picked].abs().masked_fill(~mask[picked][:, :, None], -torch.inf)
@@ -268,13 +268,13 @@ def topk_tokens(
 def sink_lifetime(
     cosine: Float[Tensor, "prompt layer position"], threshold: float = 0.9
 ) -> Int[Tensor, "prompt position"]:
-    """In how many layers a position looks like the sink: |cos(h_j, h_s)| > threshold [layers].
+    """Number of layers in which a position resembles the sink: |cos(h_j, h_s)| > threshold.
 
-    Computed from :func:`cosine_to_sink` of every layer given. The secondary-sink study (2512.22213)
-    counts only the layers between the rise of the sink's norm and its fall, and calls a lifetime of
-    at least L - 15 of those primary-like, and one between 4 and that secondary. To compare with its
-    numbers, pass those layers only: the first and last layers, whose states also resemble the
-    sink's, otherwise count as well and lengthen it (30 against 17 layers in one case).
+    Computed from :func:`cosine_to_sink` of every given layer. The secondary-sink study (2512.22213)
+    counts only the layers between the rise and the fall of the sink's norm, and calls a lifetime of
+    at least L - 15 of these layers primary-like, and one from 4 up to that secondary. For
+    comparable numbers pass only these layers: the first and last layers, whose states also resemble
+    the sink's, would otherwise be counted (30 instead of 17 layers in one case).
     """
     return (cosine.abs() > threshold).sum(dim=1)
 
@@ -282,8 +282,8 @@ def sink_lifetime(
 def perturbation_spread(
     hidden: Float[Tensor, "prompt position dim"], changed: Float[Tensor, "prompt position dim"]
 ) -> Float[Tensor, "prompt position"]:
-    """How far a changed input moved each position: ‖h_i(x) - h_i(x')‖ [activation].
+    """Effect of a perturbed input on each position: ‖h_i(x) - h_i(x')‖ [activation].
 
-    Barbero et al. (2504.02732, Fig. 2): one token is changed, with and without the sink.
+    Barbero et al. (2504.02732, Fig. 2) change one token, with and without the sink.
     """
     return vector_norm(at_least_fp32(hidden) - at_least_fp32(changed))

@@ -1,8 +1,8 @@
-"""Massive activations of hybrid models: spikes right before the layers that attend.
+"""Massive activations of hybrid models: spikes right before the layers with attention.
 
-In a model of which only some layers attend to keys, an *event* is a layer that attends with at
-least one layer that does not right before it. Its block are the layers since the last one that
-attends, and the last of them, right before the event, is where a spike is expected.
+In a model in which only some layers have attention, an *event* is a layer with attention directly
+preceded by at least one layer without. Its block consists of the layers since the previous layer
+with attention; a spike is expected in the last of them, right before the event.
 
 Source: Su et al. (2026), Massive Activations in Hybrid Linear Attention Large Language Models:
 Pre-Attention Spikes and Inter-Spike Plateaus, arXiv 2608.12149, and their published code. Layers
@@ -26,8 +26,8 @@ def later_attention(
 ) -> Float[Tensor, "prompt key"]:
     """Attention that each key receives from later queries, mean over them and heads [probability].
 
-    1/H Σ_h 1/(T − 1 − k) Σ_{q > k} A_qk over real queries q; nan where no real query is later. The
-    sink of a layer is the key at which this is largest.
+    1/H Σ_h 1/(T − 1 − k) Σ_{q > k} A_qk over real queries q; nan if no real query is later. The
+    sink of a layer is the key with the largest value.
 
     Args:
         pattern: Attention of one layer.
@@ -40,14 +40,14 @@ def later_attention(
 
 
 def blocks(attending: Sequence[int]) -> dict[int, range]:
-    """The events, each with its block: the layers between it and the last one that attends."""
+    """The events, each with its block: the layers since the previous layer with attention."""
     before = [-1, *attending]
     found = {at: range(last + 1, at) for last, at in zip(before, attending, strict=False)}
     return {at: block for at, block in found.items() if block}
 
 
 def intervals(attending: Sequence[int]) -> dict[tuple[int, int], list[int]]:
-    """Pairs of neighbouring spikes, each with the layers between them that do not attend.
+    """Pairs of consecutive spikes, each with the layers without attention between them.
 
     Pairs without such layers are left out.
     """
@@ -64,15 +64,15 @@ def alignment(
     sinks: Int[Tensor, "prompt attending"],
     attending: Sequence[int],
 ) -> Float[Tensor, "prompt event"]:
-    """Sink–spike alignment: 1 where the sink's activation is its block's largest at the spike.
+    """Sink–spike alignment: 1 if the sink's activation within the block is largest at the spike.
 
     For an event f with block B, the sink s of layer f hits if v_{f−1,s} = max_{l∈B} v_{l,s}. The
     mean over events is the alignment rate of a prompt.
 
     Args:
         values: v: the largest |a| of each position after each layer [activation].
-        sinks: The sink of each layer that attends.
-        attending: These layers.
+        sinks: The sink of each layer with attention.
+        attending: Indices of these layers.
     """
     hits = []
     for at, block in blocks(attending).items():
@@ -85,15 +85,15 @@ def alignment(
 def retention(
     values: Float[Tensor, "prompt layer"], attending: Sequence[int]
 ) -> Float[Tensor, "prompt interval"]:
-    """Inter-spike retention: how much of two neighbouring spikes is left between them [share].
+    """Inter-spike retention: share of two consecutive spikes that remains between them [share].
 
-    For spikes at layers a < b, the mean over the layers l between them that do not attend of
-    min(1, v_l / min(v_a, v_b)): 0 is a pair of isolated spikes, 1 a plateau. The mean over pairs is
-    the retention of a prompt. nan where the smaller spike is 0.
+    For spikes at layers a < b, the mean of min(1, v_l / min(v_a, v_b)) over the layers l without
+    attention between them: 0 for a pair of isolated spikes, 1 for a plateau. The mean over pairs is
+    the retention of a prompt. nan if the smaller spike is 0.
 
     Args:
         values: v: the largest |a| after each layer at one position [activation].
-        attending: The layers that attend.
+        attending: Indices of the layers with attention.
     """
     found = []
     for (left, right), layers in intervals(attending).items():

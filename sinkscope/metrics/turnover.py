@@ -1,8 +1,8 @@
-"""How a population of heads changes: overlap of two sets of heads, and what chance would give.
+"""Changes in a population of heads: overlap of two sets of heads, and its chance level.
 
-Sets are boolean maps [layer head]. Over training the same (layer, head) is the same head. In two
-runs from different seeds it is not: the heads of a layer could be renumbered, so only the layer of
-a head means something, and overlap of maps is to be read beside its chance level.
+Sets are boolean maps [layer head]. During training the same (layer, head) is the same head. In two
+runs with different seeds it is not: heads can be permuted within a layer, so only the layer of a
+head is meaningful, and overlap must be compared with its chance level.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 
 
 def jaccard(one: Bool[Tensor, "layer head"], other: Bool[Tensor, "layer head"]) -> float:
-    """|A ∩ B| / |A ∪ B|, the heads in both over those in either [share]; nan of two empty sets."""
+    """Jaccard index |A ∩ B| / |A ∪ B| of two sets of heads [share]; nan for two empty sets."""
     either = int((one | other).sum())
     return int((one & other).sum()) / either if either else math.nan
 
 
 def jaccard_by_chance(one: Bool[Tensor, "layer head"], other: Bool[Tensor, "layer head"]) -> float:
-    """Expected Jaccard index if the heads of every layer were renumbered at random [share].
+    """Expected Jaccard index under random permutations of the heads within layers [share].
 
     In a layer of H heads, a and b of them in the sets, the number k in both is hypergeometric:
     P(k) = C(a, k) C(H - a, b - k) / C(H, b). The sums over layers are convolved, and
-    E[k / (|A| + |B| - k)] is exact. nan of two empty sets.
+    E[k / (|A| + |B| - k)] is exact. nan for two empty sets.
     """
     from scipy.stats import hypergeom
 
@@ -44,8 +44,8 @@ def jaccard_by_chance(one: Bool[Tensor, "layer head"], other: Bool[Tensor, "laye
 def jaccard_of_layers(one: Bool[Tensor, "layer head"], other: Bool[Tensor, "layer head"]) -> float:
     """Σ_l min(a_l, b_l) / Σ_l max(a_l, b_l) of the counts by layer [share].
 
-    The largest Jaccard index that renumbering the heads within layers can give: 1 if every layer
-    has as many heads in one set as in the other. nan of two empty sets.
+    The largest Jaccard index over permutations of the heads within layers: 1 if every layer has
+    equally many heads in both sets. nan for two empty sets.
     """
     a, b = one.sum(1), other.sum(1)
     most = int(torch.maximum(a, b).sum())
@@ -53,8 +53,8 @@ def jaccard_of_layers(one: Bool[Tensor, "layer head"], other: Bool[Tensor, "laye
 
 
 def formed(population: Bool[Tensor, "time layer head"]) -> Int[Tensor, "layer head"]:
-    """Index of the first time from which a head is in the population for good; -1 if it is not."""
-    lasting = population.flip(0).long().cumprod(0).sum(0)  # times at the end without a gap
+    """Index of the time from which a head stays in the population to the end; -1 if it does not."""
+    lasting = population.flip(0).long().cumprod(0).sum(0)  # length of the final run
     return torch.where(lasting > 0, len(population) - lasting, -1)
 
 
@@ -64,7 +64,7 @@ def appeared(population: Bool[Tensor, "time layer head"]) -> Int[Tensor, "layer 
 
 
 def disappearances(population: Bool[Tensor, "time layer head"]) -> Int[Tensor, "layer head"]:
-    """How many times a head leaves the population from one time to the next [count]."""
+    """Number of times a head leaves the population between consecutive times [count]."""
     return (population[:-1] & ~population[1:]).sum(0)
 
 

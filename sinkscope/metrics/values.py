@@ -1,4 +1,4 @@
-"""Sizes of values and head outputs, raw and through the output projection."""
+"""Norms of values and head outputs, before and after the output projection."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def norms(x: Float[Tensor, "prompt position head d_head"]) -> Float[Tensor, "pro
 
 
 def gram(w_o: Float[Tensor, "head d_head d_model"]) -> Float[Tensor, "head d_head d_head"]:
-    """G^h = W_O^h W_O^hᵀ, which turns ‖x W_O^h‖² into xᵀ G^h x, d_model / d_head times cheaper.
+    """G^h = W_O^h W_O^hᵀ, with which ‖x W_O^h‖² = xᵀ G^h x is d_model / d_head times cheaper.
 
-    Accumulated in float64 and returned in fp32 at least: the rounding of G is all that separates
-    :func:`norms_through` from the norm of the projected vector.
+    Accumulated in float64 and returned in at least fp32: the rounding of G is the only difference
+    between :func:`norms_through` and the norm of the projected vector.
     """
     wide = w_o.double()
     return (wide @ wide.mT).to(torch.promote_types(w_o.dtype, torch.float32))
@@ -31,7 +31,7 @@ def norms_through(
 ) -> Float[Tensor, "prompt head position"]:
     """‖x W_O^h‖ of every head's vector [activation], as sqrt(xᵀ G^h x) with G from :func:`gram`.
 
-    Vectors of KV heads are those of every query head that reads them (see `per_query_head`).
+    Vectors of KV heads are repeated for the query heads of their group (see `per_query_head`).
     """
     kernels = token_kernels(x)
     if kernels is not None and x.shape[-1] <= kernels.WIDEST_HEAD:
@@ -52,8 +52,8 @@ def drain(
 ) -> Float[Tensor, "prompt head"]:
     """Value-state drain: mean ‖v_sink‖ over mean ‖v_j‖ of the other real positions [ratio].
 
-    Small = drained (Guo et al. 2410.13835); below 0.2 a no-op sink, near 1 a broadcasting one
-    (Fesser et al. 2606.08105).
+    Small values mean drained (Guo et al. 2410.13835); a sink is a no-op sink below 0.2 and a
+    broadcasting one near 1 (Fesser et al. 2606.08105).
     """
     at_sinks = masked_mean(norms, (sinks & mask)[:, None, :], dim=-1)
     return at_sinks / masked_mean(norms, (mask & ~sinks)[:, None, :], dim=-1)
@@ -62,7 +62,7 @@ def drain(
 def mean_norm(
     norms: Float[Tensor, "prompt head position"], mask: Bool[Tensor, "prompt position"]
 ) -> Float[Tensor, "prompt head"]:
-    """Mean of ‖x‖ over all real positions [activation]: AVVN of values, AHON of head outputs."""
+    """Mean of ‖x‖ over all real positions [activation]: AVVN for values, AHON for head outputs."""
     return masked_mean(norms, mask[:, None, :], dim=-1)
 
 
@@ -76,9 +76,9 @@ def norm_at(
 def per_query_head(
     kv: Float[Tensor, "prompt kv_head *rest"], n_heads: int
 ) -> Float[Tensor, "prompt head *rest"]:
-    """Each KV head's figure at every query head that reads it (grouped-query attention).
+    """Repeat values of KV heads for the query heads of their group (grouped-query attention).
 
-    Query heads h of one group are neighbours: h reads KV head h // (n_heads / n_kv_heads).
+    Query head h belongs to KV head h // (n_heads / n_kv_heads).
     """
     return repeat(kv, "prompt kv ... -> prompt (kv group) ...", group=n_heads // kv.shape[1])
 
@@ -88,10 +88,10 @@ def output_from(
     v: Float[Tensor, "prompt key kv_head d_head"],
     keys: Bool[Tensor, "prompt key"],
 ) -> Float[Tensor, "prompt query head d_head"]:
-    """The part of each head's output that some keys supply, Σ_{j∈keys} A_ij v_j [activation].
+    """Contribution of a set of keys to each head's output, Σ_{j∈keys} A_ij v_j [activation].
 
     With the massive tokens as ``keys`` this is the implicit bias of Sun et al. (2402.17762); the
-    output less this is what the head read elsewhere.
+    rest of the output comes from the other keys.
     """
     chosen = torch.where(keys[:, :, None, None], at_least_fp32(v), 0)
     paid = torch.where(keys[:, None, None, :], at_least_fp32(pattern), 0)
@@ -103,7 +103,7 @@ def output_from(
 def variance_over_queries(
     output: Float[Tensor, "prompt query head d_head"], queries: Bool[Tensor, "prompt query"]
 ) -> Float[Tensor, "prompt head"]:
-    """How little of it is a bias: mean_i ‖b_i - mean_i b_i‖² over ``queries`` [activation²]."""
+    """Variance over queries, mean_i ‖b_i - mean_i b_i‖² [activation²]; 0 for a constant bias."""
     where = queries[:, :, None, None]
     centre = masked_mean(output, where, dim=1)
     squares = (at_least_fp32(output) - centre[:, None]).square().sum(dim=-1)

@@ -1,1 +1,1 @@
-"""Triton kernels for CUDA that give the definitions' numbers in one pass; imported when needed."""
+"""Triton kernels for CUDA that compute the definitions in one pass; imported when needed."""

@@ -1,9 +1,10 @@
-"""The median of |x| on CUDA by radix selection: exact, and without the host waiting for anything.
+"""The exact median of |x| on CUDA by radix selection, without host synchronisation.
 
-Read as an integer, the bits of a non-negative float grow with its value. So the median's bits can
-be found from the top, a digit at a time: count each digit's values among the entries that agree
-with what has been found so far, then take the digit in which the wanted rank falls. An even count
-has two middle entries, so two ranks are followed; as long as they agree one count serves both.
+The bits of a non-negative float, read as an integer, increase with its value. The median's bits
+are therefore determined digit by digit from the top: count the values of the digit among the
+entries that match the bits found so far, then choose the digit that contains the required rank. An
+even number of entries has two middle ones, so two ranks are tracked; they share one count while
+their bits agree.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ DIGITS: dict[torch.dtype, tuple[tuple[int, int], ...]] = {
     torch.float16: ((7, 8), (0, 7)),
     torch.float32: ((23, 8), (15, 8), (7, 8), (0, 7)),
 }
-"""(shift, width) in bits of each digit, from the top; the sign is no part of any."""
+"""(shift, width) in bits of each digit, from the top, without the sign bit."""
 
 TYPES = {
     torch.bfloat16: (tl.int16, tl.bfloat16),
     torch.float16: (tl.int16, tl.float16),
     torch.float32: (tl.int32, tl.float32),
 }
-"""The integer that holds a float's bits, and the float, as Triton names them."""
+"""Triton's names for the integer with a float's bits, and for the float."""
 
 INTEGER = {2: torch.int16, 4: torch.int32}
 HEAD, DONE = tl.constexpr(16), tl.constexpr(8)
-"""Where in a prompt's memory its counts begin, and the numbers of programs that are done."""
+"""Offsets in a prompt's memory of the counts, and of the numbers of finished programs."""
 
 PROGRAMS = 1024
-"""About how many programs share the counting: several for each multiprocessor of a large GPU."""
+"""Approximate number of counting programs: several per multiprocessor of a large GPU."""
 
 
 @on_its_device
@@ -48,8 +49,8 @@ def magnitude_median(
     x, mask = x if x.stride(-1) == 1 else x.contiguous(), mask.contiguous()
     prompts, positions, width = x.shape
     digits = DIGITS[x.dtype]
-    # Of each prompt: bits and ranks found so far, the number of entries, programs that are done
-    # with each digit; then counts of every digit's values.
+    # For each prompt: bits and ranks found so far, the number of entries, the number of programs
+    # that finished each digit; then counts of every digit's values.
     memory = torch.zeros(
         prompts, HEAD.value + 512 * len(digits), dtype=torch.int32, device=x.device
     )
@@ -89,7 +90,7 @@ def _count_kernel(
 ):
     """Count the values of one digit in some rows of a prompt.
 
-    The program of a prompt that is done last knows all counts: it chooses the digit.
+    The last program of a prompt to finish chooses the digit from the complete counts.
     """
     prompt = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * rows
@@ -108,7 +109,7 @@ def _count_kernel(
                 dims = start + tl.arange(0, BLOCK)
                 here = dims < width
                 value = tl.load(bits + dims, here, other=0)
-                # Widening repeats the sign upwards, so cut off all from the sign on.
+                # Widening extends the sign bit, so clear all bits from the sign on.
                 value = value.to(tl.int32) & ((1 << (value.dtype.primitive_bitwidth - 1)) - 1)
                 digit = (value >> SHIFT) & ((1 << SIZE) - 1)
                 above = value >> (SHIFT + SIZE)
@@ -119,7 +120,7 @@ def _count_kernel(
     counts = memory + HEAD + INDEX * 512
     tl.atomic_add(counts + bins, at_lower, mask=at_lower > 0, sem="relaxed")
     tl.atomic_add(counts + 256 + bins, at_upper, mask=at_upper > 0, sem="relaxed")
-    tl.debug_barrier()  # every thread's counts are in before one of them says so
+    tl.debug_barrier()  # all counts are written before the program is marked finished
     done = tl.atomic_add(memory + DONE + INDEX, 1, sem="acq_rel")
     if done == tl.num_programs(0) - 1:
         _choose(median + prompt, memory, lower, upper, SIZE, INDEX, LAST, INT, FLOAT)
@@ -138,10 +139,10 @@ def _choose(
     INT: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
-    """Append to both ranks' bits the digit in which they fall; after the last, take the mean."""
+    """Append the digit that contains each rank to its bits; after the last digit, take the mean."""
     bins = tl.arange(0, 1 << SIZE)
     counts = memory + HEAD + INDEX * 512
-    # Not from this multiprocessor's own cache, which need not know what others have added.
+    # Bypass this multiprocessor's L1 cache, which may miss additions by others.
     at_lower = tl.load(counts + bins, cache_modifier=".cg")
     at_upper = tl.load(counts + 256 + bins, cache_modifier=".cg")
     at_upper = tl.where(upper == lower, at_lower, at_upper)
@@ -162,7 +163,7 @@ def _choose(
     if LAST:
         low = lower.to(INT).to(FLOAT, bitcast=True).to(tl.float32)
         high = upper.to(INT).to(FLOAT, bitcast=True).to(tl.float32)
-        middle = low + (high - low) / 2  # their sum might overflow
+        middle = low + (high - low) / 2  # the sum could overflow
         tl.store(median, tl.where(tl.load(memory + 4) > 0, middle, float("nan")))
     else:
         tl.store(memory, lower)

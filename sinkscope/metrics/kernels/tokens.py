@@ -1,4 +1,4 @@
-"""Sizes of vectors on CUDA, each vector read once: through W_O, and beside the sink's."""
+"""Norms through W_O, and norm, peak and cosine to the sink, reading each vector once on CUDA."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sinkscope.devices import on_its_device
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST_HEAD = 128
-"""Beyond that a Gram matrix does not fit beside a block of vectors."""
+"""Largest d_head for which a Gram matrix and a block of vectors fit in shared memory."""
 
 
 @on_its_device
@@ -27,7 +27,7 @@ def norms_through(
     heads, block = len(gram), max(16, triton.next_power_of_2(width))
     result = torch.empty(prompts, heads, length, dtype=torch.float32, device=x.device)
     rows = 64 if x.dtype != torch.float32 else 32
-    # Products of float16 vectors with G in three TF32 parts keep all of float32's digits.
+    # float16 vectors times G in three TF32 parts is accurate to float32.
     precision = "ieee" if x.dtype == torch.float32 else "tf32x3"
     split = x.dtype == torch.bfloat16
     through_kernel[(triton.cdiv(length, rows), heads, prompts)](
@@ -74,9 +74,9 @@ def through_kernel(
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sqrt(xᵀ G^h x) for one block of positions of one query head, some columns of G at a time.
+    """sqrt(xᵀ G^h x) for one block of positions of one query head, over blocks of columns of G.
 
-    With SPLIT, for bfloat16 vectors, three bfloat16 parts of G hold all of float32's digits.
+    With SPLIT, for bfloat16 vectors, G is split into three bfloat16 parts, exact to float32.
     """
     head = tl.program_id(1)
     prompt = tl.program_id(2).to(tl.int64)
