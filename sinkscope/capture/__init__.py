@@ -1,6 +1,6 @@
-"""From a running model to small tensors: observers on hook points, reduced inside the hook.
+"""Measuring a running model: observers on hook points that reduce activations inside the hook.
 
-`scan` is the entrance; `observers` turn signals into the fields of a report; `aggregate` merges
-them over layers and batches; `runner` feeds the batches; `readers` and `paths` say how attention is
-read.
+`scan` is the entry point; `observers` turn signals into the fields of a report; `accumulators`
+combine them over batches; `runner` runs the batches; `readers` and `paths` implement how attention
+is read.
 """

@@ -1,7 +1,7 @@
 """Streaming accumulators: `update` with every batch, then `compute` the field of the report.
 
-`PerPrompt` keeps every prompt; `OverPrompts` and `Summed` keep a mean over prompts, position by
-position; `Total` keeps a sum. Which one a field needs follows from its dimensions (see
+`PerPrompt` stores every prompt; `OverPrompts` and `Summed` accumulate a mean over prompts for each
+position; `Total` accumulates a sum. The dimensions of a field determine its accumulator (see
 `Observer.accumulator`).
 """
 
@@ -13,19 +13,19 @@ from torch import Tensor
 
 
 class Accumulator:
-    """Base class: `update` it with one finished batch after another, then `compute`."""
+    """Base class: call `update` with each finished batch, then `compute`."""
 
     def update(self, values: Shaped[Tensor, "..."], mask: Bool[Tensor, "prompt position"]) -> None:
-        """Take in the values of one batch; `mask` is True at real positions."""
+        """Add the values of one batch; `mask` is True at real positions."""
         raise NotImplementedError
 
     def compute(self, order: Int[Tensor, "prompt"]) -> Tensor:
-        """The field; `order` says which prompt of the text each row is."""
+        """The field; `order` has the prompt index of each row."""
         raise NotImplementedError
 
 
 class PerPrompt(Accumulator):
-    """Keeps every prompt.
+    """Stores the values of every prompt.
 
     Args:
         layers: Whether batches are [layer prompt ...] and the field is [prompt layer ...];
@@ -40,7 +40,7 @@ class PerPrompt(Accumulator):
         self._batches: list[Tensor] = []
 
     def update(self, values: Shaped[Tensor, "..."], mask: Bool[Tensor, "prompt position"]) -> None:
-        """Keep one batch."""
+        """Store one batch."""
         values = values.transpose(0, 1) if self._layers else values
         if self._positions:
             between = [1] * (values.ndim - 2)
@@ -55,15 +55,15 @@ class PerPrompt(Accumulator):
             longest = max(batch.shape[-1] for batch in batches)
             batches = [_widen(batch, longest, torch.nan) for batch in batches]
         rows = torch.cat(batches)
-        assert len(rows) == len(order), "a prompt was taken in twice, or not at all"
+        assert len(rows) == len(order), "a prompt was added twice, or not at all"
         return rows[torch.argsort(order).to(rows.device)]
 
 
 class OverPrompts(Accumulator):
-    """Mean over prompts, position by position: [layer prompt ... position] loses its prompts.
+    """Mean over prompts for each position: [layer prompt ... position] to [layer ... position].
 
-    A prompt counts at the positions where its mask is True. The last axis may also be something
-    else that a prompt can lack, such as a bucket of query positions: then the mask is of that.
+    A prompt counts at the positions where its mask is True. The last axis may also be another one
+    with entries that a prompt can lack, such as buckets of query positions, with a mask of these.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class OverPrompts(Accumulator):
     def update(
         self, values: Float[Tensor, "layer prompt ..."], mask: Bool[Tensor, "prompt position"]
     ) -> None:
-        """Add one batch; what lies where the mask is False is ignored."""
+        """Add one batch; values where the mask is False are ignored."""
         between = [1] * (values.ndim - 3)
         real = mask.reshape(1, mask.shape[0], *between, mask.shape[1])
         self._add(torch.where(real, values.float(), 0.0).sum(dim=1), mask)
@@ -84,7 +84,7 @@ class OverPrompts(Accumulator):
 
     @property
     def count(self) -> Int[Tensor, "position"]:
-        """How many prompts each position's mean is over."""
+        """Number of prompts in each position's mean."""
         assert self._count is not None
         return self._count
 
@@ -95,7 +95,7 @@ class OverPrompts(Accumulator):
 
 
 class Summed(OverPrompts):
-    """`OverPrompts` of what is summed over the batch's prompts already: [... position]."""
+    """`OverPrompts` for values that are already summed over the batch's prompts: [... position]."""
 
     def update(self, values: Float[Tensor, "..."], mask: Bool[Tensor, "prompt position"]) -> None:
         """Add one batch."""
@@ -103,7 +103,7 @@ class Summed(OverPrompts):
 
 
 class Total(Accumulator):
-    """Sum over batches of what has no prompts and no positions."""
+    """Sum over batches of values without prompts and positions."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -123,7 +123,7 @@ def _widen(value: Tensor, width: int, fill: float = 0.0) -> Tensor:
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:
-    """Sum of two tensors whose last axes may differ: batches have different longest prompts."""
+    """Sum of two tensors whose last axes may differ in length, as batches do."""
     if total is None:
         return part
     width = max(total.shape[-1], part.shape[-1])

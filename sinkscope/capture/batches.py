@@ -1,7 +1,7 @@
-"""A batch of prompts as every observer sees it: right-padded, with its mask and its sinks.
+"""Batches of prompts as passed to observers: right-padded, with mask and sinks.
 
-Right padding makes a position's index its token index, and under a causal mask no real query can
-see a pad key, so causal models need no attention mask at all and keep their fastest kernel.
+With right padding a position's index is its token index, and under a causal mask no real query can
+see a pad key, so causal models need no attention mask and use their fastest kernel.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class Batch:
     """Some prompts of a text, on one device.
 
     Attributes:
-        rows: Which prompts of the text these are, on the CPU.
-        tokens: Token ids; pads are 0 and lie right of the real tokens.
+        rows: Indices of the prompts in the text, on the CPU.
+        tokens: Token ids; pads are 0, to the right of the real tokens.
         mask: True at real tokens.
         sinks: True at sink positions.
-        causal: Whether a query sees only keys that are not after it.
+        causal: Whether a query sees only itself and earlier keys.
         ragged: Whether any prompt is shorter than the batch, so that there are pads.
-        most_sinks: Sinks of the prompt that has most.
+        most_sinks: Largest number of sinks in a prompt.
         one_sink_each: Whether every prompt has exactly one sink.
         sink_is_first_token: Whether that one sink is position 0 in every prompt.
-        has_external_hooks: Whether hooks of others may change an activation after it has been seen.
+        has_external_hooks: Whether other hooks may edit an activation after an observer read it.
     """
 
     rows: Int[Tensor, "prompt"]
@@ -52,7 +52,7 @@ class Batch:
     _derived: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def on(self, device: torch.device) -> Batch:
-        """This batch on `device`; the layers of one model may sit on several."""
+        """This batch on `device`; the layers of one model may be on several devices."""
         if device == self.tokens.device:
             return self
         if device not in self._elsewhere:
@@ -67,7 +67,7 @@ class Batch:
         return self._elsewhere[device]
 
     def once(self, key: object, compute: Callable[[], Shared]) -> Shared:
-        """Compute what every layer shares only the first time it is asked for."""
+        """Compute a value shared by all layers once, and cache it under `key`."""
         if key not in self._derived:
             self._derived[key] = compute()
         return self._derived[key]
@@ -95,21 +95,21 @@ class Batch:
 
     @property
     def queries(self) -> Bool[Tensor, "prompt query"]:
-        """Queries whose attention to the sinks counts (see `metrics.positions.queries_after`)."""
+        """Queries over which sink attention is averaged; see `metrics.positions.queries_after`."""
         return self.once(
             "queries", lambda: positions.queries_after(self.sinks, self.mask, self.causal)
         )
 
     @property
     def roles(self) -> Int[Tensor, "prompt position"]:
-        """What each position is, as bits: 1 a sink, 2 another real key, 4 one of `queries`."""
+        """Bit flags of each position: 1 for a sink, 2 another real key, 4 one of `queries`."""
         return self.once(
             "roles", lambda: (self.sinks & self.mask).int() + 2 * self.others + 4 * self.queries
         )
 
     @property
     def seen(self) -> Float[Tensor, "prompt 2 position"]:
-        """How many sinks, and how many other keys besides its own, each query sees causally."""
+        """Numbers of sinks, and of other keys except its own, that each query sees causally."""
 
         def compute() -> Tensor:
             kinds = torch.stack([self.sinks & self.mask, self.others], dim=1).float()
@@ -132,7 +132,7 @@ class Batch:
         return self.once("last token", lambda: index == self.mask.sum(dim=1, keepdim=True) - 1)
 
     def per_query(self, window: int | None) -> Float[Tensor, "prompt key"]:
-        """One over the real queries that see each key in a layer of this window; 0 for pads."""
+        """1 / number of real queries that see each key with this window; 0 for pads."""
 
         def compute() -> Tensor:
             seen_by = positions.visible_queries(self.mask, self.causal, window)
@@ -141,7 +141,7 @@ class Batch:
         return self.once(("per query", window), compute)
 
     def per_uniform(self, window: int | None) -> Float[Tensor, "prompt key"]:
-        """One over what uniform attention gives each key in a layer of this window; 0 for pads."""
+        """1 / received attention of each key under uniform attention; 0 for pads."""
 
         def compute() -> Tensor:
             uniform = positions.uniform_received(self.mask, self.causal, window)
@@ -150,17 +150,17 @@ class Batch:
         return self.once(("per uniform", window), compute)
 
     def constant(self, values: tuple[float, ...]) -> Float[Tensor, "value"]:
-        """Some numbers on this device, copied there once a batch."""
+        """Constants on this device, copied there once per batch."""
         return self.once(("constant", values), lambda: sent(torch.tensor(values), self.mask.device))
 
     def averages(self, *sets: str) -> Float[Tensor, "prompt position set"]:
-        """Weights that average over named sets of positions, so that one product does them all.
+        """Weights for averages over several sets of positions by a single matrix product.
 
         Args:
             sets: Names of boolean [prompt position] properties: "mask", "sinks", "others", ...
 
         Returns:
-            One column a set, see `mean_weights`.
+            One column per set, see `mean_weights`.
         """
         return self.once(
             sets, lambda: mean_weights(torch.stack([getattr(self, name) for name in sets], dim=-1))
@@ -177,7 +177,7 @@ class Batch:
 
         Returns:
             Columns in this order: queries after the sink; all real queries; queries that see the
-            first sink (Gu's importance counts the sink itself); then one column a bucket of the
+            first sink (itself included, as in Gu's importance); then one column per bucket of the
             queries after the sink.
         """
 
@@ -195,7 +195,7 @@ class Batch:
         return self.once(("sink", window, edges), compute)
 
     def beyond(self, window: int | None) -> Bool[Tensor, "prompt query width"]:
-        """The queries of each width of `metrics.attention.RECENT` that see more than near keys."""
+        """For each width in `metrics.attention.RECENT`, see `metrics.positions.queries_beyond`."""
 
         def compute() -> Tensor:
             where = self.sinks, self.mask, self.causal, window
@@ -206,7 +206,7 @@ class Batch:
         return self.once(("beyond", window), compute)
 
     def uniform_nearby(self, window: int | None) -> Float[Tensor, "prompt span"]:
-        """What uniform attention pays to each span of `metrics.attention.nearby_attention`."""
+        """Uniform attention to each span of `metrics.attention.nearby_attention`."""
 
         def compute() -> Tensor:
             where = self.mask, self.causal, window
@@ -221,7 +221,7 @@ class Batch:
         return self.once(("uniform nearby", window), compute)
 
     def buckets(self, edges: tuple[int, ...]) -> Bool[Tensor, "prompt query bucket"]:
-        """Which bucket of query positions each query after the sink falls into."""
+        """Bucket membership of each query after the sink."""
 
         def compute() -> Tensor:
             index = torch.arange(self.length, device=self.mask.device)
@@ -233,10 +233,7 @@ class Batch:
 
 
 def mean_weights(sets: Bool[Tensor, "prompt position set"]) -> Float[Tensor, "prompt position set"]:
-    """1 / n at the n members of each set; nan throughout a set that is empty in a prompt.
-
-    A mean over nothing is not zero.
-    """
+    """1 / n at the n members of each set; all nan for a set that is empty in a prompt."""
     return sets.float() / sets.sum(dim=1, keepdim=True)
 
 
@@ -257,9 +254,8 @@ def cut(
     device: torch.device,
     has_external_hooks: bool = False,
 ) -> Batch:
-    """Cut the batch of prompts `rows` out of a text, no longer than its longest prompt."""
-    # In numpy: torch may wake a pool of threads for a handful of numbers, which takes longer than
-    # a layer of the model.
+    """Build the batch of prompts `rows` of a text, cut to the length of its longest prompt."""
+    # In numpy, because waking torch's thread pool for a few numbers takes longer than a layer.
     index = rows.numpy()
     real = mask.cpu().numpy()[index]
     length = int(real.sum(axis=1).max())
@@ -287,22 +283,22 @@ def cut(
 def classes(
     mask: Bool[Tensor, "prompt position"], class_of: Callable[[int], int]
 ) -> Int[Tensor, "prompt"]:
-    """The class of each prompt's length; in the order of `by_length`, equal ones are neighbours."""
+    """The class of each prompt's length; equal classes are adjacent in the order of `by_length`."""
     return torch.tensor([class_of(length) for length in mask.sum(dim=1).tolist()])
 
 
 def together(
     order: Int[Tensor, "row"], classes: Int[Tensor, "prompt"], size: int
 ) -> Iterator[Int[Tensor, "row"]]:
-    """Batches of prompts that a model may run together.
+    """Split prompts into batches that a model may run together.
 
     Args:
         order: Prompts in the order of `by_length`, all or some.
         classes: The class of every prompt, see `classes`.
-        size: The most prompts of a batch.
+        size: Maximum number of prompts in a batch.
 
     Yields:
-        Neighbours in that order, of one class.
+        Consecutive prompts in that order, of one class.
     """
     done = 0
     while done < len(order):
@@ -313,8 +309,8 @@ def together(
 
 
 def by_length(mask: Bool[Tensor, "prompt position"]) -> Int[Tensor, "prompt"]:
-    """Prompts from long to short: little padding, and the largest batch comes first.
+    """Prompts sorted from long to short, which reduces padding.
 
-    The first batch then meets the most memory, so a batch size that is too large shows at once.
+    The first batch then needs the most memory, so that a batch size that is too large fails early.
     """
     return torch.argsort(mask.sum(dim=1), descending=True, stable=True).cpu()

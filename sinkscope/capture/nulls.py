@@ -1,20 +1,19 @@
-"""Chance levels of a scan: sink attention, residual peak and value drain where there is no sink.
+"""Chance levels of a scan: sink attention, residual peak and value drain in absence of a sink.
 
-Three nulls, each drawn as often as the caller asks:
+There are three nulls, each with the requested number of draws:
 
-1. *initial*: the same architecture with the weights that transformers gives it before training,
-   from seed 0, 1, … (no weight is read). Causality alone makes early keys receive more.
-2. *random*: another position of the prompt's first half, drawn for each prompt, is taken for the
-   sink. Later keys are seen by fewer queries, and queries with many keys pay each of them less; the
-   attention to it is therefore divided by what uniform attention would give, and multiplied by what
-   uniform attention would give the sink. Its norm and its value's are compared with the others'
-   as the sink's are.
-3. *shuffled*: the keys of each prompt are put into a random order, and every query pays its sink
-   attention to the first, in this order, of the keys that it sees. Neighbouring queries thus share
-   their key, as they share the sink, and uniform attention gives what it gives the sink. Queries
-   whose window has left the sink behind pay nothing.
+1. *initial*: the same architecture with transformers' initial weights, from seed 0, 1, … (no
+   trained weight is read). Causality alone makes early keys receive more.
+2. *random*: another position of the prompt's first half, drawn for each prompt, serves as the sink.
+   Since fewer queries see later keys, and queries with more visible keys give each of them less,
+   attention to it is divided by its value under uniform attention, and multiplied by that of the
+   sink. Its residual norm and value norm are compared with the others' like the sink's.
+3. *shuffled*: the keys of each prompt are put into a random order, and sink attention of a query is
+   its attention to the first of its visible keys in this order. Adjacent queries thus mostly share
+   their key, as they share the sink, and uniform attention is the same as for the sink. Queries
+   whose window no longer includes the sink count as 0.
 
-`report.chance` makes p-values of them.
+`report.chance` computes p-values from them.
 """
 
 from __future__ import annotations
@@ -41,40 +40,40 @@ from sinkscope.report.chance import QUANTITIES
 
 
 def check_one_sink(sinks: Bool[Tensor, "prompt position"]) -> None:
-    """Refuse prompts with no sink or several.
+    """Check that every prompt has exactly one sink.
 
     Raises:
-        TextError: If there are any.
+        TextError: If a prompt has none or several.
     """
     counts = sinks.sum(dim=1)
     if bool((counts != 1).any()):
         raise TextError(
-            f"Nulls are those of one sink a prompt, and a prompt here has {int(counts.min())} to "
-            f"{int(counts.max())}; name one position with sinks=[0]."
+            f"Nulls require one sink per prompt, but prompts here have {int(counts.min())} to "
+            f"{int(counts.max())}; choose one position with sinks=[0]."
         )
 
 
 def initial_models(model: Any, draws: int) -> Iterator[Any]:
-    """Bridges of models as they are before training, one at a time.
+    """Yield bridges of the model at initialisation, one at a time.
 
     Args:
         model: A bridge.
-        draws: How many; seeds count from 0.
+        draws: Number of models, with seeds from 0.
 
     Raises:
-        UnsupportedError: If interventions or hooks are in force, which a new model would lack, or
-            the model is not one that transformers can make anew.
+        UnsupportedError: If interventions or hooks are active, which a new model would lack, or
+            transformers cannot create the model from its config.
     """
     original = model.original_model
     if in_force(model) or user_hooks(model):
         raise UnsupportedError(
             "Nulls compare a model with the same architecture at initialisation, which would lack "
-            "the interventions or hooks in force here; scan without nulls under them."
+            "the interventions or hooks active here; scan without nulls under them."
         )
     quantised = getattr(original, "quantization_method", None) is not None
     if not isinstance(original, PreTrainedModel) or quantised:
         raise UnsupportedError(
-            f"A {type(original).__name__} cannot be made anew from its configuration, so there is "
+            f"A {type(original).__name__} cannot be created from its configuration, so there is "
             "no model at initialisation to compare it with; scan it without nulls."
         )
     weight = next(original.parameters())
@@ -92,11 +91,11 @@ def initial_fields(
 
     Args:
         model: A bridge.
-        draws: How many.
-        measure: Gives the fields of a bridge by name, each beginning with the prompt.
+        draws: Number of draws.
+        measure: Returns the fields of a bridge by name, each with the prompt first.
 
     Returns:
-        Those of `QUANTITIES` that were measured, with draws along the last dimension.
+        The measured ones of `QUANTITIES`, with draws along the last dimension.
     """
     drawn = [measure(fresh) for fresh in initial_models(model, draws)]
     return {
@@ -107,11 +106,11 @@ def initial_fields(
 
 
 class _Drawn(Observer):
-    """Base of the nulls of positions, whose draws depend on the prompt alone.
+    """Base class of the nulls over positions, whose draws depend only on the prompt.
 
     Args:
-        scope: Of the scan.
-        draws: How many.
+        scope: Scope of the scan.
+        draws: Number of draws.
     """
 
     def __init__(self, scope: Scope, draws: int) -> None:
@@ -119,11 +118,11 @@ class _Drawn(Observer):
         self.draws = draws
 
     def accumulator(self, name: str) -> Accumulator:
-        """Every prompt is kept."""
+        """Store every prompt."""
         return PerPrompt()
 
     def other_sinks(self, batch: Batch) -> Int[Tensor, "prompt draw"]:
-        """Positions of the first half of each prompt but its sink; -1 where there is none."""
+        """Positions from the first half of each prompt except its sink; -1 if there are none."""
 
         def compute() -> Tensor:
             lengths, sinks = batch.mask.sum(dim=1).tolist(), batch.first_sink.tolist()
@@ -142,7 +141,7 @@ class _Drawn(Observer):
     def at_others(
         self, definition: Callable[..., Tensor], layers: dict[str, Tensor], batch: Batch
     ) -> Float[Tensor, "layer prompt ... draw"]:
-        """A quantity of norms, with every drawn position in turn as the sink."""
+        """Evaluate a definition on norms, with each drawn position in turn as the sink."""
         index = torch.arange(batch.length, device=batch.mask.device)
         found = [
             all_layers(definition, layers["norm"], index == place[:, None], batch.mask)
@@ -179,16 +178,16 @@ class NullAttention(_Drawn, reads="attention"):
 
 
 class _Weights:
-    """How much every query's attention to a key counts in each draw.
+    """Weights of each query's attention to a key in each draw.
 
     Args:
         batch: The batch.
         window: Sliding window of the layer.
         others: The positions of the random null.
-        draws: Of each null.
+        draws: Number of draws of each null.
 
     Attributes:
-        scale: What uniform attention gives the sink, over what it gives the other position.
+        scale: Uniform attention to the sink over that to the other position.
     """
 
     def __init__(
@@ -217,11 +216,11 @@ class _Weights:
             torch.where(visible, ranks[:, draw, None], 2).argmin(dim=-1) for draw in range(draws)
         ]
         self._first = torch.stack(first, dim=-1)  # [prompt query draw]
-        # A query whose window has left the sink behind pays it nothing, here as there.
+        # Queries whose window no longer includes the sink count as 0, as in sink attention.
         self._after = torch.where(to_sink > 0, after, 0)[..., None]
 
     def of(self, key: int) -> Float[Tensor, "prompt query draw"]:
-        """The weights of one key: first the draws of the random null, then the shuffled one's."""
+        """The weights of one key: the draws of the random null, then those of the shuffled null."""
         random = torch.where((self._others == key)[:, None], self._random, 0)
         shuffled = torch.where(self._first == key, self._after, 0)
         return torch.cat([random, shuffled], dim=-1)
@@ -231,11 +230,11 @@ class NullPeak(_Drawn, reads="resid_post"):
     """The residual peak of the random null."""
 
     def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
-        """One norm a token."""
+        """One norm per token."""
         return {"norm": residual.residual_norms(x)}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """The peak of every drawn position, in all layers at once."""
+        """Peaks of all drawn positions in all layers."""
         return {"random_residual_peak": self.at_others(residual.residual_peak, layers, batch)}
 
 
@@ -245,14 +244,14 @@ class NullDrain(_Drawn, reads="value"):
     def observe(
         self, x: Float[Tensor, "prompt position kv_head d_head"], batch: Batch
     ) -> dict[str, Tensor]:
-        """One norm a vector."""
+        """One norm per vector."""
         return {"norm": values.norms(x)}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """The drain of every drawn position, in all layers at once."""
+        """Drains of all drawn positions in all layers."""
         return {"random_value_drain": self.at_others(values.drain, layers, batch)}
 
 
 def _generator(row: int, null: int) -> torch.Generator:
-    """The draws of a prompt: the same whatever the batch."""
+    """Random generator of a prompt, independent of its batch."""
     return torch.Generator().manual_seed(2 * row + null)

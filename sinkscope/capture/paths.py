@@ -1,7 +1,7 @@
-"""The two ways attention is read: eager, with every pattern materialised, or streaming.
+"""The two attention paths: eager, with every pattern materialised, and streaming.
 
-A path knows which hook points to listen to and turns what fires there into signals: plain
-activations under their name, and one "attention" signal a layer with an `AttentionReader`.
+A path hooks the relevant hook points and converts their activations into signals: plain activations
+by name, and one "attention" signal per layer with an `AttentionReader`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Hooks = list[tuple[str, Callable[..., None]]]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the observers of a scan read.
+    """Signals and statistics read by the observers of a scan.
 
     Attributes:
         signals: "attention", and names of activations.
-        statistics: What they will ask of an attention reader that other statistics could share.
+        statistics: Statistics read from an attention reader that can share a pass with others.
     """
 
     signals: frozenset[str]
@@ -42,24 +42,24 @@ class Wanted:
 
 @runtime_checkable
 class Path(Protocol):
-    """One way of reading attention."""
+    """Interface of an attention path."""
 
     name: str
 
     def opened(self) -> AbstractContextManager[Any]:
-        """Whatever must hold while the model runs."""
+        """Context in which the model must run."""
         ...
 
     def hooks(self, wanted: Wanted, batch: Callable[[], Batch], emit: Emit) -> Hooks:
-        """Hooks that emit every wanted signal of every layer; `batch` is the one that runs."""
+        """Hooks that emit every wanted signal of every layer; `batch` returns the current batch."""
         ...
 
 
 class _LayerInputs:
-    """Tensors of one layer that its reader will need, until the last of them has fired.
+    """Tensors of a layer for its reader, collected until the last of them has fired.
 
-    They are held by the batch, and go with it: after running out of memory, scores of the batch
-    that was too large would stand beside those of the next.
+    They are stored in the batch's cache and freed with it, so that after an out-of-memory error no
+    scores of the failed batch remain.
     """
 
     def __init__(self, batch: Callable[[], Batch]) -> None:
@@ -81,17 +81,17 @@ _PAIRS: dict[str, tuple[str, type]] = {
     "gated_attention": ("attention", GatedAttention),
     "gated_value": ("value", GatedValue),
 }
-"""Signals made of another one and the gate behind it."""
+"""Signals composed of another one and its gate."""
 
 
 class _Gated:
-    """Hands on what fires, and what stands before a gate together with the gate.
+    """Emits signals, combining gated ones with their gate.
 
-    Where a layer's gate fires before or after the other depends on the model; what fired first is
-    held by the batch, as in `_LayerInputs`.
+    Depending on the model, a layer's gate fires before or after the other signal; the first of the
+    two is stored in the batch, as in `_LayerInputs`.
 
     Attributes:
-        signals: The signals that have to fire for those that are wanted.
+        signals: The signals that have to fire for the wanted ones.
     """
 
     def __init__(
@@ -106,9 +106,9 @@ class _Gated:
         self.signals = frozenset(self._wanted | parts | gate)
 
     def emit(self, signal: str, layer: int, x: Any) -> None:
-        """Take what fired."""
+        """Receive a signal, and emit all that are complete."""
         if signal == "gate":
-            assert self._can.gate is not None, "the model was found to have no gate"
+            assert self._can.gate is not None, "the model has no verified gate"
             x = factors(x, self._can.gate, self._can.n_heads)
         if signal in self._wanted:
             self._emit(signal, layer, x)
@@ -128,7 +128,7 @@ class _Gated:
 def _pattern_hook(
     layer: int, inputs: _LayerInputs, window: int | None, batch: Callable[[], Batch], emit: Emit
 ) -> Callable[..., None]:
-    """What emits a layer's attention where its pattern fires."""
+    """A hook that emits a layer's attention when its pattern fires."""
 
     def hook_fn(x: Tensor, hook: object) -> None:
         held = inputs.take(layer)
@@ -139,7 +139,7 @@ def _pattern_hook(
 
 
 class EagerPath:
-    """The bridge as TransformerLens made it: every layer materialises its pattern."""
+    """The unmodified bridge, in which every layer materialises its pattern."""
 
     name = "eager"
 
@@ -148,9 +148,9 @@ class EagerPath:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Refuses an edit that the bridge shows to later hooks and withholds from the model.
+        """Refuse edits of patterns that have no effect on the model's output.
 
-        TransformerLens warns of one: transformers' module has used its pattern when hooks see it.
+        TransformerLens warns about them: hooks run after transformers' module used the pattern.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*this attention delegates", UserWarning)
@@ -164,7 +164,7 @@ class EagerPath:
                 ) from warning
 
     def hooks(self, wanted: Wanted, batch: Callable[[], Batch], emit: Emit) -> Hooks:
-        """A reader is ready when a layer's pattern fires: all else it reads fired before."""
+        """A reader is complete when a layer's pattern fires, after all of its other inputs."""
         inputs = _LayerInputs(batch)
         gated = _Gated(self._capabilities, wanted, batch, emit)
         can, signals, emit = self._capabilities, gated.signals, gated.emit
@@ -192,7 +192,7 @@ class EagerPath:
 
 
 class StreamingPath:
-    """The model's own fast attention; queries, keys, values and log-sum-exps are read."""
+    """Fused attention, from which queries, keys, values and log-sum-exps are read."""
 
     name = "streaming"
 
@@ -203,7 +203,7 @@ class StreamingPath:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Attention streams inside; the bridge is as it was outside."""
+        """Enable streaming attention within the context; the bridge is restored afterwards."""
         with streaming(self._model) as stream:
             self._stream = stream
             try:
@@ -212,10 +212,10 @@ class StreamingPath:
                 self._stream = None
 
     def hooks(self, wanted: Wanted, batch: Callable[[], Batch], emit: Emit) -> Hooks:
-        """A reader is ready when a layer's log-sum-exp fires, the last of its four tensors.
+        """A reader is complete when a layer's log-sum-exp fires, the last of its four tensors.
 
-        A layer whose scores or pattern somebody else hooked has both materialised, and perhaps
-        edited: then no product of queries and keys says what it attends to, but the pattern does.
+        If scores or pattern of a layer have other hooks, both are materialised and may be edited;
+        attention is then read from the pattern instead of queries and keys.
         """
         assert self._stream is not None, "the path is not open"
         inputs, calls = _LayerInputs(batch), self._stream.calls
@@ -273,7 +273,7 @@ class StreamingPath:
 
 
 def choose(model: Any, capabilities: Capabilities, attention: str) -> Path:
-    """The way of reading attention asked for; "auto" streams wherever that is exact.
+    """The requested attention path; "auto" streams wherever that is exact.
 
     Raises:
         UnsupportedError: If it is unknown, or cannot be exact for this model.
@@ -291,7 +291,7 @@ def choose(model: Any, capabilities: Capabilities, attention: str) -> Path:
             f"Streaming attention cannot be exact for {capabilities.architecture}: {differs}."
         )
     try:
-        attention_of(model)  # all that `streaming` refuses on entry, at a tenth of its cost
+        attention_of(model)  # the checks of `streaming` at a tenth of its cost
     except UnsupportedError:
         if attention == "streaming":
             raise
@@ -300,7 +300,7 @@ def choose(model: Any, capabilities: Capabilities, attention: str) -> Path:
 
 
 def _eager(capabilities: Capabilities) -> EagerPath:
-    """Eager attention, unless the bridge computes something else than its model there."""
+    """The eager path, unless the bridge deviates from its model on it."""
     if capabilities.stock_differs is not None:
         raise UnsupportedError(
             f"Eager attention cannot be exact for {capabilities.architecture}: "

@@ -1,7 +1,7 @@
 """Attention patterns of every head on the first prompts of a report, for the report's page.
 
-A scan keeps no pattern: they grow with the square of the text. This runs the model once more on one
-or two prompts, on the eager path, and keeps each pattern in cells.
+A scan stores no patterns, since their size is quadratic in length. `head_patterns` runs the model
+once more on one or two prompts, on the eager path, and downsamples each pattern to cells.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sinkscope.models.capabilities import capabilities
 from sinkscope.report.patterns import HeadPatterns
 from sinkscope.report.report import SinkReport
 
-_LONGEST = 1024  # positions: the eager path holds a layer's patterns whole
+_LONGEST = 1024  # positions; the eager path materialises the patterns of a layer
 _BYTES = 900_000  # of all cells together
 _MOST, _FEWEST = 64, 16  # cells along a side
 
@@ -26,13 +26,13 @@ def head_patterns(model: Any, report: SinkReport, prompts: int = 2) -> HeadPatte
     """The patterns of all heads on the report's first prompts, in cells.
 
     Args:
-        model: The model that the report is of, under the same interventions.
-        report: What was scanned: its tokens are run again.
-        prompts: How many of its prompts.
+        model: The model of the report, under the same interventions.
+        report: The report, whose tokens are run again.
+        prompts: Number of prompts.
 
     Returns:
-        The patterns; None where prompts are longer than 1,024 positions, of which a page could
-        show little and the eager path would hold much.
+        The patterns; None for prompts longer than 1,024 positions, which need much memory on the
+        eager path and are too large for a page.
     """
     shown = range(min(prompts, len(report.mask)))
     length = int(report.mask[: len(shown)].sum(dim=1).max())
@@ -75,12 +75,12 @@ def head_patterns(model: Any, report: SinkReport, prompts: int = 2) -> HeadPatte
 
 
 def _cells(length: int, side: int) -> Tensor:
-    """Where at most `side` cells of about equal width begin."""
+    """First positions of at most `side` cells of about equal width."""
     return torch.linspace(0, length, min(side, length) + 1)[:-1].floor().to(torch.int64)
 
 
 def _maxima(x: Tensor, first: Tensor, dim: int) -> Tensor:
-    """The largest value of each run of neighbours that begins at `first` along a dimension."""
+    """The largest value of each cell along a dimension; cells begin at `first`."""
     ends = [*first.tolist()[1:], x.shape[dim]]
     pieces = x.split([end - start for start, end in zip(first.tolist(), ends, strict=True)], dim)
     return torch.stack([piece.amax(dim) for piece in pieces], dim)

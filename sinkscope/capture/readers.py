@@ -1,9 +1,9 @@
-"""What one layer's attention looked like, whichever path computed it.
+"""Statistics of one layer's attention, by a common interface for both paths.
 
-Observers ask an `AttentionReader`; they never learn whether a pattern was materialised.
+Observers use an `AttentionReader`, independent of whether a pattern was materialised.
 `PatternReader` applies the definitions of `sinkscope.metrics` to the eager bridge's scores and
-pattern: the slow oracle. `StreamReader` gets the same numbers out of queries, keys and the
-log-sum-exp, with nothing T×T.
+pattern: the slow oracle. `StreamReader` computes the same values from queries, keys and the
+log-sum-exp, without T×T tensors.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class AttentionReader(Protocol):
     def on_keys(
         self, keys: Bool[Tensor, "prompt key"], most: int | None = None
     ) -> Float[Tensor, "prompt head query"]:
-        """Attention that each query pays to the given keys together.
+        """Total attention of each query to the given keys.
 
         Args:
-            keys: Some keys of each prompt.
-            most: How many any prompt has at most, if known: then nothing waits for a count.
+            keys: Mask of keys in each prompt.
+            most: Maximum number of keys in a prompt, if known, which avoids a synchronisation.
         """
         ...
 
@@ -53,15 +53,15 @@ class AttentionReader(Protocol):
         ...
 
     def by_key(self) -> Iterator[Float[Tensor, "prompt head query"]]:
-        """Attention that each query pays to key 0, to key 1 and so on, one key at a time."""
+        """Yield the attention of each query to key 0, key 1 and so on."""
         ...
 
     def nearby(self, widths: Sequence[int]) -> Float[Tensor, "prompt head query span"]:
-        """Attention that each query pays to its neighbourhoods of these widths."""
+        """Attention of each query to its neighbourhoods of these widths."""
         ...
 
     def total(self) -> Float[Tensor, "prompt head query"]:
-        """Attention that each query pays to keys: 1, less what a learned sink takes."""
+        """Total attention of each query to keys: 1 minus the share of a learned sink."""
         ...
 
     def entropy(self) -> Float[Tensor, "prompt head query"]:
@@ -73,15 +73,15 @@ class AttentionReader(Protocol):
         ...
 
     def learned_sink_mass(self) -> Float[Tensor, "prompt head"]:
-        """Mean over real queries of the attention that a learned sink logit takes."""
+        """Mean over real queries of the attention to a learned sink logit."""
         ...
 
     def sink_logit(self) -> SinkLogit:
-        """Norms and cosines that make the sink logit."""
+        """Norms and cosines of the sink logit."""
         ...
 
     def value_norms(self) -> Float[Tensor, "prompt kv_head key"]:
-        """Norm of every value vector that the attention weights mix."""
+        """Norm of every value vector."""
         ...
 
     def value_weighted_share(self) -> Float[Tensor, "prompt head"]:
@@ -106,12 +106,12 @@ class GatedAttention:
 
 @dataclass(frozen=True)
 class GatedValue:
-    """A layer's values, and what stands between them and W_O.
+    """A layer's values, and the gate between them and W_O.
 
     Attributes:
         batch: The batch, on the layer's device.
         value: The values.
-        gate: Factors of the gate, or None where there is none.
+        gate: Factors of the gate, or None if there is none.
     """
 
     batch: Batch
@@ -126,10 +126,10 @@ class PatternReader:
     Attributes:
         batch: The batch, on the layer's device.
         pattern: Attention probabilities.
-        value: Values as the attention weights mix them, or None where the bridge shows none.
-        scores: Pre-softmax scores, or None where the bridge does not show true ones.
-        query: Queries as they enter the dot product (post-rotary), or None.
-        key: Keys as they enter the dot product, or None.
+        value: Values averaged by the attention weights, or None if the bridge does not expose them.
+        scores: Pre-softmax scores, or None if the bridge does not expose true ones.
+        query: Queries of the dot product (post-rotary), or None.
+        key: Keys of the dot product, or None.
         window: Sliding window of this layer in tokens, or None.
     """
 
@@ -179,7 +179,7 @@ class PatternReader:
         """See `metrics.attention.logit_gap_rows`.
 
         Raises:
-            UnsupportedError: If the eager bridge shows no true pre-softmax scores here.
+            UnsupportedError: If the eager bridge does not expose true pre-softmax scores.
         """
         if self.scores is None:
             raise UnsupportedError(
@@ -198,7 +198,7 @@ class PatternReader:
         """See `metrics.geometry.sink_logit_decomposition`.
 
         Raises:
-            UnsupportedError: If the eager bridge never fires post-rotary queries and keys here.
+            UnsupportedError: If the eager bridge does not expose post-rotary queries and keys.
         """
         if self.query is None or self.key is None:
             raise UnsupportedError(
@@ -214,12 +214,12 @@ class PatternReader:
         """See `metrics.values.norms`.
 
         Raises:
-            UnsupportedError: If the eager bridge shows no true values here.
+            UnsupportedError: If the eager bridge does not expose true values.
         """
         if self.value is None:
             raise UnsupportedError(
-                "Statistics of attention and values need values as the attention weights mix "
-                "them, which the eager bridge of this architecture does not show; use "
+                "Statistics of attention and values need the values averaged by the attention "
+                "weights, which the eager bridge of this architecture does not expose; use "
                 'attention="streaming".'
             )
         return values.norms(self.value)
@@ -228,7 +228,7 @@ class PatternReader:
         """See `metrics.attention.value_weighted_share`.
 
         Raises:
-            UnsupportedError: If the eager bridge shows no true values here.
+            UnsupportedError: If the eager bridge does not expose true values.
         """
         b, norm = self.batch, self.value_norms()
         return attention.value_weighted_share(self._pattern, norm, b.sinks, b.mask, b.causal)
@@ -236,19 +236,19 @@ class PatternReader:
 
 @dataclass(frozen=True)
 class StreamReader:
-    """The same numbers from q, k and the log-sum-exp: A_ij = exp(s_ij − lse_i), nothing T×T.
+    """Computes the same values from q, k and the log-sum-exp: A_ij = exp(s_ij − lse_i).
 
     Attributes:
         batch: The batch, on the layer's device.
-        query: Queries as they enter the dot product.
-        key: Keys as they enter the dot product.
-        value: Values, as the attention weights mix them.
+        query: Queries of the dot product.
+        key: Keys of the dot product.
+        value: Values averaged by the attention weights.
         lse: Log of each softmax's denominator, a learned sink included.
         call: Scale, softcap and mask of this call.
-        window: Sliding window of this layer in tokens, or None. The call need not know it: where
-            transformers builds a dense mask, the window is in there.
-        statistics: Which of "received", "entropy" and "value_share" will be asked for; with the
-            first, all share one pass.
+        window: Sliding window of this layer in tokens, or None. It may be missing in `call`: if
+            transformers builds a dense mask, the window is part of the mask.
+        statistics: Those of "received", "entropy" and "value_share" that will be read; with
+            "received", all share one pass.
     """
 
     batch: Batch
@@ -271,7 +271,7 @@ class StreamReader:
 
     @cached_property
     def _sums(self) -> _columns.RowAndColumnSums:
-        """All sums over the pattern that were asked for, in one pass."""
+        """All requested sums over the pattern, in one pass."""
         asked = self.statistics
         return _columns.row_and_column_sums(
             *self._attended,
@@ -295,7 +295,7 @@ class StreamReader:
 
     @cached_property
     def _angles(self) -> Angles | None:
-        """One kernel for all that is linear in the keys, where it takes this call."""
+        """Statistics linear in the keys from one kernel; None if it does not support this call."""
         call, length = self.call, self.query.shape[1]
         kernels = kernels_for(self.query, call)
         whole = call.causal and not call.offset and (self.window is None or self.window >= length)
@@ -308,8 +308,8 @@ class StreamReader:
     def on_keys(
         self, keys: Bool[Tensor, "prompt key"], most: int | None = None
     ) -> Float[Tensor, "prompt head query"]:
-        """Σ_{j∈keys} exp(s_ij − lse_i), O(T) a key; which keys is worked out once a batch."""
-        # The mask is kept with its set: while it lives, no other tensor can have its id.
+        """Σ_{j∈keys} exp(s_ij − lse_i), O(T) per key; the key set is computed once per batch."""
+        # The mask is stored with its set, so that no other tensor can get its id.
         _, chosen = self.batch.once(
             ("key set", id(keys)), lambda: (keys, _columns.KeySet.of(keys, most))
         )
@@ -326,7 +326,7 @@ class StreamReader:
         return self._received
 
     def by_key(self) -> Iterator[Float[Tensor, "prompt head query"]]:
-        """exp(s_ij − lse_i), column by column; none is kept."""
+        """exp(s_ij − lse_i), column by column, without storing them."""
         for index in range(self.batch.length):
             place = self.batch.mask.new_full((len(self.batch.mask), 1), index, dtype=torch.long)
             one = _columns.KeySet(place, self.batch.mask[:, index].long())
@@ -347,10 +347,10 @@ class StreamReader:
         return _columns.row_entropy(*self._attended)
 
     def logit_gap(self) -> Float[Tensor, "prompt head"]:
-        """By prefix sums of keys where scores are linear in them; otherwise score by score.
+        """From prefix sums of keys if scores are linear in them; otherwise from single scores.
 
-        They are not linear under a softcap or a position bias, nor where a mask, for example an
-        intervention's, hides or shifts some besides causality, window and padding.
+        Scores are not linear with a softcap or a position bias, nor if a mask (an intervention's,
+        say) changes scores beyond causality, window and padding.
         """
         b, mask = self.batch, self.call.mask
         plain = self.call.softcap is None and self.call.key_bias is None
@@ -385,13 +385,13 @@ class StreamReader:
         return values.norms(self.value)
 
     def value_weighted_share(self) -> Float[Tensor, "prompt head"]:
-        """Both sums are attention calls whose values are the norms."""
+        """Both sums are computed as attention over the value norms."""
         b, sizes = self.batch, self._value_sizes
         if "received" in self.statistics and self._sums.weighted is not None:
             whole = self._sums.weighted
         else:
             whole = _columns.weighted_mass(*self._attended, sizes)
-        if b.one_sink_each:  # then one column will do
+        if b.one_sink_each:  # a single column suffices
             size = sizes[:, 0] if b.sink_is_first_token else values.norm_at(sizes.mT, b.first_sink)
             size = values.per_query_head(size, whole.shape[1])
             part = self.on_keys(b.sinks, most=1) * size[..., None]

@@ -1,9 +1,9 @@
 """Reductions of a whole batch in a few kernel launches.
 
-At short lengths a scan pays for launches, not for arithmetic: a layer of a billion-parameter model
-takes a GPU 2 ms, in which Python launches about a hundred kernels. What the definitions in
-`metrics` state for one layer, one threshold or one set of positions is computed here for all of
-them at once.
+At short lengths the cost of a scan is dominated by kernel launches: a layer of a billion-parameter
+model takes 2 ms on a GPU, in which Python launches about a hundred kernels. The definitions in
+`metrics` are for one layer, one threshold or one set of positions; here they are computed for all
+of them at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 COMPARED_AT_ONCE = 2**26
-"""Comparisons with thresholds held at once [bytes]."""
+"""Memory for comparisons with thresholds at a time [bytes]."""
 
 
 def all_layers(
@@ -25,10 +25,10 @@ def all_layers(
     stacked: Shaped[Tensor, "layer prompt *rest"],
     *per_prompt: Shaped[Tensor, "prompt ..."],
 ) -> Shaped[Tensor, "layer prompt *result"]:
-    """Apply a definition that takes one layer's prompts to all layers, as if they were prompts.
+    """Apply a definition for one layer to all layers, by treating layers as further prompts.
 
     Args:
-        definition: A function of tensors that all begin with ``prompt``, as does its result.
+        definition: A function of tensors with first dimension ``prompt``, like its result.
         stacked: Its first argument, for every layer.
         per_prompt: Its other arguments, the same for every layer.
     """
@@ -40,13 +40,13 @@ def all_layers(
 
 
 class ReceivedSummary(NamedTuple):
-    """Gu's importance score of every key of a layer, summed up.
+    """Gu's importance score of every key of a layer, with its sums.
 
     Attributes:
-        alpha: The scores themselves; 0 at padding [probability].
+        alpha: The scores; 0 at padding [probability].
         importance: Their sum over the prompts that reach the key [probability].
         peak: Their mean over heads [probability].
-        above: How many of (prompt, head) exceed each threshold.
+        above: Number of (prompt, head) above each threshold.
     """
 
     alpha: Float[Tensor, "prompt head key"]
@@ -64,10 +64,10 @@ def received_summary(
     per_query: Float[Tensor, "prompt key"],
     thresholds: Float[Tensor, "threshold"],
 ) -> ReceivedSummary:
-    """`metrics.attention.importance` and `count_above` of a layer, in one go.
+    """`metrics.attention.importance` and `count_above` of a layer in one pass.
 
     Args:
-        mass: Attention that each key receives in all.
+        mass: Total attention that each key receives.
         per_query: See `Batch.per_query`.
         thresholds: Thresholds of the sink rate [probability].
     """
@@ -84,7 +84,7 @@ def received_summary(
 def _count_above(
     x: Float[Tensor, "entry key"], thresholds: Float[Tensor, "threshold"]
 ) -> Int[Tensor, "threshold key"]:
-    """How many entries exceed each threshold, as many thresholds at a time as memory allows."""
+    """Number of entries above each threshold, in chunks of thresholds to limit memory."""
     together = max(1, COMPARED_AT_ONCE // max(1, x.numel()))
     parts = [(x > some[:, None, None]).sum(dim=1) for some in thresholds.split(together)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,10 +1,10 @@
-"""Batches handed to replicas as they become idle, and folded in the order of the text.
+"""Scheduling of batches over replicas, with results accumulated in a fixed order.
 
-1. Whoever is idle takes the next prompts of the list, from long to short. A batch that does not fit
-   in memory is put back, and from then on batches are half as large.
-2. What a batch came to is folded when all batches before it have been. So sums over prompts are
-   added up in the same order whichever replica was faster, and over the same batches the figures
-   are bit for bit those of one replica alone.
+1. An idle replica takes the next prompts of the list, which is sorted from long to short. A batch
+   that does not fit in memory is put back, and batches are half as large from then on.
+2. The results of a batch are accumulated after those of all previous batches. Sums over prompts
+   therefore do not depend on the speed of the replicas, and with the same batches all values are
+   bit for bit those of a single replica.
 3. The first error, or Ctrl-C, stops every replica at its next layer.
 """
 
@@ -27,8 +27,8 @@ class Share(NamedTuple):
     """Prompts of one batch.
 
     Attributes:
-        start: Their place in the list.
-        rows: Which prompts of the text they are.
+        start: Index of the first one in the list.
+        rows: Indices of the prompts in the text.
     """
 
     start: int
@@ -36,12 +36,12 @@ class Share(NamedTuple):
 
 
 class Batches:
-    """The prompts that nobody has taken yet.
+    """The queue of remaining prompts.
 
     Args:
         order: All prompts, from long to short.
         classes: The class of every prompt, see `batches.classes`.
-        size: From a prompt's index to the most prompts of a batch that begins with it.
+        size: Maps a prompt's index to the maximum size of a batch that begins with it.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Batches:
         self._guard = threading.Lock()
 
     def next(self) -> Share | None:
-        """The next batch; None if all have been taken."""
+        """The next batch, or None if the queue is empty."""
         with self._guard:
             if not self._left or self._left[0][0] == self._left[0][1]:
                 return None
@@ -68,17 +68,17 @@ class Batches:
             return Share(start, rows)
 
     def put_back(self, share: Share, most: int) -> None:
-        """Let a batch be taken again, and no batch hold more than `most` prompts from now on."""
+        """Return a batch to the queue, and limit further batches to `most` prompts."""
         with self._guard:
             self._most = min(self._most, most)
             heapq.heappush(self._left, (share.start, share.start + len(share.rows)))
 
 
 class InOrder(Generic[Found]):
-    """Folds what batches came to, in the order of the list.
+    """Accumulates the results of batches in the order of the list.
 
     Args:
-        fold: Called with one batch after another, by one thread at a time.
+        fold: Called with the result of each batch in order, by one thread at a time.
     """
 
     def __init__(self, fold: Callable[[Found], None]) -> None:
@@ -88,7 +88,7 @@ class InOrder(Generic[Found]):
         self._guard = threading.Lock()
 
     def add(self, share: Share, found: Found) -> None:
-        """Fold a batch, or keep it until those before it have been folded."""
+        """Accumulate a batch, or store it until all previous ones have been accumulated."""
         with self._guard:
             self._waiting[share.start] = len(share.rows), found
             while self._next in self._waiting:
@@ -102,14 +102,14 @@ class Stopped(Exception):
 
 
 def side_by_side(works: Sequence[Callable[[], Any]], stop: threading.Event) -> None:
-    """Do the first work in this thread and each other one in a thread of its own.
+    """Run the first function in this thread and each of the others in its own thread.
 
     Args:
-        works: What to do; each raises `Stopped` soon after `stop` is set.
+        works: The functions; each raises `Stopped` soon after `stop` is set.
         stop: Set when one of them fails.
 
     Raises:
-        BaseException: What the first of them to fail raised.
+        BaseException: The first exception raised by any of them.
     """
     failed: list[BaseException] = []
 

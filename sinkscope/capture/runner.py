@@ -1,8 +1,8 @@
-"""Feeds a text to a model, batch by batch, under observers that reduce inside the hooks.
+"""Runs a text through a model in batches, with observers that reduce activations inside hooks.
 
-One forward pass a batch measures everything. The model comes out as it went in: hooks, training
-flags and attention, also after an error or Ctrl-C. Copies of the model on other devices may take a
-share of the batches (`sinkscope.capture.replicas`).
+Everything is measured in one forward pass per batch. Hooks, training flags and attention of the
+model are restored afterwards, also after an error or Ctrl-C. Batches may be divided between copies
+of the model on several devices (`sinkscope.capture.replicas`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from sinkscope.prompts.tokens import Texts
 
 _TOKENS_A_BATCH = {"cuda": 2**16, "cpu": 2**12}
 _PATTERN_BYTES = 2**30
-"""Where "auto" starts: tokens that fill a device, and room for one layer's eager pattern."""
+"""Initial batch size with "auto": tokens that fill a device, and memory for an eager pattern."""
 _LARGE = 2**11
-"""Tokens of a batch on a CPU from which the C library's holes are worth returning (`trim`)."""
+"""Tokens of a batch on a CPU above which freed memory is returned to the system (`trim`)."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Replica:
     """A copy of the model that takes a share of the batches.
 
     Attributes:
-        model: A bridge on another device, or with weights of its own on the same.
-        path: How its attention is read.
-        observers: The same as those of the model, made anew.
+        model: A bridge on another device, or with its own copy of the weights on the same device.
+        path: The attention path.
+        observers: New instances of the model's observers.
     """
 
     model: Any
@@ -66,26 +66,26 @@ def run(
     progress: bool = True,
     others: Sequence[Replica] = (),
 ) -> Int[Tensor, "prompt"]:
-    """Run every prompt once and let the observers fold what they see.
+    """Run every prompt once, with observers that accumulate their measurements.
 
     Args:
         model: A bridge.
         texts: Right-padded prompts.
         sinks: Sink positions of each prompt.
-        observers: What to measure.
-        path: How attention is read.
-        causal: Whether attention is.
-        batch: Prompts a forward pass, or "auto".
+        observers: The observers.
+        path: The attention path.
+        causal: Whether attention is causal.
+        batch: Prompts per forward pass, or "auto".
         progress: Whether to draw a progress bar.
-        others: Replicas, each of which runs in a thread of its own. What they measure is folded by
-            `observers` too.
+        others: Replicas, each in its own thread. Their measurements are accumulated in `observers`
+            as well.
 
     Returns:
-        The order in which prompts were folded, for `Observer.results`.
+        The order in which prompts were accumulated, for `Observer.results`.
 
     Raises:
-        ModelError: If not even one prompt at a time fits in memory, or what was found so far.
-        TextError: If a prompt does not reach a position that an intervention in force changes.
+        ModelError: If a single prompt, or the accumulated results, do not fit in memory.
+        TextError: If a prompt does not reach a position edited by an active intervention.
     """
     refuse_short_prompts(model, texts.mask)
     home = input_device(model)
@@ -97,7 +97,7 @@ def run(
     with (
         torch.inference_mode(),
         tqdm(total=len(order), unit="prompt", disable=not progress, leave=False) as bar,
-        ExitStack() as opened,  # all in this thread, since it ends what it began in reverse order
+        ExitStack() as opened,  # all in this thread, so that contexts are exited in reverse order
     ):
 
         def fold(one: _Finished) -> None:
@@ -123,7 +123,7 @@ def run(
                 has_external_hooks=worker.has_external_hooks,
             )
 
-        first = left.next()  # always the model's own
+        first = left.next()  # always for the model itself
         works: list[Callable[[], None]] = [lambda: workers[0].work(cut, first)]
         works += [lambda worker=worker: worker.work(cut) for worker in workers[1:]]
         side_by_side(works, stop)
@@ -131,7 +131,7 @@ def run(
 
 
 class _Worker:
-    """One model that runs batches until none is left."""
+    """A model that runs batches until the queue is empty."""
 
     def __init__(
         self, team: Replica, left: Batches, folded: InOrder[_Finished], stop: threading.Event
@@ -146,7 +146,7 @@ class _Worker:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, attention is read in the path's way and the observers hear the model."""
+        """Context with the path and the observers' hooks on the model."""
         path, listener = self._team.path, self._listener
         with path.opened():
             hooks = path.hooks(listener.wanted, listener.current, listener.emit)
@@ -154,7 +154,7 @@ class _Worker:
                 yield
 
     def work(self, cut: Callable[..., Batch], first: Share | None = None) -> None:
-        """Run batches, the model as it is, reductions in fp32."""
+        """Run batches with autocast disabled, so that reductions are in fp32."""
         listener = self._listener
         with (
             torch.inference_mode(),
@@ -182,18 +182,18 @@ class _Worker:
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, a GPU is this thread's current one."""
+    """Make a GPU this thread's current device within the context."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True)
 class _Finished:
-    """What a batch came to; nothing is folded in yet.
+    """Results of a batch that have not been accumulated yet.
 
     Attributes:
-        found: What each observer's `close` gave.
+        found: The result of each observer's `close`.
         batch: The batch.
-        heard_by: The observers that gave it.
+        heard_by: The observers that measured it.
     """
 
     found: list[Any]
@@ -201,7 +201,7 @@ class _Finished:
     heard_by: Sequence[Observer]
 
     def fold(self, observers: Sequence[Observer], home: torch.device) -> None:
-        """Fold the batch in. A smaller batch would be no way out: some have folded it already."""
+        """Accumulate the batch. There is no retry, as some observers may have accumulated it."""
         try:
             batch = self.batch.on(home)
             for observer, twin, found in zip(observers, self.heard_by, self.found, strict=True):
@@ -211,20 +211,20 @@ class _Finished:
             if not ran_out_of_memory(error):
                 raise
             raise ModelError(
-                f"What was found so far no longer fits in the memory of {home}; scan fewer prompts "
-                "at a time and put the reports together, or ask for fewer metrics."
+                f"The results so far no longer fit in the memory of {home}; scan fewer prompts "
+                "at a time and merge the reports, or measure fewer metrics."
             ) from error
 
 
 def _moved(found: Any, device: torch.device) -> Any:
-    """Fields on another device; what else an observer gave knows where it lies."""
+    """Move fields to another device; other results of observers are unchanged."""
     if not isinstance(found, dict):
         return found
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in found.items()}
 
 
 class _Listener:
-    """Hands what a hook heard to the observers of that signal."""
+    """Passes the signals from hooks to their observers."""
 
     def __init__(self, observers: Sequence[Observer], stop: threading.Event) -> None:
         self.batch: Batch | None = None
@@ -255,13 +255,13 @@ class _Listener:
             observer.hear(layer, x, self.current().on(device))
 
     def _hand_back(self) -> None:
-        """Return memory between layers: what is kept of a layer lies between freed activations."""
+        """Return freed memory between layers, as results are allocated between activations."""
         tokens = self.current().tokens
         if tokens.device.type == "cpu" and tokens.numel() >= _LARGE:
             trim()
 
     def close(self) -> list[Any]:
-        """What every observer makes of the batch; nothing is folded in yet."""
+        """Each observer's result for the batch, without accumulating it."""
         return [observer.close(self.current()) for observer in self._observers]
 
     def drop(self) -> None:
@@ -270,10 +270,10 @@ class _Listener:
 
 
 def forward(model: Any, batch: Batch) -> None:
-    """One pass through the blocks; without the unembedding where the model can do without.
+    """One pass through the blocks, without the unembedding if the model allows it.
 
-    Logits over a vocabulary are the largest tensor of a long forward pass and no metric reads
-    them. A causal model needs no mask for right padding, and so keeps its fastest kernel.
+    Logits are the largest tensor of a long forward pass, and no metric reads them. Causal models
+    need no mask for right padding and use their fastest kernel.
     """
     mask = batch.mask.long() if batch.ragged and not batch.causal else None
     backbone = getattr(model.original_model, "base_model", None)
@@ -284,21 +284,21 @@ def forward(model: Any, batch: Batch) -> None:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where the embedding lies; the later layers may lie elsewhere."""
+    """Device of the embedding; later layers may be on others."""
     return next(model.original_model.parameters()).device
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode, for this thread alone, inside; every module's own training flag outside."""
+    """Set evaluation mode within the context, for one thread at a time, and restore all flags."""
     with exclusive(model), probe.evaluating(model.original_model):
         yield
 
 
 def _sizes(batch: int | str, teams: Sequence[Replica], texts: Texts) -> Callable[[int], int]:
-    """The most prompts of a batch that begins with a given prompt, which is its longest.
+    """Maximum size of a batch that begins with a given prompt, which is its longest.
 
-    "auto" lets a batch hold no more than each replica's share of all tokens.
+    With "auto", a batch has at most each replica's share of all tokens.
     """
     if isinstance(batch, int):
         return lambda prompt: batch
@@ -311,17 +311,17 @@ def _sizes(batch: int | str, teams: Sequence[Replica], texts: Texts) -> Callable
 
 
 def _first_size(model: Any, texts: Texts, path: Path) -> int:
-    """Prompts of the first batch: about what fills the device."""
+    """Size of the first batch, which about fills the device."""
     length = texts.mask.shape[1]
     size = _TOKENS_A_BATCH.get(input_device(model).type, 2**12) // length
     if path.name == "eager":
-        # Scores, pattern and its fp32 copy live at once in one layer.
+        # Scores, pattern and its fp32 copy are in memory at the same time in one layer.
         size = min(size, _PATTERN_BYTES // (12 * model.cfg.n_heads * length**2))
     return max(1, size)
 
 
 def _smaller(size: int, batch: Batch, error: RuntimeError) -> int:
-    """Half the batch after running out of memory; any other error goes on up."""
+    """Half of the batch size after an out-of-memory error; other errors are re-raised."""
     if not ran_out_of_memory(error):
         raise error
     if size == 1:

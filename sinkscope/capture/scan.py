@@ -1,4 +1,4 @@
-"""One call that measures everything: `scan(model, texts)` gives a `SinkReport`."""
+"""The main entry point: `scan(model, texts)` returns a `SinkReport`."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ from sinkscope.validation import probability, shown, whole_number, whole_numbers
 Metrics = str | Iterable[str]
 Sinks = Iterable[int] | Literal["auto"]
 _NULLED = tuple(filter(None, map(metric_of, QUANTITIES)))
-"""Metrics that are measured of the model at initialisation, and that nulls belong to."""
+"""Metrics with nulls, which are also measured on the model at initialisation."""
 _WITH_NULLS = (*_NULLED, "sink_is_largest")
-"""Metrics that come with nulls."""
+"""Metrics that are measured together with nulls."""
 
 
 def scan(
@@ -63,37 +63,35 @@ def scan(
     progress: bool = True,
     path: str | None = None,
 ) -> SinkReport:
-    """Measure the sinks of a model on some texts, in one forward pass a batch.
+    """Measure the sinks of a model on some texts, in one forward pass per batch.
 
     Args:
-        model: A bridge, or anything that `load_model` takes; a transformers model is left as it is.
-        texts: What `texts()` gives, exact `token_ids`, or a list of strings.
-        metrics: "all", "core" (what costs little beside the forward pass), or names from
-            `capabilities(model).available`, those of one's own `Observer` included; a list may hold
-            "core" or "all" beside names. With "all", what this model cannot have measured exactly
-            is left out, as are "ffn_dims", whose size grows with prompts × layers × dims, and
-            "sink_is_largest", which computes all scores again; asked for by name, the former is
-            refused.
+        model: A bridge, or anything that `load_model` accepts; a transformers model is not changed.
+        texts: The result of `texts()` or `token_ids()`, or a list of strings.
+        metrics: "all", "core" (cheap relative to the forward pass), or names from
+            `capabilities(model).available`, including user-defined ones; a list may combine "core"
+            or "all" with names. "all" leaves out metrics that cannot be measured exactly on this
+            model, which are refused if requested by name, "ffn_dims", whose size grows with
+            prompts × layers × dims, and "sink_is_largest", which computes all scores again.
         sinks: Positions counted from a prompt's first token, or "auto": a first pass finds the
-            sinks of each prompt (`metrics.positions.primary_and_secondary`). The quantities are
-            about its primary sink; its other sinks are in `secondary_sinks`, by layer.
+            sinks of each prompt (`metrics.positions.primary_and_secondary`). All quantities refer
+            to its primary sink; its other sinks are in `secondary_sinks`, by layer.
         epsilon: Threshold of the sink rate [probability].
-        batch: Prompts a forward pass; "auto" fills the device and backs off when memory runs out.
-        attention: How attention is read: "streaming" (fused attention; nothing is materialised),
-            "eager" (every layer's pattern is), or "auto", which streams wherever it can. Both are
-            exact.
-        nulls: How often to draw each null that sink attention, residual peak and value drain are
-            compared with (`sinkscope.capture.nulls`): the model at initialisation, a random
-            position as the sink, and shuffled keys. Each draw of the first is a scan of a new
-            model; no corrected p is below 1 / (1 + nulls), so that 20 is the least with which one
-            can be below 0.05. Where a model's values cannot be measured, the drain has no null.
-        devices: Devices to divide the prompts between, such as ["cuda:0", "cuda:1"]; a model that
-            is loaded here is loaded on the first. It is copied to each other one for the time of
-            the scan, with adapters and edited weights, and idle copies take the next batch. Over
-            the same batches (a `batch` of one's own) and on devices of one kind the figures are
-            those of a scan on one, bit for bit; "auto" gives each device a share of the tokens,
-            and then they agree as those of any two batch sizes do, to rounding (relative 1e-4 in
-            float32).
+        batch: Prompts per forward pass; "auto" fills the device and backs off when memory runs out.
+        attention: Attention path: "streaming" (fused attention without materialised patterns),
+            "eager" (every layer's pattern is materialised), or "auto", which streams if possible.
+            Both are exact.
+        nulls: Number of draws of each null with which sink attention, residual peak and value drain
+            are compared (`sinkscope.capture.nulls`): the model at initialisation, a random position
+            as the sink, and shuffled keys. Each draw of the first is a scan of a new model.
+            Corrected p-values are at least 1 / (1 + nulls), so 20 is the smallest number that
+            allows p below 0.05. The drain has no null if the model's values cannot be measured.
+        devices: Devices between which the prompts are divided, such as ["cuda:0", "cuda:1"]. A
+            model that is loaded here is loaded on the first; for the duration of the scan it is
+            copied to the others, with adapters and edited weights, and idle copies take the next
+            batch. With an explicit `batch` and devices of one kind, all values are bit for bit
+            those of a scan on one device; with "auto" each device gets a share of the tokens, and
+            values agree up to rounding, as for any two batch sizes (relative 1e-4 in float32).
         progress: Whether to draw a progress bar.
         path: Deprecated; the former name of `attention`, whose "stock" is now "eager".
 
@@ -104,9 +102,9 @@ def scan(
         ModelError: If the model cannot be loaded, or copied to one of `devices`, no prompt fits in
             memory, or ("residual") a state of the residual stream is nan or infinite.
         TextError: If the texts do not fit the model, or a sink position lies beyond a prompt.
-        UnsupportedError: If a metric or the attention asked for cannot be exact for this model, or
-            nulls are asked for under interventions or of a model that cannot be made anew, or
-            interventions or hooks of one's own are on a model that `devices` would copy.
+        UnsupportedError: If a requested metric or attention path cannot be exact for this model;
+            if nulls are requested under interventions or for a model that cannot be created from
+            its config; or if a model to be copied to `devices` has interventions or user hooks.
     """
     if path is not None:
         warnings.warn(
@@ -140,7 +138,7 @@ def _scan(
     progress: bool,
     further: Sequence[torch.device],
 ) -> SinkReport:
-    """The same for a bridge, with arguments that were checked."""
+    """Scan a bridge, with checked arguments."""
     can = capabilities(model)
     prompts = as_texts(texts).tokenize(model).right_padded()
     _check_dense(can, int(prompts.lengths.max()))
@@ -159,7 +157,7 @@ def _scan(
         sizes={"layer": can.n_layers, "head": can.n_heads, "kv_head": can.n_kv_heads},
     )
 
-    # A replica without a prompt would be copied for nothing.
+    # No more replicas than prompts.
     further = further[: len(prompts.tokens) - 1]
     copies = replicas(model, further)
 
@@ -241,7 +239,7 @@ def choose_metrics(metrics: Metrics, can: Capabilities, attention: str) -> tuple
     """The metrics to measure, in the order of `observers.metrics`.
 
     Raises:
-        UnsupportedError: If one is unknown, or asked for by name and unavailable on this model.
+        UnsupportedError: If one is unknown, or requested by name but unavailable on this model.
     """
     known = observers.metrics()
     missing = observers.unavailable(can, attention)
@@ -252,7 +250,7 @@ def choose_metrics(metrics: Metrics, can: Capabilities, attention: str) -> tuple
     measured_by = {field: name for name, fields in observers.fields().items() for field in fields}
     for name in wanted:
         if name not in known and (metric := metric_of(name) or measured_by.get(name)):
-            raise UnsupportedError(f"{name} is a field of the metric {metric!r}; ask for that.")
+            raise UnsupportedError(f"{name} is a field of the metric {metric!r}; request that.")
         if name not in known:
             raise UnsupportedError(
                 f'There is no metric {name!r}; choose "all", "core", or some of {", ".join(known)}.'
@@ -263,7 +261,7 @@ def choose_metrics(metrics: Metrics, can: Capabilities, attention: str) -> tuple
 
 
 class Grams:
-    """W_O^h W_O^hᵀ of each layer of a model, made the first time it is asked for."""
+    """W_O^h W_O^hᵀ of each layer of a model, computed on first use."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -277,18 +275,18 @@ class Grams:
 
 
 def _check_dense(can: Capabilities, length: int) -> None:
-    """Refuse prompts in which which keys are visible does not follow from a window."""
+    """Refuse prompts so long that visibility is not determined by causality and window alone."""
     if can.dense_up_to is not None and length > can.dense_up_to:
         raise UnsupportedError(
-            f"Some layers of {can.architecture} let a query read {can.dense_up_to} keys at most, "
-            "of its own chunk or chosen by an indexer, and a prompt has "
-            f"{length} tokens; sinkscope measures such layers where they are dense, so give "
+            f"In some layers of {can.architecture} a query attends to {can.dense_up_to} keys at "
+            "most, those of its own chunk or selected by an indexer, but a prompt has "
+            f"{length} tokens; sinkscope measures such layers only while they are dense, so use "
             f"prompts of {can.dense_up_to} tokens or fewer."
         )
 
 
 def _sink_mask(sinks: Sinks, texts: Texts) -> Bool[Tensor, "prompt position"]:
-    """True at the sink positions asked for; position 0 stands in until "auto" has found them."""
+    """True at the requested sink positions; position 0 until "auto" has found them."""
     positions = [0] if sinks == "auto" else list(sinks)
     check_reached(positions, texts)
     mask = torch.zeros_like(texts.mask)
@@ -297,7 +295,7 @@ def _sink_mask(sinks: Sinks, texts: Texts) -> Bool[Tensor, "prompt position"]:
 
 
 def _positions(sinks: Any) -> tuple[int, ...] | Literal["auto"]:
-    """Sinks as they were asked for, checked; each position once, in order."""
+    """The requested sinks, checked; positions without duplicates, in order."""
     if isinstance(sinks, str) and sinks == "auto":
         return "auto"
     try:
@@ -324,7 +322,7 @@ def _check(metrics: Any, epsilon: Any, batch: Any) -> tuple[tuple[str, ...], flo
 def _position_embedding_norm(model: Any, can: Capabilities) -> Float[Tensor, "context"] | None:
     if can.positions != "learned":
         return None
-    # RoBERTa's table begins with rows that no position uses, of which the bridge cuts two at most.
+    # RoBERTa's table begins with unused rows, of which the bridge removes at most two.
     table = model.W_pos.detach()[-(can.n_ctx or 0) :]
     return positions.position_embedding_norm(table)
 

@@ -262,7 +262,7 @@ def test_kept_merged_and_the_same_in_any_batch(tmp_path: Path) -> None:
 def test_what_has_no_null_is_refused() -> None:
     model = ss.load_model(BY_NAME["llama"].build())
     options: dict[str, Any] = dict(metrics="core", progress=False)
-    with pytest.raises(TextError, match="one sink a prompt"):
+    with pytest.raises(TextError, match="one sink per prompt"):
         ss.scan(model, texts(), sinks=[0, 3], nulls=2, **options)
     with ScaleValue(model, 0.5), pytest.raises(UnsupportedError, match="initialisation"):
         ss.scan(model, texts(), nulls=2, **options)

@@ -197,13 +197,13 @@ def test_a_cell_may_be_run_again() -> None:
 @pytest.mark.parametrize(
     ("metric", "reads", "field", "dims", "error", "message"),
     [
-        ("mine", "values", "mine", "prompt layer", UnsupportedError, "'values', which is no sig"),
+        ("mine", "values", "mine", "prompt layer", UnsupportedError, "'values', which is not a"),
         ("residual", "value", "mine", "prompt layer", UnsupportedError, "a metric 'residual' alre"),
         ("core", "value", "mine", "prompt layer", UnsupportedError, "a metric 'core' already"),
         ("honor", "value", "mine", "prompt layer", UnsupportedError, "field of the metric 'head_o"),
-        ("mine", "value", "honor", "prompt layer", ReportError, "'honor' is taken in a report"),
-        ("mine", "value", "save", "prompt layer", ReportError, "'save' is taken in a report"),
-        ("mine", "value", "no name", "prompt layer", ReportError, "names are Python names"),
+        ("mine", "value", "honor", "prompt layer", ReportError, "'honor' is already used in"),
+        ("mine", "value", "save", "prompt layer", ReportError, "'save' is already used in reports"),
+        ("mine", "value", "no name", "prompt layer", ReportError, "names must be Python"),
         ("mine", "value", "mine", "layer head", ReportError, "expected measured"),
         ("mine", "value", "mine", "head prompt", ReportError, "expected measured"),
         ("mine", "value", "mine", "prompt layer layer", ReportError, "expected measured"),
@@ -229,7 +229,7 @@ def test_what_cannot_be_declared(metric, reads, field, dims, error, message) -> 
     [
         (lambda x: {"mine": x.norm(dim=-1)}, r"gave the shape \(3, 3, 12, 2\) for mine"),
         (lambda x: {"mine": x.sum(dim=(1, 3))[:, :1]}, r"gave the shape \(3, 3, 1\) for mine"),
-        (lambda x: {"other": x.sum(dim=(1, 3))}, "'other', which is no field"),
+        (lambda x: {"other": x.sum(dim=(1, 3))}, "'other', which is not a field"),
         (lambda x: None, "did not measure it"),
     ],
 )

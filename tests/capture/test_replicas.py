@@ -194,7 +194,7 @@ def test_nan_in_the_last_batch_of_a_replica_is_an_error(model, ragged, monkeypat
         forward(which, batch)
 
     monkeypatch.setattr(runner, "forward", broken)
-    with pytest.raises(ModelError, match="after layer 1 holds nan"):
+    with pytest.raises(ModelError, match="after layer 1 contains nan"):
         ss.scan(model, ragged, metrics=["residual"], batch=4, devices=TWO, progress=False)
 
 

@@ -271,7 +271,10 @@ def test_other_runtime_errors_are_not_taken_for_memory(model, tokens, monkeypatc
 
 def test_nan_in_the_residual_stream_is_an_error(model, tokens) -> None:
     hook = ("blocks.1.hook_resid_post", lambda x, hook: x * torch.nan)
-    with model.hooks(fwd_hooks=[hook]), pytest.raises(ModelError, match="after layer 1 holds nan"):
+    with (
+        model.hooks(fwd_hooks=[hook]),
+        pytest.raises(ModelError, match="layer 1 contains nan"),
+    ):
         ss.scan(model, tokens, progress=False)
 
 

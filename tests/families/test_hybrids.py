@@ -130,7 +130,7 @@ def test_granite_with_and_without_positions(
 def test_chunks_are_refused_beyond_the_first_and_plainly_causal_in_it() -> None:
     family = BY_NAME["llama4"]
     bridge = ss.load_model(family.build())
-    with pytest.raises(UnsupportedError, match="read 32 keys at most.*a prompt has 33 tokens"):
+    with pytest.raises(UnsupportedError, match="to 32 keys at most.*a prompt has 33 tokens"):
         ss.scan(bridge, ss.token_ids(family.tokens(length=33)), progress=False)
     with ss.streaming(bridge) as stream, torch.no_grad():
         short, long = bridge(family.tokens(length=32)), bridge(family.tokens(length=40))

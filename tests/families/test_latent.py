@@ -61,7 +61,7 @@ def test_prompts_in_which_queries_choose_their_keys_are_refused() -> None:
     family = BY_NAME["glm_moe_dsa"]
     bridge = ss.load_model(family.build())
     assert ss.capabilities(bridge).dense_up_to == 24
-    with pytest.raises(UnsupportedError, match="read 24 keys at most.*a prompt has 25 tokens"):
+    with pytest.raises(UnsupportedError, match="to 24 keys at most.*a prompt has 25 tokens"):
         ss.scan(bridge, ss.token_ids(family.tokens(length=25)), progress=False)
 
 

@@ -193,7 +193,7 @@ def test_names_read_back(name: str) -> None:
         ("fp8-tensor-asym", "fp8 is symmetric"),
         ("int8-token-static", "cannot be taken per token"),
         ("int8-group0", "group is 0"),
-        (8, "8 is no scheme"),
+        (8, "8 is not a scheme"),
     ],
 )
 def test_what_is_no_scheme_is_refused(name: object, why: str) -> None:

@@ -1,4 +1,4 @@
-"""Observers of attention; each asks a reader, which knows how the path got its numbers."""
+"""Observers of attention, which read it through an `AttentionReader` on either path."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sinkscope.models.capabilities import NO_SOFTMAX, Capabilities
 
 
 class SinkAttention(Observer, metric="sink_attention", reads="attention", core=True):
-    """Attention paid to the sinks: its mean, AWFT, Gu's importance, and by query position."""
+    """Attention to the sinks: mean, AWFT, Gu's importance, and mean by query position."""
 
     def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
-        """One column of the pattern in the usual case, averaged over every set of queries at once.
+        """Average a column of the pattern over all sets of queries at once.
 
-        With several sinks, or one that is not the first token, up to three columns.
+        With several sinks, or a sink other than the first token, up to three columns.
         """
         weights = batch.sink_averages(x.window, self.scope.bucket_edges)
         to_sinks = average(x.on_keys(batch.sinks, batch.most_sinks), weights)
@@ -39,7 +39,7 @@ class SinkAttention(Observer, metric="sink_attention", reads="attention", core=T
         }
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Take the columns of `Batch.sink_averages` apart."""
+        """Split the columns of `Batch.sink_averages` into fields."""
         return {
             "sink_attention": layers["to_sinks"][..., 0],
             "first_token_attention": layers["to_first_token"][..., 1],
@@ -48,13 +48,13 @@ class SinkAttention(Observer, metric="sink_attention", reads="attention", core=T
         }
 
     def where(self, name: str, batch: Batch) -> Bool[Tensor, "prompt position"]:
-        """A prompt counts in the buckets where it has a query after the sink."""
+        """Buckets in which a prompt has a query after the sink."""
         if name == "received_by_distance":
             return batch.buckets(self.scope.bucket_edges).any(dim=1)
         return super().where(name, batch)
 
     def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
-        """The fields, and the buckets that `received_by_distance` is over."""
+        """The fields, and the buckets of `received_by_distance`."""
         found = super().results(order)
         by_bucket = self._accumulators["received_by_distance"]
         assert isinstance(by_bucket, OverPrompts)
@@ -72,7 +72,7 @@ class SinkIsLargest(Observer, metric="sink_is_largest", reads="attention", on_re
 
 
 class Received(Observer, metric="received", reads="attention"):
-    """Attention that every key receives from every head, and how many heads make it a sink."""
+    """Attention that every key receives from every head, and the share of heads above ε."""
 
     statistics = frozenset({"received"})
 
@@ -81,11 +81,11 @@ class Received(Observer, metric="received", reads="attention"):
         self._windows: dict[int, int | None] = {}
 
     def accumulator(self, name: str) -> Accumulator:
-        """All but the token strip are summed over the batch's prompts in the hook already."""
+        """All fields except `received_peak` are already summed over prompts in the hook."""
         return super().accumulator(name) if name == "received_peak" else Summed()
 
     def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
-        """Gu's importance of every key; only sums over prompts or heads are kept."""
+        """Gu's importance of every key, summed over prompts or heads."""
         thresholds = batch.constant((self.scope.epsilon, *attention.EPSILONS))
         found = received_summary(x.received(), batch.per_query(x.window), thresholds)
         self._windows[self.layer] = x.window
@@ -99,11 +99,11 @@ class Received(Observer, metric="received", reads="attention"):
         return kept
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Split the counts above the thresholds into the asked-for ε and the curve."""
+        """Split the counts above the thresholds into those of the requested ε and of the curve."""
         above = layers.pop("above").float().mean(dim=0) / self.scope.n_heads
         layers |= {"sink_rate": above[0], "sink_rate_curve": above[1:]}
         layers["received_peak"] = layers["received_peak"].mean(dim=0)
-        if not batch.ragged:  # then uniform attention is the same for every prompt
+        if not batch.ragged:  # uniform attention is the same for all prompts
             rows = [batch.per_uniform(window)[0] for _, window in sorted(self._windows.items())]
             ratio = layers["received_attention"] * torch.stack(rows)[:, None, :]
             layers["uniform_ratio"] = ratio
@@ -115,12 +115,12 @@ class Received(Observer, metric="received", reads="attention"):
 
 
 class TopReceived(Observer, metric="top_received", reads="attention", needs=("pattern", "value")):
-    """The keys that receive most from each head in each prompt, and how large their values are."""
+    """The keys that receive most from each head in each prompt, and the norms of their values."""
 
     statistics = frozenset({"received"})
 
     def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
-        """Gu's importance score of every key, of which a few are kept."""
+        """The largest values of Gu's importance score."""
         alpha = x.received().float() * batch.per_query(x.window)[:, None, :]
         top, position = attention.top_received(alpha, batch.mask, batch.causal)
         norm = values.per_query_head(x.value_norms(), alpha.shape[1]).float()
@@ -140,7 +140,7 @@ class Entropy(Observer, metric="entropy", reads="attention"):
 
     @classmethod
     def unavailable(cls, can: Capabilities) -> str | None:
-        """Rows that are no distribution have no entropy."""
+        """Entropy is undefined for rows that are not distributions."""
         return None if can.softmax else NO_SOFTMAX
 
     def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
@@ -149,18 +149,18 @@ class Entropy(Observer, metric="entropy", reads="attention"):
 
 
 class LogitGap(Observer, metric="logit_gap", reads="attention", needs=("scores",)):
-    """How far the sink's logit stands above the others'."""
+    """Sink logit minus the mean logit of the other keys."""
 
     def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
-        """Mean over the queries that see the sink and some other key."""
+        """Mean over the queries that see the sink and another key."""
         return {"sink_logit_gap": x.logit_gap()}
 
 
 class SinkLogitGeometry(Observer, metric="sink_logit", reads="attention", needs=("query", "key")):
-    """The sink logit as norms and cosines."""
+    """Norms and cosines of the sink logit."""
 
     def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
-        """All four at once."""
+        """Two norms and two cosines."""
         logit = x.sink_logit()
         return {
             "sink_query_norm": logit.query_norm,
@@ -171,11 +171,11 @@ class SinkLogitGeometry(Observer, metric="sink_logit", reads="attention", needs=
 
 
 class Recency(Observer, metric="recency", reads="attention"):
-    """Attention to near keys, to the sinks and to the rest, of the queries that see all three."""
+    """Attention to near keys, sinks and the remaining keys, over queries that see all three."""
 
     @classmethod
     def unavailable(cls, can: Capabilities) -> str | None:
-        """Rows that are no distribution have no shares."""
+        """Shares are undefined for rows that are not distributions."""
         return None if can.softmax else NO_SOFTMAX
 
     def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
@@ -199,16 +199,16 @@ class Recency(Observer, metric="recency", reads="attention"):
         }
 
     def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
-        """The fields, and the widths that they are over."""
+        """The fields, and their widths."""
         return super().results(order) | {"width": torch.tensor(attention.RECENT)}
 
 
 class LearnedSink(Observer, metric="learned_sink", reads="attention"):
-    """Attention that a learned sink logit takes."""
+    """Attention to a learned sink logit."""
 
     @classmethod
     def unavailable(cls, can: Capabilities) -> str | None:
-        """Most models have no learned sink."""
+        """Only models with learned sinks."""
         if not can.attending:
             return can.absent["pattern"]
         return None if can.learned_sinks else f"{can.architecture} has no learned sink"
@@ -219,7 +219,7 @@ class LearnedSink(Observer, metric="learned_sink", reads="attention"):
 
 
 class ValueShare(Observer, metric="value_share", reads="attention", needs=("pattern", "value")):
-    """The sink's share once attention is weighted by the size of the values."""
+    """The sink's share of attention weighted by value norms."""
 
     statistics = frozenset({"value_share"})
 

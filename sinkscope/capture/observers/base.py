@@ -1,8 +1,8 @@
-"""What a metric is: observers that read one signal of every layer and measure fields of a report.
+"""Metrics: observers that read one signal of every layer and measure fields of a report.
 
-`Observer` is the base class, for the metrics of this package and for one's own; naming a metric in
-a class statement registers it. `metrics` lists what is registered, and `unavailable` says which of
-it a model cannot have measured.
+`Observer` is the base class of the metrics of this package and of user-defined ones; naming a
+metric in a class statement registers it. `metrics` lists the registered metrics, and `unavailable`
+those that cannot be measured on a model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sinkscope.report.labelled import Variable
 from sinkscope.report.report import SinkReport
 
 SIGNALS: Mapping[str, str] = {
-    "attention": "an AttentionReader, which answers for attention whichever way it was computed",
+    "attention": "an AttentionReader, which gives statistics of attention on either path",
     "pattern": "prompt head query key",
     "scores": "prompt head query key",
     "query": "prompt position head d_head",
@@ -43,26 +43,26 @@ SIGNALS: Mapping[str, str] = {
     "resid_pre": "prompt position dim",
     "resid_post": "prompt position dim",
 }
-"""What an observer may read of a layer, and the dimensions of the tensor that it is given."""
+"""The signals of a layer that an observer may read, with the dimensions of their tensors."""
 
 _NEEDED = {
     "attention": frozenset({"pattern"}),
     "gated_attention": frozenset({"pattern", "gate"}),
     "gated_value": frozenset({"value"}),
 }
-"""The tensors that a model must show for a signal that is made of several."""
+"""The tensors that a model must expose for a composite signal."""
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What observers need to know of the model and of the question.
+    """Properties of the model and settings of the scan, for observers.
 
     Attributes:
         epsilon: Threshold of the sink rate [probability].
-        n_heads: Query heads a layer.
+        n_heads: Query heads per layer.
         bucket_edges: Lower edges of the buckets of query positions.
         gram: W_O^h W_O^hᵀ of every head of a layer, for norms through the output projection.
-        sizes: Sizes of the dimensions that the model fixes, to check what an observer measured.
+        sizes: Sizes of the model's dimensions, to check the measured tensors.
     """
 
     epsilon: float
@@ -73,9 +73,9 @@ class Scope:
 
 
 class Observer:
-    """Measures one metric: reads one signal of every layer and ends in fields of the report.
+    """Base class of a metric: reads one signal of every layer and measures fields of the report.
 
-    A class statement that names a metric registers it, so that `scan` takes the name::
+    A class statement that names a metric registers it, so that `scan` accepts the name::
 
         class ValueKurtosis(ss.Observer, metric="value_kurtosis", reads="value"):
             fields = {
@@ -87,30 +87,30 @@ class Observer:
             def observe(self, x, batch):        # x: [prompt position kv_head d_head] of one layer
                 return {"value_kurtosis": kurtosis(x, batch.mask)}       # [prompt kv_head]
 
-    `observe` runs inside the hook, once a layer and batch, and returns what it measured of that
-    layer: a dict from names to tensors that begin with the prompt. Padding is right of the real
-    tokens, where `batch.mask` is False; `batch.sinks` is True at the sinks; both are [prompt
+    `observe` runs inside the hook, once per layer and batch, and returns the measurements of that
+    layer: a dict from names to tensors with the prompt as first dimension. Padding is right of the
+    real tokens, where `batch.mask` is False; `batch.sinks` is True at the sinks; both are [prompt
     position] (see `sinkscope.capture.batches.Batch`). `x` must not be changed in place. The tensors
-    of all layers are stacked to [layer prompt ...] and given to `finish`, whose dict has one entry
-    a field; by default these are the stacked tensors themselves. Override `finish` to do there what
-    can wait: at short lengths kernel launches inside hooks are what a scan pays for.
+    of all layers are stacked to [layer prompt ...] and passed to `finish`, which returns a dict
+    with one entry per field; by default these are the stacked tensors. Override `finish` to move
+    work out of the hooks: at short lengths kernel launches in hooks dominate the cost of a scan.
 
-    `fields` declares the fields that the report does not have yet. What becomes of a value over
-    batches follows from the dimensions of its field:
+    `fields` declares new fields of the report. The dimensions of a field determine how its values
+    are combined over batches:
 
-    - "prompt layer ...": every prompt is kept, and `report.interval` gives a bootstrap interval.
+    - "prompt layer ...": every prompt is stored, and `report.interval` gives a bootstrap interval.
       If the last dimension is "position", padding is nan.
-    - "prompt ..." without a layer: likewise; `finish` returns [prompt ...].
+    - "prompt ..." without a layer: the same; `finish` returns [prompt ...].
     - "layer ... position": the mean over the prompts that reach the position.
 
-    Where only some layers have the signal (in a hybrid model the layers that attend), `finish` gets
-    those, and the field is nan in the others.
+    If only some layers have the signal (in a hybrid model, the layers with attention), `finish`
+    receives those, and the field is nan in the others.
 
-    A batch that fails half-way (out of memory, Ctrl-C) is dropped whole, so a report never holds
-    half a batch. An observer lives for one scan.
+    A batch that fails half-way (out of memory, Ctrl-C) is discarded as a whole, so a report never
+    contains part of a batch. An observer is used for one scan.
 
     Args (of the class statement):
-        metric: Name that `scan(metrics=...)` takes; without one the class is not registered.
+        metric: Name for `scan(metrics=...)`; without one the class is not registered.
         reads: The signal, one of `SIGNALS`. "attention" gives an `AttentionReader`
             (`sinkscope.capture.readers`), "gated_attention" and "gated_value" a `GatedAttention`
             and a `GatedValue` of the same module; the others an activation that was verified on the
@@ -120,19 +120,19 @@ class Observer:
             "scores" [prompt head query key], "resid_pre",
             "resid_post", "attn_out" and "mlp_out" [prompt position dim], "neurons" [prompt
             position neuron].
-        needs: Tensors that a model must show for that signal to answer what is asked of it.
+        needs: Tensors that a model must expose for the statistics read from that signal.
         core: Whether the metric belongs to "core".
-        on_request: Whether it is measured only if it is asked for by name, and not with "all",
-            because what it keeps is large or it takes long.
+        on_request: Whether it is measured only if requested by name, and not with "all", because
+            its fields are large or it is slow.
 
     Attributes:
-        layer: The layer that `observe` is called for.
+        layer: The layer for which `observe` is called.
         scope: The model's sizes and the settings of the scan.
-        statistics: What it asks of an attention reader that other statistics could share.
+        statistics: Statistics read from an attention reader that can share a pass with others.
 
     Raises:
-        UnsupportedError: For an unknown signal, or a metric whose name is taken.
-        ReportError: For a field whose name is taken, or whose dimensions no accumulator fits.
+        UnsupportedError: If the signal is unknown, or the name of the metric is taken.
+        ReportError: If the name of a field is taken, or no accumulator fits its dimensions.
     """
 
     metric: ClassVar[str] = ""
@@ -165,12 +165,12 @@ class Observer:
 
     @classmethod
     def unavailable(cls, can: Capabilities) -> str | None:
-        """Why this cannot be measured exactly on a model although its signal is there, or None."""
+        """Why this cannot be measured exactly on a model that has the signal, or None."""
         return None
 
     @classmethod
     def variables(cls) -> dict[str, Variable]:
-        """The fields that it adds to the report, by name."""
+        """The fields added to the report, by name."""
         return {name: _variable(cls, name, field) for name, field in cls.fields.items()}
 
     def __init__(self, scope: Scope) -> None:
@@ -188,50 +188,50 @@ class Observer:
             batch: Token ids, mask and sinks of the prompts, on the same device.
 
         Returns:
-            What was measured, by name, each tensor beginning with the prompt; or None if all of it
-            is kept on the observer until `finish`.
+            The measurements by name, each tensor with the prompt first; or None if they are stored
+            on the observer until `finish`.
         """
         raise NotImplementedError
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """The fields of a batch that is complete.
+        """Compute the fields of a completed batch.
 
         Args:
-            layers: What `observe` returned, stacked to [layer prompt ...].
+            layers: The tensors returned by `observe`, stacked to [layer prompt ...].
             batch: The batch, on the model's first device.
 
         Returns:
-            One tensor a field: [layer prompt ...], or [prompt ...] for a field without layers.
+            One tensor per field: [layer prompt ...], or [prompt ...] for a field without layers.
         """
         return layers
 
     def accumulator(self, name: str) -> Accumulator:
-        """How a field grows over batches: its dimensions decide."""
+        """The accumulator of a field over batches, determined by its dimensions."""
         known = self._own.get(name) or SinkReport.variables().get(name)
         if known is None:
             raise ReportError(
-                f"{type(self).__name__} measured {name!r}, which is no field of a report; declare "
-                "it in its `fields`."
+                f"{type(self).__name__} measured {name!r}, which is not a field of a report; "
+                "declare it in its `fields`."
             )
         if known.dims[0] != "prompt":
             return OverPrompts()
         return PerPrompt(layers="layer" in known.dims, positions=known.dims[-1] == "position")
 
     def where(self, name: str, batch: Batch) -> Bool[Tensor, "prompt position"]:
-        """Where a prompt counts along the last axis of a field that is a mean over prompts."""
+        """Entries along the last axis at which a prompt enters a field's mean over prompts."""
         return batch.mask
 
-    # -- what the runner calls -------------------------------------------------------------------
+    # -- called by the runner --------------------------------------------------------------------
 
     def hear(self, layer: int, x: Any, batch: Batch) -> None:
-        """Measure one layer and keep what it came to until the batch is complete."""
+        """Measure one layer and store the result until the batch is complete."""
         self.layer = layer
         self._heard.add(layer)
         for name, value in (self.observe(x, batch) or {}).items():
             self._layers[name][layer] = value
 
     def close(self, batch: Batch) -> Any:
-        """Finish the batch that is complete, without adding it to the others yet."""
+        """Compute the fields of the completed batch, without adding it to the others yet."""
         device = batch.tokens.device
         stacked = {
             name: torch.stack([kept[layer].to(device) for layer in sorted(kept)])
@@ -241,7 +241,7 @@ class Observer:
         return self.finish(stacked, batch)
 
     def add(self, finished: Any, batch: Batch) -> None:
-        """Take in what `close` gave."""
+        """Add the result of `close` to the accumulators."""
         for name, value in finished.items():
             if name in self._own:
                 value = self._checked(name, value, batch)
@@ -257,18 +257,18 @@ class Observer:
         """Check what can be checked only after the last batch, for which `close` was called."""
 
     def drop(self) -> None:
-        """Forget the batch that is running."""
+        """Discard the current batch."""
         self._layers.clear()
 
     def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
-        """The report's fields, prompts back in the order of the text.
+        """The report's fields, with prompts in the order of the text.
 
         Raises:
             ReportError: If a declared field was not measured.
         """
         if missing := [name for name in self._own if name not in self._accumulators]:
             raise ReportError(
-                f"{type(self).__name__} declares the field {missing[0]!r} and did not measure it; "
+                f"{type(self).__name__} declares the field {missing[0]!r} but did not measure it; "
                 "return it from observe() or finish()."
             )
         return {
@@ -277,7 +277,7 @@ class Observer:
         }
 
     def _in_all_layers(self, name: str, value: Tensor) -> Tensor:
-        """A field of all layers, nan in those that lack the signal, as in a hybrid model."""
+        """Expand a field to all layers, with nan in layers without the signal (hybrid models)."""
         known = self._own.get(name) or SinkReport.variables().get(name)
         dims = ("prompt", "layer") if known is None else known.dims
         size = self.scope.sizes.get("layer", len(self._heard))
@@ -289,7 +289,7 @@ class Observer:
         return whole.index_copy_(at, torch.tensor(sorted(self._heard), device=value.device), value)
 
     def _checked(self, name: str, value: Any, batch: Batch) -> Tensor:
-        """A value of one's own field as float32, of the shape that its dimensions say."""
+        """A value of a user-defined field as float32, with its shape checked."""
         dims = self._own[name].dims
         if dims[:2] == ("prompt", "layer"):
             dims = ("layer", "prompt", *dims[2:])
@@ -304,8 +304,8 @@ class Observer:
             given = f"the shape {shape}" if shape is not None else f"a {type(value).__name__}"
             raise ReportError(
                 f"{type(self).__name__} gave {given} for {name}, expected [{wanted}] after the "
-                "layers were stacked; observe() returns one layer's tensor, which begins with the "
-                "prompt."
+                "layers were stacked; observe() must return one layer's tensor, with the prompt "
+                "first."
             )
         return value if value.dtype == torch.float64 else value.float()
 
@@ -316,10 +316,10 @@ _registered: dict[str, list[type[Observer]]] = {}
 
 
 def metrics() -> dict[str, tuple[type[Observer], ...]]:
-    """Every metric by name, with the observers that measure it.
+    """Every metric by name, with its observers.
 
-    Those of "core" come first, then the package's others in the order of the report's fields, then
-    one's own in the order of their definition.
+    The order is that of "core", the package's others in the order of the report's fields, and
+    user-defined metrics in the order of their definition.
     """
     named = list(dict.fromkeys(SinkReport.metrics().values()))
 
@@ -331,19 +331,19 @@ def metrics() -> dict[str, tuple[type[Observer], ...]]:
 
 
 def core() -> tuple[str, ...]:
-    """The metrics that cost little beside the forward pass, however long the texts are."""
+    """The metrics that are cheap relative to the forward pass at any length."""
     return tuple(name for name, kinds in metrics().items() if all(kind.core for kind in kinds))
 
 
 def on_request() -> tuple[str, ...]:
-    """The metrics that "all" leaves out because of what they keep, or how long they take."""
+    """The metrics that "all" leaves out because their fields are large or they are slow."""
     return tuple(
         name for name, kinds in metrics().items() if all(kind.on_request for kind in kinds)
     )
 
 
 def fields() -> dict[str, tuple[str, ...]]:
-    """The fields of a report that each metric measures."""
+    """The fields of a report by metric."""
     measured_by = SinkReport.metrics()
     return {
         metric: (
@@ -355,7 +355,7 @@ def fields() -> dict[str, tuple[str, ...]]:
 
 
 def unavailable(can: Capabilities, attention: str) -> dict[str, str]:
-    """Why each metric that cannot be measured exactly on a model cannot.
+    """Metrics that cannot be measured exactly on a model, with the reasons.
 
     Args:
         can: The model's capabilities.
@@ -376,7 +376,7 @@ def unavailable(can: Capabilities, attention: str) -> dict[str, str]:
 
 
 def _register(cls: type[Observer]) -> None:
-    """Add an observer to its metric; a class defined again takes the place of the one before."""
+    """Add an observer to its metric; a redefined class replaces the previous one."""
     metric, variables = cls.metric, cls.variables()
     others = _registered.get(metric, [])
     if metric in ("all", "core") or any(kind.__module__ != cls.__module__ for kind in others):
@@ -388,8 +388,8 @@ def _register(cls: type[Observer]) -> None:
     for name in variables:
         if name in _taken(metric):
             raise ReportError(
-                f"{name!r} is taken in a report, so {cls.__name__} cannot declare a field of that "
-                "name; choose another."
+                f"{name!r} is already used in reports, so {cls.__name__} cannot declare a field of "
+                "that name; choose another."
             )
     owner = SinkReport.metrics().get(metric)
     if variables and owner is not None and owner != metric:
@@ -400,7 +400,7 @@ def _register(cls: type[Observer]) -> None:
 
 
 def _taken(metric: str) -> set[str]:
-    """Names that a field of this metric cannot have."""
+    """Names that are not available to a field of this metric."""
     parts = {
         f"{part}_{name}" for part, kind in SinkReport.parts().items() for name in kind.variables()
     }
@@ -419,18 +419,19 @@ def _taken(metric: str) -> set[str]:
 def _check_signal(cls: type[Observer], reads: str) -> None:
     if reads not in SIGNALS:
         raise UnsupportedError(
-            f"{cls.__name__} reads {reads!r}, which is no signal; choose from {', '.join(SIGNALS)}."
+            f"{cls.__name__} reads {reads!r}, which is not a signal; choose from "
+            f"{', '.join(SIGNALS)}."
         )
 
 
 def _variable(cls: type[Observer], name: str, field: Any) -> Variable:
-    """A declared field, checked."""
+    """Check a declared field and return its variable."""
     metadata = getattr(field, "metadata", {})
     dims = tuple((metadata.get("dims") or "").split())
     if not name.isidentifier() or name.startswith("_") or not all(d.isidentifier() for d in dims):
         raise ReportError(
-            f"{cls.__name__} declares the field {name!r} with the dimensions {dims}; names are "
-            "Python names such as value_kurtosis."
+            f"{cls.__name__} declares the field {name!r} with the dimensions {dims}; names must be "
+            "Python identifiers such as value_kurtosis."
         )
     repeated = len(set(dims)) != len(dims)
     over_prompts = dims[:1] == ("layer",) and dims[-1] == "position" and "prompt" not in dims

@@ -1,4 +1,4 @@
-"""Finds the sinks: a first pass when a scan is asked for sinks="auto"."""
+"""Detection of sinks in a first pass, for scans with sinks="auto"."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sinkscope.metrics import attention, positions
 
 
 class FindSinks(Observer, reads="attention"):
-    """The primary sink of each prompt and its secondary ones, by `metrics.positions`."""
+    """Finds the primary and secondary sinks of each prompt; see `metrics.positions`."""
 
     def __init__(self, scope: Scope, windows: tuple[int | None, ...]) -> None:
         super().__init__(scope)
@@ -30,7 +30,7 @@ class FindSinks(Observer, reads="attention"):
         return {"alpha": attention.importance(x.received(), batch.mask, batch.causal, x.window)}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Positions that enough heads of the whole model agree on."""
+        """Find positions that exceed the bounds in enough heads of the model."""
         received = rearrange(layers["alpha"], "layer prompt head key -> prompt layer head key")
         primary, secondary = positions.primary_and_secondary(
             received, batch.mask, self.scope.epsilon, causal=batch.causal, window=self._widest
@@ -38,21 +38,21 @@ class FindSinks(Observer, reads="attention"):
         return {"primary": primary, "secondary": secondary}
 
     def add(self, finished: dict[str, Tensor], batch: Batch) -> None:
-        """Keep one batch's sinks."""
+        """Store the sinks of one batch."""
         self._found.append((finished["primary"].cpu(), finished["secondary"].cpu()))
 
     def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
-        """The primary sink of every prompt, and the secondary ones in every layer.
+        """The primary sink of every prompt, and the secondary sinks in every layer.
 
         Raises:
-            TextError: If no prompt has any: then there is nothing to measure from.
+            TextError: If no prompt has a sink.
         """
         back = torch.argsort(order)
         primary, secondary = (_together(one)[back] for one in zip(*self._found, strict=True))
         if not primary.any():
             raise TextError(
-                f'sinks="auto" found no position that a tenth of all heads pay more than '
-                f"{self.scope.epsilon} of their attention; name the positions, such as sinks=[0], "
+                f'sinks="auto" found no position to which a tenth of all heads pay more than '
+                f"{self.scope.epsilon} of their attention; give the positions, such as sinks=[0], "
                 "or lower epsilon."
             )
         attending = torch.tensor(sorted(self._heard))
@@ -63,7 +63,7 @@ class FindSinks(Observer, reads="attention"):
 
 
 def _together(found: Iterable[Bool[Tensor, "prompt ... position"]]) -> Bool[Tensor, "..."]:
-    """The batches in one tensor, shorter prompts filled up."""
+    """Concatenate the batches, padding shorter prompts."""
     found = list(found)
     longest = max(one.shape[-1] for one in found)
     return torch.cat([torch.nn.functional.pad(one, (0, longest - one.shape[-1])) for one in found])

@@ -11,10 +11,10 @@ from sinkscope.metrics import gates
 
 
 class Gates(Observer, metric="gates", reads="gated_attention"):
-    """How open each head's gate is, and how much of the attention to the sinks passes it."""
+    """Openness of each head's gate, and the attention to the sinks that passes it."""
 
     def observe(self, x: GatedAttention, batch: Batch) -> dict[str, Tensor]:
-        """See `metrics.gates`: one mean over channels each, one product for all queries."""
+        """Means over channels, averaged over all queries by one product; see `metrics.gates`."""
         paid = x.attention.on_keys(batch.sinks, batch.most_sinks)
         opened, closed = gates.openness(x.gate), gates.closed(x.gate)
         everywhere, after = batch.averages("mask"), batch.averages("queries")

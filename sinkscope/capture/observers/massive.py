@@ -18,25 +18,25 @@ from sinkscope.metrics import residual
 from sinkscope.report.fields import MassiveActivations
 
 LATE_LOOK = 2**25
-"""Entries of hidden states that may be kept alive until it is known whether they matter."""
+"""Limit on the entries of hidden states kept alive until they have been checked."""
 
 FEW = 16
-"""Tokens that may hold massive activations are few if no more than one in so many."""
+"""Candidate tokens count as few if they are at most one in this many."""
 
 UNREAD = 2**24
-"""Entries of rows that may wait on the device until they are read."""
+"""Limit on the entries of rows that stay on the device before they are read."""
 
 ENTRIES_KEPT = 64
-"""Massive activations kept of one prompt and layer, largest first; `count` counts them all."""
+"""Massive activations stored per prompt and layer, largest first; `count` counts all."""
 
 
 class Massive(Observer, metric="massive", reads="resid_post", core=True):
-    """Massive activations: a list of entries, not a fixed shape.
+    """Massive activations, stored as a list of entries.
 
-    Whether a layer has any is known only once the device has got there. So the answer to one layer
-    is looked at a layer or two later, be it in the next batch: the device never runs dry while
-    Python waits for it. Where replicas share the batches, the observer of one may read what that of
-    another asked, in its own thread; hence the lock.
+    The number of candidates in a layer is available on the host only after the device has computed
+    it. It is therefore read a layer or two later, possibly in the next batch, so that the device
+    does not idle. With replicas, an observer may read the pending counts of another replica's
+    observer from its own thread, so these are guarded by a lock.
     """
 
     def __init__(self, scope: Scope) -> None:
@@ -49,7 +49,7 @@ class Massive(Observer, metric="massive", reads="resid_post", core=True):
         self._counts: list[Int[np.ndarray, "prompt layer"]] = []
 
     def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> None:
-        """Ask how many tokens pass the fixed part of the rule of Sun et al."""
+        """Count the tokens above the absolute threshold of Sun et al., asynchronously."""
         summary = token_summary(self.layer, x, batch)
         if summary is None:
             peak = residual.token_peaks(x, batch.mask)
@@ -65,13 +65,13 @@ class Massive(Observer, metric="massive", reads="resid_post", core=True):
         with self.guard:
             while len(self._asked) > but_the_last:
                 asked = self._asked[0]
-                asked.into[asked.layer] = asked.rows()  # it stays if memory runs out here
+                asked.into[asked.layer] = asked.rows()  # kept if memory runs out here
                 self._asked.pop(0)
 
     def close(self, batch: Batch) -> _Unread:
-        """The rows of all layers, still on the device; the last ones not even looked at.
+        """The rows of all layers, still on the device; the last layers are not checked yet.
 
-        Reading them waits for the device, so that is done rarely.
+        Reading them synchronises with the device and is done rarely.
         """
         if sum(unread.size for unread in self._unread) > UNREAD:
             self._read()
@@ -80,19 +80,19 @@ class Massive(Observer, metric="massive", reads="resid_post", core=True):
         return finished
 
     def add(self, finished: _Unread, batch: Batch) -> None:
-        """Keep one batch's rows."""
+        """Store the rows of one batch."""
         self._unread.append(finished)
 
     def _read(self) -> None:
         while self._unread:
             self._unread[0].observer.look()
-            entries, counts = self._unread[0].read()  # likewise
+            entries, counts = self._unread[0].read()  # kept if memory runs out here
             self._entries.append(entries)
             self._counts.append(counts)
             self._unread.pop(0)
 
     def drop(self) -> None:
-        """Forget the batch that is running."""
+        """Discard the current batch."""
         with self.guard:
             self._asked = [asked for asked in self._asked if asked.into is not self._running]
         self._running = {}
@@ -108,16 +108,16 @@ class Massive(Observer, metric="massive", reads="resid_post", core=True):
 
 
 def _late(x: Float[Tensor, "prompt position dim"]) -> int:
-    """How many hidden states may wait to be looked at: a CPU has computed what it returns."""
+    """Number of hidden states that may remain unchecked; 0 on a CPU, which is synchronous."""
     return LATE_LOOK // x.numel() if x.is_cuda else 0
 
 
 _Rows = dict[int, residual.MassiveRows | None]
-"""Rows that one batch left of each layer."""
+"""Rows of a batch by layer."""
 
 
 class _Asked(NamedTuple):
-    """A hidden state of which it is not known yet whether it holds massive activations."""
+    """A hidden state that has not been checked for massive activations yet."""
 
     layer: int
     hidden: Float[Tensor, "prompt position dim"]
@@ -127,13 +127,13 @@ class _Asked(NamedTuple):
     into: _Rows
 
     def rows(self) -> residual.MassiveRows | None:
-        """The tokens that may hold some, or None."""
+        """The rows of candidate tokens, or None."""
         number = int(self.number)
         if number == 0:
             return None
         median = median_magnitude(self.layer, self.hidden, self.batch)
         if number * FEW <= self.peak.numel():
-            # Their number is known, so finding them waits for nothing.
+            # As their number is known, topk needs no synchronisation.
             token = self.peak.flatten().topk(number, sorted=False).indices
         else:
             bound = residual.MASSIVE_RATIO * median[:, None]
@@ -142,7 +142,7 @@ class _Asked(NamedTuple):
 
 
 def _together(layers: list[residual.MassiveRows], device: torch.device) -> residual.MassiveRows:
-    """The rows of several layers as if layers were further prompts, in order."""
+    """Concatenate the rows of several layers, treating layers as further prompts."""
     prompts, length = len(layers[0].median), layers[0].length
     starts = range(0, len(layers) * prompts * length, prompts * length)
     token = [one.token.to(device) + start for one, start in zip(layers, starts, strict=True)]
@@ -153,13 +153,13 @@ def _together(layers: list[residual.MassiveRows], device: torch.device) -> resid
 
 
 class _Unread(NamedTuple):
-    """What one batch left on the device.
+    """Rows of a batch that are still on the device.
 
     Attributes:
-        observer: The observer that heard it.
-        running: Its rows by layer; complete once all has been looked at.
-        prompts: Which prompts of the text it held.
-        device: Where to put the layers together.
+        observer: The observer that recorded them.
+        running: The rows by layer; complete once all layers have been checked.
+        prompts: Indices of the batch's prompts in the text.
+        device: Device on which to concatenate the layers.
     """
 
     observer: Massive
@@ -169,13 +169,13 @@ class _Unread(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Entries of the rows."""
+        """Total number of entries of the rows."""
         with self.observer.guard:
             rows = list(self.running.values())
         return sum(each.state.numel() for each in rows if each is not None)
 
     def read(self) -> tuple[_Entries, Int[np.ndarray, "prompt layer"]]:
-        """Number the prompts as the text does, keep the largest entries and count all."""
+        """Renumber the prompts as in the text, keep the largest entries and count all."""
         columns = sorted(self.running)
         counts = np.zeros((len(self.prompts), len(columns)), dtype=np.int64)
         layers = [layer for layer in columns if self.running[layer] is not None]
@@ -192,7 +192,7 @@ class _Unread(NamedTuple):
 
 
 class _Entries(NamedTuple):
-    """Massive activations in numpy, which sorts a few numbers without waking a pool of threads."""
+    """Massive activations as numpy arrays, since torch's thread pool is slow for a few numbers."""
 
     prompt: Int[np.ndarray, "entry"]
     layer: Int[np.ndarray, "entry"]
@@ -202,7 +202,7 @@ class _Entries(NamedTuple):
     ratio: Float[np.ndarray, "entry"]
 
     def order(self, most: int | None = None) -> Int[np.ndarray, "entry"]:
-        """By prompt, then layer, then falling size; at most so many of each prompt and layer."""
+        """Sort by prompt, layer and descending size, with at most `most` per prompt and layer."""
         by = np.lexsort((-np.abs(self.value), self.layer, self.prompt))
         if most is None:
             return by
@@ -214,5 +214,5 @@ class _Entries(NamedTuple):
         return by[rank < most]
 
     def take(self, index: Int[np.ndarray, "chosen"]) -> _Entries:
-        """Some of them."""
+        """Select entries."""
         return _Entries(*(x[index] for x in self))

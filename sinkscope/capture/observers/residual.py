@@ -21,13 +21,13 @@ from sinkscope.metrics.reductions import at_least_fp32
 from sinkscope.report.report import SinkReport
 
 FOLDED_AT_ONCE = 2**23
-"""Numbers of FFN outputs that are sorted and folded over prompts at once."""
+"""Values of FFN outputs that are sorted and reduced at a time."""
 
 
 def token_summary(
     layer: int, x: Float[Tensor, "prompt position dim"], batch: Batch
 ) -> residual.TokenSummary | None:
-    """What three observers ask of a residual state, read once for all of them on CUDA."""
+    """Quantities of a residual state shared by three observers, computed in one pass on CUDA."""
     return batch.once(("token summary", layer), lambda: residual.token_summary(x, batch.first_sink))
 
 
@@ -39,22 +39,22 @@ def median_magnitude(
 
 
 class ResidualNorms(Observer, metric="residual", reads="resid_post", core=True):
-    """Norms after each block, the sink's peak over the others, and outlier tokens."""
+    """Norms after each block, residual peak of the sink, and outlier tokens."""
 
     def __init__(self, scope: Scope) -> None:
         super().__init__(scope)
         self._suspect: _Suspect | None = None
 
     def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
-        """One norm a token; everything else waits."""
+        """One norm per token."""
         summary = token_summary(self.layer, x, batch)
         return {"norm": residual.residual_norms(x) if summary is None else summary.norm}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Peaks and medians of all layers at once; an outlier in any layer is an outlier.
+        """Peaks and medians of all layers; a token's outlier value is the maximum over layers.
 
         Raises:
-            ModelError: If a residual state of a real token was nan or infinite in the batch before.
+            ModelError: If a residual state of a real token was not finite in the previous batch.
         """
         norm = layers["norm"]
         self._refuse_suspect()
@@ -83,9 +83,9 @@ class ResidualNorms(Observer, metric="residual", reads="resid_post", core=True):
 
 
 class _Suspect(NamedTuple):
-    """What is not known yet of a batch: the first layer whose states are not finite.
+    """The first layer of a batch with non-finite states, copied to the host asynchronously.
 
-    One nan makes every later figure nan: better to say which layer made it.
+    A nan makes all later values nan, so the error names the layer in which it first appears.
     """
 
     first_bad: HostNumber
@@ -100,8 +100,8 @@ class _Suspect(NamedTuple):
         layer = int(self.first_bad)
         if layer < self.layers:
             raise ModelError(
-                f"The residual stream after layer {layer} holds nan or infinity, expected finite "
-                "numbers; check the weights, or load the model in float32 or bfloat16."
+                f"The residual stream after layer {layer} contains nan or infinity, expected "
+                "finite numbers; check the weights, or load the model in float32 or bfloat16."
             )
 
 
@@ -123,21 +123,21 @@ class Outliers(Observer, metric="outliers", reads="resid_post"):
 
 
 class CosineToSink(Observer, metric="cosine", reads="resid_post"):
-    """Direction of every residual state relative to the sink's: secondary sinks show as ±1."""
+    """Cosine of every residual state to the sink's; near ±1 at secondary sinks."""
 
     def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
-        """One cosine a token."""
+        """One cosine per token."""
         summary = token_summary(self.layer, x, batch)
         if summary is not None:
             return {"cosine_to_sink": summary.cosine}
         return {"cosine_to_sink": residual.cosine_to_sink(x, batch.sinks)}
 
     def where(self, name: str, batch: Batch) -> Bool[Tensor, "prompt position"]:
-        """A prompt counts if it has a sink; with `sinks="auto"` it may have none."""
+        """Prompts with a sink; with `sinks="auto"` some may have none."""
         return batch.mask & batch.sinks.any(dim=1, keepdim=True)
 
     def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
-        """The field, and the prompts that it is a mean over."""
+        """The field, and the number of prompts in its means."""
         found = super().results(order)
         mean = self._accumulators["cosine_to_sink"]
         assert isinstance(mean, OverPrompts)
@@ -147,11 +147,11 @@ class CosineToSink(Observer, metric="cosine", reads="resid_post"):
 def ffn_extremes(
     layer: int, x: Float[Tensor, "prompt position dim"], batch: Batch
 ) -> dict[str, Float[Tensor, "prompt dim"]]:
-    """The FFN's output at the first sink, and its largest size elsewhere, in the model's dtype."""
+    """FFN output at the first sink, and largest |FFN output| elsewhere, in the model's dtype."""
 
     def compute() -> dict[str, Tensor]:
         if batch.sink_is_first_token and not batch.ragged:
-            # A copy, which lets go of x; and nothing to leave out of the others.
+            # A copy, so that x can be freed. All other positions are mixed.
             at_sink, mixed = x[:, 0].clone(), ffn.largest(x[:, 1:])
         else:
             at_sink = ffn.at_first(x, batch.first_sink)
@@ -166,7 +166,7 @@ def known_extremes(
     mixed: Float[Tensor, "layer prompt dim"],
     batch: Batch,
 ) -> tuple[Float[Tensor, "layer prompt dim"], Float[Tensor, "layer prompt dim"]]:
-    """Both in fp32; nan where a prompt has no sink, or nothing that mixes."""
+    """Both in fp32; nan where a prompt has no sink, or no mixed position."""
     has_sink, has_mixed = batch.sinks.any(dim=1), batch.others.any(dim=1)
     return (
         torch.where(has_sink[:, None], at_least_fp32(at_sink), torch.nan),
@@ -175,16 +175,16 @@ def known_extremes(
 
 
 class FfnOutput(Observer, metric="ffn", reads="mlp_out", core=True):
-    """The FFN's output at the sink against all positions that mix, folded over prompts."""
+    """FFN output at the sink compared with mixed positions, reduced over prompts."""
 
     def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
-        """Two numbers a dim; everything else waits."""
+        """Two values per dim."""
         return ffn_extremes(self.layer, x, batch)
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Means over prompts of every dim, and each prompt's largest dims, some layers at a time.
+        """Sums over prompts of every dim, and each prompt's largest dims, in chunks of layers.
 
-        nan, and -1 for a dim, where a prompt has no sink or nothing that mixes.
+        nan, and -1 for a dim, where a prompt has no sink or no mixed position.
         """
         together = max(1, FOLDED_AT_ONCE // max(1, layers["mixed"][0].numel()))
         pieces = zip(*(layers[name].split(together) for name in ("at_sink", "mixed")), strict=True)
@@ -195,11 +195,11 @@ class FfnOutput(Observer, metric="ffn", reads="mlp_out", core=True):
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
     def accumulator(self, name: str) -> Accumulator:
-        """Sums over prompts go on being summed; `results` divides them."""
+        """Sums over prompts are added over batches, and divided in `results`."""
         return Total() if self._is_sum(name) else super().accumulator(name)
 
     def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:
-        """The fields: sums over prompts are now means."""
+        """The fields, with sums over prompts converted to means."""
         found = super().results(order)
         found["ffn_prompts"] = found["ffn_prompts"].clamp(min=0)  # a layer without FFN has none
         sums = {name: x for name, x in found.items() if self._is_sum(name)}
@@ -211,13 +211,13 @@ class FfnOutput(Observer, metric="ffn", reads="mlp_out", core=True):
 
 
 class FfnDims(Observer, metric="ffn_dims", reads="mlp_out", on_request=True):
-    """The same for every prompt and dim, which takes prompts × layers × dims numbers, twice."""
+    """FFN outputs for every prompt and dim, 2 × prompts × layers × dims values."""
 
     def observe(self, x: Float[Tensor, "prompt position dim"], batch: Batch) -> dict[str, Tensor]:
-        """What `FfnOutput` asks for as well."""
+        """The same two values per dim as `FfnOutput`."""
         return ffn_extremes(self.layer, x, batch)
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Every number, nan where a prompt has none."""
+        """All values, nan where a prompt has none."""
         at_sink, mixed = known_extremes(layers["at_sink"], layers["mixed"], batch)
         return {"ffn_sink": at_sink, "ffn_mixed_max": mixed}

@@ -1,4 +1,4 @@
-"""Observers of values and of what the heads write."""
+"""Observers of values and of head outputs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sinkscope.models.capabilities import Capabilities
 
 
 class Values(Observer, metric="values", reads="value", core=True):
-    """Sizes of the values, and how drained the sink's is."""
+    """Norms of the values, and value drain of the sink."""
 
     def observe(
         self, x: Float[Tensor, "prompt position kv_head d_head"], batch: Batch
     ) -> dict[str, Tensor]:
-        """One norm a vector; everything else waits."""
+        """One norm per vector."""
         return {"norm": values.norms(x)}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Drains per KV head; first and mean norm as every query head sees them (GQA)."""
+        """Drains per KV head; first and mean norm repeated for query heads (GQA)."""
         norm = layers["norm"]
         drain = all_layers(values.drain, norm, batch.sinks, batch.mask)
         mean = all_layers(values.mean_norm, norm, batch.mask)
@@ -37,15 +37,15 @@ class Values(Observer, metric="values", reads="value", core=True):
 
 
 class Latent(Observer, metric="latent", reads="latent"):
-    """Sizes of the latent that keys and values are projected from (DeepSeek-AI 2024, 2405.04434).
+    """Norms of the latent of keys and values before its RMSNorm (DeepSeek-AI 2024, 2405.04434).
 
-    Its RMSNorm all but hides the size, so it is measured before it, and the ratio after it too.
+    The RMSNorm removes most of the differences, so only the ratio is measured after it as well.
     """
 
     def observe(
         self, x: Float[Tensor, "prompt position latent_dim"], batch: Batch
     ) -> dict[str, Tensor]:
-        """One norm a position."""
+        """One norm per position."""
         return {"norm": values.norms(x[:, :, None])[:, 0]}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
@@ -55,12 +55,12 @@ class Latent(Observer, metric="latent", reads="latent"):
 
 
 class NormedLatent(Observer, metric="latent", reads="normed_latent"):
-    """The same after the latent's own RMSNorm."""
+    """Latent drain after the latent's RMSNorm."""
 
     def observe(
         self, x: Float[Tensor, "prompt position latent_dim"], batch: Batch
     ) -> dict[str, Tensor]:
-        """One norm a position."""
+        """One norm per position."""
         return {"norm": values.norms(x[:, :, None])[:, 0]}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
@@ -71,12 +71,12 @@ class NormedLatent(Observer, metric="latent", reads="normed_latent"):
 def _drain_of_one(
     norm: Float[Tensor, "layer prompt position"], batch: Batch
 ) -> Float[Tensor, "layer prompt"]:
-    """`values.drain` of a vector that all heads share."""
+    """`values.drain` for a vector shared by all heads."""
     return all_layers(values.drain, norm[:, :, None], batch.sinks, batch.mask)[..., 0]
 
 
 class HeadOutputs(Observer, metric="head_outputs", reads="z", core=True):
-    """Sizes of the heads' outputs before W_O."""
+    """Norms of the heads' outputs before W_O."""
 
     def observe(
         self, x: Float[Tensor, "prompt position head d_head"], batch: Batch
@@ -85,17 +85,17 @@ class HeadOutputs(Observer, metric="head_outputs", reads="z", core=True):
         return {"norm": average(values.norms(x), batch.averages("mask", "last_token"))}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """HONOR compares a head with its layer."""
+        """Norms, and HONOR: a head's norm over its layer's mean."""
         mean, last = layers["norm"].unbind(-1)
         return {"head_output_norm": mean, "last_output_norm": last, "honor": heads.honor(mean)}
 
 
 class ThroughOutput(Observer):
-    """What is measured through the output projection W_O."""
+    """Base class of measurements after the output projection W_O."""
 
     @classmethod
     def unavailable(cls, can: Capabilities) -> str | None:
-        """W_O has to be there head by head, and to be all that stands behind the heads."""
+        """Each head needs a W_O, with nothing else between head output and residual stream."""
         if not can.attending:
             return can.absent["z"]
         if not can.split_output:
@@ -107,19 +107,19 @@ class ThroughOutput(Observer):
 
 
 class ValuesThroughOutput(ThroughOutput, metric="through_output", reads="gated_value"):
-    """Sizes of the values as the residual stream would receive them: ‖v_j W_O^h‖.
+    """Norms of the values after W_O: ‖v_j W_O^h‖.
 
-    Behind a gate, the root mean square over queries of ‖(g_i ⊙ v_j) W_O^h‖.
+    With a gate, the root mean square over queries of ‖(g_i ⊙ v_j) W_O^h‖.
     """
 
     @classmethod
     def unavailable(cls, can: Capabilities) -> str | None:
-        """A gate has to be known: W_O alone does not say what passes it."""
+        """The factors of a gate must be known."""
         unknown = can.absent["gate"] if can.gated and can.gate is None else None
         return super().unavailable(can) or unknown
 
     def observe(self, x: GatedValue, batch: Batch) -> dict[str, Tensor]:
-        """By the Gram form, so nothing d_model wide is made."""
+        """Computed with Gram matrices, without tensors of width d_model."""
         gram = self.scope.gram(self.layer)
         if x.gate is None:
             return {"norm": values.norms_through(x.value, gram)}
@@ -132,15 +132,15 @@ class ValuesThroughOutput(ThroughOutput, metric="through_output", reads="gated_v
 
 
 class HeadOutputsThroughOutput(ThroughOutput, metric="through_output", reads="z"):
-    """Sizes of what the heads write to the residual stream: ‖z_i W_O^h‖."""
+    """Norms of the heads' contributions to the residual stream: ‖z_i W_O^h‖."""
 
     def observe(
         self, x: Float[Tensor, "prompt position head d_head"], batch: Batch
     ) -> dict[str, Tensor]:
-        """By the Gram form, so nothing d_model wide is made."""
+        """Computed with Gram matrices, without tensors of width d_model."""
         norm = values.norms_through(x, self.scope.gram(self.layer))
         return {"norm": average(norm, batch.averages("mask"))[..., 0]}
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """HONOR compares a head with its layer."""
+        """Norms, and HONOR: a head's norm over its layer's mean."""
         return {"head_output_norm_out": layers["norm"], "honor_out": heads.honor(layers["norm"])}
