@@ -1,6 +1,6 @@
-"""Prompts: texts cut into token ids, with the BOS policy written down.
+"""Prompts: texts as token ids, with an explicit BOS policy.
 
-`texts` makes a recipe of a name, a file or strings; `tokens` holds exact ids; `replace` changes the
+`texts` makes a recipe from a name, a file or strings; `tokens` defines exact ids; `replace` changes
 first or last tokens.
 """
 

@@ -1,8 +1,8 @@
-"""Where text comes from: what every Python installation carries, files, Hugging Face data sets.
+"""Sources of text: the Python installation, files, Hugging Face data sets.
 
-Each function yields documents in an order that the seed fixes, so that the same call gives the
-same text on every machine with the same Python. A document is a string, or a file of text of which
-no more is read than is needed.
+Each function yields documents in an order determined by the seed, so that the same call gives the
+same text on every machine with the same Python. A document is a string, or a text file that is read
+only as far as needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from sinkscope.errors import SinkscopeWarning, TextError
 
-# Pure-Python modules that Python 3.11 and later all have, long enough to be read as programs.
+# Pure-Python modules in Python 3.11 and later that are long enough to serve as programs.
 _MODULES = """
     _pydecimal argparse ast asyncio.base_events base64 bdb calendar cmd collections
     configparser contextlib copy csv dataclasses difflib dis doctest email.message enum fractions
@@ -47,12 +47,12 @@ def prose(seed: int) -> Iterator[str]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise TextError(
-            "This Python was installed without pydoc_data, which holds the prose; pass a path to "
-            "a text file instead."
+            "This Python was installed without pydoc_data, which contains the prose; pass a path "
+            "to a text file instead."
         ) from error
     names = sorted(topics)
     random.Random(seed).shuffle(names)
-    seen: set[str] = set()  # the manual's overview topics repeat whole paragraphs of the others
+    seen: set[str] = set()  # overview topics of the manual repeat paragraphs of others
     for name in names:
         paragraphs = [text for text in _paragraphs(topics[name]) if text not in seen]
         seen.update(paragraphs)
@@ -61,7 +61,7 @@ def prose(seed: int) -> Iterator[str]:
 
 
 def code(seed: int) -> Iterator[str]:
-    """Python source: modules of the standard library, whole."""
+    """Python source: whole modules of the standard library."""
     names = list(_MODULES)
     random.Random(seed).shuffle(names)
     found = False
@@ -93,7 +93,7 @@ def _paragraphs(topic: str) -> list[str]:
 
 
 def _is_prose(text: str) -> bool:
-    """Whether a paragraph reads as a sentence or more rather than as code, a table or a heading."""
+    """Whether a paragraph consists of sentences rather than code, a table or a heading."""
     letters = sum(character.isalpha() or character == " " for character in text)
     return (
         len(text.split()) >= 8
@@ -105,15 +105,15 @@ def _is_prose(text: str) -> bool:
 
 @dataclass(frozen=True)
 class TextFile:
-    """A text file as one document, of which no more is read than is asked for."""
+    """A text file as one document that is read only as far as needed."""
 
     path: Path
 
     def beginning(self, characters: int) -> str:
-        """Its first characters, without a byte-order mark.
+        """The first characters, without a byte-order mark.
 
         Raises:
-            TextError: If it cannot be read, or is no text.
+            TextError: If it cannot be read, or is not text.
         """
         with _readable(self.path), self.path.open(encoding=_encoding(self.path)) as handle:
             return _text(handle.read(characters), self.path)
@@ -130,12 +130,12 @@ def beginning(document: Document, characters: int) -> str:
 
 
 def text_file(path: Path) -> Iterator[TextFile]:
-    """A text file: UTF-8, or UTF-16 or UTF-32 with a byte-order mark, which is no part of it."""
+    """A text file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark, which is removed."""
     yield TextFile(path)
 
 
 def json_lines(path: Path, key: str) -> Iterator[str]:
-    """The texts under `key` of a file of JSON objects, one a line."""
+    """The texts under `key` in a file of JSON objects, one per line."""
     with _readable(path), path.open(encoding=_encoding(path)) as handle:
         for number, line in enumerate(handle, start=1):
             if _text(line, path).strip():
@@ -143,31 +143,31 @@ def json_lines(path: Path, key: str) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str:
-    """A whole text file, without a byte-order mark.
+    """Read a whole text file, without a byte-order mark.
 
     Raises:
-        TextError: If it cannot be read, or is no text.
+        TextError: If it cannot be read, or is not text.
     """
     with _readable(path):
         return _text(path.read_text(encoding=_encoding(path)), path)
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is such a file; a text that was meant to be measured names none.
+    """Whether a string is the path of a file, and not a text to be measured.
 
     Raises:
-        TextError: If it may lie in a folder that one may not enter.
+        TextError: If it may be in a folder without access permission.
     """
     try:
         os.stat(path)
     except PermissionError as error:
         raise TextError(f"{path} cannot be read: {error.strerror}.") from error
-    except (OSError, ValueError):  # longer than any name, or with a zero byte in it
+    except (OSError, ValueError):  # too long for a name, or with a zero byte
         return False
     return os.path.isfile(path)
 
 
-_MARKS = {  # UTF-32's begins as UTF-16's does
+_MARKS = {  # UTF-32 first, as its mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -176,7 +176,7 @@ _MARKS = {  # UTF-32's begins as UTF-16's does
 
 
 def _encoding(path: Path) -> str:
-    """How a text file is encoded, by its byte-order mark; UTF-8 without one."""
+    """The encoding of a text file by its byte-order mark; UTF-8 without one."""
     with path.open("rb") as handle:
         start = handle.read(4)
     return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8-sig")
@@ -184,7 +184,7 @@ def _encoding(path: Path) -> str:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while reading text into one sentence."""
+    """Convert errors while reading text into one sentence."""
     try:
         yield
     except OSError as error:
@@ -197,11 +197,11 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _text(text: str, path: Path) -> str:
-    """Text of a file, if it has none of the zero bytes that only other encodings have."""
+    """Check that the text of a file has no zero bytes, which indicate another encoding."""
     if "\0" in text:
         raise TextError(
-            f"{path} has zero bytes, which text in UTF-8 has not; save it as UTF-8, or as UTF-16 "
-            "with a byte-order mark."
+            f"{path} has zero bytes, unlike text in UTF-8; save it as UTF-8, or as UTF-16 with a "
+            "byte-order mark."
         )
     return text
 
@@ -211,7 +211,7 @@ def _text_of(line: str, key: str, where: str) -> str:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise TextError(f"{where} is not JSON: {error}.") from error
-    except (RecursionError, ValueError) as error:  # nested too deep, or a number too long
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number too long
         raise TextError(f"{where} cannot be read as JSON: {error}.") from error
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
         keys = ", ".join(record) if isinstance(record, dict) else "no keys"
@@ -224,7 +224,7 @@ def data_set(address: str, key: str, seed: int) -> Iterator[str]:
     parts = address.split(":")
     if len(parts) not in (2, 3) or not all(parts):
         raise TextError(
-            f"A data set is written hf:owner/name:split or hf:owner/name:config:split, not "
+            f"A data set is given as hf:owner/name:split or hf:owner/name:config:split, not "
             f"{'hf:' + address!r}."
         )
     try:
@@ -260,10 +260,10 @@ _WARN_AFTER, _GIVE_UP_AFTER = 20.0, 300.0  # seconds without a row; the first co
 
 
 def _in_time(rows: Callable[[], Iterator[Any]], what: str) -> Iterator[Any]:
-    """What an iterator yields, made and run in a thread, so that a silent server can be told.
+    """Yield from an iterator that runs in a thread, to detect a server that does not respond.
 
     Raises:
-        TextError: If nothing comes for five minutes. Whatever the iterator raises is passed on.
+        TextError: If no item arrives for five minutes. Exceptions of the iterator are passed on.
     """
     arrived: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=16)
     over = threading.Event()

@@ -1,8 +1,8 @@
-"""Text as token ids, without special tokens: whole, or of a long text only the beginning needed.
+"""Tokenisation without special tokens, of a whole text or of the beginning of a long one.
 
-The ids of a text's beginning are those that the whole text would have there. A tokenizer looks a
-little ahead (words, merges), so the last ids of a prefix may change with what follows; therefore
-two prefixes are encoded, one twice as long as the other, and the ids on which both agree are kept.
+The ids of a text's beginning must equal those of the whole text. Since the last ids of a prefix may
+depend on the following text (words, merges), two prefixes are encoded, one twice as long as the
+other, and the ids on which both agree are used.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from sinkscope.output import printable
 from sinkscope.prompts.documents import Document, beginning
 
 WHOLE = 1 << 20
-"""Characters up to which a text is encoded whole."""
+"""Texts up to this many characters are encoded as a whole."""
 
 _SHORTEST = 1 << 16  # characters of the shorter of two prefixes, at least
-_CHARACTERS = 16  # … and for each token that is needed
-_LONGEST = 1 << 24  # characters among which the tokens have to be found, at least
-_SPARSEST = 64  # … and for each token that is needed
+_CHARACTERS = 16  # … and per required token
+_LONGEST = 1 << 24  # characters in which the tokens must be found, at least
+_SPARSEST = 64  # … and per required token
 
 
 def is_short(document: Document) -> TypeGuard[str]:
-    """Whether a document is a string that is encoded whole."""
+    """Whether a document is a string that is encoded as a whole."""
     return isinstance(document, str) and len(document) <= WHOLE
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The ids of each text, whole.
+    """The ids of each whole text.
 
     Raises:
-        TextError: If a text holds half of a surrogate pair, which is no character.
+        TextError: If a text contains half of a surrogate pair, which is not a character.
     """
     for text in texts:
         _check_characters(text)
@@ -44,21 +44,21 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 def first_ids(
     tokenizer: Any, document: Document, needed: int, name: str, before: str = "", after: str = ""
 ) -> list[int]:
-    """At least as many ids of a document as are needed, from its beginning, or all that it has.
+    """At least the required number of ids from the beginning of a document, or all of its ids.
 
     Args:
         tokenizer: The model's Hugging Face tokenizer.
         document: A text, or a file of text that is read as far as needed.
-        needed: How many ids.
-        name: What to call the document in an error.
-        before: Text in front of it, such as a blank line after the document before.
-        after: Text behind it.
+        needed: Number of ids required.
+        name: Name of the document in errors.
+        before: Text before it, such as a blank line after the previous document.
+        after: Text after it.
 
     Returns:
-        Ids that the whole document has at its beginning.
+        The first ids of the whole document.
 
     Raises:
-        TextError: If the ids needed do not come within 64 characters each (or 16 million).
+        TextError: If the ids are not found within 64 characters each (or 16 million).
     """
     size, shorter = WHOLE, None
     while True:
@@ -74,14 +74,14 @@ def first_ids(
                 return ids[:agreed]
             if size > max(_LONGEST, _SPARSEST * needed):
                 raise TextError(
-                    f"The first {size:,} characters of {name} are only {agreed:,} tokens, and "
+                    f"The first {size:,} characters of {name} are only {agreed:,} tokens, but "
                     f"{needed:,} are needed; give a text of words, or ask for fewer tokens."
                 )
         shorter, size = ids, 2 * size
 
 
 def _common(shorter: list[int], longer: list[int]) -> int:
-    """How many ids are the same from the beginning."""
+    """Length of the common prefix."""
     pairs = zip(shorter, longer, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -93,6 +93,6 @@ def _check_characters(text: str) -> None:
         around = printable(text[max(0, error.start - 20) : error.start + 1])
         raise TextError(
             f"A text has half of a surrogate pair at character {error.start} ({around}), which "
-            "is no character; repair it with text.encode('utf-16', 'surrogatepass')"
+            "is not a character; repair it with text.encode('utf-16', 'surrogatepass')"
             ".decode('utf-16', 'replace')."
         ) from None

@@ -1,4 +1,4 @@
-"""Recipes for prompts: what they come to is known once a model brings its tokenizer."""
+"""Recipes for prompts, which become token ids with the tokenizer of a model."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from sinkscope.prompts.tokens import (
 )
 from sinkscope.validation import one_of, seed, whole_number
 
-# Windows are drawn from a stream this many times longer than they need, where there is that much:
-# distinct places, without reading a whole corpus.
+# Windows are drawn from a stream this many times longer than they need, if available, which gives
+# distinct places without reading a whole corpus.
 STREAM = 4
 
 TOGETHER = 16
-"""Documents of a stream that are encoded together."""
+"""Number of documents of a stream that are encoded at a time."""
 
-_BETWEEN = "\n\n"  # stands between documents
+_BETWEEN = "\n\n"  # separates documents
 _MARK = "\ufeff"
 _ENDLESS = 1 << 62
 
@@ -50,12 +50,12 @@ _NO_TOKENIZER = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a model knows about tokens.
+    """A model's tokenizer, vocabulary size and context.
 
     Attributes:
-        tokenizer: its tokenizer, if any.
-        d_vocab: its number of ids, if known.
-        n_ctx: its number of positions, if limited.
+        tokenizer: the tokenizer, if any.
+        d_vocab: number of ids, if known.
+        n_ctx: number of positions, if limited.
     """
 
     tokenizer: Any
@@ -63,11 +63,11 @@ class Vocabulary:
     n_ctx: int | None = None
 
     def encode(self, documents: list[str]) -> list[list[int]]:
-        """Ids of each document, without special tokens, whole."""
+        """Ids of each whole document, without special tokens."""
         return encode(self._needed(), documents)
 
     def first_ids(self, document: Document, needed: int, name: str, before: str = "") -> list[int]:
-        """Ids of a document's beginning, at least as many as needed if it has them."""
+        """Ids of a document's beginning, at least the required number if it has as many."""
         return first_ids(self._needed(), document, needed, name, before)
 
     def _needed(self) -> Any:
@@ -80,13 +80,13 @@ class Vocabulary:
         if self.tokenizer is not None:
             return ordinary_ids(self.tokenizer, self.d_vocab)
         if self.d_vocab is None:
-            raise TextError("This model says neither its vocabulary nor has it a tokenizer.")
+            raise TextError("This model has no tokenizer and does not state its vocabulary size.")
         return list(range(self.d_vocab))
 
     def special(self, policy: str) -> SpecialTokens:
-        """The BOS policy resolved; without a tokenizer only "never" can be."""
+        """Resolve the BOS policy; without a tokenizer only "never" is possible."""
         if self.tokenizer is None:
-            if policy == "auto":  # nobody asked for it: what is missing is missing for the text too
+            if policy == "auto":  # the default: the error on missing text comes first
                 raise TextError(_NO_TOKENIZER)
             if policy != "never":
                 raise TextError(f"bos={policy!r} needs a tokenizer and this model has none.")
@@ -99,12 +99,12 @@ class TextSource(ABC):
     """A recipe for prompts.
 
     Attributes:
-        name: what to call it in a report.
-        prompts: how many prompts; None for as many as there are.
-        length: tokens of each prompt, special tokens included; None for each text's own.
+        name: its name in reports.
+        prompts: number of prompts; None for all.
+        length: tokens of each prompt, special tokens included; None for each text's own length.
         bos: "auto", "always", "never" or "random"; see `sinkscope.prompts.texts.texts`.
         padding: the side on which shorter prompts are padded, "right" or "left".
-        seed: what anything random is drawn with.
+        seed: seed of all random draws.
     """
 
     name: str
@@ -123,7 +123,7 @@ class TextSource(ABC):
         one_of("padding", self.padding, ("right", "left"), error=TextError)
 
     def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the instance is frozen for everybody else
+        object.__setattr__(self, name, value)  # the dataclass is frozen
 
     def tokenize(self, model: Any) -> Texts:
         """The prompts of this recipe for one model.
@@ -132,8 +132,8 @@ class TextSource(ABC):
             model: anything with ``.cfg`` (n_ctx, d_vocab) and ``.tokenizer``, such as a bridge.
 
         Raises:
-            TextError: text that is empty or too short, a length beyond the model's context, or a
-                BOS policy that this tokenizer cannot follow.
+            TextError: if the text is empty or too short, the length exceeds the model's context, or
+                the tokenizer does not support the BOS policy.
         """
         vocabulary = Vocabulary(
             getattr(model, "tokenizer", None), vocabulary_size(model), context_size(model)
@@ -152,7 +152,7 @@ class TextSource(ABC):
         return texts.left_padded() if self.padding == "left" else texts
 
     def _room(self, special: SpecialTokens, n_ctx: int | None) -> int | None:
-        """Tokens a prompt has for text, beside its special tokens."""
+        """Number of text tokens in a prompt, without its special tokens."""
         if self.length is None:
             return None
         check_length(self.length, n_ctx)
@@ -176,16 +176,16 @@ class TextSource(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Documents(TextSource):
-    """Prompts that are cut from documents.
+    """Prompts from documents.
 
     Attributes:
-        documents: gives the documents, from the first one on, each time it is called.
+        documents: returns an iterator over the documents from the first one on.
     """
 
     documents: Callable[[], Iterator[Document]]
 
     def read(self) -> Iterator[Document]:
-        """The documents; a byte-order mark that a string begins with is left out."""
+        """The documents, without a byte-order mark at the start of a string."""
         warned = False
         for document in self.documents():
             if isinstance(document, str) and document.startswith(_MARK):
@@ -198,20 +198,20 @@ class Documents(TextSource):
             yield document
 
     def warn_of_its_own(self, texts: int, special: SpecialTokens) -> None:
-        """Say that texts brought the special tokens which the BOS policy puts there too."""
+        """Warn that texts already contained the special tokens of the BOS policy."""
         if texts:
             _warn(
                 f"{counted(texts, 'prompt')} of {self.name} had the special token(s) of the BOS "
-                f"policy {special.label!r} already; they stand there once. Pass bos='never' to "
-                "take such texts as they are."
+                f"policy {special.label!r} already; they were not added twice. Pass bos='never' to "
+                "use such texts as they are."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows(Documents):
-    """Windows of one length, cut without overlap from distinct places of a stream of documents.
+    """Windows of equal length, without overlap, from distinct places of a stream of documents.
 
-    A window that begins with the token which the BOS policy puts in front starts behind it.
+    A window that begins with the token added by the BOS policy starts after it.
     """
 
     def _bodies(
@@ -236,7 +236,7 @@ class Windows(Documents):
         return bodies
 
     def _stream(self, vocabulary: Vocabulary, enough: int) -> list[int]:
-        """Ids of the documents one after the other, until there are enough."""
+        """Ids of the concatenated documents, until there are enough."""
         stream: list[int] = []
         separators = itertools.chain([""], itertools.repeat(_BETWEEN))
         documents = zip(self._nonempty(), separators, strict=False)
@@ -279,7 +279,7 @@ class Windows(Documents):
 
 @dataclass(frozen=True, kw_only=True)
 class OwnLength(Documents):
-    """One prompt a text, each as long as it is, or cut at `length`; with `exact`, never shorter."""
+    """One prompt per text, at full length or cut at `length`; with `exact`, never shorter."""
 
     exact: bool = False
 
@@ -313,7 +313,7 @@ class OwnLength(Documents):
         special: SpecialTokens,
         room: int | None,
     ) -> list[list[int]]:
-        """The ids of each document; of a long one those that its prompt can need."""
+        """The ids of each document; for a long one, only as many as its prompt may need."""
         limit = room if room is not None else vocabulary.n_ctx
         short = [document for document in documents if is_short(document)]
         encoded = iter(vocabulary.encode(short) if short else ())
@@ -346,7 +346,7 @@ class OwnLength(Documents):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomTokens(TextSource):
-    """Ordinary tokens drawn evenly and independently."""
+    """Ordinary tokens drawn uniformly and independently."""
 
     def _bodies(
         self,
@@ -361,7 +361,7 @@ class RandomTokens(TextSource):
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatedTokens(TextSource):
-    """One token over and over; without a token given, another one in each prompt."""
+    """Prompts of one repeated token; by default a different one in each prompt."""
 
     token: int | str | None = None
 

@@ -1,7 +1,7 @@
-"""Another token at a prompt's start or end: special, random or a given one.
+"""Replacing the first or last token of prompts by a special, random or given one.
 
-These change what is measured, not how the model runs: they turn texts into other texts, so that a
-report names the tokens that were really there.
+These classes transform texts rather than the model's computation, so that a report contains the
+actual tokens.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from sinkscope.validation import shown
 
 
 class _Replace:
-    """Base: puts a token in the place of the one at an end of each prompt.
+    """Base class: replaces the token at one end of each prompt.
 
     Args:
         model: A bridge.
         token: "special", "random" (an ordinary token, drawn anew for each prompt), or an id.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
 
     where: str
@@ -39,10 +39,10 @@ class _Replace:
         self._ids = self._candidates()
 
     def __call__(self, texts: Any) -> Texts:
-        """The texts with that token; lengths stay as they are.
+        """Return the texts with the token replaced; lengths are unchanged.
 
         Args:
-            texts: Anything that a scan takes.
+            texts: Any texts that `scan` accepts.
         """
         prompts = as_texts(texts).tokenize(self._model).right_padded()
         draw = random.Random(self._seed)
@@ -70,7 +70,7 @@ class _Replace:
             return list(range(size or 0)) if tokenizer is None else ordinary_ids(tokenizer, size)
         if isinstance(self.token, str) and self.token == "special":
             if tokenizer is None:
-                raise TextError("This model has no tokenizer to say which token is special.")
+                raise TextError("This model has no tokenizer that defines a special token.")
             return [self._special()]
         if type(self.token) is not int or not 0 <= self.token < (size or self.token + 1):
             raise TextError(
@@ -81,9 +81,9 @@ class _Replace:
 
 
 class ReplaceStart(_Replace):
-    """Puts a token in the place of each prompt's first one.
+    """Replaces the first token of each prompt.
 
-    "special" is the token that the model's tokenizer starts texts with: BOS, or BERT's [CLS].
+    "special" is the token with which the model's tokenizer begins texts: BOS, or BERT's [CLS].
 
     Examples:
         >>> report = scan(model, ReplaceStart(model, "random")(texts))  # doctest: +SKIP
@@ -102,9 +102,9 @@ class ReplaceStart(_Replace):
 
 
 class ReplaceEnd(_Replace):
-    """Puts a token in the place of each prompt's last one.
+    """Replaces the last token of each prompt.
 
-    "special" is the token that the model's tokenizer ends texts with (BERT's [SEP]), or EOS.
+    "special" is the token with which the model's tokenizer ends texts (BERT's [SEP]), or EOS.
     """
 
     where = "end"

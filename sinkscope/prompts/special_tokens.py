@@ -1,4 +1,4 @@
-"""Which special tokens stand around a prompt: one explicit policy, and a record of what it did."""
+"""Special tokens around a prompt, by an explicit policy whose result is recorded."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PROBE = "a b"
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What the policy puts around every prompt.
+    """The special tokens added to every prompt.
 
     Attributes:
-        prefix: ids before the text; None stands for an ordinary token drawn anew each time.
+        prefix: ids before the text; None means an ordinary token drawn anew for each prompt.
         suffix: ids after the text, for example BERT's [SEP]; None as in `prefix`.
-        label: the policy and what it came to, for the record: "auto (none)", "always (<s>)".
+        label: the policy and its result, for the report: "auto (none)", "always (<s>)".
         ordinary: the ids to draw from.
     """
 
@@ -32,11 +32,11 @@ class SpecialTokens:
 
     @property
     def count(self) -> int:
-        """How many tokens it adds to a prompt."""
+        """Number of tokens added to a prompt."""
         return len(self.prefix) + len(self.suffix)
 
     def around(self, body: list[int], rng: random.Random) -> list[int]:
-        """The prompt: `body` with its special tokens."""
+        """Add the special tokens to `body`."""
         before, after = (
             [rng.choice(self.ordinary) if id is None else id for id in side]
             for side in (self.prefix, self.suffix)
@@ -44,12 +44,12 @@ class SpecialTokens:
         return [*before, *body, *after]
 
     def begun(self, ids: list[int]) -> int:
-        """How many ids in front are those that it puts there: all of them or none."""
+        """Length of the prefix if the ids already begin with it, else 0."""
         size = len(self.prefix)
         return size if size and tuple(ids[:size]) == self.prefix else 0
 
     def inside(self, ids: list[int]) -> list[int]:
-        """A whole text without the special tokens that it brought and that are put around it."""
+        """Remove the prefix and suffix from a whole text that already contains them."""
         ids, size = ids[self.begun(ids) :], len(self.suffix)
         return ids[:-size] if size and tuple(ids[-size:]) == self.suffix else ids
 
@@ -59,14 +59,14 @@ def special_tokens(tokenizer: Any, policy: str, d_vocab: int | None) -> SpecialT
 
     Args:
         tokenizer: the model's Hugging Face tokenizer.
-        policy: "auto" does what the tokenizer does by itself; "always" puts the BOS token (for
-            BERT, [CLS]) in front even where the tokenizer does not; "never" adds nothing; "random"
-            puts an ordinary token, drawn anew for each prompt, wherever "always" puts a special
-            one (the first-token policy of Yan et al. 2024).
-        d_vocab: number of rows of the model's embedding, None where unknown.
+        policy: "auto" uses the tokenizer's default; "always" prepends the BOS token (for BERT,
+            [CLS]) even if the tokenizer does not; "never" adds nothing; "random" adds an ordinary
+            token, drawn anew for each prompt, in place of each special token of "always" (the
+            first-token policy of Yan et al. 2024).
+        d_vocab: number of rows of the model's embedding, None if unknown.
 
     Raises:
-        TextError: unknown policy, or "always" where there is no BOS token.
+        TextError: if the policy is unknown, or "always" without a BOS token.
     """
     one_of("bos", policy, POLICIES, error=TextError)
     if policy == "never":
@@ -90,11 +90,11 @@ def ordinary_ids(tokenizer: Any, d_vocab: int | None) -> list[int]:
 
 
 def own_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer as its author shipped it.
+    """The original tokenizer of a model.
 
-    TransformerLens reloads a model's tokenizer with ``add_bos_token=True`` and fills a missing BOS
-    with EOS, so that a bridge's tokenizer can no longer say what the model is used to. A second
-    copy is read from where the first came from; a tokenizer made in memory stands for itself.
+    TransformerLens reloads a model's tokenizer with ``add_bos_token=True`` and replaces a missing
+    BOS by EOS, so that a bridge's tokenizer no longer has the original defaults. The original is
+    loaded again from its source; a tokenizer made in memory is returned unchanged.
     """
     rewritten = tokenizer.init_kwargs.get("add_bos_token") or (
         tokenizer.bos_token is not None and tokenizer.bos_token == tokenizer.eos_token
@@ -112,15 +112,15 @@ def own_tokenizer(tokenizer: Any) -> Any:
 
 
 def _added(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the tokenizer puts before and after a text by itself."""
+    """The ids that the tokenizer adds before and after a text by default."""
     plain = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     full = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
             return tuple(full[:start]), tuple(full[start + len(plain) :])
     raise TextError(
-        "This tokenizer does more than put special tokens around a text, so what it adds cannot "
-        "be told; pass bos='never', or exact ids with token_ids(...)."
+        "This tokenizer does more than put special tokens around a text, so its special tokens "
+        "cannot be determined; pass bos='never', or exact ids with token_ids(...)."
     )
 
 
@@ -135,7 +135,7 @@ def _bos(tokenizer: Any) -> int:
 
 
 def _names(tokenizer: Any, prefix: tuple[int, ...], suffix: tuple[int, ...]) -> str:
-    """For example "none", "<s>", "[CLS] … [SEP]"."""
+    """Description of the special tokens, such as "none", "<s>" or "[CLS] … [SEP]"."""
     before = " ".join(tokenizer.convert_ids_to_tokens(list(prefix)))
     after = " ".join(tokenizer.convert_ids_to_tokens(list(suffix)))
     return f"{before} … {after}".strip() if after else before or "none"

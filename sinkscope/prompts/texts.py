@@ -1,8 +1,8 @@
-"""Where prompts come from.
+"""Public functions for prompts.
 
-`texts`, `random_tokens` and `repeated_tokens` give recipes (`TextSource`): what they come to is
-known once a model brings its tokenizer. `token_ids` gives exact `Texts` at once. A scan takes
-either and calls ``.tokenize(model)``.
+`texts`, `random_tokens` and `repeated_tokens` return recipes (`TextSource`), which become token ids
+with the tokenizer of a model. `token_ids` returns exact `Texts`. A scan accepts both and calls
+``.tokenize(model)``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from sinkscope.prompts.tokens import Texts, exact, read_token_ids, vocabulary_si
 from sinkscope.validation import shown, whole_number
 
 _PROMPTS, _LENGTH = 16, 256
-_LONGEST_NAME = 200  # characters that a message shows of a name
+_LONGEST_NAME = 200  # characters of a name in a message
 
 
 def texts(
@@ -60,30 +60,29 @@ def texts(
     """A recipe for prompts from text.
 
     Args:
-        source: "prose" (the Python manual's topics) or "code" (the standard library), which every
-            Python installation carries; a text file; a ``.jsonl`` file of objects; a ``.json`` file
-            of exact token ids; a Hugging Face data set as "hf:owner/name:split" or
+        source: "prose" (the Python manual's topics) or "code" (the standard library), which are
+            part of every Python installation; a text file; a ``.jsonl`` file of objects; a
+            ``.json`` file of exact token ids; a Hugging Face data set as "hf:owner/name:split" or
             "hf:owner/name:config:split"; or a list of strings, one prompt each.
-        prompts: how many prompts. Default: 16; of a list of strings, all.
+        prompts: number of prompts. Default: 16; for a list of strings, all.
         length: tokens of each prompt, special tokens included. Default: 256; for a list of strings,
-            each one's own.
-        bos: what stands in front. "auto": what the model's own tokenizer does by itself;
-            "always": the BOS token (for BERT, [CLS]) even where the tokenizer leaves it out;
-            "never": nothing; "random": an ordinary token, drawn anew for each prompt, wherever
-            "always" puts a special one. The first two keep the tokenizer's own closing tokens
-            (BERT's [SEP]).
+            the length of each.
+        bos: BOS policy. "auto": the default of the model's own tokenizer; "always": prepend the BOS
+            token (for BERT, [CLS]) even if the tokenizer does not; "never": add nothing; "random":
+            an ordinary token, drawn anew for each prompt, in place of each special token of
+            "always". The first two keep the tokenizer's closing tokens (BERT's [SEP]).
         padding: side on which shorter prompts are padded, "right" or "left".
-        seed: what the places in the text are drawn with.
+        seed: seed for drawing places in the text.
         windows: True cuts windows of equal length, without overlap, from distinct places of the
-            documents laid end to end. False takes one prompt a document from its beginning, cut
-            at `length` where it is longer. Default: True, but a list of strings is one prompt each.
+            concatenated documents. False uses the beginning of each document as a prompt, cut at
+            `length` if it is longer. Default: True, except for a list of strings.
         key: name of the text in the objects of a ``.jsonl`` file or the rows of a data set.
 
     Returns:
-        A recipe with ``.tokenize(model)``; for exact token ids, the `Texts` themselves.
+        A recipe with ``.tokenize(model)``; for exact token ids, the `Texts`.
 
     Raises:
-        TextError: an unknown source, a file that cannot be read, an empty text.
+        TextError: if the source is unknown, a file cannot be read, or a text is empty.
 
     Example:
         >>> texts("prose", prompts=4, length=128, bos="never").name
@@ -116,19 +115,19 @@ def texts(
 def random_tokens(
     prompts: int = _PROMPTS, length: int = _LENGTH, *, bos: str = "never", seed: int = 0
 ) -> TextSource:
-    """Prompts of ordinary tokens drawn evenly from the vocabulary.
+    """Prompts of ordinary tokens drawn uniformly from the vocabulary.
 
-    No BOS by default: the question these answer (Gu et al. 2024, section 3) is whether a sink needs
-    text, or a special token, at all.
+    No BOS by default, since these prompts test whether sinks require text or a special token at all
+    (Gu et al. 2024, section 3).
 
     Args:
-        prompts: how many prompts.
+        prompts: number of prompts.
         length: tokens of each prompt.
         bos: see `texts`.
-        seed: what tokens are drawn with.
+        seed: seed of the draws.
 
     Returns:
-        A recipe that `scan` turns into token ids with the model's vocabulary.
+        A recipe that `scan` converts to token ids with the model's vocabulary.
     """
     prompts = whole_number("prompts", prompts, at_least=1, error=TextError)
     length = whole_number("length", length, at_least=1, error=TextError)
@@ -143,21 +142,21 @@ def repeated_tokens(
     bos: str = "never",
     seed: int = 0,
 ) -> TextSource:
-    """Prompts of one token over and over.
+    """Prompts of one repeated token.
 
-    Under rotary, relative or no positions all hidden states of such a prompt are equal, so that no
-    position can become a sink (Gu et al. 2024, proposition 1); a BOS token would break that, so
-    none is put in front by default.
+    With rotary, relative or no positions all hidden states of such a prompt are equal, so that no
+    position can become a sink (Gu et al. 2024, proposition 1). A BOS token would break this
+    symmetry, so none is added by default.
 
     Args:
-        token: id, or text that is one token; None draws another token for each prompt.
-        prompts: how many prompts.
+        token: id, or text that is one token; None draws a different token for each prompt.
+        prompts: number of prompts.
         length: tokens of each prompt.
         bos: see `texts`.
-        seed: what tokens are drawn with.
+        seed: seed of the draws.
 
     Returns:
-        A recipe that `scan` turns into token ids with the model's vocabulary.
+        A recipe that `scan` converts to token ids with the model's vocabulary.
     """
     prompts = whole_number("prompts", prompts, at_least=1, error=TextError)
     length = whole_number("length", length, at_least=1, error=TextError)
@@ -167,7 +166,7 @@ def repeated_tokens(
 
 
 def as_texts(value: Any) -> TextSource | Texts:
-    """Whatever a user may pass to a scan, as something with ``.tokenize(model)``.
+    """Convert any texts that `scan` accepts to an object with ``.tokenize(model)``.
 
     Args:
         value: a recipe, `Texts`, the first argument of `texts`, or exact ids as for `token_ids`.
@@ -188,7 +187,7 @@ def as_texts(value: Any) -> TextSource | Texts:
 def _documents(
     source: str | Path, key: str, seed: int
 ) -> tuple[Callable[[], Iterator[Document]], str]:
-    """How to read the documents of a named source, and what to call it."""
+    """A function that reads the documents of a named source, and the name of the source."""
     if isinstance(source, str) and source in DOMAINS:
         return functools.partial(DOMAINS[source], seed), source
     if isinstance(source, str) and source.startswith("hf:"):
@@ -202,14 +201,14 @@ def _documents(
 
 
 def _checked(source: Any) -> Sequence[str]:
-    """The source, if it is a list of strings."""
+    """Check that the source is a list of strings."""
     if isinstance(source, list | tuple):
         wrong = [index for index, text in enumerate(source) if not isinstance(text, str)]
         if not wrong:
             return source
         which = f"Text {wrong[0]} of {len(source)} is {shown(source[wrong[0]])}"
         ids = "; for token ids use token_ids(...)" if len(wrong) == len(source) else ""
-        raise TextError(f"{which}, and a list of texts holds strings alone{ids}.")
+        raise TextError(f"{which}, but a list of texts must contain only strings{ids}.")
     listed = " (pass x.tolist())" if hasattr(source, "tolist") else ""
     raise TextError(
         "Texts are given as the name of a source, a path or a list of strings, not "
@@ -223,16 +222,16 @@ def _strings(source: Sequence[str]) -> tuple[Callable[[], Iterator[Document]], s
     if not strings or empty:
         which = f"text {empty[0]} of {len(strings)} is empty" if empty else "the list is empty"
         raise TextError(f"There is no text to measure: {which}.")
-    return functools.partial(iter, strings), "strings"  # other processes can be handed it
+    return functools.partial(iter, strings), "strings"  # can be pickled
 
 
 def _exact(path: str | Path, **given: Any) -> Texts:
-    """The ids of a ``.json`` file, and no option that would change them."""
+    """The ids of a ``.json`` file, refusing options that would change them."""
     if not is_file(path):
         raise TextError(_unknown(path))
     if useless := [name for name, value in given.items() if value is not None]:
         raise TextError(
-            f"{path} holds exact token ids, which are used as they are; leave out "
+            f"{path} contains exact token ids, which are used as they are; leave out "
             f"{', '.join(useless)}."
         )
     return read_token_ids(path)
@@ -264,14 +263,14 @@ def long_text(model: Any, source: Any, tokens: int, *, bos: str = "auto", seed: 
 
     Args:
         model: A bridge.
-        source: What `texts()` takes, read from its beginning without a gap; or exact `token_ids`,
-            of which the first prompt is taken.
-        tokens: How many, special ones in front included.
-        bos: See `texts`; `token_ids` are taken as they are.
-        seed: Of the order of documents, and of the first token where `bos` is "random".
+        source: A source for `texts()`, read contiguously from its beginning; or exact `token_ids`,
+            of which the first prompt is used.
+        tokens: Number of tokens, special tokens at the start included.
+        bos: See `texts`; ignored for `token_ids`.
+        seed: Seed of the order of documents, and of the first token if `bos` is "random".
 
     Raises:
-        TextError: If the text is shorter, or the model has no tokenizer to read it with.
+        TextError: If the text is shorter, or the model has no tokenizer.
     """
     tokens = whole_number("tokens", tokens, at_least=1, error=TextError)
     given = isinstance(source, str | Path | list | tuple)

@@ -1,6 +1,6 @@
 """The class of every token of a vocabulary, such as special, whitespace or the start of a word.
 
-It is read off the tokenizer's pieces. The classes are disjoint, and the first that fits counts.
+It is determined from the tokenizer's pieces. The classes are disjoint; the first that fits is used.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ CLASSES = (
 =================== ========================================================================
 special             a special token of the tokenizer, such as BOS or a chat marker
 unused              a row of the embedding without a token, or a token named `<unused…>`
-byte                a single byte (``<0x0A>``), or bytes that are no whole character
-whitespace          nothing but spaces, tabs and line breaks
-digits              nothing but digits, with or without a space in front
-punctuation         nothing but punctuation and symbols, with or without a space in front
+byte                a single byte (``<0x0A>``), or bytes that are not a whole character
+whitespace          only spaces, tabs and line breaks
+digits              only digits, with or without a space in front
+punctuation         only punctuation and symbols, with or without a space in front
 word start          anything else with a space in front
 continuation        anything else without one: the inside of a word, or a word at a line's start
 =================== ========================================================================
@@ -42,7 +42,7 @@ continuation        anything else without one: the inside of a word, or a word a
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _REPLACEMENT = "ï¿½"
-"""How byte-level vocabularies write U+FFFD itself, which is a character and no half of one."""
+"""U+FFFD itself in byte-level vocabularies, which is a character and not part of one."""
 _UNUSED = re.compile(r"[<\[]unused\d+[>\]]")
 
 
@@ -51,7 +51,7 @@ def token_classes(tokenizer: Any, ids: Sequence[int]) -> tuple[list[str], Int[Te
 
     Args:
         tokenizer: The model's Hugging Face tokenizer.
-        ids: Token ids; those that the tokenizer does not know are "unused".
+        ids: Token ids; those without an entry in the tokenizer are "unused".
 
     Returns:
         The text of each token, spaces kept, and the index of its class in `CLASSES`.
@@ -72,9 +72,9 @@ def class_of(text: str, piece: str | None, special: bool) -> str:
     """The class of one token.
 
     Args:
-        text: What it stands for, spaces kept.
-        piece: Its entry in the vocabulary; None where the tokenizer has none.
-        special: Whether the tokenizer calls it special.
+        text: Its text, spaces included.
+        piece: Its entry in the vocabulary; None if the tokenizer has none.
+        special: Whether it is a special token of the tokenizer.
     """
     if piece is None or _UNUSED.fullmatch(piece):
         return "unused"

@@ -1,4 +1,4 @@
-"""Token tensors with their mask: what a scan takes."""
+"""Token tensors with their mask, as used by a scan."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Texts:
 
     Attributes:
         tokens: token ids [prompt position]; 0 where padded.
-        mask: whether a position holds a real token [prompt position]. The real tokens of a prompt
-            stand together, at its left end or at its right end.
-        bos: the BOS policy and what it came to, for example "auto (none)".
-        source: a name for people, for example "prose".
+        mask: whether a position is a real token [prompt position]. The real tokens of a prompt are
+            contiguous, at its left or right end.
+        bos: the BOS policy and its result, for example "auto (none)".
+        source: name of the source, for example "prose".
         strings: the text of each real token, prompt by prompt; None without a tokenizer.
-        seed: what the prompts were drawn with; None where nothing was drawn.
+        seed: seed of the prompts; None if nothing was drawn.
 
-    Made by `token_ids` or by a recipe's ``tokenize``, which see to all that.
+    Created by `token_ids` or by a recipe's ``tokenize``, which ensure these properties.
     """
 
     tokens: Int[Tensor, "prompt position"]
@@ -61,28 +61,28 @@ class Texts:
         return self.mask.sum(1)
 
     def right_padded(self) -> Texts:
-        """The same prompts with their real tokens at the left end, no wider than the longest."""
+        """The prompts with padding on the right, as wide as the longest prompt."""
         positions = torch.arange(int(self.lengths.max()), device=self.mask.device)
         mask = positions < self.lengths[:, None]
         tokens = self.tokens.new_zeros(mask.shape)
-        tokens[mask] = self.tokens[self.mask]  # both masks visit prompt by prompt, left to right
+        tokens[mask] = self.tokens[self.mask]  # both masks are in row-major order
         return dataclasses.replace(self, tokens=tokens, mask=mask)
 
     def left_padded(self) -> Texts:
-        """The same prompts with their real tokens at the right end, no wider than the longest."""
+        """The prompts with padding on the left, as wide as the longest prompt."""
         mask = self.right_padded().mask.flip(1)
         tokens = self.tokens.new_zeros(mask.shape)
         tokens[mask] = self.tokens[self.mask]
         return dataclasses.replace(self, tokens=tokens, mask=mask)
 
     def tokenize(self, model: Any) -> Texts:
-        """These prompts, found fit for `model`, with the text of their tokens.
+        """Check the prompts against `model`, and add the text of their tokens.
 
         Args:
             model: anything with ``.cfg`` and, for the strings, ``.tokenizer``.
 
         Raises:
-            TextError: ids outside the model's vocabulary, or more positions than its context.
+            TextError: if ids are outside the model's vocabulary, or a prompt exceeds its context.
         """
         d_vocab, n_ctx = vocabulary_size(model), context_size(model)
         bad = (self.tokens < 0) if d_vocab is None else (self.tokens < 0) | (self.tokens >= d_vocab)
@@ -109,25 +109,26 @@ def token_ids(
     """Exact token ids; nothing is added to them.
 
     Args:
-        ids: one list of ids a prompt (lengths may differ), or a tensor or array [prompt position].
+        ids: one list of ids per prompt (lengths may differ), or a tensor or array [prompt
+            position].
         mask: whether a position is real [prompt position], for ids that are padded already.
 
     Returns:
         The prompts; ragged lists are padded on the right.
 
     Raises:
-        TextError: no ids, ids that are not integers, a prompt without a token, or a mask of another
-            shape or with padding among the tokens.
+        TextError: if there are no ids, ids are not integers, a prompt has no token, or the mask has
+            another shape or padding between tokens.
     """
     return exact(ids, mask, "token ids")
 
 
 def exact(ids: Any, mask: Any, source: str) -> Texts:
-    """`token_ids` of anything: whatever is no ids, or no mask of theirs, is refused."""
+    """`token_ids` with all inputs checked."""
     if isinstance(ids, Mapping) and "input_ids" in ids:
         raise TextError(
-            f"Token ids should be the ids alone, not a {type(ids).__name__}; of what a tokenizer "
-            'returned, pass token_ids(x["input_ids"], x["attention_mask"]).'
+            f"Token ids should be only the ids, not a {type(ids).__name__}; for the output of a "
+            'tokenizer, pass token_ids(x["input_ids"], x["attention_mask"]).'
         )
     if isinstance(ids, np.ndarray):
         ids = _tensor(ids)
@@ -141,27 +142,27 @@ def exact(ids: Any, mask: Any, source: str) -> Texts:
     if mask is not None:
         real = _mask(mask).to(tokens.device)
     _check_tensors(tokens, real)
-    tokens = torch.where(real, tokens.long(), 0)  # under the mask may stand anything, such as -100
+    tokens = torch.where(real, tokens.long(), 0)  # masked ids may be anything, such as -100
     return Texts(tokens, real, bos="as given", source=source)
 
 
 def read_token_ids(path: str | Path) -> Texts:
-    """Exact token ids from a JSON file that holds a list of lists of integers.
+    """Exact token ids from a JSON file with a list of lists of integers.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Returns:
-        The prompts, to which nothing is added.
+        The prompts; nothing is added to them.
 
     Raises:
-        TextError: a file that cannot be read, or that holds something else.
+        TextError: if the file cannot be read or has other content.
     """
     path = validation.path("path", path, error=TextError)
     text = read_text(path)
     try:
         ids = json.loads(text)
-    except (ValueError, RecursionError) as error:  # no JSON, a number too long, nested too deep
+    except (ValueError, RecursionError) as error:  # not JSON, a number too long, nested too deeply
         raise TextError(f"{path} cannot be read as JSON: {error}.") from error
     try:
         return exact(ids, None, path.name)
@@ -172,7 +173,7 @@ def read_token_ids(path: str | Path) -> Texts:
 def pack(
     rows: Sequence[Sequence[int]],
 ) -> tuple[Int[Tensor, "prompt position"], Bool[Tensor, "prompt position"]]:
-    """Rows of ids as one right-padded tensor, and which of its positions are real."""
+    """Pack rows of ids into one right-padded tensor, with the mask of real positions."""
     longest = max((len(row) for row in rows), default=0)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -183,7 +184,7 @@ def pack(
 
 
 def token_strings(tokenizer: Any, tokens: Tensor, mask: Tensor) -> list[list[str]]:
-    """The text of every real token, spaces kept, prompt by prompt."""
+    """The text of every real token, spaces included, prompt by prompt."""
     rows = [row[real].tolist() for row, real in zip(tokens.cpu(), mask.cpu(), strict=True)]
     ids = sorted({id for row in rows for id in row})
     text = {
@@ -194,18 +195,18 @@ def token_strings(tokenizer: Any, tokens: Tensor, mask: Tensor) -> list[list[str
 
 
 def context_size(model: Any) -> int | None:
-    """Positions the model can take, None where it says nothing."""
+    """Longest context of the model in positions, None if it states none."""
     return getattr(model.cfg, "n_ctx", None) or None
 
 
 def vocabulary_size(model: Any) -> int | None:
-    """Rows of the model's embedding, None where it says nothing."""
+    """Number of rows of the model's embedding, None if it states none."""
     size = getattr(model.cfg, "d_vocab", None)
     return size if size and size > 0 else None
 
 
 def check_length(length: int, n_ctx: int | None) -> None:
-    """Refuse more positions than the model's context has."""
+    """Refuse lengths beyond the model's context."""
     if n_ctx is not None and length > n_ctx:
         raise TextError(
             f"{length} tokens are more than the {n_ctx} positions of this model's context; ask "
@@ -219,29 +220,29 @@ def check_reached(positions: Iterable[int], texts: Texts) -> None:
     for position in positions:
         if not 0 <= position < shortest:
             raise TextError(
-                f"Sink position {position} lies outside the shortest prompt, whose positions run "
+                f"Sink position {position} is outside the shortest prompt, whose positions run "
                 f"from 0 to {shortest - 1}."
             )
 
 
 def check_embedded(tokens: Tensor, d_vocab: int | None, tokenizer: Any) -> None:
-    """Refuse ids that a tokenizer gave and that the model's embedding has no row for."""
+    """Refuse ids from a tokenizer for which the model's embedding has no row."""
     if d_vocab is None or not bool((beyond := tokens >= d_vocab).any()):
         return
     id = int(tokens[beyond][0])
     text = "" if tokenizer is None else f" ({_token_text(tokenizer, id, None)!r})"
     raise TextError(
-        f"The tokenizer gives the id {id}{text}, and this model's embedding has the rows 0 to "
+        f"The tokenizer gives the id {id}{text}, but this model's embedding has the rows 0 to "
         f"{d_vocab - 1}; load the tokenizer that belongs to it, or add the rows with "
         "model.resize_token_embeddings(len(tokenizer)) before loading it."
     )
 
 
 def _warn_of_padding(tokens: Int[Tensor, "prompt position"], tokenizer: Any) -> None:
-    """Say so where prompts without a mask begin or end with what looks like padding.
+    """Warn if prompts without a mask begin or end with what looks like padding.
 
-    Padding is the tokenizer's padding token, or, where that stands for something else as well (BOS
-    or EOS) or there is no tokenizer (then it is 0), that token twice or more.
+    This is the tokenizer's padding token; if that also serves as BOS or EOS, or there is no
+    tokenizer (then it is 0), it must occur at least twice.
     """
     pad = getattr(tokenizer, "pad_token_id", None)
     if tokenizer is not None and pad is None:
@@ -268,13 +269,13 @@ def _warn_of_padding(tokens: Int[Tensor, "prompt position"], tokenizer: Any) -> 
 def _token_text(tokenizer: Any, id: int, piece: str | None) -> str:
     if piece is None:  # a row of the embedding that the tokenizer does not use
         return f"<{id}>"
-    if piece.startswith("▁"):  # SentencePiece drops the space when it decodes a lone token
+    if piece.startswith("▁"):  # SentencePiece drops the space when decoding a single token
         return piece.replace("▁", " ")
     return tokenizer.decode([id], clean_up_tokenization_spaces=False)
 
 
 def _tensor(ids: np.ndarray) -> Tensor:
-    """The same integers as a tensor of its own, whatever their width, order and strides."""
+    """Copy integers of any width, byte order and strides to a tensor."""
     if ids.dtype.kind not in "iu":
         raise TextError(f"Token ids should be integers, not {ids.dtype}.")
     return torch.from_numpy(ids.astype(np.int64, order="C"))
@@ -313,7 +314,7 @@ def _mask(mask: Any) -> Bool[Tensor, "..."]:
             "A mask should be lists of True and False, one list a prompt and all of equal length."
         ) from None
     if not ((real == 0) | (real == 1)).all():
-        raise TextError("A mask holds True for a real token and False for padding.")
+        raise TextError("A mask must be True for real tokens and False for padding.")
     return real.bool()
 
 
@@ -333,7 +334,7 @@ def _check_tensors(tokens: Tensor, mask: Tensor) -> None:
     if tokens.shape[0] == 0 or not mask.any(1).all():
         empty = "there are none" if tokens.shape[0] == 0 else "one has no token"
         raise TextError(f"Prompts should have at least one token each, but {empty}.")
-    # One stretch of real tokens that touches an end changes at most once between the sides.
+    # Contiguous real tokens at one end give at most one change along a row.
     changes = (mask[:, 1:] != mask[:, :-1]).sum(1)
     if (changes > 1).any():
         prompt = int((changes > 1).nonzero()[0])

@@ -213,7 +213,7 @@ def test_a_paragraph_is_no_name_of_a_file(source: str):
         (None, "list of strings, not NoneType"),
         ([1, 2], r"the ids of a single prompt, so put them into a list: \[\[1, 2\]\]"),
         ([np.int64(1)], "the ids of a single prompt"),
-        (["text", 1], "Text 1 of 2 is 1, and a list of texts holds strings alone"),
+        (["text", 1], "Text 1 of 2 is 1, but a list of texts must contain only strings"),
         (["text", None], "Text 1 of 2 is None, and"),
         ([None, None], "Text 0 of 2 is None.* for token ids use"),
         (["text", [5, 6]], r"Text 1 of 2 is \[5, 6\]"),
@@ -263,8 +263,8 @@ def test_a_data_set_is_streamed(local_set: Path):
 @pytest.mark.parametrize(
     ("address", "key", "sentence"),
     [
-        ("{}", "text", "is written hf:owner/name:split"),
-        ("{}:", "text", "is written hf:owner/name:split"),
+        ("{}", "text", "is given as hf:owner/name:split"),
+        ("{}:", "text", "is given as hf:owner/name:split"),
         ("{}:test", "text", "cannot be read"),
         ("{}/none:train", "text", "cannot be read"),
         ("{}:train", "body", "has no text under 'body' .it has text, n"),

@@ -224,7 +224,7 @@ def test_padded_ids_come_with_a_mask():
         (np.ones((2, 3), bool), None, "should be integers, not bool"),
         ({"input_ids": [[5]]}, None, r'not a dict; .*x\["input_ids"\], x\["att'),
         ([[5, 6]], [[1]], "have the shapes"),
-        ([[5, 6]], [[1, 2]], "True for a real token"),
+        ([[5, 6]], [[1, 2]], "True for real tokens"),
         ([[5, 6], [7]], [[1, 1], [1, 0]], "needs ids of equal length"),
         ([[5, 6, 7]], [[1, 0, 1]], "padding between"),
         ([[5, 6, 7]], [[0, 1, 0]], "padding between or on both sides"),
