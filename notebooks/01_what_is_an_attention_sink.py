@@ -14,21 +14,21 @@
 # %% [markdown]
 # # 1 · What is an attention sink?
 #
-# Open almost any trained transformer, look at where its heads attend, and you meet the same odd
-# picture. This lesson shows it on a real model, lets you measure it yourself, and asks what it
-# depends on.
+# In almost any trained transformer, the attention patterns of many heads look alike: most of the
+# attention goes to one token. This lesson shows this on a real model, measures it, and tests what
+# it depends on.
 #
 # *Each lesson asks you to predict a result before you see it. Write your guess into the cell below
 # the question, then run the next one: where the guess is a number, it is drawn beside the result.
-# A guess that turns out wrong teaches more than a result that was merely read.*
+# A wrong guess teaches more than a result that you only read.*
 #
 # **Goals.** After this lesson you can
 #
 # * say what an attention sink is, and measure one from attention patterns,
-# * tell it from what uniform attention would give,
-# * test whether it depends on the word, the place, or the text.
+# * distinguish it from uniform attention,
+# * test whether it depends on the token, the position, or the text.
 #
-# **Before.** What a softmax and an attention head are. No GPU and no network.
+# **Prerequisites.** What a softmax and an attention head are. No GPU and no network.
 #
 # **Time.** About 60 minutes in class, with the predictions and two exercises.
 
@@ -50,8 +50,7 @@ model = ss.load_model("smollm2-135m")  # a real model, from a Python package
 # \qquad o_i = \sum_{j \le i} A_{ij}\, v_j .$$
 #
 # The weights sum to one. **A head cannot attend to nothing.** A head that looks for, say, the
-# subject of a verb has nothing to look for at most positions, and still has to spend its whole
-# budget there.
+# subject of a verb has nothing to find at most positions, but its weights sum to one there too.
 #
 # Here is a text, and the attention patterns of all heads on it, read through plain TransformerLens.
 
@@ -95,10 +94,10 @@ ss.plot.attention_pattern(patterns[18, 7], words, about=about, title="Layer 18, 
 print("Your guess:", guess or "none")
 
 # %% [markdown]
-# One bright column: every word attends to "The", the first token of the text, and to next to
-# nothing else. Hover over the cells. The head's budget has been parked.
+# There is one bright column: every token attends to "The", the first token of the text, and to
+# almost nothing else. Hover over the cells for the values.
 #
-# Not every head does that. Layer 16, head 0 looks at the token just before:
+# Not every head does that. Layer 16, head 0 attends to the previous token:
 
 # %%
 ss.plot.attention_pattern(patterns[16, 0], words, about=about, title="Layer 16, head 0")
@@ -108,22 +107,22 @@ ss.plot.attention_pattern(patterns[16, 0], words, about=about, title="Layer 16, 
 #
 # ```python
 # previous = patterns.diagonal(offset=-1, dim1=-2, dim2=-1)  # A[i, i - 1]
-# assert patterns[18, 7, 1:, 0].min() > 0.9, "layer 18, head 7 parks at every query"
+# assert patterns[18, 7, 1:, 0].min() > 0.9, "layer 18, head 7 attends to the sink at every query"
 # assert previous[16, 0].mean() > 0.5, "layer 16, head 0 reads the previous token"
 # ```
 #
 # </details>
 
 # %% [markdown]
-# ## Put a number on it
+# ## Measure it
 #
 # Average the column of position 0 over all queries that come after it. (Query 0 sees only itself,
-# so its weight there is 1 by force; it is left out.) This is sinkscope's `sink_attention`:
+# so its weight there is always 1; it is left out.) This is sinkscope's `sink_attention`:
 #
 # $$\bar A^{\,\text{sink}} = \frac{1}{T-1} \sum_{i=1}^{T-1} A_{i0} .$$
 #
-# What should it be compared with? A head that spreads its attention evenly gives each of the
-# $i + 1$ positions that query $i$ sees the weight $1/(i+1)$. That is no sink, and yet it is not 0.
+# What should it be compared with? A head with uniform attention gives each of the $i + 1$ positions
+# that query $i$ sees the weight $1/(i+1)$. That is not a sink, but it is not 0 either.
 #
 # > **Predict.** The text has 45 tokens. Averaged over *all* heads of the model, how much of their
 # > attention goes to the first token? And how much would uniform attention give it?
@@ -155,9 +154,9 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# Almost half of all the attention in this model goes to one token of 45, about six times what an even
-# spread would give it. `ss.scan` measures this, and much else, without ever storing a pattern. It
-# agrees with what we did by hand, head by head:
+# Almost half of all the attention in this model goes to one token of 45, about six times as much as
+# under uniform attention. `ss.scan` measures this, and much else, without ever storing a pattern.
+# It agrees with the values computed by hand, head by head:
 
 # %%
 report = ss.scan(model, texts)
@@ -169,7 +168,7 @@ ss.plot.head_map(report)
 # Each cell is a head. Move the slider: it greys out the heads below a threshold, and the title
 # counts the rest. At 0.3, the threshold of Gu et al. (arXiv 2410.10781), about three heads in four
 # are **sink heads**. Two regions are free of them: the first layers, and a few layers around 11.
-# Both matter: lesson 3 finds that these are the places where the sink is *made*.
+# Both matter: lesson 3 shows that the sink is *written* there.
 
 # %% [markdown] tags=["checks"]
 # <details><summary>What the tests check here</summary>
@@ -185,14 +184,14 @@ ss.plot.head_map(report)
 # %% [markdown]
 # ## Seen from the tokens
 #
-# So far we asked a head where it looks. Turn it around: how much does each *token* receive, from
-# all heads? Key $k$ is seen by the queries $i \ge k$ only, so we average over those:
+# So far we looked at where each head attends. Conversely, how much attention does each *token*
+# receive from all heads? Key $k$ is seen by the queries $i \ge k$ only, so we average over those:
 #
 # $$\alpha_k = \frac{1}{T-k} \sum_{i=k}^{T-1} A_{ik} .$$
 #
 # Gu et al. call this the importance score of a key. (The self-weight $A_{kk}$ is in it, which is
-# why it is a little larger than `sink_attention`, and why the last few tokens, seen by almost
-# nobody else, look better than they are.)
+# why it is a little larger than `sink_attention`, and why it is too high for the last few tokens,
+# which few other queries see.)
 
 # %%
 ss.plot.token_strip(report, log=False)
@@ -212,12 +211,12 @@ print([(position, words[position], round(received[position].item(), 2)) for posi
 # </details>
 
 # %% [markdown]
-# The first token is alone. It receives more than four times as much as any other, and it is the
-# word "The".
+# The first token stands out: it receives more than four times as much as any other. It is the word
+# "The".
 #
 # ## Is it the word?
 #
-# Perhaps "The" is a useful word. Three experiments can tell.
+# Perhaps "The" is a useful word. Three experiments test this.
 #
 # > **Predict** for each whether the sink stays, weakens, or goes.
 # >
@@ -266,10 +265,10 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# It is not the word. Whatever stands first becomes the sink: any word, a special token, a word
-# that a moment ago was in the middle of the text and received almost nothing. In this model the
-# sink is bound to being *first*, not to a meaning. (Models whose training texts always began with
-# the same BOS token can come to depend on that token: Barbero et al., arXiv 2504.02732.)
+# It is not the word. Any first token becomes the sink: another word, a special token, or a word
+# that received almost nothing in the middle of the text. In this model the sink depends on being
+# *first*, not on meaning. (Models whose training texts always began with the same BOS token can
+# come to depend on that token: Barbero et al., arXiv 2504.02732.)
 #
 # ## Does it need a text at all?
 #
@@ -307,20 +306,20 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# Nonsense has its sink: the text does not matter. But repetition has **none**, and for a reason
-# that can be proved (Gu et al., arXiv 2410.10781). This model knows where a token stands only from
+# Random tokens have a sink: the text does not matter. But repetition has **none**, for a reason
+# that can be proved (Gu et al., arXiv 2410.10781). In this model position enters only through
 # rotations of queries and keys (RoPE), which act on attention *scores*. If all tokens are equal,
 # all values are equal, and then every average of them is the same, whatever the weights. So all
 # positions hold the same state after the first block, and after the second, and so on: nothing
-# marks the first position, and nothing can single it out.
+# distinguishes the first position.
 #
-# Keep this: **position 0 becomes a sink because it is the one token that averages nothing.** It
-# sees only itself. Give it the same value as everybody's average and it disappears in the crowd.
+# In short: **position 0 becomes a sink because it is the only token that averages nothing.** It
+# sees only itself. If its value equals the average of all others, it is no longer distinguished.
 # Lesson 4 turns this into a way to *move* a sink.
 #
-# ## Why does it not hurt?
+# ## Why does it do no harm?
 #
-# If half of the attention goes to "The", half of what heads write should be "The". Look at the
+# If half of the attention goes to "The", half of the heads' output should be "The". Look at the
 # output again: $o_i = \sum_j A_{ij} v_j$. A weight matters only as much as the value behind it.
 #
 # > **Predict.** How large is the value of the first token, compared with the others?
@@ -341,11 +340,11 @@ ss.plot.guess_and_result(
 
 # %% [markdown]
 # It is tiny. (One bar for each value vector of layer 18, key/value head 2, which heads 6, 7 and 8
-# share.) The sink takes attention and gives back almost nothing: the nearest thing to "attend to
-# nothing" that a softmax leaves. Yan et al. (arXiv 2407.01601) call such tokens *waiver elements*;
-# Guo et al. (arXiv 2410.13835) speak of *value-state drains*.
+# share.) The sink takes attention and contributes almost nothing, which is the closest that a
+# softmax can come to attending to nothing. Yan et al. (arXiv 2407.01601) call such tokens *waiver
+# elements*; Guo et al. (arXiv 2410.13835) speak of *value-state drains*.
 #
-# Weigh each attention weight with its value's norm, and see what is left of the sink's share:
+# Multiply each attention weight by its value's norm, and compute the sink's share again:
 #
 # $$\frac{A_{i0}\,\lVert v_0\rVert}{\sum_j A_{ij}\,\lVert v_j\rVert} .$$
 
@@ -366,25 +365,26 @@ print(f"its value is {ratio:.2f} × the others' (median over layers and KV heads
 # </details>
 
 # %% [markdown]
-# Muted, not silent: the sink's share of what is written is smaller than its share of the attention,
-# and still almost a third. The other half of the answer is that this third says nothing. Lesson 3
-# shows that the first token's state, and with it its value, is all but the same vector for every
-# text. What a head fetches from the sink is a small constant, and a constant is easily allowed for.
+# The sink's share of the output is smaller than its share of the attention, but still almost a
+# third. This third carries no information: lesson 3 shows that the first token's state, and with it
+# its value, is nearly the same vector for every text. A head reads a small constant from the sink,
+# which later layers can compensate for.
 #
-# ## What to take with you
+# ## Summary
 #
-# * A softmax row sums to one, so a head that has nothing to do must park its attention.
-# * On this short story about three heads in four of SmolLM2 park a large part of it on the first
-#   token; over 256 tokens, about half. It is the first by position, not by meaning; random tokens
-#   will do.
+# * A softmax row sums to one, so a head that is not needed must still attend to some token.
+# * On this short story about three heads in four of SmolLM2 give a large part of their attention to
+#   the first token; over 256 tokens, about half. It depends on position, not on meaning: random
+#   tokens have a sink too.
 # * One token repeated leaves no sink: the first position is special only because it averages
 #   nothing.
-# * Parking does little harm since the sink's value is small. High attention is not high importance.
+# * This does little harm since the sink's value is small. High attention does not imply high
+#   importance.
 #
 # ## Exercises
 #
-# Put your answer in the place of `None` and run the cell. The cell below holds what answers are
-# compared with (open it only afterwards), and each solution is folded away below its exercise.
+# Put your answer in the place of `None` and run the cell. The cell below contains the correct
+# answers (open it only afterwards), and each solution is folded below its exercise.
 
 # %% jupyter={"source_hidden": true} cellView="form"
 # @title How answers are checked { display-mode: "form" }
@@ -413,7 +413,7 @@ solved = set()
 
 
 def check(exercise, answer):
-    """Say how an exercise stands: numbers may be 2 % off."""
+    """Check an answer; numbers may be 2 % off."""
     expected, hint = ANSWERS[exercise]
     if answer is None:
         return print(f"Exercise {exercise}: put your answer in the place of None.")
@@ -446,9 +446,10 @@ check(1, answer_1)
 # </details>
 
 # %% [markdown]
-# **2.** Sink rates in papers are taken at 64 tokens, serving systems run thousands. What would
-# *uniform* attention give the first token of 1,024 tokens, by the formula of `sink_attention`?
-# (Then: is "0.1 of the attention goes to the first token" a sink at T = 9? At T = 1,024?)
+# **2.** Sink rates in papers are measured at 64 tokens, while deployed models process thousands.
+# What would *uniform* attention give the first token of 1,024 tokens, by the formula of
+# `sink_attention`? (Then: is "0.1 of the attention goes to the first token" a sink at T = 9? At T =
+# 1,024?)
 
 # %%
 answer_2 = None
@@ -570,5 +571,5 @@ check(5, answer_5)
 # Next: [2 · Find the sinks of a model](02_find_the_sinks_of_a_model.ipynb). After it:
 # [3 · what a sink is made of](03_drains_peaks_and_dimensions.ipynb),
 # [4 · how to move it](04_move_the_sink.ipynb),
-# [5 · heads that sleep](05_dormant_heads.ipynb), and
+# [5 · dormant heads](05_dormant_heads.ipynb), and
 # [6 · how a sink grows](06_grow_a_sink.ipynb).

@@ -14,18 +14,18 @@
 # %% [markdown]
 # # 2 · Find the sinks of a model
 #
-# You have a model, and want to know: does it have attention sinks, in which heads, on which tokens,
-# and how sure is that? One call answers. The art is in reading the answer, because the most quoted
-# figure in this field, the *sink rate*, can be moved up and down at will by anybody who chooses the
-# threshold, the length of the text, and the first token. This lesson does so on purpose.
+# Does a given model have attention sinks, in which heads, on which tokens, and with what
+# uncertainty? One call measures this. Interpreting the result takes care, because the most quoted
+# statistic in this field, the *sink rate*, depends strongly on the threshold, the length of the
+# text, and the first token. This lesson varies all three.
 #
 # **Goals.** After this lesson you can
 #
 # * scan a model and read the result,
-# * say what moves a sink rate, and what has to stand beside one,
-# * put an interval on it, and find sinks that are not at position 0.
+# * say what a sink rate depends on, and what to report with it,
+# * give it an interval, and find sinks that are not at position 0.
 #
-# **Before.** [Lesson 1](01_what_is_an_attention_sink.ipynb).
+# **Prerequisites.** [Lesson 1](01_what_is_an_attention_sink.ipynb).
 #
 # **Time.** About 60 minutes in class, with the predictions and two exercises.
 
@@ -78,23 +78,23 @@ ss.plot.guess_and_result(
 # %% [markdown]
 # About two thirds. Read the table from the top:
 #
-# * **Text** says what was measured: source, number of prompts, $T$ and the BOS policy. A figure
-#   without this line means nothing, as you will see.
+# * **Text** gives the source, number of prompts, $T$ and the BOS policy. Without this line the
+#   values cannot be interpreted, as the next sections show.
 # * **Sinks** gives the mean attention to the sink with an interval, and beside it what uniform
 #   attention would have given.
-# * **Value drain, Residual peak, Massive dims, Non-mixture dims** are the traces that a sink leaves
-#   inside the model. Lesson 3 is about them.
-# * **Strongest sink heads**: two heads of layer 18 give the first token practically *everything*.
-#   Remember 18.7 and 18.8. Do they do anything at all? Lesson 5 wakes one of them up.
+# * **Value drain, Residual peak, Massive dims, Non-mixture dims** are properties of the sink inside
+#   the model, the subject of lesson 3.
+# * **Strongest sink heads**: two heads of layer 18 give the first token practically *all* of their
+#   attention. Are 18.7 and 18.8 of any use? Lesson 5 finds a text on which one of them is active.
 #
-# The same as a map, with a threshold to slide:
+# The same as a map, with a threshold slider:
 
 # %%
 ss.plot.head_map(report)
 
 # %% [markdown]
-# In a live notebook there is more: click a head on the map, and everything about it follows. Type a
-# prompt of your own and measure it. Put an intervention beside it (lesson 4 is about those).
+# A live notebook offers more: click a head on the map to see its attention, values and pattern,
+# type a prompt to measure it, or compare an intervention (the subject of lesson 4).
 
 # %% tags=["live"]
 ss.explore(report, model=model)
@@ -142,9 +142,9 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# The same heads, the same text: anything from 85 % to 4 %. There is no right threshold, so show
-# the curve, or at least say your $\varepsilon$. A report keeps the scores themselves, which is why
-# `sink_rate_at` is exact at every threshold without measuring again.
+# The same heads, the same text: anything from 85 % to 4 %. There is no correct threshold, so show
+# the curve, or at least state $\varepsilon$. A report contains the scores themselves, so
+# `sink_rate_at` is exact at every threshold without another measurement.
 #
 # ## A rate has a length
 #
@@ -187,11 +187,11 @@ print("Your guess:", guess or "none")
 
 # %% [markdown]
 # The rate falls from almost 90 % to about 50 %, while the sink stands out *more*: three times what
-# uniform attention would give it at 16 tokens, about fifteen times at 256. Both are true. A long
-# text has more keys to share the attention among, so every single key gets less, the sink too; but
-# an even spread would shrink much faster. Two habits follow: compare rates only at equal $T$ (the
-# papers: 64), and look at `uniform_ratio` beside them. At $T = 9$, uniform attention alone already
-# passes $\varepsilon = 0.3$: exercise 4.
+# uniform attention would give it at 16 tokens, about fifteen times at 256. Both are true. In a long
+# text attention is divided among more keys, so every single key receives less, including the sink;
+# but uniform attention decreases much faster. Therefore compare rates only at equal $T$ (in papers:
+# 64), and consider `uniform_ratio` as well. At $T = 9$, uniform attention alone already passes
+# $\varepsilon = 0.3$: exercise 4.
 #
 # ## A rate has a first token
 #
@@ -216,14 +216,14 @@ for policy in ("never", "always", "random"):
 # </details>
 
 # %% [markdown]
-# SmolLM2 hardly cares, as lesson 1 led us to expect: being first is what counts. Do not generalise.
-# Gemma-7B without its BOS token falls from 81 % to 27 % on HellaSwag (Barbero et al., their Table
-# 3). Whether your tokenizer prepends a token can decide what you find.
+# For SmolLM2 it makes little difference, as expected from lesson 1: only being first matters. This
+# does not generalise: Gemma-7B without its BOS token falls from 81 % to 27 % on HellaSwag (Barbero
+# et al., their Table 3). Whether your tokenizer prepends a token can decide what you find.
 #
-# ## How sure is it?
+# ## How certain is it?
 #
-# Every figure that is cheap to keep per prompt has a `prompt` dimension, and its mean has a
-# bootstrap interval over prompts. Hover over the head map above, or ask:
+# Every quantity that can be stored per prompt has a `prompt` dimension, and its mean has a
+# bootstrap interval over prompts. Hover over the head map above, or compute it:
 
 # %%
 interval = report.interval("sink_attention")
@@ -240,17 +240,18 @@ print(f"median width of a head's 95 % interval: {width.median():.3f}, widest {wi
 # </details>
 
 # %% [markdown]
-# With 8 prompts most heads are known to a few hundredths, while some differ from prompt to prompt
-# by far more. Those are interesting: they sleep on one text and work on another. Lesson 5.
+# With 8 prompts the values of most heads are known to a few hundredths, while some differ far more
+# from prompt to prompt. These may be dormant on one text and active on another: lesson 5.
 #
-# What an interval over prompts does *not* tell you is what happens on another kind of text, at
-# another length, or in another model. It knows only the prompts it saw.
+# An interval over prompts says *nothing* about another kind of text, another length, or another
+# model.
 #
 # ## A sink may be anywhere
 #
-# So far we told the scan which position to ask about: 0. With `sinks="auto"` a first pass looks for
-# keys that many heads attend to, wherever they are. The one of the most heads is the *primary* sink, and
-# the scan is about it; further ones are kept apart, by layer. Back to the story of lesson 1:
+# So far the scan was told the position of the sink: 0. With `sinks="auto"` a first pass searches
+# for keys that many heads attend to, at any position. The one with the most heads is the *primary*
+# sink, to which the scan refers; further ones are listed separately, by layer. Back to the story of
+# lesson 1:
 
 # %%
 story = (
@@ -276,14 +277,14 @@ for position in secondary:
 # </details>
 
 # %% [markdown]
-# A second sink, at position 5, and the token is " the"! Where do heads look at it?
+# There is a second sink, at position 5, on the token " the". In which layers do heads attend to it?
 
 # %%
 ss.plot.position_map(found)
 
 # %% [markdown]
-# Follow the column of position 5 down the layers: it is bright from layer 3 to about layer 9, and
-# gone afterwards. (So is that of position 28, another " the", more faintly: under the threshold.)
+# The column of position 5 is bright from layer 3 to about layer 9, and not afterwards. (That of
+# position 28, another " the", is similar but fainter, below the threshold.)
 #
 # Why there, and why those layers? Compare its residual state with the sink's, layer by layer:
 
@@ -308,10 +309,11 @@ for layer in (0, 2, 5, 8, 11, 15):
 # </details>
 
 # %% [markdown]
-# From layer 2 to layer 8 the state of this " the" points where the sink's points (cosine 0.99), and
-# is as disproportionately large. As long as it *looks* like the sink, it is treated like the sink.
-# After layer 9 the likeness is gone, and so is the attention. Such tokens are called secondary
-# sinks (arXiv 2512.22213 asks for a cosine above 0.9). A sink is a *state*, not a place.
+# From layer 2 to layer 8 the state of this " the" has the direction of the sink's (cosine 0.99),
+# and is also disproportionately large. While its state is similar to the sink's, it receives
+# attention like the sink. After layer 9 neither holds. Such tokens are called secondary sinks
+# (arXiv 2512.22213 asks for a cosine above 0.9). A sink is thus defined by its *state*, not by its
+# position.
 #
 # For work downstream (training an SAE, a probe, a quantiser) you may want to leave such tokens out:
 
@@ -333,7 +335,7 @@ print(f"{len(marked)} of {mask.numel():,} tokens:", marked)
 # ## Another kind of model
 #
 # MiniLM is a BERT: bidirectional, with learned position embeddings, and `[CLS]` … `[SEP]` around
-# each text. No query is blind to the right here, and position 0 is seen by everybody, everywhere.
+# each text. Here every query sees all positions, and every position sees position 0.
 #
 # > **Predict.** Does a bidirectional model have a sink? On `[CLS]`, on `[SEP]`, on a full stop?
 
@@ -365,25 +367,25 @@ print("Your guess:", guess or "none")
 # </details>
 
 # %% [markdown]
-# It has one, `[CLS]`, and once more not in the first layer. (Other BERTs choose `[SEP]`: Xiao et
-# al., arXiv 2309.17453, appendix H.) What makes `[CLS]` the sink is another matter. It is not that
-# it sees only itself; here every position sees every other. Lesson 4 takes it apart.
+# It has one, `[CLS]`, and again not in the first layer. (Other BERTs choose `[SEP]`: Xiao et
+# al., arXiv 2309.17453, appendix H.) The cause must be a different one: `[CLS]` does not attend
+# only to itself, since here every position sees every other. Lesson 4 investigates it.
 
 # %% [markdown]
 # ## Models that could do without
 #
-# A head that has nothing to add still has to spend its attention: a softmax row sums to one. Two
-# designs give it another way out.
+# A head that should add nothing still has to attend somewhere, since a softmax row sums to one. Two
+# designs offer an alternative.
 #
 # * A **gate** on the head's output (Qwen3-Next, Qwen3.5, AFMoE; Qiu et al., arXiv 2505.06708): the
-#   query computes a factor for each channel, and $g_i \odot \sum_j A_{ij} v_j$ goes on to $W_O$. A
-#   closed gate adds nothing, wherever the head looks.
-# * A **learned sink** (gpt-oss): one more logit in every row, which belongs to no token. What it
-#   takes is lost, so that a row sums to less than one.
+# query computes a factor for each channel, and $g_i \odot \sum_j A_{ij} v_j$ goes on to $W_O$. With
+#   a closed gate the head adds nothing, wherever it attends.
+# * A **learned sink** (gpt-oss): one more logit in every row, which belongs to no token. Its
+#   attention mass is discarded, so that a row sums to less than one.
 #
 # sinkscope comes with three toy models that differ in this alone: one layer, one head, 450 steps on
-# the same task (lesson 6 explains it: on triggers, 29 % of the queries, the head must look back one
-# place; on all others it is not needed).
+# the same task (lesson 6 explains it: on triggers, 29 % of the queries, the head must attend to the
+# previous position; on all others it is not needed).
 #
 # > **Predict.** Which of the two keeps the head from attending to BOS?
 
@@ -416,8 +418,8 @@ print("Your guess:", guess or "none")
 
 # %% [markdown]
 # The gate does, for the most part. Half of the attention to BOS is left, but
-# `gated_sink_attention`, each query's attention times its mean factor, says that little of it
-# passes; and BOS keeps its value. When does the gate close?
+# `gated_sink_attention`, each query's attention times its mean factor, shows that little of it
+# passes; and the value of BOS is not drained. When does the gate close?
 
 # %%
 with torch.inference_mode():
@@ -437,19 +439,19 @@ print(f"mean factor: {open_there:.2f} at triggers, {open_elsewhere:.2f} elsewher
 # </details>
 
 # %% [markdown]
-# It closes just where the head is not needed, which is what the sink was for.
+# It closes exactly where the head is not needed, and so takes over the function of the sink.
 #
-# The learned sink could do the same, and here it does not: it takes hundredths of the attention,
-# and BOS the rest. That a model has room for another way does not mean that training takes it. One
-# layer and one seed are not much, either: in three layers (the table in `sinkscope/bb/README.md`)
-# the learned sink is left alone in all six runs, but gated models keep more of their sinks than
-# this one, and their residual peaks. So do not conclude from an architecture: measure
+# The learned sink could do the same, but here it takes only hundredths of the attention, and BOS
+# the rest. That an architecture allows an alternative does not mean that training uses it. One
+# layer and one seed are not much evidence: in three layers (the table in `sinkscope/bb/README.md`)
+# the learned sink is unused in all six runs, but gated models keep more of their sinks than this
+# one, and their residual peaks. So do not infer sinks from the architecture: measure
 # `learned_sink_mass`, or `gate_mean` and `gated_sink_attention`, beside `sink_attention`.
 
 # %% [markdown]
-# ## Keep it
+# ## Save it
 #
-# A report is labelled all through: tidy frames for pandas, an xarray for everything, one file.
+# A report is fully labelled: tidy frames for pandas, an xarray Dataset, and one file.
 
 # %%
 report.to_frame("sink_attention", "honor").head()
@@ -472,10 +474,10 @@ with tempfile.TemporaryDirectory() as folder:
 # %% [markdown]
 # ## A metric of your own
 #
-# The list of metrics is open. A class that names a metric registers it: it says which signal it
-# reads, declares its field, and `observe` reduces that signal inside the hook, one layer at a time.
-# Here: the kurtosis of the value states (a normal distribution has 3). Padding, were there any, would
-# be where `batch.mask` is false.
+# You can add metrics. A class that names a metric registers it: it states which signal it reads and
+# declares its field, and `observe` reduces that signal inside the hook, one layer at a time. Here:
+# the kurtosis of the value states (a normal distribution has 3). `batch.mask` is false at padding,
+# of which there is none here.
 
 
 # %%
@@ -506,14 +508,14 @@ tails.interval("value_kurtosis").mean.max()
 ss.plot.head_map(tails, "value_kurtosis")
 
 # %% [markdown]
-# ## What to take with you
+# ## Summary
 #
-# * A sink rate belongs to a model *and* a threshold, a length, a first token and a kind of text.
-#   Say all of them.
-# * Across lengths, the raw rate alone misleads. Look at `uniform_ratio`, too.
-# * A sink is recognised by its state. Tokens that share that state for some layers are sinks for
+# * A sink rate depends on the model *and* on threshold, length, first token and kind of text. State
+#   all of them.
+# * Across lengths, the rate alone is misleading. Consider `uniform_ratio` too.
+# * A sink is characterised by its state. Tokens that have that state in some layers are sinks in
 #   those layers.
-# * Sinks are not a matter of causal masks alone: MiniLM parks on `[CLS]`.
+# * Sinks do not require a causal mask: MiniLM has one at `[CLS]`.
 # * Behind a gate, attention to a sink is not what the head adds: look at `gated_sink_attention`.
 #
 # ## Exercises
@@ -545,7 +547,7 @@ solved = set()
 
 
 def check(exercise, answer):
-    """Say how an exercise stands: numbers may be 2 % off."""
+    """Check an answer; numbers may be 2 % off."""
     expected, hint = ANSWERS[exercise]
     if answer is None:
         return print(f"Exercise {exercise}: put your answer in the place of None.")
@@ -616,7 +618,7 @@ check(3, answer_3)
 # </details>
 
 # %% [markdown]
-# **4.** A head that spreads its attention evenly is no sink head. How many tokens must a text have
+# **4.** A head with uniform attention is not a sink head. How many tokens must a text have
 # at least, so that such a head's importance score of key 0 (all $T$ queries counted) does not
 # exceed 0.3?
 
@@ -679,7 +681,7 @@ check(5, answer_5)
 #
 # 1. Two papers report 46 % and 65 % for two models. What do you need to know to compare them?
 # 2. Prompts are the unit of the bootstrap. Why not tokens, or heads?
-# 3. When would you name the sink's position, and when have it looked for?
+# 3. When would you specify the sink's position, and when search for it?
 #
 # ## Read on
 #

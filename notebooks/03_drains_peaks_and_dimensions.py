@@ -14,10 +14,9 @@
 # %% [markdown]
 # # 3 · Value drains, residual peaks, non-mixture dimensions
 #
-# A head cannot know that a token is the first one unless something in that token's state says so.
-# In this lesson we find that something. It turns out to be startlingly simple: **one number**,
-# written by one feed-forward network, carried through the model untouched, and taken out again
-# before the end.
+# A head can attend to the first token only if something in that token's state identifies it. This
+# lesson finds out what. It turns out to be surprisingly simple: **one number**, written by one
+# feed-forward network, passed through the model unchanged, and removed again before the end.
 #
 # The residual stream is $h^{(l+1)} = h^{(l)} + \mathrm{attn}(h^{(l)}) + \mathrm{ffn}(\dots)$, one vector per position, to
 # which every block adds.
@@ -28,7 +27,8 @@
 # * show by ablation that attention depends on it,
 # * explain how a large number becomes attention.
 #
-# **Before.** Lessons [1](01_what_is_an_attention_sink.ipynb) and [2](02_find_the_sinks_of_a_model.ipynb); what a residual stream is.
+# **Prerequisites.** Lessons [1](01_what_is_an_attention_sink.ipynb) and
+# [2](02_find_the_sinks_of_a_model.ipynb); what a residual stream is.
 #
 # **Time.** About 75 minutes in class, with the predictions and two exercises.
 
@@ -76,16 +76,17 @@ print("Your guess:", guess or "none")
 # </details>
 
 # %% [markdown]
-# Mind the logarithmic axis: after block 11 the first token's norm is more than **a hundred times**
-# everybody else's. This is a *residual-state peak* (Guo et al., arXiv 2410.13835). It has a shape:
+# Note the logarithmic axis: after block 11 the first token's norm is more than **a hundred times**
+# that of all others. This is a *residual-state peak* (Guo et al., arXiv 2410.13835). Layer by
+# layer:
 #
-# * blocks 1 and 2 raise a first peak, about ten times the others;
-# * blocks 8 to 10 take it away;
-# * block 11 throws up the great one, which then stands like a plateau;
-# * blocks 28 and 29 take it away again.
+# * blocks 1 and 2 write a first peak, about ten times the others;
+# * blocks 8 to 10 remove it;
+# * block 11 writes the main peak, which then stays nearly constant;
+# * blocks 28 and 29 remove it again.
 #
-# Lesson 1 found two regions without sink attention, at the very beginning and around layer 11.
-# These are the two places where there is no peak to be seen.
+# Lesson 1 found two regions without sink attention, in the first layers and around layer 11. In
+# exactly these two regions there is no peak.
 
 # %%
 attention = report.sink_attention.mean((0, 2))  # [layer]
@@ -106,9 +107,9 @@ print(f"sink attention of layers that read a peak: {attention[high].mean():.2f},
 # %% [markdown]
 # ## Which channels?
 #
-# A large norm can be spread over all 576 residual channels, or sit in a few of them. Sun et al.
-# (arXiv 2402.17762) call an activation **massive** if it is above 100 and above 1,000 times the
-# median activation of its hidden state.
+# A large norm can be spread over all 576 residual channels, or concentrated in a few of them. Sun
+# et al. (arXiv 2402.17762) call an activation **massive** if it is above 100 and above 1,000 times
+# the median activation of its hidden state.
 #
 # > **Predict.** How many of the 576 channels hold a massive activation?
 
@@ -142,14 +143,13 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# Two. Channel 507 holds about 23,000, in every prompt, whatever its first word, from layer 11 to
-# layer 27. (247 passes the rule for a layer or two.) No other position has any. If the map shows a
-# faint cell at layer 2, hover over it: that is a secondary sink, an early " the", as in lesson 2.
+# Two. Channel 507 has about 23,000, in every prompt, for any first word, from layer 11 to layer 27.
+# (247 passes the rule for a layer or two.) No other position has any. If the map shows a faint cell
+# at layer 2, hover over it: that is a secondary sink, an early " the", as in lesson 2.
 #
 # ## Who writes it?
 #
-# The report kept what each block's FFN put out at the sink, in every channel. Read channel 507 like
-# a bank statement:
+# The report contains the output of each block's FFN at the sink, in every channel. For channel 507:
 
 # %%
 ledger = report.ffn_sink_mean[:, 507]  # FFN output at position 0, mean over prompts [layer]
@@ -170,21 +170,22 @@ for layer in (ledger.abs() > 50).nonzero()[:, 0].tolist():
 # </details>
 
 # %% [markdown]
-# A deposit in blocks 1 and 2, withdrawn by blocks 8 to 10; an enormous deposit in block 11; fifteen
-# blocks that do not touch it; a withdrawal in blocks 27 to 29, before the unembedding could be
-# disturbed by it.
+# Blocks 1 and 2 add to the channel and blocks 8 to 10 subtract from it; block 11 adds an enormous
+# value; fifteen blocks leave it unchanged; blocks 27 to 29 subtract it, before it could disturb the
+# unembedding.
 #
-# No other position receives such a deposit from block 11: they reach a thousandth of it. (Blocks 2
-# to 10 may do to an early " the" what they do to the first token: the secondary sink of lesson 2.)
+# At all other positions block 11 adds at most a thousandth of it. (Blocks 2 to 10 may act on an
+# early " the" as on the first token: the secondary sink of lesson 2.)
 #
 # ## Non-mixture dimensions
 #
-# Why does the first token get it, whatever word it is? Under a causal mask, position 0 attends to
-# itself alone. Its attention output is *one* value vector, where everybody else's is an average of
-# many. It is the one **non-mixed** position. Yan et al. (arXiv 2407.01601, their Fig. 1) showed
-# that an early FFN of Llama3-8B turns this difference into a few extreme channels, which they call
-# the non-mixture distribution. Their exact rule is not public. sinkscope's is operational, and
-# ours: with $x$ the FFN's output, channel $d$ counts if, in at least half of the prompts,
+# Why does the first token get it, independently of the word? Under a causal mask, position 0
+# attends only to itself. Its attention output is *one* value vector, while that of all others is an
+# average of several. It is the only **non-mixed** position. Yan et al. (arXiv 2407.01601, their
+# Fig. 1) showed that an early FFN of Llama3-8B turns this difference into a few extreme channels,
+# which they call the non-mixture distribution. Their exact rule is not public. The operational rule
+# of sinkscope is ours: with $x$ the FFN's output, channel $d$ counts if, in at least half of the
+# prompts,
 #
 # $$|x_{0,d}| > 100 \cdot \operatorname{median}_{c} |x_{0,c}| \quad\text{and}\quad
 #   |x_{0,d}| > 10 \cdot \max_{i \ge 1} |x_{i,d}| .$$
@@ -211,15 +212,15 @@ for row in found:
 # </details>
 
 # %% [markdown]
-# Channel 507 of layer 11 passes by far (more than a thousand times any other position, where ten would
-# do), and the blocks that take it out pass too (the sign is theirs). In Llama3-8B three channels do
-# (788, 1384 and 4062, in its second block). A small model seems content with one.
+# Channel 507 of layer 11 passes by far (more than a thousand times any other position, where ten is
+# enough), and so do the blocks that remove it (with negative sign). In Llama3-8B three channels do
+# (788, 1384 and 4062, in its second block). This small model has one.
 #
 # ## Take it away
 #
-# So far we looked. To know what something is *for*, remove it. `trace_peak` sets the output of one
-# block's attention or FFN to zero, **at position 0 only**, and reads off the peak and the sink
-# attention everywhere.
+# So far this is observation. To find out what the peak is *for*, remove it. `trace_peak` sets the
+# output of one block's attention or FFN to zero, **at position 0 only**, and reads off the peak and
+# the sink attention everywhere.
 #
 # > **Predict.** Without the FFN of block 11 at position 0, what happens to the sink attention of
 # > the layers after it? And what if you take block 11's *attention*, or the FFN of block 12?
@@ -274,17 +275,17 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# One FFN, at one position, and the sink attention of all later layers falls from about 0.6 to about
-# 0.1. Nothing else that we tried comes near. (Without the FFN of block 10 the peak is only half as
-# high, and the attention hardly notices: high enough is enough.) Guo et al. found the same kind of
-# thing in Llama-3.1-8B, where it takes the FFNs of blocks 0 and 1, and no attention at all.
+# Without one FFN output at one position, the sink attention of all later layers falls from about
+# 0.6 to about 0.1. No other part comes close. (Without the FFN of block 10 the peak is only half as
+# high, but the attention hardly changes.) Guo et al. found the same kind of thing in Llama-3.1-8B,
+# where it takes the FFNs of blocks 0 and 1, and no attention at all.
 #
 # ## How does a number become attention?
 #
-# A large number in the residual stream does not make a large key. Every block normalises what it
-# reads (RMSNorm), and then a peak has a curious effect: **it drowns everything else.** Divide by a
-# norm that is all channel 507, and what is left is the direction of channel 507, hardly any trace
-# of the word. So all first tokens become the same vector:
+# A large number in the residual stream does not make a large key. Every block normalises its input
+# (RMSNorm), and then the peak **dominates everything else.** After division by a norm that is
+# almost only channel 507, the state has the direction of channel 507, with hardly any trace of the
+# word. So all first tokens become the same vector:
 
 # %%
 with torch.inference_mode():
@@ -315,8 +316,8 @@ for layer in (0, 2, 11, 20):
 # </details>
 
 # %% [markdown]
-# Four prompts that begin with four different words, one and the same state. From here on the first
-# token is a *constant*, and the model can learn a constant key for it. The logit is
+# Four prompts that begin with four different words have the same state there. From then on the
+# first token is a *constant*, for which the model can learn a constant key. The logit is
 #
 # $$s_{i0} = \frac{q_i \cdot k_0}{\sqrt d} =
 #   \frac{\lVert q_i\rVert\,\lVert k_0\rVert}{\sqrt d}\,\cos(q_i, k_0) .$$
@@ -350,14 +351,13 @@ print("Your guess:", guess or "none")
 # </details>
 
 # %% [markdown]
-# It is *short*, a quarter of the others', and it points the right way: queries have a positive
-# cosine with the sink's key, and a slightly negative one with everybody else's. The angle makes the
-# sink, not the norm. Gu et al. (arXiv 2410.10781) see the same in Llama3-8B.
+# It is *short*, a quarter of the others', but has the right direction: queries have a positive
+# cosine with the sink's key, and a slightly negative one with all other keys. The sink is due to
+# the angle, not the norm. Gu et al. (arXiv 2410.10781) see the same in Llama3-8B.
 #
 # ## Drains
 #
-# The same constant state also passes through the value matrix, and there the model has learned the
-# opposite: next to nothing.
+# The same constant state also passes through the value matrix, which maps it to almost nothing.
 
 # %%
 ss.plot.value_drains(report)
@@ -376,15 +376,15 @@ print("drain:", {layer: round(drain[layer].item(), 2) for layer in (0, 5, 11, 18
 # </details>
 
 # %% [markdown]
-# Where there is a peak to read, the sink's value is a quarter of the others'. Where there is none
-# (the first layers, 10, 11) it is an ordinary value. **Attention, peak and drain come and go
-# together**: three faces of one thing. A state that says "I am the sink", keys that are turned to
-# it, values that mute it. Guo et al. explain it by *mutual reinforcement*; lesson 6 watches a sink
-# grow, and puts the explanation to the test.
+# In layers that read a peak, the sink's value is a quarter of the others'. In the others (the first
+# layers, 10, 11) it is an ordinary value. **Attention, peak and drain occur in the same layers**: a
+# state that identifies the sink, keys aligned with queries, and small values. Guo et al. explain
+# this by *mutual reinforcement*; lesson 6 trains a model that forms a sink, and tests the
+# explanation.
 #
-# ## Load-bearing
+# ## How much depends on it
 #
-# One number out of $64 \times 576$. What is it worth?
+# How much does the loss depend on this one number out of $64 \times 576$?
 #
 # > **Predict.** The loss is about 3 nats per token. What is it when channel 507 of position 0 is
 # > set to zero after block 11? And when it is set to its mean over *other* texts?
@@ -433,21 +433,21 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# Set to zero, the model is destroyed: worse than guessing evenly among all 49,152 tokens, which
-# would cost $\ln 49152 \approx 10.8$. Set to the mean of other texts, next to nothing happens, for
-# the number never carried information about *this* text. It is a constant, a **bias**, kept in the
-# only place a transformer without biases has for it: a token. (Sun et al. found both halves in
-# Llama2-7B. Zero-ablation alone would have told you that channel 507 is the most important fact
-# about your text. Always ask for the mean, too.)
+# With the number set to zero, the model is destroyed: it is worse than uniform guessing among all
+# 49,152 tokens, with a loss of $\ln 49152 \approx 10.8$. Set to the mean of other texts, almost
+# nothing changes, since the number carries no information about *this* text. It is a constant, a
+# **bias**, which a transformer without biases can store only in a token. (Sun et al. found both
+# halves in Llama2-7B. Zero ablation alone would suggest that channel 507 is the most important
+# information about the text. Always use mean ablation too.)
 #
-# ## What to take with you
+# ## Summary
 #
 # * In SmolLM2 the FFN of block 11 writes +23,000 into channel 507 of the first token; blocks 28 and
-#   29 take it out again.
-# * Normalisation turns the peak into a constant direction. Keys turn towards it (the angle, not the
-#   norm), values shrink on it.
+#   29 remove it again.
+# * Normalisation turns the peak into a constant direction. The key has a favourable angle to
+#   queries (not a large norm), the value is small.
 # * Sink attention, residual peak and value drain appear in the same layers, and vanish together.
-# * The number is load-bearing as a constant and carries no information.
+# * The model depends on the number as a constant; it carries no information.
 #
 # The layer and channel are those of this model. The rule for "non-mixture" is ours, and its
 # thresholds are conventions.
@@ -462,7 +462,7 @@ MINILM = ss.scan(minilm, ss.texts("prose", prompts=4, length=64), metrics=["ffn"
 
 @torch.inference_mode()
 def _dims_of_the_norm():
-    """By another way than the solution's: activations instead of the report."""
+    """Computed differently from the solution: from activations instead of the report."""
     state = cache["resid_post", 15][:, 0].mean(0)
     size = state.square().sort(descending=True).values
     return int((size.cumsum(0) / size.sum() < 0.99).sum()) + 1
@@ -489,7 +489,7 @@ solved = set()
 
 
 def check(exercise, answer):
-    """Say how an exercise stands: numbers may be 2 % off."""
+    """Check an answer; numbers may be 2 % off."""
     expected, hint = ANSWERS[exercise]
     if answer is None:
         return print(f"Exercise {exercise}: put your answer in the place of None.")
@@ -565,7 +565,7 @@ check(3, answer_3)
 # </details>
 
 # %% [markdown]
-# **4.** MiniLM is bidirectional: nobody is non-mixed, and `[CLS]` is a sink all the same. Does one
+# **4.** MiniLM is bidirectional: no position is non-mixed, but `[CLS]` is still a sink. Does one
 # of its FFN channels single out `[CLS]`? Which? (`ss.load_model("minilm-l6")`,
 # `nonmixture_dims()`.)
 

@@ -12,13 +12,13 @@
 # ---
 
 # %% [markdown]
-# # 4 · Move the sink: the waiver laboratory
+# 4 · Move the sink: waiver experiments
 #
-# Lesson 3 ended with a suspicion: position 0 becomes the sink because it is the one position that
-# *mixes nothing*. A suspicion is cheap. If it is true, we must be able to make a sink wherever we
-# like, and to unmake it by taking away just that. This lesson does both, following Yan et al.
-# (arXiv 2407.01601), who control sinks in two ways: by a **mask** in a causal model, and by the
-# **position embeddings** in a bidirectional one.
+# Lesson 3 suggests a hypothesis: position 0 becomes the sink because it is the only position that
+# *attends only to itself*. If it is true, we must be able to make a sink anywhere, and to remove
+# one, by changing only that. This lesson does both, following Yan et al. (arXiv 2407.01601), who
+# control sinks in two ways: by a **mask** in a causal model, and by the **position embeddings** in
+# a bidirectional one.
 #
 # An intervention in sinkscope is a context manager. It composes with every measurement and leaves
 # the model bit for bit as it was.
@@ -26,10 +26,11 @@
 # **Goals.** After this lesson you can
 #
 # * make another token the sink, by a mask or by a position embedding,
-# * tell a cause from a symptom with a 2 × 2 design,
-# * say what each kind of model uses to single out its first token.
+# * separate causes with a 2 × 2 design,
+# * say by what each kind of model distinguishes its first token.
 #
-# **Before.** Lessons [1](01_what_is_an_attention_sink.ipynb) to [3](03_drains_peaks_and_dimensions.ipynb).
+# **Prerequisites.** Lessons [1](01_what_is_an_attention_sink.ipynb) to
+# [3](03_drains_peaks_and_dimensions.ipynb).
 #
 # **Time.** About 75 minutes in class, with the predictions and two exercises.
 
@@ -58,10 +59,10 @@ before = ss.scan(model, texts)
 # %% [markdown]
 # ## Make another position non-mixed
 #
-# Under a causal mask the query at position 0 sees one key, its own. Give position 40 the same fate:
-# **its query sees key 40 alone**. Everything else stays: its word, its place, and who looks at it.
-# (The paper's exact "structured mask" is not public. This is our reading of it, and it is what Li
-# et al., arXiv 2605.06611, found to make a sink.)
+# Under a causal mask the query at position 0 sees one key, its own. We give position 40 the same
+# mask: **its query sees only key 40**. Everything else is unchanged: its token, its position, and
+# which queries see it. (The paper's exact "structured mask" is not public. This is our
+# interpretation, and it is what Li et al., arXiv 2605.06611, found to make a sink.)
 #
 # $$A_{40,40} = 1, \qquad A_{40,j} = 0 \ \text{ for } j \ne 40, \qquad\text{so that}\quad o_{40} = v_{40}.$$
 #
@@ -102,12 +103,12 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# A second sink, out of an arbitrary word in the middle of the text. Nothing was pushed towards it:
-# no logit was raised, no key edited. We only kept it from looking at others. (A key's importance
-# counts its own query. Being forced to look at itself gives position 40 one unit of attention from
-# one of the 24 queries that see it, 0.04. All the rest is from others.)
+# An arbitrary word in the middle of the text becomes a second sink. No logit was raised and no key
+# edited; its query was only kept from attending to others. (A key's importance counts its own
+# query. Its attention to itself is one unit from one of the 24 queries that see it, 0.04. All the
+# rest is from other queries.)
 #
-# Is it the *same thing* as the sink at 0, or some artefact? Lesson 3 knows what to look for: the
+# Is it the *same* as the sink at 0, or an artefact? Lesson 3 tells what to look for: the
 # peak after block 11, in channel 507, and a drained value.
 
 # %%
@@ -130,8 +131,8 @@ print(f"value norm, layers 12 to 26:  position 0 {value[0]:.1f}, position 40 {va
 # </details>
 
 # %% [markdown]
-# It is the same thing. The peak is as high, the value as small. (And the norms of the other
-# positions have hardly moved.) Layer by layer, too, position 40 now does what position 0 does:
+# It is the same: the peak is as high and the value as small. (The norms of the other positions have
+# hardly changed.) Layer by layer, position 40 also behaves like position 0:
 
 # %%
 ss.plot.position_map(after)
@@ -152,8 +153,8 @@ print(f"correlation of what 0 and 40 receive, over the layers: {together:.2f}")
 # </details>
 
 # %% [markdown]
-# Two columns, bright and dark in the same layers. In layers 10 and 11 both are gone, for there is no
-# peak to be read there (lesson 3); from layer 12 on both are back.
+# The two columns are bright and dark in the same layers. In layers 10 and 11 neither receives
+# attention, since there is no peak to read (lesson 3); from layer 12 on both do.
 #
 # ## Two by two
 #
@@ -189,13 +190,13 @@ print(f"change of the loss: {later:+.2f} nat at the later positions, {own:+.2f} 
 # </details>
 
 # %% [markdown]
-# (These figures are of the queries *after* 40, in the second half of the layers: the fair
-# comparison, since those queries can see both.) The start token does not matter. The two sinks
-# share the attention evenly: about 0.29 each, where one had 0.53.
+# (These values are for the queries *after* 40, in the second half of the layers, since those
+# queries can see both positions.) The start token does not matter. The two sinks share the
+# attention evenly: about 0.29 each, where one had 0.53.
 #
-# It is not free: position 40 itself, which sees nothing before it, predicts badly. For the later
-# tokens the change is too small for two prompts; over 32 prompts of 320 tokens their loss rises by
-# 0.05 nat [0.03, 0.07].
+# The mask has a cost: position 40 itself, which sees nothing before it, predicts badly. For the
+# later tokens the change is too small for two prompts; over 32 prompts of 320 tokens their loss
+# rises by 0.05 nat [0.03, 0.07].
 #
 # ## When is it decided?
 #
@@ -230,9 +231,9 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# The beginning decides. Once block 11 has written the number, position 40 may look wherever it
-# likes; it is a sink. Conversely, being blind in layers 12 to 29, eighteen layers of it, is no use
-# at all if the number was never written. (What is left, 0.03, is its own look at itself.)
+# The early layers decide. Once block 11 has written the peak, position 40 is a sink even if it
+# attends to others. Conversely, the mask in layers 12 to 29 has no effect if the peak was not
+# written. (The remaining 0.03 is its attention to itself.)
 #
 # ## What does *not* matter
 #
@@ -290,14 +291,14 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# Where it stands (as far as RoPE is concerned) does not matter. A large norm alone does not matter,
-# for normalisation takes it away again; it is the *direction* that was wrong. The state does it.
-# In this model a sink **is** a state, and being non-mixed is the natural way to get there.
+# The rotary position does not matter. A large norm alone does not matter either, since
+# normalisation removes it, and the *direction* is not the sink's. The state is sufficient. In this
+# model a sink is defined by its **state**, which a non-mixed position acquires naturally.
 #
 # ## Hide it
 #
 # `ShiftSinkLogit` adds a constant to one key's logit in every query that sees it. With $-10^4$ the
-# key is as good as invisible.
+# key is effectively invisible.
 #
 # > **Predict.** Hide position 0 from all queries, in all layers. Think about what position 1 sees!
 
@@ -329,12 +330,12 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# Position 1 takes over, peak and all. With position 0 out of sight, query 1 sees only itself: *it*
-# is now the one that mixes nothing. You cannot get rid of a sink by removing the first token. There
-# is always a first token.
+# Position 1 becomes the sink, with its peak. With position 0 hidden, query 1 sees only itself, so
+# *it* is now the non-mixed position. Removing the first token therefore does not remove the sink,
+# since there is always a first token.
 #
-# You can pull the rug away later, though: hide position 0 only after block 11, when nobody else can
-# be written any more.
+# Hiding position 0 only after block 11 is different, since then no other position can become the
+# sink any more.
 
 
 # %%
@@ -362,11 +363,11 @@ print(f"untouched {untouched:.2f}, hidden everywhere {hidden_always:.2f}, "
 # </details>
 
 # %% [markdown]
-# ## What it is good for
+# ## Application
 #
-# A model that streams a long text can keep only a window of recent keys. When the window leaves
-# position 0 behind, that is "hidden late", and the model breaks down. StreamingLLM (Xiao et al.,
-# arXiv 2309.17453) keeps the first few tokens besides the window, and all is well.
+# A model that streams a long text can keep only a window of recent keys. When position 0 leaves the
+# window, it is "hidden late", and the model breaks down. StreamingLLM (Xiao et al., arXiv
+# 2309.17453) keeps the first few tokens besides the window, which avoids this.
 #
 # > **Predict.** We keep one single token besides a window of 128. Position 0 will do. Will
 # > position 96 do? And position 96, if it was *designated* by a mask?
@@ -404,14 +405,14 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# The window alone, and the window with some token from the middle, are far off. One sink brings it
-# back, and so does *any* token that we designated. What the model needs is not the beginning of the
-# text. It needs somewhere to park.
+# The window alone, and the window with an ordinary token from the middle, are much worse. One sink
+# restores the perplexity, and so does *any* designated token. The model does not need the beginning
+# of the text, only some sink.
 #
 # ## The other way: position embeddings
 #
-# MiniLM is bidirectional: everybody sees everybody, nobody is non-mixed, and `[CLS]` at position 0
-# is a sink all the same. So the model must tell position 0 apart in another way. MiniLM adds a
+# MiniLM is bidirectional: every position sees all others, none is non-mixed, but `[CLS]` at
+# position 0 is still a sink. So the model must distinguish position 0 in another way. MiniLM adds a
 # learned vector $p_t$ to each token. Look at their norms (Yan et al., their Fig. 2, for
 # BERT-Large):
 
@@ -432,8 +433,8 @@ ss.plot.position_embedding_norms(untouched)
 # </details>
 
 # %% [markdown]
-# The first vector is five times as long as the others. Suspicious. But two things are special about
-# that position: the vector $p_0$ *and* the token `[CLS]`. They can be taken apart.
+# The first vector is five times as long as the others. But two things are special about that
+# position: the vector $p_0$ *and* the token `[CLS]`. They can be separated.
 #
 # > **Predict.** Swap $p_0$ and $p_{32}$. Do it twice: with `[CLS]` and `[SEP]` in their places, and
 # > with random words instead. Four cases. Where is the sink in each?
@@ -472,25 +473,27 @@ print("Your guess:", guess or "none")
 # </details>
 
 # %% [markdown]
-# Read the table like a detective:
+# The table shows:
 #
 # * Random words at both ends change nothing: position 0 does not need `[CLS]`.
-# * Random words *and* swapped vectors: the sink **moves** to 32, entirely. The vector does it.
+# * Random words *and* swapped vectors: the sink **moves** to 32 entirely, so the vector is
+#   sufficient.
 # * `[CLS]` and swapped vectors: two sinks. The vector makes one at 32, and the token `[CLS]` makes
 #   one by itself at 0, without the vector.
 #
-# Two sufficient causes, each invisible while the other is present. Only the fourth cell of the
-# table tells them apart. This is why `waiver.position_embeddings` and `waiver.structured_mask`
+# There are two sufficient causes, each hidden while the other is present. Only the fourth cell of
+# the table separates them. This is why `waiver.position_embeddings` and `waiver.structured_mask`
 # always run both kinds of start.
 #
-# ## What to take with you
+# ## Summary
 #
-# * Mask a token so that it sees itself alone, and in a causal model it becomes a sink: same peak,
-#   same drain, same attention.
-# * It is decided before the peak is written. Position ids and norms are beside the point; the state
-#   is the sink.
-# * Remove the first token and the next one takes over. Hide it late and the model breaks.
-# * MiniLM selects its sink by a position vector, and by `[CLS]`, each of which is enough.
+# * In a causal model a token that is masked to see only itself becomes a sink, with the same peak,
+#   drain and attention.
+# * This is decided before the peak is written. Position ids and norms do not matter; the state
+#   does.
+# * Without the first token the next one becomes the sink. If it is hidden only in late layers, the
+#   model breaks down.
+# * In MiniLM a position vector and the token `[CLS]` are each sufficient for a sink.
 #
 # ## Exercises
 
@@ -520,7 +523,7 @@ solved = set()
 
 
 def check(exercise, answer):
-    """Say how an exercise stands: numbers may be 2 % off."""
+    """Check an answer; numbers may be 2 % off."""
     expected, hint = ANSWERS[exercise]
     if answer is None:
         return print(f"Exercise {exercise}: put your answer in the place of None.")
@@ -560,7 +563,7 @@ check(1, answer_1)
 
 # %% [markdown]
 # **2.** Set the *value* of position 1 to zero in every layer, `ZeroValue(model, 1)`, on 16 prompts.
-# Nobody's mask changes. In some of the prompts a position other than 0 becomes a sink: after some
+# No mask changes. In some of the prompts a position other than 0 becomes a sink: after some
 # layer its residual norm is more than 50 times the median (`residual_outlier`). Which one, and why?
 
 # %%
@@ -614,7 +617,7 @@ check(3, answer_3)
 # layers and heads?
 
 # %%
-allowed = torch.ones(64, 64, dtype=torch.bool).tril()  # who sees whom: [query key]
+allowed = torch.ones(64, 64, dtype=torch.bool).tril()  # the attention mask [query key]
 
 
 def my_mask(scores, hook):
@@ -665,7 +668,7 @@ check(4, answer_4)
 #
 # 1. A mask moves the sink in SmolLM2, and a vector in MiniLM. What would you expect of a model with ALiBi?
 # 2. What is a control, and which one in this lesson convinced you?
-# 3. A cache keeps four tokens and a window. Which token would you design for it?
+# 3. A cache keeps four tokens and a window. Which tokens would you choose?
 #
 # ## Read on
 #
@@ -677,4 +680,4 @@ check(4, answer_4)
 #   Models: An Empirical View*, arXiv 2410.10781
 
 # %% [markdown]
-# Next: [5 · Heads that sleep](05_dormant_heads.ipynb).
+# Next: [5 · Dormant heads](05_dormant_heads.ipynb).

@@ -14,22 +14,23 @@
 # %% [markdown]
 # # 5 · Dormant heads
 #
-# Lesson 2 left two suspects: heads 18.7 and 18.8 (layer 18, heads 7 and 8) give the first token
-# more than 99 % of their attention, and lesson 3 showed that hardly anything comes back from there.
-# Do they do anything? Could one ablate them?
+# In lesson 2 two heads, 18.7 and 18.8 (layer 18, heads 7 and 8), gave the first token more than 99
+# % of their attention, and lesson 3 showed that its value contributes almost nothing. Do these
+# heads have any effect? Could one ablate them?
 #
 # Guo et al. (arXiv 2410.13835) call such a head **dormant**. A head is
 # *active-dormant* if it attends to the sink on one kind of input and is active on another. This
-# lesson finds a text on which one of the two is active, finds none for the other, and asks which
-# heads a model could do without.
+# lesson finds a text on which one of the two is active, finds none for the other, and measures
+# which heads can be ablated.
 #
 # **Goals.** After this lesson you can
 #
-# * tell a sink head from an inactive and from a dormant head,
+# * distinguish sink heads, inactive heads and dormant heads,
 # * measure what a head does by ablating it, on the text that matters,
 # * say how many prompts and which correction a claim about heads needs.
 #
-# **Before.** Lessons [1](01_what_is_an_attention_sink.ipynb) to [3](03_drains_peaks_and_dimensions.ipynb).
+# **Prerequisites.** Lessons [1](01_what_is_an_attention_sink.ipynb) to
+# [3](03_drains_peaks_and_dimensions.ipynb).
 #
 # **Time.** About 75 minutes in class, with the predictions and two exercises.
 
@@ -48,14 +49,14 @@ prose = ss.texts("prose", prompts=4, length=64).tokenize(model)
 report = ss.scan(model, prose)
 
 # %% [markdown]
-# ## Ablate it and see
+# ## Ablate a head
 #
-# The judge of what a head does is the loss without it. `AblateHeads` puts zero in the place of a
-# head's output (or its mean over some texts, `mode="mean"`, which is milder, since later layers are
-# used to the mean).
+# The effect of a head is the change of the loss without it. `AblateHeads` replaces a head's output
+# by zero (or by its mean over some texts, `mode="mean"`, which is milder, since later layers rely
+# on the mean).
 #
 # > **Predict.** The loss on prose is a little above 3 nats per token. What does it cost to ablate
-# > head 18.7? Head 18.8? And head 16.0, which you met in lesson 1: it reads the previous token?
+# > head 18.7? Head 18.8? And head 16.0 of lesson 1, which attends to the previous token?
 
 
 # %%
@@ -103,13 +104,13 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# Next to nothing. On this prose both heads can be ablated, and even 16.0, which is active on every
-# text, costs a few hundredths of a nat at most. But this is one kind of text.
+# Almost nothing. On this prose both heads can be ablated, and even 16.0, which is active on every
+# text, costs at most a few hundredths of a nat. But this is one kind of text.
 #
 # ## A text that needs the head
 #
-# Take 32 random tokens, and repeat them. The first half cannot be predicted by anybody. The second
-# half can be, perfectly, by whoever notices that it is a repetition.
+# Take 32 random tokens, and repeat them. The first half cannot be predicted; the second half can be
+# predicted perfectly from the repetition.
 #
 # > **Predict.** What will the attention of 18.7 and 18.8 look like in the second half?
 
@@ -155,12 +156,12 @@ print("Your guess:", guess or "none")
 # </details>
 
 # %% [markdown]
-# Head 18.7 becomes active. Its neighbour 18.6 does so even more clearly. Head 18.8 stays dormant.
+# Head 18.7 becomes active, its neighbour 18.6 even more clearly. Head 18.8 stays dormant.
 #
 # What do they do when they are active? Look at the stripe in the figure: it runs parallel to the diagonal, 31
-# places to the left. A token $x$ in the second half looks at the token *that came after $x$ the
-# first time*. That is an **induction head** (Olsson et al., arXiv 2209.11895): it has seen "$x\,y$
-# … $x$" and attends to $y$, which is what comes next.
+# places to the left. A token $x$ in the second half attends to the token *after the first
+# occurrence of $x$*. That is an **induction head** (Olsson et al., arXiv 2209.11895): in "$x\,y$ …
+# $x$" it attends to $y$, which comes next.
 
 # %%
 stripe = of_18.diagonal(offset=-(half - 1), dim1=-2, dim2=-1)[..., 1:].mean((0, 2))  # [head]
@@ -209,22 +210,22 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# * **18.7 is active-dormant.** Without effect on prose; ablating it costs more than a nat per token
-#   here.
-# * **18.8** has no effect on either. We found no text on which it is active. (That is no proof that nothing
-#   does. A head can only be shown to be active, never to be dead.)
-# * The most costly by far is **16.0**, which has no sink to speak of. Exercise 3 finds out why.
+# * **18.7 is active-dormant.** It has no effect on prose; here ablating it costs more than a nat
+#   per token.
+# * **18.8** has no effect on either. We found no text on which it is active. (This does not prove
+#   that there is none: a head can be shown to be active, but not to be always inactive.)
+# * The most costly by far is **16.0**, which has hardly any sink attention. Exercise 3 shows why.
 #
-# So why a sink at all? Because between its rare uses an induction head must do *nothing*, reliably.
-# Attending to the sink is how it does that.
+# Why then a sink? Between its rare uses an induction head must reliably have *no* effect, and
+# attending to the sink achieves this.
 #
 # ## All heads at once
 #
-# `dormancy` makes the comparison for every head: it names those whose sink attention is above 0.5
+# `dormancy` makes the comparison for every head: it reports those whose sink attention is above 0.5
 # on one kind of text and lower by at least 0.25 on the other, if the difference is significant
 # after correction for looking at 270 heads (a max-t permutation test over prompts).
 #
-# > **Predict.** Random tokens against repeated random tokens: which heads will it name?
+# > **Predict.** Random tokens against repeated random tokens: which heads will it report?
 
 # %%
 guess = ""  # which heads?
@@ -256,9 +257,9 @@ print("Your guess:", guess or "none")
 
 # %% [markdown]
 # A handful, all in layers 17 and 18, 18.7 and 18.6 among them. (The whole prompt is averaged here,
-# first half included, which is why the figures look less extreme than above.)
+# first half included, so the values are less extreme than above.)
 #
-# What about the difference that people care about, natural text against code? In Llama-2-7B, Guo et
+# What about natural text and code? In Llama-2-7B, Guo et
 # al. show a head (16.25) that is dormant on Wikipedia and active on GitHub.
 
 # %%
@@ -276,19 +277,19 @@ domains.figures()["prose-code"]
 # </details>
 
 # %% [markdown]
-# Next to nothing, with 8 prompts a side. Each dot's interval shows why: heads differ from *prompt to
-# prompt* within a domain, code above all, as much as between the two. A claim about domains needs
-# many prompts and a correction for many heads, or it will be made of noise. That cuts both ways: this
-# is no proof that there is no difference. With 128 windows a side (on a GPU;
-# `docs/inactive-heads.md`) 192 of the 270 heads differ, most of them with more sink attention on *code*. Three
-# pass the strict rule, by a little, and no head of this model is fully dormant on the one and active on
-# the other.
+# Almost none, with 8 prompts of each. Each dot's interval shows why: heads differ as much from
+# *prompt to prompt* within a domain, especially in code, as between the two. A claim about domains
+# needs many prompts and a correction for the number of heads; otherwise it reflects noise.
+# Conversely, this is no proof that there is no difference. With 128 windows of each (on a GPU;
+# `docs/inactive-heads.md`) 192 of the 270 heads differ, most of them with more sink attention on
+# *code*. Three just pass the strict rule, and no head of this model is fully dormant on one kind
+# and active on the other.
 #
 # ## Is a sink head an inactive head?
 #
 # It is tempting to read "0.8 of its attention goes to the sink" as "it does little".
-# Sandoval-Segura et al. (arXiv 2504.03889) test that idea. Their best score looks at what a head
-# puts *out*, compared with its neighbours in the layer:
+# Sandoval-Segura et al. (arXiv 2504.03889) test that idea. Their best score compares the norm of a
+# head's *output* with that of its layer:
 #
 # $$\mathrm{HONOR}_h = \frac{\operatorname{mean}_i \lVert o_i^h \rVert}
 #   {\operatorname{mean}_{g} \operatorname{mean}_i \lVert o_i^{g} \rVert} ,$$
@@ -334,13 +335,13 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# About every fourth. A head in layer 24 pays the sink four fifths of its attention and still writes
-# twice as much as its neighbours, with the fifth that is left. **Sink head and inactive
-# head are different things.** The correlation is there (see the title of the figure), and weak.
+# About every fourth. A head in layer 24 pays the sink four fifths of its attention, but its output
+# is twice as large as that of its neighbours. **A sink head need not be an inactive head.** The
+# correlation exists (see the title of the figure), but is weak.
 #
 # ## Where other heads attend
 #
-# A head that pays the sink little pays others more. Often these are the keys next to the query: the
+# A head that pays little to the sink attends to other keys, often to those next to the query. The
 # scan also measured the attention to the last 4, 16 and 64 keys (`recency`), of queries that see
 # more than these.
 #
@@ -382,14 +383,14 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# More than every fourth head attends to little but the sink and the last keys. Whether it needs no
-# others, the loss decides: `WindowedAttention` hides them from some heads, and
-# `ablate_heads(mode="window")` from one head after another.
+# More than every fourth head attends almost only to the sink and the last keys. Whether such a head
+# needs other keys is decided by the loss: `WindowedAttention` hides them from some heads, and
+# `ablate_heads(mode="window")` from one head at a time.
 #
 # ## What the sink costs in low precision
 #
-# The sink's states are more than a hundred times larger than the others'. Whoever stores activations in
-# eight bits, with one scale for a whole tensor, has to choose the scale for the sink.
+# The sink's states are more than a hundred times larger than the others'. If activations are stored
+# in eight bits with one scale per tensor, the sink determines the scale.
 #
 # > **Predict.** Quantise everything that way, and the loss rises by half a nat. Then leave *one*
 # > token of 64 in full precision. How much of the damage is left if that is token 0? If it is
@@ -426,15 +427,15 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# One token in full precision, and the loss comes back. That is why caches of keys and values are
-# quantised around such tokens (RotateKV, arXiv 2501.16383). `sinkscope precision` asks the same of
-# every tensor and layer.
+# With one token in full precision, most of the loss is recovered. That is why KV-cache quantisation
+# keeps such tokens in full precision (RotateKV, arXiv 2501.16383). `sinkscope precision` measures
+# this for every tensor and layer.
 #
 # ## How many can be ablated?
 #
-# The practical form of the question: ask anew for every prompt which heads look inactive, zero
-# those, and watch the loss. (At each share the threshold is one for all prompts: a prompt with
-# more inactive heads loses more of them.)
+# In practice: flag the inactive heads of every prompt, set them to zero, and measure the loss. (At
+# each share the threshold is one for all prompts: a prompt with more inactive heads loses more of
+# them.)
 #
 # > **Predict.** Ablate a tenth, then a fifth of all heads. Order these by the rise of the loss: the
 # > heads with the smallest HONOR; those with the largest attention to the first token (AWFT); as
@@ -491,7 +492,8 @@ ss.plot.guess_and_result(
 # (AHON-LN is HONOR by its systematic name.) The fifth of the heads that put out the least can be ablated
 # on these four prompts at a small cost, 0 to 0.2 nat, depending on the text. The fifth that attend the most to the sink
 # cannot: they cost several times as much, 0.4 to 0.8 nat (with Python 3.11, 3.12 and 3.13, whose texts differ), which
-# is 40 to 80 % of what heads chosen at random cost. Intervals are over prompts. Who is among which?
+# is 40 to 80 % of the cost of random heads. Intervals are over prompts. Which heads are flagged by
+# which score?
 
 # %%
 scores = ss.scan(model, short, progress=False).inactivity_scores()  # [prompt, layer, head] each
@@ -512,30 +514,30 @@ for layer, head in [(18, 7), (18, 8), (24, 6)]:
 # </details>
 
 # %% [markdown]
-# Attention to the sink marks 24.6, which writes much; the output norm does not. So,
-# is the output norm the better guide?
+# Attention to the sink flags 24.6, which has a large output; the output norm does not. Is the
+# output norm then the better score?
 #
-# Four prompts. You know by now what that does not prove, and here it would mislead you. Over 128
-# windows of prose (`docs/inactive-heads.md`) the far end of the figure stands: with three tenths of
-# the heads ablated the loss is up by 14 % by output, by 52 % by sink attention, by 60 % at random. The
-# near end does not. At a tenth both cost 6 %, since in some windows heads of small output matter much:
-# windows of which we happened to draw none. And who may lose 1 % of the loss at most can zero 4.5 % of
-# the heads by attention to the sink, and only 2.7 % by the output norm. Sandoval-Segura et al., who
-# ask for 1 % of MMLU in models up to a hundred times as large, find the output norm ahead in most of
-# fourteen models, and not in all (their Table 2).
+# Four prompts do not show this, and here they would mislead. Over 128
+# windows of prose (`docs/inactive-heads.md`) the result for large shares is confirmed: with three
+# tenths of the heads ablated the loss is up by 14 % by output, by 52 % by sink attention, by 60 %
+# at random. For small shares it is not. At a tenth both cost 6 %, since in some windows, none of
+# which are among our four, heads with small outputs matter a lot. Within 1 % of the loss one can
+# zero 4.5 % of the heads by attention to the sink, and only 2.7 % by the output norm.
+# Sandoval-Segura et al., who allow 1 % of MMLU in models up to a hundred times as large, find the
+# output norm better in most of fourteen models, but not in all (their Table 2).
 #
-# And both would ablate 18.7. On *this* text they are right.
+# Both scores would ablate 18.7, which is correct on *this* text.
 #
-# ## What to take with you
+# ## Summary
 #
-# * A head that gives the sink 99 % may be an induction head waiting for a repetition.
-# * Dormant is a property of a head *and* an input. Ablating a head on one kind of text proves
+# * A head that gives the sink 99 % may be an induction head that is active on repetitions.
+# * Dormant is a property of a head *and* an input. Ablating a head on one kind of text shows
 #   nothing about another.
-# * Attention to the sink and a small output are two things. Each finds heads that can go; where they
-#   disagree, and there are many such heads, the loss decides.
-# * Many heads attend to the sink and the last keys alone; eight bits fail at the sink, and one token in
-#   full precision brings the loss back.
-# * Count prompts, and correct for the number of heads, before you name one.
+# * High sink attention and a small output are different criteria. Each finds heads that can be
+#   ablated; for the many heads on which they disagree, the loss decides.
+# * Many heads attend only to the sink and the last keys; eight-bit quantisation fails at the sink,
+#   and one token in full precision recovers most of the loss.
+# * Use enough prompts, and correct for the number of heads, before making a claim about one.
 #
 # ## Exercises
 
@@ -557,7 +559,7 @@ solved = set()
 
 
 def check(exercise, answer):
-    """Say how an exercise stands: numbers may be 2 % off."""
+    """Check an answer; numbers may be 2 % off."""
     expected, hint = ANSWERS[exercise]
     if answer is None:
         return print(f"Exercise {exercise}: put your answer in the place of None.")
@@ -629,8 +631,8 @@ check(3, answer_3)
 # with AblateHeads(model, [(16, 0)]):
 #     answer_3 = pattern(echo, 18)[:, 7, half:, 0].mean().item()
 # print(f"18.7 attends to the sink: {of_18[:, 7, half:, 0].mean():.2f}, without 16.0: {answer_3:.2f}")
-# # 16.0 writes into each token which token came before it. Without that note, 18.7 finds no match,
-# # and attends to the sink again.
+# 16.0 writes the previous token into each token's state. Without it, 18.7 finds no match,
+# and attends to the sink again.
 #
 # check(3, answer_3)
 # assert answer_3 > of_18[:, 7, half:, 0].mean() + 0.2

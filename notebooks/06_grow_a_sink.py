@@ -14,21 +14,22 @@
 # %% [markdown]
 # # 6 · Grow a sink
 #
-# Five lessons dissected a grown model. Now we grow one from nothing, on a task so small that we
-# know its every secret, and watch the sink come up. Then we change one line of the architecture
-# and see whether it still does.
+# The first five lessons examined trained models. Now we train one from scratch, on a task so small
+# that it can be solved exactly, and follow the sink as it forms. Then we change one line of the
+# architecture and test whether it still forms.
 #
-# The task is **Bigram-Backcopy** of Guo et al. (arXiv 2410.13835). It was made to need a head that
-# is badly needed now and then, and has nothing to do in between. Lesson 5 met such a head in the
-# wild.
+# The task is **Bigram-Backcopy** of Guo et al. (arXiv 2410.13835). It requires a head at some
+# queries only; at the others the head has nothing to do. Lesson 5 found such a head in a pretrained
+# model.
 #
 # **Goals.** After this lesson you can
 #
-# * train a model that grows a sink, and say why it does,
+# * train a model that forms a sink, and say why it does,
 # * test each part of the explanation by clamping it,
 # * name changes to attention that prevent a sink, and what they cost.
 #
-# **Before.** Lesson [1](01_what_is_an_attention_sink.ipynb); lesson [5](05_dormant_heads.ipynb) helps.
+# **Prerequisites.** Lesson [1](01_what_is_an_attention_sink.ipynb); lesson
+# [5](05_dormant_heads.ipynb) helps.
 #
 # **Time.** About 90 minutes in class, with the predictions and two exercises.
 
@@ -44,10 +45,10 @@ from sinkscope import bb
 #
 # Sequences of characters. Two rules:
 #
-# * After most characters the next one is drawn from a **bigram** table, $P(x_{t+1} \mid x_t)$. Look
-#   up the current character; no need to look back.
+# * After most characters the next one is drawn from a **bigram** table, $P(x_{t+1} \mid x_t)$. The
+#   current character is enough; earlier ones are not needed.
 # * After a **trigger** (the three most frequent characters) comes a **backcopy**: $x_{t+1} =
-#   x_{t-1}$. Now you must look back one place.
+#   x_{t-1}$. This needs the previous character.
 #
 # Every sequence starts with a BOS token, which means nothing and is never a target.
 
@@ -72,13 +73,13 @@ for row in tokens.tolist():
 # </details>
 
 # %% [markdown]
-# Because the task is a Markov chain, everything about it can be computed exactly: how often a
-# trigger stands, and the lowest loss that anybody can reach.
+# Because the task is a Markov chain, its properties can be computed exactly: how frequent triggers
+# are, and the lowest possible loss.
 
 # %%
 exact = task.statistics(64)
 print(f"{exact.trigger_share:.0%} of the queries are triggers")
-print(f"entropy where the bigram rules: {exact.bigram_entropy:.2f} nat; at triggers: 0")
+print(f"entropy at non-triggers: {exact.bigram_entropy:.2f} nat; at triggers: 0")
 print(f"lowest possible loss: {exact.bayes_loss:.3f} nat")
 
 # %% [markdown]
@@ -88,8 +89,8 @@ print(f"lowest possible loss: {exact.bayes_loss:.3f} nat")
 # > **Predict.** On trigger queries the head should attend to the previous token. Where will it
 # > look on all the other queries, two thirds of them, where it is not needed? Nobody tells it.
 #
-# This trains on two CPU cores, in well under a minute. (`measure_every=25`: the sink, drain and
-# risks are measured as it goes.)
+# This trains on two CPU cores, in well under a minute. (`measure_every=25`: sink, drain and risks
+# are measured during training.)
 
 # %%
 guess = {"attention to BOS": None}  # numbers in the place of None
@@ -129,19 +130,19 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# There it is, out of random weights, in 450 steps. Read the panels together:
+# The sink forms from random weights in 450 steps. The panels show:
 #
-# * `sink_attention` (on non-trigger queries): from 0.06, which is uniform, to above 0.9. BOS never
-#   taught anybody anything, and is the most attended token there is.
-# * `trigger_attention`, the same head on trigger queries: to 0. The head switches between work and
-#   sleep, from token to token. **Active-dormant.**
+# * `sink_attention` (on non-trigger queries): from 0.06, which is uniform, to above 0.9. BOS
+#   carries no information, yet it receives most attention.
+# * `trigger_attention`, the same head on trigger queries: to 0. The head switches between active
+#   and dormant from token to token: it is **active-dormant.**
 # * `backcopy_excess`: the loss above the best possible at triggers, to almost 0. The task is
 #   solved.
 # * `logit_gap`, $s_{i0} - \operatorname{mean}_j s_{ij}$, keeps rising after everything is solved.
-# * `value_drain`, $\lVert W_O v_0 \rVert$ over the others': falls to about a quarter. Attention
-#   that goes to BOS fetches little. (Lesson 1 found 0.24 in SmolLM2.)
+# * `value_drain`, $\lVert W_O v_0 \rVert$ over the others': falls to about a quarter. Attention to
+#   BOS contributes little. (Lesson 1 found 0.24 in SmolLM2.)
 #
-# See it in one sequence:
+# In one sequence:
 
 # %%
 bridge = bb.to_bridge(softmax.model, task=task)  # from here on it is a model like any other
@@ -151,12 +152,12 @@ characters = [symbols[i].replace("\n", "↵") for i in tokens[0].tolist()]
 ss.plot.attention_pattern(cache["pattern", 0][0, 0], characters, about=about, title="The only head")
 
 # %% [markdown]
-# Rows of triggers (space, e, t) have their bright cell beside the diagonal, all the others in
-# column 0.
+# In rows of triggers (space, e, t) the bright cell is beside the diagonal, in all others in column
+# 0.
 #
 # ## Why BOS, and why at all?
 #
-# Take the parts away, one at a time, and watch the two halves of the loss.
+# Ablate the parts one at a time, and measure the two parts of the loss.
 #
 # > **Predict.** (a) Zero the head: which half of the task suffers? (b) Force *all* of its attention
 # > onto BOS at every query: does the bigram half suffer? (c) Force the textbook pattern: previous
@@ -190,22 +191,22 @@ print("Your guess:", guess or "none")
 # </details>
 
 # %% [markdown]
-# Without the head, the copies are lost, and the bigram half does not notice: there the head did
-# *nothing*, and "all on BOS" is how it does nothing.
+# Without the head, the copies fail, but the bigram risk does not change: at non-triggers the head
+# had *no* effect, and attention to BOS is how it has none.
 #
-# That is the mechanism in a nutshell. On non-trigger queries the head's output is noise, so
-# gradient descent wants it to be zero. A softmax cannot be zero. It can point at one token, and
-# that token's value can shrink. Which one? It should be in reach of every query, and nobody's
-# business. BOS is both.
+# This is the mechanism. On non-trigger queries the head's output is noise, so gradient descent
+# drives it towards zero. A softmax row cannot be zero, but it can concentrate on one token, whose
+# value can shrink. That token should be visible to every query and not needed otherwise. BOS is
+# both.
 #
-# Guo et al. add that the two halves feed each other: more attention on BOS makes its value worth
-# shrinking, a smaller value makes BOS a better place to park. They call it **mutual
-# reinforcement**. Hold one half still and train the other (`bb.reinforcement`, some minutes; three
-# seeds in `sinkscope/bb/README.md`), and only half of it shows. With all logits held, the value of
-# BOS grows instead of shrinking: the sink drives the drain. With the value held, the logit grows
-# *further*, not less: here the sink does not need the drain.
+# Guo et al. add that the two halves feed each other: more attention to BOS rewards a smaller value
+# there, and a smaller value makes attention to BOS more harmless. They call it **mutual
+# reinforcement**. With one of the two clamped while the other trains (`bb.reinforcement`, a few
+# minutes; three seeds in `sinkscope/bb/README.md`), only half of this is confirmed. With all logits
+# clamped, the value of BOS grows instead of shrinking: the sink drives the drain. With the value
+# clamped, the logit grows *more*, not less: here the sink does not need the drain.
 #
-# ## The cure: let a head be silent
+# ## A mitigation: rows that need not sum to one
 #
 # If the cause is that a softmax row must sum to one, drop that. ReLU attention gives
 #
@@ -250,20 +251,21 @@ ss.plot.guess_and_result(
 # </details>
 
 # %% [markdown]
-# The sink is gone, the task is solved as well as before, and BOS keeps more of its value.
-# (`spare_attention` is what a row has left to one: here a head is silent instead of parked.) So a
-# sink is not something that language needs. It is what a softmax does when there is nothing to do.
+# The sink is gone, the task is solved as well as before, and the value of BOS shrinks less.
+# (`spare_attention`, the off-sequence mass, is one minus the row's sum: the head attends to nothing
+# instead of BOS.) So the task does not need a sink; it is a consequence of the softmax when a head
+# is not needed.
 #
-# A word of care. This is one seed, a few hundred steps, and a world with 67 tokens. The table in
-# `sinkscope/bb/README.md` has more seeds, the paper's size and eight kinds of attention, and says
-# where the picture is less tidy than here.
+# A caveat: this is one seed, a few hundred steps, and a vocabulary of 67 tokens. The table in
+# `sinkscope/bb/README.md` has more seeds, the paper's size and eight kinds of attention, with some
+# less clear results.
 #
 # ## What one layer cannot show
 #
 # Look at `residual_norm` above: it grows. But in a one-layer model every token's norm grows, and
-# BOS does not stand out. A residual *peak* takes depth: somebody has to write it, and later layers
-# have to read it. Training that takes a GPU, so sinkscope carries one that was trained: `bb-3l`,
-# three layers, the paper's settings, 8,000 steps, with its log.
+# BOS does not stand out. A residual *peak* requires depth: one layer has to write it, and later
+# layers have to read it. Training such a model takes a GPU, so sinkscope includes a trained one:
+# `bb-3l`, three layers, the paper's settings, 8,000 steps, with its log.
 
 # %%
 recipe = bb.packaged_recipe("bb-3l")
@@ -290,13 +292,12 @@ print(last.unstack().loc[["sink_attention", "value_drain", "residual_peak"], [0,
 # </details>
 
 # %% [markdown]
-# The work is divided as in SmolLM2. Layer 0 has no sink; it *makes* the peak (twice the others'
-# norm; do not expect a hundredfold in so small a world). Layer 2 has the sink and the drain, and
-# what it puts out takes the peak away again.
+# The layers divide the work as in SmolLM2. Layer 0 has no sink; it *writes* the peak (twice the
+# others' norm, far from the hundredfold of larger models). Layer 2 has the sink and the drain, and
+# its output removes the peak again.
 #
-# Theory has a say about the speed. As a softmax saturates, the gradient that drives the logit dies
-# away, so the gap should grow like $\ln t$. Adam divides that decay out, so the norm should grow
-# like $t$.
+# Theory predicts the speed. As a softmax saturates, the gradient of the logit vanishes, so the gap
+# should grow like $\ln t$. Adam normalises this decay, so the norm should grow like $t$.
 #
 # > **Predict.** The gap of *our* model, from step 100 on, and the norm of BOS after layer 0 of
 # > `bb-3l`, from step 1,000 on: which of $\ln t$, $\sqrt t$ and $t$ fits each best?
@@ -330,13 +331,13 @@ print("Your guess:", guess or "none")
 # </details>
 
 # %% [markdown]
-# Ours grows like $\ln t$, and the norm of `bb-3l` in a straight line, as predicted. (With plain
-# SGD it does not, and the sink comes all the same: the peak is Adam's doing, the sink is the
-# softmax's. That comparison takes minutes on a GPU; it is in the README of the laboratory.) The
-# gap of the three-layer model does *not* follow $\ln t$; no simple law fits it well. The theory is
-# about one layer.
+# The gap of our model grows like $\ln t$, and the norm of `bb-3l` linearly, as predicted. (With
+# plain SGD the norm does not, but the sink still forms: the peak is due to Adam, the sink to the
+# softmax. That comparison takes minutes on a GPU; see `sinkscope/bb/README.md`.) The gap of the
+# three-layer model does *not* follow $\ln t$; no simple law fits it well. The theory is for one
+# layer.
 #
-# Finally, the grown model is a model like any other:
+# Finally, the toy model can be scanned like any other model:
 
 # %%
 model = ss.load_model("bb-3l")
@@ -358,18 +359,18 @@ sink_attention = report.sink_attention[:, 2].mean().item()
 # </details>
 
 # %% [markdown]
-# The scan says 0.71 where the log above said 0.99. No contradiction: the log looked at non-trigger
-# queries only, the scan at all, and 29 % of the queries are triggers, for which this head works. A
-# number below one need not mean a weaker sink. It can be a head that wakes up now and then.
+# The scan gives 0.71 where the log above gave 0.99. This is no contradiction: the log averages
+# non-trigger queries only, the scan all queries, and 29 % of the queries are triggers, for which
+# this head is active. A value below one need not mean a weaker sink; the head may be active at some
+# queries.
 #
-# ## What to take with you
+# ## Summary
 #
-# * A sink grows from nothing within a hundred steps, where a head is needed now and then and a
-#   softmax forbids it to be silent.
-# * The sink drives the drain. Whether the drain drives the sink, as theory has it, we could not
-#   confirm.
-# * Let a row sum to less than one (ReLU) and the sink does not come; the task is solved all the
-#   same.
+# * A sink forms within a hundred steps if a head is needed only at some queries and a softmax
+#   forces it to attend at all.
+# * The sink drives the drain. That the drain drives the sink, as theory predicts, was not
+#   confirmed.
+# * If a row may sum to less than one (ReLU), no sink forms, and the task is still solved.
 # * A residual peak needs depth, and Adam.
 #
 # ## Exercises
@@ -403,7 +404,7 @@ solved = set()
 
 
 def check(exercise, answer):
-    """Say how an exercise stands: numbers may be 2 % off."""
+    """Check an answer; numbers may be 2 % off."""
     expected, hint = ANSWERS[exercise]
     if answer is None:
         return print(f"Exercise {exercise}: put your answer in the place of None.")
@@ -439,9 +440,9 @@ check(1, answer_1)
 # </details>
 
 # %% [markdown]
-# **2.** In `bb-3l`, does the sink head (layer 2) look at BOS on *trigger* queries more or less than
-# 0.1? Find out from its pattern: `cache["pattern", 2]` of `model` on `task.sample(...)`, at the
-# rows where `task.is_trigger[tokens]`. Answer "less than 0.1" or "more than 0.1".
+# **2.** In `bb-3l`, does the sink head (layer 2) attend to BOS on *trigger* queries more or less
+# than 0.1? Find out from its pattern: `cache["pattern", 2]` of `model` on `task.sample(...)`, at
+# the rows where `task.is_trigger[tokens]`. Answer "less than 0.1" or "more than 0.1".
 
 # %%
 answer_2 = None
@@ -463,10 +464,10 @@ check(2, answer_2)
 # </details>
 
 # %% [markdown]
-# **3.** *Softmax off by one*, $A_{ij} = e^{s_{ij}} / (1 + \sum_j e^{s_{ij}})$, gives a head a place
-# outside the sequence to send attention to. Its logit is fixed at 0. Train one
-# (`attention="off-by-one"`). Where does the idle head park: on `"BOS"`, or in the `"spare place"`?
-# Predict first; this one surprises.
+# **3.** *Softmax off by one*, $A_{ij} = e^{s_{ij}} / (1 + \sum_j e^{s_{ij}})$, lets a head send
+# attention outside the sequence. The logit for this is fixed at 0. Train one
+# (`attention="off-by-one"`). Where does the attention of the dormant head go: to `"BOS"`, or to the
+# `"spare place"`? Predict first.
 
 # %%
 answer_3 = None
@@ -481,9 +482,10 @@ check(3, answer_3)
 # ended = spare.to_frame().set_index(["metric", "step"])["value"].xs(450, level="step")
 # print(ended[["sink_attention", "spare_attention"]].round(3).to_string())
 # answer_3 = "BOS" if ended["sink_attention"] > ended["spare_attention"] else "spare place"
-# # Permission to be silent is not enough. BOS was there, its logit can rise without bound, and the
-# # logit of the spare place cannot: whoever is ahead stays ahead. (One seed, 450 steps; in models
-# # pretrained this way Xiao et al., arXiv 2309.17453, Table 3, see an improvement, not a cure.)
+# The possibility alone is not enough. BOS is available, its logit can rise without bound, and the
+# logit of the spare place cannot. (One seed, 450 steps; in models
+# # pretrained this way Xiao et al., arXiv 2309.17453, Table 3, see an improvement, but a sink
+# remains.)
 #
 # check(3, answer_3)
 # ```
@@ -492,8 +494,8 @@ check(3, answer_3)
 
 # %% [markdown]
 # **4.** (harder) Write softmax off by one itself, for scores `[query key]` under a causal mask,
-# so that it neither overflows at a score of 1,000 nor lets hidden keys count. What does query 3
-# of `scores` pay to key 0?
+# so that it neither overflows at a score of 1,000 nor counts hidden keys. How much attention does
+# query 3 of `scores` pay to key 0?
 
 # %%
 scores = torch.linspace(-2, 2, 16).reshape(4, 4)
@@ -533,9 +535,9 @@ check(4, answer_4)
 # %% [markdown]
 # ## Discuss
 #
-# 1. Why does the gap keep growing when the attention has long saturated?
+# 1. Why does the gap keep growing long after the attention has saturated?
 # 2. ReLU attention grows no sink here. What would you measure before you used it in a large model?
-# 3. Which part of the story needs more than one layer?
+# 3. Which of these results need more than one layer?
 #
 # ## Read on
 #
@@ -547,5 +549,5 @@ check(4, answer_4)
 #   Language Models with Attention Sinks*, arXiv 2309.17453
 
 # %% [markdown]
-# This was the last lesson. Take a model of your own, and start again at
+# This was the last lesson. Take your own model, and start again at
 # [2 · Find the sinks of a model](02_find_the_sinks_of_a_model.ipynb).

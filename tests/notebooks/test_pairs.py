@@ -49,7 +49,7 @@ def test_lesson_asks_for_predictions_and_has_solved_exercises(source):
     assert len(asked) >= 4 and len(solved) == len(asked)
     assert all(FOLDED.fullmatch(cell.source) for cell in solved), "no editor shows these open"
     assert "(harder)" in prose
-    for part in ("**Goals.**", "**Before.**", "**Time.**", "## Discuss", "## Read on"):
+    for part in ("**Goals.**", "**Prerequisites.**", "**Time.**", "## Discuss", "## Read on"):
         assert part in prose
 
 
