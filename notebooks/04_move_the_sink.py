@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# 4 · Move the sink: waiver experiments
+# # 4 · Move the sink: waiver experiments
 #
 # Lesson 3 suggests a hypothesis: position 0 becomes the sink because it is the only position that
 # *attends only to itself*. If it is true, we must be able to make a sink anywhere, and to remove

@@ -631,8 +631,8 @@ check(3, answer_3)
 # with AblateHeads(model, [(16, 0)]):
 #     answer_3 = pattern(echo, 18)[:, 7, half:, 0].mean().item()
 # print(f"18.7 attends to the sink: {of_18[:, 7, half:, 0].mean():.2f}, without 16.0: {answer_3:.2f}")
-# 16.0 writes the previous token into each token's state. Without it, 18.7 finds no match,
-# and attends to the sink again.
+# # 16.0 writes the previous token into each token's state. Without it, 18.7 finds no match,
+# # and attends to the sink again.
 #
 # check(3, answer_3)
 # assert answer_3 > of_18[:, 7, half:, 0].mean() + 0.2

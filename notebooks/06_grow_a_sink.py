@@ -482,10 +482,9 @@ check(3, answer_3)
 # ended = spare.to_frame().set_index(["metric", "step"])["value"].xs(450, level="step")
 # print(ended[["sink_attention", "spare_attention"]].round(3).to_string())
 # answer_3 = "BOS" if ended["sink_attention"] > ended["spare_attention"] else "spare place"
-# The possibility alone is not enough. BOS is available, its logit can rise without bound, and the
-# logit of the spare place cannot. (One seed, 450 steps; in models
-# # pretrained this way Xiao et al., arXiv 2309.17453, Table 3, see an improvement, but a sink
-# remains.)
+# # The possibility alone is not enough. BOS is available, its logit can rise without bound, and the
+# # logit of the spare place cannot. (One seed, 450 steps; in models pretrained this way Xiao et al.,
+# # arXiv 2309.17453, Table 3, see an improvement, but a sink remains.)
 #
 # check(3, answer_3)
 # ```
