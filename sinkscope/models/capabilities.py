@@ -227,6 +227,18 @@ class Capabilities:
         of_attention = signal == "attention" or signal in OF_ATTENTION
         return self.attending if of_attention else tuple(range(self.n_layers))
 
+    def measured_at(self, layer: int) -> tuple[str, ...]:
+        """Available metrics that have values in ``layer``; in the others their fields are nan."""
+        observers = _observers().metrics()
+        return tuple(
+            metric
+            for metric in self.available
+            if any(
+                all(layer in self.layers(tensor) for tensor in observer.needs)
+                for observer in observers[metric]
+            )
+        )
+
     def hook(self, signal: str, layer: int) -> str:
         """Name of the hook point that carries ``signal`` in ``layer``.
 
@@ -454,7 +466,10 @@ def _fired(seen: Probe, n_layers: int) -> tuple[str, ...]:
 
 def describe(capabilities: Capabilities) -> RenderableType:
     """Tables for a terminal or a notebook: structure, metrics and hook points."""
-    return Group(_structure(capabilities), _metrics(capabilities), _signals(capabilities))
+    tables = [_structure(capabilities), _metrics(capabilities), _signals(capabilities)]
+    if len(capabilities.attending) not in (0, capabilities.n_layers):
+        tables.insert(2, _layer_by_layer(capabilities))
+    return Group(*tables)
 
 
 def as_text(renderable: RenderableType, width: int = 100) -> str:
@@ -575,6 +590,23 @@ def _metrics(can: Capabilities) -> Table:
         reason = can.undefined.get(quantity)
         word = Text(f"no: {reason}", style="yellow") if reason else Text("yes", style="green")
         table.add_row("-", quantity, word)
+    return table
+
+
+def _layer_by_layer(can: Capabilities) -> Table:
+    """The metrics available in a hybrid model's layers with and without attention."""
+    table = Table(
+        title="What can be measured in each layer",
+        caption="elsewhere these metrics are undefined (nan), shown as –",
+        title_justify="left",
+    )
+    for column in ("layers", "block", "metrics"):
+        table.add_column(column)
+    mixer = can.elsewhere.get("attn_out", "").removeprefix("blocks.{layer}.").split(".")[0]
+    others = [layer for layer in range(can.n_layers) if layer not in can.attending]
+    without = "no attention" + (f" ({mixer})" if mixer else "")
+    for layers, block in ((can.attending, "attention"), (others, without)):
+        table.add_row(_spans(layers), block, ", ".join(can.measured_at(layers[0])))
     return table
 
 

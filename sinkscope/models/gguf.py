@@ -2,18 +2,26 @@
 
 transformers dequantises a GGUF file on loading but still marks the model as quantised, which
 prevents saving it. The weights are moved to a model with the same config without that mark.
+
+transformers also ignores parts of some files without a warning: biases that the architecture's
+config turns off by default, scaled rotary positions, the experts of some families. The file's
+header is therefore compared with the resulting model.
 """
 
 from __future__ import annotations
 
 import copy
-import mmap
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
 
 from sinkscope.errors import ModelError, UnsupportedError
 from sinkscope.models.checkpoint import quiet
@@ -26,17 +34,26 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
 
     Raises:
         ModelError: If the file is truncated, damaged or not GGUF.
-        UnsupportedError: If transformers cannot read GGUF files of this architecture.
+        UnsupportedError: If transformers cannot read GGUF files of this architecture, or ignores
+            part of this file.
     """
     with path.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise ModelError(f"{path} is not a GGUF file: it does not start with {_MAGIC!r}.")
     folder, name = str(path.parent), path.name
     try:
+        header = read_header(path)
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                gguf_file=name,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-            _repair_digits(tokenizer, path)
+            if header.metadata.get("tokenizer.ggml.pre") == "smollm":
+                _split_digits(tokenizer)
             # It names a folder from which the tokenizer cannot be reloaded.
             tokenizer.init_kwargs.pop("name_or_path", None)
     except ImportError as error:
@@ -48,6 +65,12 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
         raise ModelError(
             f"{path} is truncated or damaged ({said or type(error).__name__}); fetch it again."
         ) from error
+    reason = _what_differs(header, model, loading)
+    if reason is not None:
+        raise UnsupportedError(
+            f"transformers does not read {path} as it is: {reason}. Use the model's safetensors "
+            "checkpoint instead."
+        )
     return _without_quantization(model), tokenizer
 
 
@@ -60,33 +83,110 @@ def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:
         )
 
 
-def _repair_digits(tokenizer: Any, path: Path) -> None:
-    """Split digits individually where the file requires it, a setting that transformers ignores.
+def _split_digits(tokenizer: Any) -> None:
+    """Split digits individually, as the pre-tokenizer "smollm" requires and transformers omits.
 
     Without this, "  12" becomes two single spaces and digits instead of a double space and digits.
     """
     from tokenizers import pre_tokenizers
 
-    if _pre_tokenizer(path) == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
 
 
-def _pre_tokenizer(path: Path) -> str:
-    """The file's "tokenizer.ggml.pre", or "".
+# -- comparing the file's header with the loaded model ---------------------------------------------
 
-    Read directly from the bytes, because gguf's reader takes seconds to parse the vocabulary first.
-    In GGUF a key is followed by its type (8 is a string), the string's length and its bytes.
+_CLAIMS = {
+    "attention.head_count": "num_attention_heads",
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "expert_used_count": "num_experts_per_tok",
+}
+"""Metadata that change what a model computes, and their names in transformers' configs."""
+
+
+def _what_differs(
+    header: Header, model: PreTrainedModel, loading: dict[str, set[Any]]
+) -> str | None:
+    """How the loaded model differs from the file, in a few words; None if no difference is found."""
+    for name, in_file, in_model in sorted(loading["mismatched_keys"]):
+        return f"it makes {name} {list(in_model)} where the file has {list(in_file)}"
+    kind = header.metadata["general.architecture"]
+    processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=model.config.to_dict())
+    read = get_gguf_hf_weights_map(model, processor).keys()  # experts without ".weight"
+    unread = {x for x in header.tensors if x not in read and x.removesuffix(".weight") not in read}
+    if "rope_freqs.weight" in unread:
+        return "it leaves out the scaling of the rotary frequencies (rope_freqs.weight)"
+    for names, said in ((unread, "leaves out"), (loading["missing_keys"], "finds no")):
+        if names:
+            name, *others = sorted(names)
+            return f"it {said} {name}" + (f" and {len(others)} more" if others else "")
+    scaling = header.metadata.get(f"{kind}.rope.scaling.type", "none")
+    if scaling != "none":
+        return f"it leaves out the scaling of rotary positions ({scaling})"
+    for key, name in _CLAIMS.items():
+        claimed, read = header.metadata.get(f"{kind}.{key}"), getattr(model.config, name, None)
+        if claimed and read is not None and abs(claimed - read) > 1e-6 * abs(claimed):
+            return f"the file states {key} = {claimed:g}, and the model has {read:g}"
+    return None
+
+
+class Header(NamedTuple):
+    """The header of a GGUF file: its scalar metadata (arrays are skipped) and its tensor names."""
+
+    metadata: dict[str, Any]
+    tensors: set[str]
+
+
+_STRING, _ARRAY = 8, 9
+_SCALARS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?"])) | {10: "Q", 11: "q", 12: "d"}
+
+
+def read_header(path: Path) -> Header:
+    """Read the header only; gguf's own reader takes seconds to parse the vocabulary.
+
+    Raises:
+        struct.error: If the file ends inside the header.
     """
-    key = b"tokenizer.ggml.pre"
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        at = data.find(key)
-        if at < 0:
-            return ""
-        kind, length = struct.unpack_from("<IQ", data, at + len(key))
-        start = at + len(key) + struct.calcsize("<IQ")
-        return data[start : start + length].decode("utf-8", "replace") if kind == 8 else ""
+    with path.open("rb") as file:
+        _, _, n_tensors, n_values = _unpack(file, "IIQQ")
+        metadata = {}
+        for _ in range(n_values):
+            key, (kind,) = _text(file), _unpack(file, "I")
+            metadata[key] = _value(file, kind)
+        tensors = set()
+        for _ in range(n_tensors):
+            tensors.add(_text(file))
+            (n_dims,) = _unpack(file, "I")
+            _unpack(file, f"{n_dims}QIQ")
+    return Header({key: value for key, value in metadata.items() if value is not None}, tensors)
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    if kind == _STRING:
+        return _text(file)
+    if kind != _ARRAY:
+        return _unpack(file, _SCALARS[kind])[0]
+    of, count = _unpack(file, "IQ")
+    if of in _SCALARS:
+        file.seek(count * struct.calcsize("<" + _SCALARS[of]), 1)
+    else:
+        for _ in range(count):
+            _value(file, of)
+    return None
+
+
+def _text(file: BinaryIO) -> str:
+    (length,) = _unpack(file, "Q")
+    return file.read(length).decode("utf-8", "replace")
+
+
+def _unpack(file: BinaryIO, layout: str) -> tuple[Any, ...]:
+    return struct.unpack("<" + layout, file.read(struct.calcsize("<" + layout)))

@@ -103,6 +103,19 @@ def test_fields_are_transformers_own_and_undefined_without_attention(name: str, 
         compared.add(field)
     assert {"sink_attention", "value_drain", "head_output_norm", "honor"} <= compared
     assert {"residual_peak", "ffn_sink", "ffn_mixed_max", "sink_residual_norm"} <= compared
+    can, metrics = ss.capabilities(ss.load_model(model(name))), report.metrics()
+    by_layer = [field for field in report.measured() if field in metrics and _is_per_prompt(field)]
+    for layer in range(LAYERS):
+        defined = {metrics[f] for f in by_layer if not report[f][:, layer].isnan().all()}
+        assert defined == {metrics[f] for f in by_layer} & set(can.measured_at(layer))
+
+
+def test_the_description_says_what_each_layer_has() -> None:
+    text = str(ss.capabilities(ss.load_model(tiny_model("Lfm2ForCausalLM"))))
+    table = text[text.index("What can be measured in each layer") :]
+    (without,) = [line for line in table.splitlines() if "no attention (conv)" in line]
+    assert "0 and 2" in without and "residual, massive, ffn, cosine, ffn_dims" in without
+    assert "each layer" not in str(ss.capabilities(ss.load_model(BY_NAME["llama"].build())))
 
 
 @pytest.mark.parametrize("positions", ["rope", "nope", None])

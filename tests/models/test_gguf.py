@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 
+import sinkscope as ss
 from sinkscope.errors import ModelError, UnsupportedError
+from sinkscope.families import OWN, tiny_model
 from sinkscope.models.capabilities import capabilities
-from sinkscope.models.gguf import _pre_tokenizer, read_gguf
+from sinkscope.models.gguf import read_gguf, read_header
 from sinkscope.models.load import load_model
 from sinkscope.models.provenance import model_source
 
-from .files import llama_gguf, logits, tiny_llama
+from .files import TOKENS, llama_gguf, logits, tiny_llama, write_gguf
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,7 @@ def test_tokenizer_works_through_the_bridge(gguf_file: Path) -> None:
 
 def test_smollm_splits_digits_one_by_one(gguf_file: Path, tmp_path: Path) -> None:
     """Two spaces before a digit are one token: the digit is cut off before spaces are grouped."""
-    assert _pre_tokenizer(gguf_file) == "smollm"
+    assert read_header(gguf_file).metadata["tokenizer.ggml.pre"] == "smollm"
     _, with_scheme = read_gguf(gguf_file, torch.float32)
     _, without = read_gguf(llama_gguf(tmp_path / "other.gguf"), torch.float32)
     spaces = with_scheme.backend_tokenizer.pre_tokenizer.pre_tokenize_str("  1")
@@ -65,9 +69,77 @@ def test_smollm_splits_digits_one_by_one(gguf_file: Path, tmp_path: Path) -> Non
     ]
 
 
-def test_file_without_a_pre_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "x.gguf").write_bytes(b"GGUF and no such key")
-    assert _pre_tokenizer(tmp_path / "x.gguf") == ""
+def test_header_is_what_gguf_reads(gguf_file: Path) -> None:
+    reader, header = gguf.GGUFReader(gguf_file), read_header(gguf_file)
+    assert header.tensors == {tensor.name for tensor in reader.tensors}
+    arrays = {
+        key for key, field in reader.fields.items() if gguf.GGUFValueType.ARRAY in field.types
+    }
+    assert {"tokenizer.ggml.tokens", "tokenizer.ggml.token_type"} <= arrays
+    single = {key for key in reader.fields if not key.startswith("GGUF.")} - arrays
+    assert header.metadata == {key: reader.fields[key].contents() for key in single}
+
+
+FAMILIES = {
+    # class, what of the config GGUF files do not state (transformers' defaults), their metadata
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 128}, {"attention.key_length": 128}),
+    "qwen3moe": (
+        "Qwen3MoeForCausalLM",
+        {"moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 4},
+        {"attention.key_length": 8, "expert_count": 4, "expert_used_count": 2},
+    ),
+    "lfm2": (
+        "Lfm2ForCausalLM",
+        {"block_auto_adjust_ff_dim": False},
+        {"attention.head_count_kv": [0, 2, 0, 2], "shortconv.l_cache": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_families(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of queries and keys, experts, convolutions: equal to the model before it was saved."""
+    name, settings, metadata = FAMILIES[architecture]
+    monkeypatch.setitem(OWN, name, OWN.get(name, {}) | settings)
+    model = tiny_model(name)
+    path = write_gguf(tmp_path / "model.gguf", model, architecture, metadata=metadata)
+    with torch.no_grad():
+        output = model(TOKENS, output_attentions=True)
+    bridge = load_model(path, device="cpu")
+    assert (logits(bridge) - output.logits).abs().max() < 1e-5 * output.logits.abs().max()
+    report = ss.scan(bridge, ss.token_ids(TOKENS), progress=False)
+    patterns = [pattern for pattern in output.attentions if pattern is not None]
+    first = torch.stack([pattern[..., 1:, 0].mean(-1) for pattern in patterns], dim=1)
+    attending = list(report.settings.attending)
+    assert (report["sink_attention"][:, attending] - first).abs().max() < 1e-5
+
+
+BIAS = {f"blk.{i}.attn_q.bias": np.ones(32, dtype=np.float32) for i in range(3)}
+NOT_READ = {
+    "biases": (dict(tensors=BIAS), "it leaves out blk.0.attn_q.bias and 2 more"),
+    "frequencies": (
+        dict(tensors={"rope_freqs.weight": np.full(4, 2.0, dtype=np.float32)}),
+        "it leaves out the scaling of the rotary frequencies",
+    ),
+    "scaling": (
+        dict(metadata={"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}),
+        r"it leaves out the scaling of rotary positions \(yarn\)",
+    ),
+    "shape": (
+        dict(metadata={"vocab_size": 90}),
+        r"it makes lm_head.weight \[90, 32\] where the file has \[97, 32\]",
+    ),
+    "missing": (dict(tensors={"blk.1.ffn_up.weight": None}), "it finds no .*1.mlp.up_proj.weight"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_READ)
+def test_what_transformers_leaves_out_is_refused(case: str, tmp_path: Path) -> None:
+    """Each gives another model than the file's, without a word from transformers."""
+    changes, reason = NOT_READ[case]
+    path = llama_gguf(tmp_path / "other.gguf", **changes)
+    with pytest.raises(UnsupportedError, match=f"does not read .*other.gguf as it is: {reason}"):
+        load_model(path, device="cpu")
 
 
 @pytest.mark.parametrize("share", [0.0005, 0.01, 0.1, 0.5, 0.99])
