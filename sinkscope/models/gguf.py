@@ -115,7 +115,7 @@ _CLAIMS = {
 def _what_differs(
     header: Header, model: PreTrainedModel, loading: dict[str, set[Any]]
 ) -> str | None:
-    """How the loaded model differs from the file, in a few words; None if no difference is found."""
+    """How the loaded model differs from the file, in a few words; None if it does not."""
     for name, in_file, in_model in sorted(loading["mismatched_keys"]):
         return f"it makes {name} {list(in_model)} where the file has {list(in_file)}"
     kind = header.metadata["general.architecture"]
