@@ -1,4 +1,4 @@
-"""Which of SmolLM2-135M's heads sleep on code and work on prose, and does the loss agree?
+"""Which of SmolLM2-135M's heads are dormant on code and active on prose, and does the loss agree?
 
     python examples/dormant_heads.py
 
@@ -10,8 +10,9 @@ printed, with Python 3.11 (the text of its manual differs a little between versi
  7.2: sink attention 0.38 on prose, 0.62 on code; without it a loss moves by 0.0051 and 0.0134 nat
  5.5: sink attention 0.36 on prose, 0.61 on code; without it a loss moves by 0.0045 and 0.0101 nat
 
-The head that parks whatever it reads does nothing at all. Of the four that park most on code alone, two
-matter less there and two matter more: sink attention is a hint, removal is the judge.
+The head that is a sink head on both has no effect at all. Of the four that are sink heads only on
+code, two have a smaller effect there and two a larger one: sink attention alone does not show that
+a head is inactive.
 """
 
 import sinkscope as ss

@@ -1,4 +1,4 @@
-"""Where does SmolLM2-135M keep its sinks, and does it matter what its text starts with?
+"""Where are the sinks of SmolLM2-135M, and do they depend on the first token?
 
     python examples/find_sinks.py
 
@@ -8,7 +8,7 @@ always (<|im_start|>)    sink attention 0.37, 147 of 270 heads above 0.3, value 
 never                    sink attention 0.39, 176 of 270 heads above 0.3, value drain 0.25, peak 180 × after layer 11
 random                   sink attention 0.38, 157 of 270 heads above 0.3, value drain 0.26, peak 183 × after layer 11
 
-The sink does not need a special token: whatever stands first becomes one.
+The sink does not need a special token: any first token becomes one.
 """
 
 import sinkscope as ss

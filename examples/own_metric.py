@@ -1,9 +1,9 @@
-"""A metric of one's own: how heavy are the tails of the values, and is the sink's value one of them?
+"""A user-defined metric: how heavy-tailed are the values, and is the sink's value an outlier?
 
     python examples/own_metric.py
 
-The class is all there is: naming its metric registers it, and the report, its frame, its file, its
-figures and its page know the field. It is measured inside the hook, in the same forward pass.
+The class is enough: naming its metric registers it, and the field appears in the report, its frame,
+file, figures and page. It is measured inside the hook, in the same forward pass.
 """
 
 import sinkscope as ss

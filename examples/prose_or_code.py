@@ -1,4 +1,4 @@
-"""Can a linear probe tell prose from code by a model's sinks alone?
+"""Can a linear probe distinguish prose from code by a model's sinks alone?
 
     pip install scikit-learn
     python examples/prose_or_code.py

@@ -1,4 +1,4 @@
-"""What must SmolLM2 keep of a long text, beside a window of the last 256 tokens?
+"""What must SmolLM2 keep of a long text besides a window of the last 256 tokens?
 
     python examples/streaming_context.py [TEXT.txt]
 
@@ -12,9 +12,9 @@ everything      perplexity 16.9, 70.8 MB of keys and values
 200 as it is    perplexity 31.2, 11.8 MB of keys and values, loss +0.61 [+0.49, +0.73] nat
 designated 200  perplexity 18.7, 11.8 MB of keys and values, loss +0.10 [+0.03, +0.17] nat
 
-(Loss: a token's, over that of the model that sees everything.) A single sink is enough, and it need
-not be the beginning of the text: a token from the middle, made to see itself alone when it was
-read, serves as well. The same token as it is does nothing.
+(Loss per token, minus that with full attention.) A single sink is enough, and it need not be the
+first token: a token from the middle that attends only to itself works as well. The same token
+without the mask has no effect.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Which block writes SmolLM2's residual peak, and what becomes of the sink without it?
+"""Which block writes SmolLM2's residual peak, and what happens to the sink without it?
 
     python examples/trace_peak.py
 

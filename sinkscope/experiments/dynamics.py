@@ -1,17 +1,17 @@
-"""Sinks, drains, peaks and dormant heads over training: one scan per checkpoint, one table for all.
+"""Sinks, drains, peaks and dormant heads over training, from one scan per checkpoint.
 
 Guo, Pai, Bai, Jiao, Jordan and Mei 2024, "Active-Dormant Attention Heads" (arXiv 2410.13835), who
 follow OLMo-7B over 31 revisions.
 
-1. Sort the checkpoints by training step. A checkpoint is whatever can become a model: a training
-   step that TransformerLens knows, a Hub revision, a folder such as ``checkpoint-500``, a snapshot
-   of the Bigram-Backcopy laboratory, a model, or a function that makes one.
+1. Sort the checkpoints by training step. A checkpoint is anything that can be loaded as a model: a
+   training step that TransformerLens knows, a Hub revision, a folder such as ``checkpoint-500``, a
+   snapshot of a Bigram-Backcopy toy model, a model, or a function that makes one.
 2. Load each, measure its loss, scan it on the same tokens, and free it before the next. Each report
-   is kept, so that an interrupted run continues and later checkpoints can be added.
+   is saved, so that an interrupted run continues and later checkpoints can be added.
 3. One curve per phenomenon against the step, and the step at which it is half-way.
 4. The sink heads, those whose mean sink attention exceeds ε: how many appear and disappear between
    neighbouring checkpoints, and the Jaccard index of the two sets beside its value by chance (Xu
-   2026, arXiv 2606.02378). For each head the step from which it is a sink head for good.
+   2026, arXiv 2606.02378). For each head the step from which it remains a sink head.
    `sinkscope.experiments.seeds` compares the populations of several runs.
 """
 
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 PER_HEAD = ("sink_attention", "sink_importance", "attention_entropy", "value_drain", "honor")
 PER_LAYER = ("residual_peak", "sink_residual_norm")
 METRICS = ("sink_attention", "values", "head_outputs", "residual", "entropy", "received")
-"""Of these, `entropy` is left out where attention is no softmax."""
+"""Of these, `entropy` is left out where attention is not a softmax."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -116,7 +116,7 @@ class Dynamics(Result):
         return torch.stack([report.sink_heads(epsilon) for report in self.reports.values()])
 
     def turnover(self, epsilon: float | None = None) -> pd.DataFrame:
-        """How the population of sink heads changes from one checkpoint to the next.
+        """How the set of sink heads changes from one checkpoint to the next.
 
         Args:
             epsilon: See `sink_heads`.
@@ -124,8 +124,8 @@ class Dynamics(Result):
         Returns:
             One row per step: step, sink_heads, appeared and disappeared since the step before
             [count], jaccard with it, and jaccard_by_chance if the heads of each layer were
-            renumbered at random [share]. What the first step has nothing before it for, and what
-            two empty populations leave undefined, is nan.
+            renumbered at random [share]. Values that need an earlier step are nan at the first one,
+            and so is jaccard for two empty sets.
         """
         import pandas as pd
 
@@ -226,7 +226,7 @@ class Dynamics(Result):
         }
 
     def half_way(self) -> dict[str, int | None]:
-        """The first step at which each curve has come half of its way from first to last value."""
+        """The first step at which each curve has covered half of its total change."""
         found: dict[str, int | None] = {}
         for name, curve in self.overview().items():
             way = (curve - curve[0]) / (curve[-1] - curve[0])
@@ -286,15 +286,15 @@ def dynamics(
         model: The Hub model that steps and revisions are of; None if no checkpoint is one.
         checkpoints: Each a training step that TransformerLens knows for this model (an int); a Hub
             revision whose last number is the step, such as "step1000"; a folder likewise, such as
-            "runs/checkpoint-500"; a snapshot of the Bigram-Backcopy laboratory, such as
+            "runs/checkpoint-500"; a toy-model snapshot, such as
             "runs/step-001000.safetensors"; or, in a mapping from step, any of these, anything that
             `load_model` takes, or a function without arguments that gives such a thing.
-        texts: Prompts; by default 16 of prose, 256 tokens each, and for laboratory snapshots 16 of
+        texts: Prompts; by default 16 of prose, 256 tokens each, and for toy-model snapshots 16 of
             their own task, as long as their context. They are tokenised by the first checkpoint,
             and all get the same tokens.
         sink_threshold: Mean sink attention above which a head counts as dormant [probability].
         sinks: See `scan`.
-        out: A folder that keeps each checkpoint's report, and from which an interrupted run
+        out: A folder in which each checkpoint's report is saved, and from which an interrupted run
             continues. A checkpoint in a file is identified by path, size and time; one that a
             function makes by its step alone.
         progress: Whether to draw a progress bar.
@@ -364,7 +364,7 @@ def _step_of(checkpoint: Any) -> int:
 
 
 def is_snapshot(checkpoint: Any) -> bool:
-    """Whether this is a snapshot of the Bigram-Backcopy laboratory."""
+    """Whether this is a snapshot of a Bigram-Backcopy toy model."""
     return isinstance(checkpoint, str | Path) and Path(checkpoint).suffix == ".safetensors"
 
 
@@ -376,7 +376,7 @@ def usual_texts(
     bos: str = "auto",
     seed: int = 0,
 ) -> Any:
-    """The texts when none are given: prose, or the task that a snapshot was trained on.
+    """Default texts: prose, or the task that a snapshot was trained on.
 
     Args:
         checkpoint: The first one.
@@ -386,7 +386,8 @@ def usual_texts(
         seed: Where prose is cut, and of the draws of a task.
 
     Raises:
-        TextError: If a task is to begin otherwise, or to be longer than the snapshot's context.
+        TextError: If a task is given another BOS policy, or prompts longer than the snapshot's
+            context.
     """
     if not is_snapshot(checkpoint):
         return make_texts("prose", prompts=prompts, length=length or 256, bos=bos, seed=seed)
@@ -396,7 +397,7 @@ def usual_texts(
     context = model.config.context
     if bos != "auto":
         raise TextError(
-            "A laboratory snapshot is scanned on the task that it was trained on, which has a BOS "
+            "A toy-model snapshot is scanned on the task that it was trained on, which has a BOS "
             f"policy of its own; leave out {bos!r}, or name texts."
         )
     if length is not None and not 1 < length <= context:
@@ -408,7 +409,7 @@ def usual_texts(
 
 
 def laboratory_model(file: Path, device: Any = "cpu", **options: Any) -> Any:
-    """A snapshot that `sinkscope.bb.train` wrote, as a bridge.
+    """Load a snapshot written by `sinkscope.bb.train` as a bridge.
 
     Raises:
         ModelError: If any option but the device is given.
@@ -417,14 +418,14 @@ def laboratory_model(file: Path, device: Any = "cpu", **options: Any) -> Any:
 
     if options:
         raise ModelError(
-            f"{file.name} is a laboratory snapshot, which takes no option but the device."
+            f"{file.name} is a toy-model snapshot, which takes no option but the device."
         )
     model, task = bb.load_model(file)
     return bb.to_bridge(model.to(device), name=file.stem, task=task)
 
 
 class _Checkpoints:
-    """Loads one checkpoint after the other, scans it, and keeps what was found."""
+    """Loads one checkpoint after another, scans it, and saves the report."""
 
     def __init__(
         self,
@@ -454,7 +455,7 @@ class _Checkpoints:
             check(self._file(step), self._request(checkpoint))
 
     def measure(self, step: int, checkpoint: Any) -> None:
-        """Scan a checkpoint, unless its report is kept already."""
+        """Scan a checkpoint, unless its report is saved already."""
         file = None if self._folder is None else self._file(step)
         # The request is of the checkpoint as it was given, before it is wrapped.
         request = {} if file is None else self._request(checkpoint)
@@ -490,7 +491,7 @@ class _Checkpoints:
         return report.to("cpu"), loss
 
     def _check_shape(self, step: int, can: Capabilities) -> None:
-        """Curves over training are of one model: as many layers and heads in every checkpoint."""
+        """Refuse a checkpoint whose number of layers or heads differs from the first."""
         for first, report in list(self.reports.items())[:1]:
             there = (report.settings.n_layers, report.settings.n_heads)
             if (can.n_layers, can.n_heads) != there:
@@ -521,7 +522,7 @@ class _Checkpoints:
         return self._model
 
     def _prompts(self, model: Any) -> Texts:
-        """The texts as the first model's tokens."""
+        """Return the texts, tokenised by the first model."""
         if self._texts is None:
             self._texts = self._source.tokenize(model).right_padded()
             for step, report in self.reports.items():
@@ -529,7 +530,7 @@ class _Checkpoints:
         return self._texts
 
     def _check_tokens(self, step: int, report: SinkReport) -> None:
-        """Refuse a kept report of other tokens than those of this run."""
+        """Refuse a saved report of other tokens than those of this run."""
         others = [Texts(one.tokens, one.mask, bos="", source="") for one in self.reports.values()]
         for prompts in others if self._texts is None else [self._texts]:
             self._check_same(step, report, prompts)

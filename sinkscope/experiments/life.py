@@ -1,4 +1,4 @@
-"""The life of the sink: where its residual state comes from, what keeps it, and what takes it away.
+"""The life of the sink: which parts write, carry and erase its residual state.
 
 After the small models of legibleweights, "outlier-position-anatomy" (writers and an eraser,
 constant share of energy), and Sun et al. 2026 (arXiv 2603.05498: blocks of steps up and down; each
@@ -8,8 +8,8 @@ spike channel of a gated FFN is a quadratic form with one trigger direction).
    its norm is largest. What a part adds along it is its output at the sink times u. These and the
    embedding add up to the residual state along u, layer by layer, which is checked: where a norm
    stands behind each addition (BERT) they do not, and no share of the state is a part's.
-2. A part that adds at least a tenth of the largest value along u is a writer, one that takes away
-   as much an eraser, every other a carrier. The blocks that add and take away most are the steps.
+2. A part that adds at least a tenth of the largest value along u is a writer, one that removes as
+   much an eraser, every other a carrier. The blocks that add and remove most are the steps.
 3. How much of the sink's state is the same in all prompts: ‖mean_p h‖² / mean_p ‖h‖², and the mean
    cosine between two prompts' states, at the sink and half-way between it and the end. Where all
    prompts have the same token at a causal position 0 the first two are 1 by definition.
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 ROLE = 0.1
-"""Share of the largest value along the sink's direction from which a part writes or erases."""
+"""Smallest share of the largest value along the sink's direction for a writer or eraser."""
 _AMISS = 0.05
 """Of that value, by which parts may fail to add up: bfloat16 rounds each of a hundred additions."""
 _TOP = 5
@@ -67,7 +67,7 @@ class SinkLife(Result):
         control: Another position, for comparison.
         parts: Names along `part`: attention, ffn.
         tokens_at_sink: How many different tokens the prompts have at the sink [count].
-        start: What enters the first block, along the sink's direction [activation].
+        start: Input of the first block along the sink's direction [activation].
         along: The sink's residual state after each layer along that direction [activation].
         added: What each part adds along it [activation].
         norm: Norm of the sink's residual state [activation].
@@ -78,7 +78,7 @@ class SinkLife(Result):
         ffn_layer: The block whose FFN adds most.
         neuron: Its neurons that add most, strongest first.
         neuron_share: Share of the FFN's output along its own direction that each adds [share].
-        no_neurons: Why neurons are not known; "" where they are.
+        no_neurons: Why neurons are unknown; "" where they are known.
         channel: The residual dim in which that FFN's output at the sink is largest.
         trigger: x·s, the FFN's input along the trigger, at every position [activation].
         trigger_energy: Share of ‖x‖² along the trigger [share].
@@ -156,13 +156,13 @@ class SinkLife(Result):
         ]
 
     def steps(self) -> dict[str, tuple[int, float]]:
-        """The blocks that add ("up") and take away ("down") most along the direction [share]."""
+        """The blocks that add ("up") and remove ("down") most along the direction [share]."""
         change = self.shares().sum(1)
         up, down = int(change.argmax()), int(change.argmin())
         return {"up": (up, float(change[up])), "down": (down, float(change[down]))}
 
     def statistics(self) -> dict[str, Any]:
-        """Roles, steps, what is constant, neurons, trigger, and the effect of removing writers."""
+        """Roles, steps, constant share, neurons, trigger, and the effect of removing writers."""
         at = self.peak_layer
         found: dict[str, Any] = {
             "sink": self.sink,
@@ -229,7 +229,7 @@ class SinkLife(Result):
         return rows
 
     def summary(self) -> str:
-        """The life in sentences, and the effect of removing writers in a table."""
+        """Writers, erasers and trigger in words, and the effect of removing writers in a table."""
         return _summary(self)
 
     def to_frame(self) -> pd.DataFrame:
@@ -265,7 +265,7 @@ class SinkLife(Result):
         return tidy(axes | {"position": [-1]}, metric=metric, value=value[..., None])
 
     def figures(self) -> dict[str, go.Figure]:
-        """The whole life on one page."""
+        """All panels in one figure."""
         from sinkscope.plot import sink_life as draw
 
         return {"life": draw(self.to_frame(), about=self.about)}
@@ -286,7 +286,7 @@ def sink_life(
         progress: Whether to draw a progress bar.
 
     Returns:
-        Writers, carriers and erasers; steps; what is constant; neurons and trigger; and the model
+        Writers, carriers and erasers; steps; constant share; neurons and trigger; and the model
         without the writers.
 
     Raises:
@@ -385,7 +385,7 @@ def _constant(
 def _without(
     model: Any, prompts: Texts, sink: int, removed: Iterable[tuple[int, str]]
 ) -> dict[str, Any]:
-    """Attention to the sink, its peak and the loss, with some parts set to zero there."""
+    """Measure attention to the sink, its peak and the loss, with some parts set to zero there."""
     with ExitStack() as stack:
         for layer, part in removed:
             stack.enter_context(RemoveOutput(model, layer, PARTS[part], sink))
@@ -405,7 +405,7 @@ def _without(
 
 @torch.inference_mode()
 def _neurons(model: Any, prompts: Texts, sink: int, layer: int) -> dict[str, Any]:
-    """The neurons that add most, and a gated FFN's trigger, with reasons where there is none."""
+    """Return the neurons that add most, and a gated FFN's trigger, or reasons for none."""
     none = dict.fromkeys(
         ("neuron", "neuron_share", "channel", "trigger", "trigger_energy", "eigenvalue",
          "rank_one", "quadratic", "written")
@@ -418,7 +418,7 @@ def _neurons(model: Any, prompts: Texts, sink: int, layer: int) -> dict[str, Any
     seen = _inputs(model, prompts, {"x": linear["in"], "a": linear["out"]})
     out = _weight(linear["out"], seen["a"].shape[-1])
     a = seen["a"][:, sink].double()
-    written = a @ out  # without the bias, which no neuron adds
+    written = a @ out  # without the bias, which is not from neurons
     w = written.mean(0) / written.mean(0).norm()
     shares = a.mean(0) * (out @ w) / (written.mean(0) @ w)
     top = shares.abs().argsort(descending=True)[:_TOP]
@@ -453,7 +453,7 @@ def _neurons(model: Any, prompts: Texts, sink: int, layer: int) -> dict[str, Any
 
 
 def _linear(ffn: Any, name: str) -> nn.Module | None:
-    """The linear map of that name in a bridge's FFN, or None."""
+    """Return the linear map of that name in a bridge's FFN, or None."""
     from transformers.pytorch_utils import Conv1D
 
     inner = getattr(ffn, name, None)
@@ -462,7 +462,7 @@ def _linear(ffn: Any, name: str) -> nn.Module | None:
 
 
 def _weight(linear: nn.Module | None, size: int) -> Float[Tensor, "input output"]:
-    """The matrix that it applies, W in xW, in float64."""
+    """Return its matrix, W in xW, in float64."""
     assert linear is not None
     weight = next(iter(linear.parameters())).detach()
     eye = torch.eye(size, dtype=weight.dtype, device=weight.device)
@@ -472,7 +472,7 @@ def _weight(linear: nn.Module | None, size: int) -> Float[Tensor, "input output"
 def _inputs(
     model: Any, prompts: Texts, modules: dict[str, nn.Module | None]
 ) -> dict[str, Float[Tensor, "prompt position dim"]]:
-    """What some modules read, at every position."""
+    """Return the inputs of some modules at every position."""
     kept: dict[str, list[Tensor]] = {name: [] for name in modules}
     handles = []
     for name, module in modules.items():

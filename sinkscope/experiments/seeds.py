@@ -1,7 +1,7 @@
-"""The same sink heads in every seed? Training runs of one architecture, checkpoint by checkpoint.
+"""Whether runs with different seeds have the same sink heads, checkpoint by checkpoint.
 
 No pretraining study of sinks states more than one seed; PolyPythias (van der Wal et al. 2025, arXiv
-2503.09543) and the Bigram-Backcopy laboratory have several. Sink heads over training: Xu 2026
+2503.09543) and the Bigram-Backcopy toy models have several. Sink heads over training: Xu 2026
 (arXiv 2606.02378).
 
 1. Follow each run with `dynamics`, on the same tokens and at the same steps.
@@ -39,7 +39,7 @@ OVERLAPS = {
     "jaccard_by_chance": turnover.jaccard_by_chance,
     "jaccard_of_layers": turnover.jaccard_of_layers,
 }
-"""How much two sets of sink heads have in common."""
+"""Measures of the overlap of two sets of sink heads."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -95,7 +95,7 @@ class SameHeads(Result):
         }
 
     def summary(self) -> str:
-        """Sink heads of each run, what they have in common, and when each run's sink formed."""
+        """Sink heads of each run, their overlap, and when each run's sink formed."""
         found = self.statistics()
         counts = ", ".join(str(heads[-1]) for heads in found["sink_heads"].values())
         last = {name: number(value) for name, value in found["last"].items()}
@@ -130,7 +130,7 @@ def same_heads(runs: Mapping[str, Dynamics]) -> SameHeads:
     """Compare the sink heads of several training runs of one architecture.
 
     Args:
-        runs: What `dynamics` found of each, by name; same texts, steps and ε.
+        runs: The result of `dynamics` for each run, by name; same texts, steps and ε.
 
     Returns:
         The overlaps of every pair of runs at every step.

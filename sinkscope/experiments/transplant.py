@@ -1,18 +1,18 @@
-"""Whether a sink matters by the attention it absorbs or by the constant it adds.
+"""Whether a sink matters for the attention it absorbs or for the constant it adds.
 
-A sink acts on later tokens through its keys and values. Its key decides how much attention it
+A sink acts on later tokens through its keys and values. Its key determines how much attention it
 absorbs; its value is what that attention adds to every query. This experiment separates the two:
 
 1. Run prompts as they are ("untouched"), and again with their sink erased ("host"): the FFN output
-   of the block that adds most to the sink's norm is set to zero there. The attention that is left
-   says whether that erased the sink.
+   of the block that adds most to the sink's norm is set to zero there. The remaining attention
+   shows whether that erased the sink.
 2. Take the sink's keys and values of every layer from donors on the unchanged model, and give them
    to the hosts (`interventions.SinkTransplant`): both; the key alone, with value zero, which
    absorbs attention and adds nothing; the value alone, with the key of the host; and both, or the
    key alone, in an extra slot at no position.
 3. In each condition measure the attention of later queries to the transplanted key, the next-token
-   loss, and the divergence of the predictions from those of the untouched run. Queries after the
-   sink count, the same ones in every condition.
+   loss, and the divergence of the predictions from those of the untouched run. Only queries after
+   the sink are counted, the same ones in every condition.
 4. In a routed model, record the experts that the router gives the sink and the later queries in
    each condition: an expert may take the sink, and others the tokens that follow it, only because
    of the sink.
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 CONDITIONS = ("host", "both", "key", "value", "slot", "slot key")
-"""What is compared with the untouched run."""
+"""The conditions that are compared with the untouched run."""
 DONORS = ("own", "mean")
 """Each prompt's own sink, or the mean sink of all prompts."""
 
@@ -196,7 +196,7 @@ def transplant(
             the mean over which is taken (a single BOS token, for prompts without one).
         erase: Whether the hosts' sink is erased, in the block that adds most to its norm; or the
             block. False for prompts that lack a sink as they are.
-        conditions: Of `CONDITIONS`.
+        conditions: Some of `CONDITIONS`.
         progress: Whether to draw a progress bar.
 
     Returns:
@@ -240,7 +240,7 @@ def transplant(
 
 
 def _erased(model: Any, prompts: Texts, erase: bool | int) -> int | None:
-    """The block that adds most to ‖h_0‖, a given one, or none."""
+    """Return the block that adds most to ‖h_0‖, a given one, or none."""
     if erase is False:
         return None
     if erase is not True:
@@ -251,7 +251,7 @@ def _erased(model: Any, prompts: Texts, erase: bool | int) -> int | None:
 
 
 def _experts(model: Any) -> dict[int, Experts]:
-    """The experts of a routed model by block; none where they cannot be told apart."""
+    """Return the experts of a routed model by block; none where they cannot be distinguished."""
     if not capabilities(model).moe:
         return {}
     try:
@@ -261,7 +261,7 @@ def _experts(model: Any) -> dict[int, Experts]:
 
 
 class _Run:
-    """The conditions, prompt after prompt, so that each can have its own donor."""
+    """Runs the conditions prompt by prompt, so that each can have its own donor."""
 
     def __init__(self, model: Any, prompts: Texts, donor: Any, block: int | None) -> None:
         self.model, self.prompts, self.block = model, prompts, block

@@ -59,23 +59,23 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 FIRST = "first"
-"""The condition in which a token is the first of its prompt."""
+"""Name of the condition in which a token is the first of its prompt."""
 _CHUNK = 1024
-"""Tokens that run, and are kept, together."""
+"""Number of tokens per chunk of computing and saving."""
 _PROMPTS = 4
-"""Prompts that exceptions and controls are put first in."""
+"""Number of prompts in which exceptions and controls are put first."""
 _SHOWN = 20
-"""Exceptions that the summary names."""
+"""Number of exceptions listed in the summary."""
 _RESAMPLES = 1000
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Vocabulary(Result):
-    """What every token of a vocabulary does as the first token of a prompt.
+    """Norms and cosines of every token of a vocabulary as the first token of a prompt.
 
-    In the first condition a token stands at position 0; in "after BOS" it stands behind the special
-    tokens that texts begin with; in "first, vector of position N" its position embedding is another
-    one. `norm` and `cosine` are nan where a token was not measured in a condition.
+    In the first condition a token is at position 0; in "after BOS" it follows the special tokens
+    that texts begin with; in "first, vector of position N" its position embedding is another one.
+    `norm` and `cosine` are nan where a token was not measured in a condition.
 
     Attributes:
         conditions: Names along `condition`.
@@ -86,7 +86,7 @@ class Vocabulary(Result):
         threshold: Norm ratio above which a token makes a sink.
         peak_layer: The block after which position 0 of the texts stands out most.
         whole: Whether `ids` is the whole vocabulary; otherwise a random sample of it.
-        positions: What positions the model has, "rotary", "learned", …
+        positions: Kind of the model's positions, "rotary", "learned", …
         later_norm: Median norm of the tokens after the first of real text [activation].
         text_norm: Norm of position 0 of real text [activation].
         sink_vector: Mean state of position 0 of real text [activation].
@@ -140,7 +140,7 @@ class Vocabulary(Result):
         """The ids of the tokens that make no sink.
 
         Args:
-            condition: Which condition, an index of `conditions`.
+            condition: Index of the condition in `conditions`.
         """
         chosen = self.measured_tokens[condition] & ~self.makes_sink[condition]
         return self.ids[chosen].tolist()
@@ -148,13 +148,12 @@ class Vocabulary(Result):
     def share(self, condition: int = 0, kind: int | None = None) -> Interval:
         """The share of the measured tokens that makes a sink, with a 95 % interval.
 
-        The interval is over what was drawn: the prompts, whose later tokens set the scale of the
-        threshold, and the tokens where these are a sample; not over the tokens of a whole
-        vocabulary, which are all there are.
+        The interval is over the prompts, whose later tokens set the scale of the threshold, and
+        over the tokens if these are a sample, but not over the tokens of a whole vocabulary.
 
         Args:
-            condition: Which condition, an index of `conditions`.
-            kind: A class of tokens only, an index of `classes`.
+            condition: Index of the condition in `conditions`.
+            kind: Index in `classes`, to restrict to one class of tokens.
         """
         chosen = self.measured_tokens[condition]
         if kind is not None:
@@ -186,7 +185,7 @@ class Vocabulary(Result):
         ‖mean h‖² / mean ‖h‖² over these tokens: 1 if their states are equal [share].
 
         Args:
-            condition: Which condition, an index of `conditions`.
+            condition: Index of the condition in `conditions`.
         """
         chosen = self.makes_sink[condition]
         mean = self.sink_sum[condition].double().nansum(0) / chosen.sum()
@@ -195,7 +194,7 @@ class Vocabulary(Result):
     # -- as a result ---------------------------------------------------------------------------
 
     def statistics(self) -> dict[str, Any]:
-        """Shares, by class too, cosines and exceptions, condition by condition; what follows."""
+        """Shares (by class too), cosines and exceptions by condition, and those in real prompts."""
         at = self.peak_layer
         found: dict[str, Any] = {
             "tokens": len(self.ids),
@@ -243,7 +242,7 @@ class Vocabulary(Result):
         return row
 
     def summary(self) -> str:
-        """The shares by class in a table, the exceptions, and what they do in real prompts."""
+        """The shares by class in a table, the exceptions, and their effect in real prompts."""
         return _summary(self)
 
     def to_frame(self) -> pd.DataFrame:
@@ -307,7 +306,7 @@ class Vocabulary(Result):
 
 
 def _spread(x: Float[Tensor, "token"]) -> dict[str, float]:
-    """Median and 5 and 95 % quantiles over tokens."""
+    """Return the median and the 5 and 95 % quantiles over tokens."""
     if not len(x):
         return dict.fromkeys(("low", "median", "high"), np.nan)
     low, median, high = np.quantile(x.double().numpy(), [0.05, 0.5, 0.95]).tolist()
@@ -339,8 +338,8 @@ def vocabulary(
             BOS; with another position's vector); 0 for none.
         pairs: How many pairs of an exception and a control to put first in real prompts.
         bos: "auto" for the special tokens that the tokenizer puts before a text where it has any,
-            "never" for no condition after BOS, or the id of a token to take for BOS.
-        seed: Of the draws.
+            "never" for no condition after BOS, or the id of a token to use as BOS.
+        seed: Seed of the draws.
         file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
         progress: Whether to draw a progress bar.
 
@@ -408,7 +407,7 @@ class _Condition:
         return f"{self.name}, behind {list(self.before)}, {drawn}"
 
     def entered(self, model: Any) -> AbstractContextManager[Any]:
-        """Inside, the model is as the condition wants it."""
+        """Context in which the model is in the state of the condition."""
         if self.vector is None:
             return nullcontext()
         return PositionEmbeddingEdit(model, self.vector, 0)
@@ -419,7 +418,7 @@ class _Condition:
 
 
 def _causal(can: Capabilities) -> Capabilities:
-    """The same capabilities, if position 0 attends to itself alone.
+    """Return the capabilities, if position 0 attends only to itself.
 
     Raises:
         UnsupportedError: If it does not.
@@ -434,7 +433,7 @@ def _causal(can: Capabilities) -> Capabilities:
 
 
 def _prefix(model: Any, bos: str | int, d_vocab: int) -> tuple[int, ...]:
-    """The special tokens that texts begin with; none where there are none."""
+    """Return the special tokens that texts begin with, if any."""
     if isinstance(bos, int) and not isinstance(bos, bool):
         return (whole_number("bos", bos, at_least=0, at_most=d_vocab - 1, error=TextError),)
     if bos not in ("auto", "never"):
@@ -452,7 +451,7 @@ def _prefix(model: Any, bos: str | int, d_vocab: int) -> tuple[int, ...]:
 def _plan(
     can: Capabilities, prefix: tuple[int, ...], sample: int, further: int, seed: int
 ) -> list[_Condition]:
-    """The conditions, and which tokens are measured in each."""
+    """Return the conditions, and which tokens are measured in each."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(size: int, of: int) -> Int[Tensor, "row"]:
@@ -478,7 +477,7 @@ def _plan(
 def _begun(
     model: Any, can: Capabilities, prompts: Texts, plan: Sequence[_Condition], threshold: float
 ) -> Vocabulary:
-    """A result in which only real text has been measured.
+    """Return a result in which only real text has been measured.
 
     Raises:
         UnsupportedError: If position 0 has other states there than its token has alone.
@@ -541,7 +540,7 @@ def _fill(
     kept: Kept[Vocabulary],
     progress: bool,
 ) -> None:
-    """Measure what is missing, chunk by chunk, in place."""
+    """Measure the missing values, chunk by chunk, in place."""
     missing = [
         (index, condition, chunk, rows)
         for index, condition in enumerate(plan)
@@ -630,7 +629,7 @@ def _confirm(
     seed: int,
     progress: bool,
 ) -> Vocabulary:
-    """The same result with exceptions and controls in real prompts, where there are both."""
+    """Return the result with exceptions and controls in real prompts, if there are both."""
     exceptions, controls = _pairs(found, pairs, seed)
     if not exceptions:
         return found
@@ -654,7 +653,7 @@ def _confirm(
 
 
 def _pairs(found: Vocabulary, pairs: int, seed: int) -> tuple[list[int], list[int]]:
-    """Exceptions drawn at random, and as controls the nearest ids of their class that make a sink.
+    """Draw exceptions at random, with the nearest ids of their class that make a sink as controls.
 
     In a vocabulary of merges near ids are about equally frequent. Unused rows of the embedding are
     left out, and an exception whose class has no token that makes a sink, or none left.

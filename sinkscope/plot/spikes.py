@@ -1,4 +1,4 @@
-"""Spikes of a hybrid model: the sink's largest activation by layer, and where the layers attend."""
+"""Spikes of a hybrid model: the sink's largest activation by layer, with the attention layers."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def pre_attention_spikes(
     """The largest |activation| at the sink after each layer, mean over prompts, with its interval.
 
     The frame is that of `experiments.spikes`: one row per prompt and layer, with the columns
-    prompt, layer, value and attends. Layers that attend are dashed lines: a spike stands at the
-    layer before one.
+    prompt, layer, value and attends. Attention layers are dashed lines: a spike is at the layer
+    before one.
 
     Args:
         frame: As above.
         about: A line with model, T and BOS.
-        log: Whether y starts logarithmic; where all values are positive a button changes it.
+        log: Whether y is initially logarithmic; if all values are positive a button changes it.
         theme: "light", "dark", or the default.
 
     Returns:
-        One line with its band, and a dashed line at each layer that attends.
+        One line with its band, and a dashed line at each attention layer.
 
     Raises:
         ReportError: If a column is missing.

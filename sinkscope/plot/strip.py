@@ -1,4 +1,4 @@
-"""A prompt's own tokens, each coloured by what it receives or holds."""
+"""A prompt's tokens, coloured by a metric."""
 
 from __future__ import annotations
 
@@ -53,32 +53,32 @@ def token_strip(
     log: bool = True,
     theme: Theme = None,
 ) -> go.Figure:
-    """The tokens of a prompt in reading order, coloured by one figure a token.
+    """The tokens of a prompt in reading order, coloured by one value per token.
 
     Args:
         report: The report of a scan.
-        prompt: Which prompt.
+        prompt: Index of the prompt.
         metric: A field with the dimensions prompt and position: "received_peak" (attention
             received, mean over layers and heads) or "residual_outlier".
         start: First position to show.
-        tokens: How many to show; the title says where the prompt goes on.
-        columns: Tokens a line.
+        tokens: Number of tokens to show; the title states the shown range.
+        columns: Tokens per line.
         log: Whether colours are logarithmic.
         theme: "light", "dark", or the default.
 
     Returns:
-        A heatmap of token cells; the hover has the whole token, its position and figure.
+        A heatmap of token cells; the hover has the whole token, its position and value.
 
     Raises:
-        ReportError: If the metric was not measured or is not one figure a token, or there is no
+        ReportError: If the metric was not measured or is not one value per token, or there is no
             such prompt or position.
     """
     require_report("report", report)
     variable = report._require(metric)
     if variable.dims != ("prompt", "position"):
         raise ReportError(
-            f"{metric} has the dimensions {' '.join(variable.dims)}; a token strip needs one "
-            "figure a token, such as received_peak or residual_outlier."
+            f"{metric} has the dimensions {' '.join(variable.dims)}; a token strip needs one value"
+            f" per token, such as received_peak or residual_outlier."
         )
     checked_index(report, "prompt", prompt)
     length = int(report.mask[prompt].sum())
@@ -150,7 +150,7 @@ def _colours(
 
 
 def _legible(shares: np.ndarray, colours: Palette) -> list[str]:
-    """Black or white, whichever is read on the scale's colour there; ink where there is none."""
+    """Return black or white, in contrast to the scale's colour; ink where there is none."""
     scale = colour_scale(False, colours)
     known = np.clip(np.nan_to_num(shares), 0, 1).tolist()
     rgb = np.array([unlabel_rgb(one) for one in sample_colorscale(scale, known)])
@@ -159,7 +159,7 @@ def _legible(shares: np.ndarray, colours: Palette) -> list[str]:
 
 
 def _grid(items: list[Any], rows: int, columns: int, empty: Any) -> np.ndarray:
-    """Items in reading order [row column]; empty cells at the end."""
+    """Arrange items in reading order [row column], with empty cells at the end."""
     filled = [*items, *[empty] * (rows * columns - len(items))]
     return np.array(filled, dtype=object).reshape(rows, columns)
 

@@ -49,7 +49,7 @@ def sweep_curves(
     Args:
         frame: As above.
         along: The column on the x axis; checkpoints and lengths are drawn to scale.
-        about: What was swept over.
+        about: A line on the sweep.
         theme: "light", "dark", or the default.
 
     Returns:
@@ -113,9 +113,9 @@ def head_maps(
     """Head maps of several reports, small and in one colour scale.
 
     Args:
-        reports: By what each map is called.
+        reports: Reports by the titles of their maps.
         metric: A field with one value per head; see `head_map`.
-        about: What was measured.
+        about: A line on the measurement.
         columns: Maps in a row.
         theme: "light", "dark", or the default.
 

@@ -1,10 +1,10 @@
-"""How figures look: a light and a dark template, and colours that colour-blind eyes tell apart.
+"""A light and a dark template, with colours that colour-blind readers can distinguish.
 
 A figure takes everything from its template: background, text, grid, and the order of its colours.
 Sequential scales are viridis (van der Walt and Smith 2015);
-signed figures get blue against orange, both of which leave the background evenly in lightness.
+signed values use blue against orange, with equal lightness steps from the background.
 Lines use the colours of Okabe and Ito, lightened for the dark theme. Plotly's upload button is
-taken away: a prompt is not one click from somebody else's server.
+removed, so that prompts are not sent to a server by a click.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.validation import one_of, shown
 
 Theme = str | None
-"""A figure's theme, "light" or "dark"; None is the one that `set_theme` set."""
+"""A figure's theme, "light" or "dark"; None for the one set by `set_theme`."""
 
 FONT = (
     'ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", '
@@ -38,12 +38,12 @@ class Palette:
         faint: secondary text and axes.
         grid: grid lines.
         button: text of buttons.
-        muted: the outline of what lies below a threshold, and its inside, which is empty: any grey
-            would be one of the scale's colours to whoever sees, or prints, no colours.
+        muted: the outline of cells below a threshold, and their inside, which is empty, since any
+            grey would be one of the scale's colours in greyscale.
         sink: the sink, in every figure.
         other: the positions that are not the sink, in every figure.
         series: further lines, in order; the sink and the others come first.
-        diverging: scale of signed figures, zero in the middle.
+        diverging: scale of signed values, zero in the middle.
     """
 
     paper: str
@@ -91,7 +91,7 @@ _default = ["light"]
 
 
 def set_theme(theme: str) -> None:
-    """Set the theme of every figure that is made without one of its own.
+    """Set the default theme of figures.
 
     Args:
         theme: "light" or "dark".
@@ -103,7 +103,7 @@ def set_theme(theme: str) -> None:
 
 
 def palette(theme: Theme = None) -> Palette:
-    """The colours of a theme.
+    """Return the colours of a theme.
 
     Raises:
         SinkscopeError: If it is neither "light", "dark" nor None.
@@ -116,7 +116,7 @@ def palette(theme: Theme = None) -> Palette:
 
 
 def template(theme: Theme = None) -> go.layout.Template:
-    """The Plotly template of a theme; ``figure.update_layout(template=template("dark"))``.
+    """Return the Plotly template of a theme; ``figure.update_layout(template=template("dark"))``.
 
     Args:
         theme: "light", "dark", or the default.
@@ -177,7 +177,7 @@ def _template(colours: Palette) -> go.layout.Template:
                 remove=list(HIDDEN_BUTTONS), bgcolor="rgba(0,0,0,0)",
                 color=colours.faint, activecolor=colours.ink,
             ),
-            # Plotly paints the pressed button nearly white: its text has to be seen on that too.
+            # Plotly paints the pressed button nearly white; its text has to be visible on that.
             updatemenudefaults=dict(
                 bgcolor=colours.paper, bordercolor=colours.grid, font=dict(color=colours.button)
             ),
@@ -196,6 +196,6 @@ def _template(colours: Palette) -> go.layout.Template:
 
 
 def faded(colour: str, opacity: float) -> str:
-    """A colour "#rrggbb" of the palette, let through, as Plotly writes it."""
+    """Return a colour "#rrggbb" of the palette with an opacity, in Plotly's notation."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity})"
