@@ -9,7 +9,7 @@ smollm2-135m position 64 stands at 0        attention to 64: 0.005 → 0.002, to
 minilm-l6    position 64 sees itself alone  attention to 64: 0.004 → 0.002, to 0: 0.248 → 0.249
 minilm-l6    position 64 stands at 0        attention to 64: 0.004 → 0.160, to 0: 0.248 → 0.160
 
-In SmolLM2 a mask does it, in MiniLM a position's vector; neither does anything in the other model.
+A mask makes a sink in SmolLM2, a position's vector in MiniLM; neither has an effect in the other.
 (Attention of the other tokens, in SmolLM2 of those after 64; mean over the later half of the layers.
 "Stands at 0": with the position vector of 0, in SmolLM2 rotated as if it stood there.)
 """

@@ -15,16 +15,15 @@ def precision(
     schemes: Annotated[
         str,
         typer.Option(
-            help="How tensors are quantised, with commas between: FORMAT-RANGE, such as "
-            "int8-tensor, int8-token, fp8-channel or int4-group64, with -asym and -static where "
-            "wanted."
+            help="Comma-separated schemes FORMAT-RANGE, such as int8-tensor, int8-token, "
+            "fp8-channel or int4-group64, optionally with -asym and -static."
         ),
     ] = "int8-tensor,int8-token,fp8-tensor,int4-group64-asym",
     tensors: Annotated[
         str,
         typer.Option(
-            help="all, or some of attn_in, key, value, z, mlp_in, neurons; key,value is a KV cache "
-            "alone."
+            help="Comma-separated: all, or some of attn_in, key, value, z, mlp_in, neurons; "
+            "key,value is a KV cache alone."
         ),
     ] = "all",
     sinks: Annotated[
@@ -32,7 +31,10 @@ def precision(
         typer.Option(help="Positions to keep as sinks; auto: the tokens that a scan marks."),
     ] = "auto",
     first: Annotated[
-        str, typer.Option(help="How many first tokens to keep for comparison, or none.")
+        str,
+        typer.Option(
+            help="Comma-separated numbers of first tokens to keep for comparison, or none."
+        ),
     ] = "1,4",
     mapped: Annotated[
         str,
@@ -41,7 +43,7 @@ def precision(
         ),
     ] = "auto",
     map_prompts: Annotated[
-        int, typer.Option(min=1, help="Prompts of the map: the first ones.")
+        int, typer.Option(min=1, help="Number of prompts of the map, the first ones.")
     ] = 2,
     tolerance: Annotated[
         float,
@@ -50,8 +52,8 @@ def precision(
     calibration: Annotated[
         str,
         typer.Option(
-            help="Text of which static schemes take their ranges, as --texts; auto: code, or "
-            "prose where --texts is code."
+            help="Text for the ranges of static schemes, as --texts; auto: code, or prose if "
+            "--texts is code."
         ),
     ] = "auto",
     texts: common.Texts = "prose",
@@ -66,7 +68,7 @@ def precision(
 ) -> None:
     """Measure what quantised activations, keys and values cost, and what to keep of them.
 
-    Weights stay as they are. With --out, writes precision.json, precision.csv, precision.html,
+    Weights are not quantised. With --out, writes precision.json, precision.csv, precision.html,
     precision.keep.json (tokens, channels and layers to keep in full precision) and precision.nc.
     The last one is written while the command runs, and the same command continues from it after an
     interruption.

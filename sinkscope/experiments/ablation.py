@@ -151,7 +151,7 @@ class Ablation(Result):
         )
 
     def figures(self) -> dict[str, go.Figure]:
-        """None: an effect needs something to be plotted against, see `Dormancy.figures`."""
+        """No figures; see `Dormancy.figures` for effects against sink attention."""
         return {}
 
 

@@ -2,10 +2,12 @@
 
 Sinks and massive activations set the range that a quantiser has to span (Sun et al. 2024, "Massive
 Activations in Large Language Models", arXiv 2402.17762; Bondarenko et al. 2023, "Quantizable
-Transformers", arXiv 2306.12929). Activations, keys and values are stored by a scheme and read
-again (`interventions.Quantise`); weights and arithmetic stay as they are.
+Transformers", arXiv 2306.12929). Activations, keys and values are stored by a scheme and read "
+"again (`interventions.Quantise`); weights and arithmetic do not change"Transformers", arXiv
+2306.12929). Activations, keys and values are stored by a scheme and read again
+(`interventions.Quantise`); weights and arithmetic do not change.
 
-1. Run the prompts as they are: their losses and predictions.
+1. Run the prompts in full precision, and keep their losses and predictions.
 2. Mark tokens to keep in full precision by several rules: sinks and outliers (`token_mask` of a
    scan, or given positions); pivots, in each layer the tokens of the 20 largest |a| of the state
    that enters it (RotateKV, Su et al. 2025, arXiv 2501.16383); the first n tokens.
@@ -15,8 +17,8 @@ again (`interventions.Quantise`); weights and arithmetic stay as they are.
 4. Quantise one tensor alone, and all but one.
 5. Quantise each tensor of each layer alone, with nothing and with the sinks kept. Layers below
    the first one that changes are not run again (`partial_forward`).
-6. In the cells of that map that lose most although the sinks are kept, keep the channels with the
-   largest |x| of the other tokens as well.
+6. In the cells of that map with the largest loss although the sinks are kept, keep the channels
+   with the largest |x| of the other tokens as well.
 7. The keep list, of the cells whose divergence is above a tolerance with the sinks kept: those
    channels, where they at least halve it and bring it below the tolerance; otherwise the whole
    cell. Run the model with it.
@@ -69,18 +71,18 @@ SCHEMES = ("int8-tensor", "int8-token", "fp8-tensor", "int4-group64-asym")
 FIRST = (1, 4)
 NOTHING, SINKS, PIVOTS = "nothing", "sinks", "pivots"
 STATES = (NOTHING, SINKS)
-"""What is kept in the two maps of layers and tensors."""
+"""Names of what is kept in the two maps of layers and tensors."""
 TOO_MUCH = 10.0
 """A run is destroyed if its perplexity exceeds this many times that of full precision."""
 CHANNELS = 8
-"""Channels that are kept in a cell of the map."""
+"""Number of channels kept in a cell of the map."""
 CELLS = 8
-"""Cells of the map in which that is tried."""
+"""Number of cells of the map in which this is tried."""
 TOLERANCE = 0.01
 """Divergence of a cell above which it is in the keep list [nat]."""
 _ENTRIES = 20
 _LOGITS = {"cuda": 2**28, "cpu": 2**26}
-"""Log-probabilities kept for comparison at once."""
+"""Most log-probabilities kept for comparison at once."""
 _NAMED = 6
 
 Marks = Bool[Tensor, "layer prompt position"]
@@ -105,7 +107,7 @@ class Precision(Result):
         tokens: Token ids; 0 where padded.
         length: Tokens of each prompt.
         sinks: The tokens that the rule "sinks" keeps.
-        tokens_kept: How many tokens of a prompt each rule keeps, mean over layers.
+        tokens_kept: Number of tokens of a prompt that each rule keeps, mean over layers.
         loss: Loss in full precision.
         quantised_loss: With every tensor quantised, and the tokens of a rule kept.
         divergence: The same.
@@ -159,7 +161,7 @@ class Precision(Result):
         """Whether the perplexity is above ten times that of full precision, or not finite.
 
         Args:
-            loss: Of a run of all prompts, or of the first ones.
+            loss: Losses of a run of all prompts, or of the first ones.
         """
         change = float((loss - self.loss[: len(loss)]).double().mean())
         return not change <= math.log(TOO_MUCH)
@@ -168,8 +170,8 @@ class Precision(Result):
         """Δloss: that of the quantised model minus that of full precision [nat].
 
         Args:
-            scheme: Of `schemes`.
-            kept: Of `kept`.
+            scheme: One of `schemes`.
+            kept: One of `kept`.
         """
         return estimate(self._loss(scheme, kept) - self.loss)
 
@@ -179,8 +181,8 @@ class Precision(Result):
         None where either run is destroyed.
 
         Args:
-            scheme: Of `schemes`.
-            kept: Of `kept`.
+            scheme: One of `schemes`.
+            kept: One of `kept`.
         """
         runs = self._loss(scheme, NOTHING), self._loss(scheme, kept)
         return None if any(map(self.is_destroyed, runs)) else estimate(runs[0] - runs[1])
@@ -509,7 +511,7 @@ def precision(
     file: str | Path | None = None,
     progress: bool = True,
 ) -> Precision:
-    """What quantised activations, keys and values cost, and which tokens and tensors are to blame.
+    """Measure the cost of quantised activations, keys and values, by token and tensor.
 
     Each scheme takes 3 + 2 · tensors passes and one for each number of first tokens; the map takes
     two parts of a pass for each layer and tensor, on `map_prompts` prompts.
@@ -518,12 +520,12 @@ def precision(
         model: A bridge, or anything that `load_model` takes; causal, with a trained output head.
         texts: Prompts; they may differ in length, since each length runs by itself.
         schemes: Names such as "int8-tensor", see `metrics.quantisation.Scheme`.
-        tensors: Of `interventions.quantise.TENSORS`; all that the model shows by default,
+        tensors: Some of `interventions.quantise.TENSORS`; by default all that the model exposes,
             ("key", "value") for a KV cache alone.
         sinks: Positions to keep as sinks; by default the tokens that `token_mask` of a scan of
             these prompts marks.
         first: The numbers of first tokens to keep for comparison.
-        calibration: Other texts, of which static schemes take their ranges.
+        calibration: Other texts, on which the ranges of static schemes are measured.
         mapped: The scheme of the map of layers and tensors; the first one by default, None for no
             map and no keep list.
         map_prompts: The first prompts, on which the map is measured.
@@ -565,7 +567,7 @@ def precision(
         stand_in = as_texts(needs_calibration(static[0], calibration)).tokenize(model)
         stand_in = stand_in.right_padded()
     how = paths.choose(model, can, "auto")
-    with how.opened():  # which tensors a model shows depends on it
+    with how.opened():  # which tensors a model exposes depends on it
         parts = check_tensors(tensors, capabilities(model))
     request = {}
     if file is not None:
@@ -633,7 +635,7 @@ def _empty(
     map_prompts: int,
     tolerance: float,
 ) -> Precision:
-    """The result before anything ran."""
+    """Return an empty result."""
     size = len(prompts)
     layers = capabilities(model).n_layers
 
@@ -683,7 +685,7 @@ def _empty(
 def _marks(
     model: Any, prompts: Texts, sinks: tuple[int, ...] | None, first: Iterable[int]
 ) -> dict[str, Marks]:
-    """Which tokens each rule keeps, in every layer."""
+    """Return the tokens that each rule keeps, in every layer."""
     can = capabilities(model)
     position = torch.arange(prompts.mask.shape[1])
     if sinks is None:
@@ -698,7 +700,7 @@ def _marks(
 
 
 def pivots(model: Any, prompts: Texts) -> Marks:
-    """The pivot tokens of each layer and prompt, see `metrics.residual.pivot_tokens`.
+    """Return the pivot tokens of each layer and prompt, see `metrics.residual.pivot_tokens`.
 
     Args:
         model: A bridge.
@@ -728,7 +730,7 @@ class _Case:
     Attributes:
         scheme: How.
         where: Layers by tensor.
-        rule: Whose tokens are kept.
+        rule: The rule for the tokens that are kept.
         channels: Those kept, by layer and tensor.
     """
 
@@ -752,17 +754,17 @@ class _Job:
     divergence: Float[Tensor, "prompt"]
 
     def missing(self, rows: list[int]) -> list[int]:
-        """Of some prompts, those that are still to be measured."""
+        """Return those of some prompts that are still to be measured."""
         return [r for r in rows if r < len(self.divergence) and bool(self.divergence[r].isnan())]
 
 
 def fill(result: Precision, run: _Run, grew: Callable[[], None], progress: bool) -> None:
-    """Measure everything that is still nan.
+    """Measure all values that are still nan.
 
     Args:
         result: What to fill.
         run: Runs the model.
-        grew: Called when more was measured.
+        grew: Called after each measurement.
         progress: Whether to draw a progress bar.
     """
     jobs = [*_by_scheme(result, run.layers), *_of_map(result, run.layers)]
@@ -835,7 +837,7 @@ def _of_map(result: Precision, layers: tuple[int, ...]) -> list[_Job]:
 
 
 def _choose_cells(result: Precision, run: _Run) -> None:
-    """The cells that lose most with the sinks kept, and their largest channels."""
+    """Choose the cells with the largest loss with the sinks kept, and their largest channels."""
     order = result["map_divergence"][1].double().mean(-1).flatten().argsort(descending=True)
     few = result["cell_divergence"].shape[1]
     size = run.channel_sizes(result.tensors, few, SINKS)
@@ -902,7 +904,7 @@ class _Run:
         self._known: dict[Any, Losses] = {}
 
     def groups(self) -> list[list[int]]:
-        """Prompts that run together: of one length, so that there is no padding."""
+        """Return groups of prompts of equal length, so that there is no padding."""
         lengths = self._prompts.lengths
         room = _LOGITS.get(self._device.type, _LOGITS["cpu"]) // self._can.d_vocab
         found = []
@@ -912,7 +914,7 @@ class _Run:
         return found
 
     def begin(self, rows: list[int]) -> Float[Tensor, "prompt"]:
-        """Keep the predictions of full precision of these prompts; their losses."""
+        """Keep the predictions of these prompts in full precision, and return their losses."""
         self._full.clear()
         self._known.clear()
         self._before = None
@@ -923,7 +925,7 @@ class _Run:
         return torch.stack([_nll(self._full[row], self._tokens([row])[0]) for row in rows])
 
     def __call__(self, case: _Case, rows: list[int]) -> Losses:
-        """Loss and divergence of some of the prompts that were begun."""
+        """Return loss and divergence of some of the prompts given to `begin`."""
         marked = self._marks[case.rule][:, rows, : self._length(rows)]
         key = (
             case.scheme,
@@ -945,12 +947,12 @@ class _Run:
     def channel_sizes(
         self, tensors: list[str], prompts: int, rule: str
     ) -> dict[tuple[int, str], Float[Tensor, "channel"]]:
-        """The largest |x| of every channel over the tokens that a rule does not keep.
+        """Return the largest |x| of every channel over the tokens that a rule does not keep.
 
         Args:
             tensors: Which.
             prompts: Over how many of the first prompts.
-            rule: Of whose tokens to leave out.
+            rule: The rule whose tokens are left out.
         """
         width = int(self._prompts.lengths[:prompts].max())
         few = Texts(
@@ -978,7 +980,7 @@ class _Run:
         return self._prompts.tokens[rows, : self._length(rows)].to(self._device)
 
     def _edits(self, case: _Case) -> list[Quantise]:
-        """One for each set of layers, since a tensor may be quantised in other layers."""
+        """Return one per set of layers, since tensors may be quantised in different layers."""
         ends = self._ends[case.rule] if case.scheme.static else None
         return [
             Quantise(
@@ -993,7 +995,7 @@ class _Run:
         ]
 
     def _state(self, rows: list[int], start: int) -> Tensor | None:
-        """What enters the first quantised layer in full precision; None for a whole pass."""
+        """Return the input of the first quantised layer in full precision; None for a full pass."""
         if start == 0 or self._partway is None:
             return None
         if self._before is None or self._before[0] != tuple(rows):

@@ -1,4 +1,4 @@
-"""What low precision does to rotary positions: attention under a shift of all position ids.
+"""Errors of rotary positions in low precision: attention under a shift of all position ids.
 
 Rotary embedding (Su et al. 2021, arXiv 2104.09864) turns queries and keys by angles proportional to
 their positions, so that their product depends on the distance alone. In exact arithmetic a shift Δ
@@ -11,11 +11,11 @@ and most of it is at the first token. Their exact formula is not public; the mea
    (`attention.rounded`), and keep each layer's queries and keys as they enter the dot product.
 2. Run it again with Δ added to all position ids, and in each layer compare the attention weights of
    the two runs: |A_ij(Δ) - A_ij(0)|, summed over keys for each query, averaged over queries for
-   each key. A layer's difference holds what earlier layers passed on; that of layer 0 is its own.
-   Rows sum to one in both runs, so that one key can hold at most half of a row's summed error.
+   each key. A layer's difference includes that of earlier layers; only that of layer 0 is its own.
+   Rows sum to one in both runs, so that one key has at most half of a row's summed error.
 3. Do so in each dtype, and in half precision with parts of the computation in float32: the angles
    (cos and sin stay in float32, and so does the rotation, whose results are rounded), the scores
-   (rounded queries and keys, but q·k, softmax and weights in float32, as fused kernels have it), or
+   (rounded queries and keys, but q·k, softmax and weights in float32, as in fused kernels), or
    both (nothing is rounded between the projections and the mixed values).
 4. Compare next-token losses and distributions likewise.
 """
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 SHIFTS = (16, 1024, 16384)
 DTYPES = ("bfloat16", "float16", "float32")
 KEPT = ("", "angles", "scores", "both")
-"""What is kept in float32 where the model is not."""
+"""The parts that are kept in float32 in other dtypes."""
 _WORDS = {
     "": "",
     "angles": ", float32 angles",
@@ -149,7 +149,7 @@ class RotaryPrecision(Result):
         return frame.dropna(subset="error", ignore_index=True)
 
     def statistics(self) -> dict[str, Any]:
-        """What each arithmetic makes of each shift.
+        """The effect of each shift in each arithmetic.
 
         Returns:
             For each arithmetic: overflowed (prompts); loss; first_attention (mean over layers and
@@ -188,7 +188,7 @@ class RotaryPrecision(Result):
         return {"length": self.error_by_key.shape[-1], "arithmetics": found}
 
     def summary(self) -> str:
-        """One row per arithmetic and shift: errors, the first token's share, and what follows."""
+        """One row per arithmetic and shift: errors, the first token's share, effects on the loss."""
         rows, notes = [], []
         for name, values in self.statistics()["arithmetics"].items():
             if values["overflowed"]:
@@ -293,8 +293,8 @@ def rotary_precision(
     Args:
         model: What `load_model` takes. A name, path or model in memory is measured in each dtype; a
             bridge in its own.
-        texts: Prompts; each runs by itself. The patterns are never held whole, but all are
-            computed: twice the work of eager attention.
+        texts: Prompts; each runs by itself. Full patterns are never stored, but all are computed:
+            twice the work of eager attention.
         shifts: Δ [positions].
         dtypes: Of weights and activations, of `DTYPES`; by default all three, or the bridge's.
         keep: What to keep in float32 where the dtype is another, of `KEPT`; "" for nothing.
@@ -303,7 +303,7 @@ def rotary_precision(
         progress: Whether to draw a progress bar.
 
     Returns:
-        The errors of attention, and what follows for the next token, in each arithmetic.
+        The errors of attention, and their effect on the next token, in each arithmetic.
 
     Raises:
         UnsupportedError: If the model's positions are not rotary, its angles depend on the largest
@@ -348,7 +348,7 @@ def rotary_precision(
 
 
 def _plan(spec: Any, dtypes: Iterable[str] | None, keep: Iterable[str]) -> list[tuple[str, str]]:
-    """Each arithmetic: the dtype, and what is kept in float32.
+    """Return each arithmetic: the dtype, and what is kept in float32.
 
     Raises:
         UnsupportedError: If a dtype or part is unknown, there is none, or a bridge has another.
@@ -384,7 +384,7 @@ class _Opened:
 
 
 def _check(model: Any) -> Capabilities:
-    """Refuse a model for which a shift is not to change nothing.
+    """Refuse a model for which a shift changes the exact result.
 
     Raises:
         UnsupportedError: With the reason.
@@ -446,7 +446,7 @@ def _empty(
 
 
 class _Run:
-    """One arithmetic of one model, prompt after prompt.
+    """Runs one arithmetic of one model, prompt by prompt.
 
     Args:
         opened: The model.
@@ -527,7 +527,7 @@ class _Run:
 
     @contextmanager
     def _attending(self) -> Iterator[None]:
-        """Inside, every layer attends in this arithmetic."""
+        """Context in which every layer attends in this arithmetic."""
         with streaming(self._opened.bridge) as stream:
             overrides = Overrides()
             try:
@@ -628,7 +628,7 @@ class _Errors:
         self._worst_keys = torch.zeros(length, device=mask.device)
 
     def add(self, layer: int, rows: slice, columns: slice, now: Tensor, before: Tensor) -> None:
-        """Take in some queries."""
+        """Add the errors of some queries."""
         change = (now[0].float() - before[0].float()).abs_()
         self._rows.append(change.sum(-1))
         first = change[..., 0] if columns.start == 0 else change.new_zeros(change.shape[:2])
@@ -639,7 +639,7 @@ class _Errors:
         self._worst_keys[columns] = torch.maximum(self._worst_keys[columns], worst)
 
     def close(self, layer: int) -> None:
-        """Write what a layer came to, and begin with the next."""
+        """Write the result of a layer, and reset for the next."""
         result, at, length = self._result, self._at, self._mask.shape[1]
         rows, first = torch.cat(self._rows, dim=1), torch.cat(self._first, dim=1)
         result.error[*at, layer] = rows[:, 1:].mean(-1).cpu()

@@ -177,4 +177,4 @@ def test_an_interruption_says_how_to_go_on(folder, tmp_path, monkeypatch) -> Non
     assert f"the same command continues from {tmp_path}/stream.nc." in done.stderr
     (tmp_path / "stream.nc").unlink()
     done = run("stream", folder / "model", *asked)
-    assert done.exit_code == 130 and "goes on" not in done.stderr
+    assert done.exit_code == 130 and "continues from" not in done.stderr
