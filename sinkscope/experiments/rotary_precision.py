@@ -188,7 +188,7 @@ class RotaryPrecision(Result):
         return {"length": self.error_by_key.shape[-1], "arithmetics": found}
 
     def summary(self) -> str:
-        """One row per arithmetic and shift: errors, the first token's share, effects on the loss."""
+        """One row per arithmetic and shift: errors, the first token's share, effect on the loss."""
         rows, notes = [], []
         for name, values in self.statistics()["arithmetics"].items():
             if values["overflowed"]:
