@@ -105,7 +105,7 @@ def _by_folder(checkpoints: list[Any], seeds: bool) -> dict[str, list[Any]]:
     """Group the checkpoints by the name of their folder; without `seeds`, all are of one run.
 
     Raises:
-        ModelError: If runs cannot be told apart.
+        ModelError: If runs cannot be distinguished.
     """
     from sinkscope.errors import ModelError
 

@@ -183,10 +183,10 @@ def ablate_heads(
             "resample" never takes a prompt's own.
         window: For "window", how many keys up to and including the query's own stay [tokens].
         sinks: For "window", how many of the first tokens stay [tokens].
-        seed: Of the draws.
+        seed: Seed of the draws.
         batch: Prompts per batch; by default as many as fit on the device. If memory runs out, fewer
             copies run at once.
-        file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
+        file: A ``.nc`` file in which the result is saved while it is measured, to continue from it.
         progress: Whether to draw a progress bar.
 
     Returns:

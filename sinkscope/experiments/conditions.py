@@ -344,7 +344,7 @@ def started(
         texts: The prompts.
         starts: Of `STARTS`.
         ends: Whether to replace the last token too.
-        seed: Of the random tokens.
+        seed: Seed of the random tokens.
 
     Raises:
         UnsupportedError: If a start is unknown, or none is named.

@@ -266,9 +266,9 @@ def ablate_inactive(
             quantiles of these prompts.
         also: Further scores of these prompts by name, a head being inactive where they are small,
             such as `Ablation.loss_change`. They are fixed in both procedures.
-        seed: Of the random heads.
+        seed: Seed of the random heads.
         batch: Prompts per batch; by default as many as fit on the device.
-        file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
+        file: A ``.nc`` file in which the result is saved while it is measured, to continue from it.
         progress: Whether to draw a progress bar.
 
     Returns:

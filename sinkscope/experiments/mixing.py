@@ -199,7 +199,7 @@ def mixing(
         conditions: Of "no bos", "bos" and "no sink".
         changed: The position whose token is replaced by another ordinary one; a quarter of the way
             by default.
-        seed: Of the replacements.
+        seed: Seed of the replacements.
         progress: Whether to draw a progress bar.
 
     Returns:

@@ -530,7 +530,7 @@ def precision(
             map and no keep list.
         map_prompts: The first prompts, on which the map is measured.
         tolerance: Divergence of a cell of the map above which it is in the keep list [nat].
-        file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
+        file: A ``.nc`` file in which the result is saved while it is measured, to continue from it.
         progress: Whether to draw a progress bar.
 
     Returns:

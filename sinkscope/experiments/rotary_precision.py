@@ -299,7 +299,7 @@ def rotary_precision(
         dtypes: Of weights and activations, of `DTYPES`; by default all three, or the bridge's.
         keep: What to keep in float32 where the dtype is another, of `KEPT`; "" for nothing.
         device: Where to load the model.
-        file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
+        file: A ``.nc`` file in which the result is saved while it is measured, to continue from it.
         progress: Whether to draw a progress bar.
 
     Returns:

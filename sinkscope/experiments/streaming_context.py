@@ -383,8 +383,8 @@ def streaming_context(
         recent: Number of last tokens kept in full precision there, the query's own included.
         chunk: Queries processed at once; any number gives the same result.
         bos: The BOS policy, see `texts`.
-        seed: Of the order of documents.
-        file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
+        seed: Seed of the order of documents.
+        file: A ``.nc`` file in which the result is saved while it is measured, to continue from it.
         progress: Whether to draw a progress bar.
 
     Returns:

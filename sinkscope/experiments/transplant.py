@@ -67,7 +67,7 @@ class Transplant(Result):
             [probability].
         loss: Mean next-token loss of the queries after the sink [nat].
         divergence: KL(untouched ‖ condition) of the predictions of the same queries [nat].
-        routed_layers: Blocks along `routed`; none where experts cannot be told apart.
+        routed_layers: Blocks along `routed`; none where experts cannot be distinguished.
         sink_weight: Weight that the router gives each expert at the prompt's first token, 0 where
             it is not sent there; None without routed layers.
         same_experts: Share of the experts of a query that it has in the untouched run too, mean
@@ -331,7 +331,7 @@ class _Run:
         return self._kept[key]
 
     def _log_probabilities(self, texts: Texts, slot: int) -> Float[Tensor, "query token"]:
-        """Of the queries after the prompt's first token, on the model as it is now."""
+        """Return those of the queries after the prompt's first token, on the current model."""
         how = paths.choose(self.model, capabilities(self.model), "auto")
         with (
             torch.inference_mode(),

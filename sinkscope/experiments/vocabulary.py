@@ -340,7 +340,7 @@ def vocabulary(
         bos: "auto" for the special tokens that the tokenizer puts before a text where it has any,
             "never" for no condition after BOS, or the id of a token to use as BOS.
         seed: Seed of the draws.
-        file: A ``.nc`` file to keep the result in while it is measured, and to continue from.
+        file: A ``.nc`` file in which the result is saved while it is measured, to continue from it.
         progress: Whether to draw a progress bar.
 
     Returns:

@@ -174,7 +174,7 @@ def position_embeddings(
         position: The position; 255 by default, or two thirds of the way along short prompts.
         starts: Of "special", "random" (start and end tokens both) and "given".
         changes: Of `CHANGES`; the unchanged model always comes first.
-        seed: Of the random tokens.
+        seed: Seed of the random tokens.
         progress: Whether to draw a progress bar.
 
     Returns:
@@ -257,7 +257,7 @@ def structured_mask(
         position: The position; 255 by default, or two thirds of the way along short prompts.
         starts: Of "special", "random" and "given" (the prompts as they are).
         layers: Layers in which the mask applies; all by default.
-        seed: Of the random tokens.
+        seed: Seed of the random tokens.
         progress: Whether to draw a progress bar.
 
     Returns:

@@ -184,7 +184,7 @@ def which_part(
         position: The position; 255 by default, or two thirds of the way along short prompts.
         start: "special", "random" or "given".
         first_layers: Numbers of first layers to mask alone, one case each.
-        seed: Of the random tokens.
+        seed: Seed of the random tokens.
         progress: Whether to draw a progress bar.
 
     Returns:

@@ -31,8 +31,8 @@ class AblateExperts(Intervention):
         calibration: Texts for "mean"; they run immediately, on the model in its current state.
 
     Raises:
-        UnsupportedError: If an expert does not exist, or the model's experts cannot be told apart
-            (see `sinkscope.models.experts.experts_of`).
+        UnsupportedError: If an expert does not exist, or the model's experts cannot be
+            distinguished (see `sinkscope.models.experts.experts_of`).
         TextError: If no calibration token is sent to one of the experts.
 
     Source: Su et al. (2025), Unveiling Super Experts in Mixture-of-Experts Large Language Models,

@@ -1,9 +1,9 @@
 """Give prompts the sink of other prompts: its keys and values, in every layer.
 
-A sink acts on later tokens through its keys and values alone. Its key says how much attention it
-absorbs, its value what that attention adds. `SinkTransplant` replaces them, together or one at a
+A sink acts on later tokens through its keys and values alone. Its key determines how much attention
+it absorbs, its value what that attention adds. `SinkTransplant` replaces them, together or one at a
 time, at a position of the prompt or in an extra slot before it; `sinkscope.experiments.transplant`
-measures what follows. `SinkTransplant.to_cache` hands the same keys and values to transformers.
+measures what follows. `SinkTransplant.to_cache` passes the same keys and values to transformers.
 """
 
 from __future__ import annotations
@@ -37,46 +37,46 @@ from sinkscope.prompts.tokens import Texts, check_length, context_size, token_st
 from sinkscope.validation import whole_number
 
 WHAT = ("both", "key", "value")
-"""What is given to the host: the donor's key and value, its key with value zero, or its value."""
+"""What the host receives: the donor's key and value, its key with value zero, or its value."""
 
 
 class SinkTransplant(HookedIntervention):
-    """Give a position the sink's keys and values of donor prompts: k_p, v_p of every layer.
+    """Give a position the keys and values k_p, v_p of donor prompts' sink in every layer.
 
-    With "both", the donor's key and value take the place of the host's; with "key", the value is
+    With "both", the donor's key and value replace the host's; with "key", the value is
     zero, so that the position absorbs attention and adds nothing; with "value", the key stays the
     host's. Several donors give the mean of their keys and of their values.
 
-    Keys are taken as they are multiplied, after any rotary embedding, so that a donor's key stands
-    where it stood in the donor prompt: query i of the host meets it at the distance i − q, with q
-    the donor's position. Heads of grouped-query attention share keys and values as in the model.
-    Tokens before the position and the residual state at the position itself are not changed
-    directly; everything that later queries read of it is.
+    Keys are taken as they are multiplied, after any rotary embedding, so that a donor's key keeps
+    its position in the donor prompt: its distance from query i of the host is i − q, with q the
+    donor's position. Heads of grouped-query attention share keys and values as in the model. Tokens
+    before the position and the residual state at the position are not changed directly; only what
+    later queries read from it is.
 
     With ``position=None`` the sink takes an extra slot before the prompt and no position: the
-    prompts need a placeholder as their first token, which `with_slot` puts there, and their own
-    tokens keep the positions that they had without it. What the placeholder is does not matter,
-    since other tokens read its keys and values only. In a layer with a sliding window the slot is
-    visible as long as a first token would be. With ``position=0`` and the same prompts, the slot is
-    the token at position 0, and theirs follow from 1, as behind a BOS token.
+    prompts need a placeholder as their first token, which `with_slot` adds, and their own tokens
+    keep their positions. The choice of placeholder does not matter, since other tokens read only
+    its keys and values. In a layer with a sliding window the slot is visible as long as a first
+    token would be. With ``position=0`` and the same prompts, the slot is the token at position 0,
+    and theirs follow from 1, as behind a BOS token.
 
     Args:
         model: A bridge.
-        donor: The donor prompts, or anything that `scan` takes as texts. They run at once, on the
-            model as it is now.
+        donor: The donor prompts, or anything that `scan` takes as texts. They run immediately, on
+            the model in its current state.
         position: The host's position p; None for an extra slot.
         what: "both", "key" or "value".
         donor_position: The donors' position q; p by default, and 0 for an extra slot.
-        layers: The layers, of those that attend; None for all of them.
+        layers: The layers, among the attention layers; None for all of them.
 
     Attributes:
         keys: The donors' mean key of each layer [kv_head d_head], float32.
         values: Their mean value.
 
     Raises:
-        UnsupportedError: If a layer does not exist, this architecture shows no keys or values that
-            can be edited, an extra slot is to keep a key of the host (it has none), or a key cannot
-            be placed at no position: with ALiBi a key's index is its position.
+        UnsupportedError: If a layer does not exist, this architecture exposes no keys or values
+            that can be edited, an extra slot should keep the host's key (it has none), or a key
+            cannot be without a position: with ALiBi a key's index is its position.
         TextError: If a donor ends before its position, or (when it runs) a host before p.
 
     Source: compare the explicit attention biases k', v' of Sun et al. (2024), Massive Activations
@@ -149,21 +149,21 @@ class SinkTransplant(HookedIntervention):
         return edit
 
     def with_slot(self, texts: Any) -> Texts:
-        """The prompts with a placeholder before their first token, for the slot to stand in.
+        """Return the prompts with a placeholder for the slot before their first token.
 
         Args:
             texts: Anything that a scan takes.
 
         Raises:
-            UnsupportedError: If some layer is not given the sink, so that the placeholder would
-                be read there.
+            UnsupportedError: If the sink is not placed in every layer, so that the placeholder
+                would be read.
             TextError: If a prompt is then longer than the model's context.
         """
         self._check_slot()
         return with_slot(self.model, texts)
 
     def _check_slot(self) -> None:
-        """Refuse a slot whose placeholder would reach other tokens by another way."""
+        """Refuse a slot whose placeholder would affect other tokens otherwise."""
         if len(self.layers) < self.caps.n_layers:
             raise UnsupportedError(
                 f"An extra slot is exact where all {self.caps.n_layers} layers attend and are "
@@ -172,12 +172,12 @@ class SinkTransplant(HookedIntervention):
             )
 
     def to_cache(self, prompts: int = 1) -> Any:
-        """The sink as a transformers cache of one token, from which generation can start.
+        """Return the sink as a transformers cache of one token, from which generation can start.
 
         transformers counts the tokens of the cache among those of the prompt, so pass a placeholder
         (any id) and the prompt: ``model.generate(ids, past_key_values=cache)``, where ``ids`` has
-        the placeholder first. The prompt's tokens then stand at the positions from 1, as behind a
-        BOS token. A cache grows while it is used: make one for each call.
+        the placeholder first. The prompt's tokens then have positions from 1, as after a BOS token.
+        A cache grows in use: make one for each call.
 
         Args:
             prompts: The batch size.
@@ -219,7 +219,7 @@ class SinkTransplant(HookedIntervention):
 
 
 def with_slot(model: Any, texts: Any) -> Texts:
-    """Prompts with a placeholder, their own first token once more, in front of each."""
+    """Return prompts with a placeholder in front, which repeats their own first token."""
     prompts = as_texts(texts).tokenize(model).right_padded()
     tokens = torch.cat([prompts.tokens[:, :1], prompts.tokens], dim=1)
     mask = torch.cat([prompts.mask[:, :1], prompts.mask], dim=1)
@@ -233,7 +233,7 @@ def with_slot(model: Any, texts: Any) -> Texts:
 def _mean_at(
     model: Any, donor: Any, hooks: list[str], position: int
 ) -> dict[str, Float[Tensor, "kv_head d_head"]]:
-    """Mean over the donor prompts of some activations at a position, by hook name."""
+    """Return the mean over donor prompts of some activations at a position, by hook name."""
     prompts = as_texts(donor).tokenize(model).right_padded()
     if (shortest := int(prompts.lengths.min())) <= position:
         raise TextError(
@@ -256,7 +256,7 @@ def _mean_at(
 
 
 class _RotaryIds(PositionIdEdit):
-    """Rotary ids as they are without the first token."""
+    """Rotary ids as without the first token."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model, 0, 0)
@@ -266,7 +266,7 @@ class _RotaryIds(PositionIdEdit):
 
 
 class _LearnedVectors(Intervention):
-    """Learned position vectors as they are without the first token; the table is copied back."""
+    """Learned position vectors as without the first token; the table is copied back."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -285,7 +285,7 @@ class _LearnedVectors(Intervention):
 
 
 def _at_no_position(model: Any) -> Intervention | None:
-    """What lets a prompt's own tokens keep their positions behind a placeholder.
+    """Return the intervention that keeps a prompt's positions behind a placeholder.
 
     Raises:
         UnsupportedError: If positions are of another kind.
@@ -308,10 +308,10 @@ def _at_no_position(model: Any) -> Intervention | None:
 
 
 def _cache_of_one_token(model: Any, caps: Any) -> tuple[Any, dict[str, Tensor]]:
-    """The cache after one token, and the keys and values that its hook points showed meanwhile.
+    """Return the cache after one token, and the keys and values at the hook points.
 
     Raises:
-        UnsupportedError: If the model keeps no such cache.
+        UnsupportedError: If the model has no such cache.
     """
     from transformers import DynamicCache
 

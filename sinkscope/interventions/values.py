@@ -20,7 +20,7 @@ from sinkscope.validation import real_number
 
 
 class ScaleValue(HookedIntervention):
-    """Scale the value vectors at some positions, v_j → factor · v_j; attention stays as it is.
+    """Scale the value vectors at some positions, v_j → factor · v_j; attention does not change.
 
     Args:
         model: A bridge.

@@ -149,7 +149,7 @@ def perplexity_by_scheme(frame: pd.DataFrame, *, about: About, theme: Theme = No
                                             "pivots"; one line each, in the order of their first
                                             appearance
     scheme                            str   how the others are stored, along x, most bits first;
-                                            "" for the model as it is, drawn as a dashed level
+                                            "" for full precision, drawn as a dashed level
     bits                              float of the scheme
     perplexity                        float of the text
     perplexity_low, perplexity_high   float ends of its 95 % interval (optional)
