@@ -272,18 +272,27 @@ class StreamingPath:
         return found
 
 
+def check_way(attention: Any) -> None:
+    """Refuse what is no way of reading attention.
+
+    Raises:
+        UnsupportedError: If it is unknown.
+    """
+    if attention not in ("auto", "streaming", "eager"):
+        raise UnsupportedError(
+            f'attention is {attention!r}; choose "auto", "streaming" or "eager".'
+        )
+
+
 def choose(model: Any, capabilities: Capabilities, attention: str) -> Path:
     """The requested attention path; "auto" streams wherever that is exact.
 
     Raises:
         UnsupportedError: If it is unknown, or cannot be exact for this model.
     """
+    check_way(attention)
     if attention == "eager":
         return _eager(capabilities)
-    if attention not in ("auto", "streaming"):
-        raise UnsupportedError(
-            f'attention is {attention!r}; choose "auto", "streaming" or "eager".'
-        )
     if (differs := proof_of(model).streaming) is not None:
         if attention == "auto":
             return _eager(capabilities)

@@ -113,8 +113,7 @@ def scan(
             stacklevel=2,
         )
         attention = "eager" if path == "stock" else path
-    metrics, epsilon, batch = _check(metrics, epsilon, batch)
-    sinks = _positions(sinks)
+    metrics, sinks, epsilon, batch = checked(metrics, sinks, epsilon, attention, batch)
     nulls = whole_number("nulls", nulls, at_least=0)
     places = None if devices is None else check_devices(devices)
     named = isinstance(model, str | os.PathLike)
@@ -246,18 +245,26 @@ def choose_metrics(metrics: Metrics, can: Capabilities, attention: str) -> tuple
     left_out = {*missing, *observers.on_request()}
     groups = {"all": [name for name in known if name not in left_out], "core": observers.core()}
     asked = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    _check_names(asked)
     wanted = [name for group in asked for name in groups.get(group, (group,))]
-    measured_by = {field: name for name, fields in observers.fields().items() for field in fields}
     for name in wanted:
-        if name not in known and (metric := metric_of(name) or measured_by.get(name)):
-            raise UnsupportedError(f"{name} is a field of the metric {metric!r}; request that.")
-        if name not in known:
-            raise UnsupportedError(
-                f'There is no metric {name!r}; choose "all", "core", or some of {", ".join(known)}.'
-            )
         if name in missing:
             raise UnsupportedError(f"{name} cannot be measured exactly: {missing[name]}.")
     return tuple(name for name in known if name in wanted)
+
+
+def _check_names(asked: tuple[str, ...]) -> None:
+    """Refuse names of no metric."""
+    known = observers.metrics()
+    measured_by = {field: name for name, fields in observers.fields().items() for field in fields}
+    for name in asked:
+        if name in ("all", "core") or name in known:
+            continue
+        if metric := metric_of(name) or measured_by.get(name):
+            raise UnsupportedError(f"{name} is a field of the metric {metric!r}; request that.")
+        raise UnsupportedError(
+            f'There is no metric {name!r}; choose "all", "core", or some of {", ".join(known)}.'
+        )
 
 
 class Grams:
@@ -306,17 +313,28 @@ def _positions(sinks: Any) -> tuple[int, ...] | Literal["auto"]:
         ) from None
 
 
-def _check(metrics: Any, epsilon: Any, batch: Any) -> tuple[tuple[str, ...], float, Any]:
-    """The names of metrics, the threshold and the batch as plain values."""
+def checked(
+    metrics: Any, sinks: Any, epsilon: Any, attention: Any, batch: Any
+) -> tuple[tuple[str, ...], Sinks, float, Any]:
+    """What a scan is asked for, checked as far as that takes no model.
+
+    Returns:
+        The names of metrics and groups, the sinks, the threshold and the batch as plain values.
+
+    Raises:
+        SinkscopeError: If one of them cannot be what it is given as.
+    """
     names: Any = (metrics,) if isinstance(metrics, str) else metrics
     names = tuple(names) if isinstance(names, Iterable) and getattr(names, "ndim", 1) else (None,)
     if not all(isinstance(name, str) for name in names):
         raise SinkscopeError(
             f'metrics is {shown(metrics)}; expected "all", "core", or a list of names.'
         )
+    _check_names(names)
+    paths.check_way(attention)
     if not isinstance(batch, str) or batch != "auto":
         batch = whole_number("batch", batch, at_least=1)
-    return names, probability("epsilon", epsilon), batch
+    return names, _positions(sinks), probability("epsilon", epsilon), batch
 
 
 def _position_embedding_norm(model: Any, can: Capabilities) -> Float[Tensor, "context"] | None:

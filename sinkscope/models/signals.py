@@ -87,10 +87,15 @@ def mixed_values(
 
 
 def close(left: Tensor, right: Tensor, tolerance: float) -> bool:
-    """Equal shapes, and equal up to ``tolerance`` times the largest magnitude of either."""
+    """Equal shapes, and equal up to ``tolerance`` times the largest magnitude of either.
+
+    What is infinite or nan on either side proves nothing, and is not close to anything.
+    """
     if left.shape != right.shape:
         return False
     size = torch.maximum(left.abs().max(), right.abs().max()).clamp_min(1e-30)
+    if not size.isfinite():
+        return False
     return bool((left - right).abs().max() <= tolerance * size)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import sinkscope as ss
 from sinkscope.capture import observers, runner
 from sinkscope.capture.observers import massive
-from sinkscope.capture.scan import _check, _positions
+from sinkscope.capture.scan import _positions, checked
 from sinkscope.errors import ModelError, SinkscopeError, TextError, UnsupportedError
 from tests.families.architectures import BY_NAME
 
@@ -161,14 +162,34 @@ def test_float64_is_measured_by_every_metric(family: str, path: str) -> None:
     ask = dict(attention=path, progress=False)
     one, two = ss.scan(single, ids, **ask), ss.scan(double, ids, **ask)
     assert two.settings.dtype == "float64"
-    left_out = set(one.settings.metrics) - set(two.settings.metrics)
-    assert left_out <= {"logit_gap"}, "eager scores are offered only where they give the pattern"
+    assert set(one.settings.metrics) == set(two.settings.metrics)
     for name in one.variables():
         found, wanted = getattr(two, name), getattr(one, name)
         if isinstance(wanted, torch.Tensor) and isinstance(found, torch.Tensor):
             torch.testing.assert_close(
                 found.double(), wanted.double(), atol=2e-4, rtol=2e-4, equal_nan=True
             )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "phi3", "gpt2"])
+def test_eager_logit_gaps_in_float64(family: str) -> None:
+    """From transformers' own pattern: ln A_ij is s_ij but for a number that all keys share."""
+    original, tokens = BY_NAME[family].build().double(), BY_NAME[family].tokens()
+    with torch.no_grad():
+        patterns = original(tokens, output_attentions=True).attentions
+    wanted = torch.zeros(len(tokens), len(patterns), patterns[0].shape[1], dtype=torch.float64)
+    for layer, pattern in enumerate(patterns):
+        for prompt, head in itertools.product(*map(range, pattern.shape[:2])):
+            gaps = []
+            for query in range(1, tokens.shape[1]):
+                row = pattern[prompt, head, query].log()
+                others = [row[k] for k in range(1, len(row)) if k != query and row[k].isfinite()]
+                if others and row[0].isfinite():
+                    gaps.append(row[0] - sum(others) / len(others))
+            wanted[prompt, layer, head] = sum(gaps) / len(gaps)
+    asked = dict(attention="eager", metrics=["logit_gap"], progress=False)
+    found = ss.scan(original, tokens, **asked).sink_logit_gap
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_running_out_of_memory_while_folding_is_an_error(model, tokens, monkeypatch) -> None:
@@ -391,4 +412,4 @@ def test_sinks_that_are_no_positions(sinks: object) -> None:
 )
 def test_arguments_of_the_wrong_kind(metrics: object, epsilon: object, batch: object) -> None:
     with pytest.raises(SinkscopeError, match="expected"):
-        _check(metrics, epsilon, batch)
+        checked(metrics, (0,), epsilon, "auto", batch)
