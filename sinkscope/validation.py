@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import operator
 import os
+import types
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,31 @@ def path(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) ->
     if not isinstance(value, str) or not value or "\0" in value:
         raise error(f"{name} is {shown(value)}; expected the path of a file.")
     return Path(value)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value that was read from JSON is what an annotation says.
+
+    Lists stand for tuples, whole numbers for floats, and null for nan. What is annotated otherwise
+    than with plain types, their containers and unions of these is taken as it is.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, one) for one in inner)
+    if origin is dict:
+        whole = isinstance(value, dict)
+        return whole and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if origin in (list, tuple):
+        of_each = inner[:1] if origin is list or inner[1:] == (...,) else inner
+        if not isinstance(value, list | tuple) or len(of_each) not in (1, len(value)):
+            return False
+        every = of_each * len(value) if len(of_each) == 1 else of_each
+        return all(map(fits, value, every))
+    if kind is float:
+        return value is None or type(value) in (int, float)
+    if kind in (str, int, bool, type(None)):
+        return type(value) is kind
+    return True
 
 
 def shown(value: Any, longest: int = 60) -> str:

@@ -74,7 +74,9 @@ def load(cls: type[T], path: str | Path) -> T:
     try:
         content = path.read_bytes()
         _refuse_links(content, path)
-        with xr.open_dataset(io.BytesIO(content), engine="h5netcdf", decode_cf=False) as file:
+        # What has no named dimensions is nothing of ours, and is not read.
+        how: dict[str, Any] = dict(engine="h5netcdf", decode_cf=False, phony_dims="sort")
+        with xr.open_dataset(io.BytesIO(content), **how) as file:
             _check_kind(cls, file.attrs, path)
             declared = [
                 Variable(**(known | {"dims": tuple(known["dims"])}))
@@ -83,11 +85,11 @@ def load(cls: type[T], path: str | Path) -> T:
             ]
             kind = extended(cls, tuple(declared))
             loaded = _read(kind, file, "", int(file.attrs["sinkscope_format"]))
-        loaded.sizes  # noqa: B018 (raises if tensors disagree)
+        _check_sizes(loaded)
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise ReportError(
             f"{path} cannot be read as a sinkscope report: it is damaged or another kind of file "
-            f"({error})."
+            f"({' '.join(str(error).split())[:200]})."
         ) from error
     return loaded
 
@@ -129,6 +131,28 @@ def _refuse_links(content: bytes, path: str | Path) -> None:
                 )
 
 
+def _check_sizes(loaded: Labelled) -> None:
+    """Refuse tensors that disagree, with one another or with what the settings say.
+
+    Raises:
+        ReportError: If they do.
+    """
+    sizes, settings = loaded.sizes, getattr(loaded, "settings", None)
+    for dim, name in (("layer", "n_layers"), ("head", "n_heads"), ("kv_head", "n_kv_heads")):
+        said = getattr(settings, name, None)
+        if said is not None and sizes.get(dim, said) != said:
+            raise ReportError(
+                f"This report has {sizes[dim]} along {dim}, but its settings say {said}; it is "
+                "damaged."
+            )
+    text = getattr(loaded, "token_text", None)
+    if text is not None and len(text) != sizes.get("prompt", len(text)):
+        raise ReportError(
+            f"This report has the text of {len(text)} prompts and the numbers of "
+            f"{sizes['prompt']}; it is damaged."
+        )
+
+
 def _check_kind(cls: type[Labelled], attributes: Any, path: str | Path) -> None:
     version, kind = attributes.get("sinkscope_format"), attributes.get("sinkscope_type")
     if version is None or kind is None:
@@ -144,10 +168,14 @@ def _check_kind(cls: type[Labelled], attributes: Any, path: str | Path) -> None:
 
 def _read(cls: type[T], file: xr.Dataset, prefix: str, version: int) -> T:
     dtypes = json.loads(file.attrs[f"{prefix}dtypes"])
+    if not validation.fits(dtypes, dict[str, str]):
+        raise ValueError(f"its dtypes are {validation.shown(dtypes)}")
     values: dict[str, Any] = {}
     for name, dtype in dtypes.items():
-        tensor = torch.from_numpy(file[prefix + name].values.copy()).to(getattr(torch, dtype))
-        values[cls.OLD_NAMES.get(name, name)] = tensor
+        kind, read = getattr(torch, dtype, None), file[prefix + name].values
+        if not isinstance(kind, torch.dtype) or read.dtype.kind not in "biuf":
+            raise ValueError(f"its {name} has values of the type {read.dtype}, kept as {dtype}")
+        values[cls.OLD_NAMES.get(name, name)] = torch.from_numpy(read.copy()).to(kind)
     for name, part in cls.parts().items():
         if f"{prefix}{name}_dtypes" in file.attrs:
             values[name] = _read(part, file, f"{prefix}{name}_", version)
@@ -156,5 +184,7 @@ def _read(cls: type[T], file: xr.Dataset, prefix: str, version: int) -> T:
         if prefix + name in file.variables:
             plain = json.loads(file[prefix + name].item())
             kind = hints[name]
+            if not validation.fits(plain, kind):
+                raise ValueError(f"its {name} is {validation.shown(plain)}")
             values[name] = kind.from_dict(plain) if hasattr(kind, "from_dict") else plain
     return cls(**(cls.upgraded(values) if version < FORMAT else values))

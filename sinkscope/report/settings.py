@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from sinkscope.errors import ReportError
+from sinkscope.validation import fits, shown
 
 _LIBRARIES = ("sinkscope", "torch", "transformers", "transformer-lens")
 
@@ -117,17 +119,25 @@ class Settings:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Settings:
-        """Restore settings written by `to_dict`, also by earlier versions."""
+        """Restore settings written by `to_dict`, also by earlier versions.
+
+        Raises:
+            ReportError: if a setting is not of its type.
+        """
         plain = dict(plain)
         if "path" in plain:  # its name until 0.1
             words = plain.pop("path").split(", ")
             plain["attention"] = ", ".join("eager" if w == "stock" else w for w in words)
-        tuples = {
-            name: tuple(plain[name])
-            for name in ("windows", "without_attention", "metrics", "interventions", "hooks")
-            if name in plain  # reports of earlier versions lack some
-        }
-        return cls(**{**plain, **tuples})
+        kinds = typing.get_type_hints(cls)
+        for name, value in plain.items():  # reports of earlier versions lack some
+            if name not in kinds or not fits(value, kinds[name]):
+                raise ReportError(
+                    f"The settings of this report have {name} {shown(value)}, which no report has; "
+                    "it is damaged."
+                )
+            if isinstance(value, list):
+                plain[name] = tuple(value)
+        return cls(**plain)
 
     def merge(self, other: Settings) -> Settings:
         """Merge the settings of two reports.
@@ -186,8 +196,8 @@ class Settings:
             return
         if self.weights != other.weights:
             raise ReportError(
-                f"These reports cannot be merged because {self.model} had different weights in "
-                "each; scan both texts with one model."
+                f"These reports cannot be merged because {self.model} had different weights "
+                "or module settings in each; scan both texts with one model."
             )
         if self.output != other.output:
             raise ReportError(

@@ -62,8 +62,11 @@ def random_report(draw: Callable) -> SinkReport:
     )
     rows = sizes["prompt"]
     text = st.lists(st.lists(HOSTILE, max_size=3), min_size=rows, max_size=rows)
+    counts = dict(n_layers="layer", n_heads="head", n_kv_heads="kv_head")
+    counted = {name: sizes[dim] for name, dim in counts.items()}
+    said = dict(model=draw(HOSTILE), seed=draw(st.none() | st.integers()))
     return SinkReport(
-        settings=synthetic_settings(model=draw(HOSTILE), seed=draw(st.none() | st.integers())),
+        settings=synthetic_settings(**said, **counted),
         token_text=draw(st.none() | text),
         massive=massive if draw(st.booleans()) else None,
         **fields,
@@ -171,6 +174,63 @@ def test_a_truncated_file_is_noticed(tmp_path: Path):
         path.write_bytes(whole[:size])
         with pytest.raises(ReportError, match="damaged"):
             load_report(path)
+
+
+def _settings(**changes: object) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        kept = json.loads(file["settings"][()])
+        del file["settings"]
+        file["settings"] = json.dumps(kept | changes)
+
+    return change
+
+
+def _attribute(name: str, value: str) -> Callable[[h5py.File], None]:
+    return lambda file: file.attrs.__setitem__(name, value)
+
+
+def _complex(file: h5py.File) -> None:
+    del file["honor"]
+    file["honor"] = np.zeros((3, 4, 6), "c8")
+
+
+def _text(value: str) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file["token_text"]
+        file["token_text"] = value
+
+    return change
+
+
+DAMAGED = {
+    "no such dtype": (_attribute("dtypes", '{"honor": "nosuch"}'), "kept as nosuch"),
+    "a dtype that is a function": (_attribute("dtypes", '{"honor": "load"}'), "kept as load"),
+    "dtypes in a list": (_attribute("dtypes", "[1]"), r"its dtypes are \[1\]"),
+    "complex numbers": (_complex, "of the type complex64"),
+    "epsilon in words": (_settings(epsilon="x"), "have epsilon 'x', which no report has"),
+    "metrics in one word": (_settings(metrics="core"), "have metrics 'core', which"),
+    "a setting of nobody": (_settings(colour=1), "have colour 1, which no report has"),
+    "a billion layers": (_settings(n_layers=10**9), "along layer, but its settings say 1000000000"),
+    "text in one word": (_text('"x"'), "its token_text is 'x'"),
+    "text of one prompt": (_text('[["a"]]'), "the text of 1 prompts and the numbers of"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_report_whose_parts_are_not_what_they_should_be(tmp_path: Path, how: str):
+    path = synthetic_report().save(tmp_path / "r.nc")
+    damage, sentence = DAMAGED[how]
+    with h5py.File(path, "r+") as file:
+        damage(file)
+    with pytest.raises(ReportError, match=sentence):
+        load_report(path)
+
+
+def test_what_others_put_beside_a_report_is_left_alone(tmp_path: Path):
+    path = synthetic_report().save(tmp_path / "r.nc")
+    with h5py.File(path, "r+") as file:
+        file["notes"] = np.arange(5)
+    assert load_report(path).equals(synthetic_report())
 
 
 def test_a_newer_format_or_another_type_is_refused(tmp_path: Path):

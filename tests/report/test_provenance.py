@@ -31,7 +31,7 @@ def test_reports_of_two_models_in_memory_do_not_merge() -> None:
         other.model.layers[1].mlp.down_proj.weight[3, 5] += 1e-3  # a single number
     merged = scanned(one).merge(scanned(same, seed=1))
     assert len(merged.tokens) == 4 and merged.settings.weights
-    with pytest.raises(ReportError, match="had different weights in each"):
+    with pytest.raises(ReportError, match="had different weights or module settings in each"):
         scanned(one).merge(scanned(ss.load_model(other)))
 
 
