@@ -221,6 +221,17 @@ def writable_folder(out: Path | None) -> Path | None:
     return out
 
 
+def page_to_write(option: str, page: Path) -> Path:
+    """The file of a page, if it has the name of one: it must not replace a report or a text.
+
+    Raises:
+        SinkscopeError: If it ends otherwise.
+    """
+    if page.suffix != ".html":
+        raise SinkscopeError(f"{option} {page} should end in .html.")
+    return page
+
+
 def print_json(value: Any) -> None:
     """Print one JSON object on stdout, with nan and infinity as null."""
     sys.stdout.write(as_json(value) + "\n")

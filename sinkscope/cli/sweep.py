@@ -10,6 +10,7 @@ import typer
 from sinkscope.cli import _common as common
 from sinkscope.errors import SinkscopeError
 from sinkscope.output import counted, listed
+from sinkscope.validation import path
 
 
 def sweep(
@@ -40,11 +41,12 @@ def sweep(
     """Measure every model on every text at every length, saving each as soon as it is measured.
 
     After an interruption the same command continues with the missing cells. Failed cells record the
-    reason.
+    reason, and the exit code is then 1.
     """
     given: dict[str, Any] = {"out": out, "workers": workers, "ray": ray, "num_gpus": num_gpus}
     given["device"] = device
     with common.quiet_stdout():
+        from sinkscope.sweeps.cell import FAILED
         from sinkscope.sweeps.grid import read_file
         from sinkscope.sweeps.run import plan
         from sinkscope.sweeps.run import sweep as measure
@@ -59,14 +61,18 @@ def sweep(
                 asked.pop(name, None)
             found: Any = plan(**asked)
         else:
-            with common.interruptible(Path(asked.get("out", "sweep"))):
+            with common.interruptible(path("out", asked.get("out", "sweep"))):
                 found = measure(**asked, progress=common.progress_wanted())
     if json:
         common.print_json(found.to_dict() if dry_run else _as_dict(found))
+    else:
+        common.show(found)
+    if dry_run:
         return
-    common.show(found)
-    if found_run := getattr(found, "run", None):
-        typer.echo(found_run.summary())
+    if not json:
+        typer.echo(found.run.summary())
+    if found.run.count(FAILED):
+        raise typer.Exit(1)
 
 
 def atlas(
@@ -78,8 +84,7 @@ def atlas(
     ] = True,
 ) -> None:
     """Write one page for a sweep, to sort and filter: a row per cell with values and head map."""
-    if out.suffix != ".html":
-        raise SinkscopeError(f"--out {out} should end in .html.")
+    common.page_to_write("--out", out)
     with common.quiet_stdout():
         from sinkscope.sweeps.view import open_sweep
 

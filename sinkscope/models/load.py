@@ -135,6 +135,8 @@ def load_model(
             f"A {type(spec).__name__} is neither a transformers model nor a TransformerBridge, nor "
             "a name or path to load one from."
         )
+    if isinstance(spec, str) and not spec:
+        raise ModelError(f"The name of the model is empty; {_what_would_work(spec)}")
     if spec in BUILT_IN and (device_map is not None or tokenizer is not None):
         raise ModelError(
             f"{spec} fits on any device and has a tokenizer of its own; pass neither device_map "
@@ -142,7 +144,7 @@ def load_model(
         )
     request = _Request(
         device=None if device_map or (in_memory and device is None) else chosen_device(device),
-        dtype=_dtype(dtype, default=None if in_memory else torch.float32),
+        dtype=chosen_dtype(dtype, default=None if in_memory else torch.float32),
         device_map=device_map,
         trust_remote_code=trust_remote_code,
         tokenizer=_tokenizer(tokenizer, trust_remote_code),
@@ -423,8 +425,12 @@ def _tokenizer(tokenizer: Any, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _dtype(dtype: str | torch.dtype | None, default: torch.dtype | None) -> torch.dtype | None:
-    """The dtype asked for; ``None`` stands for the checkpoint's own."""
+def chosen_dtype(dtype: Any, default: torch.dtype | None = None) -> torch.dtype | None:
+    """The dtype asked for; ``None`` stands for the checkpoint's own.
+
+    Raises:
+        ModelError: If weights cannot have it.
+    """
     if dtype is None:
         return default
     if dtype == "auto":

@@ -27,6 +27,7 @@ from sinkscope.experiments.resume import Kept, Request
 from sinkscope.output import as_json, locked, write_file
 from sinkscope.report.report import SinkReport
 from sinkscope.sweeps.grid import SCAN
+from sinkscope.validation import fits, shown
 
 REQUEST, FAILED, PLAN = ".request.json", ".failed.json", "plan-"
 
@@ -100,10 +101,28 @@ class Folder:
         path = self.fetched(file)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ReportError(f"{self.place}/{file} cannot be read: {error}.") from error
         if not isinstance(found, dict):
             raise ReportError(f"{self.place}/{file} is no record of a sweep; delete it.")
+        return found
+
+    def under(self, file: str, key: str, kind: Any) -> Any:
+        """What a file of JSON holds under a key.
+
+        Args:
+            file: Its name.
+            key: The key.
+            kind: The annotation that the value has to fit.
+
+        Raises:
+            ReportError: If it is damaged.
+        """
+        found = self.json(file).get(key)
+        if not fits(found, kind):
+            raise ReportError(
+                f"{self.place}/{file} is damaged: its {key} is {shown(found)}; delete it."
+            )
         return found
 
     @contextlib.contextmanager

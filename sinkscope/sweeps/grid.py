@@ -24,17 +24,19 @@ from torch import nn
 
 from sinkscope import interventions as known_interventions
 from sinkscope.capture import observers
+from sinkscope.capture.scan import checked
 from sinkscope.errors import SinkscopeError, TextError
 from sinkscope.experiments.dynamics import is_snapshot, laboratory_model
 from sinkscope.interventions.base import Intervention
-from sinkscope.models.load import load_model
+from sinkscope.models.load import chosen_dtype, load_model
 from sinkscope.models.packaged import BUILT_IN, PACKAGES
 from sinkscope.output import listed
+from sinkscope.prompts.documents import read_text
 from sinkscope.prompts.recipes import TextSource
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.texts import texts as make_texts
 from sinkscope.prompts.tokens import Texts
-from sinkscope.validation import probability, shown, whole_number
+from sinkscope.validation import shown, whole_number
 
 COLUMNS = ("model", "checkpoint", "texts", "length", "intervention", "experiment")
 """The columns of the grid."""
@@ -183,11 +185,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
         SinkscopeError: If it cannot be read, or is not a mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SinkscopeError(f"The sweep file {path} cannot be read: {reason}.") from error
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(read_text(Path(path)))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # nested too deep; 2020-99-99
         reason = " ".join(str(error).split())
         raise SinkscopeError(f"The sweep file {path} is not YAML: {reason}.") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -238,6 +237,7 @@ def _models(label: str | None, given: Any, common: dict[str, Any]) -> list[Model
                 f"A model has no option {listed(unknown)}; it may have model, label, "
                 f"{listed(_OPTIONS)}."
             )
+    label = None if label is None else str(label)
     if isinstance(given, nn.Module):
         if options:
             raise SinkscopeError("A model in memory is measured as it is; give it no options.")
@@ -253,6 +253,9 @@ def _models(label: str | None, given: Any, common: dict[str, Any]) -> list[Model
         series = [name for name in _SERIES if isinstance(options.get(name), list | tuple)]
         for values in itertools.product(*(options[name] for name in series)):
             chosen = {**mine, **options, **dict(zip(series, values, strict=True))}
+            chosen_dtype(chosen.get("dtype"))
+            if chosen.get("checkpoint") is not None:
+                whole_number("checkpoint", chosen["checkpoint"])
             step = _step(spec, chosen)
             found.append(Model(label or _label(spec, step), step, spec, chosen))
     return found
@@ -326,7 +329,7 @@ def _source(label: str | None, given: Any, prompts: int | None) -> tuple[str, Te
     else:
         source = as_texts(given)
     named = source.source if isinstance(source, Texts) else source.name
-    return label or named, source
+    return named if label is None else str(label), source
 
 
 def _length(given: Any) -> int | None:
@@ -359,8 +362,7 @@ def interventions_of(given: Any) -> list[tuple[Applied, ...]]:
     """
     if given is None:
         return [()]
-    alone = isinstance(given, str) or _is_named(given)
-    return [_together(one) for one in ([given] if alone else given)]
+    return [_together(one) for one in _several(given)]
 
 
 def _is_named(given: Any) -> bool:
@@ -421,17 +423,16 @@ def task_of(
         batch: See `scan`.
 
     Raises:
-        SinkscopeError: If there is no such experiment.
+        SinkscopeError: If there is no such experiment, or a scan cannot be asked for that.
     """
     if experiment is None or experiment == SCAN:
-        names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+        asked, sinks, epsilon, batch = checked(metrics, sinks, epsilon, attention, batch)
         core = observers.core()
-        names = [one for name in names for one in (core if name == "core" else (name,))]
-        where = sinks if isinstance(sinks, str) else [int(at) for at in sinks]
+        names = [one for name in asked for one in (core if name == "core" else (name,))]
         options = {
             "metrics": list(dict.fromkeys(names)),
-            "sinks": where,
-            "epsilon": probability("epsilon", epsilon),
+            "sinks": sinks if isinstance(sinks, str) else list(sinks),
+            "epsilon": epsilon,
             "attention": attention,
             "batch": batch,
         }

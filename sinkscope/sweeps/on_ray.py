@@ -51,7 +51,13 @@ def on_ray(
     try:
         if ours:
             alone = {"include_dashboard": False} if address is None else {}
-            ray.init(address=address, logging_level=logging.ERROR, **alone)
+            try:
+                ray.init(address=address, logging_level=logging.ERROR, **alone)
+            except ValueError as error:
+                raise SinkscopeError(
+                    f"{address} is no address of a Ray cluster; expected local, auto, or one such "
+                    "as ray://host:10001."
+                ) from error
         share = {"num_cpus": 1 if num_cpus is None else num_cpus, "num_gpus": num_gpus or 0}
         pool = Actors(_place(folder), device, share)
         for outcome in deal(cells, pool, workers or _room(ray.cluster_resources(), share)):

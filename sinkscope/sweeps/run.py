@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
+from sinkscope.devices import chosen_device
 from sinkscope.errors import SinkscopeError, SinkscopeWarning
 from sinkscope.output import counted, listed, number, table_as_text, wrapped
 from sinkscope.sweeps import memory
@@ -28,7 +29,7 @@ from sinkscope.sweeps.fingerprint import Fingerprints, name_of
 from sinkscope.sweeps.folder import Folder
 from sinkscope.sweeps.grid import Case, combined, interventions_of, models_of, task_of, texts_of
 from sinkscope.sweeps.view import Cells
-from sinkscope.validation import real_number, whole_number
+from sinkscope.validation import path, real_number, shown, whole_number
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,10 @@ def sweep(
     workers = whole_number("workers", workers, at_least=0)
     if num_gpus is not None:
         num_gpus = real_number("num_gpus", num_gpus, at_least=0)
+    if not ray:
+        chosen_device(device)
+    elif not isinstance(ray, str | bool):
+        raise SinkscopeError(f"ray is {shown(ray)}; expected local, auto, or a cluster's address.")
     made = plan(
         models, texts, lengths, metrics, interventions, out,
         prompts=prompts, experiment=experiment, sinks=sinks, epsilon=epsilon, attention=attention,
@@ -247,6 +252,7 @@ def plan(
     Returns:
         The plan, with the memory of each model.
     """
+    path("out", out)
     task = task_of(experiment, metrics, sinks, epsilon, attention, batch)
     cases = combined(
         models_of(models, dtype=dtype),

@@ -7,6 +7,7 @@ are read lazily from its own file.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,7 +30,7 @@ from sinkscope.report.report import SinkReport
 from sinkscope.statistics import bootstrap, mean_over_prompts
 from sinkscope.sweeps.folder import FAILED, PLAN, REQUEST, Folder
 from sinkscope.sweeps.grid import COLUMNS, SCAN
-from sinkscope.validation import shown
+from sinkscope.validation import fits, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,14 +65,14 @@ def open_sweep(folder: str | Path) -> Cells:
     files = place.names()
     rows: list[dict[str, Any]] = []
     for file in sorted(name for name in files if name.startswith(PLAN)):
-        rows += place.json(file)["cells"]
+        rows += _rows(place, file, place.under(file, "cells", list[dict[str, Any]]))
     planned = {row["cell"] for row in rows}
     for file in sorted(name for name in files if name.endswith(REQUEST)):
         name = file.removesuffix(REQUEST)
         if name not in planned and f"{name}.nc" in files:
-            columns = place.json(file)["also"].get("columns")
+            columns = place.under(file, "also", dict[str, Any]).get("columns")
             if columns is not None:
-                rows.append({**columns, "cell": name})
+                rows += _rows(place, file, [{**columns, "cell": name}])
     if not rows:
         raise ReportError(f"{folder} holds no cells of a sweep; name a folder that one wrote to.")
     return Cells.of(place, rows)
@@ -481,7 +482,8 @@ class Cells:
 
     def _fields(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return dimensions, shape and kind of each field, without reading the report."""
-        return self.folder.json(row["cell"] + REQUEST)["also"]["fields"]
+        also = self.folder.under(row["cell"] + REQUEST, "also", dict[str, dict[str, Any]])
+        return also.get("fields", {})
 
     def _refuse_unmeasured(self, *names: str) -> None:
         raise ReportError(
@@ -496,6 +498,33 @@ _ENDS = ("mean", "low", "high")
 def _whole_steps(frame: pd.DataFrame) -> pd.DataFrame:
     """Convert checkpoints to whole numbers, also if some cells have none."""
     return frame.astype({"checkpoint": "Int64", "length": "Int64"})
+
+
+_KINDS: dict[str, Any] = {
+    "model": str,
+    "checkpoint": int | None,
+    "texts": str,
+    "length": int | None,
+    "intervention": str,
+    "experiment": str,
+    "cell": str,
+}
+"""What the columns of a row hold."""
+
+
+def _rows(folder: Folder, file: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the grid, if that is what they are; a cell's name leads to no other folder.
+
+    Raises:
+        ReportError: If they are not.
+    """
+    for row in rows:
+        whole = all(name in row and fits(row[name], kind) for name, kind in _KINDS.items())
+        if not whole or re.fullmatch(r"\w[\w.-]*", row["cell"]) is None:
+            raise ReportError(
+                f"{folder.place}/{file} is damaged: {shown(row)} is no cell of a sweep; delete it."
+            )
+    return rows
 
 
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -517,7 +546,7 @@ def _state(folder: Folder, row: dict[str, Any], files: set[str]) -> dict[str, An
     if folder.has(name, row["experiment"], files):
         return {"state": MEASURED, "reason": ""}
     if name + FAILED in files:
-        return {"state": FAILED_STATE, "reason": folder.json(name + FAILED)["reason"]}
+        return {"state": FAILED_STATE, "reason": folder.under(name + FAILED, "reason", str)}
     return {"state": MISSING, "reason": ""}
 
 

@@ -14,7 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sinkscope as ss
-from sinkscope.errors import SinkscopeError, SinkscopeWarning, TextError
+from sinkscope.errors import (
+    ModelError,
+    SinkscopeError,
+    SinkscopeWarning,
+    TextError,
+    UnsupportedError,
+)
 from sinkscope.sweeps.run import plan
 from tests.sweeps.conftest import saved, tiny
 
@@ -220,6 +226,16 @@ def test_another_sweep_is_waited_for(gpt2: Path, tmp_path: Path) -> None:
         (dict(interventions="Zero"), SinkscopeError, "There is no intervention 'Zero'"),
         (dict(interventions={"ZeroValue": {"colour": 1}}), SinkscopeError, "cannot have"),
         (dict(interventions={"ReplaceStart": {}}), SinkscopeError, "There is no intervention"),
+        (dict(interventions=5), SinkscopeError, "An intervention of a sweep is a name"),
+        (dict(metrics=["nothing"]), UnsupportedError, "There is no metric 'nothing'"),
+        (dict(metrics=5), SinkscopeError, "metrics is 5"),
+        (dict(sinks=["a"]), TextError, "sinks is"),
+        (dict(sinks=[-1]), TextError, "sinks is"),
+        (dict(attention="flash"), UnsupportedError, "attention is 'flash'"),
+        (dict(batch=0), SinkscopeError, "batch is 0"),
+        (dict(dtype="float3"), ModelError, "'float3' is not a dtype"),
+        (dict(models={"model": "bb-3l", "dtype": 5}), ModelError, "5 is not a dtype"),
+        (dict(models={"model": "bb-3l", "checkpoint": "x"}), SinkscopeError, "checkpoint is 'x'"),
         (dict(experiment="nothing"), SinkscopeError, "There is no experiment 'nothing'"),
         (dict(experiment="dynamics"), SinkscopeError, "takes model and checkpoints"),
         (dict(experiment={"name": "trace_peak", "colour": 1}), SinkscopeError, "these options"),
@@ -229,6 +245,12 @@ def test_what_cannot_be_understood_is_refused(changes, error, says: str, tmp_pat
     asked = dict(models="bb-3l", texts="prose", lengths=12, out=tmp_path) | changes
     with pytest.raises(error, match=says):
         plan(**asked)
+
+
+def test_where_to_measure_is_looked_at_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="There is no device 'cpu:9' here"):
+        ss.sweep("bb-3l", "prose", 12, out=tmp_path / "out", device="cpu:9")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_metric_of_ones_own_stays_in_this_process(

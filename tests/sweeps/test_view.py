@@ -167,6 +167,30 @@ def test_a_folder_without_cells(tmp_path: Path) -> None:
         ss.open_sweep(tmp_path)
 
 
+ROW = dict(model="m", checkpoint=None, texts="t", length=8, intervention="none", experiment="scan")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", "{}", "[" * 100_000, '{"cells": 5}', '{"cells": [5]}', '{"cells": [{}]}',
+        json.dumps({"cells": [ROW | {"cell": "../../elsewhere"}]}),
+        json.dumps({"cells": [ROW | {"cell": 5}]}),
+        json.dumps({"cells": [ROW | {"cell": "a", "length": "x"}]}),
+    ],
+)  # fmt: skip
+def test_a_damaged_record_is_one_sentence(content: str, tmp_path: Path) -> None:
+    (tmp_path / "plan-0.json").write_text(content)
+    with pytest.raises(ReportError, match="cannot be read|is damaged|no record of a sweep"):
+        ss.open_sweep(tmp_path)
+    whole = {"cells": [ROW | {"cell": "a"}]}
+    (tmp_path / "plan-0.json").write_text(json.dumps(whole))
+    assert len(ss.open_sweep(tmp_path)) == 1
+    (tmp_path / "a.failed.json").write_text(content.replace("cells", "reason"))
+    with pytest.raises(ReportError, match="cannot be read|is damaged|no record of a sweep"):
+        ss.open_sweep(tmp_path)
+
+
 def test_the_commands(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "sweep.yaml"
@@ -178,7 +202,9 @@ def test_the_commands(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     parameters = AutoModelForCausalLM.from_pretrained(gpt2).num_parameters()
     assert memory["weights"] == 4 * parameters
     with pytest.warns(SinkscopeWarning):
-        done = json.loads(run(app, ["sweep", str(file), "--json"]).stdout)
+        measured = run(app, ["sweep", str(file), "--json"])
+    done = json.loads(measured.stdout)
+    assert measured.exit_code == 1, "a cell failed"
     assert (done["measured"], done["failed"], done["loads"]) == (1, 1, 1)
     written = run(app, ["atlas", "cells", "--out", "atlas.html"])
     assert "wrote atlas.html" in written.stdout and "1 report" in written.stdout
@@ -195,5 +221,15 @@ def test_sweep_files_that_cannot_be_used(tmp_path: Path) -> None:
             from sinkscope.cli.sweep import _known
 
             _known(read_file(file), file)
+    odd = {"deep": b"a: " + b"[" * 3000, "a date": b"a: 2020-99-99"}
+    for content in odd.values():
+        file.write_bytes(content)
+        with pytest.raises(SinkscopeError, match="is not YAML"):
+            read_file(file)
+    file.write_bytes(b"models: [\xff]")
+    with pytest.raises(SinkscopeError, match="cannot be read as UTF-8 text"):
+        read_file(file)
+    file.write_text("models: bb-3l", encoding="utf-16")
+    assert read_file(file) == {"models": "bb-3l"}
     with pytest.raises(SinkscopeError, match="cannot be read"):
         read_file(tmp_path / "nothing.yaml")
