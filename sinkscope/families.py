@@ -122,8 +122,17 @@ def run(names: list[str] | None = None) -> Iterator[Row]:
 
     Args:
         names: Architectures; all of them if None.
+
+    Raises:
+        SinkscopeError: If one is unknown.
     """
-    for name in architectures() if names is None else names:
+    known = architectures()
+    if unknown := [name for name in names or () if name not in known]:
+        raise SinkscopeError(
+            f"There is no architecture {unknown[0]!r}; name classes of transformers that "
+            f"TransformerLens boots, such as {known[0]} (`sinkscope models families` has all)."
+        )
+    for name in names or known:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield row(name)

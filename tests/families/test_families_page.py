@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sinkscope.families import HEADER, architectures, cells, row
+from sinkscope.errors import SinkscopeError
+from sinkscope.families import HEADER, architectures, cells, row, run
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 CHEAP = ["LlamaForCausalLM", "BloomForCausalLM", "GPTNeoForCausalLM", "MambaForCausalLM"]
@@ -41,3 +42,8 @@ def test_a_new_run_says_the_same(name: str) -> None:
     """All but the digits of the differences, which vary with the machine."""
     found, page = cells(row(name)), written()[name]
     assert [*found[:3], found[5]] == [*page[:3], page[5] if len(page) > 5 else ""]
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    with pytest.raises(SinkscopeError, match="There is no architecture 'Nosuch'; name classes"):
+        next(run(["GPT2LMHeadModel", "Nosuch"]))
