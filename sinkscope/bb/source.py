@@ -21,6 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.errors import TextError
+from sinkscope.prompts.documents import read_text
+from sinkscope.validation import shown
 
 ENGLISH = "bigrams-english.json"
 PAPER_SYMBOLS = 65  # distinct characters of the corpus that Guo et al. used
@@ -92,19 +94,15 @@ class BigramSource:
 
     @classmethod
     def from_file(cls, path: str | Path, symbols: int = PAPER_SYMBOLS) -> BigramSource:
-        """Count character bigrams in a UTF-8 text file; the source is named after the file.
+        """Count character bigrams in a text file; the source is named after the file.
 
-        Line breaks of any system count as one character, and a byte-order mark is ignored.
+        The file is UTF-8, or UTF-16 or UTF-32 with a byte-order mark. Line breaks of any system
+        count as one character, and the byte-order mark is ignored.
 
         Raises:
             TextError: If the file cannot be read, or has fewer than two distinct characters.
         """
-        try:
-            text = Path(path).read_text("utf-8-sig")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise TextError(f"{path} cannot be read as UTF-8 text: {reason}.") from error
-        return cls.from_text(text, symbols, Path(path).name)
+        return cls.from_text(read_text(Path(path)), symbols, Path(path).name)
 
     @classmethod
     def english(cls) -> BigramSource:
@@ -137,7 +135,9 @@ def count_bigrams(text: str, symbols: int) -> tuple[str, Int[Tensor, "symbol nex
     frequency = Counter(text)
     kept = "".join(sorted(frequency, key=lambda c: (-frequency[c], c))[:symbols])
     if len(kept) < 2:
-        raise TextError(f"a text needs two distinct characters or more, got {text[:40]!r}")
+        raise TextError(
+            f"The text is {shown(text)}; expected one of two distinct characters or more."
+        )
     index = {character: i for i, character in enumerate(kept)}
     ids = [index[character] for character in text if character in index]
     counts = torch.zeros(len(kept), len(kept), dtype=torch.int64)

@@ -298,8 +298,13 @@ def test_the_task_of_a_text_is_counted_in_it(tmp_path, capsys):
     assert model.config.vocab == task.vocab == 5
     code, _, err = command("bb", "train", "--steps", 2, "--out", out, capsys=capsys)
     assert code == 2 and "differs in" in err and "source" in err
-    with pytest.raises(TextError, match=r"absent\.txt cannot be read as UTF-8 text: No such file"):
+    with pytest.raises(TextError, match=r"absent\.txt cannot be read: No such file"):
         BigramSource.from_file(tmp_path / "absent.txt")
+    file.write_text("abacab", encoding="utf-16")
+    assert torch.equal(BigramSource.from_file(file).transition, source.transition)
+    file.write_text("abacab", encoding="utf-16-le")  # zero bytes would be symbols
+    with pytest.raises(TextError, match="has zero bytes"):
+        BigramSource.from_file(file)
     file.write_bytes(b"\xff\x00")
     code, _, err = command("bb", "train", "--text", file, "--steps", 2, capsys=capsys)
     assert code == 2 and "cannot be read as UTF-8 text" in err and "Traceback" not in err
