@@ -222,7 +222,9 @@ def chance_levels(
     found = p_values(report, quantity)
     p = np.stack([found[one["null"]].cpu().numpy().ravel() for one in records], axis=-1)
     kind = {"head": "head", "kv_head": "KV head"}.get(variable.dims[-1], "layer")
-    strongest = "smallest" if quantity in SMALL else "strongest"
+    strongest = {
+        "head": "strongest head", "KV head": "smallest drain", "layer": "largest peak"
+    }[kind]  # fmt: skip
     label = axis_label(variable)
     colours = palette(theme)
     layers, per_layer = mean.shape
@@ -230,7 +232,7 @@ def chance_levels(
     ends = np.array([-0.5, layers - 0.5])
     for one, colour in zip(records, colours.series, strict=False):
         level = np.full(2, one["median"])
-        words = f"{NULLS[one['null']]}, {strongest} {kind}"
+        words = f"{NULLS[one['null']]}, {strongest}"
         band(
             figure, ends, (level, np.full(2, one["low"]), np.full(2, one["high"])),
             name=words, colour=colour, label=label, along="layer",
@@ -238,7 +240,7 @@ def chance_levels(
     which = "" if kind == "layer" else f", {kind} %{{customdata[0]}}"
     figure.add_scatter(
         x=np.repeat(np.arange(layers), per_layer), y=mean.ravel(), mode="markers",
-        name=f"each {kind}", marker=dict(size=5, color=colours.other, opacity=0.7),
+        name=f"each {kind}", marker=dict(size=5, color=colours.ink, opacity=0.55),
         customdata=np.column_stack([np.tile(np.arange(per_layer), layers), p]),
         hovertemplate=f"layer %{{x}}{which}<br>{label}: %{{y:,.3~r}}" + "".join(
             f"<br>p against {NULLS[one['null']]}: %{{customdata[{index}]:,.3~r}}"
