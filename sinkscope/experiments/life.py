@@ -276,7 +276,8 @@ def sink_life(
 ) -> SinkLife:
     """Follow the sink's residual state from the embedding to the last layer.
 
-    Costs three passes over the texts, and two for each writer that is removed.
+    Costs three passes over the texts, and two for each writer that is removed. Nothing is kept to
+    resume from: SmolLM2-135M takes half a minute on one core with 8 prompts of 64 tokens.
 
     Args:
         model: A bridge, or anything that `load_model` takes.
