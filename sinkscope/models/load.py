@@ -1,6 +1,6 @@
 """Loading any model that TransformerLens can bridge: by name, from files, or from memory.
 
-`load_model` finds out what it was given and reads it; `bridging` makes the bridge, and proves it.
+`load_model` reads the model from its input; `bridging` builds and verifies the bridge.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from sinkscope.validation import shown
 
 @dataclass(frozen=True)
 class _Request:
-    """What the caller asked for, resolved."""
+    """The resolved request of the caller."""
 
     device: torch.device | None
     dtype: torch.dtype | None
@@ -91,27 +91,27 @@ def load_model(
     Args:
         spec: A packaged model ("smollm2-135m", "minilm-l6", "bb-3l"), a Hugging Face Hub id, a
             model folder, a ``.gguf`` file, a transformers model in memory, or a bridge (which is
-            returned as it is). A model in memory is not changed: its bridge is a copy that shares
-            its weights, so that edits of them in place are seen, and is returned the next time the
-            model is given. Wrappers (`torch.compile`, `nn.DataParallel`, `AveragedModel`, a
-            `PeftModel`, a pipeline) stand for the model inside.
-        device: Where to put it; a GPU if there is one. A model in memory is measured where it is;
-            asked for elsewhere, a copy with weights of its own is made.
+            returned unchanged). A model in memory is not modified: its bridge is a copy that shares
+            its weights, so that in-place edits of them take effect, and is returned again for the
+            same model. Wrappers (`torch.compile`, `nn.DataParallel`, `AveragedModel`, a
+            `PeftModel`, a pipeline) are replaced by the model inside.
+        device: Device of the model; by default a GPU if there is one. A model in memory stays on
+            its device by default; for another one, its weights are copied.
         dtype: "float32" (the default, whatever the checkpoint's), "bfloat16", "float16", or "auto"
-            for the checkpoint's own. A model in memory keeps its own; asked for in another, a copy
-            with weights of its own is made.
+            for that of the checkpoint. A model in memory keeps its dtype by default; for another
+            one, its weights are copied.
         revision: Branch, tag or commit of a hub model.
-        checkpoint: Training step of a hub model whose checkpoints TransformerLens knows (Pythia,
+        checkpoint: Training step of a hub model with checkpoints listed in TransformerLens (Pythia,
             stanford-crfm).
-        device_map: Spread a large model over devices, as transformers does; instead of ``device``.
+        device_map: Spread a large model over devices, as in transformers; instead of ``device``.
         trust_remote_code: Run Python code that comes with the checkpoint.
         allow_pickle: Read weights from pickle files, which can run code, if there are no others.
-        tokenizer: A tokenizer, used exactly as it is instead of the checkpoint's, or the name or
-            folder of one. Give it here: one that is set on the bridge later never prepends BOS.
-        name: What reports call the model; ``spec`` by default.
+        tokenizer: A tokenizer to use unchanged instead of the checkpoint's, or the name or folder
+            of one. Pass it here: one that is set on the bridge later never prepends BOS.
+        name: Name of the model in reports; ``spec`` by default.
 
     Returns:
-        The bridge. Without a tokenizer it takes exact token ids only.
+        The bridge. Without a tokenizer it accepts exact token ids only.
 
     Raises:
         ModelError: If the model cannot be found, read or trusted.
@@ -133,7 +133,7 @@ def load_model(
     if not in_memory and not isinstance(spec, str | os.PathLike):
         raise ModelError(
             f"A {type(spec).__name__} is neither a transformers model nor a TransformerBridge, nor "
-            "a name or path to load one from."
+            "the name or path of one."
         )
     if isinstance(spec, str) and not spec:
         raise ModelError(f"The name of the model is empty; {_what_would_work(spec)}")
@@ -162,7 +162,7 @@ def load_model(
 
 
 def _as_it_is(bridge: TransformerBridge, chosen: bool) -> TransformerBridge:
-    """A bridge that was passed."""
+    """Check a bridge that was passed as the model."""
     if chosen:
         raise ModelError(
             "A TransformerBridge is used as it is: move or cast it with bridge.to(...) before "
@@ -171,22 +171,21 @@ def _as_it_is(bridge: TransformerBridge, chosen: bool) -> TransformerBridge:
     with exclusive(bridge):
         if not is_current(bridge):
             raise ModelError(
-                f"The {type(bridge.original_model).__name__} that this bridge was made of has been "
-                "changed since (a module, hook, adapter or setting); pass what "
-                "load_model(model) gives now."
+                f"The {type(bridge.original_model).__name__} of this bridge has been changed since "
+                "(a module, hook, adapter or setting); pass the new result of load_model(model)."
             )
     return mended(bridge)
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A bridge as it was made.
+    """A newly built bridge.
 
     Attributes:
         bridge: The bridge.
-        source: Where its weights come from.
-        reference: A `shared_copy` of its model from before it was wrapped; None for a model that
-            was never one of transformers.
+        source: Source of its weights.
+        reference: A `shared_copy` of its model from before it was wrapped; None if it is not a
+            transformers model.
     """
 
     bridge: TransformerBridge
@@ -206,10 +205,10 @@ def _finished(loaded: _Loaded, request: _Request) -> TransformerBridge:
 
 
 def unwrapped(spec: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """What a wrapper of torch, transformers or PEFT holds, and the tokenizer of a pipeline.
+    """Unwrap a wrapper of torch, transformers or PEFT, and get the tokenizer of a pipeline.
 
     Raises:
-        UnsupportedError: If the wrapper computes something that the model inside does not.
+        UnsupportedError: If the wrapper changes what the model inside computes.
     """
     while not isinstance(spec, PreTrainedModel | TransformerBridge):
         if isinstance(spec, OptimizedModule):
@@ -221,8 +220,8 @@ def unwrapped(spec: Any, tokenizer: Any) -> tuple[Any, Any]:
         elif any(kind.__name__ == "PeftModel" for kind in type(spec).__mro__):
             if spec.active_peft_config.is_prompt_learning:
                 raise UnsupportedError(
-                    f"{type(spec).__name__} puts learned prompts before the tokens, which "
-                    "sinkscope does not measure; adapters inside the model it does."
+                    f"{type(spec).__name__} adds learned prompts before the tokens, which "
+                    "sinkscope cannot measure; only adapters inside the model are supported."
                 )
             spec = spec.get_base_model()
         else:
@@ -233,7 +232,7 @@ def unwrapped(spec: Any, tokenizer: Any) -> tuple[Any, Any]:
 def _from_name(
     spec: str, request: _Request, revision: str | None, checkpoint: int | None
 ) -> _Loaded:
-    """Find out what a string names, and load it."""
+    """Load the model named by a string."""
     path = Path(spec).expanduser()
     on_hub = spec not in PACKAGES and spec not in BUILT_IN and not os.path.exists(path)
     if not on_hub and (revision is not None or checkpoint is not None):
@@ -270,18 +269,18 @@ def _from_folder(folder: Path, request: _Request) -> _Loaded:
 
 
 def _refuse_adapter(folder: Path, files: tuple[str, ...]) -> None:
-    """Refuse a folder that holds an adapter and not the model that it is for.
+    """Refuse a folder with only an adapter.
 
     Raises:
-        ModelError: If it does.
+        ModelError: If the folder contains an adapter but no model.
     """
     if "adapter_config.json" not in files or "config.json" in files:
         return
     with one_sentence(str(folder)):
         base = json.loads((folder / "adapter_config.json").read_text())
     raise ModelError(
-        f"{folder} holds an adapter of {base.get('base_model_name_or_path', 'another model')} and "
-        "no model; pass what peft.AutoPeftModelForCausalLM.from_pretrained(folder) gives."
+        f"{folder} contains an adapter of {base.get('base_model_name_or_path', 'another model')} "
+        "but no model; pass the result of peft.AutoPeftModelForCausalLM.from_pretrained(folder)."
     )
 
 
@@ -301,7 +300,7 @@ def _from_hub(
 def _from_checkpoint(
     where: str, revision: str | None, has_own_tokenizer: bool, request: _Request
 ) -> tuple[TransformerBridge, CheckpointReader]:
-    """Read a folder or hub repository; also give the reader, which says what it found."""
+    """Read a folder or hub repository; also return the reader, which records its contents."""
     reader = CheckpointReader(request.allow_pickle)
     common: dict[str, Any] = {
         "revision": revision,
@@ -323,20 +322,20 @@ def _from_checkpoint(
             put_together(bridge)
             forget_earlier_lengths(bridge.original_model)
         else:
-            # boot_transformers cannot do without a tokenizer.
+            # boot_transformers requires a tokenizer.
             model = reader.from_pretrained(
                 where, config=config, dtype=dtype, device_map=request.device_map, **common
             )
             bridge = build(_placed(model, request.device), None, where)
     if reader.reference is not None and request.device is not None:
-        reader.reference.to(request.device)  # weights are there already; buffers are its own
+        reader.reference.to(request.device)  # moves only its buffers, as weights are shared
     return bridge, reader
 
 
 def _from_gguf(path: Path, request: _Request) -> _Loaded:
     if path.suffix != ".gguf":
         raise ModelError(
-            f"{path} is a file but not a .gguf file; give the folder that holds the model's "
+            f"{path} is a file but not a .gguf file; give the folder that contains the model's "
             "config.json and .safetensors files."
         )
     if request.device_map is not None:
@@ -354,7 +353,7 @@ def _placed(model: PreTrainedModel, device: torch.device | None) -> PreTrainedMo
 
 
 def _from_memory(model: PreTrainedModel, request: _Request, anew: bool) -> TransformerBridge:
-    """The bridge of a model in memory; one of its own where it was asked for otherwise.
+    """The bridge of a model in memory; a new one if `anew`, with other settings than before.
 
     Raises:
         ModelError: If the model has been changed while hooks were on its bridge.
@@ -371,8 +370,8 @@ def _from_memory(model: PreTrainedModel, request: _Request, anew: bool) -> Trans
         if has_foreign_hooks(known):
             raise ModelError(
                 f"This {type(model).__name__} has been changed (a module, hook, adapter or "
-                "setting) since hooks or interventions were put on its bridge; put them on what "
-                "load_model(model) gives now."
+                "setting) since hooks or interventions were put on its bridge; put them on the new "
+                "result of load_model(model)."
             )
         request = replace(request, tokenizer=tokenizer_of(known), name=model_source(known).name)
     headless = is_headless(model)
@@ -392,10 +391,10 @@ def _from_memory(model: PreTrainedModel, request: _Request, anew: bool) -> Trans
 
 
 def revision_of(spec: str, revision: str | None, checkpoint: int) -> str:
-    """The revision that holds a training step which TransformerLens knows.
+    """The revision of a training step listed in TransformerLens.
 
     Raises:
-        ModelError: If it knows no such step, or a revision is named beside it.
+        ModelError: If the step is not listed, or a revision is given as well.
     """
     from transformer_lens.model_bridge.sources.transformers import _resolve_checkpoint_to_revision
 
@@ -406,10 +405,10 @@ def revision_of(spec: str, revision: str | None, checkpoint: int) -> str:
 
 
 def _tokenizer(tokenizer: Any, trust_remote_code: bool) -> Any:
-    """The tokenizer that was given, read from files where its name or folder was.
+    """The given tokenizer, loaded from files if it is a name or folder.
 
     Raises:
-        ModelError: If it is no tokenizer, or cannot be read.
+        ModelError: If it is not a tokenizer, or cannot be read.
     """
     if isinstance(tokenizer, str | os.PathLike):
         with one_sentence(f"the tokenizer {os.fspath(tokenizer)}"):
@@ -426,7 +425,7 @@ def _tokenizer(tokenizer: Any, trust_remote_code: bool) -> Any:
 
 
 def chosen_dtype(dtype: Any, default: torch.dtype | None = None) -> torch.dtype | None:
-    """The dtype asked for; ``None`` stands for the checkpoint's own.
+    """The requested dtype; ``None`` means that of the checkpoint.
 
     Raises:
         ModelError: If weights cannot have it.

@@ -1,10 +1,9 @@
-"""W_O of every head: the map that the model applies to z, not a weight that it keeps somewhere.
+"""W_O of every head, defined as the map that the model applies to z rather than a stored weight.
 
-What stands in the place of the output projection need not be a plain linear layer: an adapter adds
-a share of its own, a quantised layer keeps integers, a hook scales the result, a class of one's own
-keeps its weight in whichever layout. So unless it is a plain layer, whose layout is known, the map
-is read off by applying it to unit vectors, and it is checked on real activations that
-z · W_O + b is what the projection gives.
+The output projection need not be a plain linear layer: an adapter adds its own term, a quantised
+layer stores integers, a hook scales the result, a custom class may use any layout. Unless it is a
+plain layer of known layout, the map is therefore determined by applying it to unit vectors, and
+z · W_O + b is compared with the projection's output on real activations.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from sinkscope.errors import UnsupportedError
 
 
 def output_weight(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:
-    """W_O of every head of a layer, as it multiplies z from the right.
+    """W_O of every head of a layer, in the convention z · W_O.
 
     Args:
         model: A bridge.
@@ -41,17 +40,17 @@ def why_no_map(
     given: list[Tensor] | None,
     tolerance: float,
 ) -> str | None:
-    """Why the output projections of a model are no linear maps of each head, or None if they are.
+    """Why the output projections of a model are not linear maps of z, or None if they are.
 
     Args:
         model: A bridge.
-        layers: The layers that attend.
-        z: What each layer's projection read in a forward pass [prompt position head d_head].
-        given: What it gave [prompt position d_model].
-        tolerance: Relative error that the model's dtype explains.
+        layers: Indices of the layers with attention.
+        z: Input of each layer's projection in a forward pass [prompt position head d_head].
+        given: Its output [prompt position d_model].
+        tolerance: Relative error due to the model's dtype.
     """
     if z is None or given is None:
-        return "the bridge does not show what its output projections read and give"
+        return "the bridge does not expose input and output of its output projections"
     if len({x.shape[2:] for x in z}) > 1:
         return "its layers differ in the number or the width of their heads"
     for layer, read, wanted in zip(layers, z, given, strict=True):
@@ -65,7 +64,7 @@ def why_no_map(
         found = (flat @ weight + (0 if bias is None else bias)).float().cpu()
         size = wanted.abs().max().clamp_min(1e-30)
         if not bool((found - wanted).abs().max() <= tolerance * size):
-            return f"the output projection of layer {layer} is no linear map of z"
+            return f"the output projection of layer {layer} is not a linear map of z"
     return None
 
 
@@ -80,7 +79,7 @@ def _projection(model: Any, layer: int) -> nn.Module:
 
 
 def _map(projection: nn.Module) -> tuple[Float[Tensor, "z d_model"], Tensor | None]:
-    """Weight and bias of a projection as its inputs are multiplied by it from the left."""
+    """Weight and bias of a projection, in the convention input · weight + bias."""
     weight: Any = getattr(projection, "weight", None)
     bias: Any = getattr(projection, "bias", None)
     plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize > 1

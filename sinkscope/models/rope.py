@@ -1,10 +1,11 @@
 """Rotary embeddings whose frequencies depend on the length of the batch.
 
-Two kinds of transformers choose the frequencies of a whole batch by its longest prompt: "longrope"
-(Phi-3, 3.5 and 4 with long contexts) has one set up to the length of pretraining and another beyond
-it, "dynamic" has a set for each length beyond it, and keeps the one of the longest batch so far. A
-prompt's numbers would then depend on its neighbours, on the memory that decides how many there are,
-and on what ran before. So prompts of different sets run apart, and nothing is kept between passes.
+Two RoPE types of transformers choose the frequencies of a batch by its longest prompt: "longrope"
+(Phi-3, 3.5 and 4 with long contexts) has one set up to the pretraining length and another beyond
+it; "dynamic" has a set for each length beyond it, and keeps that of the longest batch so far. The
+results for a prompt would then depend on the other prompts in its batch, on the batch size and on
+earlier batches. Therefore prompts with different sets are run in separate batches, and the state is
+reset before each forward pass.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 
 
 def length_class(model: nn.Module) -> Callable[[int], int]:
-    """Which prompts a model runs with the same frequencies.
+    """A function that classifies prompts by the frequencies with which a model runs them.
 
     Args:
         model: A transformers model or the one inside a bridge.
 
     Returns:
-        From a prompt's length to a number; prompts with equal numbers may share a forward pass.
+        Maps a prompt's length to a class; prompts of one class may share a forward pass.
     """
     switches: list[int] = []
     grows_from: list[int] = []
@@ -41,7 +42,7 @@ def length_class(model: nn.Module) -> Callable[[int], int]:
 
 
 def forget_earlier_lengths(model: nn.Module) -> None:
-    """Let "dynamic" rotary embeddings begin each forward pass as they were made."""
+    """Reset "dynamic" rotary embeddings to their initial state before each forward pass."""
     for rotary, kind in list(_rotaries(model)):
         if "dynamic" in kind and _begin_anew not in rotary._forward_pre_hooks.values():
             rotary.register_forward_pre_hook(_begin_anew)
@@ -57,7 +58,7 @@ def _begin_anew(rotary: Any, args: Any) -> None:
 
 
 def _rotaries(model: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Transformers' rotary embeddings and the kinds that each of them computes."""
+    """The rotary embeddings of a transformers model, with their RoPE types."""
     for module in model.modules():
         if "rope_type" in vars(module):
             kinds = module.rope_type.values() if _by_layer(module) else [module.rope_type]
@@ -65,7 +66,7 @@ def _rotaries(model: nn.Module) -> Iterator[tuple[Any, str]]:
 
 
 def _by_layer(rotary: Any) -> bool:
-    """Whether different layers have frequencies of their own."""
+    """Whether frequencies depend on the layer type."""
     return isinstance(rotary.rope_type, dict)
 
 

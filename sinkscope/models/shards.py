@@ -1,7 +1,7 @@
-"""What the index of a checkpoint in several files may name: safetensors files beside it, no others.
+"""Checks of the indices of sharded checkpoints, which may name only safetensors files next to them.
 
-An index maps each weight to the file that holds it, and transformers opens whatever it names. A
-file that is no safetensors file is unpickled, which can run code, and a path may lead anywhere.
+An index maps each weight to the file that contains it, and transformers opens any file named there.
+Files other than safetensors are unpickled, which can run code, and a path may lead anywhere.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from sinkscope.errors import ModelError
 
 INDEX = ".safetensors.index.json"
-"""How the names of such indices end."""
+"""Suffix of the names of indices."""
 
 
 def check_indices(folder: Path, name: str) -> None:
@@ -20,7 +20,7 @@ def check_indices(folder: Path, name: str) -> None:
 
     Args:
         folder: A model folder.
-        name: What to call the checkpoint.
+        name: Name of the checkpoint in errors.
 
     Raises:
         ModelError: If an index cannot be read, or names a file that is not a safetensors file

@@ -1,12 +1,12 @@
-"""A copy of a model that shares its weights: a structure of its own over the same numbers.
+"""Copies of models that share their weights.
 
-TransformerLens puts its components into the model that it is given. What a user trains, saves and
-hooks has to stay as it is, so a bridge is built on such a copy: modules, configs, training flags
-and lists of hooks are the copy's own, while parameters, buffers and hook functions are the very
-objects of the model. No weight is copied, and an edit of a weight in place is seen by both.
+TransformerLens inserts its components into the model that it wraps. To leave the user's model
+unchanged, a bridge is built on a copy that has its own modules, configs, training flags and lists
+of hooks, but shares parameters, buffers and hook functions with the model. No weight is copied, and
+in-place edits of a weight affect both.
 
-What is *not* seen is a change of the structure after the copy was made: another hook, an adapter
-put in or switched off, a module replaced. `structure_of` tells two states of a model apart by that.
+Later changes of the structure are *not* shared: a new hook, an adapter that is added or disabled, a
+module that is replaced. They are detected by comparing `structure_of`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ M = TypeVar("M", bound=nn.Module)
 def shared_copy(model: M) -> M:
     """A copy of a model's modules and configs over the same parameters, buffers and hooks.
 
-    Blocks that `torch.compile` wrapped stand in the copy as they were before: a compiled graph
-    would run past the hook points.
+    Blocks wrapped by `torch.compile` are unwrapped in the copy, as a compiled graph would bypass
+    the hook points.
 
     Raises:
-        ModelError: If the model holds something that cannot be copied.
+        ModelError: If the model contains something that cannot be copied.
     """
     inside = set(map(id, model.modules()))
     memo: dict[int, Any] = {}
@@ -57,12 +57,12 @@ def shared_copy(model: M) -> M:
     except (TypeError, RuntimeError, NotImplementedError) as error:
         raise ModelError(
             f"sinkscope measures a copy of this {type(model).__name__} that shares its weights, "
-            f"and the model holds something that cannot be copied ({error}); take that off first."
+            f"but the model contains something that cannot be copied ({error}); remove it first."
         ) from error
 
 
 def is_elsewhere(model: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> bool:
-    """Whether any weight lies on another device, or is of another dtype, than asked for."""
+    """Whether any weight is on another device, or of another dtype, than requested."""
     where = None if device is None else torch.empty(0, device=device).device
     return any(
         (where is not None and p.device != where)
@@ -83,7 +83,7 @@ def moved(copied: nn.Module, device: torch.device | None, dtype: torch.dtype | N
 
 
 class _SharedTensors(TorchFunctionMode):
-    """Inside, `copy.deepcopy` hands tensors on as they are."""
+    """Mode in which `copy.deepcopy` shares tensors instead of copying them."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -94,7 +94,7 @@ class _SharedTensors(TorchFunctionMode):
 
 
 def _hooks(module: nn.Module) -> Iterator[Mapping[int, Any]]:
-    """The dictionaries in which torch keeps what is hooked to a module's forward and backward."""
+    """The dictionaries in which torch stores the forward and backward hooks of a module."""
     yield module._forward_hooks
     yield module._forward_pre_hooks
     yield module._backward_hooks
@@ -102,7 +102,7 @@ def _hooks(module: nn.Module) -> Iterator[Mapping[int, Any]]:
 
 
 def _owner(hook: Any) -> Any:
-    """The object that holds a hook's state, which is the user's and must not be copied."""
+    """The object with a hook's state, which belongs to the user and must not be copied."""
     if isinstance(hook, MethodType):
         return hook.__self__
     return None if isinstance(hook, FunctionType) else hook
@@ -114,9 +114,9 @@ Structure = tuple[Any, ...]
 def structure_of(model: nn.Module) -> Structure:
     """Everything about a model that a `shared_copy` of it does not share.
 
-    Modules and their classes, which parameters and buffers they hold and where those lie, what is
-    hooked to them, and their plain settings (the scale of an adapter, say). Training flags are left
-    out: a scan evaluates. Equal structures mean that a copy is still one of this model.
+    Modules and their classes, their parameters and buffers with devices, their hooks, and their
+    plain settings (the scale of an adapter, say). Training flags are left out, as scans use eval
+    mode. Equal structures mean that a copy still corresponds to the model.
     """
     config = getattr(model, "config", None)
     return (repr(stated_by(config)), *map(_state_of, model.modules()))
@@ -126,11 +126,11 @@ NOT_STATED = frozenset(
     {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
     | {"return_dict", "output_attentions", "output_hidden_states", "_attn_implementation"}
 )
-"""What configs state that does not change what a model computes (dtypes are the weights')."""
+"""Config entries that do not affect what a model computes (dtypes are those of the weights)."""
 
 
 def stated_by(config: Any) -> dict[str, Any]:
-    """What a config states that decides what a model computes."""
+    """The config entries that affect what a model computes."""
     known = config.to_dict() if hasattr(config, "to_dict") else {}
     return {key: known[key] for key in sorted(known) if key not in NOT_STATED}
 
@@ -157,13 +157,13 @@ def _state_of(module: nn.Module) -> Structure:
 
 
 def _function(function: Any) -> Any:
-    """What tells a function from another that takes its place later, perhaps at its address."""
+    """An identifier of a function that differs from that of a later function at its address."""
     if isinstance(function, functools.partial):
         return (_function(function.func), *map(id, function.args))
     if isinstance(function, MethodType):
         return _function(function.__func__), id(function.__self__)
     try:
-        return ref(function)  # of one that is gone it equals no other
+        return ref(function)  # a dead reference equals no other
     except TypeError:
         return id(function)
 
@@ -177,20 +177,20 @@ NOT_SETTINGS = frozenset(vars(nn.Module())) | {
     "max_seq_len_cached",
     "_is_hf_initialized",
 }
-"""Attributes of modules that are no settings: torch's own, and what a forward pass leaves."""
+"""Attributes of modules that are not settings: torch's own, and caches of forward passes."""
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
-    """A module's plain settings: the scale of an adapter, an epsilon, whether it is switched off.
+    """A module's plain settings: the scale of an adapter, an epsilon, whether it is disabled.
 
-    A transformers model keeps its settings in its config, and notes for itself beside it.
+    The settings of a transformers model are in its config; its other attributes are ignored.
     """
     own = {} if hasattr(module, "base_model_prefix") else vars(module)
     return {key: own[key] for key in sorted(own) if key not in NOT_SETTINGS and is_plain(own[key])}
 
 
 def is_plain(value: Any) -> bool:
-    """Whether an attribute is a number, a word, or made of such."""
+    """Whether an attribute is a number, a string, or a container of these."""
     if isinstance(value, Mapping):
         return all(map(is_plain, (*value, *value.values())))
     if isinstance(value, list | tuple):

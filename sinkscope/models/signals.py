@@ -1,12 +1,13 @@
-"""Which hook point of a stock bridge holds which quantity: every claim is checked by arithmetic.
+"""Assignment of hook points of the unmodified bridge to signals, verified numerically.
 
-A hook's name is a candidate, not a proof. A pattern must be zero where nothing is visible, queries
-and keys must multiply into what attention is made of, scores must turn into the pattern under
-softmax or be those products, the pattern must mix the values into ``z`` (a gate may stand between),
-and the residual stream must add up. What fails is not offered, with a sentence that says why.
+The name of a hook point only makes it a candidate. A pattern must be zero at masked keys; the
+scaled products of queries and keys must explain the pattern or the scores; scores must give the
+pattern under softmax, or equal these products; the pattern-weighted sum of values must be ``z``
+(possibly after a gate); and the residual stream must add up. Signals that fail are not available,
+with the reason.
 
-None of this asks for a softmax: attention may be any non-negative weights. Whether they are one is
-found out too, since some figures, such as the entropy of a row, mean something only then.
+Attention need not be a softmax: any non-negative weights are allowed. Whether it is one is
+determined as well, since some metrics, such as the entropy of a row, are defined only then.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from sinkscope.models.probe import (
     Z,
 )
 
-# -- the arithmetic by which claims about attention hook points are checked ------------------------
+# -- the arithmetic of the checks ------------------------------------------------------------------
 
 
 def scaled_products(
@@ -57,7 +58,7 @@ def scaled_products(
     scale: float,
     softcap: float | None,
 ) -> Float[Tensor, "prompt head query key"]:
-    """Scores: scale · q·k, bounded to ±softcap by tanh where there is a softcap (Gemma-2)."""
+    """Scores: scale · q·k, bounded to ±softcap by tanh if there is a softcap (Gemma-2)."""
     query, key = (rearrange(x, "b t h d -> b h t d") for x in (query, key))
     key = per_query_head(key, query.shape[1])
     scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scale
@@ -69,7 +70,7 @@ def masked_softmax(
     visible: Bool[Tensor, "query key"],
     sinks: Float[Tensor, "head"] | None,
 ) -> Float[Tensor, "prompt head query key"]:
-    """Softmax over visible keys and, where there is one, a learned sink whose share is dropped."""
+    """Softmax over visible keys and a learned sink, if there is one, whose share is dropped."""
     scores = scores.masked_fill(~visible, -torch.inf)
     if sinks is None:
         return scores.softmax(-1)
@@ -102,7 +103,7 @@ def close(left: Tensor, right: Tensor, tolerance: float) -> bool:
 OF_ATTENTION = frozenset(
     {"pattern", "scores", "query", "key", "value", "z", "gate", "latent", "normed_latent"}
 )
-"""Signals that only layers have that attend."""
+"""Signals that exist only in layers with attention."""
 
 HIDDEN = torch.finfo(torch.float32).min / 2
 """Scores below this are masked."""
@@ -111,7 +112,7 @@ Layers = list[Tensor]
 
 
 def is_causal(probe: Probe, anatomy: Anatomy, tolerance: float) -> bool:
-    """Whether no query reads a later key; without a pattern, whether earlier states ignore it."""
+    """Whether no query attends to a later key; without a pattern, tested on the final states."""
     pattern = probe.layers(PATTERN, anatomy.attending)
     final = probe.layers(RESID_POST, range(anatomy.n_layers))
     if pattern:
@@ -128,10 +129,10 @@ def find_signals(probe: Probe, anatomy: Anatomy, causal: bool, tolerance: float)
     """Check every candidate.
 
     Args:
-        probe: What fired in one tiny forward pass.
+        probe: The recorded forward pass.
         anatomy: The model's structure.
-        causal: Whether a position sees only itself and earlier ones.
-        tolerance: Relative error that the model's dtype explains.
+        causal: Whether a position attends only to itself and earlier ones.
+        tolerance: Relative error due to the model's dtype.
     """
     checks = _Checks(probe, anatomy, causal, tolerance)
     if anatomy.attending:
@@ -148,10 +149,10 @@ def find_signals(probe: Probe, anatomy: Anatomy, causal: bool, tolerance: float)
 
 
 class _Checks:
-    """The checks, in an order in which each may rely on those before it.
+    """The checks, in an order in which each may rely on the previous ones.
 
-    Those of attention look at the layers that attend, whose place in `anatomy.attending` is what
-    their methods call ``layer``.
+    Those of attention run over the layers with attention; in their methods ``layer`` is an index
+    into `anatomy.attending`.
     """
 
     def __init__(self, probe: Probe, anatomy: Anatomy, causal: bool, tolerance: float) -> None:
@@ -166,11 +167,11 @@ class _Checks:
         self.products: Layers | None = None  # scaled q·k of the accepted queries and keys
 
     def attention(self, template: str) -> Layers | None:
-        """What a hook shows in the layers that attend."""
+        """Activations of a hook in the layers with attention."""
         return self.probe.layers(template, self.anatomy.attending)
 
     def layers(self, template: str) -> Layers | None:
-        """What a hook shows in all layers."""
+        """Activations of a hook in all layers."""
         return self.probe.layers(template, range(self.anatomy.n_layers))
 
     def close(self, left: Tensor, right: Tensor) -> bool:
@@ -180,12 +181,12 @@ class _Checks:
         return all(map(self.close, left, right))
 
     def pattern(self) -> None:
-        """A pattern is nowhere negative, and nought where causality and the window hide the key."""
+        """A pattern is non-negative, and zero at keys masked by causality and window."""
         pattern = self.attention(PATTERN)
         if pattern is None:
             self.findings.reject(
                 "hook_pattern does not fire in every block that attends, because this attention "
-                "implementation keeps no pattern "
+                "implementation computes no pattern "
                 '(bridge.original_model.set_attn_implementation("eager") does)',
                 "pattern",
             )
@@ -198,10 +199,11 @@ class _Checks:
             )
 
     def reads_the_visible(self, layer: int, pattern: Tensor) -> bool:
-        """Whether hidden keys get nothing, and visible ones are known to be visible.
+        """Whether masked keys get no attention, and the other keys are known to be visible.
 
-        Under a softmax some head reads each visible key. Other operators may give it nought in all
-        heads (ReLU, softpick, no attention at all); then the scores have to show the mask.
+        Under a softmax some head attends to each visible key. With other operators its attention
+        may be zero in all heads (ReLU, softpick, no attention at all); then the scores must confirm
+        the mask.
         """
         seen, scores = self.visible[layer], self.attention(SCORES)
         if (pattern < 0).any() or pattern[..., ~seen].any():
@@ -211,7 +213,7 @@ class _Checks:
         return scores is not None and bool(((scores[layer] > HIDDEN) == seen).all())
 
     def query_key(self) -> None:
-        """Queries and keys are those whose scaled products explain the pattern or the scores."""
+        """The scaled products of queries and keys explain the pattern or the scores."""
         for query_hook, key_hook in QUERY_KEY:
             query, key = self.attention(query_hook), self.attention(key_hook)
             if query is None or key is None:
@@ -231,9 +233,9 @@ class _Checks:
         self.findings.reject(reason, "query", "key")
 
     def compare_scales(self, fitting: tuple[float, ...]) -> None:
-        """Keep the scales that fit, unless the model's own modules state others.
+        """Store the fitting scales, unless the model's own modules state others.
 
-        Stated scales are tried first: where another one fits, the bridge does not use the model's.
+        Stated scales are tried first, so if another one fits, the bridge does not use the model's.
         """
         model = tuple(
             fits if stated is None else stated
@@ -249,7 +251,7 @@ class _Checks:
                 return
 
     def scale(self, layer: int, query: Tensor, key: Tensor) -> float | None:
-        """The first scale that fits this layer; scores tell scales apart, even patterns do not."""
+        """The first scale that fits this layer; uniform patterns do not determine it, scores do."""
         products = {scale: self.scaled(query, key, scale) for scale in self.scales[layer]}
         for fits in (self.are_scores, self.explains_pattern):
             for scale, scores in products.items():
@@ -269,7 +271,7 @@ class _Checks:
         return self.close(expected, pattern[layer])
 
     def are_scores(self, layer: int, products: Tensor) -> bool:
-        """Whether these products are what ``hook_attn_scores`` shows where keys are visible."""
+        """Whether these products equal ``hook_attn_scores`` at visible keys."""
         scores = self.attention(SCORES)
         if scores is None or products.shape != scores[layer].shape:
             return False
@@ -277,9 +279,9 @@ class _Checks:
         return self.close(products[..., seen], scores[layer][..., seen])
 
     def scores(self) -> None:
-        """Scores are what softmax turns into the pattern, or the scaled products themselves."""
+        """The softmax of the scores is the pattern, or the scores are the scaled products."""
         found, scores, pattern = self.findings, self.attention(SCORES), self.attention(PATTERN)
-        if pattern is not None:  # without true scores, rows that sum to one are taken for softmax
+        if pattern is not None:  # without true scores, rows that sum to one count as softmax
             found.softmax = all(self.close(p.sum(-1), torch.ones(p.shape[:-1])) for p in pattern)
         if scores is None:
             found.reject("hook_attn_scores does not fire in every block that attends", "scores")
@@ -296,7 +298,7 @@ class _Checks:
                 found.reject("hook_pattern is not the softmax of hook_attn_scores", "scores")
 
     def is_softmax(self, layer: int, scores: Tensor) -> bool:
-        """Whether a softmax of these scores is the layer's pattern, but for an unread share."""
+        """Whether the softmax of these scores is the layer's pattern, up to a share of no key."""
         if self.explains_pattern(layer, scores):
             return True
         pattern = self.attention(PATTERN)
@@ -308,15 +310,15 @@ class _Checks:
         return self.close(masked_softmax(scores, self.visible[layer], None), pattern[layer] / total)
 
     def values(self) -> None:
-        """Values are what the pattern mixes into ``z``, before a gate where there is one."""
+        """The pattern-weighted sum of the values is ``z``, before a gate if there is one."""
         value, z = self.attention(VALUE), self.attention(Z)
         if value is None or z is None or any(x.ndim != 4 for x in (*value, *z)):
             self.findings.reject(
                 "hook_v and hook_z do not show one vector a head", "value", "z", "gate"
             )
         elif "pattern" not in self.findings.signals:
-            # z is the output projection's input by construction; a norm or another step may stand
-            # between the value projection and what attention mixes.
+            # z is the output projection's input by construction; there may be a norm or another
+            # step between the value projection and the values that attention averages.
             self.findings.accept(z=Z)
             self.findings.reject(
                 "there is no pattern to prove that hook_v is what attention mixes", "value"
@@ -343,9 +345,9 @@ class _Checks:
                 )
 
     def latents(self) -> None:
-        """Latents are what a norm turns into what keys and values of all heads are projected from.
+        """The normalised latent is the input of the projection to keys and values of all heads.
 
-        The last channels that the projection gives each head are its values.
+        The last output channels of the projection for each head are its values.
         """
         names = ("latent", "normed_latent")
         latent, normed = self.attention(LATENT), self.attention(NORMED_LATENT)
@@ -365,7 +367,7 @@ class _Checks:
             self.findings.reject("the latent's projection does not end in the values", *names)
 
     def hold(self, made: Layers, value: Layers) -> bool:
-        """Whether what the latents are projected to ends, head by head, in the values."""
+        """Whether the projection of the latents ends, for each head, in the values."""
         each = [
             rearrange(x, "b t (h d) -> b t h d", h=v.shape[2])
             for x, v in zip(made, value, strict=True)
@@ -373,7 +375,7 @@ class _Checks:
         return self.same([x[..., -v.shape[-1] :] for x, v in zip(each, value, strict=True)], value)
 
     def gate(self, mixed: Layers, z: Layers) -> None:
-        """A gate is a hook that, under some activation, turns what is mixed into ``z``."""
+        """A gate is a hook whose activation times the weighted sum of values gives ``z``."""
         for hook in GATES:
             shown = self.attention(hook)
             if shown is None or any(
@@ -381,7 +383,7 @@ class _Checks:
             ):
                 continue
             for activation in ACTIVATIONS:
-                # A factor for each channel of a head, or one for all of them.
+                # One factor per channel of a head, or one for all channels.
                 gates = [
                     factors(gate, activation, x.shape[2]) for gate, x in zip(shown, z, strict=True)
                 ]
@@ -419,7 +421,7 @@ class _Checks:
                 return
 
     def first_half(self, attn_hook: str, other_hook: str | None) -> Layers | None:
-        """What attention, or what stands in its place, gives in each layer."""
+        """Output of attention, or of the module in its place, in each layer."""
         at = self.anatomy.attending
         elsewhere = [layer for layer in range(self.anatomy.n_layers) if layer not in at]
         attn = self.attention(attn_hook)
@@ -430,12 +432,12 @@ class _Checks:
         return [of_layer[layer] for layer in range(self.anatomy.n_layers)]
 
     def adds(self, before: Layers, part: Layers, after: Layers) -> bool:
-        """Whether a part of each block adds what it gives to the state before it."""
+        """Whether the output of a part of each block is added to its input state."""
         shapes = all(x.shape == p.shape for x, p in zip(before, part, strict=True))
         return shapes and self.same([x + p for x, p in zip(before, part, strict=True)], after)
 
     def add_up(self, before: Layers, attn: Layers, mlp: Layers, after: Layers) -> bool:
-        """Pre-norm blocks end with the sum; in post-norm blocks a norm reads each sum."""
+        """In pre-norm blocks the sum is the output; in post-norm blocks each sum is normalised."""
         if any(
             a.shape != x.shape or m.shape != x.shape
             for x, a, m in zip(before, attn, mlp, strict=True)
@@ -451,7 +453,7 @@ class _Checks:
         return self.same(first, ln1_in) and self.same(second, ln2_in)
 
     def neurons(self) -> None:
-        """Neurons are what the FFN's down-projection reads."""
+        """Neurons are the input of the FFN's down-projection."""
         hidden, down = self.layers(NEURONS), self.layers(DOWN_IN)
         if self.anatomy.moe:
             self.findings.reject(
