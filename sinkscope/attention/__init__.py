@@ -1,1 +1,1 @@
-"""One layer's attention, read without a T × T pattern: the streaming path and its arithmetic."""
+"""Streaming attention: statistics of a layer's attention without a T × T pattern."""

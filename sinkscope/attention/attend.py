@@ -1,15 +1,15 @@
-"""softmax(scores) @ v with the log of its denominator, on whatever kernel is exact and fastest.
+"""softmax(scores) @ v with the log of its denominator, by the fastest exact kernel.
 
-Only kernels that return the log-sum-exp qualify: every sink statistic is computed from it.
+Only kernels that return the log-sum-exp qualify, since every sink statistic is computed from it.
 
-- `attend` chooses: `attend_in_tiles` is the definition, in plain torch, exact for every call on
-  every device; the fused kernels of the CPU and of CUDA take the calls that they are exact for.
+- `attend` selects the kernel: `attend_in_tiles` is the definition in plain torch, exact for every
+  call on every device; fused kernels for CPU and CUDA are used for calls that they support exactly.
 - `attend_densely` materialises scores and pattern, for layers where one of them is hooked.
 
-On CUDA in half precision cuDNN was the fastest measured on an H100, flash attention takes what it
-refuses (heads up to 256 wide, windows, a KV cache), and our Triton kernel takes what no library
-kernel does (softcaps, padding, windows in float32). Masks with a row for each query are left to
-the tiles.
+On CUDA in half precision cuDNN was the fastest on an H100; flash attention is used for calls that
+cuDNN does not support (heads up to 256 wide, windows, a KV cache), and our Triton kernel for those
+that no library kernel supports (softcaps, padding, windows in float32). Masks with a row for each
+query are computed in tiles.
 
 Tensors are [prompt head position d_head], as transformers passes them to attention functions.
 """
@@ -36,10 +36,10 @@ FLASH_WIDTH = 256
 
 
 class Attended(NamedTuple):
-    """What attention computed.
+    """Result of attention.
 
     Attributes:
-        z: Mixed values.
+        z: Weighted sum of values.
         lse: Log of the softmax's denominator, learned sink included; -inf for a query that sees
             nothing (a padded one), whose z is zero.
     """
@@ -54,14 +54,14 @@ def attend(
     value: Float[Tensor, "prompt kv_head key d_value"],
     call: AttentionCall,
 ) -> Attended:
-    """Attention of one layer; the pattern is never held beyond a bounded piece."""
+    """Attention of one layer, with at most a bounded part of the pattern in memory."""
     width, narrow = query.shape[-1], value.shape[-1]
     if narrow < width:
-        # Fused kernels want one width. Channels of nought change nothing, and are cut off again.
+        # Fused kernels need equal widths; zero channels have no effect and are removed again.
         value = torch.nn.functional.pad(value, (0, width - narrow))
     query, key, value = (contiguous_rows(x) for x in (query, key, value))
     if call.learned_sink is not None and needs_gradient(query, key, value, call.learned_sink):
-        # No fused kernel differentiates the log-sum-exp, on which the sink's share depends.
+        # Fused kernels give no gradient of the log-sum-exp, on which the sink's share depends.
         z, lse = attend_in_tiles(query, key, value, call)
     elif query.is_cuda:
         z, lse = attend_cuda(query, key, value, call)
@@ -81,11 +81,11 @@ def attend_densely(
     hook_pattern: HookPoint,
     dropout: float = 0.0,
 ) -> Attended:
-    """Attention that goes through ``hook_attn_scores`` and ``hook_pattern``; edits take effect.
+    """Attention with ``hook_attn_scores`` and ``hook_pattern``, whose edits take effect.
 
-    As in the stock bridge, masked scores are the dtype's minimum, a learned sink joins after
-    ``hook_attn_scores``, and its column is dropped before ``hook_pattern``, as is dropout applied.
-    The log-sum-exp is that of the scores as hooks left them; z follows the pattern.
+    As in the stock bridge, masked scores are the dtype's minimum, a learned sink is added after
+    ``hook_attn_scores``, and its column is dropped, and dropout applied, before ``hook_pattern``.
+    The log-sum-exp is that of the edited scores; z is computed from the edited pattern.
     """
     everything = slice(0, query.shape[2]), slice(0, key.shape[2])
     logits = scores(query, key, call, *everything).to(query.dtype)
@@ -115,7 +115,7 @@ def _upcast(x: Tensor) -> Tensor:
 
 
 def is_plainly_causal(call: AttentionCall, n_queries: int, n_keys: int) -> bool:
-    """Whether the mask is causal and nothing else."""
+    """Whether the mask is purely causal."""
     return (
         call.mask is None
         and call.key_bias is None
@@ -142,7 +142,7 @@ def attend_in_tiles(
     value: Float[Tensor, "prompt kv_head key d_value"],
     call: AttentionCall,
 ) -> tuple[Float[Tensor, "prompt query head d_value"], Float[Tensor, "prompt head query"]]:
-    """The definition, a bounded piece at a time: exact for everything, on every device."""
+    """The definition, in tiles of bounded size: exact for every call, on every device."""
     pieces = [
         _attend_tile(query, key, value, call, queries, keys)
         for queries, keys in tiles(query, key.shape[2], call)
@@ -152,7 +152,7 @@ def attend_in_tiles(
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    """Whether anything computed from these will be differentiated."""
+    """Whether autograd records operations on these tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
@@ -161,7 +161,7 @@ def _attend_tile(
 ) -> tuple[Tensor, Tensor]:
     logits = scores(query, key, call, queries, keys)
     lse = logits.logsumexp(-1)
-    # A query that sees nothing: exp(-inf - 0) = 0 instead of exp(-inf + inf) = nan.
+    # For a query without visible keys, exp(-inf - 0) = 0 instead of exp(-inf + inf) = nan.
     base = lse.masked_fill(lse == -torch.inf, 0.0)
     pattern = (logits - base[..., None]).exp()
     z = grouped_matmul(pattern, value[:, :, keys].to(pattern.dtype))
@@ -175,7 +175,7 @@ def _attend_cpu(
     fused = (
         call.softcap is None and query.shape[-1] == value.shape[-1] and query.dtype in CPU_DTYPES
     )
-    # The kernel takes a bias in the dtype of the queries, which rounds in half precision.
+    # The kernel's bias has the dtype of the queries, which rounds it in half precision.
     fused &= call.key_bias is None or query.dtype not in HALF
     if not fused:
         return attend_in_tiles(query, key, value, call)
@@ -204,9 +204,9 @@ def _flash_cpu(
 def _flash_cpu_in_tiles(
     query: Tensor, key: Tensor, value: Tensor, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    """Flash attention under a mask that is built for a range of queries at a time.
+    """Flash attention with a mask that is built for one range of queries at a time.
 
-    A sliding window then also saves its work: keys that a range cannot see are never read.
+    With a sliding window, keys outside the window of a range are not read.
     """
     pieces = []
     heads = query if call.key_bias is not None else query[:, :1]
@@ -221,7 +221,7 @@ def _flash_cpu_in_tiles(
             query[:, :, queries], key[:, :, keys], value[:, :, keys], call.scale, bias=bias
         )
         if bias is not None:
-            # The kernel reports 0 for a query that sees nothing; its denominator is 0.
+            # For a query without visible keys the kernel returns 0 instead of log 0 = -inf.
             lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
         pieces.append((z.transpose(1, 2), lse))
     return torch.cat([z for z, _ in pieces], 1), torch.cat([lse for _, lse in pieces], 2)
@@ -232,9 +232,9 @@ def _share_with_sink(
     lse: Float[Tensor, "prompt head query"],
     sink: Float[Tensor, "head"],
 ) -> tuple[Tensor, Tensor]:
-    """Add a learned logit to a softmax that was computed without it.
+    """Add a learned sink logit to a softmax that was computed without it.
 
-    The keys keep the share exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink).
+    The share of the keys becomes exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink).
     """
     sink = sink.to(lse)[:, None]
     share = rearrange(torch.sigmoid(lse - sink), "b h q -> b q h 1")
@@ -261,7 +261,7 @@ def attend_cuda(
 
 
 def fused_kernels_take(query: Tensor, value: Tensor, call: AttentionCall) -> bool:
-    """Whether a library kernel could compute this call under some mask."""
+    """Whether a library kernel supports this call, apart from its mask."""
     width = query.shape[-1]
     return (
         call.softcap is None
@@ -290,7 +290,7 @@ def _cudnn_or_flash(
 def _flash_banded(
     query: Tensor, key: Tensor, value: Tensor, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    """Flash attention where the queries stand at the last keys, within a sliding window."""
+    """Flash attention with a sliding window, for queries at the last key positions."""
     far = -1 if call.window is None else call.window - 1
     z, lse, *_ = torch.ops.aten._flash_attention_forward(
         query.transpose(1, 2),
@@ -313,7 +313,7 @@ def _flash_banded(
 def _efficient(
     query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """The one library kernel for float32; it takes as many key heads as query heads."""
+    """The only library kernel for float32, which needs as many key heads as query heads."""
     group = query.shape[1] // key.shape[1]
     key, value = (repeat(x, "b k t d -> b (k g) t d", g=group) for x in (key, value))
     z, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -324,7 +324,7 @@ def _efficient(
 
 @cache
 def _has_cudnn_attention(device: torch.device) -> bool:
-    """Whether cuDNN's attention runs here: tried once, since its limits change by version."""
+    """Whether cuDNN's attention runs here; tested once, since its limits depend on the version."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (9, 0):
         return False
     probe = torch.zeros(1, 2, 64, 64, dtype=torch.bfloat16, device=device)

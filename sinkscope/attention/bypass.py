@@ -1,18 +1,18 @@
-"""Run components at transformers' own cost while their inner hook points are not in use.
+"""Shortcuts that avoid the overhead of bridge components whose inner hook points are not in use.
 
-A bridge component costs tens of microseconds a call: its own module call around the wrapped one,
-contexts for offloaded weights, a look at signatures, a dozen hook points. A forward pass of a
-billion-parameter model on a fast GPU is over before Python has dispatched it.
+A bridge component costs tens of microseconds per call: its own module call around the wrapped one,
+contexts for offloaded weights, inspection of signatures, a dozen hook points. On a fast GPU this
+dispatch takes longer than the forward pass of a billion-parameter model.
 
 Inside `streaming`, a transformers module that looks up a child finds a `Shortcut`: a plain callable
 that fires the component's ``hook_in`` and ``hook_out`` if they are hooked, calls the wrapped module
-between them, and calls the component itself as soon as anything else about it is in use. That is
-decided at each call, so hooks may be added and removed at any time. Modules stay where they are:
-a shortcut sits in the parent's ``__dict__``, in front of the parent's registered modules.
+between them, and falls back to the component if any other part of it is in use. This is decided at
+each call, so hooks may be added and removed at any time. Registered modules are unchanged: a
+shortcut is stored in the parent's ``__dict__``, which takes precedence.
 
-Norms come first: the stock bridge computes two statistics next to each of them, and query and key
-norms fire hook points in a layout of their own. The shortcuts follow, one class for each kind of
-component that needs one.
+Norms are treated first: the stock bridge computes two statistics next to each of them, and query
+and key norms fire hook points in a different layout. The shortcuts follow, one class for each kind
+of component that needs one.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from sinkscope.attention.support import kind_of
 def skip_unread_statistics(bridge: nn.Module, overrides: Overrides) -> None:
     """Skip the statistics of norms whose ``hook_scale`` and ``hook_normalized`` are not hooked.
 
-    The stock bridge computes both, in float32, next to transformers' own norm: measured, most of
-    what a bridge costs on a GPU.
+    The stock bridge computes both, in float32, next to transformers' own norm, which accounts for
+    most of the measured overhead of a bridge on a GPU.
     """
     for module in bridge.modules():
         if not isinstance(module, NormalizationBridge):
@@ -69,13 +69,13 @@ class _Native:
 
 
 def runs_natively(norm: NormalizationBridge) -> bool:
-    """Whether a norm with nothing hooked inside is what the wrapped module computes."""
+    """Whether a norm without inner hooks equals the wrapped module."""
     folded = getattr(norm.config, "layer_norm_folding", False)
     return norm.use_native_layernorm_autograd or folded or _same_as_native(norm)
 
 
 def _same_as_native(norm: NormalizationBridge) -> bool:
-    """Whether the bridge's from-scratch LayerNorm is what the wrapped module computes."""
+    """Whether the bridge's re-implementation of LayerNorm equals the wrapped module."""
     native = norm.original_component
     return (
         type(norm) is NormalizationBridge
@@ -96,11 +96,12 @@ def show_as_stock(attn: AttentionBridge, overrides: Overrides) -> None:
 
 
 class _Positioned:
-    """A query or key norm seen in the layout that the stock bridge shows it in.
+    """A query or key norm whose hook points have the layout of the stock bridge.
 
-    transformers norms [prompt position head d_head] or [prompt head position d_head], depending on
-    the model; the stock bridge always shows the latter (except norms with a weight for each head),
-    and fires ``hook_q_normed`` / ``hook_k_normed`` after the norm.
+    transformers applies it to [prompt position head d_head] or [prompt head position d_head],
+    depending on the model; the hook points of the stock bridge always have the latter layout
+    (except for norms with a weight for each head), and ``hook_q_normed`` / ``hook_k_normed`` fire
+    after the norm.
     """
 
     def __init__(self, attn: AttentionBridge, norm: nn.Module, hook: HookPoint) -> None:
@@ -109,7 +110,7 @@ class _Positioned:
         self._hook = hook
         self._flat = attn._qk_norm_phase == "pre_reshape"
         self._per_head = attn._qk_norm_per_head
-        # Hunyuan's norms come after the rotation, and see heads first like the stock bridge.
+        # Hunyuan's norms follow the rotation, with heads first like the stock bridge.
         self._rotated = bool(getattr(attn.config, "qk_norm_after_rope", False))
 
     def __call__(self, x: Float[Tensor, "prompt _ *_"], **kwargs: Any) -> Tensor:
@@ -124,7 +125,7 @@ class _Positioned:
 
 
 def _positions_first(x: Float[Tensor, "prompt _ _ d_head"]) -> bool:
-    """Whether axis 1 is positions: heads are cut out of a row, so positions have longer strides."""
+    """Whether axis 1 is positions, which have longer strides than heads."""
     if x.stride(1) == x.stride(2):  # one head: its axis is the one of size 1
         return x.shape[1] != 1
     return x.stride(1) > x.stride(2)
@@ -150,7 +151,7 @@ class _Followed:
 
 
 def take_shortcuts(bridge: Any, overrides: Overrides) -> None:
-    """Put a shortcut in front of every component for which there is one."""
+    """Install a shortcut for every component that supports one."""
     for parent in bridge.original_model.modules():
         if isinstance(parent, GeneralizedComponent):
             continue
@@ -158,7 +159,7 @@ def take_shortcuts(bridge: Any, overrides: Overrides) -> None:
             if isinstance(child, nn.ModuleList):
                 found = [shortcut_for(bridge, member) for member in child]
                 if found and None not in found:
-                    # The model iterates over it, slices it, takes its length: as with a list.
+                    # The model uses it as a list: iteration, slices, length.
                     overrides.attribute(parent, name, found)
             elif (shortcut := shortcut_for(bridge, child)) is not None:
                 overrides.attribute(parent, name, shortcut)
@@ -170,7 +171,7 @@ class Shortcut:
     Args:
         component: The component.
         inner: Its other hook points, which only its own forward pass fires.
-        busy: Whether its own forward pass must run for another reason.
+        busy: Whether its own forward pass must run for other reasons.
     """
 
     __slots__ = ("_before", "_busy", "_component", "_hooked", "_in", "_original", "_out")
@@ -186,7 +187,7 @@ class Shortcut:
         self._in = component.hook_in
         self._out = component.hook_out
         self._busy = busy
-        # torch's own dictionaries of hooks, read where they are: this runs at every call.
+        # torch's dictionaries of hooks are read directly, as this runs at every call.
         self._before = component._forward_pre_hooks
         self._hooked = [component._forward_hooks, component._backward_hooks]
         self._hooked.append(component._backward_pre_hooks)
@@ -209,7 +210,7 @@ class Shortcut:
         return self._out(output)
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the component's."""
+        """Forward all other attributes to the component."""
         return getattr(self._component, name)
 
     def _must_run(self) -> bool:
@@ -223,7 +224,7 @@ class Shortcut:
 
 
 class _NormShortcut(Shortcut):
-    """The same for a norm, whose output keeps the dtype of its input."""
+    """A shortcut for a norm, whose output keeps the dtype of its input."""
 
     __slots__ = ()
 
@@ -233,7 +234,7 @@ class _NormShortcut(Shortcut):
 
 
 def shortcut_for(bridge: Any, component: nn.Module | None) -> Shortcut | None:
-    """A shortcut for kinds of components whose forward pass is known to allow one."""
+    """A shortcut for a component, or None if its kind does not support one."""
     if getattr(component, "original_component", None) is None:
         return None
     kind = type(component)
@@ -290,7 +291,7 @@ def _attention(bridge: Any, attn: components.AttentionBridge) -> Shortcut:
 
 
 class _AttentionShortcut(Shortcut):
-    """The same for attention, which fires its keys as they enter a KV cache."""
+    """A shortcut for attention, which fires keys when they enter a KV cache."""
 
     __slots__ = ()
 
@@ -313,7 +314,7 @@ def _forks(cfg: Any) -> bool:
 def _with_first(
     point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pass the input through a hook point, wherever the caller put it."""
+    """Pass the input through a hook point, whether it is a positional or keyword argument."""
     if args:
         return (point(args[0]), *args[1:]), kwargs
     name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))

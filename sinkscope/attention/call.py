@@ -1,7 +1,7 @@
-"""What one call of an attention layer was: everything besides q, k and v that decides A_ij.
+"""Parameters of an attention call: everything besides q, k and v that determines A_ij.
 
-Statistics that are computed from q, k and the log-sum-exp need exactly the scores of the model's
-own kernel, so the call carries what makes them: scale, softcap, mask, learned sink.
+Statistics computed from q, k and the log-sum-exp need exactly the scores of the model's own kernel,
+and therefore its scale, softcap, mask and learned sink.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from sinkscope.errors import SinkscopeError
 class AttentionCall:
     """One attention call: s_ij = cap(scale · q_i·k_j) + b_j where j is visible to i, else -inf.
 
-    Query i stands at key index p = ``offset`` + i. Key j is visible to it if j ≤ p (when
-    ``causal``), |p − j| < ``window`` (when there is one), and ``mask`` allows it.
+    Query i is at key index p = ``offset`` + i. Key j is visible to it if j ≤ p (when ``causal``),
+    |p − j| < ``window`` (when there is one), and ``mask`` allows it.
 
     Attributes:
         scale: Factor on the dot product.
         softcap: Cap c of c·tanh(s / c), or None.
         window: Sliding window [tokens], or None.
         causal: Whether a query sees no later key.
-        learned_sink: Logit of each head that joins the softmax's denominator, or None.
+        learned_sink: Logit of each head that is added to the softmax's denominator, or None.
         key_bias: b_j of each head, or None. ALiBi (Press et al. 2021, arXiv:2108.12409) adds
-            slope · (j − p) to a score; the part of it that is the same for all keys of a query
-            leaves A_ij as it is, and transformers' models add slope · j.
-        mask: None, or real keys [prompt key] (True = visible), or whatever the caller passed
-            [prompt|1 head|1 query key]: bool (True = visible), or a float added to the scores.
-        offset: Keys before the first query: the length of a KV cache.
-        prescale: What the module had multiplied its queries by already, as OPT does; such queries
-            enter the dot product, and ``hook_rot_q`` shows them.
+            slope · (j − p) to a score; as terms equal for all keys of a query do not affect A_ij,
+            transformers' models add slope · j.
+        mask: None, or real keys [prompt key] (True = visible), or the caller's mask [prompt|1
+            head|1 query key]: bool (True = visible), or a float added to the scores.
+        offset: Number of keys before the first query: the length of a KV cache.
+        prescale: Factor already applied to the queries by the module, as in OPT; queries at
+            ``hook_rot_q`` include it.
     """
 
     scale: float
@@ -52,13 +52,13 @@ class AttentionCall:
 
     @property
     def keys(self) -> Float[Tensor, "prompt key kv_head d_head"]:
-        """Every key this call attended to, those of a KV cache included.
+        """All keys of this call, those of a KV cache included.
 
-        Equal to what ``hook_rot_k`` shows unless there is a cache. Only alive while ``hook_lse``
-        of the same layer fires: keeping it would keep the keys of every layer.
+        Equal to ``hook_rot_k`` unless there is a cache. Only available while ``hook_lse`` of the
+        same layer fires; otherwise the keys of every layer would stay in memory.
 
         Raises:
-            SinkscopeError: If it is read later than that.
+            SinkscopeError: If it is read later.
         """
         keys = self._keys() if self._keys is not None else None
         if keys is None:
@@ -71,12 +71,12 @@ class AttentionCall:
     def visible(
         self, queries: slice, keys: slice, device: torch.device
     ) -> Bool[Tensor, "_ _ query key"] | None:
-        """Which of these keys these queries may see, or None if all of them see all.
+        """Mask of the keys visible to these queries, or None if all are visible.
 
         Args:
             queries: Range of query indices, with both ends given.
             keys: Range of key indices, with both ends given.
-            device: Where to build it.
+            device: Device of the result.
         """
         seen = None
         if self._hides_some(queries, keys):
@@ -93,7 +93,7 @@ class AttentionCall:
     def bias(
         self, queries: slice, keys: slice, device: torch.device
     ) -> Float[Tensor, "_ _ _ key"] | None:
-        """What is added to the scores of these queries and keys, or None.
+        """The term added to the scores of these queries and keys, or None.
 
         The sum of `key_bias` and of the mask, if it is a float one.
         """
@@ -104,11 +104,11 @@ class AttentionCall:
         return mask if added is None else mask + added
 
     def at_keys(self, index: Int[Tensor, "prompt chosen"]) -> ChosenKeys:
-        """The same call, restricted to some keys of each prompt."""
+        """Restrict the call to some keys of each prompt."""
         return ChosenKeys(self, index)
 
     def key_range(self, queries: slice, n_keys: int) -> slice:
-        """Smallest range of keys outside which these queries see nothing."""
+        """Smallest range that contains all keys visible to these queries."""
         first, last = self.offset + queries.start, self.offset + queries.stop
         start, stop = 0, n_keys
         if self.window is not None:
@@ -122,7 +122,7 @@ class AttentionCall:
         return torch.arange(start, stop, device=device)[:, None]
 
     def _near(self, stand: Int[Tensor, "query 1"], key: Int[Tensor, "*_ _"]) -> Bool[Tensor, "..."]:
-        """Whether the key at an index is within reach of a query that stands at another."""
+        """Whether a key index is visible from a query's key index by causality and window."""
         ahead = key - stand
         seen = ahead <= 0 if self.causal else torch.ones_like(ahead, dtype=torch.bool)
         return seen if self.window is None else seen & (ahead.abs() < self.window)
@@ -148,7 +148,7 @@ class ChosenKeys:
     index: Int[Tensor, "prompt chosen"]
 
     def visible(self, queries: slice) -> Bool[Tensor, "prompt _ query chosen"]:
-        """Which of the chosen keys are visible to these queries."""
+        """Mask of the chosen keys visible to these queries."""
         call, index = self.call, self.index
         stand = call._stand(queries, index.device)
         seen = call._near(stand, index[:, None, None, :])

@@ -1,9 +1,9 @@
-"""The KV cache under each of its names.
+"""Compatibility of the names of the KV cache.
 
-transformers called the argument of a model's forward pass ``past_key_values`` up to 5.23 and calls
-it ``cache`` from 5.24 on; a few attention modules call it ``layer_past``. TransformerLens 4.3 reads
-the old name only. Where a component recomputes attention from its own projections, it would then
-leave the cache empty, and each new token would attend to itself alone.
+The cache argument of a forward pass in transformers is ``past_key_values`` up to 5.23 and ``cache``
+from 5.24 on; in a few attention modules it is ``layer_past``. TransformerLens 4.3 reads only the
+old name. Components that recompute attention from their own projections would then leave the cache
+empty, and each new token would attend only to itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _READ_BY = {
     components.SSMMixerBridge: "cache_params",
     components.SSM2MixerBridge: "cache_params",
 }
-"""Components that look for the cache themselves, and the name by which they do."""
+"""Components that read the cache themselves, with the name they use."""
 
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:
@@ -36,15 +36,15 @@ def cache_in(kwargs: Mapping[str, Any]) -> Any:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What a transformers model calls the cache that its forward pass takes."""
+    """The name of the cache argument of a transformers model."""
     parameters = inspect.signature(model.forward).parameters
     return NEW if NEW in parameters and OLD not in parameters else OLD
 
 
 def reads_both_names(bridge: Any) -> Any:
-    """Let a bridge find its cache whatever transformers calls it; the bridge itself.
+    """Make a bridge accept its cache under both names, and return the bridge.
 
-    Does nothing where TransformerLens and transformers agree, and nothing the second time.
+    Does nothing if TransformerLens and transformers use the same name; idempotent.
     """
     model = bridge.original_model
     if cache_argument(model) == OLD or Renaming(OLD, NEW) in model._forward_pre_hooks.values():
@@ -60,19 +60,19 @@ def reads_both_names(bridge: Any) -> Any:
 
 
 def _rename(module: nn.Module, given: str, read: str) -> None:
-    """Have a module called with an argument under another name."""
+    """Rename an argument in the calls of a module."""
     module.register_forward_pre_hook(Renaming(given, read), with_kwargs=True)
 
 
 @dataclass(frozen=True)
 class Renaming:
-    """A forward hook that calls an argument something else."""
+    """A forward pre-hook that renames an argument."""
 
     given: str
     read: str
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The arguments to go on with, or None where there is nothing to rename."""
+        """The new arguments, or None if there is nothing to rename."""
         if self.given not in kwargs or self.read in kwargs:
             return None
         return args, {(self.read if name == self.given else name): kwargs[name] for name in kwargs}

@@ -1,36 +1,35 @@
-"""One attention layer inside `streaming`: what is overridden, and what fires when.
+"""One attention layer inside `streaming`: its overrides, and the order of its hook points.
 
-How the stock bridge computes attention decides how it is made to stream:
+The changes depend on how the stock bridge computes attention:
 
 delegated
-    `AttentionBridge` (BERT, OPT, …) calls transformers' own attention module. Our registered
-    attention function is all it needs.
+    `AttentionBridge` (BERT, OPT, …) calls transformers' own attention module, which calls our
+    registered attention function.
 split (re-implemented, separate projections)
-    `PositionEmbeddingsAttentionBridge` (Llama, Gemma, gpt-oss, …) computes scores itself, without a
-    seam. Its `forward` is overridden to call transformers' module too, whose projections and norms
-    *are* the bridge's submodules, so that their hook points fire. What transformers knows and a
-    re-implementation may not (scale, softcap, learned sinks, multipliers) is then right by
-    construction. The hook points that only the re-implementation fires are fired here.
-    Where the query projection gives a gate for each head besides, as in Qwen3-Next and Qwen3.5,
-    ``hook_q_gate`` is fired at its output.
-    Of its subclasses, those that leave out the rotation in some layers (SmolLM3, Cohere2, EXAONE 4)
-    need nothing else, since transformers' module leaves it out by itself.
+    `PositionEmbeddingsAttentionBridge` (Llama, Gemma, gpt-oss, …) computes scores itself. Its
+    `forward` is overridden to call transformers' module too, whose projections and norms *are* the
+    bridge's submodules, so that their hook points fire. Details that a re-implementation may miss
+    (scale, softcap, learned sinks, multipliers) are then correct by construction. The hook points
+    that only the re-implementation fires are fired here. If the query projection also gives a gate
+    for each head, as in Qwen3-Next and Qwen3.5, ``hook_q_gate`` is fired at its output.
+    Subclasses without rotation in some layers (SmolLM3, Cohere2, EXAONE 4) need no further changes,
+    since transformers' module handles it.
 fused (re-implemented, one projection for q, k and v)
     `JointQKVAttentionBridge` (GPT-2, NeoX, Phi-3, Falcon, BLOOM, MPT, …) splits the fused weight at
-    boot; transformers' module would bypass q, k and v. It has a clean seam,
-    `_reconstruct_attention`, which takes q, k and v after their hooks: only that is overridden. The
-    position bias of ALiBi is among its arguments.
+    boot; transformers' module would bypass q, k and v. Only its method `_reconstruct_attention` is
+    overridden, which takes q, k and v after their hooks. The position bias of ALiBi is among its
+    arguments.
 
 latent
-    `MLAAttentionBridge` (DeepSeek-V2 and V3, Youtu) is re-implemented too, and made to call
-    transformers' module like the split ones. Its queries, keys and values as they enter the dot
-    product are ``hook_q``, ``hook_k`` and ``hook_v``; ``hook_rot_q`` and ``hook_rot_k`` are the
-    rotated channels at their ends. A KV cache holds the keys and values of every head, as the
-    stock bridge's does, where transformers' module would keep latents and make them anew from all
-    of those at each step: then edits of earlier steps would be lost.
+    `MLAAttentionBridge` (DeepSeek-V2 and V3, Youtu) is re-implemented too, and overridden to call
+    transformers' module like the split ones. Its queries, keys and values in the dot product are
+    ``hook_q``, ``hook_k`` and ``hook_v``; ``hook_rot_q`` and ``hook_rot_k`` are the rotated
+    channels at their ends. A KV cache stores the keys and values of every head, as in the stock
+    bridge; transformers' module would store latents and recompute keys and values at each step,
+    which would lose edits of earlier steps.
 
-A few delegated modules call no attention function. GPT-Neo and GPT-J have a method of their own in
-its place, ``_attn``, which is overridden; XGLM's `forward` is written out here.
+A few delegated modules call no attention function. GPT-Neo and GPT-J have a method ``_attn``
+instead, which is overridden; XGLM's `forward` is re-implemented here.
 """
 
 from __future__ import annotations
@@ -69,11 +68,11 @@ class StreamingLayer:
 
     Args:
         index: Index of the block.
-        attn: Its attention component, one that `support.attention_of` accepts.
-        calls: Layer to its last call, filled in at each call.
+        attn: Its attention component, accepted by `support.attention_of`.
+        calls: Maps a layer to its last call; updated at each call.
 
     Attributes:
-        kernel: What computes the layer's attention where nothing is materialised.
+        kernel: Function that computes the layer's attention unless the pattern is materialised.
     """
 
     def __init__(self, index: int, attn: AttentionBridge, calls: dict[int, AttentionCall]) -> None:
@@ -117,9 +116,9 @@ class StreamingLayer:
         dropout: float = 0.0,
         **options: Any,
     ) -> Float[Tensor, "prompt query head d_value"]:
-        """What transformers' module calls instead of its own attention function."""
+        """The attention function that transformers' module calls."""
         if torch.is_autocast_enabled(query.device.type):
-            # Rotary embedding leaves queries and keys wider than values; kernels want one dtype.
+            # Rotary embedding may leave queries and keys in float32; kernels need equal dtypes.
             query, key = query.to(value.dtype), key.to(value.dtype)
         query = self._fire_query(query)
         if not self._keys_have_fired:
@@ -139,7 +138,7 @@ class StreamingLayer:
             key, value = self._fire_keys(key, value)
         call = describe(core, query, key, attention_mask, 1.0 / getattr(core, "scale_attn", 1.0))
         local = getattr(core, "attention_type", "global") == "local"
-        # The module is causal by a buffer of its own, whatever the mask.
+        # The module has its own causal buffer, independent of the mask.
         call = replace(
             call,
             causal=True,
@@ -188,7 +187,7 @@ class StreamingLayer:
         return z
 
     def _point(self, index: int) -> HookPoint:
-        """The hook point of queries, keys or values as they enter the dot product."""
+        """The hook point of queries, keys or values in the dot product."""
         return getattr(self.attn, self._names[index])
 
     def _fire_query(self, query: Tensor) -> Tensor:
@@ -202,7 +201,7 @@ class StreamingLayer:
         return self._point(1)(key), self._point(2)(value)
 
     def _with_rotated(self, point: HookPoint, x: Tensor, shared: bool = False) -> Tensor:
-        """Fire the rotated channels, which stand last; those of the keys are one for all heads."""
+        """Fire the rotated channels, which are last; those of the keys are shared by all heads."""
         if not has_hooks(point):
             return x
         width = int(self.core.qk_rope_head_dim)
@@ -211,7 +210,7 @@ class StreamingLayer:
         return torch.cat([plain, rotated.expand(*plain.shape[:-1], -1)], dim=-1)
 
     def _delegate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run transformers' module, firing what only the bridge's re-implementation fires."""
+        """Run transformers' module, and fire hook points of the bridge's re-implementation."""
         if self._kind == "split":
             refuse_forked_inputs(self.attn)
         if self._kind in ("split", "latent"):
@@ -223,7 +222,7 @@ class StreamingLayer:
             return AttentionBridge.forward(self.attn, *args, **kwargs)
 
     def _rotates(self) -> bool:
-        """Whether this layer has rotary embeddings where the model passes them to every layer."""
+        """Whether this layer applies rotary embeddings, which the model passes to every layer."""
         if not getattr(self.attn, "rope_optional", False):
             return True
         without = getattr(self.attn, "_is_nope_layer", None)
@@ -231,9 +230,9 @@ class StreamingLayer:
 
     @contextmanager
     def _keys_fire_into(self, cache: Any) -> Iterator[None]:
-        """Fire keys and values as they enter a KV cache, where the stock bridge fires them.
+        """Fire keys and values when they enter a KV cache, as in the stock bridge.
 
-        The attention function sees the cached ones too, and an edit there would miss the cache.
+        The attention function also receives cached ones, and edits there would not be cached.
         """
         caches_latents = self._kind == "latent" and hasattr(self.core, "expand_kv")
         hooked = has_hooks(self._point(1)) or has_hooks(self._point(2))
@@ -260,7 +259,7 @@ class StreamingLayer:
             self._keys_have_fired, self._enter_cache = False, None
 
     def _reconstruct(self, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        """`JointQKVAttentionBridge._reconstruct_attention` around our kernel."""
+        """`JointQKVAttentionBridge._reconstruct_attention` with our kernel."""
         attn = self.attn
         n_heads = attn.config.n_heads
         n_kv_heads = getattr(attn.config, "n_key_value_heads", None) or n_heads
@@ -277,7 +276,7 @@ class StreamingLayer:
         scaling = getattr(self.core, "scaling", getattr(self.core, "softmax_scale", None))
         mask = kwargs.get("attention_mask")
         if isinstance(attn, MPTALiBiAttentionBridge) and isinstance(mask, Tensor):
-            mask = ~mask  # True is hidden there
+            mask = ~mask  # there True means masked
         call = describe(self.core, query, key, mask, scaling)
         call = replace(call, key_bias=_alibi(attn, kwargs, key, call.scale))
         z = self._attend(query, key, value, call, _dropout(self.core))
@@ -286,10 +285,10 @@ class StreamingLayer:
     def _project_queries_and_gates(
         self, x: Float[Tensor, "prompt position d_model"]
     ) -> Float[Tensor, "prompt position width"]:
-        """The query projection of Qwen3-Next and Qwen3.5, which gives each head's gate besides.
+        """The query projection of Qwen3-Next and Qwen3.5, which also gives each head's gate.
 
-        The gate, before its sigmoid, is fired where transformers' module has not yet split it off,
-        so that an edit takes effect.
+        The gate before its sigmoid is fired before transformers' module splits it off, so that
+        edits take effect.
         """
         attn, q = self.attn, self.attn.q
         both = type(q).forward(q, x)
@@ -302,15 +301,15 @@ class StreamingLayer:
         return rearrange(torch.stack([query, gate], 3), "b t h two d -> b t (h two d)")
 
     def _project_latents(self, x: Float[Tensor, "prompt *one position latent"]) -> Tensor:
-        """The projection to keys and values, as the stock bridge shows it.
+        """The projection to keys and values, in the layout of the stock bridge.
 
-        transformers gives the latents of all heads an axis of length one.
+        In transformers the latent has an additional head axis of length one.
         """
         up = self.attn.kv_b_proj
         return type(up).forward(up, x.squeeze(1) if x.ndim == 4 else x)
 
     def _project(self, z: Float[Tensor, "prompt position width"]) -> Tensor:
-        """The output projection; head by head when the user asked for ``hook_result``."""
+        """The output projection; per head if ``hook_result`` is enabled."""
         attn, o = self.attn, self.attn.o
         if not getattr(attn.config, "use_attn_result", False):
             return o(z) if self._kind == "fused" else type(o).forward(o, z)
@@ -322,7 +321,7 @@ class StreamingLayer:
 def _alibi(
     attn: AttentionBridge, kwargs: dict[str, Any], key: Tensor, scale: float
 ) -> Float[Tensor, "_ head key"] | None:
-    """What ALiBi adds to the scores, from the arguments of BLOOM's, Falcon's or MPT's attention."""
+    """The ALiBi bias of the scores, from the arguments of BLOOM's, Falcon's or MPT's attention."""
     n_keys = key.shape[2]
     if kwargs.get("position_bias") is not None:  # MPT's, which ends at the last key
         return rearrange(kwargs["position_bias"][..., -n_keys:], "h 1 k -> 1 h k")
@@ -350,7 +349,7 @@ def describe(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> AttentionCall:
-    """An `AttentionCall` from what a transformers module passes to its attention function.
+    """An `AttentionCall` from the arguments of transformers' attention functions.
 
     Raises:
         UnsupportedError: If the module adds a position bias to its scores.
@@ -377,14 +376,14 @@ def describe(
             **fixed,
         )
     if mask is not None:
-        # A mask with four axes is the last word: it says what is causal, too.
+        # A mask with four axes is complete and includes causality.
         return AttentionCall(causal=False, mask=mask[..., :n_keys], **fixed)
     causal = getattr(core, "is_causal", True) if is_causal is None else is_causal
     return AttentionCall(causal=causal, window=sliding_window, offset=n_keys - n_queries, **fixed)
 
 
 def _dropout(core: nn.Module) -> float:
-    """Dropout on the pattern, which transformers keeps as a module or as a number."""
+    """Dropout on the pattern, which is a module or a number in transformers."""
     if not core.training:
         return 0.0
     dropout = getattr(core, "attn_dropout", getattr(core, "attention_dropout", 0.0))

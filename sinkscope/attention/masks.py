@@ -1,9 +1,9 @@
-"""Attention masks as a few numbers instead of a T×T tensor.
+"""Attention masks as a few parameters instead of a T×T tensor.
 
-transformers calls a registered function for the mask before the first layer. Ours returns a
-`MaskSpec`, which travels through the model's own code to our attention function. A mask that is
-more than "causal, window, padding" (packed sequences, prefix-LM, chunks) is built densely, as
-transformers' own sdpa path would build it.
+transformers calls a registered mask function before the first layer. Ours returns a `MaskSpec`,
+which the model's code passes on to our attention function. Masks other than combinations of causal,
+window and padding (packed sequences, prefix-LM, chunks) are built densely, as in transformers' own
+sdpa path.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import masking_utils
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """Which keys are visible to which queries, as in `AttentionCall`.
+    """Visibility of keys to queries, as in `AttentionCall`.
 
     Attributes:
         causal: Whether a query sees no later key.
@@ -35,10 +35,10 @@ class MaskSpec:
     padding: Bool[Tensor, "prompt key"] | None = None
     offset: int = 0
     ndim: ClassVar[int] = 0
-    """What Falcon takes for the number of axes of a tensor: not four, nothing to add ALiBi to."""
+    """Read by Falcon as the number of axes of a tensor: not four, so that it adds no ALiBi."""
 
     def to(self, *_: Any) -> MaskSpec:
-        """The same; MPT casts its mask to bool."""
+        """Return self; MPT casts its mask to bool."""
         return self
 
 
@@ -55,8 +55,8 @@ def streaming_mask(
     """The mask function that `AttentionMaskInterface` calls; see the module docstring."""
     shape = _shape_of(mask_function, int(q_offset) + q_length)
     if shape is None:
-        # A skipped mask means "causal" or "bidirectional" by a convention of transformers' sdpa
-        # function, which ours does not share.
+        # Skipped masks have a meaning ("causal" or "bidirectional") only for transformers' sdpa
+        # function.
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         return masking_utils.sdpa_mask(
             batch_size=batch_size,
@@ -88,9 +88,9 @@ def _padding(
 def _shape_of(mask_function: Callable, end: int) -> tuple[bool, int | None] | None:
     """(causal, window) of a transformers mask function, or None if it is anything else.
 
-    transformers composes masks from closures, so this compares their code and reads the window
-    out of the closure. What it does not recognise is still right, only slower. Chunks (Llama-4) are
-    plainly causal as long as the last query, before position ``end``, is in the first one.
+    transformers composes masks from closures, so this compares their code and reads the window from
+    the closure. Unrecognised masks are built densely, which is slower but exact. Chunks (Llama-4)
+    are purely causal if the last query, before position ``end``, is in the first one.
     """
     base = _BASES.get(mask_function)
     if base is not None:

@@ -1,11 +1,11 @@
-"""Functions that turn a row of attention scores into attention weights: softmax and alternatives.
+"""Functions from attention scores to attention weights: softmax and alternatives.
 
-Every operator takes scores and the mask of visible keys, and returns the pattern; a hidden key has
-weight 0 and counts nowhere. Without a mask the scores are masked ones, in float32, whose hidden
-entries lie at `HIDDEN` or below: an edit of the scores that hides a key then reaches the operator.
-A row without a visible key is zero, except under `softmax`, whose rows always sum to 1.
+Every operator takes scores and the mask of visible keys, and returns the pattern; masked keys have
+weight 0 and do not affect the others. Without a mask, the scores are already masked, in float32,
+with masked entries at `HIDDEN` or below, so that an edit of scores can mask a key. A row without
+a visible key is zero, except under `softmax`, whose rows always sum to 1.
 
-`OPERATORS` lists those that need nothing but scores, by the names that users give.
+`OPERATORS` lists the operators that need only scores, by their public names.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def zero(scores: Scores, visible: Visible | None = None) -> Pattern:
 
 
 Operator = Callable[[Scores, Visible], Pattern]
-"""From scores and the mask of visible keys, both [prompt head query key], to the pattern."""
+"""Maps scores and the mask of visible keys, both [prompt head query key], to the pattern."""
 
 OPERATORS: dict[str, Operator] = {
     "softmax": softmax,
@@ -103,6 +103,6 @@ def _masked(scores: Scores, visible: Visible | None) -> Scores:
 
 
 def _count(scores: Scores, visible: Visible | None) -> Tensor:
-    """The visible keys of each row [*row 1], and 1 where there are none: 0 / 0 is 0 here."""
+    """Number of visible keys of each row [*row 1], at least 1 to avoid division by 0."""
     seen = scores > HIDDEN if visible is None else visible
     return seen.sum(-1, keepdim=True).clamp(min=1)

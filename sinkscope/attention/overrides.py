@@ -1,4 +1,4 @@
-"""Attributes of instances that are overridden for a while, and restored."""
+"""Temporary overrides of instance attributes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _ABSENT = object()
 
 
 class Overrides:
-    """Attributes put straight into instances' ``__dict__``, and taken out again in reverse.
+    """Attributes written to instances' ``__dict__``, and restored in reverse order.
 
-    A bridge component forwards plain attribute assignment to the transformers module that it wraps,
-    and nn.Module registers what is assigned; neither sees the ``__dict__``.
+    Plain assignment would be forwarded by a bridge component to the wrapped transformers module, or
+    registered by nn.Module; writing to the ``__dict__`` avoids both.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Overrides:
         owner.__dict__[name] = value
 
     def undo(self) -> None:
-        """Put every attribute back as it was, the last one first."""
+        """Restore every attribute, the last one first."""
         while self._saved:
             owner, name, value = self._saved.pop()
             if value is _ABSENT:

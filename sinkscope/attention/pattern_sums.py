@@ -42,7 +42,7 @@ class RowAndColumnSums(NamedTuple):
 
     Attributes:
         received: See `received_mass`.
-        entropy: See `row_entropy`; None if it was not asked for.
+        entropy: See `row_entropy`; None if it was not requested.
         weighted: See `weighted_mass`; None without weights.
     """
 
@@ -56,8 +56,8 @@ class KeySet:
     """Some keys of each prompt.
 
     Attributes:
-        index: Their indices; after the last one of a prompt come others that do not count.
-        number: How many count.
+        index: Their indices, padded with indices of other keys.
+        number: Number of valid indices per prompt.
     """
 
     index: Int[Tensor, "prompt slot"]
@@ -68,8 +68,8 @@ class KeySet:
         """The keys that are True.
 
         Args:
-            keys: Some keys of each prompt.
-            most: How many any prompt has at most; if None, the host waits until they are counted.
+            keys: Mask of keys in each prompt.
+            most: Maximum number in a prompt; if None, counting them synchronises with the device.
         """
         index, number = keys.int().argsort(dim=1, descending=True, stable=True), keys.sum(dim=1)
         return cls(index[:, : int(number.max()) if most is None else most], number)
@@ -82,9 +82,9 @@ def attention_to_keys(
     call: AttentionCall,
     keys: Bool[Tensor, "prompt key"] | KeySet,
 ) -> Float[Tensor, "prompt head query"]:
-    """Attention that each query pays to a set of keys together: Σ_{j∈keys} A_ij [probability].
+    """Attention that each query pays to a set of keys: Σ_{j∈keys} A_ij [probability].
 
-    Costs O(position · d_head) a key: only the chosen keys are read.
+    Costs O(position · d_head) per key, as only the chosen keys are read.
     """
     kernels = kernels_for(query, call)
     if kernels is not None:
@@ -113,14 +113,14 @@ def received_mass(
     call: AttentionCall,
     queries: Bool[Tensor, "prompt query"] | None = None,
 ) -> Float[Tensor, "prompt head key"]:
-    """Attention that each key receives in all: Σ_i A_ij over the chosen queries i [queries].
+    """Total attention that each key receives: Σ_i A_ij over the chosen queries i [queries].
 
     Args:
-        query: Queries as they enter the dot product.
-        key: Keys as they enter the dot product.
+        query: Queries of the dot product.
+        key: Keys of the dot product.
         lse: Log of the softmax's denominator of each query.
-        call: What the call was.
-        queries: The queries that count; all of them if None.
+        call: Parameters of the attention call.
+        queries: Mask of the queries to sum over; by default all.
     """
     kernels = kernels_for(query, call)
     if kernels is not None:
@@ -140,7 +140,7 @@ def received_mass_by(
 ) -> Float[Tensor, "prompt bucket head key"]:
     """`received_mass` split by a weight of each query: Σ_i w_ib A_ij.
 
-    One-hot weights split the queries into buckets: who attends to a sink, near or far.
+    One-hot weights divide the queries into buckets, for example of near and far queries.
     """
     kernels = kernels_for(query, call)
     if kernels is not None:
@@ -158,7 +158,7 @@ def row_entropy(
 ) -> Float[Tensor, "prompt head query"]:
     """Entropy of each query's row over the keys: −Σ_j A_ij ln A_ij [nat].
 
-    A learned sink takes its share of the row and is left out of the sum, as in
+    A learned sink reduces the row's total but is left out of the sum, as in
     `metrics.attention.row_entropy`.
     """
     kernels = kernels_for(query, call)
@@ -180,9 +180,9 @@ def row_and_column_sums(
     entropy: bool = False,
     weights: Float[Tensor, "prompt key kv_head"] | None = None,
 ) -> RowAndColumnSums:
-    """`received_mass`, with `row_entropy` and `weighted_mass` for little more than its price.
+    """`received_mass`, with `row_entropy` and `weighted_mass` at little additional cost.
 
-    Rows of queries that do not count are 0.
+    Rows of excluded queries are 0.
     """
     kernels = kernels_for(query, call)
     if kernels is not None:
@@ -210,7 +210,7 @@ def weighted_mass(
     call: AttentionCall,
     weights: Float[Tensor, "prompt key kv_head"],
 ) -> Float[Tensor, "prompt head query"]:
-    """Σ_j A_ij w_j: with w_j = ‖v_j‖, all that a query could take at most from its values."""
+    """Σ_j A_ij w_j; with w_j = ‖v_j‖, an upper bound on the norm of a query's output."""
     kernels = kernels_for(query, call)
     if kernels is not None:
         return kernels.weighted_mass(query, key, lse, call, weights)
@@ -231,15 +231,15 @@ def logit_gap_in_tiles(
     mask: Bool[Tensor, "prompt position"],
     causal: bool,
 ) -> tuple[LogSumExp, Bool[Tensor, "prompt head query"]]:
-    """`metrics.attention.logit_gap_rows` where a softcap bends scores, or a mask edits some.
+    """`metrics.attention.logit_gap_rows` with a softcap, or a mask that edits scores.
 
-    Every score is computed once. Whether attention is causal a dense mask does not say.
+    Every score is computed once. `causal` is needed because a dense mask does not state it.
 
     Returns:
-        The gap of each query [logit], nan where it has none, and the queries that have one.
+        The gap of each query [logit], nan where it is undefined, and where it is defined.
     """
     query, key = query.transpose(1, 2), key.transpose(1, 2)
-    # A float mask hides by the least number of its dtype, which is no infinity.
+    # A float mask uses the dtype's minimum, which is finite.
     adds = call.mask is not None and call.mask.is_floating_point()
     hidden = torch.finfo(call.mask.dtype if adds else lse.dtype).min / 2
     gap = torch.full_like(lse, torch.nan)
@@ -283,7 +283,7 @@ def is_largest(
 def nearby_attention(
     query: Query, key: Key, lse: LogSumExp, call: AttentionCall, widths: Sequence[int]
 ) -> Float[Tensor, "prompt head query span"]:
-    """`metrics.attention.nearby_attention`, from the band of scores that it sums: O(T · width)."""
+    """`metrics.attention.nearby_attention` from a band of scores, O(T · width)."""
     kernels = kernels_for(query, call)
     if kernels is not None:
         return kernels.nearby_attention(query, key, lse, call, widths)
@@ -300,7 +300,7 @@ def nearby_attention(
 
 
 def learned_sink_share(lse: LogSumExp, call: AttentionCall) -> Float[Tensor, "prompt head query"]:
-    """Attention that the learned sink took: exp(sink − lse); 0 where there is none."""
+    """Attention to the learned sink: exp(sink − lse); 0 if there is none."""
     if call.learned_sink is None:
         return torch.zeros_like(lse)
     return (call.learned_sink.detach().to(lse)[:, None] - lse).exp()
@@ -313,7 +313,7 @@ def _log_pattern(
     call: AttentionCall,
     queries: Bool[Tensor, "prompt query"] | None = None,
 ) -> Iterator[tuple[slice, slice, Float[Tensor, "prompt head _ _"]]]:
-    """Ln A_ij, a range of queries (and the keys that it may see) at a time; -inf where A_ij = 0."""
+    """Yield ln A_ij for ranges of queries with their visible keys; -inf where A_ij = 0."""
     query, key = query.transpose(1, 2), wide(key.transpose(1, 2))
     base = _finite(lse)
     for rows, columns in tiles(query, key.shape[2], call):
@@ -324,7 +324,7 @@ def _log_pattern(
 
 
 def _finite(lse: LogSumExp) -> LogSumExp:
-    """A query that sees nothing has lse = -inf and scores of -inf: exp(-inf - 0) = 0, not nan."""
+    """Replace lse = -inf of queries without visible keys by 0: exp(-inf - 0) = 0 instead of nan."""
     return lse.masked_fill(lse == -torch.inf, 0.0)
 
 

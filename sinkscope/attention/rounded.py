@@ -1,8 +1,8 @@
-"""Attention with the roundings of transformers' eager functions, some queries at a time.
+"""Attention with the rounding of transformers' eager functions, for ranges of queries.
 
-The fused kernels that `attend` chooses keep scores and weights in float32 whatever the model's
-dtype; this keeps what a model in bfloat16 or float16 computes when each step is an operation of its
-own: scores, softcap and weights are rounded to the dtype, the softmax itself runs in float32.
+The fused kernels of `attend` compute scores and weights in float32 whatever the model's dtype. This
+reproduces a model in bfloat16 or float16 in which each step is a separate operation: scores,
+softcap and weights are rounded to the dtype, and the softmax runs in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from sinkscope.attention.call import AttentionCall
 
 ELEMENTS = 2**24
-"""Scores held at once: 64 MiB in float32."""
+"""Scores in memory at a time: 64 MiB in float32."""
 
 
 def rounded_patterns(
@@ -27,13 +27,13 @@ def rounded_patterns(
     *,
     wide: bool = False,
 ) -> Iterator[tuple[slice, slice, Float[Tensor, "prompt head _ _"]]]:
-    """The attention weights of a range of queries over the keys that it may see.
+    """Yield the attention weights of ranges of queries over their visible keys.
 
     Args:
-        query: Queries as they enter the dot product.
+        query: Queries of the dot product.
         key: Keys, of the same dtype.
-        call: What the call was.
-        wide: Whether to compute in float32 and leave scores and weights so.
+        call: Parameters of the attention call.
+        wide: Whether to compute in float32 without rounding scores and weights.
 
     Yields:
         The queries, the keys, and the weights in the dtype of the queries, or in float32.
@@ -61,7 +61,7 @@ def rounded_patterns(
 def _softmax(scores: Tensor, sink: Float[Tensor, "head"] | None) -> Tensor:
     if sink is None:
         return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
-    # A learned sink joins as gpt-oss lets it: in the dtype of the scores throughout.
+    # A learned sink is added as in gpt-oss, in the dtype of the scores throughout.
     column = sink.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)
     scores = torch.cat([scores, column], dim=-1)
     scores = scores - scores.max(dim=-1, keepdim=True).values

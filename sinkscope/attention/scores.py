@@ -1,4 +1,4 @@
-"""Scores in float32, a bounded piece at a time: what every plain-torch path here starts from.
+"""Scores in float32, in tiles of bounded size, used by all computations in plain torch.
 
 Tensors are [prompt head position d_head], as transformers passes them to attention functions.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from sinkscope.attention.call import AttentionCall, ChosenKeys
 
 TILE_ELEMENTS = 2**22
-"""Scores held at once by the chunked computations: 16 MiB in float32."""
+"""Scores in memory at a time in chunked computations: 16 MiB in float32."""
 
 
 def scores(
@@ -41,7 +41,7 @@ def scores_at(
     chosen: ChosenKeys,
     queries: slice,
 ) -> Float[Tensor, "prompt head _ chosen"]:
-    """`scores` of a range of queries against a few keys of each prompt, already picked out."""
+    """`scores` of a range of queries against a few selected keys of each prompt."""
     raw = _capped(query[:, :, queries], chosen_key, chosen.call)
     return _masked(raw, chosen.bias(queries), chosen.visible(queries))
 
@@ -59,7 +59,7 @@ def _masked(raw: Tensor, bias: Tensor | None, seen: Tensor | None) -> Tensor:
 def grouped_matmul(
     left: Float[Tensor, "prompt head row inner"], right: Float[Tensor, "prompt kv_head inner col"]
 ) -> Float[Tensor, "prompt head row col"]:
-    """Product left @ right where each kv_head serves a group of heads, without copying it."""
+    """Product left @ right in which a group of heads shares each kv_head, without copying it."""
     n_kv_heads = right.shape[1]
     packed = rearrange(left, "b (k g) r i -> b k (g r) i", k=n_kv_heads)
     return rearrange(packed @ right, "b k (g r) c -> b (k g) r c", r=left.shape[2])
@@ -68,7 +68,7 @@ def grouped_matmul(
 def tiles(
     query: Float[Tensor, "prompt head query d_head"], n_keys: int, call: AttentionCall
 ) -> Iterator[tuple[slice, slice]]:
-    """Ranges of queries, each with the keys it may see, of bounded size."""
+    """Ranges of queries, each with its visible keys, of bounded size."""
     for queries in query_ranges(query, n_keys):
         yield queries, call.key_range(queries, n_keys)
 
@@ -86,7 +86,7 @@ def bands(
 ) -> Iterator[tuple[slice, slice]]:
     """Ranges of queries, each with the keys at most ``reach`` away, of bounded size.
 
-    A range has as many queries as a query has near keys, so that half of what is computed is used.
+    A range has as many queries as a query has near keys, so that half of the scores are used.
     """
     prompts, heads, n_queries, _ = query.shape
     rows = max(1, min(reach, TILE_ELEMENTS // (prompts * heads * 3 * reach)))
@@ -98,13 +98,13 @@ def bands(
 
 
 def contiguous_rows(x: Float[Tensor, "_ _ _ d"]) -> Float[Tensor, "_ _ _ d"]:
-    """The same tensor, copied if the entries of a row are not adjacent in memory.
+    """Copy a tensor if the entries of its rows are not contiguous.
 
-    A hook may return any layout, and kernels assume contiguous rows without a check.
+    Hooks may return any layout, and kernels assume contiguous rows.
     """
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """In float32, if it was narrower."""
+    """Cast to at least float32."""
     return x if x.dtype == torch.float64 else x.float()

@@ -1,11 +1,10 @@
-"""`with streaming(bridge):` attention at the speed of the model's own kernel, with every hook.
+"""`with streaming(bridge):` attention by a fused kernel, with all hook points.
 
 The stock bridge materialises T×T scores and a T×T pattern in each layer. Inside this context
-attention runs through a fused kernel, and two kinds of hook points make the pattern dispensable:
-queries, keys and values as they enter the dot product, and the log-sum-exp of every query's
-scores. A_ij = exp(s_ij − lse_i), so that any column, sum or entropy of the pattern can be computed
-without the rest of it. Layers where ``hook_attn_scores`` or ``hook_pattern`` is hooked still
-materialise them, and edits take effect.
+attention runs through a fused kernel, with hook points for the queries, keys and values of the dot
+product and for the log-sum-exp of every query's scores. As A_ij = exp(s_ij − lse_i), any column,
+sum or entropy of the pattern can be computed without the rest of it. Layers where
+``hook_attn_scores`` or ``hook_pattern`` is hooked still materialise them, and edits take effect.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ from sinkscope.errors import ModelError, UnsupportedError
 __all__ = ["AttentionCall", "Stream", "streaming"]
 
 IMPLEMENTATION = "sinkscope_streaming"
-"""Name under which transformers finds our attention and mask functions while a bridge streams."""
+"""Name under which our attention and mask functions are registered in transformers."""
 
 _layers: dict[nn.Module, StreamingLayer] = {}
 _streams: dict[nn.Module, Stream] = {}
 _guard = threading.RLock()
-"""Held while a context begins or ends: both write to tables that all streams share."""
+"""Lock for entering and exiting contexts, which write to tables shared by all streams."""
 
 
 @contextmanager
@@ -50,28 +49,28 @@ def streaming(bridge: TransformerBridge) -> Iterator[Stream]:
 
     Inside, on every architecture that can stream, these hook points fire in each block:
     ``attn.hook_rot_q``, ``attn.hook_rot_k`` and ``attn.hook_rot_v`` [prompt position (kv_)head
-    d_head], as they enter the dot product (on multi-head latent attention, where two of these names
-    are taken by the rotated channels alone, ``attn.hook_q``, ``attn.hook_k`` and ``attn.hook_v``),
-    and ``attn.hook_lse`` [prompt head query]: float32, the
-    log of the softmax's denominator, learned sink included, so that A_ij = exp(s_ij − lse_i) on
-    every model (-inf for a query that sees nothing). It is read-only and carries no gradient.
-    Those the bridge lacks exist, under the usual names, until the context ends. All other hook
-    points fire as on the stock bridge and edits take effect; ``hook_attn_scores`` and
-    ``hook_pattern`` are materialised in the layers where one of them is hooked.
+    d_head], the inputs of the dot product (in multi-head latent attention, where two of these names
+    denote the rotated channels only, ``attn.hook_q``, ``attn.hook_k`` and ``attn.hook_v``), and
+    ``attn.hook_lse`` [prompt head query]: float32, the log of the softmax's denominator, learned
+    sink included, so that A_ij = exp(s_ij − lse_i) on every model (-inf for a query without visible
+    keys). It is read-only and has no gradient. Hook points that the bridge lacks exist, under the
+    usual names, until the context ends. All other hook points fire as on the stock bridge and edits
+    take effect; ``hook_attn_scores`` and ``hook_pattern`` are materialised in the layers where one
+    of them is hooked.
 
-    A context inside another on the same bridge does nothing, a copy taken inside is a plain bridge,
-    and on exit, also by an exception, the bridge is as it was (but for finding its KV cache where
-    transformers has renamed it).
+    A nested context on the same bridge does nothing, and a copy made inside is a plain bridge. The
+    bridge is restored on exit, also after an exception (except that it keeps accepting the KV cache
+    under transformers' new name).
 
     Args:
         bridge: Any bridge of a causal or bidirectional transformers model.
 
     Yields:
-        The stream; ``stream.calls[layer]`` is what that layer's last call was.
+        The stream; ``stream.calls[layer]`` is that layer's last call.
 
     Raises:
         UnsupportedError: On entry, if the architecture's attention cannot be streamed exactly.
-        ModelError: On entry, if it is no bridge.
+        ModelError: On entry, if it is not a bridge.
 
     Examples:
         >>> with streaming(bridge) as stream:  # doctest: +SKIP
@@ -96,12 +95,12 @@ def streaming(bridge: TransformerBridge) -> Iterator[Stream]:
 
 
 class Stream:
-    """A bridge that streams.
+    """An active streaming context.
 
     Attributes:
         bridge: The bridge.
-        calls: What the last attention call of each layer was.
-        layers: Each layer that attends, whose `kernel` may be replaced until the context ends.
+        calls: The last attention call of each layer.
+        layers: The layers with attention; their `kernel` may be replaced until the context ends.
     """
 
     def __init__(self, bridge: TransformerBridge) -> None:
@@ -110,7 +109,7 @@ class Stream:
         self.layers: dict[int, StreamingLayer] = {}
         self._overrides = Overrides()
         self._attention = attention_of(bridge)
-        # Kept over the pause that a copy makes, and with them the user's hooks.
+        # Kept, with the user's hooks, while a copy interrupts the context.
         self._points = {at: _missing_points(attn) for at, attn in self._attention.items()}
 
     def materialises(self, layer: int) -> bool:
@@ -127,7 +126,7 @@ class Stream:
 
     def _override(self) -> None:
         change = self._overrides.attribute
-        # A cache of names that knows the registry by its size alone.
+        # A cache of names that is only validated by the size of the registry.
         change(self.bridge, "_block_alias_cache", None)
         change(self.bridge, "__deepcopy__", self._copy_plain)
         for index, attn in self._attention.items():
@@ -154,7 +153,7 @@ class Stream:
             AttentionMaskInterface._global_mapping.pop(IMPLEMENTATION, None)
 
     def _copy_plain(self, memo: dict[int, Any]) -> TransformerBridge:
-        """Copy the bridge as it is outside of this context, which would not end for the copy."""
+        """Copy the bridge without this context, which would never end for the copy."""
         self._end()
         try:
             return copy.deepcopy(self.bridge, memo)
@@ -177,10 +176,10 @@ class Stream:
             self.bridge._hook_registry.pop(point.name, None)
 
     def _switch_implementation(self) -> None:
-        """Point the model's modules at our functions, through configs of their own.
+        """Make the model's modules use our functions, through copies of their configs.
 
         transformers shares one config object between the modules of a model, and between models
-        that were built from it: writing to it would switch those too.
+        built from it, so that writing to it would affect those too.
         """
         own: dict[int, PreTrainedConfig] = {}
         model = self.bridge.original_model
@@ -217,7 +216,7 @@ def streaming_attention(
     attention_mask: MaskSpec | Tensor | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "prompt query head d_value"], None]:
-    """The function that `AttentionInterface` calls, on behalf of the layer of `module`."""
+    """The function registered in `AttentionInterface`; dispatches to the layer of `module`."""
     layer = _layers.get(module)
     if layer is None:
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""Which attention components can be streamed exactly, and how each kind computes attention."""
+"""Attention components that can be streamed exactly, and the kinds of their implementation."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _OWN_ARITHMETIC = {
     "delegated": ("GPTNeoSelfAttention", "GPTJAttention", "XGLMAttention"),
     "fused": ("FalconAttention", "BloomAttention", "MptAttention"),
 }
-"""transformers' modules that call no attention function, but whose arithmetic `layer` knows."""
+"""transformers' modules that call no attention function, but are implemented in `layer`."""
 
 
 def attention_of(bridge: Any) -> dict[int, AttentionBridge]:
-    """The attention component of every block that attends, by the index of the block.
+    """The attention components of the blocks with attention, by block index.
 
     Raises:
-        UnsupportedError: If no block has any, or one has one that cannot be streamed exactly.
+        UnsupportedError: If no block has any, or one of them cannot be streamed exactly.
     """
     blocks = bridge._modules.get("blocks")
     if blocks is None:
@@ -69,7 +69,7 @@ def attention_of(bridge: Any) -> dict[int, AttentionBridge]:
 
 
 def takes_attention_functions(bridge: Any) -> bool:
-    """Whether every block streams through an attention function that transformers looks up."""
+    """Whether every block streams through an attention function registered in transformers."""
     try:
         components = attention_of(bridge)
     except UnsupportedError:
@@ -79,11 +79,11 @@ def takes_attention_functions(bridge: Any) -> bool:
 
 
 def kind_of(attn: AttentionBridge) -> Kind | None:
-    """How the stock bridge computes this attention, or None if it is none of the known ways."""
+    """The kind of attention implementation in the stock bridge, or None if it is unknown."""
     kind = type(attn)
     if kind.forward is AttentionBridge.forward:
         return "delegated"
-    # Subclasses that only leave out the rotation in some layers, as transformers' module does.
+    # Subclasses that only omit the rotation in some layers, like transformers' module.
     if kind.forward is Split.forward or getattr(kind, "rope_optional", False):
         return "split"
     if kind.forward is MLAAttentionBridge.forward:
@@ -96,14 +96,14 @@ def kind_of(attn: AttentionBridge) -> Kind | None:
 
 
 def entering(attn: AttentionBridge) -> tuple[str, str, str]:
-    """Names of the hook points of queries, keys and values as they enter the dot product."""
-    if isinstance(attn, MLAAttentionBridge):  # its hook_rot_q shows the rotated channels alone
+    """Names of the hook points of queries, keys and values of the dot product."""
+    if isinstance(attn, MLAAttentionBridge):  # its hook_rot_q has only the rotated channels
         return "hook_q", "hook_k", "hook_v"
     return "hook_rot_q", "hook_rot_k", "hook_rot_v"
 
 
 def core_module(attn: AttentionBridge) -> nn.Module | None:
-    """The wrapped transformers module that attends, if there is just one that can stream."""
+    """The wrapped transformers attention module, if there is exactly one that can stream."""
     original = attn.original_component
     cores = [module for module in original.modules() if _looks_up_attention(module)]
     if len(cores) == 1:
@@ -128,8 +128,8 @@ def _why_not(attn: nn.Module) -> str | None:
         return "an attention module that takes no registered attention function"
     if attn.requires_relative_position_bias or attn.is_cross_attention:
         return "relative position biases or cross-attention"
-    # Only the bridge's re-implementation fires it, between steps that are one step of
-    # transformers' module. A gate that the query projection gives (hook_q_gate) is fired there.
+    # Only the bridge's re-implementation fires it, between steps that are a single one in
+    # transformers' module. A gate from the query projection (hook_q_gate) can be fired.
     rescaled = "hook_k" not in attn.hook_aliases and kind_of(attn) != "latent"
     if "hook_gate" in attn._hook_registry or rescaled:
         return "gated or rescaled projections"
@@ -146,7 +146,7 @@ def _forks_inputs(attn: AttentionBridge) -> bool:
 
 
 def refuse_forked_inputs(attn: AttentionBridge) -> None:
-    """Refuse flags that were set after the bridge began to stream.
+    """Refuse flags that were set inside the streaming context.
 
     Raises:
         UnsupportedError: If inputs are forked per head.

@@ -1,7 +1,7 @@
-"""Triton kernels for CUDA, imported only when there is something for them to do.
+"""Triton kernels for CUDA, imported only when needed.
 
-Triton compiles a function's source, so nothing may wrap it: ``no_type_check`` keeps the tests' type
-checker away.
+Triton compiles a function's source, so it must not be wrapped: ``no_type_check`` excludes it from
+the run-time type checks of the tests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def kernels_for(query: Tensor, call: AttentionCall) -> ModuleType | None:
-    """The module of kernels that can take this call, or None: use plain torch."""
+    """The module of kernels if it supports this call, or None to use plain torch."""
     fits = query.dtype in DTYPES and query.shape[-1] <= WIDEST_HEAD
     dense = call.key_bias is not None or (call.mask is not None and call.mask.ndim == 4)
     if not query.is_cuda or not fits or dense:
@@ -33,13 +33,13 @@ def kernels_for(query: Tensor, call: AttentionCall) -> ModuleType | None:
 
 
 class Angles(NamedTuple):
-    """Means over the queries that are asked about, see `metrics.geometry`.
+    """Means over the selected queries, see `metrics.geometry`.
 
     Attributes:
         query_norm: ‖q_i‖ [activation].
         key_norm: ‖k_s‖ over the sinks [activation].
-        cosine: cos(q_i, k_s) over the sinks that i sees.
-        other_cosine: The same over the other keys that i sees, itself left out.
+        cosine: cos(q_i, k_s) over the sinks visible to i.
+        other_cosine: The same over the other visible keys except i itself.
         gap: Scaled product with the mean sink minus that with the mean other key [logit].
     """
 

@@ -1,9 +1,9 @@
 """Norms and angles of queries and keys, and the sink's logit gap, without the pattern.
 
-All of them are linear in the keys that a query sees, so sums of keys suffice: of the keys and of
-their directions, over the sinks and over all others. A prompt is cut into chunks; `key_sum_kernel`
-sums up each chunk, a cumulative sum over chunks follows, and `angle_kernel` adds to it what a query
-sees of its own chunk, by one small matrix product.
+All of them are linear in the visible keys, so they can be computed from sums of keys and of their
+directions, over the sinks and over all others. A prompt is divided into chunks; `key_sum_kernel`
+sums each chunk, a cumulative sum over chunks follows, and `angle_kernel` adds the visible keys of
+the query's own chunk by a small matrix product.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def angle_kernel(
     FIRST_ONLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Five sums of one head over one chunk of queries, and how many queries enter each.
+    """Five sums of one head over one chunk of queries, and the number of queries in each.
 
-    ``seen`` holds how many sinks and how many other keys each query sees, ``sums`` the cumulative
-    sums of `key_sum_kernel` over chunks; with FIRST_ONLY there is one chunk and nothing before it.
+    ``seen`` has the numbers of sinks and of other keys visible to each query, ``sums`` the
+    cumulative sums of `key_sum_kernel` over chunks; with FIRST_ONLY there is a single chunk.
     The five means are those of `kernels.Angles`.
     """
     chunk = tl.program_id(0)
@@ -118,7 +118,7 @@ def angle_kernel(
     row = tl.arange(0, C)[:, None]
     column = tl.arange(0, C)[None, :]
     at_sinks = sink[None, :] & (column <= row)
-    at_others = other[None, :] & (column < row)  # a query's own key is no other key to it
+    at_others = other[None, :] & (column < row)  # excludes a query's own key
     to_sink = tl.sum(tl.where(at_sinks, products, 0.0), 1)
     sink_cosine = tl.sum(tl.where(at_sinks, cosines, 0.0), 1)
     to_other = tl.sum(tl.where(at_others, products, 0.0), 1)
@@ -138,7 +138,7 @@ def angle_kernel(
     near = asked & (sinks_seen > 0)
     far = asked & (others_seen > 0)
     both = near & far
-    near = near & (q_norm > 0)  # a query of length 0 has a gap, but no direction
+    near = near & (q_norm > 0)  # a query of norm 0 has a gap, but no direction
     far = far & (q_norm > 0)
     result += ((prompt * tl.num_programs(1) + head) * chunks + chunk) * 10
     _store(result, 0, asked, q_norm)

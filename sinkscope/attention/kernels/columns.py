@@ -1,8 +1,8 @@
 """Sums over columns of the attention pattern, and of both rows and columns, in one pass.
 
-A program holds a block of keys of one head and walks over the queries that see it. Once the
-log-sum-exp is known, a column sum is one matrix product, one exp2 and one addition an entry: no
-running maximum, no values.
+A program has a block of keys of one head and iterates over the queries that see it. With the
+log-sum-exp known, a column sum takes one matrix product, one exp2 and one addition per entry, and
+no running maximum or values.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def received_kernel(
     KEYS_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Σ_i A_ij for one block of keys, and sums along rows, which are added up atomically.
+    """Σ_i A_ij for one block of keys, and sums along rows, which are accumulated atomically.
 
     With ENTROPY these are −Σ_j A_ij ln A_ij, with WEIGHTED Σ_j A_ij w_j. With CHOSEN, only queries
     whose ``chosen`` is not 0 enter any sum. KEYS_FIRST, which sums along rows exclude, lays tiles
@@ -90,7 +90,7 @@ def received_kernel(
     if WINDOWED:
         high = tl.minimum(n_queries, first_key + N - 1 + window - offset)
         clear = high
-    if ENTROPY:  # keys beyond the last would enter the rows' sums
+    if ENTROPY:  # exclude keys beyond the last from the row sums
         clear = tl.where(first_key + N > n_keys, high, clear)
     clear = tl.maximum(low, tl.minimum(clear, tl.cdiv(high, M) * M))
 
@@ -151,9 +151,9 @@ def _walk(
 ):
     """Add the queries from low up to high to the total of each key.
 
-    A sum that is taken in every step must lie along a tile's second axis, within the registers of
-    a few threads. Sums along rows are such; those over columns then stay a tile until the end.
-    With KEYS_FIRST the columns' are, which saves the registers of that tile.
+    A reduction in every step should be along a tile's second axis, within the registers of a few
+    threads. With row sums this axis is the keys, and column sums are kept as a tile until the end.
+    With KEYS_FIRST it is the queries, which saves the registers of that tile.
     """
     dims = tl.arange(0, D_BLOCK)
     for first in tl.range(low, high, M):

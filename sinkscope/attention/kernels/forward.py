@@ -1,4 +1,4 @@
-"""Flash attention for what library kernels cannot do: softcaps, padding, float32 windows."""
+"""Flash attention for cases without a library kernel: softcaps, padding, float32 windows."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def forward_kernel(
     BIASED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Mixed values [query head d_value] and log-sum-exp of one block of queries.
+    """Weighted values [query head d_value] and log-sum-exp of one block of queries.
 
-    A query that sees nothing gets zeros and -inf.
+    Zeros and -inf for a query without visible keys.
     """
     first_query = tl.program_id(0) * M
     head = tl.program_id(1)
@@ -96,7 +96,7 @@ def forward_kernel(
         if BIASED:
             logits += tl.load(key_bias + keys, mask=there, other=float("-inf"))[None, :]
         new_largest = tl.maximum(largest, tl.max(logits, 1))
-        # As long as a query has seen nothing its maximum is -inf, and -inf + inf would be nan.
+        # Before the first visible key the maximum is -inf, and -inf + inf would be nan.
         base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         pattern = tl.exp2(logits - base[:, None])
         shrink = tl.exp2(largest - base)

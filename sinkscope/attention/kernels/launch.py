@@ -42,7 +42,7 @@ The fastest of about ten each on an H100 at 8,192 and 32,768 positions.
 """
 
 SMALL = (32, 32, 4, 2)
-"""For float32, and for heads wider than 128: what fits in shared memory everywhere."""
+"""Tiles for float32, and for heads wider than 128, which fit in shared memory on all GPUs."""
 
 
 @on_its_device
@@ -89,7 +89,7 @@ def received_mass_by(
 ) -> Float[Tensor, "prompt bucket head key"]:
     """Σ_i w_ib A_ij for weights ≥ 0: w exp(s − lse) = exp(s − (lse − ln w)), bucket by bucket.
 
-    A weight of 0 makes the log-sum-exp infinite, which takes the query out.
+    A weight of 0 makes the log-sum-exp infinite, which excludes the query.
     """
     shifts = weights.float().log().mT[:, :, None]
     shifted = (lse[:, None] - shifts).masked_fill(shifts == -torch.inf, torch.inf)
@@ -108,7 +108,7 @@ def row_and_column_sums(
 ) -> tuple[Float[Tensor, "prompt head key"], LogSumExp | None, LogSumExp | None]:
     """Σ_i A_ij, −Σ_j A_ij ln A_ij and Σ_j A_ij w_j in one pass over the pattern.
 
-    Sums along rows are added up atomically, so their last digits vary between runs.
+    Row sums are accumulated atomically, so their last digits vary between runs.
     """
     if call.mask is not None:  # rare: padded encoders
         received = received_mass(query, key, lse, call, queries)
@@ -201,10 +201,10 @@ def causal_angles(
     """Norms, cosines and the logit gap under a causal mask without a window.
 
     Args:
-        query: Queries as they enter the dot product.
-        key: Keys as they enter the dot product.
+        query: Queries of the dot product.
+        key: Keys of the dot product.
         role: Bits of each position, see `angles.py`.
-        seen: How many sinks, and how many other keys, the query at each position sees.
+        seen: Numbers of sinks, and of other keys, visible to the query at each position.
         scale: Factor on the dot product.
     """
     query, key, role, seen = (
@@ -218,7 +218,7 @@ def causal_angles(
     chunk = 64 if block <= 128 else 32
     chunks = triton.cdiv(length, chunk)
     shape = dict(D=width, D_BLOCK=block, C=chunk, num_warps=4)
-    sums = seen  # not read where there is one chunk
+    sums = seen  # not read if there is a single chunk
     if chunks > 1:
         sums = query.new_empty(prompts, kv_heads, 4, width, chunks, dtype=torch.float32)
         key_sum_kernel[(chunks, kv_heads, prompts)](
@@ -232,7 +232,7 @@ def causal_angles(
         PRECISION=_precision(query), **shape,
     )  # fmt: skip
     total = result[:, :, 0] if chunks == 1 else result.sum(dim=2)
-    means = total[..., :5] / total[..., 5:]  # 0 / 0 is nan, as a mean over nothing should be
+    means = total[..., :5] / total[..., 5:]  # 0 / 0 is nan, the mean over no entries
     return Angles(*means.unbind(-1))
 
 
@@ -246,7 +246,7 @@ def _received(
     weighted: LogSumExp | None = None,
     weights: Float[Tensor, "prompt key kv_head"] | None = None,
 ) -> Float[Tensor, "prompt head key"]:
-    """Sums over columns, returned, and those along rows that there are tensors for, added there."""
+    """Return column sums, and add row sums to those output tensors that are given."""
     query, key, lse = contiguous_rows(query), contiguous_rows(key), lse.contiguous()
     received = lse.new_empty(len(key), query.shape[2], key.shape[1])
     shape = _shape(query, key, call)
@@ -298,7 +298,7 @@ def _mask_bias(mask: Bool[Tensor, "prompt key"], like: Tensor) -> Float[Tensor, 
 
 
 def _numbers(call: AttentionCall) -> dict[str, Any]:
-    """What a call was, in the units of the kernels (see `tiles.log2_pattern`)."""
+    """Parameters of a call in the units of the kernels (see `tiles.log2_pattern`)."""
     cap = call.softcap
     return dict(
         offset=call.offset,
@@ -327,7 +327,7 @@ def _tile(kernel: str, query: Query, width: int) -> tuple[int, int, int, int]:
 
 
 def _precision(query: Query) -> str:
-    # float32 products by plain float32 arithmetic: TensorFloat-32 keeps three digits.
+    # True float32 products, as TF32 is accurate to three digits.
     return "ieee" if query.dtype == torch.float32 else "tf32"
 
 

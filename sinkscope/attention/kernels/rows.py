@@ -1,4 +1,4 @@
-"""Sums along rows of the attention pattern, and attention itself where no library kernel fits."""
+"""Sums along rows of the attention pattern."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def row_kernel(
         high = tl.minimum(n_keys, first_query + M - 1 + offset + window)
     if CAUSAL:
         high = tl.minimum(high, first_query + M + offset)
-    # Keys before `clear` are within reach of every query of the block.
+    # Keys before `clear` are visible to every query of the block.
     clear = tl.minimum(first_query + offset + 1, n_keys) // N * N if CAUSAL else n_keys // N * N
     if WINDOWED:
         clear = low

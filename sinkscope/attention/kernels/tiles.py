@@ -1,4 +1,4 @@
-"""A tile of the pattern's logarithm: what every kernel here starts from."""
+"""Tiles of log2 of the pattern, used by all kernels."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def log2_pattern(
 ):
     """log2 A_ij from the products q·k of some queries and keys; -inf where not visible.
 
-    All but the scalars broadcast against each other, so that a kernel may put queries first or
-    keys. ``scale`` takes products to logits in units of log 2. With CAPPED, ``cap`` is the softcap
-    in the same units and ``scale`` takes products to 2/ln 2 times what goes into the tanh.
+    All tensors broadcast against each other, so that a kernel may have queries or keys first.
+    ``scale`` converts products to logits in units of log 2. With CAPPED, ``cap`` is the softcap in
+    the same units and ``scale`` converts products to 2/ln 2 times the argument of the tanh.
     """
     if CAPPED:
         logs = cap * (1.0 - 2.0 / (tl.exp2(products * scale) + 1.0)) - log2_sums
@@ -44,7 +44,7 @@ def log2_pattern(
 @triton.jit
 @no_type_check
 def load_log2_sums(lse, queries, n_queries):
-    """Log-sum-exps in units of log 2; +inf, which makes A_ij 0, for a query that sees nothing."""
+    """Log-sum-exps in units of log 2; +inf, so that A_ij = 0, for a query without visible keys."""
     sums = tl.load(lse + queries, mask=queries < n_queries, other=float("inf")) * LOG2_E
     return tl.where(sums == float("-inf"), float("inf"), sums)
 
@@ -52,7 +52,7 @@ def load_log2_sums(lse, queries, n_queries):
 @triton.jit
 @no_type_check
 def sees(stands, keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """Whether the query that stands at a key index has the key within its reach."""
+    """Whether a query at a key index sees the key, by causality and window."""
     ahead = keys - stands
     seen = ahead <= 0 if CAUSAL else ahead == ahead
     if WINDOWED:
