@@ -56,6 +56,11 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def megabytes(n: int) -> str:
+    """A number of bytes as text: "0.0123 MB", "12.3 MB", "1,234 MB"."""
+    return f"{number(n / 1e6)} MB"
+
+
 def listed(items: Sequence[str]) -> str:
     """Items as words: "a", "a and b", "a, b and c"."""
     if len(items) < 2:

@@ -46,17 +46,26 @@ class PerPrompt(Accumulator):
             between = [1] * (values.ndim - 2)
             real = mask.reshape(mask.shape[0], *between, mask.shape[1])
             values = torch.where(real, values, torch.nan)
+        if values.untyped_storage().nbytes() > values.numel() * values.itemsize:
+            values = values.clone()  # a view would keep all that it was cut from
         self._batches.append(values)
 
     def compute(self, order: Int[Tensor, "prompt"]) -> Tensor:
-        """[prompt ...], prompts in the order of the text."""
-        batches = self._batches
+        """[prompt ...], prompts in the order of the text; the batches are released."""
+        kept = self._batches
+        assert sum(map(len, kept)) == len(order), "a prompt was added twice, or not at all"
+        shape = list(kept[0].shape[1:])
         if self._positions:
-            longest = max(batch.shape[-1] for batch in batches)
-            batches = [_widen(batch, longest, torch.nan) for batch in batches]
-        rows = torch.cat(batches)
-        assert len(rows) == len(order), "a prompt was added twice, or not at all"
-        return rows[torch.argsort(order).to(rows.device)]
+            shape[-1] = max(batch.shape[-1] for batch in kept)
+        rows = kept[0].new_empty(len(order), *shape)
+        done = 0
+        while kept:
+            # One batch after another: all of them and the field at once would be twice the report.
+            batch = kept.pop(0)
+            where = order[done : done + len(batch)].to(rows.device)
+            rows[where] = _widen(batch, shape[-1], torch.nan) if self._positions else batch
+            done += len(batch)
+        return rows
 
 
 class OverPrompts(Accumulator):

@@ -11,7 +11,7 @@ import typer
 
 from sinkscope.cli import _common as common
 from sinkscope.errors import SinkscopeError, TextError
-from sinkscope.output import as_csv, listed, write_file
+from sinkscope.output import as_csv, listed, megabytes, write_file
 
 if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
@@ -110,7 +110,7 @@ def scan(
             "numbers say nothing about sinks; use a --length of 2 or more."
         )
     for file in written:
-        typer.echo(f"wrote {file}")
+        typer.echo(f"wrote {file}, {megabytes(file.stat().st_size)}")
     if folder is not None and folder / HEADS not in written:
         typer.echo(f"no {HEADS}: none of the metrics {metrics} has a value for every head")
 

@@ -210,6 +210,12 @@ class Labelled:
         )
 
     @property
+    def nbytes(self) -> int:
+        """What all its tensors take in memory [bytes]."""
+        parts = [part.nbytes for name in self.parts() if (part := getattr(self, name)) is not None]
+        return sum(self[name].nbytes for name in self.measured()) + sum(parts)
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Size of every dimension.
 

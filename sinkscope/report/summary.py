@@ -17,8 +17,10 @@ import torch
 from sinkscope.output import (
     UNDEFINED,
     and_more,
+    counted,
     facts_as_html,
     facts_as_text,
+    megabytes,
     number,
     printable,
     table_as_html,
@@ -211,6 +213,11 @@ def marked_tokens(report: SinkQuantities) -> str | None:
     )
 
 
+def size(report: SinkQuantities) -> str:
+    """How many tensors the report holds, and what they take in memory."""
+    return f"{counted(len(report.measured()), 'field')}, {megabytes(report.nbytes)} in memory"
+
+
 def provenance(report: SinkQuantities) -> str:
     """Attention path, device, revision, seed and versions."""
     s = report.settings
@@ -307,6 +314,7 @@ def facts_of(report: SinkQuantities) -> list[Fact]:
         ("Massive dims", massive_dims(report)),
         ("Non-mixture dims", nonmixture_dims(report)),
         ("Marked tokens", marked_tokens(report)),
+        ("Size", size(report)),
         ("Made with", provenance(report)),
     ]
     return [(label, text) for label, text in facts if text is not None]

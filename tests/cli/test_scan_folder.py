@@ -43,6 +43,8 @@ def test_a_second_scan_leaves_no_table_of_the_first(folder, ids, tmp_path, capsy
     assert (out / "heads.csv").exists()
     code, said, _ = run(*base, "--metrics", "residual", capsys=capsys)
     assert code == 0 and "no heads.csv" in said
+    size = (out / "report.nc").stat().st_size / 1e6
+    assert f"wrote {out / 'report.nc'}, {size:.3g} MB" in said
     assert files(out) == ["report.html", "report.nc"]
 
 

@@ -79,6 +79,10 @@ def test_the_summary_says_what_stands_out():
     assert line(text, "Massive dims") == "3 (401, layer 1), 7 (-149, layer 1)"
     assert line(text, "Non-mixture dims") == "layer 1: 3"
     assert "marks 3 of 48 tokens as sink or outlier, at positions 0 (×3)" in text
+    tensors = [getattr(report, name) for name in report.measured()]
+    tensors += [getattr(report.massive, name) for name in report.massive.measured()]
+    held = sum(x.numel() * x.element_size() for x in tensors)
+    assert line(text, "Size") == f"{len(report.measured())} fields, {held / 1e6:.3g} MB in memory"
     assert line(text, "Made with").startswith("eager attention on cpu, revision 0123abcd, seed 0; ")
     strongest = report.top_heads(1)[0]
     row = next(row for row in text.splitlines() if f"{strongest['sink_attention']:.3f}" in row)
