@@ -1,4 +1,4 @@
-"""What is kept of every prompt: in the order of the text, and no more of it than the field holds."""
+"""Every prompt is kept in the order of the text, and no more of it than the field holds."""
 
 from __future__ import annotations
 
