@@ -93,7 +93,7 @@ def kept_tokens(frame: pd.DataFrame, *, about: About, theme: Theme = None) -> go
     figure.update_xaxes(
         title_text="scheme", tickvals=list(range(len(schemes))),
         ticktext=[escaped(scheme) for scheme in schemes],
-        range=[-0.5, len(schemes) - 0.5], showgrid=False,
+        range=[-0.5, len(schemes) - 0.5], showgrid=False, zeroline=False,
     )  # fmt: skip
     figure.update_yaxes(title_text="reduction of the loss [nat]")
     title = "What keeping a few tokens in full precision gains"

@@ -48,7 +48,11 @@ def shift_errors(
             colour=colours.series[index % len(colours.series)],
             label="Σ|ΔA|", along="from query",
         )  # fmt: skip
-    figure.update_xaxes(title_text="query position, lower edge of the bucket", type="log")
+    edges = sorted(rows["query"].unique().tolist())
+    figure.update_xaxes(
+        title_text="query position, lower edge of the bucket", type="log",
+        tickvals=edges, ticktext=[f"{edge:,}" for edge in edges],
+    )  # fmt: skip
     figure.update_yaxes(
         title_text="Σ|ΔA| of a query [probability]", **log_scale(rows["error"].to_numpy())
     )
@@ -84,7 +88,7 @@ def shift_errors_by_key(
             customdata=line["key"],
             hovertemplate=f"{name}, key %{{customdata:,}}<br>|ΔA|: %{{y:.3~g}}<extra></extra>",
         )  # fmt: skip
-    figure.update_xaxes(title_text="key position + 1", type="log")
+    figure.update_xaxes(title_text="key position + 1", **log_scale(rows["key"].to_numpy() + 1))
     figure.update_yaxes(
         title_text="mean |ΔA| at the key [probability]", **log_scale(rows["error"].to_numpy())
     )
