@@ -91,7 +91,7 @@ test-adapters:
 	$(PYTHON) -m venv .venv-adapters
 	.venv-adapters/bin/python -m pip install $(EXACT) "$(TORCH)" --editable ".[test,adapters]"
 	SINKSCOPE_REQUIRE_ADAPTERS=1 OMP_NUM_THREADS=1 \
-	  .venv-adapters/bin/python -m pytest tests/models/test_adapters.py
+	  .venv-adapters/bin/python -m pytest tests/models/test_adapters.py tests/experiments/test_quantised_weights.py
 
 # Runs the six lessons from fresh kernels, some minutes, and draws them as pages that need no network.
 notebooks-html: models

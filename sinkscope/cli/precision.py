@@ -56,6 +56,13 @@ def precision(
             "--texts is code."
         ),
     ] = "auto",
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Quantise the blocks' weights too, in runs of their own, by torchao: int8-channel,"
+            "int4-group32, or none."
+        ),
+    ] = "none",
     texts: common.Texts = "prose",
     prompts: common.Prompts = 8,
     length: common.Length = 128,
@@ -68,10 +75,10 @@ def precision(
 ) -> None:
     """Measure what quantised activations, keys and values cost, and what to keep of them.
 
-    Weights are not quantised. With --out, writes precision.json, precision.csv, precision.html,
-    precision.keep.json (tokens, channels and layers to keep in full precision) and precision.nc.
-    The last one is written while the command runs, and the same command continues from it after an
-    interruption.
+    Weights are quantised with --weights only, which needs torchao. With --out, writes
+    precision.json, precision.csv, precision.html, precision.keep.json (tokens, channels and layers
+    to keep in full precision) and precision.nc. The last one is written while the command runs, and
+    the same command continues from it after an interruption.
     """
     folder = common.writable_folder(out)
     with common.quiet_stdout(), common.locked_folder(folder):
@@ -100,6 +107,7 @@ def precision(
                 mapped={"auto": "", "none": None}.get(mapped, mapped),
                 map_prompts=map_prompts,
                 tolerance=tolerance,
+                weights=() if weights == "none" else common.some("--weights", weights),
                 file=file,
                 progress=common.progress_wanted(),
             )

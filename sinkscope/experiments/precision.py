@@ -2,10 +2,8 @@
 
 Sinks and massive activations set the range that a quantiser has to span (Sun et al. 2024, "Massive
 Activations in Large Language Models", arXiv 2402.17762; Bondarenko et al. 2023, "Quantizable
-Transformers", arXiv 2306.12929). Activations, keys and values are stored by a scheme and read "
-"again (`interventions.Quantise`); weights and arithmetic do not change"Transformers", arXiv
-2306.12929). Activations, keys and values are stored by a scheme and read again
-(`interventions.Quantise`); weights and arithmetic do not change.
+Transformers", arXiv 2306.12929). Activations, keys and values are stored by a scheme and read
+again (`interventions.Quantise`); the arithmetic, and in steps 1 to 7 the weights, do not change.
 
 1. Run the prompts in full precision, and keep their losses and predictions.
 2. Mark tokens to keep in full precision by several rules: sinks and outliers (`token_mask` of a
@@ -22,6 +20,8 @@ Transformers", arXiv 2306.12929). Activations, keys and values are stored by a s
 7. The keep list, of the cells whose divergence is above a tolerance with the sinks kept: those
    channels, where they at least halve it and bring it below the tolerance; otherwise the whole
    cell. Run the model with it.
+8. If asked for: quantise the weights instead, by torchao's configs (`quantised_weights`). They
+   belong to no token, so that there is no D_sink of them.
 
 A run whose perplexity exceeds ten times that of full precision is destroyed: its loss is shown,
 and no D_sink is computed from it.
@@ -46,6 +46,7 @@ from sinkscope.capture.batches import Batch
 from sinkscope.capture.scan import scan
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments.partial_forward import Partway, Track, with_loss, with_predictions
+from sinkscope.experiments.quantised_weights import WEIGHTS, quantised_weights
 from sinkscope.experiments.result import Result, about, stacked, tidy
 from sinkscope.experiments.resume import Kept, kept_in, request_of
 from sinkscope.interventions.base import check_positions
@@ -61,7 +62,7 @@ from sinkscope.output import and_more, as_json, counted, listed, number, table_a
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts, check_reached
 from sinkscope.statistics import Interval, estimate
-from sinkscope.validation import real_number, whole_number, whole_numbers
+from sinkscope.validation import one_of, real_number, whole_number, whole_numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,6 +127,9 @@ class Precision(Result):
             kept.
         listed_divergence: The same.
         token_text: The text of each token, where the model has a tokenizer.
+        weights: How the weights were quantised, names along `weight_scheme`; None if they were not.
+        weight_loss: With the weights quantised, and nothing else.
+        weight_divergence: The same.
     """
 
     QUESTION = "What does low precision cost, and what must stay in full precision?"
@@ -156,6 +160,9 @@ class Precision(Result):
     listed_loss: Float[Tensor, "prompt"] | None = None
     listed_divergence: Float[Tensor, "prompt"] | None = None
     token_text: list[list[str]] | None = None
+    weights: list[str] | None = None
+    weight_loss: Float[Tensor, "weight_scheme prompt"] | None = None
+    weight_divergence: Float[Tensor, "weight_scheme prompt"] | None = None
 
     def is_destroyed(self, loss: Float[Tensor, "prompt"]) -> bool:
         """Whether the perplexity is above ten times that of full precision, or not finite.
@@ -278,7 +285,7 @@ class Precision(Result):
         return float(loss.double().mean().exp())
 
     def statistics(self) -> dict[str, Any]:
-        """Costs by scheme and rule, by tensor, the worst cells of the map, and the keep list."""
+        """Costs by scheme and rule, by tensor, of weights, the worst cells, and the keep list."""
         facts: dict[str, Any] = {
             "loss": estimate(self.loss),
             "perplexity": self._perplexity(self.loss),
@@ -286,6 +293,10 @@ class Precision(Result):
                 rule: float(self.tokens_kept[at].mean()) for at, rule in enumerate(self.kept)
             },
             "schemes": {name: self._of_scheme(name) for name in self.schemes},
+            "weights": {
+                name: self._of_run(self["weight_loss"][at], self["weight_divergence"][at])
+                for at, name in enumerate(self.weights or ())
+            },
         }
         if self.map_divergence is not None:
             facts["mapped"] = self.mapped
@@ -335,9 +346,19 @@ class Precision(Result):
             f"intervals over prompts. Tokens kept of a prompt: {', '.join(each)}."
         )
         parts = "Δloss with one tensor quantised alone, and with all but that one [nat]:"
-        return "\n".join(
-            [head, self._by_rule(facts), parts, self._by_tensor(facts), *self._map_in_words(facts)]
-        )
+        tables = [head, self._by_rule(facts), parts, self._by_tensor(facts)]
+        return "\n".join([*tables, *self._map_in_words(facts), self._weights_in_words(facts)])
+
+    @staticmethod
+    def _weights_in_words(facts: dict[str, Any]) -> str:
+        if not facts["weights"]:
+            return "Weights are not quantised."
+        each = [
+            f"{name} perplexity {number(run['perplexity'])}, Δloss {run['loss_change'].signed()}, "
+            f"KL {run['divergence']}" + (", destroyed" if run["destroyed"] else "")
+            for name, run in facts["weights"].items()
+        ]
+        return f"Weights of the blocks alone, by torchao: {'; '.join(each)}."
 
     def _by_rule(self, facts: dict[str, Any]) -> str:
         rows = []
@@ -408,8 +429,9 @@ class Precision(Result):
         """One row per run and prompt.
 
         Returns:
-            what: "all", "alone", "without", "cell" or "keep list"; scheme, kept, tensor ("" for
-            all), layer (-1 for all), prompt; loss, loss_change and divergence [nat]; destroyed.
+            what: "all", "alone", "without", "cell", "keep list" or "weights"; scheme, kept, tensor
+            ("" for all), layer (-1 for all), prompt; loss, loss_change and divergence [nat];
+            destroyed.
         """
         prompts = range(len(self.loss))
         first = tidy(
@@ -438,6 +460,11 @@ class Precision(Result):
             more = dict(what="keep list", scheme=self.mapped, kept="list", tensor="", layer=-1)
             losses = dict(loss=self.listed_loss, divergence=self["listed_divergence"])
             pieces.append(tidy({"prompt": prompts}, **more, **losses))
+        if self.weights:
+            axes = {"scheme": self.weights, "prompt": prompts}
+            more = dict(what="weights", kept=NOTHING, tensor="", layer=-1)
+            losses = dict(loss=self["weight_loss"], divergence=self["weight_divergence"])
+            pieces.append(tidy(axes, **more, **losses))
         frame = stacked(pieces).dropna(subset="loss", ignore_index=True)
         frame["loss_change"] = frame["loss"] - self.loss.double().numpy()[frame["prompt"]]
         runs = frame.groupby(["what", "scheme", "kept", "tensor", "layer"])["loss_change"]
@@ -508,6 +535,7 @@ def precision(
     mapped: str | None = "",
     map_prompts: int = 2,
     tolerance: float = TOLERANCE,
+    weights: str | Iterable[str] = (),
     file: str | Path | None = None,
     progress: bool = True,
 ) -> Precision:
@@ -530,6 +558,8 @@ def precision(
             map and no keep list.
         map_prompts: The first prompts, on which the map is measured.
         tolerance: Divergence of a cell of the map above which it is in the keep list [nat].
+        weights: How to quantise the weights of the blocks in runs of their own, of
+            `quantised_weights.WEIGHTS`; by torchao, and by default not at all.
         file: A ``.nc`` file in which the result is saved while it is measured, to continue from it.
         progress: Whether to draw a progress bar.
 
@@ -537,8 +567,9 @@ def precision(
         Losses and divergences, prompt by prompt.
 
     Raises:
-        UnsupportedError: If the model has no loss, there is no such scheme or tensor, or a static
-            scheme has no calibration.
+        UnsupportedError: If the model has no loss, there is no such scheme or tensor, a static
+            scheme has no calibration, or weights are to be quantised and torchao is not installed
+            or does not quantise all weights of the blocks.
         TextError: If a prompt has a single token, or lacks a position given as a sink.
         ReportError: If the file holds another request's result, another process is writing to it,
             or hooks or interventions are in force, which a file cannot record.
@@ -561,6 +592,9 @@ def precision(
     counts = whole_numbers("first", first, at_least=1, error=TextError) if _some(first) else ()
     map_prompts = whole_number("map_prompts", map_prompts, at_least=1, error=TextError)
     tolerance = real_number("tolerance", tolerance, at_least=0, error=UnsupportedError)
+    stored = (weights,) if isinstance(weights, str) else tuple(dict.fromkeys(weights))
+    for name in stored:
+        one_of("weights", name, WEIGHTS, error=UnsupportedError)
     static = [name for name in chosen if Scheme.parse(name).static]
     stand_in = None
     if static:
@@ -582,6 +616,7 @@ def precision(
             mapped=on_map,
             map_prompts=map_prompts,
             tolerance=tolerance,
+            **({"weights": list(stored)} if stored else {}),
         )
     rules = [NOTHING, SINKS, PIVOTS, *(f"first {n}" for n in counts)]
     with Kept(Precision, file, request) as kept:
@@ -591,7 +626,7 @@ def precision(
         marks = _marks(model, prompts, given, counts)
         if result is None:
             result = _empty(
-                model, prompts, chosen, rules, parts, marks, on_map, map_prompts, tolerance
+                model, prompts, chosen, rules, parts, marks, on_map, map_prompts, tolerance, stored
             )
         ends: dict[str, dict[tuple[int, str], Ends]] = {}
         if stand_in is not None:
@@ -619,8 +654,12 @@ def _complete(result: Precision) -> bool:
     if len(result.tensors) > 1:
         wanted.append(result.without_loss)
     wanted += [
-        x for x in (result.map_loss, result.cell_divergence, result.listed_loss) if x is not None
-    ]
+        x
+        for x in (
+            result.map_loss, result.cell_divergence, result.listed_loss, result.weight_loss,
+        )
+        if x is not None
+    ]  # fmt: skip
     return not any(bool(x.isnan().any()) for x in wanted)
 
 
@@ -634,6 +673,7 @@ def _empty(
     mapped: str | None,
     map_prompts: int,
     tolerance: float,
+    weights: tuple[str, ...],
 ) -> Precision:
     """Return an empty result."""
     size = len(prompts)
@@ -644,11 +684,14 @@ def _empty(
 
     by_rule = len(schemes), len(rules), size
     by_tensor = len(schemes), len(tensors), size
-    more: dict[str, Tensor] = {}
+    more: dict[str, Any] = {}
+    if weights:
+        more = {"weights": list(weights)}
+        more |= {name: nothing(len(weights), size) for name in ("weight_loss", "weight_divergence")}
     if mapped is not None:
         few = min(map_prompts, size)
         cells = min(CELLS, layers * len(tensors))
-        more = {
+        more |= {
             "map_loss": nothing(len(STATES), layers, len(tensors), few),
             "map_divergence": nothing(len(STATES), layers, len(tensors), few),
             "cell_layer": torch.full((cells,), -1),
@@ -732,12 +775,14 @@ class _Case:
         where: Layers by tensor.
         rule: The rule for the tokens that are kept.
         channels: Those kept, by layer and tensor.
+        weights: How the weights are quantised; "" for not at all.
     """
 
     scheme: Scheme
     where: Mapping[str, tuple[int, ...]]
     rule: str = NOTHING
     channels: Mapping[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
+    weights: str = ""
 
     @property
     def start(self) -> int:
@@ -767,7 +812,7 @@ def fill(result: Precision, run: _Run, grew: Callable[[], None], progress: bool)
         grew: Called after each measurement.
         progress: Whether to draw a progress bar.
     """
-    jobs = [*_by_scheme(result, run.layers), *_of_map(result, run.layers)]
+    jobs = [*_by_scheme(result, run.layers), *_of_weights(result), *_of_map(result, run.layers)]
     total = sum(len(job.divergence) for job in jobs)
     if result.cell_divergence is not None:
         total += result.cell_divergence.numel() + len(result.loss)
@@ -779,7 +824,8 @@ def fill(result: Precision, run: _Run, grew: Callable[[], None], progress: bool)
                     continue
                 result.loss[rows] = run.begin(rows)
                 for job in jobs:
-                    bar.set_description(f"{job.case.scheme}, {job.case.rule} kept")
+                    how = f"{job.case.scheme}, {job.case.rule} kept"
+                    bar.set_description(f"weights {job.case.weights}" if job.case.weights else how)
                     if missing := job.missing(rows):
                         loss, divergence = run(job.case, missing)
                         if job.loss is not None:
@@ -818,6 +864,16 @@ def _by_scheme(result: Precision, layers: tuple[int, ...]) -> list[_Job]:
                 given = result.without_loss[s, t], result.without_divergence[s, t]
                 jobs.append(_Job(rest, *given))
     return jobs
+
+
+def _of_weights(result: Precision) -> list[_Job]:
+    return [
+        _Job(
+            _Case(Scheme(), {}, weights=name), result["weight_loss"][at],
+            result["weight_divergence"][at],
+        )
+        for at, name in enumerate(result.weights or ())
+    ]  # fmt: skip
 
 
 def _of_map(result: Precision, layers: tuple[int, ...]) -> list[_Job]:
@@ -931,6 +987,7 @@ class _Run:
             case.scheme,
             tuple(case.where.items()),
             tuple(case.channels.items()),
+            case.weights,
             case.rule if case.scheme.static else None,
             tuple(rows),
             marked.numpy().tobytes(),
@@ -941,6 +998,11 @@ class _Run:
                 for edit in self._edits(case):
                     edit.mark(marked)
                     stack.enter_context(edit)
+                if case.weights:
+                    short = self._tokens(rows[:1])[:, :2]
+                    stack.enter_context(
+                        quantised_weights(self._model, case.weights, lambda: self._model(short))
+                    )
                 self._known[key] = self._compared(rows, self._logits(rows, case.start, before))
         return self._known[key]
 
