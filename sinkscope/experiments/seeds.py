@@ -123,7 +123,8 @@ class SameHeads(Result):
         ]
         curves = frame.assign(run=frame["run"] + " and " + frame["other"])
         curves = stacked([*counts, curves]).drop(columns="other")
-        return {"seeds": training_curves(curves, about=self.about, log_steps=False)}
+        figure = training_curves(curves, about=self.about, log_steps=False, columns=2)
+        return {"seeds": figure}
 
 
 def same_heads(runs: Mapping[str, Dynamics]) -> SameHeads:
