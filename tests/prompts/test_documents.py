@@ -214,7 +214,7 @@ def test_a_paragraph_is_no_name_of_a_file(source: str):
         ([1, 2], r"the ids of a single prompt, so put them into a list: \[\[1, 2\]\]"),
         ([np.int64(1)], "the ids of a single prompt"),
         (["text", 1], "Text 1 of 2 is 1, but a list of texts must contain only strings"),
-        (["text", None], "Text 1 of 2 is None, and"),
+        (["text", None], "Text 1 of 2 is None, but"),
         ([None, None], "Text 0 of 2 is None.* for token ids use"),
         (["text", [5, 6]], r"Text 1 of 2 is \[5, 6\]"),
         ([[5, 6], "text"], "one list a prompt"),
