@@ -1,4 +1,4 @@
-"""The atlas: a page with a row a report, to sort, filter and open.
+"""The atlas: a page with one row per report, which can be sorted, filtered and opened.
 
 Each row has the numbers of `report.key_numbers` and a small head map. A click opens the row: what
 the report says in words, its head map large, and the way to its full page.
@@ -51,7 +51,7 @@ _SCRIPTS = ("tables.js", "atlas.js")
 
 
 def _columns(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Those of the grid that vary, the model's always, and every number that any report has."""
+    """The model, whatever else varies over the grid, and every number that some report has."""
     grid = [columns for columns, _, _ in rows]
     names = [
         name for name in grid[0] if name == "model" or len({str(one[name]) for one in grid}) > 1
@@ -73,7 +73,7 @@ def _columns(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def _kind(records: Sequence[Mapping[str, Any]], name: str) -> str:
-    """How a column is written: "text" to the left, "id" as it is, "number" to three digits."""
+    """The format of a column: "text" (left-aligned), "id" (verbatim) or "number" (three digits)."""
     kinds = {type(one[name]) for one in records} - {type(None)}
     if kinds <= {int}:
         return "id"
@@ -112,7 +112,7 @@ def _map(report: SinkReport) -> dict[str, Any] | None:
 
 
 def _filters(columns: Sequence[Mapping[str, str]], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The grid's columns that have a few values each."""
+    """The columns of the grid with few distinct values, which become filters."""
     found = []
     for index, column in enumerate(columns):
         if column["name"] in KEY_NUMBERS:

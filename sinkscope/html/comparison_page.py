@@ -33,25 +33,25 @@ def to_html(comparison: Comparison) -> str:
 
 @dataclass(frozen=True)
 class _Changes:
-    """A comparison as an experiment's page takes it."""
+    """Adapts a comparison to the page of an experiment."""
 
     comparison: Comparison
     QUESTION = "What changed?"
 
     @property
     def about(self) -> str:
-        """What the two reports share."""
+        """The settings that both reports share."""
         return differences([self.comparison.before, self.comparison.after])
 
     def summary(self) -> str:
-        """Both headlines, and the table of what changed."""
+        """Both headlines and the table of changes."""
         both = {"Before": self.comparison.before, "After": self.comparison.after}
         said = [f"{name}: {headline(report)}" for name, report in both.items()]
         title, *table = repr(self.comparison).splitlines()
         return "\n".join([*said, title, *(f" {line}" for line in table)])
 
     def figures(self) -> dict[str, go.Figure]:
-        """A map of the change of each metric that both have, and lines of both over the layers."""
+        """A map of the change in each shared metric, and curves of both reports over layers."""
         before, after = self.comparison.before, self.comparison.after
         drawn = {
             name: heads.head_change(before, after, name)

@@ -58,7 +58,7 @@ def page_data(report: SinkReport, patterns: HeadPatterns | None = None) -> dict[
 def _patterns(
     report: SinkReport, patterns: HeadPatterns, pack: Pack, drawn: dict[str, views.View]
 ) -> dict[str, Any]:
-    """The patterns' arrays and figure; where their cells begin stands in the page's data."""
+    """The arrays and figure of the attention patterns, and the offsets of their cells."""
     pack.add("patterns.cells", to_numpy(patterns.cells))
     received = np.nan_to_num(to_numpy(patterns.received))
     pack.add("patterns.received", np.round(_WHOLE * received).astype(int))
@@ -69,12 +69,12 @@ def _patterns(
 
 
 def _ordered(names: list[str]) -> list[str]:
-    """The metrics one looks at first, first."""
+    """The metrics in the order of the page's menu, the most useful ones first."""
     return sorted(names, key=lambda name: (*_FIRST, name).index(name))
 
 
 def _metric(report: SinkReport, pack: Pack, name: str) -> dict[str, Any]:
-    """What the head map needs to know of a metric; its numbers go into the pack."""
+    """The description of a metric for the head map; its values go into the pack."""
     variable = report.variables()[name]
     values = interval_of(report, name, views.RESAMPLES)
     has_interval = not np.isnan(values.low).all()
@@ -105,13 +105,13 @@ def _metric(report: SinkReport, pack: Pack, name: str) -> dict[str, Any]:
 
 
 def _named(report: SinkReport, about: str) -> str:
-    """A sentence with the fields' names in words."""
+    """Replace the names of fields in a sentence by words."""
     names = sorted(report.variables(), key=len, reverse=True)
     return re.sub(rf"\b({'|'.join(map(re.escape, names))})\b", lambda n: in_words(n[0]), about)
 
 
 def _strongest_head(report: SinkReport, metrics: list[str]) -> dict[str, Any]:
-    """Where the page starts: the head with the most attention to the sink."""
+    """The head selected when the page opens: the one with the highest sink attention."""
     start: dict[str, Any] = {"metric": metrics[0] if metrics else None, "layer": 0, "head": 0}
     if report.sink_attention is not None:
         mean = np.nan_to_num(mean_of(report, "sink_attention"), nan=-1.0)

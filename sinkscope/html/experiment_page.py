@@ -1,4 +1,4 @@
-"""The page of an experiment: its question, what was found in words, and its figures."""
+"""The page of an experiment: its question, its findings in words, and its figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TOP = 32  # pixels above a plot for its buttons: the title is the page's own he
 
 @runtime_checkable
 class Result(Protocol):
-    """What a page is made of; every result of an experiment has it."""
+    """What a page needs of a result; the results of all experiments have it."""
 
     QUESTION: str
 
@@ -31,7 +31,7 @@ class Result(Protocol):
         ...
 
     def summary(self) -> str:
-        """What was found, in words."""
+        """The findings, in words."""
         ...
 
     def figures(self) -> dict[str, go.Figure]:
@@ -40,7 +40,7 @@ class Result(Protocol):
 
 
 def to_html(result: Result) -> str:
-    """What was asked, what was found in words, and every figure under a heading of its own.
+    """Render the question, the findings in words, and each figure under its own heading.
 
     Tables and figures that are wider than a phone scroll by themselves.
 
@@ -61,7 +61,7 @@ def to_html(result: Result) -> str:
 
 @contextmanager
 def _in_light() -> Iterator[None]:
-    """Draw in light colours, whichever theme was set: the page gives them their dark twins."""
+    """Draw in light colours whatever the theme; the page maps them to the dark palette."""
     before = "dark" if theme.palette() is theme.DARK else "light"
     theme.set_theme("light")
     try:
@@ -71,7 +71,7 @@ def _in_light() -> Iterator[None]:
 
 
 def _paragraphs(summary: str) -> Iterator[str]:
-    """Sentences as paragraphs; indented lines, of tables and lists, as they stand."""
+    """Sentences as paragraphs; indented lines (tables, lists) verbatim."""
     for indented, lines in itertools.groupby(summary.splitlines(), lambda line: line[:1] == " "):
         text = [html.escape(line) for line in lines]
         if indented:
@@ -81,7 +81,7 @@ def _paragraphs(summary: str) -> Iterator[str]:
 
 
 def _section(number: int, figure: go.Figure) -> str:
-    """A figure's heading, what it was measured on, and its place."""
+    """The heading of a figure, the data that it was measured on, and its container."""
     title = figure.layout.title
     return (
         f'<section class="card"><h2 id="figure-{number}">{_plain(title.text)}</h2>'
@@ -97,7 +97,7 @@ def _plain(text: str) -> str:
 
 
 def _untitled(figure: go.Figure) -> dict[str, Any]:
-    """A figure as Plotly takes it, without the title that the page has as a heading."""
+    """A figure as a Plotly dict, without the title, which the page shows as a heading."""
     spec = figure.to_dict()
     layout = spec["layout"]
     layout.pop("template", None)

@@ -1,4 +1,4 @@
-"""Numbers for the page: base64 of their bytes, and references that the page's script resolves."""
+"""Arrays for the page: base64 of their bytes, and references that the page's script resolves."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _SHORT = 2**16  # whole numbers below it take two bytes
 
 
 class Pack:
-    """Arrays by name, each stored once however many figures of whatever theme refer to it."""
+    """Arrays by name, each stored once, however many figures refer to it."""
 
     def __init__(self) -> None:
         self.arrays: dict[str, dict[str, Any]] = {}
 
     def add(self, name: str, values: np.ndarray) -> None:
-        """Store an array; a name that is taken keeps what it has."""
+        """Store an array, unless the name is already in use."""
         if name not in self.arrays:
             self.arrays[name] = packed(values)
 
     @staticmethod
     def ref(name: str, *at: str, take: str | None = None) -> dict[str, Any]:
-        """Stands in a figure for an array.
+        """Return the reference to an array that is used in a figure in its place.
 
         Args:
             name: of the array.
@@ -51,7 +51,7 @@ def packed(values: np.ndarray) -> dict[str, Any]:
 
 
 def script_json(value: Any) -> str:
-    """JSON that may stand in a script element whatever text it holds.
+    """JSON that is safe inside a script element, whatever text it contains.
 
     Everything beyond ASCII is escaped already; without "<" no text can end the element or open a
     comment in it.

@@ -1,4 +1,4 @@
-"""The skeleton of every page: one template, one look, one theme switch, nothing fetched.
+"""The skeleton of all pages: one template, style and theme switch, and no network requests.
 
 A page is one file. Its figures are sent once, in light colours; `assets/theme.js` gives each colour
 its dark twin when the reader, or the system, asks for dark. What the theme is, and whatever else
@@ -52,12 +52,12 @@ def filled(text: str, **places: str) -> str:
 
 
 def asset(name: str) -> str:
-    """The text of a file that travels with the package."""
+    """Read a text file from the package's assets."""
     return (resources.files("sinkscope.html") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _themes() -> dict[str, Any]:
-    """Both themes' templates and colours, and each light colour's dark twin."""
+    """Templates and colours of both themes, and the dark counterpart of each light colour."""
     both = {"light": LIGHT, "dark": DARK}
     themes: dict[str, Any] = {
         name: {
@@ -74,7 +74,7 @@ def _themes() -> dict[str, Any]:
 
 
 def twins() -> dict[str, str]:
-    """Each colour of the light palette with the colour that stands for it in the dark one.
+    """Map each colour of the light palette to its counterpart in the dark one.
 
     Text on buttons is left out: pages have no Plotly buttons, and in light it is the ink.
     """
@@ -82,7 +82,7 @@ def twins() -> dict[str, str]:
 
 
 def _colours(palette: Palette) -> list[str]:
-    """A palette's colours in one order."""
+    """The colours of a palette in a fixed order."""
     single = (palette.paper, palette.ink, palette.faint, palette.grid, *palette.muted)
     scale = (colour for _, colour in palette.diverging)
     return [*single, palette.sink, palette.other, *palette.series, *scale]

@@ -1,4 +1,4 @@
-"""The page of a report: what it shows in words and in a few numbers, then every head.
+"""The page of a report: its headline and a few large numbers, then every head.
 
 Its figures are those of `sinkscope.plot`. Choosing a head, sliding the threshold and sorting a
 table are the page's own scripts, in ``assets`` as one reads them.
@@ -48,7 +48,7 @@ def to_html(report: SinkReport, patterns: HeadPatterns | None = None) -> str:
 
 
 def _numbers(report: SinkReport) -> str:
-    """The few numbers to look at first, each with what it is."""
+    """The large numbers at the top, each with its label."""
     return "\n".join(
         f'<div title="{html.escape(term)}"><dt>{html.escape(what)}</dt>'
         f"<dd>{html.escape(value)}</dd></div>"
@@ -57,7 +57,7 @@ def _numbers(report: SinkReport) -> str:
 
 
 def _definitions(facts: list[tuple[str, str]]) -> str:
-    """Rows of a definition list; a term has its definition under the pointer."""
+    """Rows of a definition list; the definition of a term is shown on hover."""
     return "\n".join(
         f'<div><dt title="{html.escape(headline.TERMS.get(label, ""))}">{html.escape(label)}</dt>'
         f"<dd>{html.escape(readable(text))}</dd></div>"
@@ -66,7 +66,7 @@ def _definitions(facts: list[tuple[str, str]]) -> str:
 
 
 def _settings(report: SinkReport) -> list[tuple[str, str]]:
-    """All settings of the scan, as label and text."""
+    """All settings of the scan, as pairs of label and text."""
     plain = report.settings.to_dict()
     versions = plain.pop("versions")
     shown = {name: _shown(value) for name, value in plain.items()}

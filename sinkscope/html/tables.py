@@ -1,4 +1,4 @@
-"""The page's tables: one row a position, a dim or a layer, not one a prompt."""
+"""The tables of the page: one row per position, dim or layer rather than per prompt."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Table = dict[str, Any]
 
 
 def tables(report: SinkReport) -> dict[str, Table]:
-    """Tables by name; those without a row are left out."""
+    """Tables by name; empty ones are left out."""
     made = {"tokens": _tokens(report), "massive": _massive(report), "dims": _dims(report)}
     return {name: table for name, table in made.items() if table is not None and table["rows"]}
 
 
 def token_fields(report: SinkReport) -> list[str]:
-    """The fields with one figure a token, the attention it receives first."""
+    """The fields with one value per token, received attention first."""
     names = [
         name for name in report.measured("prompt", "position") if report[name].is_floating_point()
     ]
@@ -40,7 +40,7 @@ def token_fields(report: SinkReport) -> list[str]:
 
 
 def _tokens(report: SinkReport) -> Table | None:
-    """The tokens that receive most, grouped by position: where, in how many prompts, how much."""
+    """The tokens with the highest received attention, grouped by position."""
     names = token_fields(report)
     if not names:
         return None
@@ -70,7 +70,7 @@ def _tokens(report: SinkReport) -> Table | None:
 
 
 def _massive(report: SinkReport) -> Table | None:
-    """Massive activations by dim and position: in which layers and prompts, how large."""
+    """Massive activations by dim and position, with their layers, prompts and sizes."""
     if report.massive is None:
         return None
     groups: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
@@ -94,7 +94,7 @@ def _massive(report: SinkReport) -> Table | None:
 
 
 def _dims(report: SinkReport) -> Table | None:
-    """Non-mixture dims, one row a layer and dim."""
+    """Non-mixture dims, one row per layer and dim."""
     if report.ffn_sink_mean is None:
         return None
     columns = ("layer", "dim", "value [activation]", "over median", "over mixed", "share")
@@ -106,7 +106,7 @@ def _dims(report: SinkReport) -> Table | None:
 
 
 def _table(columns: tuple[str, ...], rows: list[list[Any]]) -> Table:
-    """Columns and rows, numbers to six digits; `of` is how many rows there were.
+    """Columns and rows, with numbers to six digits; `of` is the number of rows before the cut.
 
     Kinds say how a column is written: "id" as it is, "text" as it is and to the left, "number" to
     three digits.

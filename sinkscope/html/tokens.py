@@ -1,4 +1,4 @@
-"""The prompts' tokens as the page shows them: text one reads, coloured by what each receives."""
+"""The tokens of the prompts as running text, coloured by a value per token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LEAST = 256  # of a long prompt: of many prompts the page carries the first, no
 
 
 def tokens(report: SinkReport) -> dict[str, Any] | None:
-    """The prompts' tokens and what each receives; None where nothing was measured of tokens.
+    """The tokens of the prompts with their values; None where no value per token was measured.
 
     Of many prompts the first, `of` says how many there were; of long texts the beginning, `shown`
     positions of each prompt.
@@ -52,7 +52,7 @@ def tokens(report: SinkReport) -> dict[str, Any] | None:
 
 
 def _as_text(token: str) -> str:
-    """A token with its own spaces around it, to be read in a line of text; blanks are shown."""
+    """A token with its own spaces, for a line of text; blank tokens are made visible."""
     shown = shown_token(token)
     word = shown.strip("␣")
     if not word:
@@ -63,5 +63,5 @@ def _as_text(token: str) -> str:
 
 
 def _spaced(texts: list[list[str]], has_text: bool) -> bool:
-    """Whether spaces stand within the tokens, so that none is to be put between them."""
+    """Whether the tokens contain their spaces, so that none is added between them."""
     return has_text and any(token[:1] == " " for row in texts for token in row)

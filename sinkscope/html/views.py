@@ -1,4 +1,4 @@
-"""The page's figures: those of the package, their arrays replaced by references where they move."""
+"""The figures of the page: those of `plot`, with arrays that change replaced by references."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _TOP = 8  # pixels above a plot or its legend: titles stand in the page's own he
 _BUTTONS = 22  # pixels of Plotly's buttons, which would lie on a colour bar's topmost label
 
 RESAMPLES = 500
-"""Of the intervals in the page's hovers: there are many, and each shows three digits."""
+"""Bootstrap resamples for the intervals in the page's hovers, which show three digits."""
 _CELLS = 400_000
-"""Layers × heads × bins of received attention that the page carries: about 2 MB, and 1 MB for where
-in its bin each figure is."""
+"""Layers × heads × bins of received attention that the page carries: about 2 MB, and 1 MB for the
+position of each value in its bin."""
 
 View = dict[str, Any]
 _THEME = "light"  # that figures are sent in: the page knows the dark colours
 
 
 def views(report: SinkReport, pack: Pack, metrics: list[str]) -> dict[str, View]:
-    """Every figure that the report has the fields for, defined in some prompt, by name.
+    """All figures whose fields the report has, defined in at least one prompt, by name.
 
     Args:
         report: What a scan gave.
@@ -63,7 +63,7 @@ def views(report: SinkReport, pack: Pack, metrics: list[str]) -> dict[str, View]
 
 
 def page_bins(report: SinkReport) -> Bins:
-    """The bins of the page's bars: fewer where there are many heads, to keep the file small."""
+    """The bins of the bars; fewer where there are many heads, to keep the file small."""
     sizes = report.sizes
     heads_of_model = report.settings.n_layers * report.settings.n_heads
     longest = int(np.clip(_CELLS // heads_of_model, 64, 1024))
@@ -71,7 +71,7 @@ def page_bins(report: SinkReport) -> Bins:
 
 
 def view(figure: go.Figure, depends: tuple[str, ...] = ()) -> View:
-    """A figure as the page keeps it: title apart, no template, no buttons of its own."""
+    """A figure for the page: title separate, no template, no buttons."""
     spec = figure.to_dict()
     layout = spec["layout"]
     for name in ("template", "updatemenus", "sliders"):
@@ -90,7 +90,7 @@ def view(figure: go.Figure, depends: tuple[str, ...] = ()) -> View:
 
 
 def _map(report: SinkReport, metric: str) -> View:
-    """The head map's frame; the script fills in the metric, the threshold and the choice."""
+    """The frame of the head map; the script fills in metric, threshold and selection."""
     variable = report.variables()[metric]
     figures = interval_of(report, metric, RESAMPLES)
     figure = heads.empty_map(heads.heatmap(figures, variable), variable, LIGHT)
@@ -108,7 +108,7 @@ def _map(report: SinkReport, metric: str) -> View:
 
 
 def _linked(report: SinkReport, pack: Pack, field: str, at: tuple[str, ...]) -> View:
-    """Bars over positions of the chosen layer and head."""
+    """Bars over positions for the selected layer and head."""
     places = page_bins(report)
     every = mean_of(report, field)
     figures = places.maximum(every)
@@ -143,7 +143,7 @@ def _pack_names(report: SinkReport, pack: Pack, places: Bins) -> None:
 
 
 def names(report: SinkReport) -> dict[str, list[str]]:
-    """What hovers call each bar, the sinks' and the others', and each column of the map."""
+    """Hover labels of the bars (sinks and others) and of the columns of the map."""
     places = page_bins(report)
     sinks = np.isin(places.first, sink_positions(report))
     called = np.array(hover_names(report, places), dtype=object)
@@ -155,7 +155,7 @@ def names(report: SinkReport) -> dict[str, list[str]]:
 
 
 def _queries(report: SinkReport, pack: Pack) -> View:
-    """Attention to the sink by query position, in the chosen head."""
+    """Attention to the sink by query position, in the selected head."""
     pack.add("received_by_distance", mean_of(report, "received_by_distance"))
     figure = layers.attention_by_query(report, 0, 0, theme=_THEME)
     figure.update_layout(height=330)
@@ -170,7 +170,7 @@ def _queries(report: SinkReport, pack: Pack) -> View:
 
 
 def pattern(report: SinkReport) -> View:
-    """The frame of one head's attention pattern; the script fills in its cells."""
+    """The frame of a head's attention pattern; the script fills in its cells."""
     cells = go.Heatmap(
         zmin=0, zmax=1, hoverongaps=False,
         colorbar=dict(title=dict(text="attention [probability]", side="right")),
@@ -185,7 +185,7 @@ def pattern(report: SinkReport) -> View:
 
 
 def _name_columns(report: SinkReport, pack: Pack, made: View) -> None:
-    """The map's hover by column: a name a cell would be most of the file."""
+    """The hover of the map by column, since a label per cell would dominate the file size."""
     made["data"][0]["text"] = {"$list": "columns"}
     places = positions.map_bins(report)
     if places.binned:

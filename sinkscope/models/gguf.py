@@ -44,13 +44,14 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     try:
         header = read_header(path)
         with quiet():
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, with output_loading_info
                 folder,
                 gguf_file=name,
                 dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
+            model, loading = loaded
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
             if header.metadata.get("tokenizer.ggml.pre") == "smollm":
                 _split_digits(tokenizer)
