@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +49,24 @@ def test_a_second_scan_leaves_no_table_of_the_first(folder, ids, tmp_path, capsy
     size = (out / "report.nc").stat().st_size / 1e6
     assert f"wrote {out / 'report.nc'}, {size:.3g} MB" in said
     assert files(out) == ["report.html", "report.nc"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_sigterm_in_the_middle_leaves_nothing_unfinished(folder, ids, tmp_path, capsys) -> None:
+    """Neither a partial file nor a lock that keeps the next scan out."""
+    out, long = tmp_path / "out", tmp_path / "long.json"
+    long.write_text(json.dumps(BY_NAME["llama"].tokens(prompts=4000, length=60).tolist()))
+    command = [sys.executable, "-m", "sinkscope", "scan", folder, "--out", out, "--batch", 1]
+    process = subprocess.Popen([*map(str, command), "--tokens", str(long)])
+    while not (out / ".lock").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert files(out) == []
+    assert run("scan", folder, "--out", out, "--tokens", ids, capsys=capsys)[0] == 0
 
 
 def test_a_scan_on_two_devices(folder, ids, tmp_path, capsys) -> None:

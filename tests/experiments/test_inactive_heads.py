@@ -12,7 +12,7 @@ from sinkscope.errors import ReportError, SinkscopeError, TextError, Unsupported
 from sinkscope.experiments.inactive_heads import RANDOM, _Chooser, ablate_inactive, last_within
 from sinkscope.experiments.partial_forward import PromptLosses
 from tests.experiments.test_ablation_families import edited, losses
-from tests.families.architectures import BY_NAME, N_HEADS, N_LAYERS
+from tests.families.architectures import BY_NAME, N_HEADS, N_LAYERS, Family
 from tests.families.reference import reference
 
 LLAMA = BY_NAME["llama"]
@@ -25,9 +25,9 @@ def model():
     return ss.load_model(LLAMA.build())
 
 
-def scores_by_hand() -> dict[str, np.ndarray]:
+def scores_by_hand(family: Family = LLAMA) -> dict[str, np.ndarray]:
     """AWFT, AEQD, AHON-LN and LTHON-HN [prompt layer head] of each prompt, written out."""
-    ref = reference(LLAMA.build(), TOKENS)
+    ref = reference(family.build(), TOKENS, parts=family.parts)
     pattern = ref["attentions"].double().numpy()  # [layer prompt head query key]
     z = np.linalg.norm(ref["z"].double().numpy(), axis=-1)  # [layer prompt position head]
     found = {
@@ -54,9 +54,9 @@ def flags_by_hand(name: str, score: np.ndarray, share: float) -> np.ndarray:
     return score < np.quantile(ordered, share)
 
 
-def asleep_by_hand(flags: np.ndarray) -> np.ndarray:
+def asleep_by_hand(flags: np.ndarray, family: Family = LLAMA) -> np.ndarray:
     """The loss of each prompt when its flagged heads put out nothing."""
-    plain, found = LLAMA.build(), []
+    plain, found = family.build(), []
     for prompt in range(len(TOKENS)):
 
         def silence(layer: int, z: torch.Tensor, prompt: int = prompt) -> None:
@@ -64,7 +64,7 @@ def asleep_by_hand(flags: np.ndarray) -> np.ndarray:
                 if flags[prompt, layer, head]:
                     z[:, :, head] = 0
 
-        with edited(plain, LLAMA, silence):
+        with edited(plain, family, silence):
             found.append(losses(plain, TOKENS[prompt : prompt + 1])[0])
     return np.array(found)
 
@@ -88,17 +88,17 @@ def test_flagged_heads_are_zero_per_input(model) -> None:
     assert (found.ablated_loss - found.loss).abs().max() > 0.01
 
 
-def one_pass_by_hand(name: str, share: float) -> tuple[np.ndarray, np.ndarray]:
+def one_pass_by_hand(name: str, share: float, family: Family) -> tuple[np.ndarray, np.ndarray]:
     """Losses and shares of flagged heads, a layer at a time in transformers' own model.
 
     The scores of a layer are those of a run in which the heads flagged in earlier layers are zero;
     the threshold is the quantile of the scores of the unchanged model.
     """
-    unchanged = np.sort(scores_by_hand()[name].ravel())
+    unchanged = np.sort(scores_by_hand(family)[name].ravel())
     threshold = np.quantile(unchanged, 1 - share if name == "AWFT" else share)
     flags = np.zeros((4, N_LAYERS, N_HEADS), dtype=bool)
     for layer in range(N_LAYERS):
-        plain = LLAMA.build()
+        plain = family.build()
         kept: dict[str, np.ndarray] = {}
 
         def silence(index: int, z: torch.Tensor, layer: int = layer, kept: dict = kept) -> None:
@@ -107,7 +107,7 @@ def one_pass_by_hand(name: str, share: float) -> tuple[np.ndarray, np.ndarray]:
             for prompt, head in np.argwhere(flags[:, index]):
                 z[prompt, :, head] = 0
 
-        with edited(plain, LLAMA, silence), torch.no_grad():
+        with edited(plain, family, silence), torch.no_grad():
             attentions = plain(TOKENS, output_attentions=True).attentions
         norms = np.linalg.norm(kept["z"], axis=-1)  # [prompt position head]
         first = attentions[layer][..., 0].double().numpy()  # [prompt head query]
@@ -118,14 +118,16 @@ def one_pass_by_hand(name: str, share: float) -> tuple[np.ndarray, np.ndarray]:
                 else:
                     mean = norms[prompt].mean()
                     flags[prompt, layer, head] = norms[prompt, :, head].mean() / mean < threshold
-    return asleep_by_hand(flags), flags.mean((1, 2))
+    return asleep_by_hand(flags, family), flags.mean((1, 2))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ["AWFT", "AHON-LN"])
-def test_one_pass_scores_and_zeroes_layer_after_layer(model, name: str) -> None:
+def test_one_pass_scores_and_zeroes_layer_after_layer(name: str, family: str) -> None:
+    model = ss.load_model(BY_NAME[family].build())
     options = dict(scores=[name], shares=[0.4], draws=1, batch=3, progress=False)
     found = ablate_inactive(model, ss.token_ids(TOKENS), procedure="one pass", **options)
-    losses_want, shares_want = one_pass_by_hand(name, 0.4)
+    losses_want, shares_want = one_pass_by_hand(name, 0.4, BY_NAME[family])
     np.testing.assert_allclose(found.share_ablated[0, 0].numpy(), shares_want, atol=1e-6)
     np.testing.assert_allclose(found.ablated_loss[0, 0].numpy(), losses_want, atol=1e-5)
     two = ablate_inactive(model, ss.token_ids(TOKENS), **options)

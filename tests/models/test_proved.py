@@ -275,8 +275,9 @@ def test_a_folder_whose_bridge_computes_something_else_is_refused(
             scan(bridge, TOKENS, attention=attention, progress=False)
 
 
-def test_threads_on_one_model() -> None:
-    bridge = load_model(tiny_llama())
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_threads_on_one_model(name: str) -> None:
+    bridge = load_model(BY_NAME[name].build())
     texts = [
         torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(i)) for i in range(6)
     ]
@@ -381,8 +382,9 @@ def test_eight_bits() -> None:
     torch.testing.assert_close(sink_attention(model), eager(model), atol=1e-5, rtol=0)
 
 
-def test_defaults_of_torch_do_not_matter() -> None:
-    wanted = sink_attention(tiny_llama())
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_defaults_of_torch_do_not_matter(name: str) -> None:
+    wanted = sink_attention(BY_NAME[name].build())
     for change, undo in (
         (
             lambda: torch.set_default_dtype(torch.float64),
@@ -390,7 +392,7 @@ def test_defaults_of_torch_do_not_matter() -> None:
         ),
         (lambda: torch.set_default_device("meta"), lambda: torch.set_default_device(None)),
     ):
-        model = tiny_llama()
+        model = BY_NAME[name].build()
         change()
         try:
             found = scan(model, TOKENS, progress=False).sink_attention
