@@ -166,6 +166,23 @@ def text(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) ->
     return value
 
 
+def strings(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) -> tuple[str, ...]:
+    """Check one string or several; return a tuple without duplicates, in the given order.
+
+    Raises:
+        SinkscopeError: If it is anything else; of class `error`.
+    """
+    if isinstance(value, str):
+        return (value,)
+    try:
+        several = tuple(value)
+    except (TypeError, RuntimeError):  # RuntimeError: a 0-d tensor
+        several = (value,)
+    if not all(isinstance(one, str) for one in several):
+        raise error(f"{name} is {shown(value)}; expected a string or a list of strings.")
+    return tuple(dict.fromkeys(several))
+
+
 def path(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) -> Path:
     """Check that a value is a path, given as a string or a path object.
 

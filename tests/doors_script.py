@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -40,12 +41,28 @@ ALLOWED = {
     "head_map theme": ["None"],
     "load_model device": ["None"],
     "load_model dtype": ["None"],
+    "scan devices": ["None"],
+    "precision tensors": ["None"],
+    "precision sinks": ["None"],
+    "precision first": ["[]"],
+    "precision tolerance": ["1.5", "10**30", "0-d"],
+    "precision weights": ["[]", "{}"],
+    "precision mapped": ["None", "empty"],
+    "rotary_precision dtypes": ["None"],
+    "rotary_precision keep": ["empty"],
+    "transplant erase": ["True"],
+    "vocabulary threshold": ["1.5", "10**30", "0-d"],
+    "vocabulary sample": ["None"],
+    "experts minimum": ["1.5", "10**30", "0-d"],
+    "experts ratio": ["1.5", "10**30", "0-d"],
+    "experts percentile": ["1.5", "0-d"],
+    "Monitor metrics": ["[]", "{}"],
 }
 """What a door takes although it is listed as wrong."""
 
 
-def doors() -> dict[str, Callable[[Any], Any]]:
-    """Calls of one value each."""
+def doors(folder: str) -> dict[str, Callable[[Any], Any]]:
+    """Calls of one value each; `folder` is for what a sweep would write."""
     model = ss.load_model(BY_NAME["llama"].build())
     ids = BY_NAME["llama"].tokens(prompts=2, length=8).tolist()
     report = ss.scan(model, ids, progress=False)
@@ -97,6 +114,7 @@ def doors() -> dict[str, Callable[[Any], Any]]:
         "load_model device": lambda value: ss.load_model("bb-3l", device=value),
         "load_model dtype": lambda value: ss.load_model("bb-3l", dtype=value),
     }
+    found |= experiments(model, ss.token_ids(ids), folder)
     plot = ss.plot
     for door in (
         *("head_map", "head_scatter", "residual_norms", "value_drains", "attention_by_query"),
@@ -120,21 +138,64 @@ def doors() -> dict[str, Callable[[Any], Any]]:
     return found
 
 
+def experiments(model: Any, texts: ss.Texts, folder: str) -> dict[str, Callable[[Any], Any]]:
+    """Sweeps, monitors and each argument of the experiments, the others being valid."""
+    from sinkscope import experiments as ex
+
+    def each(door: str, call: Callable[..., Any], names: str, **rest: Any) -> None:
+        for name in names.split():
+            given = {key: value for key, value in rest.items() if key != name}
+            found[f"{door} {name}"] = lambda value, name=name, given=given: call(
+                **given, **{name: value}
+            )
+
+    found: dict[str, Callable[[Any], Any]] = {}
+    quiet = dict(model=model, texts=texts, progress=False)
+    each("scan", ss.scan, "nulls devices attention", **quiet)
+    each("sink_life", ex.life.sink_life, "sink most_removed", **quiet)
+    each(
+        "precision",
+        ex.precision.precision,
+        "schemes tensors sinks first map_prompts tolerance weights mapped",
+        schemes="int8-tensor",
+        **quiet,
+    )
+    rotary = ex.rotary_precision.rotary_precision
+    each("rotary_precision", rotary, "shifts dtypes keep", shifts=[16], **quiet)
+    each("transplant", ex.transplant.transplant, "donor erase conditions", **quiet)
+    drawn = "threshold sample further pairs bos seed"
+    each("vocabulary", ex.vocabulary.vocabulary, drawn, **quiet)
+    routed = ss.load_model(BY_NAME["mixtral"].build())
+    rule = "sink minimum ratio percentile share seed"
+    each("experts", ex.experts.experts, rule, **quiet | {"model": routed})
+    asked = (
+        "models texts out lengths metrics interventions prompts sinks epsilon attention batch "
+        "device dtype workers num_gpus num_cpus"
+    )
+    cells = dict(models="bb-3l", texts="random", lengths=8, prompts=1, progress=False)
+    each("sweep", ss.sweep, asked, out=folder, **cells)
+    found["open_sweep"] = ss.open_sweep
+    each("Monitor", ss.Monitor, "texts metrics sinks epsilon", model=model, texts=texts)
+    each("SinkCallback", ss.SinkCallback, "every", texts=texts)
+    return found
+
+
 def main() -> None:
     """One JSON object: door to value to [class, bases, message], or null where it was taken."""
     warnings.simplefilter("ignore")
     said: dict[str, dict[str, Any]] = {}
-    for door, call in doors().items():
-        said[door] = {}
-        for name, value in WRONG.items():
-            if name in ALLOWED.get(door, []):
-                continue
-            try:
-                call(value)
-                said[door][name] = None
-            except Exception as error:
-                kinds = [kind.__name__ for kind in type(error).__mro__]
-                said[door][name] = [type(error).__name__, kinds, str(error)]
+    with tempfile.TemporaryDirectory() as folder:
+        for door, call in doors(folder).items():
+            said[door] = {}
+            for name, value in WRONG.items():
+                if name in ALLOWED.get(door, []):
+                    continue
+                try:
+                    call(value)
+                    said[door][name] = None
+                except Exception as error:
+                    kinds = [kind.__name__ for kind in type(error).__mro__]
+                    said[door][name] = [type(error).__name__, kinds, str(error)]
     json.dump(said, sys.stdout)
 
 

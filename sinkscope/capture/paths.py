@@ -22,6 +22,7 @@ from sinkscope.errors import UnsupportedError
 from sinkscope.metrics.gates import factors
 from sinkscope.models.bridging import proof_of
 from sinkscope.models.capabilities import Capabilities
+from sinkscope.validation import shown
 
 Emit = Callable[[str, int, Any], None]
 Hooks = list[tuple[str, Callable[..., None]]]
@@ -280,7 +281,7 @@ def check_way(attention: Any) -> None:
     """
     if attention not in ("auto", "streaming", "eager"):
         raise UnsupportedError(
-            f'attention is {attention!r}; choose "auto", "streaming" or "eager".'
+            f'attention is {shown(attention)}; choose "auto", "streaming" or "eager".'
         )
 
 

@@ -30,7 +30,7 @@ from sinkscope.capture import paths, runner
 from sinkscope.capture.accumulators import Accumulator, PerPrompt
 from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers import Observer, Scope
-from sinkscope.errors import TextError
+from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments import readout
 from sinkscope.experiments.result import Result, about, tidy
 from sinkscope.interventions import AblateExperts
@@ -46,6 +46,8 @@ from sinkscope.output import counted, listed, number, table_as_text
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts
 from sinkscope.statistics import estimate
+from sinkscope.validation import real_number, whole_number
+from sinkscope.validation import seed as checked_seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -352,8 +354,16 @@ def experts(
     """
     model = load_model(model)
     routes = experts_of(model)
+    sink = whole_number("sink", sink, error=TextError)
+    minimum = real_number("minimum", minimum, at_least=0, error=UnsupportedError)
+    ratio = real_number("ratio", ratio, at_least=0, error=UnsupportedError)
+    percentile = real_number(
+        "percentile", percentile, at_least=0, at_most=100, error=UnsupportedError
+    )
+    share = real_number("share", share, at_least=0, at_most=1, error=UnsupportedError)
+    seed = checked_seed(seed, UnsupportedError)
     prompts = as_texts(texts).tokenize(model).right_padded()
-    if int(prompts.lengths.min()) < sink + 2 or sink < 0:
+    if int(prompts.lengths.min()) < sink + 2:
         raise TextError(
             f"Position {sink} should have a token after it, and the shortest prompt has "
             f"{int(prompts.lengths.min())} tokens; choose an earlier one, or longer prompts."

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sinkscope.capture import runner
-from sinkscope.errors import UnsupportedError
+from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.experiments import readout
 from sinkscope.experiments.result import Result, about, stacked, tidy
 from sinkscope.experiments.trace_peak import PART_WORDS, PARTS
@@ -46,6 +46,7 @@ from sinkscope.models.load import load_model
 from sinkscope.output import listed, number, table_as_text
 from sinkscope.prompts.tokens import Texts
 from sinkscope.statistics import estimate
+from sinkscope.validation import whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -296,6 +297,8 @@ def sink_life(
             its residual stream.
     """
     model = load_model(model)
+    sink = whole_number("sink", sink, error=TextError)
+    most_removed = whole_number("most_removed", most_removed, error=UnsupportedError)
     prompts = readout.even(model, texts, sink, after=2)
     control = sink + (prompts.tokens.shape[1] - sink) // 2
     wanted = {

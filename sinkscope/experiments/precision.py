@@ -62,7 +62,7 @@ from sinkscope.output import and_more, as_json, counted, listed, number, table_a
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts, check_reached
 from sinkscope.statistics import Interval, estimate
-from sinkscope.validation import one_of, real_number, whole_number, whole_numbers
+from sinkscope.validation import one_of, real_number, strings, whole_number, whole_numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -579,7 +579,7 @@ def precision(
     can = with_loss(capabilities(model))
     prompts = with_predictions(as_texts(texts).tokenize(model).right_padded())
     refuse_short_prompts(model, prompts.mask)
-    names = (schemes,) if isinstance(schemes, str) else tuple(schemes)
+    names = strings("schemes", schemes, UnsupportedError)
     chosen = tuple(dict.fromkeys(str(Scheme.parse(name)) for name in names))
     if not chosen:
         raise UnsupportedError(f"No scheme is named; name some such as {', '.join(SCHEMES)}.")
@@ -592,7 +592,7 @@ def precision(
     counts = whole_numbers("first", first, at_least=1, error=TextError) if _some(first) else ()
     map_prompts = whole_number("map_prompts", map_prompts, at_least=1, error=TextError)
     tolerance = real_number("tolerance", tolerance, at_least=0, error=UnsupportedError)
-    stored = (weights,) if isinstance(weights, str) else tuple(dict.fromkeys(weights))
+    stored = strings("weights", weights, UnsupportedError)
     for name in stored:
         one_of("weights", name, WEIGHTS, error=UnsupportedError)
     static = [name for name in chosen if Scheme.parse(name).static]

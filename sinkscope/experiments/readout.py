@@ -25,6 +25,7 @@ from sinkscope.metrics import attention, ffn, residual, values
 from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts
+from sinkscope.validation import strings
 
 LOSS_TOKENS = 1024
 """Tokens whose logits are held at once."""
@@ -154,7 +155,7 @@ def chosen(names: Iterable[str], choices: tuple[str, ...], what: str) -> tuple[s
     Raises:
         UnsupportedError: If one is unknown, or none is named.
     """
-    found = tuple(check_mode(name, choices) for name in names)
+    found = tuple(check_mode(name, choices) for name in strings(what, names, UnsupportedError))
     if not found:
         raise UnsupportedError(f"No {what} are named; name some of {', '.join(choices)}.")
     return found

@@ -57,7 +57,7 @@ from sinkscope.output import number, table_as_text
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts
 from sinkscope.statistics import bootstrap, estimate, spearman
-from sinkscope.validation import whole_numbers
+from sinkscope.validation import strings, whole_numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -354,8 +354,9 @@ def _plan(spec: Any, dtypes: Iterable[str] | None, keep: Iterable[str]) -> list[
         UnsupportedError: If a dtype or part is unknown, there is none, or a bridge has another.
     """
     own = str(spec.cfg.dtype).removeprefix("torch.") if isinstance(spec, TransformerBridge) else ""
-    names = tuple(dict.fromkeys(dtypes if dtypes is not None else (own,) if own else DTYPES))
-    parts = tuple(dict.fromkeys(keep))
+    given = dtypes if dtypes is not None else (own,) if own else DTYPES
+    names = strings("dtypes", given, UnsupportedError)
+    parts = strings("keep", keep, UnsupportedError)
     for name in names:
         check_mode(name, DTYPES)
         if own and name != own:

@@ -37,7 +37,7 @@ from sinkscope.errors import UnsupportedError
 from sinkscope.experiments import readout
 from sinkscope.experiments.result import Result, about, stacked, tidy
 from sinkscope.interventions import RemoveOutput, SinkTransplant
-from sinkscope.interventions.base import check_layers, check_mode
+from sinkscope.interventions.base import check_mode
 from sinkscope.interventions.transplant import with_slot
 from sinkscope.models.capabilities import capabilities
 from sinkscope.models.experts import Experts, Routing, experts_of, routed
@@ -45,6 +45,7 @@ from sinkscope.models.load import load_model
 from sinkscope.output import table_as_text
 from sinkscope.prompts.tokens import Texts, token_ids
 from sinkscope.statistics import estimate
+from sinkscope.validation import whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -243,9 +244,9 @@ def _erased(model: Any, prompts: Texts, erase: bool | int) -> int | None:
     """Return the block that adds most to ‖h_0‖, a given one, or none."""
     if erase is False:
         return None
-    if erase is not True:
-        (block,) = check_layers(erase, capabilities(model).n_layers)
-        return block
+    if not isinstance(erase, bool):
+        last = capabilities(model).n_layers - 1
+        return whole_number("erase", erase, at_most=last, error=UnsupportedError)
     norm = readout.measure(model, prompts, {"norm": readout.RESIDUAL_NORM})["norm"][..., 0].mean(0)
     return int(torch.diff(norm, prepend=norm.new_zeros(1)).argmax())
 

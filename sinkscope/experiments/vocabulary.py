@@ -52,7 +52,8 @@ from sinkscope.prompts.special_tokens import special_tokens
 from sinkscope.prompts.token_classes import CLASSES, token_classes
 from sinkscope.prompts.tokens import Texts, token_ids
 from sinkscope.statistics import Interval, estimate
-from sinkscope.validation import real_number, whole_number
+from sinkscope.validation import real_number, shown, whole_number
+from sinkscope.validation import seed as checked_seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -364,6 +365,7 @@ def vocabulary(
     )
     further = whole_number("further", further, at_least=0, error=TextError)
     pairs = whole_number("pairs", pairs, at_least=0, error=TextError)
+    seed = checked_seed(seed, TextError)
     file = kept_in(file, model)
     prompts = readout.even(model, texts, 0, after=3)
     prefix = _prefix(model, bos, can.d_vocab)
@@ -437,7 +439,7 @@ def _prefix(model: Any, bos: str | int, d_vocab: int) -> tuple[int, ...]:
     if isinstance(bos, int) and not isinstance(bos, bool):
         return (whole_number("bos", bos, at_least=0, at_most=d_vocab - 1, error=TextError),)
     if bos not in ("auto", "never"):
-        raise TextError(f'bos is {bos!r}; expected "auto", "never" or a token id.')
+        raise TextError(f'bos is {shown(bos)}; expected "auto", "never" or a token id.')
     tokenizer = getattr(model, "tokenizer", None)
     if bos == "never" or tokenizer is None:
         return ()

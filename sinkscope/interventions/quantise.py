@@ -21,7 +21,7 @@ from sinkscope.interventions.base import (
 from sinkscope.interventions.calibration import needs_calibration, run_through
 from sinkscope.metrics.quantisation import Scheme, quantised
 from sinkscope.models.capabilities import Capabilities, capabilities
-from sinkscope.validation import one_of, whole_numbers
+from sinkscope.validation import one_of, strings, whole_numbers
 
 TENSORS: Mapping[str, str] = {
     "attn_in": "what the query, key and value projections read: the residual state after its norm",
@@ -250,11 +250,9 @@ def check_tensors(tensors: str | Iterable[str] | None, caps: Capabilities) -> tu
     """
     if tensors is None:
         return tuple(name for name in TENSORS if name in caps.signals or _shows_input(caps, name))
-    named = (tensors,) if isinstance(tensors, str) else tuple(tensors)
     found = tuple(
-        dict.fromkeys(
-            one_of("tensor", name, tuple(TENSORS), error=UnsupportedError) for name in named
-        )
+        one_of("tensor", name, tuple(TENSORS), error=UnsupportedError)
+        for name in strings("tensors", tensors, UnsupportedError)
     )
     if not found:
         raise UnsupportedError(f"No tensor is named; name some of {', '.join(TENSORS)}.")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sinkscope.errors import UnsupportedError
 from sinkscope.metrics.reductions import at_least_fp32
-from sinkscope.validation import one_of, whole_number
+from sinkscope.validation import one_of, shown, whole_number
 
 BITS = {"int8": 8, "fp8": 8, "int4": 4, "int2": 2}
 """Bits of each number format."""
@@ -104,8 +104,8 @@ class Scheme:
             or len(set(options)) < len(options)
         ):
             raise UnsupportedError(
-                f"{text!r} is not a scheme; expected FORMAT-RANGE such as int8-tensor, int4-token "
-                "or int4-group64-asym, optionally with -asym and -static."
+                f"{shown(text)} is not a scheme; expected FORMAT-RANGE such as int8-tensor, "
+                "int4-token or int4-group64-asym, optionally with -asym and -static."
             )
         return cls(
             format=parts[0],

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from sinkscope.capture.scan import scan
+from sinkscope.capture.scan import checked, scan
 from sinkscope.errors import SinkscopeError, SinkscopeWarning, UnsupportedError
 from sinkscope.models.load import load_model, unwrapped
 from sinkscope.prompts.texts import as_texts
@@ -88,6 +88,7 @@ class Monitor:
         self._model = unwrapped(model, None)[0]
         self._name = name or type(self._model).__name__
         self._folder = None if out is None else Folder(out)
+        metrics, sinks, epsilon, _ = checked(metrics, sinks, epsilon, "auto", "auto")
         self._settings = dict(metrics=metrics, sinks=sinks, epsilon=epsilon)
         self._tokenizer = tokenizer
         self.reports: dict[int, SinkReport] = {}

@@ -59,8 +59,9 @@ def open_sweep(folder: str | Path) -> Cells:
         >>> cells = open_sweep("runs")                                        # doctest: +SKIP
         >>> cells.select(texts="prose").means("sink_attention")               # doctest: +SKIP
     """
-    if "://" not in str(folder) and not Path(folder).expanduser().is_dir():
-        raise ReportError(f"There is no folder {str(folder)!r}; name one that a sweep wrote to.")
+    url = isinstance(folder, str) and "://" in folder
+    if not url and not (isinstance(folder, str | Path) and Path(folder).expanduser().is_dir()):
+        raise ReportError(f"There is no folder {shown(folder)}; name one that a sweep wrote to.")
     place = Folder(folder)
     files = place.names()
     rows: list[dict[str, Any]] = []
