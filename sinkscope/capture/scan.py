@@ -90,8 +90,10 @@ def scan(
             model that is loaded here is loaded on the first; for the duration of the scan it is
             copied to the others, with adapters and edited weights, and idle copies take the next
             batch. With an explicit `batch` and devices of one kind, all values are bit for bit
-            those of a scan on one device; with "auto" each device gets a share of the tokens, and
-            values agree up to rounding, as for any two batch sizes (relative 1e-4 in float32).
+            those of a scan on one device (on CUDA, entropies and value-weighted shares are summed
+            atomically and vary in their last digits); with "auto" each device gets a share of the
+            tokens, and values agree up to rounding, as for any two batch sizes (relative 1e-4 in
+            float32).
         progress: Whether to draw a progress bar.
         path: Deprecated; the former name of `attention`, whose "stock" is now "eager".
 

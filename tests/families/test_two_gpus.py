@@ -98,7 +98,8 @@ def test_a_scan_divided_between_replicas(name: str, path: str) -> None:
     got = ss.scan(model, ragged, devices=[FIRST, SECOND], **ask)
     assert got.settings.device == f"{FIRST}, {SECOND}"
     assert_same_figures(got, want)
-    for field in want.measured():  # the same batches on devices of one kind
+    summed_atomically = {"attention_entropy", "value_weighted_sink_share"}
+    for field in set(want.measured()) - summed_atomically:  # same batches, devices of one kind
         assert torch.equal(got[field].nan_to_num(9e9), want[field].nan_to_num(9e9)), field
 
 
