@@ -84,6 +84,17 @@ def test_a_row_opens_with_its_head_map_and_the_way_to_its_report(open_page, html
     assert opened.said == [] and opened.requests == []
 
 
+def test_an_opened_row_is_read_on_a_phone_without_scrolling(open_page, html, tmp_path) -> None:
+    opened = open_page(html, width=390, height=844)
+    page = opened.page
+    page.locator("#atlas tbody tr.link").nth(7).click()
+    box = page.locator(".open").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+    page.locator(".atlas .scroll").evaluate("place => place.scrollLeft = 300")
+    assert page.locator(".open p").first.bounding_box()["x"] >= 0
+    page.screenshot(path=tmp_path / "atlas-phone.png")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_light_and_dark(open_page, html: str, scheme: str, tmp_path: Path) -> None:
     opened = open_page(html, color_scheme=scheme)
