@@ -231,7 +231,7 @@ def test_a_drain_is_significant(null: str, at_initialisation: list[SinkReport]) 
     drain = one.value_drain.clone()
     drain[:, 1, 1] = 0.1
     p = p_values(replace(one, value_drain=drain), "value_drain")[null]
-    assert p[1, 1] == pytest.approx(1 / 21) < before[1, 1]
+    assert float(p[1, 1]) == pytest.approx(1 / 21) and p[1, 1] < before[1, 1]
     assert (p <= 0.05).sum() == 1 + (before <= 0.05).sum()
     drain[:, 1, 1] = 10  # a large value is no drain
     assert p_values(replace(one, value_drain=drain), "value_drain")[null][1, 1] == 1

@@ -199,7 +199,7 @@ def test_running_out_of_memory_while_folding_is_an_error(model, tokens, monkeypa
         raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
 
     monkeypatch.setattr(massive.Massive, "add", full)
-    with pytest.raises(ModelError, match="no longer fits in the memory of cpu"):
+    with pytest.raises(ModelError, match="no longer fit in the memory of cpu"):
         ss.scan(model, tokens, batch=2, progress=False)
 
 
@@ -327,7 +327,7 @@ def test_every_metric_measures_its_fields_and_a_field_leads_to_its_metric(model,
         for field in can.fields[metric]:
             assert getattr(report, field) is not None, field
             if field not in can.available:
-                with pytest.raises(UnsupportedError, match=f"field of the metric '{metric}'; ask"):
+                with pytest.raises(UnsupportedError, match=f"field of the metric '{metric}'; request"):
                     ss.scan(model, tokens, metrics=[field], progress=False)
     with pytest.raises(UnsupportedError, match="nonmixture_dims is a field of the metric 'ffn'"):
         ss.scan(model, tokens, metrics="nonmixture_dims", progress=False)
