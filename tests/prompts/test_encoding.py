@@ -139,6 +139,6 @@ def test_a_long_text_of_few_tokens_is_refused(monkeypatch: pytest.MonkeyPatch):
     """BERT makes one unknown token of a word of any length."""
     for name, value in (("WHOLE", 1000), ("_SHORTEST", 500), ("_LONGEST", 2000)):
         monkeypatch.setattr(encoding, name, value)
-    with pytest.raises(TextError, match="first 4,000 characters of word are only 1 tokens, and 8"):
+    with pytest.raises(TextError, match="first 4,000 characters of word are only 1 tokens, but 8"):
         first_ids(bert_like(), "x" * 10_000, 8, "word")
     assert first_ids(bert_like(), "x" * 10_000, 1, "word") == [3]
