@@ -91,7 +91,7 @@ def test_nonmixture_dims_are_refused_where_more_may_pass_than_were_kept():
     whole = synthetic_report(2, 1, dims=100, ffn_sink=sink, ffn_mixed_max=mixed)
     assert len(whole.nonmixture_dims(over_median=50.0)) == 40
     kept = dataclasses.replace(whole, ffn_sink=None, ffn_mixed_max=None)
-    with pytest.raises(ReportError, match="more than 32 dims .* scan again with the metric"):
+    with pytest.raises(ReportError, match="more than 32 dims .* scan again with 'ffn_dims'"):
         kept.nonmixture_dims(over_median=50.0)
     assert kept.nonmixture_dims(over_median=80.0) == whole.nonmixture_dims(over_median=80.0)
     assert len(kept.nonmixture_dims(over_median=80.0)) == 20
