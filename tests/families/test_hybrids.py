@@ -114,7 +114,7 @@ def test_the_description_says_what_each_layer_has() -> None:
     text = str(ss.capabilities(ss.load_model(tiny_model("Lfm2ForCausalLM"))))
     table = text[text.index("What can be measured in each layer") :]
     (without,) = [line for line in table.splitlines() if "no attention (conv)" in line]
-    assert "0 and 2" in without and "residual, massive, ffn, cosine, ffn_dims" in without
+    assert "0 and 2" in without and "residual, massive, ffn, outliers, cosine" in without
     assert "each layer" not in str(ss.capabilities(ss.load_model(BY_NAME["llama"].build())))
 
 
