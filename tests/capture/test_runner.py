@@ -327,7 +327,8 @@ def test_every_metric_measures_its_fields_and_a_field_leads_to_its_metric(model,
         for field in can.fields[metric]:
             assert getattr(report, field) is not None, field
             if field not in can.available:
-                with pytest.raises(UnsupportedError, match=f"field of the metric '{metric}'; request"):
+                named = f"field of the metric '{metric}'; request"
+                with pytest.raises(UnsupportedError, match=named):
                     ss.scan(model, tokens, metrics=[field], progress=False)
     with pytest.raises(UnsupportedError, match="nonmixture_dims is a field of the metric 'ffn'"):
         ss.scan(model, tokens, metrics="nonmixture_dims", progress=False)
