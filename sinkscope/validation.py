@@ -166,7 +166,12 @@ def text(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) ->
     return value
 
 
-def strings(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) -> tuple[str, ...]:
+def strings(
+    name: str,
+    value: Any,
+    error: type[SinkscopeError] = SinkscopeError,
+    expected: str = "a string or a list of strings",
+) -> tuple[str, ...]:
     """Check one string or several; return a tuple without duplicates, in the given order.
 
     Raises:
@@ -179,7 +184,7 @@ def strings(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError)
     except (TypeError, RuntimeError):  # RuntimeError: a 0-d tensor
         several = (value,)
     if not all(isinstance(one, str) for one in several):
-        raise error(f"{name} is {shown(value)}; expected a string or a list of strings.")
+        raise error(f"{name} is {shown(value)}; expected {expected}.")
     return tuple(dict.fromkeys(several))
 
 

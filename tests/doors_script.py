@@ -61,14 +61,17 @@ ALLOWED = {
 """What a door takes although it is listed as wrong."""
 
 
+def with_(call: Callable[..., Any], name: str, **rest: Any) -> Callable[[Any], Any]:
+    """A call of which one argument is missing; another value of it in `rest` is left out."""
+    others = {key: value for key, value in rest.items() if key != name}
+    return lambda value: call(**others, **{name: value})
+
+
 def doors(folder: str) -> dict[str, Callable[[Any], Any]]:
     """Calls of one value each; `folder` is for what a sweep would write."""
     model = ss.load_model(BY_NAME["llama"].build())
     ids = BY_NAME["llama"].tokens(prompts=2, length=8).tolist()
     report = ss.scan(model, ids, progress=False)
-
-    def with_(call: Callable[..., Any], name: str, **rest: Any) -> Callable[[Any], Any]:
-        return lambda value: call(**rest, **{name: value})
 
     found: dict[str, Callable[[Any], Any]] = {}
     for name in ("sinks", "epsilon", "batch", "metrics"):
@@ -144,10 +147,7 @@ def experiments(model: Any, texts: ss.Texts, folder: str) -> dict[str, Callable[
 
     def each(door: str, call: Callable[..., Any], names: str, **rest: Any) -> None:
         for name in names.split():
-            given = {key: value for key, value in rest.items() if key != name}
-            found[f"{door} {name}"] = lambda value, name=name, given=given: call(
-                **given, **{name: value}
-            )
+            found[f"{door} {name}"] = with_(call, name, **rest)
 
     found: dict[str, Callable[[Any], Any]] = {}
     quiet = dict(model=model, texts=texts, progress=False)

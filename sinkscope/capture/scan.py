@@ -39,7 +39,7 @@ from sinkscope.report.fields import metric_of
 from sinkscope.report.labelled import extended
 from sinkscope.report.report import SinkReport
 from sinkscope.report.settings import Settings
-from sinkscope.validation import probability, shown, whole_number, whole_numbers
+from sinkscope.validation import probability, shown, strings, whole_number, whole_numbers
 
 Metrics = str | Iterable[str]
 Sinks = Iterable[int] | Literal["auto"]
@@ -258,10 +258,11 @@ def choose_metrics(metrics: Metrics, can: Capabilities, attention: str) -> tuple
 def _check_names(asked: tuple[str, ...]) -> None:
     """Refuse names of no metric."""
     known = observers.metrics()
-    measured_by = {field: name for name, fields in observers.fields().items() for field in fields}
     for name in asked:
         if name in ("all", "core") or name in known:
             continue
+        fields = observers.fields()
+        measured_by = {field: metric for metric, named in fields.items() for field in named}
         if metric := metric_of(name) or measured_by.get(name):
             raise UnsupportedError(f"{name} is a field of the metric {metric!r}; request that.")
         raise UnsupportedError(
@@ -326,12 +327,7 @@ def checked(
     Raises:
         SinkscopeError: If one of them cannot be what it is given as.
     """
-    names: Any = (metrics,) if isinstance(metrics, str) else metrics
-    names = tuple(names) if isinstance(names, Iterable) and getattr(names, "ndim", 1) else (None,)
-    if not all(isinstance(name, str) for name in names):
-        raise SinkscopeError(
-            f'metrics is {shown(metrics)}; expected "all", "core", or a list of names.'
-        )
+    names = strings("metrics", metrics, expected='"all", "core", or a list of names')
     _check_names(names)
     paths.check_way(attention)
     if not isinstance(batch, str) or batch != "auto":

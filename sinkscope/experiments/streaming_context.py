@@ -55,7 +55,7 @@ from sinkscope.output import number, table_as_text
 from sinkscope.prompts.texts import long_text
 from sinkscope.prompts.tokens import Texts
 from sinkscope.statistics import Interval, bootstrap
-from sinkscope.validation import whole_number
+from sinkscope.validation import strings, whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -526,7 +526,7 @@ def plan_stored(
         TextError: If the number of recent tokens is not one.
         UnsupportedError: If there is no such scheme, or its range is over several tokens.
     """
-    names = (schemes,) if isinstance(schemes, str) else tuple(schemes)
+    names = strings("quantise", schemes, UnsupportedError)
     recent = whole_number("recent", recent, at_least=1, error=TextError)
     every, found = tuple(range(tokens)), []
     for name in dict.fromkeys(str(Scheme.parse(name)) for name in names):

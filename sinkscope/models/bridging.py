@@ -259,6 +259,11 @@ def _streams(bridge: TransformerBridge) -> bool:
     return True
 
 
+def allowed_error(dtype: torch.dtype) -> float:
+    """Relative difference up to which two computations of a model count as equal."""
+    return 5e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-3
+
+
 def _difference(
     bridge: TransformerBridge, model: nn.Module, wanted: States, streamed: bool = False
 ) -> str | None:
@@ -274,7 +279,7 @@ def _difference(
     for index, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
         half = bridge.cfg.dtype in (torch.float16, torch.bfloat16)
         off = _error(ours, theirs, typical=half and streamed)
-        if off <= (5e-2 if half else 1e-3):
+        if off <= allowed_error(bridge.cfg.dtype):
             continue
         if index == len(bridge.blocks):
             return f"TransformerLens computes logits that differ from the model's (by {off:.2g})"

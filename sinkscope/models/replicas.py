@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from sinkscope.devices import chosen_device
 from sinkscope.errors import ModelError, SinkscopeError, UnsupportedError
 from sinkscope.models.active import hooked, in_force, user_hooks
+from sinkscope.models.bridging import allowed_error
 from sinkscope.models.provenance import probe_logits, weights_of
 from sinkscope.validation import shown
-
-_OFF_BY = {torch.float16: 5e-2, torch.bfloat16: 5e-2}
-"""Relative difference of logits that two kinds of devices may have; 1e-3 in other dtypes."""
 
 
 def check_devices(devices: Any) -> tuple[torch.device, ...]:
@@ -126,7 +124,7 @@ def _proved(copied: Any, device: torch.device, weights: str, logits: Tensor) -> 
     if found is not None and found.shape == logits.shape:
         dtype = next(copied.original_model.parameters()).dtype
         off = (found - logits).norm() / logits.norm().clamp_min(1e-30)
-        if float(off) <= _OFF_BY.get(dtype, 1e-3):
+        if float(off) <= allowed_error(dtype):
             return copied
     raise ModelError(
         f"A copy of this {type(copied.original_model).__name__} on {device} computes something "
