@@ -131,6 +131,11 @@ class Batch:
         index = torch.arange(self.length, device=self.mask.device)
         return self.once("last token", lambda: index == self.mask.sum(dim=1, keepdim=True) - 1)
 
+    @property
+    def eligible_keys(self) -> Bool[Tensor, "prompt key"]:
+        """See `metrics.attention.eligible_keys`."""
+        return self.once("eligible keys", lambda: attention.eligible_keys(self.mask, self.causal))
+
     def per_query(self, window: int | None) -> Float[Tensor, "prompt key"]:
         """1 / number of real queries that see each key with this window; 0 for pads."""
 

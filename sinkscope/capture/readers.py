@@ -287,8 +287,12 @@ class StreamReader:
         return _columns.received_mass(*self._attended, self._real_queries)
 
     @cached_property
+    def _value_norms(self) -> Float[Tensor, "prompt kv_head key"]:
+        return values.norms(self.value)
+
+    @cached_property
     def _value_sizes(self) -> Float[Tensor, "prompt position kv_head"]:
-        norm = values.norms(self.value)
+        norm = self._value_norms
         return (
             torch.where(self.batch.mask[:, None, :], norm, 0.0) if self.batch.ragged else norm
         ).mT
@@ -382,7 +386,7 @@ class StreamReader:
 
     def value_norms(self) -> Float[Tensor, "prompt kv_head key"]:
         """See `metrics.values.norms`."""
-        return values.norms(self.value)
+        return self._value_norms
 
     def value_weighted_share(self) -> Float[Tensor, "prompt head"]:
         """Both sums are computed as attention over the value norms."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sinkscope.metrics.positions import (
@@ -152,15 +152,33 @@ def top_received(
         Scores [prompt head rank] and positions [prompt head rank], both nan where a prompt has
         fewer eligible keys.
     """
-    chosen = mask & ~last_quarter(mask) if causal else mask
-    score = torch.where(chosen[:, None, :], at_least_fp32(importance), -torch.inf)
-    short = max(0, count - score.shape[-1])
-    score = torch.nn.functional.pad(score, (0, short), value=-torch.inf)
-    value, index = score.topk(count, dim=-1)
-    there = value > -torch.inf
-    return torch.where(there, value, torch.nan), torch.where(
-        there, index.to(value.dtype), torch.nan
-    )
+    score, position = ranked(*strongest(importance, eligible_keys(mask, causal), count))
+    return score, position
+
+
+def eligible_keys(mask: Bool[Tensor, "prompt key"], causal: bool) -> Bool[Tensor, "prompt key"]:
+    """The keys that :func:`top_received` ranks."""
+    return mask & ~last_quarter(mask) if causal else mask
+
+
+def strongest(
+    score: Float[Tensor, "prompt head key"], eligible: Bool[Tensor, "prompt key"], count: int = TOP
+) -> tuple[Float[Tensor, "prompt head rank"], Int[Tensor, "prompt head rank"]]:
+    """The largest scores and their keys; -inf, and any key, if fewer keys are eligible."""
+    score = torch.where(eligible[:, None, :], at_least_fp32(score), -torch.inf)
+    if (keys := score.shape[-1]) >= count:
+        return score.topk(count, dim=-1)
+    padded = torch.nn.functional.pad(score, (0, count - keys), value=-torch.inf)
+    value, index = padded.topk(count, dim=-1)
+    return value, index.clamp(max=keys - 1)
+
+
+def ranked(
+    score: Float[Tensor, "*shape"], *others: Shaped[Tensor, "*shape"]
+) -> tuple[Float[Tensor, "*shape"], ...]:
+    """The scores of :func:`strongest`, and what belongs to them, with nan in place of -inf."""
+    there = score > -torch.inf
+    return tuple(torch.where(there, x.to(score.dtype), torch.nan) for x in (score, *others))
 
 
 def uniform_ratio(

@@ -13,9 +13,11 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from sinkscope.attention.kernels.tiles import load_block
+
 SINK: tl.constexpr = tl.constexpr(1)
 OTHER: tl.constexpr = tl.constexpr(2)
-ASKED: tl.constexpr = tl.constexpr(4)
+COUNTED: tl.constexpr = tl.constexpr(4)
 """Bits of a position's role: a sink; another real key; a query that counts."""
 
 
@@ -41,9 +43,8 @@ def key_sum_kernel(
     places = chunk * C + tl.arange(0, C)
     here = places < length
     dims = tl.arange(0, D_BLOCK)
-    at = places.to(tl.int64)[:, None] * key_t + dims[None, :]
     key += prompt * key_b + head * key_h
-    k = tl.load(key + at, mask=here[:, None] & (dims < D)[None, :], other=0.0).to(tl.float32)
+    k = load_block(key, key_t, places, length, D, D_BLOCK).to(tl.float32)
     roles = tl.load(role + prompt * length + places, mask=here, other=0)
     sink = ((roles & SINK) != 0)[:, None]
     other = ((roles & OTHER) != 0)[:, None]
@@ -95,19 +96,17 @@ def angle_kernel(
     places = chunk * C + tl.arange(0, C)
     here = places < length
     dims = tl.arange(0, D_BLOCK)
-    inside = here[:, None] & (dims < D)[None, :]
-    at = places.to(tl.int64)[:, None]
     query += prompt * query_b + head * query_h
     key += prompt * key_b + (head // GROUP) * key_h
-    q = tl.load(query + at * query_t + dims[None, :], mask=inside, other=0.0)
-    k = tl.load(key + at * key_t + dims[None, :], mask=inside, other=0.0)
+    q = load_block(query, query_t, places, length, D, D_BLOCK)
+    k = load_block(key, key_t, places, length, D, D_BLOCK)
     roles = tl.load(role + prompt * length + places, mask=here, other=0)
     seen += prompt * 2 * length + places
     sinks_seen = tl.load(seen, mask=here, other=0.0)
     others_seen = tl.load(seen + length, mask=here, other=0.0)
     sink = (roles & SINK) != 0
     other = (roles & OTHER) != 0
-    asked = (roles & ASKED) != 0
+    counted = (roles & COUNTED) != 0
 
     products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     q = q.to(tl.float32)
@@ -125,7 +124,7 @@ def angle_kernel(
     other_cosine = tl.sum(tl.where(at_others, cosines, 0.0), 1)
     if not FIRST_ONLY:
         sums += ((prompt * kv_heads + head // GROUP) * 4 * D + dims) * chunks + chunk - 1
-        before = (dims < D) & (chunk > 0)
+        before = dims < tl.where(chunk > 0, D, 0)  # none before the first chunk
         step = D * chunks
         to_sink += tl.sum(q * tl.load(sums, mask=before, other=0.0)[None, :], 1)
         sink_cosine += tl.sum(q * tl.load(sums + step, mask=before, other=0.0)[None, :], 1)
@@ -135,13 +134,13 @@ def angle_kernel(
     sink_cosine = sink_cosine / tl.maximum(sinks_seen, 1.0)
     other_cosine = other_cosine / tl.maximum(others_seen, 1.0)
 
-    near = asked & (sinks_seen > 0)
-    far = asked & (others_seen > 0)
+    near = counted & (sinks_seen > 0)
+    far = counted & (others_seen > 0)
     both = near & far
     near = near & (q_norm > 0)  # a query of norm 0 has a gap, but no direction
     far = far & (q_norm > 0)
     result += ((prompt * tl.num_programs(1) + head) * chunks + chunk) * 10
-    _store(result, 0, asked, q_norm)
+    _store(result, 0, counted, q_norm)
     _store(result, 1, sink, k_norm)
     _store(result, 2, near, sink_cosine / tl.maximum(q_norm, 1e-30))
     _store(result, 3, far, other_cosine / tl.maximum(q_norm, 1e-30))

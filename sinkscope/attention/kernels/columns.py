@@ -12,7 +12,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from sinkscope.attention.kernels.tiles import LN_2, load_log2_sums, log2_pattern
+from sinkscope.attention.kernels.tiles import LN_2, load_block, load_log2_sums, log2_pattern
 
 
 @triton.jit
@@ -63,10 +63,8 @@ def received_kernel(
     prompt = tl.program_id(2).to(tl.int64)
     row = prompt * tl.num_programs(1) + head
     keys = first_key + tl.arange(0, N)
-    dims = tl.arange(0, D_BLOCK)
-    at = keys.to(tl.int64)[:, None] * key_t + dims[None, :]
-    inside = (keys < n_keys)[:, None] & (dims < D)[None, :]
-    k = tl.load(key + prompt * key_b + (head // GROUP) * key_h + at, mask=inside, other=0.0)
+    key += prompt * key_b + (head // GROUP) * key_h
+    k = load_block(key, key_t, keys, n_keys, D, D_BLOCK)
 
     query += prompt * query_b + head * query_h
     lse += row * n_queries
@@ -155,12 +153,10 @@ def _walk(
     threads. With row sums this axis is the keys, and column sums are kept as a tile until the end.
     With KEYS_FIRST it is the queries, which saves the registers of that tile.
     """
-    dims = tl.arange(0, D_BLOCK)
     for first in tl.range(low, high, M):
         queries = first + tl.arange(0, M)
         real = queries < n_queries
-        at = queries.to(tl.int64)[:, None] * query_t + dims[None, :]
-        q = tl.load(query + at, mask=real[:, None] & (dims < D)[None, :], other=0.0)
+        q = load_block(query, query_t, queries, n_queries, D, D_BLOCK)
         sums = load_log2_sums(lse, queries, n_queries)
         if CHOSEN:
             counts = tl.load(chosen + queries, mask=real, other=0) != 0

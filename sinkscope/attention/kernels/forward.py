@@ -7,7 +7,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from sinkscope.attention.kernels.tiles import LN_2, log2_pattern
+from sinkscope.attention.kernels.tiles import LN_2, load_block, log2_pattern, visible_keys
 
 
 @triton.jit
@@ -57,23 +57,15 @@ def forward_kernel(
     prompt = tl.program_id(2).to(tl.int64)
     queries = first_query + tl.arange(0, M)
     real = queries < n_queries
-    dims = tl.arange(0, D_BLOCK)
     values = tl.arange(0, V_BLOCK)
 
     query += prompt * query_b + head * query_h
-    at = queries.to(tl.int64)[:, None] * query_t + dims[None, :]
-    q = tl.load(query + at, mask=real[:, None] & (dims < D)[None, :], other=0.0)
+    q = load_block(query, query_t, queries, n_queries, D, D_BLOCK)
     key += prompt * key_b + (head // GROUP) * key_h
     value += prompt * value_b + (head // GROUP) * value_h
     key_bias += prompt * bias_b
 
-    low = 0
-    high = n_keys
-    if WINDOWED:
-        low = tl.maximum(first_query + offset - window + 1, 0) // N * N
-        high = tl.minimum(n_keys, first_query + M - 1 + offset + window)
-    if CAUSAL:
-        high = tl.minimum(high, first_query + M + offset)
+    low, high = visible_keys(first_query, n_keys, offset, window, M, N, CAUSAL, WINDOWED)
 
     zero = tl.zeros([M], dtype=tl.float32)
     mixed = tl.zeros([M, V_BLOCK], dtype=tl.float32)
@@ -82,12 +74,7 @@ def forward_kernel(
     for first in tl.range(low, high, N):
         keys = first + tl.arange(0, N)
         there = keys < n_keys
-        at_key = keys.to(tl.int64)[:, None]
-        k = tl.load(
-            key + at_key * key_t + dims[None, :],
-            mask=there[:, None] & (dims < D)[None, :],
-            other=0.0,
-        )
+        k = load_block(key, key_t, keys, n_keys, D, D_BLOCK)
         logits = log2_pattern(
             tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0, (queries + offset)[:, None],
             keys[None, :], window, scale, cap, CAUSAL, WINDOWED, CAPPED, True,
@@ -100,11 +87,7 @@ def forward_kernel(
         base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         pattern = tl.exp2(logits - base[:, None])
         shrink = tl.exp2(largest - base)
-        v = tl.load(
-            value + at_key * value_t + values[None, :],
-            mask=there[:, None] & (values < V)[None, :],
-            other=0.0,
-        )
+        v = load_block(value, value_t, keys, n_keys, V, V_BLOCK)
         total = total * shrink + tl.sum(pattern, 1)
         mixed = mixed * shrink[:, None]
         mixed = tl.dot(pattern.to(v.dtype), v, mixed, input_precision=PRECISION)

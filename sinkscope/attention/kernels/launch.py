@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,14 +36,21 @@ TILES: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("rows", 128): (128, 64, 4, 2),
     ("forward", 64): (64, 64, 4, 3),
     ("forward", 128): (64, 64, 4, 3),
+    ("received", 256): (64, 64, 4, 2),
+    ("both", 256): (64, 64, 4, 2),
+    ("rows", 256): (64, 64, 4, 2),
 }
 """(queries, keys, warps, stages) of a tile by kernel and head width, for half precision.
 
-The fastest of about ten each on an H100 at 8,192 and 32,768 positions.
+The fastest of five to ten each at 8,192 to 32,768 positions, on an H100 up to a width of 128 and on
+an H200 for the 192 of latent attention, whose block is 256.
 """
 
 SMALL = (32, 32, 4, 2)
-"""Tiles for float32, and for heads wider than 128, which fit in shared memory on all GPUs."""
+"""Tiles for float32, for wider heads, and for GPUs with less shared memory than `SHARED`."""
+
+SHARED = 160 * 2**10
+"""Shared memory of a block that the tiles of `TILES` need at most [bytes]: A100, H100 and later."""
 
 
 @on_its_device
@@ -216,7 +224,7 @@ def causal_angles(
     prompts, length, heads, width = query.shape
     kv_heads, block = key.shape[2], max(16, triton.next_power_of_2(width))
     chunk = 64 if block <= 128 else 32
-    chunks = triton.cdiv(length, chunk)
+    chunks = -(-length // chunk)
     shape = dict(D=width, D_BLOCK=block, C=chunk, num_warps=4)
     sums = seen  # not read if there is a single chunk
     if chunks > 1:
@@ -321,9 +329,17 @@ def _shape(query: Query, key: Key, call: AttentionCall) -> dict[str, Any]:
 
 
 def _tile(kernel: str, query: Query, width: int) -> tuple[int, int, int, int]:
-    if query.dtype == torch.float32:
+    if query.dtype == torch.float32 or _shared_memory(query.device) < SHARED:
         return SMALL
     return TILES.get((kernel, max(width, 64)), SMALL)
+
+
+@cache
+def _shared_memory(device: torch.device) -> float:
+    """Shared memory of a block on a GPU [bytes]; unlimited for Triton's interpreter on a CPU."""
+    if device.type != "cuda":
+        return math.inf
+    return float(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def _precision(query: Query) -> str:
@@ -333,7 +349,8 @@ def _precision(query: Query) -> str:
 
 def _grid(query: Query, block: int, length: int | None = None) -> tuple[int, int, int]:
     prompts, n_queries, heads, _ = query.shape
-    return triton.cdiv(n_queries if length is None else length, block), heads, prompts
+    blocks = -(-(n_queries if length is None else length) // block)  # faster than triton.cdiv
+    return blocks, heads, prompts
 
 
 def _strides(x: Float[Tensor, "prompt position head d"]) -> tuple[int, int, int]:

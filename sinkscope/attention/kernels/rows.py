@@ -7,7 +7,13 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from sinkscope.attention.kernels.tiles import LN_2, load_log2_sums, log2_pattern
+from sinkscope.attention.kernels.tiles import (
+    LN_2,
+    load_block,
+    load_log2_sums,
+    log2_pattern,
+    visible_keys,
+)
 
 
 @triton.jit
@@ -51,22 +57,14 @@ def row_kernel(
     rows = prompt * tl.num_programs(1) + head
     queries = first_query + tl.arange(0, M)
     real = queries < n_queries
-    dims = tl.arange(0, D_BLOCK)
 
     query += prompt * query_b + head * query_h
-    at = queries.to(tl.int64)[:, None] * query_t + dims[None, :]
-    q = tl.load(query + at, mask=real[:, None] & (dims < D)[None, :], other=0.0)
+    q = load_block(query, query_t, queries, n_queries, D, D_BLOCK)
     sums = load_log2_sums(lse + rows * n_queries, queries, n_queries)
     key += prompt * key_b + (head // GROUP) * key_h
     key_bias += prompt * bias_b + (head // GROUP) * bias_h
 
-    low = 0
-    high = n_keys
-    if WINDOWED:
-        low = tl.maximum(first_query + offset - window + 1, 0) // N * N
-        high = tl.minimum(n_keys, first_query + M - 1 + offset + window)
-    if CAUSAL:
-        high = tl.minimum(high, first_query + M + offset)
+    low, high = visible_keys(first_query, n_keys, offset, window, M, N, CAUSAL, WINDOWED)
     # Keys before `clear` are visible to every query of the block.
     clear = tl.minimum(first_query + offset + 1, n_keys) // N * N if CAUSAL else n_keys // N * N
     if WINDOWED:
@@ -113,12 +111,10 @@ def _along(
     PRECISION: tl.constexpr,
 ):
     """Add the keys from low up to high to the total of each query."""
-    dims = tl.arange(0, D_BLOCK)
     for first in tl.range(low, high, N):
         keys = first + tl.arange(0, N)
         real = keys < n_keys
-        at = keys.to(tl.int64)[:, None] * key_t + dims[None, :]
-        k = tl.load(key + at, mask=real[:, None] & (dims < D)[None, :], other=0.0)
+        k = load_block(key, key_t, keys, n_keys, D, D_BLOCK)
         logs = log2_pattern(
             tl.dot(q, tl.trans(k), input_precision=PRECISION), sums[:, None], stands[:, None],
             keys[None, :], window, scale, cap, CAUSAL, WINDOWED, CAPPED, MASKED,
@@ -176,11 +172,9 @@ def nearby_kernel(
     rows = prompt * tl.num_programs(1) + head
     queries = first_query + tl.arange(0, M)
     real = queries < n_queries
-    dims = tl.arange(0, D_BLOCK)
 
     query += prompt * query_b + head * query_h
-    at = queries.to(tl.int64)[:, None] * query_t + dims[None, :]
-    q = tl.load(query + at, mask=real[:, None] & (dims < D)[None, :], other=0.0)
+    q = load_block(query, query_t, queries, n_queries, D, D_BLOCK)
     sums = load_log2_sums(lse + rows * n_queries, queries, n_queries)
     key += prompt * key_b + (head // GROUP) * key_h
     key_bias += prompt * bias_b
@@ -196,8 +190,7 @@ def nearby_kernel(
     for first in tl.range(low, high, N):
         keys = first + tl.arange(0, N)
         there = keys < n_keys
-        place = keys.to(tl.int64)[:, None] * key_t + dims[None, :]
-        k = tl.load(key + place, mask=there[:, None] & (dims < D)[None, :], other=0.0)
+        k = load_block(key, key_t, keys, n_keys, D, D_BLOCK)
         logs = log2_pattern(
             tl.dot(q, tl.trans(k), input_precision=PRECISION), sums[:, None], stands[:, None],
             keys[None, :], window, scale, cap, CAUSAL, WINDOWED, CAPPED, True,
@@ -251,9 +244,8 @@ def chosen_kernel(
     rows = prompt * tl.num_programs(1) + head
     real = queries < n_queries
     dims = tl.arange(0, D_BLOCK)
-    at = queries.to(tl.int64)[:, None] * query_t + dims[None, :]
     query += prompt * query_b + head * query_h
-    q = tl.load(query + at, mask=real[:, None] & (dims < D)[None, :], other=0.0).to(tl.float32)
+    q = load_block(query, query_t, queries, n_queries, D, D_BLOCK).to(tl.float32)
     sums = load_log2_sums(lse + rows * n_queries, queries, n_queries)
     key += prompt * key_b + (head // GROUP) * key_h
 

@@ -1,4 +1,4 @@
-"""Tiles of log2 of the pattern, used by all kernels."""
+"""What all kernels share: loading a block of vectors, the visible keys, log2 of the pattern."""
 
 from __future__ import annotations
 
@@ -9,6 +9,41 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+@no_type_check
+def load_block(vectors, step, places, length, D: tl.constexpr, D_BLOCK: tl.constexpr):
+    """The vectors [place D_BLOCK] of a head at some positions; 0 beyond ``length`` and ``D``.
+
+    ``vectors`` points to position 0, and ``step`` is the distance between positions.
+    """
+    dims = tl.arange(0, D_BLOCK)
+    at = places.to(tl.int64)[:, None] * step + dims[None, :]
+    return tl.load(vectors + at, mask=(places < length)[:, None] & (dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+@no_type_check
+def visible_keys(
+    first_query,
+    n_keys,
+    offset,
+    window,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
+    """Range of the keys that any of M queries sees, from the start of a block of N keys."""
+    low = 0
+    high = n_keys
+    if WINDOWED:
+        low = tl.maximum(first_query + offset - window + 1, 0) // N * N
+        high = tl.minimum(n_keys, first_query + M - 1 + offset + window)
+    if CAUSAL:
+        high = tl.minimum(high, first_query + M + offset)
+    return low, high
 
 
 @triton.jit

@@ -122,14 +122,19 @@ class TopReceived(Observer, metric="top_received", reads="attention", needs=("pa
     def observe(self, x: AttentionReader, batch: Batch) -> dict[str, Tensor]:
         """The largest values of Gu's importance score."""
         alpha = x.received().float() * batch.per_query(x.window)[:, None, :]
-        top, position = attention.top_received(alpha, batch.mask, batch.causal)
-        norm = values.per_query_head(x.value_norms(), alpha.shape[1]).float()
-        there = position.nan_to_num(0).long().clamp(max=norm.shape[-1] - 1)
-        size = torch.where(position.isnan(), torch.nan, norm.gather(-1, there))
+        score, position = attention.strongest(alpha, batch.eligible_keys)
+        norm = values.per_query_head(x.value_norms(), alpha.shape[1])
+        return {"score": score, "position": position, "norm": norm.gather(-1, position)}
+
+    def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Undefined where a prompt has fewer eligible keys, in all layers at once."""
+        score, position, norm = attention.ranked(
+            layers["score"], layers["position"], layers["norm"]
+        )
         return {
-            "top_received": top,
+            "top_received": score,
             "top_received_position": position,
-            "top_received_value_norm": size,
+            "top_received_value_norm": norm,
         }
 
 
@@ -173,6 +178,10 @@ class SinkLogitGeometry(Observer, metric="sink_logit", reads="attention", needs=
 class Recency(Observer, metric="recency", reads="attention"):
     """Attention to near keys, sinks and the remaining keys, over queries that see all three."""
 
+    def __init__(self, scope: Scope) -> None:
+        super().__init__(scope)
+        self._windows: dict[int, int | None] = {}
+
     @classmethod
     def unavailable(cls, can: Capabilities) -> str | None:
         """Shares are undefined for rows that are not distributions."""
@@ -184,18 +193,28 @@ class Recency(Observer, metric="recency", reads="attention"):
             ("beyond weights", x.window), lambda: mean_weights(batch.beyond(x.window))
         )
         near = x.nearby(attention.RECENT).unflatten(-1, (2, -1))
-        near = torch.einsum("phqiw,pqw->piwh", near, weights.to(near.dtype))
-        to_sinks = average(x.on_keys(batch.sinks, batch.most_sinks), weights)
-        uniform = batch.uniform_nearby(x.window).unflatten(-1, (2, -1))
-        recent = near[:, 0].mT
+        self._windows[self.layer] = x.window
+        return {
+            "near": torch.einsum("phqiw,pqw->piwh", near, weights.to(near.dtype)),
+            "to_sinks": average(x.on_keys(batch.sinks, batch.most_sinks), weights),
+            "total": average(x.total(), weights),
+        }
+
+    def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Ratios to uniform attention, and what remains, in all layers at once."""
+        recent, without_self = layers["near"].unbind(2)
+        windows = [window for _, window in sorted(self._windows.items())]
+        uniform = torch.stack([batch.uniform_nearby(window) for window in windows])
+        uniform, uniform_without_self = uniform.unflatten(-1, (2, -1)).unbind(-2)
+        recent, to_sinks = recent.mT, layers["to_sinks"]
         return {
             "recent_attention": recent,
-            "recent_without_self": near[:, 1].mT,
-            "recent_uniform": uniform[:, 0],
-            "recent_uniform_without_self": uniform[:, 1],
-            "recency_ratio": recent / uniform[:, 0, None],
+            "recent_without_self": without_self.mT,
+            "recent_uniform": uniform,
+            "recent_uniform_without_self": uniform_without_self,
+            "recency_ratio": recent / uniform[:, :, None],
             "recent_sink_attention": to_sinks,
-            "remaining_attention": average(x.total(), weights) - recent - to_sinks,
+            "remaining_attention": layers["total"] - recent - to_sinks,
         }
 
     def results(self, order: Int[Tensor, "prompt"]) -> dict[str, Any]:

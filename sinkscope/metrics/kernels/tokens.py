@@ -30,7 +30,7 @@ def norms_through(
     # float16 vectors times G in three TF32 parts is accurate to float32.
     precision = "ieee" if x.dtype == torch.float32 else "tf32x3"
     split = x.dtype == torch.bfloat16
-    through_kernel[(triton.cdiv(length, rows), heads, prompts)](
+    through_kernel[(-(-length // rows), heads, prompts)](
         x, gram, result, *x.stride()[:3], length, GROUP=heads // kv_heads, D=width, D_BLOCK=block,
         M=rows, COLUMNS=max(16, block // 2) if split else block, SPLIT=split, PRECISION=precision,
         num_warps=4,
@@ -49,7 +49,7 @@ def token_summary(
         3, prompts, length, dtype=torch.float32, device=hidden.device
     ).unbind(0)
     rows = 4
-    summary_kernel[(triton.cdiv(length, rows), prompts)](
+    summary_kernel[(-(-length // rows), prompts)](
         hidden, first, norm, peak, cosine, *hidden.stride()[:2], length, width, R=rows,
         BLOCK=min(1024, triton.next_power_of_2(width)), num_warps=4,
     )  # fmt: skip
@@ -130,6 +130,7 @@ def summary_kernel(
     here = places < length
     sink = tl.load(first + prompt)
     there = sink < length
+    bound = tl.where(there, width, 0)
     hidden += prompt * hidden_b
     squares = tl.zeros([R], dtype=tl.float32)
     along = tl.zeros([R], dtype=tl.float32)
@@ -138,7 +139,7 @@ def summary_kernel(
     for start in tl.range(0, width, BLOCK):
         dims = start + tl.arange(0, BLOCK)
         inside = dims < width
-        s = tl.load(hidden + sink * hidden_t + dims, mask=inside & there, other=0.0)
+        s = tl.load(hidden + sink * hidden_t + dims, mask=dims < bound, other=0.0)
         s = s.to(tl.float32)
         at = places.to(tl.int64)[:, None] * hidden_t + dims[None, :]
         x = tl.load(hidden + at, mask=here[:, None] & inside[None, :], other=0.0).to(tl.float32)
