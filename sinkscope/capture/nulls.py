@@ -2,7 +2,7 @@
 
 There are three nulls, each with the requested number of draws:
 
-1. *initial*: the same architecture with transformers' initial weights, from seed 0, 1, … (no
+1. *initial*: the same architecture with transformers' initial weights, drawn anew each time (no
    trained weight is read). Causality alone makes early keys receive more.
 2. *random*: another position of the prompt's first half, drawn for each prompt, serves as the sink.
    Since fewer queries see later keys, and queries with more visible keys give each of them less,
@@ -13,7 +13,9 @@ There are three nulls, each with the requested number of draws:
    their key, as they share the sink, and uniform attention is the same as for the sink. Queries
    whose window no longer includes the sink count as 0.
 
-`report.chance` computes p-values from them.
+Every draw has its own random stream (numpy's `SeedSequence`), given by the scan's seed, the null,
+and the number of the model or prompt: scans with different seeds share no draws, and the draws of a
+prompt do not depend on its batch. `report.chance` computes p-values from them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -38,6 +41,8 @@ from sinkscope.models.active import in_force, user_hooks
 from sinkscope.models.load import load_model
 from sinkscope.report.chance import QUANTITIES
 
+_INITIAL, _RANDOM, _SHUFFLED = range(3)
+
 
 def check_one_sink(sinks: Bool[Tensor, "prompt position"]) -> None:
     """Check that every prompt has exactly one sink.
@@ -53,12 +58,13 @@ def check_one_sink(sinks: Bool[Tensor, "prompt position"]) -> None:
         )
 
 
-def initial_models(model: Any, draws: int) -> Iterator[Any]:
+def initial_models(model: Any, draws: int, seed: int = 0) -> Iterator[Any]:
     """Yield bridges of the model at initialisation, one at a time.
 
     Args:
         model: A bridge.
-        draws: Number of models, with seeds from 0.
+        draws: Number of models.
+        seed: Seed of the scan; no model is drawn for two of them.
 
     Raises:
         UnsupportedError: If interventions or hooks are active, which a new model would lack, or
@@ -77,15 +83,15 @@ def initial_models(model: Any, draws: int) -> Iterator[Any]:
             "no model at initialisation to compare it with; scan it without nulls."
         )
     weight = next(original.parameters())
-    for seed in range(draws):
+    for draw in range(draws):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(stream(seed, _INITIAL, draw))
             fresh = type(original)(copy.deepcopy(original.config))
         yield load_model(fresh.to(weight.device, weight.dtype).eval())
 
 
 def initial_fields(
-    model: Any, draws: int, measure: Callable[[Any], dict[str, Tensor]]
+    model: Any, draws: int, measure: Callable[[Any], dict[str, Tensor]], seed: int = 0
 ) -> dict[str, Tensor]:
     """The fields of the initial null.
 
@@ -93,11 +99,12 @@ def initial_fields(
         model: A bridge.
         draws: Number of draws.
         measure: Returns the fields of a bridge by name, each with the prompt first.
+        seed: Seed of the scan.
 
     Returns:
         The measured ones of `QUANTITIES`, with draws along the last dimension.
     """
-    drawn = [measure(fresh) for fresh in initial_models(model, draws)]
+    drawn = [measure(fresh) for fresh in initial_models(model, draws, seed)]
     return {
         f"initial_{name}": torch.stack([one[name] for one in drawn], dim=-1)
         for name in QUANTITIES
@@ -111,11 +118,12 @@ class _Drawn(Observer):
     Args:
         scope: Scope of the scan.
         draws: Number of draws.
+        seed: Seed of the scan.
     """
 
-    def __init__(self, scope: Scope, draws: int) -> None:
+    def __init__(self, scope: Scope, draws: int, seed: int = 0) -> None:
         super().__init__(scope)
-        self.draws = draws
+        self.draws, self.seed = draws, seed
 
     def accumulator(self, name: str) -> Accumulator:
         """Store every prompt."""
@@ -130,13 +138,14 @@ class _Drawn(Observer):
             for row, length, sink in zip(batch.rows.tolist(), lengths, sinks, strict=True):
                 places = torch.tensor([at for at in range(length // 2) if at != sink])
                 if len(places):
-                    drawn = torch.randint(len(places), (self.draws,), generator=_generator(row, 0))
+                    source = _generator(self.seed, _RANDOM, row)
+                    drawn = torch.randint(len(places), (self.draws,), generator=source)
                     chosen.append(places[drawn])
                 else:
                     chosen.append(torch.full((self.draws,), -1))
             return torch.stack(chosen).to(batch.mask.device)
 
-        return batch.once(("other sinks", self.draws), compute)
+        return batch.once(("other sinks", self.draws, self.seed), compute)
 
     def at_others(
         self, definition: Callable[..., Tensor], layers: dict[str, Tensor], batch: Batch
@@ -172,8 +181,8 @@ class NullAttention(_Drawn, reads="attention"):
 
     def _weights(self, batch: Batch, window: int | None) -> _Weights:
         return batch.once(
-            ("null weights", window, self.draws),
-            lambda: _Weights(batch, window, self.other_sinks(batch), self.draws),
+            ("null weights", window, self.draws, self.seed),
+            lambda: _Weights(batch, window, self.other_sinks(batch), self.draws, self.seed),
         )
 
 
@@ -185,13 +194,19 @@ class _Weights:
         window: Sliding window of the layer.
         others: The positions of the random null.
         draws: Number of draws of each null.
+        seed: Seed of the scan.
 
     Attributes:
         scale: Uniform attention to the sink over that to the other position.
     """
 
     def __init__(
-        self, batch: Batch, window: int | None, others: Int[Tensor, "prompt draw"], draws: int
+        self,
+        batch: Batch,
+        window: int | None,
+        others: Int[Tensor, "prompt draw"],
+        draws: int,
+        seed: int,
     ) -> None:
         visible = positions.visible(batch.mask, batch.causal, window)  # [prompt query key]
         uniform = visible.float() / visible.sum(-1, keepdim=True).clamp(min=1)
@@ -210,7 +225,8 @@ class _Weights:
         ranks = torch.full((len(batch.mask), draws, batch.length), 2.0)
         lengths = batch.mask.sum(dim=1).tolist()
         for at, (row, length) in enumerate(zip(batch.rows.tolist(), lengths, strict=True)):
-            ranks[at, :, :length] = torch.rand(draws, length, generator=_generator(row, 1))
+            source = _generator(seed, _SHUFFLED, row)
+            ranks[at, :, :length] = torch.rand(draws, length, generator=source)
         ranks = ranks.to(batch.mask.device)
         first = [
             torch.where(visible, ranks[:, draw, None], 2).argmin(dim=-1) for draw in range(draws)
@@ -252,6 +268,11 @@ class NullDrain(_Drawn, reads="value"):
         return {"random_value_drain": self.at_others(values.drain, layers, batch)}
 
 
-def _generator(row: int, null: int) -> torch.Generator:
+def stream(seed: int, null: int, number: int) -> int:
+    """Seed of the random stream of one draw, or one prompt, of a null."""
+    return int(np.random.SeedSequence([seed, null, number]).generate_state(1)[0])
+
+
+def _generator(seed: int, null: int, row: int) -> torch.Generator:
     """Random generator of a prompt, independent of its batch."""
-    return torch.Generator().manual_seed(2 * row + null)
+    return torch.Generator().manual_seed(stream(seed, null, row))

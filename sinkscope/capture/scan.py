@@ -59,6 +59,7 @@ def scan(
     batch: int | Literal["auto"] = "auto",
     attention: str = "auto",
     nulls: int = 0,
+    nulls_seed: int = 0,
     devices: Sequence[str | torch.device] | None = None,
     progress: bool = True,
     path: str | None = None,
@@ -86,6 +87,7 @@ def scan(
             as the sink, and shuffled keys. Each draw of the first is a scan of a new model.
             Corrected p-values are at least 1 / (1 + nulls), so 20 is the smallest number that
             allows p below 0.05. The drain has no null if the model's values cannot be measured.
+        nulls_seed: Seed of these draws; scans with different seeds share none.
         devices: Devices between which the prompts are divided, such as ["cuda:0", "cuda:1"]. A
             model that is loaded here is loaded on the first; for the duration of the scan it is
             copied to the others, with adapters and edited weights, and idle copies take the next
@@ -117,13 +119,24 @@ def scan(
         attention = "eager" if path == "stock" else path
     metrics, sinks, epsilon, batch = checked(metrics, sinks, epsilon, attention, batch)
     nulls = whole_number("nulls", nulls, at_least=0)
+    nulls_seed = whole_number("nulls_seed", nulls_seed, at_least=0)
     places = None if devices is None else check_devices(devices)
     named = isinstance(model, str | os.PathLike)
     model = load_model(model, device=places[0]) if places and named else load_model(model)
     with exclusive(model), usual_torch():
         further = further_devices(model, places) if places else []
         return _scan(
-            model, texts, metrics, sinks, epsilon, batch, attention, nulls, progress, further
+            model,
+            texts,
+            metrics,
+            sinks,
+            epsilon,
+            batch,
+            attention,
+            nulls,
+            nulls_seed,
+            progress,
+            further,
         )
 
 
@@ -136,6 +149,7 @@ def _scan(
     batch: int | Literal["auto"],
     attention: str,
     nulls: int,
+    nulls_seed: int,
     progress: bool,
     further: Sequence[torch.device],
 ) -> SinkReport:
@@ -203,7 +217,10 @@ def _scan(
     if nulls:
         check_one_sink(at)
     found = measure(
-        lambda scope: [*(kind(scope) for kind in kinds), *(null(scope, nulls) for null in drawn)],
+        lambda scope: [
+            *(kind(scope) for kind in kinds),
+            *(null(scope, nulls, nulls_seed) for null in drawn),
+        ],
         at,
     )
     if nulls:
@@ -213,10 +230,14 @@ def _scan(
             model,
             nulls,
             lambda fresh: measure(lambda scope: [kind(scope) for kind in wanted], at, fresh),
+            nulls_seed,
         )
     own = tuple(variable for kind in kinds for variable in kind.variables().values())
     report = extended(SinkReport, own)(
-        settings=_settings(model, can, prompts, chosen, sinks, epsilon, how.name, further),
+        settings=replace(
+            _settings(model, can, prompts, chosen, sinks, epsilon, how.name, further),
+            nulls_seed=nulls_seed,
+        ),
         tokens=prompts.tokens,
         mask=prompts.mask,
         sink_mask=at,

@@ -49,6 +49,7 @@ def scan(
             "shuffled keys.",
         ),
     ] = 0,
+    nulls_seed: Annotated[int, typer.Option(min=0, help="Seed of these draws.")] = 0,
     path: Annotated[str | None, typer.Option(hidden=True)] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Prompts per pass; default: auto.")
@@ -94,6 +95,7 @@ def scan(
             epsilon=epsilon,
             attention=attention,
             nulls=nulls,
+            nulls_seed=nulls_seed,
             devices=places,
             path=path,
             batch=batch or "auto",

@@ -61,6 +61,7 @@ class Settings:
             expose; fields of attention, values and heads are undefined (nan) there.
         metrics: the measured metrics.
         seed: seed of the texts and of the scan; None if merged reports differ.
+        nulls_seed: seed of the nulls' draws.
         interventions: interventions active during the scan, outermost first.
         hooks: places with user hooks during the scan.
         weights: hash of all weights; "" in reports of earlier versions, which did not record it.
@@ -88,6 +89,7 @@ class Settings:
     without_attention: tuple[int, ...] = ()
     revision: str = ""
     seed: int | None = 0
+    nulls_seed: int = 0
     interventions: tuple[str, ...] = ()
     hooks: tuple[str, ...] = ()
     weights: str = ""
