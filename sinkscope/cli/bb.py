@@ -22,6 +22,7 @@ OPERATORS = ", ".join(ATTENTIONS)
 Attention = Annotated[str, typer.Option(help=f"One of {OPERATORS}.")]
 Optimizer = Annotated[str, typer.Option(help="adamw, sgd, or muon.")]
 Layers = Annotated[int, typer.Option(min=1, help="Blocks.")]
+Heads = Annotated[int, typer.Option(min=1, help="Heads of each block.")]
 Steps = Annotated[
     int | None,
     typer.Option(min=1, help="Optimiser steps; default: 2,000, or 10,000 with --paper."),
@@ -54,6 +55,7 @@ def train(
     attention: Attention = "softmax",
     optimizer: Optimizer = "adamw",
     layers: Layers = 1,
+    heads: Heads = 1,
     steps: Steps = None,
     seed: Seed = 42,
     text: Text = None,
@@ -82,7 +84,7 @@ def train(
         from sinkscope.bb.comparison import headline
         from sinkscope.bb.run_folder import CHECKPOINT
 
-        config = _config(paper, layers, steps, triggers).replace(
+        config = _config(paper, layers, heads, steps, triggers).replace(
             attention=attention, optimizer=optimizer, learning_rate=_rate(paper, optimizer),
             seed=seed, snapshots=kept,
         )  # fmt: skip
@@ -106,6 +108,7 @@ def compare(
     optimizer: Annotated[str, typer.Option(help="Comma-separated: adamw, sgd, muon.")] = "adamw",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds for each combination.")] = 3,
     layers: Layers = 3,
+    heads: Heads = 1,
     steps: Steps = None,
     text: Text = None,
     triggers: Triggers = 3,
@@ -121,7 +124,7 @@ def compare(
 
         names = list(bb.ATTENTIONS) if attention == "all" else common.some("--attention", attention)
         optimizers = common.some("--optimizer", optimizer)
-        config, source = _config(paper, layers, steps, triggers), _source(text)
+        config, source = _config(paper, layers, heads, steps, triggers), _source(text)
         with common.interruptible(folder):
             runs = bb.compare(
                 names,
@@ -256,12 +259,12 @@ def _interval(low: float, high: float, form: str) -> str:
     return number(low, form) if math.isnan(low) else f"{low:{form}} to {high:{form}}"
 
 
-def _config(paper: bool, layers: int, steps: int | None, triggers: int) -> Any:
+def _config(paper: bool, layers: int, heads: int, steps: int | None, triggers: int) -> Any:
     from sinkscope.bb import TrainConfig
 
     config = TrainConfig() if paper else TrainConfig.classroom()
     steps = config.steps if steps is None else steps
-    return config.replace(layers=layers, steps=steps, triggers=triggers)
+    return config.replace(layers=layers, heads=heads, steps=steps, triggers=triggers)
 
 
 def _source(text: Path | None) -> Any:

@@ -20,6 +20,7 @@ from tests.cli.test_commands import run
     [
         (("train", "--seed", -1), "Invalid value for '--seed'"),
         (("train", "--snapshots", "1, 5"), "snapshot 5 lies beyond the run's 2 steps"),
+        (("train", "--heads", 3), "width 64 must be a multiple of the 3 heads"),
         (("compare", "--attention", ","), "--attention ',' names nothing"),
         (("train", "--device", "foo"), "sinkscope: There is no device 'foo'"),
         (("compare", "--device", "foo"), "sinkscope: There is no device 'foo'"),
@@ -53,6 +54,14 @@ def test_ctrl_c_says_from_where_the_run_goes_on(tmp_path, capsys, monkeypatch):
     assert load_checkpoint(checkpoint).step == 4
     code, out, _ = run(*asked, "--out", tmp_path / "run", capsys=capsys)
     assert code == 0 and json.loads(out) == json.loads(whole)
+
+
+def test_a_model_with_several_heads_a_layer(tmp_path, capsys):
+    arguments = ("--heads", 4, "--layers", 2, "--steps", 1, "--out", tmp_path / "run", "--json")
+    code, _, _ = run("bb", "train", *arguments, capsys=capsys)
+    assert code == 0
+    config = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors").config
+    assert (config.model.heads, config.model.layers, config.model.d_head) == (4, 2, 16)
 
 
 def test_several_operators_may_have_spaces_between_them_and_no_figure_is_a_dash(capsys):

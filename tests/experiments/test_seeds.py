@@ -98,8 +98,8 @@ def test_the_command_compares_the_folders_of_runs(tmp_path: Path) -> None:
 
     for seed in (0, 1):
         recipe = bb.TrainConfig(
-            model=bb.ModelConfig(width=32, context=16), length=16, batch=2, steps=2, seed=seed,
-            measure_prompts=2, snapshots=(0, 2), compile=False,
+            model=bb.ModelConfig(heads=4, width=32, context=16), length=16, batch=2, steps=2,
+            seed=seed, measure_prompts=2, snapshots=(0, 2), compile=False,
         )  # fmt: skip
         bb.train(recipe, tmp_path / f"seed{seed}", device="cpu", progress=False)
     files = sorted(map(str, tmp_path.glob("seed*/step-*.safetensors")))
@@ -108,6 +108,8 @@ def test_the_command_compares_the_folders_of_runs(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     kept = json.loads((tmp_path / "out" / "seeds.json").read_text("utf-8"))
     assert kept["runs"] == ["seed0", "seed1"]
+    rows = json.loads((tmp_path / "out" / "seed1" / "dynamics.json").read_text("utf-8"))["heads"]
+    assert [(row["layer"], row["head"]) for row in rows] == [(0, head) for head in range(4)]
     assert (tmp_path / "out" / "seed1" / "dynamics.html").exists()
     alone = CliRunner().invoke(app, ["dynamics", "--seeds", *files[:1]])
     assert alone.exit_code != 0
