@@ -11,6 +11,10 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 import pytest
 
+from tests import checked
+
+checked.install()
+
 
 def packaged(name: str):
     """A packaged model, or a skip; in CI its absence is a failure."""
