@@ -9,10 +9,14 @@ initialisation almost any error would hide below the tolerance.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import transformers
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
+
+from sinkscope.models.load import load_model
 
 D_MODEL = 32
 D_MLP = 48
@@ -508,3 +512,13 @@ OWN_ARITHMETIC: tuple[Family, ...] = (
 BY_NAME: dict[str, Family] = {
     family.name: family for family in (*FAMILIES, *LATENTS, *OTHERS, *OWN_ARITHMETIC)
 }
+
+
+def bridge_of(family: Family) -> TransformerBridge:
+    """The family's tiny model as a bridge, one for all tests: leave it as it was."""
+    return _bridge_named(family.name)
+
+
+@cache
+def _bridge_named(name: str) -> TransformerBridge:
+    return load_model(BY_NAME[name].build(), device="cpu")

@@ -7,9 +7,7 @@ from functools import cache
 import pytest
 from torch import Tensor
 
-from sinkscope.models.load import load_model
-
-from .architectures import BY_NAME, FAMILIES, Family
+from .architectures import BY_NAME, FAMILIES, Family, bridge_of
 from .reference import reference
 
 
@@ -31,12 +29,7 @@ def family_reference(family: Family) -> dict[str, Tensor]:
     return _reference_of(family.name)
 
 
-@cache
-def _bridge_of(name: str):
-    return load_model(BY_NAME[name].build(), device="cpu")
-
-
 @pytest.fixture
 def family_bridge(family: Family):
     """The family's tiny model as a bridge, shared by all tests: leave it as it was."""
-    return _bridge_of(family.name)
+    return bridge_of(family)

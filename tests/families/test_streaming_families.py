@@ -14,7 +14,7 @@ from sinkscope.attention import pattern_sums
 from sinkscope.attention.streaming import Stream, streaming
 from sinkscope.models.load import load_model
 
-from .architectures import BY_NAME, FAMILIES, N_LAYERS, OTHERS, VOCAB, Family
+from .architectures import BY_NAME, FAMILIES, N_LAYERS, OTHERS, VOCAB, Family, bridge_of
 from .reference import reference
 
 FIRED = ("hook_rot_q", "hook_rot_k", "hook_rot_v", "hook_lse")
@@ -31,6 +31,13 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 @pytest.fixture
 def bridge(family: Family) -> TransformerBridge:
+    """Shared by all tests: leave it as it was."""
+    return bridge_of(family)
+
+
+@pytest.fixture
+def own_bridge(family: Family) -> TransformerBridge:
+    """A bridge to be changed."""
     return load_model(family.build())
 
 
@@ -145,9 +152,8 @@ def test_padding(family: Family, bridge: TransformerBridge, padded: tuple[Tensor
     torch.testing.assert_close(
         seen["logits"][same][mask[same]], expected["logits"][same][mask[same]], **LOGIT_TOLERANCE
     )
-    stock = load_model(family.build())
     with torch.no_grad():
-        theirs = stock(tokens, attention_mask=mask.long())
+        theirs = bridge(tokens, attention_mask=mask.long())
     torch.testing.assert_close(seen["logits"][mask], theirs[mask], **LOGIT_TOLERANCE)
 
 
@@ -385,17 +391,17 @@ def test_a_mask_with_four_axes_is_the_last_word(
 
 
 def test_gradients_flow_as_through_the_stock_bridge(
-    family: Family, bridge: TransformerBridge, tokens: Tensor
+    family: Family, own_bridge: TransformerBridge, tokens: Tensor
 ) -> None:
     def gradients() -> dict[str, Tensor]:
-        bridge.zero_grad()
-        bridge(tokens).square().mean().backward()
-        named = bridge.original_model.named_parameters()
+        own_bridge.zero_grad()
+        own_bridge(tokens).square().mean().backward()
+        named = own_bridge.original_model.named_parameters()
         return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
-    bridge.requires_grad_(True)
+    own_bridge.requires_grad_(True)
     stock = gradients()
-    with streaming(bridge):
+    with streaming(own_bridge):
         ours = gradients()
     assert stock.keys() == ours.keys() and stock
     # Key biases have none but rounding noise: attention does not depend on them.
@@ -436,19 +442,21 @@ def snapshot(bridge: TransformerBridge) -> dict[str, object]:
     return state | {"implementation": config._attn_implementation}
 
 
-def test_a_copy_taken_inside_is_a_plain_bridge(bridge: TransformerBridge, tokens: Tensor) -> None:
+def test_a_copy_taken_inside_is_a_plain_bridge(
+    own_bridge: TransformerBridge, tokens: Tensor
+) -> None:
     with torch.no_grad():
-        expected = bridge(tokens)
-    with streaming(bridge) as stream:
+        expected = own_bridge(tokens)
+    with streaming(own_bridge) as stream:
         heard: list[str] = []
-        bridge.add_hook("blocks.0.attn.hook_lse", lambda x, hook: heard.append(hook.name))
+        own_bridge.add_hook("blocks.0.attn.hook_lse", lambda x, hook: heard.append(hook.name))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # transformers' own, about copying
-            twin = copy.deepcopy(bridge)
+            twin = copy.deepcopy(own_bridge)
         assert "blocks.0.attn.hook_lse" not in twin.hook_dict
         with torch.no_grad():
             assert torch.equal(twin(tokens), expected)
-            bridge(tokens)
+            own_bridge(tokens)
         assert heard == ["blocks.0.attn.hook_lse"] and set(stream.calls) == set(range(N_LAYERS))
         with streaming(twin) as other:
             assert isinstance(other, Stream) and other is not stream

@@ -41,7 +41,7 @@ from sinkscope.interventions import (
 )
 from sinkscope.prompts.tokens import Texts
 
-from ..families.architectures import BY_NAME, N_LAYERS, Family
+from ..families.architectures import BY_NAME, N_LAYERS, Family, bridge_of
 from ..families.oracle import expected
 from ..families.reference import reference
 
@@ -127,7 +127,7 @@ def test_self_only_mask(family: Family, path: str, layers: list[int] | None) -> 
     tokens, plain = family.tokens(), family.build()
     with attention(plain, masked(plain, family, [P, 13], layers)), torch.no_grad():
         want = plain(tokens).logits
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     before = run(model, tokens, path)
     with SelfOnlyMask(model, [P, 13], layers=layers):
         got = run(model, tokens, path)
@@ -142,7 +142,7 @@ def test_a_scan_sees_the_mask(family: Family, path: str) -> None:
     with attention(plain, masked(plain, family, [P])):
         ref = reference(plain, tokens, parts=family.parts)
     oracle = expected(ref, np.ones(tokens.shape, dtype=bool), family.causal)
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     with SelfOnlyMask(model, P):
         report = ss.scan(model, ss.token_ids(tokens), attention=path, progress=False)
     for name in (
@@ -166,7 +166,7 @@ def test_a_scan_sees_the_mask(family: Family, path: str) -> None:
 
 def test_the_masked_row_reads_itself_alone(family: Family) -> None:
     """Streaming: exp(s - lse) of the masked query is 1 at itself (less a learned sink's share)."""
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     rows = []
 
     def keep(pattern: Tensor, hook: object) -> None:
@@ -189,7 +189,7 @@ def test_masks_reach_through_a_kv_cache(path: str) -> None:
     tokens, plain = family.tokens(), family.build()
     with attention(plain, masked(plain, family, [P])), torch.no_grad():
         want = plain(tokens).logits
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     how = ss.streaming(model) if path == "streaming" else nullcontext()
     with how, torch.no_grad():
         first = model.original_model(tokens[:, :8], use_cache=True)
@@ -204,7 +204,7 @@ def test_masks_reach_through_a_kv_cache(path: str) -> None:
 def test_padding_of_a_bidirectional_model_stays_hidden(path: str) -> None:
     family = BY_NAME["bert"]
     tokens = family.tokens(prompts=2)
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     padded = torch.ones(2, 24, dtype=torch.long)
     padded[1, 15:] = 0
     with SelfOnlyMask(model, P), torch.no_grad():
@@ -236,7 +236,7 @@ def test_shift_sink_logit(family: Family, path: str, heads: list[int] | None) ->
 
     with attention(plain, change), torch.no_grad():
         want = plain(tokens).logits
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     before = run(model, tokens, path)
     with ShiftSinkLogit(model, -1.5, position=2, heads=heads):
         got = run(model, tokens, path)
@@ -268,7 +268,7 @@ def test_windowed_attention(family: Family, path: str) -> None:
     with attention(plain, change), torch.no_grad():
         want = plain(tokens).logits
         ref = reference(plain, tokens, parts=family.parts)
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     before = run(model, tokens, path)
     with WindowedAttention(model, 4, sinks=2, layers=1, heads=heads):
         got = run(model, tokens, path)
@@ -287,7 +287,7 @@ def test_windowed_attention(family: Family, path: str) -> None:
 def test_windowed_attention_in_pieces(path: str) -> None:
     """Through a KV cache, a window of 4 and the first token are what they are in one piece."""
     family = BY_NAME["llama"]
-    model, tokens, plain = ss.load_model(family.build()), family.tokens(), family.build()
+    model, tokens, plain = bridge_of(family), family.tokens(), family.build()
 
     def change(eager: Attend) -> Attend:
         def attend(module, query, key, value, attention_mask, **kwargs):
@@ -324,7 +324,7 @@ def test_scale_value(family: Family, path: str, factor: float) -> None:
 
     with attention(plain, change), torch.no_grad():
         want = plain(tokens).logits
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     before = run(model, tokens, path)
     which = dict(positions=[0, P], layers=1, kv_heads=1)
     with ScaleValue(model, factor, **which) if factor else ZeroValue(model, **which):
@@ -336,7 +336,7 @@ def test_scale_value(family: Family, path: str, factor: float) -> None:
 
 def test_replace_softmax(family: Family, path: str) -> None:
     tokens, plain = family.tokens(), family.build()
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     if family.learned_sinks:
         with pytest.raises(UnsupportedError, match="learned sinks"):
             ReplaceSoftmax(model, "sigmoid")
@@ -384,7 +384,7 @@ def test_replace_softmax(family: Family, path: str) -> None:
 @pytest.mark.parametrize("operator", ["sigmoid", "relu", "off-by-one", "softpick", "off_by_one"])
 def test_replace_softmax_beside_left_pads(path: str, operator: str) -> None:
     """A padded prompt is what it is alone: rotary positions only say how far apart tokens are."""
-    model, tokens = ss.load_model(BY_NAME["llama"].build()), BY_NAME["llama"].tokens(2, 12)
+    model, tokens = bridge_of(BY_NAME["llama"]), BY_NAME["llama"].tokens(2, 12)
     real = torch.ones_like(tokens)
     real[0, :4] = 0
     with ReplaceSoftmax(model, operator):
@@ -433,7 +433,7 @@ def test_ablate_heads(family: Family, path: str, mode: str) -> None:
 
     with attention(plain, with_heads(plain, family, new)), torch.no_grad():
         want = plain(tokens).logits
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     before = run(model, tokens, path)
     calibration = ss.token_ids(other) if mode == "mean" else None
     with AblateHeads(model, HEADS, mode=mode, calibration=calibration):
@@ -454,7 +454,7 @@ def test_resampled_heads_are_those_of_one_calibration_prompt(family: Family, pat
 
     with attention(plain, with_heads(plain, family, new)), torch.no_grad():
         want = plain(tokens).logits
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     with AblateHeads(model, HEADS, mode="resample", calibration=ss.token_ids(other)):
         got = run(model, tokens, path)
     assert_close(got, want)
@@ -501,7 +501,7 @@ def test_set_activation(family: Family, path: str, at: str) -> None:
 
     with module_output(plain, module_of(family, 1, at), tokens.shape, change), torch.no_grad():
         want = plain(tokens).logits
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     before = run(model, tokens, path)
     with SetActivation(model, 1, dims, positions, value, at=at):
         got = run(model, tokens, path)
@@ -525,7 +525,7 @@ def test_remove_output(family: Family, path: str, part: str, mode: str) -> None:
     where = module_of(family, 1, f"{part}_out")
     with module_output(plain, where, tokens.shape, change), torch.no_grad():
         want = plain(tokens).logits
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     calibration = ss.token_ids(other) if mode == "mean" else None
     with RemoveOutput(model, 1, part, [P, 0], mode, calibration=calibration):
         got = run(model, tokens, path)
@@ -542,7 +542,7 @@ def test_scale_activation(family: Family, path: str) -> None:
     where = module_of(family, 0, "resid_post")
     with module_output(plain, where, tokens.shape, change), torch.no_grad():
         want = plain(tokens).logits
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     with ScaleActivation(model, 0, P, norm=7.0):
         got = run(model, tokens, path)
     assert_close(got, want)
@@ -560,7 +560,7 @@ TABLES = {
 @pytest.mark.parametrize("mode", ["replace", "swap"])
 @pytest.mark.parametrize("source", [0, -1], ids=["the first", "the last"])
 def test_position_embedding_edit(family: Family, path: str, mode: str, source: int) -> None:
-    model, tokens = ss.load_model(family.build()), family.tokens()
+    model, tokens = bridge_of(family), family.tokens()
     if family.positions != "learned":
         with pytest.raises(UnsupportedError, match="PositionIdEdit"):
             PositionEmbeddingEdit(model, source, P, mode)
@@ -586,7 +586,7 @@ def test_position_embedding_edit(family: Family, path: str, mode: str, source: i
 
 @pytest.mark.parametrize("mode", ["replace", "swap"])
 def test_position_id_edit(family: Family, path: str, mode: str) -> None:
-    model, tokens = ss.load_model(family.build()), family.tokens()
+    model, tokens = bridge_of(family), family.tokens()
     if family.positions != "rotary":
         with pytest.raises(UnsupportedError, match="PositionEmbeddingEdit"):
             PositionIdEdit(model, 0, P, mode)
@@ -614,7 +614,7 @@ def test_a_position_id_that_no_token_has_is_refused(
 ) -> None:
     """Source 24 may be given to a token (a plain model shows what comes out), but not swapped."""
     family = BY_NAME["llama"]
-    model, plain, tokens = ss.load_model(family.build()), family.build(), family.tokens(length=24)
+    model, plain, tokens = bridge_of(family), family.build(), family.tokens(length=24)
     edit = PositionIdEdit(model, source, target, mode)
     with pytest.raises(TextError, match="24 lies outside .* 0 to 23"), edit:
         run(model, tokens, path)
@@ -749,7 +749,7 @@ def test_nested_interventions_compose(family: Family, path: str) -> None:
 
     with attention(plain, change), torch.no_grad():
         want = plain(tokens).logits
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     with SelfOnlyMask(model, P), ZeroValue(model, 0):
         got = run(model, tokens, path)
     assert_close(got, want)

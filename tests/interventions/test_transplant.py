@@ -14,7 +14,7 @@ import sinkscope as ss
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.interventions import SinkTransplant
 
-from ..families.architectures import BY_NAME, N_LAYERS, Family
+from ..families.architectures import BY_NAME, N_LAYERS, Family, bridge_of
 from .test_families import Attend, assert_close, attention, hand_made_mask, layer_of, run
 
 PATHS = ("eager", "streaming")
@@ -71,7 +71,7 @@ def in_place(
 @pytest.mark.parametrize("what", ["both", "key", "value"])
 def test_in_place(family: Family, path: str, what: str) -> None:
     tokens, donors = family.tokens(), family.tokens(prompts=2, length=9, seed=1)
-    model = ss.load_model(family.build())
+    model = bridge_of(family)
     if not can_be_edited(model):
         with pytest.raises(UnsupportedError, match="no hook point for 'key'"):
             SinkTransplant(model, ss.token_ids(donors))
@@ -117,7 +117,7 @@ def with_a_slot(
 @pytest.mark.parametrize("what", ["both", "key"])
 def test_an_extra_slot_at_no_position(family: Family, path: str, what: str) -> None:
     tokens, donors = family.tokens(), family.tokens(prompts=2, length=9, seed=1)
-    model, given = ss.load_model(family.build()), ss.token_ids(donors)
+    model, given = bridge_of(family), ss.token_ids(donors)
     if not can_be_edited(model):
         return
     if family.positions not in ("rotary", "learned", "none"):
