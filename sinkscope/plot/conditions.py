@@ -117,7 +117,9 @@ def before_after(
         for index, condition in enumerate(conditions):
             place = dict(row=index // columns + 1, col=index % columns + 1)
             draw(figure, rows[rows["condition"] == condition], metric, marked, place, colours)
-        figure.update_xaxes(title_text=by, row=lines)
+        for column in range(columns):  # the lowest panel of each column
+            lowest = (len(conditions) - 1 - column) // columns + 1
+            figure.update_xaxes(title_text=by, showticklabels=True, row=lowest, col=column + 1)
         if by == "layer":
             figure.update_xaxes(**layer_ticks(rows["layer"].nunique()))
         figure.update_yaxes(title_text=frames.label_of(metric), row=(lines + 1) // 2, col=1)

@@ -71,7 +71,7 @@ def nonmixture_dims(
     places = bins(len(value))
     every = f"every dim, maxima of {len(places.first):,} bins" if places.binned else "every dim"
     figure = make_subplots(
-        1, 2, column_widths=[0.62, 0.38], horizontal_spacing=0.1,
+        1, 2, column_widths=[0.62, 0.38], horizontal_spacing=0.14,
         subplot_titles=[every, f"the {len(largest)} largest, in size"],
     )  # fmt: skip
     _every_dim(figure, places, value, reach, colours)

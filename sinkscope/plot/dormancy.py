@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from sinkscope.errors import ReportError
 from sinkscope.plot import frames
-from sinkscope.plot.figure import ROOM, finish
+from sinkscope.plot.figure import ROOM, finish, layer_bar
 from sinkscope.plot.labels import About, escaped, heading, in_words, with_unit
 from sinkscope.plot.lines import band
 from sinkscope.plot.scales import squeezed, ticks, unit_for
@@ -89,7 +89,7 @@ def domain_scatter(
                 color=one.index.get_level_values("layer"),
                 colorscale=SEQUENTIAL,
                 showscale=True,
-                colorbar=dict(title=dict(text="layer", side="right")),
+                colorbar=layer_bar(int(one.index.get_level_values("layer").max()) + 1),
                 line=dict(
                     width=np.where(differs, 2.5, 0.5),
                     color=np.where(differs, colours.sink, colours.paper),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import plotly.graph_objects as go
 
 from sinkscope.plot.labels import About, about_line
@@ -11,6 +13,7 @@ ROOM = 76  # pixels above the plot for the title and the line under it
 _WIDTH = 800  # pixels of a plot in a figure 900 wide, between its margins
 _KEY, _LETTER, _SMALL = 45, 8, 6  # pixels of a legend's key, and of a letter there and in `about`
 _ROW, LINE = 20, 15  # pixels of a row of the legend, and of a further line of `about`
+_SWITCH = 44  # pixels of the buttons of `log_switch`, between the plot and a legend below it
 _DOT = " · "
 
 
@@ -38,10 +41,11 @@ def finish(
     above = ROOM + LINE * line.count("<br>")
     rows, panels = _legend_rows(figure), _has_panels(figure)
     if rows > 1 or (rows and panels):  # no room between the title and what is below it
+        switch = _SWITCH if figure.layout.updatemenus else 0
         figure.update_layout(
             legend=dict(yref="container", y=0.01),
-            margin_b=76 + _ROW * rows,
-            height=height + _ROW * (rows - 1),
+            margin_b=76 + _ROW * rows + switch,
+            height=height + _ROW * (rows - 1) + switch,
         )
     elif rows:
         above += 24
@@ -88,3 +92,8 @@ def tick_step(size: int) -> int:
 def layer_ticks(size: int) -> dict[str, int]:
     """Ticks of an axis of layers: Plotly's own, but never between two layers."""
     return dict(dtick=1) if size <= 10 else {}
+
+
+def layer_bar(size: int) -> dict[str, Any]:
+    """Colour bar of dots coloured by layer."""
+    return dict(title=dict(text="layer", side="top"), **layer_ticks(size))

@@ -10,7 +10,7 @@ import torch
 
 from sinkscope.errors import ReportError
 from sinkscope.metrics.heads import INACTIVE_IF
-from sinkscope.plot.figure import finish, tick_step
+from sinkscope.plot.figure import finish, layer_bar, tick_step
 from sinkscope.plot.labels import axis_label, heading, in_words
 from sinkscope.plot.scales import (
     colour_scale,
@@ -300,7 +300,7 @@ def head_scatter(
     figure.update_layout(updatemenus=[log_switch(False)])
     rank = _rank_correlation(across.ravel(), up.ravel())
     of = f"{across.size} head{'' if across.size == 1 else 's'}"
-    title = f"{heading(x)} and {in_words(y)} of {of}: ρ = {rank:.2f}"
+    title = f"{heading(x)} of {of} against {in_words(y)}: ρ = {rank:.2f}"
     return finish(figure, title, report.settings, theme, height=520)
 
 
@@ -316,7 +316,7 @@ def _by_layer(where: np.ndarray, colours: Palette) -> dict[str, Any]:
         opacity=0.85,
         color=where[:, 0],
         colorscale=SEQUENTIAL,
-        colorbar=dict(title=dict(text="layer", side="right")),
+        colorbar=layer_bar(int(where[:, 0].max()) + 1),
         line=dict(width=0.5, color=colours.faint),
     )
 

@@ -87,7 +87,7 @@ def test_a_trace_says_that_its_colours_end_below_some_shares() -> None:
 
 def test_one_head_is_not_heads() -> None:
     report = synthetic_report(prompts=2, layers=1, heads=1)
-    assert " of 1 head: " in plot.head_scatter(report).layout.title.text
+    assert " of 1 head against " in plot.head_scatter(report).layout.title.text
     one = frames.domains(layers=1, heads=1)
     figure = plot.domain_scatter(one, "prose", "code", about=ABOUT)
     assert " of 1 head: " in figure.layout.title.text

@@ -20,7 +20,22 @@ function draw(element) {
   if (touch.matches) layout.dragmode = false;
   if (narrow.matches) Object.assign(layout.margin, { l: 44, r: 6 });
   if (narrow.matches && layout.xaxis2) stack(layout);
+  if (element.clientWidth < SMALL) tighten(layout);
   return Plotly.react(element, data, layout, config());
+}
+
+// Where a figure is small, as on a phone and two abreast on paper, its words are small, and what an
+// axis says after its name has a line of its own.
+const SMALL = 400;
+function tighten(layout) {
+  layout.legend = { ...layout.legend, font: { size: 10 } };
+  for (const name of ["xaxis", "yaxis"]) {
+    const { title } = layout[name];
+    layout[name] = { ...layout[name], title: { ...title, font: { size: 11 } } };
+  }
+  if (!layout.xaxis.title?.text?.includes("; ")) return;
+  layout.xaxis.title.text = layout.xaxis.title.text.replace("; ", ";<br>");
+  layout.margin = { ...layout.margin, b: (layout.margin.b ?? 80) + 12 };
 }
 
 // Two panels side by side become one above the other; their titles are notes on the paper.

@@ -27,7 +27,7 @@ function fillPattern(data, layout) {
     Array.from(row, (x, key) => (page.causal && key > query ? null : x / 255)));
   data[0].text = first.map((_, query) => first.map((_, key) => `query ${name(query)}, key ${name(key)}`));
   layout.yaxis.autorange = "reversed";
-  byId("pattern-prompt").textContent = `prompt ${page.patterns.prompts[patternPrompt()]}`;
+  byId("pattern-prompt").textContent = `, prompt ${page.patterns.prompts[patternPrompt()]}`;
 }
 
 // Colours between the stops of the scale, mixed in RGB as Plotly does.
