@@ -27,6 +27,7 @@ from sinkscope.errors import ModelError, SinkscopeError
 from sinkscope.metrics.attention import bucket_edges
 from sinkscope.models.capabilities import capabilities
 from sinkscope.models.load import load_model
+from sinkscope.models.probe import input_device
 from sinkscope.prompts.tokens import check_length, context_size, token_ids
 from sinkscope.validation import whole_number
 
@@ -294,7 +295,7 @@ def _check_sizes(sizes: Sequence[tuple[int, int]], context: int | None) -> None:
 
 def _bare_row(name: str, model: PreTrainedModel, size: tuple[int, int], repeats: int) -> BenchRow:
     tokens = _tokens(size, model.config.get_text_config().vocab_size)
-    tokens = tokens.to(next(model.parameters()).device)
+    tokens = tokens.to(input_device(model))
     laps = _Laps(tokens.device)
     try:
         with torch.inference_mode(), laps:
@@ -323,7 +324,7 @@ def _bridge_row(
     path = paths.choose(bridge, can, where)
     names = choose_metrics(wanted, can, path.name)
     scope = Scope(0.3, can.n_heads, tuple(bucket_edges(length)), Grams(bridge))
-    laps = _Laps(runner.input_device(bridge))
+    laps = _Laps(input_device(bridge))
     observers = [kind(scope) for metric in names for kind in metrics()[metric]]
     tokens = _tokens(size, bridge.cfg.d_vocab).repeat(repeats + 1, 1)
     texts = token_ids(tokens).tokenize(bridge).right_padded()

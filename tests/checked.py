@@ -7,7 +7,7 @@ takes six times as long then. Here
 - functions with shapes in their annotations, and dataclasses, are checked by jaxtyping as there,
   with checks that are compiled once for each signature;
 - other functions of modules and classes have their types checked by beartype alone;
-- other functions inside functions are left as they are.
+- other functions inside functions, and those marked `no_type_check`, are left as they are.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ class _Decorated(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        if any(ast.unparse(decorator) == "no_type_check" for decorator in node.decorator_list):
+            return node  # Triton compiles its kernels from their source and signature
         # Innermost: what other decorators return may have other annotations, or none.
         name = "_test_inner" if self.inside else "_test_outer"
         node.decorator_list.append(ast.Name(name, ast.Load()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 
 import pytest
@@ -53,3 +54,10 @@ def test_a_function_inside_another_is_compiled_once_and_checked_each_time() -> N
         wrong(torch.zeros(2, 3))
     with pytest.raises(TypeCheckError, match="parameters"):
         right(torch.zeros(2))
+
+
+def test_what_is_compiled_from_its_source_is_left_as_it_is() -> None:
+    module = ast.parse("@jit\n@no_type_check\ndef kernel(x, D: constexpr): ...\ndef f(x: int): ...")
+    kernel, function = checked._Decorated().visit(module).body
+    assert [ast.unparse(one) for one in kernel.decorator_list] == ["jit", "no_type_check"]
+    assert [ast.unparse(one) for one in function.decorator_list] == ["_test_outer"]

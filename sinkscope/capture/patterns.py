@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sinkscope.metrics.attention import importance, received_mass
 from sinkscope.models.capabilities import capabilities
+from sinkscope.models.probe import input_device
 from sinkscope.report.patterns import HeadPatterns
 from sinkscope.report.report import SinkReport
 
@@ -47,7 +48,7 @@ def head_patterns(model: Any, report: SinkReport, prompts: int = 2) -> HeadPatte
     received = torch.full((*size, report.mask.shape[1]), torch.nan)
     caps = capabilities(model)
     windows = settings.windows or (None,) * settings.n_layers
-    device = next(model.original_model.parameters()).device
+    device = input_device(model)
 
     def keep(prompt: int, layer: int, real: int) -> Any:
         def hook(pattern: Tensor, hook: Any) -> None:

@@ -29,6 +29,7 @@ from sinkscope.devices import exclusive, ran_out_of_memory, trim
 from sinkscope.errors import ModelError
 from sinkscope.models import probe
 from sinkscope.models.active import refuse_short_prompts
+from sinkscope.models.probe import input_device
 from sinkscope.models.rope import length_class
 from sinkscope.prompts.tokens import Texts
 
@@ -281,11 +282,6 @@ def forward(model: Any, batch: Batch) -> None:
         model(batch.tokens, return_type=None)
     else:
         backbone(input_ids=batch.tokens, attention_mask=mask, use_cache=False)
-
-
-def input_device(model: Any) -> torch.device:
-    """Device of the embedding; later layers may be on others."""
-    return next(model.original_model.parameters()).device
 
 
 @contextmanager

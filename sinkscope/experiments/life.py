@@ -43,6 +43,7 @@ from sinkscope.interventions import RemoveOutput
 from sinkscope.metrics.reductions import at_least_fp32
 from sinkscope.models.capabilities import capabilities
 from sinkscope.models.load import load_model
+from sinkscope.models.probe import input_device
 from sinkscope.output import listed, number, table_as_text
 from sinkscope.prompts.tokens import Texts
 from sinkscope.statistics import estimate
@@ -486,7 +487,7 @@ def _inputs(
             kept[name].append(at_least_fp32(args[0]).detach())
 
         handles.append(module.register_forward_pre_hook(keep))
-    device = runner.input_device(model)
+    device = input_device(model)
     try:
         with runner.evaluating(model):
             for tokens in prompts.tokens.split(4):

@@ -47,6 +47,7 @@ from sinkscope.metrics import mixing as definitions
 from sinkscope.metrics.residual import residual_norms
 from sinkscope.models.capabilities import capabilities
 from sinkscope.models.load import load_model
+from sinkscope.models.probe import input_device
 from sinkscope.prompts.special_tokens import ordinary_ids, special_tokens
 from sinkscope.prompts.tokens import Texts, token_ids, vocabulary_size
 from sinkscope.statistics import Interval, estimate
@@ -317,7 +318,7 @@ def _follow(
 ) -> dict[str, Tensor]:
     """All values of one condition [prompt layer ...], on the CPU."""
     can = capabilities(model)
-    device = runner.input_device(model)
+    device = input_device(model)
     size = max(1, _TOKENS.get(device.type, _TOKENS["cpu"]) // (2 * pairs.shape[2]))
     found: list[dict[int, dict[str, Tensor]]] = []
 

@@ -29,7 +29,7 @@ from sinkscope.devices import in_pieces
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.models.active import hooked
 from sinkscope.models.capabilities import Capabilities, capabilities
-from sinkscope.models.probe import only_hooks, probe_tokens
+from sinkscope.models.probe import input_device, only_hooks, probe_tokens
 from sinkscope.models.rope import length_class
 from sinkscope.models.signals import close
 from sinkscope.prompts.tokens import Texts
@@ -103,7 +103,7 @@ class Partway:
     def __init__(self, model: Any, path: str = "auto") -> None:
         self.model = model
         self.can = with_loss(capabilities(model))
-        self.device = runner.input_device(model)
+        self.device = input_device(model)
         self._path = paths.choose(model, self.can, path)
         self._outputs: list[int | None] = []
         with self._without_hooks(), self.opened():

@@ -57,6 +57,7 @@ from sinkscope.metrics.residual import pivot_tokens
 from sinkscope.models.active import refuse_short_prompts
 from sinkscope.models.capabilities import capabilities
 from sinkscope.models.load import load_model
+from sinkscope.models.probe import input_device
 from sinkscope.models.provenance import digest, model_source
 from sinkscope.output import and_more, as_json, counted, listed, number, table_as_text, write_file
 from sinkscope.prompts.texts import as_texts
@@ -950,7 +951,7 @@ class _Run:
         self._marks, self._ends = marks, ends
         self._can = capabilities(model)
         self.layers = tuple(range(self._can.n_layers))
-        self._device = runner.input_device(model)
+        self._device = input_device(model)
         try:
             self._partway: Partway | None = Partway(model)
         except UnsupportedError:  # starting at a later block is not exact: whole passes

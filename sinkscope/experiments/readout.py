@@ -23,6 +23,7 @@ from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.interventions.base import check_mode
 from sinkscope.metrics import attention, ffn, residual, values
 from sinkscope.models.capabilities import Capabilities, capabilities
+from sinkscope.models.probe import input_device
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts
 from sinkscope.validation import strings
@@ -175,7 +176,7 @@ def losses(model: Any, texts: Texts) -> Float[Tensor, "prompt query"] | None:
     if not has_loss(model):
         return None
     rows = max(1, LOSS_TOKENS // texts.tokens.shape[1])
-    device = runner.input_device(model)
+    device = input_device(model)
     found = []
     with (
         torch.inference_mode(),

@@ -51,6 +51,7 @@ from sinkscope.interventions.base import check_mode, check_positions
 from sinkscope.metrics.quantisation import Scheme
 from sinkscope.models.capabilities import Capabilities, capabilities
 from sinkscope.models.load import load_model
+from sinkscope.models.probe import input_device
 from sinkscope.output import number, table_as_text
 from sinkscope.prompts.texts import long_text
 from sinkscope.prompts.tokens import Texts
@@ -632,7 +633,7 @@ def stream(
         bar: A progress bar, if there is one.
         stored: How keys and values before the window are stored; unquantised by default.
     """
-    device = runner.input_device(model)
+    device = input_device(model)
     tokens = prompts.tokens[:1].to(device)
     length = tokens.shape[1]
     cache = WindowCache(rotation if setting.counted == "cache" else None, stored)

@@ -42,6 +42,7 @@ from sinkscope.interventions.transplant import with_slot
 from sinkscope.models.capabilities import capabilities
 from sinkscope.models.experts import Experts, Routing, experts_of, routed
 from sinkscope.models.load import load_model
+from sinkscope.models.probe import input_device
 from sinkscope.output import table_as_text
 from sinkscope.prompts.tokens import Texts, token_ids
 from sinkscope.statistics import estimate
@@ -340,6 +341,6 @@ class _Run:
             how.opened(),
             routed(self.model, self.experts, self._calls.__setitem__),
         ):
-            tokens = texts.tokens.to(runner.input_device(self.model))
+            tokens = texts.tokens.to(input_device(self.model))
             logits = self.model(tokens, return_type="logits", use_cache=False)
             return logits[0, 1 + slot :].float().log_softmax(-1)

@@ -35,7 +35,7 @@ from sinkscope.devices import ran_out_of_memory
 from sinkscope.errors import UnsupportedError
 from sinkscope.metrics.quantisation import Scheme, quantised
 from sinkscope.models.capabilities import Capabilities
-from sinkscope.models.probe import only_hooks, probe_tokens
+from sinkscope.models.probe import input_device, only_hooks, probe_tokens
 from sinkscope.models.signals import close
 
 
@@ -104,7 +104,7 @@ class KeyRotation:
 
     def _is_exact(self, model: Any) -> bool:
         """Whether every layer's keys are rotated as assumed."""
-        device = runner.input_device(model)
+        device = input_device(model)
         probe = probe_tokens(model)[:1]
         tokens = probe[:, :1].expand_as(probe).to(device)
         cache = DynamicCache()

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sinkscope.errors import SinkscopeError
+from sinkscope.models.probe import input_device
 
 if TYPE_CHECKING:
     from sinkscope.report.report import SinkReport
@@ -160,7 +161,7 @@ def head_pattern(model: Any, tokens: Any, layer: int, head: int) -> Any:
         kept["pattern"] = pattern[0, head].detach().float().cpu()
 
     name = capabilities(model).hook("pattern", layer)
-    device = next(model.original_model.parameters()).device
+    device = input_device(model)
     with torch.inference_mode():
         model.run_with_hooks(tokens[None].to(device), return_type=None, fwd_hooks=[(name, keep)])
     return kept["pattern"]

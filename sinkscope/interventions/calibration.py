@@ -14,6 +14,7 @@ from sinkscope.capture.batches import Batch
 from sinkscope.errors import TextError, UnsupportedError
 from sinkscope.models.active import refuse_short_prompts
 from sinkscope.models.capabilities import capabilities
+from sinkscope.models.probe import input_device
 from sinkscope.models.rope import length_class
 from sinkscope.prompts.texts import as_texts
 
@@ -39,7 +40,7 @@ def run_through(model: Any, texts: Any, listeners: dict[str, Listener]) -> None:
     order = batches.by_length(prompts.mask)
     classes = batches.classes(prompts.mask, length_class(model.original_model))
     size = max(1, _TOKENS_A_BATCH // prompts.tokens.shape[1])
-    device = runner.input_device(model)
+    device = input_device(model)
     none = torch.zeros_like(prompts.mask)
     running: list[Batch] = []
 

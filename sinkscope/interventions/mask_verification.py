@@ -20,7 +20,7 @@ from sinkscope.attention.support import takes_attention_functions
 from sinkscope.devices import ran_out_of_memory
 from sinkscope.errors import UnsupportedError
 from sinkscope.interventions.masks import MaskIntervention
-from sinkscope.models.probe import evaluating, only_hooks, probe_tokens
+from sinkscope.models.probe import evaluating, input_device, only_hooks, probe_tokens
 
 Pattern = Float[Tensor, "prompt head query key"]
 
@@ -86,7 +86,7 @@ def _pattern(model: Any, tokens: Tensor, name: str) -> Pattern:
         kept.append(pattern.double().cpu())
 
     with model.hooks(fwd_hooks=[(name, keep)]):
-        model(tokens.to(model.cfg.device), return_type=None)
+        model(tokens.to(input_device(model)), return_type=None)
     return kept[-1]
 
 

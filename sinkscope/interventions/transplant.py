@@ -30,7 +30,7 @@ from sinkscope.interventions.base import (
 )
 from sinkscope.interventions.calibration import Listener, run_through
 from sinkscope.interventions.positions import PositionIdEdit, position_table
-from sinkscope.models.probe import evaluating
+from sinkscope.models.probe import evaluating, input_device
 from sinkscope.models.signals import close
 from sinkscope.prompts.texts import as_texts
 from sinkscope.prompts.tokens import Texts, check_length, context_size, token_strings
@@ -327,7 +327,7 @@ def _cache_of_one_token(model: Any, caps: Any) -> tuple[Any, dict[str, Tensor]]:
     names = [caps.hook(name, n) for n in range(caps.n_layers) for name in ("key", "value")]
     hooks = [(name, keeping(name)) for name in names]
     cache = DynamicCache(config=plain.config)
-    ids = torch.zeros(1, 1, dtype=torch.long, device=next(plain.parameters()).device)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(plain))
     with torch.no_grad(), evaluating(plain), model.hooks(fwd_hooks=hooks):
         plain(ids, use_cache=True, **{cache_argument(plain): cache})
     if len(cache.layers) != caps.n_layers or cache.get_seq_length() != 1:

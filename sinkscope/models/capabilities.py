@@ -31,6 +31,7 @@ from sinkscope.models.probe import (
     Z,
     evaluating,
     fails_without_cache,
+    input_device,
     only_hooks,
     probe,
 )
@@ -321,7 +322,7 @@ def _look(model: Any) -> Capabilities:
         if ran_out_of_memory(error):
             raise ModelError(
                 f"A dozen tokens of {anatomy.architecture} do not fit in the memory of "
-                f"{model.cfg.device} beside the weights; use a device with more memory, or "
+                f"{input_device(model)} beside the weights; use a device with more memory, or "
                 "dtype='bfloat16'."
             ) from error
         raise UnsupportedError(
@@ -443,7 +444,7 @@ def _is_parallel(model: Any, found: Findings, seen: Probe, attending: tuple[int,
     points = {*model.hook_dict.values()}
     with only_hooks(points, {attn_point, mlp_point}, remove_attention), evaluating(model):
         with torch.no_grad():
-            model(seen.tokens.to(model.cfg.device), return_type=None, stop_at_layer=layer + 1)
+            model(seen.tokens.to(input_device(model)), return_type=None, stop_at_layer=layer + 1)
     return close(without[0], seen.kept[mlp_hook], 1e-4)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sinkscope.errors import UnsupportedError
-from sinkscope.models.probe import evaluating, only_hooks, probe_tokens
+from sinkscope.models.probe import evaluating, input_device, only_hooks, probe_tokens
 from sinkscope.models.signals import close
 
 
@@ -253,7 +253,7 @@ def _check_additive(model: Any, found: dict[int, Experts]) -> None:
                 handle = one.parent.register_forward_hook(keep(layer), with_kwargs=True)
                 undo.callback(handle.remove)
             undo.enter_context(routed(model, found, lambda layer, x: calls[layer].append(x)))
-            model(probe_tokens(model).to(model.cfg.device), return_type=None)
+            model(probe_tokens(model).to(input_device(model)), return_type=None)
         for layer, one in found.items():
             if len(calls[layer]) != 1 or layer not in inputs:
                 raise UnsupportedError(

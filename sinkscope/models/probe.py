@@ -152,7 +152,7 @@ def probe(bridge: Any, wanted: Callable[[str], bool]) -> Probe:
     # no_grad instead of inference_mode: buffers that the model caches on its first call would
     # otherwise be inference tensors, unusable in a later training step.
     with only_hooks(names, names, record), evaluating(bridge), torch.no_grad():
-        bridge(tokens.to(bridge.cfg.device), return_type="logits")
+        bridge(tokens.to(input_device(bridge)), return_type="logits")
     return result
 
 
@@ -167,12 +167,21 @@ def fails_without_cache(bridge: Any) -> str | None:
     aside = only_hooks(set(bridge.hook_dict.values()), (), lambda x, hook: None)
     with aside, evaluating(bridge), torch.no_grad():
         try:
-            backbone(input_ids=probe_tokens(bridge).to(bridge.cfg.device), use_cache=False)
+            backbone(input_ids=probe_tokens(bridge).to(input_device(bridge)), use_cache=False)
         except RuntimeError as error:
             if ran_out_of_memory(error):
                 raise
             return str(error).splitlines()[0]
     return None
+
+
+def input_device(model: Any) -> torch.device:
+    """Device of the first weight of a bridge or transformers model, where token ids belong.
+
+    Later layers may be on others. A bridge's ``cfg.device`` is where it was loaded, and it may have
+    been moved since.
+    """
+    return next(getattr(model, "original_model", model).parameters()).device
 
 
 def probe_tokens(model: Any, at_least: int = 0) -> Int[Tensor, "prompt position"]:

@@ -30,7 +30,7 @@ from sinkscope.models.active import (
     replaced_code,
 )
 from sinkscope.models.packaged import sha256
-from sinkscope.models.probe import evaluating, only_hooks, probe_tokens
+from sinkscope.models.probe import evaluating, input_device, only_hooks, probe_tokens
 from sinkscope.models.sharing import settings_of, stated_by
 from sinkscope.prompts.tokens import Texts
 
@@ -243,7 +243,7 @@ def _reach(model: Any) -> int:
 def probe_logits(model: Any) -> Tensor:
     """Logits of a bridge or a transformers model on the probe's tokens, with all of its hooks."""
     module = getattr(model, "original_model", model)
-    device = next(module.parameters()).device
+    device = input_device(model)
     with evaluating(module), torch.no_grad():
         output = model(probe_tokens(model, at_least=_reach(model)).to(device))
     logits = getattr(output, "logits", output)

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from sinkscope.capture.scan import checked, scan
 from sinkscope.errors import SinkscopeError, SinkscopeWarning, UnsupportedError
 from sinkscope.models.load import load_model, unwrapped
+from sinkscope.models.probe import input_device
 from sinkscope.prompts.texts import as_texts
 from sinkscope.report.key_numbers import key_numbers
 from sinkscope.report.report import SinkReport
@@ -156,7 +157,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    device = next(model.parameters()).device.type
+    device = input_device(model).type
     try:
         with torch.no_grad(), torch.autocast(device, enabled=False):
             yield

@@ -40,6 +40,17 @@ def test_a_replica_stands_alone(name: str) -> None:
     assert not torch.equal(probe_logits(model), logits)
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_tokens_go_to_the_weights(name: str) -> None:
+    """A bridge's own note of its device is that of where it was loaded, and may be out of date."""
+    model = ss.load_model(BY_NAME[name].build())
+    want = ss.scan(model, BY_NAME[name].tokens(), progress=False)
+    (copied,) = replicas(model, [CPU])
+    copied.cfg.device = "cuda:7"
+    got = ss.scan(copied, BY_NAME[name].tokens(), progress=False)
+    assert got.equals(want)
+
+
 def test_tied_weights_stay_tied() -> None:
     model = ss.load_model(BY_NAME["gpt2"].build())
     (copied,) = replicas(model, [CPU])
