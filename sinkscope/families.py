@@ -60,18 +60,33 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 """Sizes of a tiny model under the names that configs give them."""
 
-_FULL, _LINEAR, _CONV = "full_attention", "linear_attention", "conv"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_LINEAR, _CONV = "linear_attention", "conv"
 _LATENT: dict[str, Any] = {"num_key_value_heads": 4}
+_GRANITE: dict[str, Any] = {
+    "attention_multiplier": 0.2, "residual_multiplier": 0.3, "embedding_multiplier": 2.0,
+    "logits_scaling": 3.0,
+}  # fmt: skip
 
 OWN: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {"attn_layer_indices": [1, 3]},
     "DeepseekV2ForCausalLM": _LATENT,
     "DeepseekV3ForCausalLM": _LATENT,
-    "FalconH1ForCausalLM": {"mamba_d_ssm": 64},
+    "FalconH1ForCausalLM": {
+        "mamba_d_ssm": 64, "key_multiplier": 0.6, "attention_in_multiplier": 1.3,
+        "attention_out_multiplier": 0.7, "ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.8,
+        "ssm_multipliers": [0.5, 0.6, 0.7, 0.8, 0.9], "mlp_multipliers": [0.8, 0.5],
+        "embedding_multiplier": 2.5, "lm_head_multiplier": 0.4,
+    },
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 2]]},
+    "Gemma4ForCausalLM": {
+        "layer_types": [_SLIDING, _FULL, _SLIDING, _FULL], "global_head_dim": 16,
+    },
     "Glm4MoeLiteForCausalLM": _LATENT,
     "GlmMoeDsaForCausalLM": _LATENT,
-    "GraniteMoeHybridForCausalLM": {"layer_types": [_LINEAR, _FULL, _LINEAR, _FULL]},
+    "GraniteForCausalLM": _GRANITE,
+    "GraniteMoeForCausalLM": _GRANITE,
+    "GraniteMoeHybridForCausalLM": _GRANITE | {"layer_types": [_LINEAR, _FULL, _LINEAR, _FULL]},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "Lfm2ForCausalLM": {"full_attn_idxs": [1, 3]},
     "Lfm2MoeForCausalLM": {"layer_types": [_CONV, _FULL, _CONV, _FULL]},
@@ -81,8 +96,8 @@ OWN: dict[str, dict[str, Any]] = {
     "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0, 1, 0]},
     "YoutuForCausalLM": _LATENT,
     "Zamba2ForCausalLM": {"layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"]},
-}
-"""Further settings that individual architectures need."""
+}  # fmt: skip
+"""Further settings of single architectures: what they need, and constant factors that are not 1."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,7 @@ class Row:
             to the first token [probability] from transformers' eager forward pass in float32, over
             both paths; nan where there is nothing to compare.
         half: The same in bfloat16, where both sides round.
+        float16: The same in float16.
         reason: Why it is refused, or what one path cannot do; "" where nothing is missing.
     """
 
@@ -105,6 +121,7 @@ class Row:
     ways: tuple[str, ...] = ()
     difference: float = math.nan
     half: float = math.nan
+    float16: float = math.nan
     reason: str = ""
 
 
@@ -167,13 +184,16 @@ def _compared(name: str) -> Row:
             found[way] = _off(bridge, way, truth)
         except SinkscopeError as error:
             reason = reason or str(error)
-    try:
-        rounded = load_model(tiny_model(name).to(torch.bfloat16))
-        half = max((_off(rounded, way, truth) for way in found), default=math.nan)
-    except SinkscopeError as error:
-        half, reason = math.nan, reason or f"in bfloat16: {error}"
+    halves = []
+    for dtype in (torch.bfloat16, torch.float16):
+        try:
+            rounded = load_model(tiny_model(name).to(dtype))
+            halves.append(max((_off(rounded, way, truth) for way in found), default=math.nan))
+        except SinkscopeError as error:
+            halves.append(math.nan)
+            reason = reason or f"in {str(dtype).removeprefix('torch.')}: {error}"
     difference = max(found.values(), default=math.nan)
-    return Row(name, len(can.available), tuple(found), difference, half, reason)
+    return Row(name, len(can.available), tuple(found), difference, *halves, reason)
 
 
 def tiny_model(name: str) -> PreTrainedModel:
@@ -181,7 +201,7 @@ def tiny_model(name: str) -> PreTrainedModel:
     model_class = getattr(transformers, name)
     config = copy.deepcopy(model_class.config_class())
     derived = {key for key in SMALL if isinstance(getattr(type(config), key, None), property)}
-    known = {key: SMALL[key] for key in SMALL.keys() - derived if hasattr(config, key)}
+    known = {key: SMALL[key] for key in SMALL.keys() - derived if _states(config, key)}
     config = model_class.config_class(**known | OWN.get(name, {}))
     config.use_cache = False
     with torch.device("meta"):
@@ -195,6 +215,14 @@ def tiny_model(name: str) -> PreTrainedModel:
                 if parameter.ndim > 1:
                     parameter.normal_(std=0.2)
     return model
+
+
+def _states(config: Any, key: str) -> bool:
+    """Whether a config has a setting, possibly one for each layer, which cannot be read as one."""
+    try:
+        return hasattr(config, key)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError
+        return True
 
 
 def _tokens() -> Tensor:
@@ -245,12 +273,12 @@ HEADER = """# Architectures
 What sinkscope measures on tiny random models of every language model that TransformerLens boots and
 transformers has a class for. `sinkscope models families --markdown` writes this page. *fp32* is the
 largest difference from transformers' own eager forward pass, of logits (relative to the largest)
-and of attention to the first token, rounded up to a power of ten; *bf16* is the same in bfloat16,
-where both sides round, and rounding sends some tokens to another expert. Metrics are those that a
-scan takes.
+and of attention to the first token, rounded up to a power of ten; *bf16* and *fp16* are the
+differences of the model in bfloat16 and float16 from the same forward pass in float32, where
+rounding sends some tokens to another expert. All on a CPU. Metrics are those that a scan takes.
 
-| architecture | metrics | ways | fp32 | bf16 | what is missing |
-|---|---|---|---|---|---|
+| architecture | metrics | ways | fp32 | bf16 | fp16 | what is missing |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -267,6 +295,7 @@ def cells(one: Row) -> tuple[str, ...]:
         ", ".join(one.ways) or UNDEFINED,
         _power(one.difference),
         _power(one.half),
+        _power(one.float16),
         one.reason.replace("|", "/"),
     )
 

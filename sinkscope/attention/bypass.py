@@ -259,7 +259,7 @@ _BLOCKS = (block.BlockBridge, block.ParallelBlockBridge, block.DelegatedAttentio
 
 def _projection(bridge: Any, projection: GeneralizedComponent) -> Shortcut | None:
     own = projection.__dict__.get("forward")  # see `StreamingLayer.override`
-    if own is not None and own.__name__ == "_project_latents":
+    if own is not None and own.__name__ in ("_project_latents", "_project_rescaled_keys"):
         return None
     if own is not None and own.__name__ == "_project_queries_and_gates":
         return Shortcut(projection, [own.__self__.attn.hook_q_gate])

@@ -11,7 +11,8 @@ split (re-implemented, separate projections)
     bridge's submodules, so that their hook points fire. Details that a re-implementation may miss
     (scale, softcap, learned sinks, multipliers) are then correct by construction. The hook points
     that only the re-implementation fires are fired here. If the query projection also gives a gate
-    for each head, as in Qwen3-Next and Qwen3.5, ``hook_q_gate`` is fired at its output.
+    for each head, as in Qwen3-Next and Qwen3.5, ``hook_q_gate`` is fired at its output. Falcon-H1
+    multiplies its keys by a constant before ``hook_k``; here the key projection does.
     Subclasses without rotation in some layers (SmolLM3, Cohere2, EXAONE 4) need no further changes,
     since transformers' module handles it.
 fused (re-implemented, one projection for q, k and v)
@@ -59,7 +60,13 @@ from sinkscope.attention.hooks import has_hooks
 from sinkscope.attention.kv_cache import cache_in
 from sinkscope.attention.masks import MaskSpec
 from sinkscope.attention.overrides import Overrides
-from sinkscope.attention.support import core_module, entering, kind_of, refuse_forked_inputs
+from sinkscope.attention.support import (
+    core_module,
+    entering,
+    kind_of,
+    refuse_forked_inputs,
+    rescales_keys,
+)
 from sinkscope.errors import UnsupportedError
 
 
@@ -100,6 +107,10 @@ class StreamingLayer:
             overrides.attribute(self.attn.o, "forward", self._project)
             if "hook_q_gate" in self.attn._modules:
                 overrides.attribute(self.attn.q, "forward", self._project_queries_and_gates)
+            if rescales_keys(self.attn):
+                self._key_multiplier = self.core.key_multiplier
+                overrides.attribute(self.core, "key_multiplier", 1.0)
+                overrides.attribute(self.attn.k, "forward", self._project_rescaled_keys)
             show_as_stock(self.attn, overrides)
         elif self._kind == "latent":
             overrides.attribute(self.attn.o, "forward", self._project)
@@ -299,6 +310,17 @@ class StreamingLayer:
         edited = attn.hook_q_gate(rearrange(gate, "b t h d -> b t (h d)"))
         gate = rearrange(edited, "b t (h d) -> b t h d", d=self.core.head_dim)
         return rearrange(torch.stack([query, gate], 3), "b t h two d -> b t (h two d)")
+
+    def _project_rescaled_keys(
+        self, x: Float[Tensor, "prompt position d_model"]
+    ) -> Float[Tensor, "prompt position width"]:
+        """The key projection of Falcon-H1 with the factor that transformers' module applies to it.
+
+        ``hook_k`` shows the product, so that edits take effect; ``k.hook_out`` does not include the
+        factor, as in the stock bridge.
+        """
+        k = self.attn.k
+        return self.attn.hook_k(type(k).forward(k, x) * self._key_multiplier)
 
     def _project_latents(self, x: Float[Tensor, "prompt *one position latent"]) -> Tensor:
         """The projection to keys and values, in the layout of the stock bridge.

@@ -130,12 +130,16 @@ def _why_not(attn: nn.Module) -> str | None:
         return "relative position biases or cross-attention"
     # Only the bridge's re-implementation fires it, between steps that are a single one in
     # transformers' module. A gate from the query projection (hook_q_gate) can be fired.
-    rescaled = "hook_k" not in attn.hook_aliases and kind_of(attn) != "latent"
-    if "hook_gate" in attn._hook_registry or rescaled:
-        return "gated or rescaled projections"
+    if "hook_gate" in attn._hook_registry:
+        return "a gate on the heads' outputs that transformers' module applies inside"
     if kind_of(attn) == "split" and _forks_inputs(attn):
         return "split inputs (use_split_qkv_input or use_attn_in; switch them off)"
     return None
+
+
+def rescales_keys(attn: AttentionBridge) -> bool:
+    """Whether ``hook_k`` is not the projection's output, but that times a constant (Falcon-H1)."""
+    return kind_of(attn) == "split" and "hook_k" not in attn.hook_aliases
 
 
 def _forks_inputs(attn: AttentionBridge) -> bool:

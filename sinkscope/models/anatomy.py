@@ -39,7 +39,7 @@ class Anatomy:
         stated_scales: The factor on q·k that each layer's module states, or ``None``.
         scales: Candidates for the factor on q·k in each layer, the likeliest first; empty for
             layers without attention.
-        moe: Whether any block's FFN is a mixture of experts.
+        moe: Whether any block has a mixture of experts.
         positions: "rotary", "learned", "sinusoidal", "alibi", "none", or TransformerLens' term.
     """
 
@@ -201,9 +201,16 @@ def _scales(module: Any, d_head: int, layer: int) -> tuple[float, ...]:
 
 
 def _is_moe(block: Any) -> bool:
+    """Whether a block has experts, in the place of its FFN or beside a dense one."""
     from transformer_lens.model_bridge.generalized_components.moe import MoEBridge
 
-    return isinstance(getattr(block, "mlp", None), MoEBridge)
+    return any(isinstance(part, MoEBridge) or stacks_experts(part) for part in block.modules())
+
+
+def stacks_experts(module: Any) -> bool:
+    """Whether a module stacks the down-projections of all experts in one parameter."""
+    down = module._parameters.get("down_proj")
+    return down is not None and down.ndim == 3
 
 
 def _positions(bridge: Any) -> str:

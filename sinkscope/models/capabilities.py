@@ -100,7 +100,7 @@ class Capabilities:
         n_ctx: Longest context in positions, as the config states it.
         d_vocab: Vocabulary size.
         causal: Whether a position attends to itself and earlier positions only.
-        moe: Whether the FFNs are mixtures of experts.
+        moe: Whether any block has a mixture of experts.
         learned_sinks: Whether heads have a learned sink logit, so that attention sums to less
             than one.
         softmax: Whether attention is a softmax of the scores (of which a learned sink, or another
@@ -378,7 +378,7 @@ def _assemble(
         n_layers=anatomy.n_layers,
         attending=anatomy.attending,
         n_heads=width("z", 2, cfg.n_heads if attends else 0),
-        n_kv_heads=width("value", 2, (cfg.n_key_value_heads or cfg.n_heads) if attends else 0),
+        n_kv_heads=width("value", 2, _stated_kv_heads(model, anatomy)),
         d_model=anatomy.d_model,
         d_head=width("value", 3, cfg.d_head if attends else 0),
         d_key=width("key", 3, width("value", 3, cfg.d_head if attends else 0)),
@@ -408,6 +408,17 @@ def _assemble(
         undefined=MappingProxyType(_undefined(model, anatomy, found, causal)),
         hooks=_fired(seen, anatomy.n_layers),
     )
+
+
+def _stated_kv_heads(model: Any, anatomy: Anatomy) -> int:
+    """KV heads of a layer with attention, where no verified value shows them."""
+    if not anatomy.attending:
+        return 0
+    # The config of JetMoE states those of one expert, which its module repeats for each choice.
+    groups = _kv_groups(model.blocks[anatomy.attending[0]])
+    if groups is not None:
+        return model.cfg.n_heads // groups
+    return model.cfg.n_key_value_heads or model.cfg.n_heads
 
 
 def _kv_groups(block: Any) -> int | None:

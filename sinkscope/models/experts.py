@@ -19,8 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformer_lens.model_bridge.generalized_components.moe import MoEBridge
 
 from sinkscope.errors import UnsupportedError
+from sinkscope.models.anatomy import stacks_experts
 from sinkscope.models.probe import evaluating, input_device, only_hooks, probe_tokens
 from sinkscope.models.signals import close
 
@@ -173,11 +175,7 @@ def experts_of(model: Any) -> dict[int, Experts]:
         if (experts := _find(layer, block, name)) is not None
     }
     if not found:
-        raise UnsupportedError(
-            f"{name} has no mixture of experts whose weights transformers stacks in one module, as "
-            "in Mixtral, Qwen-MoE, OLMoE, DeepSeek or gpt-oss; in other models experts cannot be "
-            "computed one by one."
-        )
+        raise UnsupportedError(_why_none(model, name))
     _check_additive(model, found)
     return found
 
@@ -204,7 +202,7 @@ def _find(layer: int, block: nn.Module, name: str) -> Experts | None:
     stacks = {
         id(module): (path, module)
         for path, module in block.named_modules()
-        if _is_stack(module._parameters.get("down_proj"))
+        if stacks_experts(module)
     }
     if not stacks:
         return None
@@ -227,8 +225,20 @@ def _find(layer: int, block: nn.Module, name: str) -> Experts | None:
     return Experts(layer, module, block.get_submodule(path.rpartition(".")[0]))
 
 
-def _is_stack(parameter: Tensor | None) -> bool:
-    return parameter is not None and parameter.ndim == 3
+def _why_none(model: Any, name: str) -> str:
+    """Why no block has experts that can be computed one by one."""
+    routed = [part for part in model.blocks.modules() if isinstance(part, MoEBridge)]
+    if not routed:
+        return (
+            f"{name} has no mixture of experts: its FFNs are dense; choose a model with experts, "
+            "such as Mixtral, Qwen-MoE, OLMoE, DeepSeek or gpt-oss."
+        )
+    kind = type(routed[0].original_component).__name__
+    return (
+        f"The experts of {name} are part of a {kind}, not one module that stacks their "
+        "down-projections like transformers' fused experts, so individual experts cannot be "
+        "computed."
+    )
 
 
 def _check_additive(model: Any, found: dict[int, Experts]) -> None:

@@ -32,6 +32,8 @@ QUERY_KEY = (
 VALUE, Z = B + "attn.hook_v", B + "attn.hook_z"
 GATES = (B + "attn.hook_gate", B + "attn.hook_q_gate", B + "attn.gate.hook_out")
 RESID_PRE, RESID_POST = B + "hook_resid_pre", B + "hook_resid_post"
+# A block of GPT-1 returns a list, at which hook_resid_post does not fire; it ends in this norm.
+BLOCK_OUT = (RESID_POST, B + "ln2.hook_out")
 # On BERT hook_attn_out is the state after the next norm; the attention output is that of attn.o.
 PROJECTED = B + "attn.o.hook_out"
 ATTN_OUT = (B + "hook_attn_out", PROJECTED)
@@ -49,7 +51,7 @@ NEURONS, DOWN_IN = B + "mlp.hook_post", B + "mlp.out.hook_in"
 
 CANDIDATES = (
     *(PATTERN, SCORES, *QUERY_KEY[0], *QUERY_KEY[1], VALUE, Z, *GATES),
-    *(RESID_PRE, RESID_POST, *ATTN_OUT, *MIXER_OUT, *MLP_OUT),
+    *(RESID_PRE, *BLOCK_OUT, *ATTN_OUT, *MIXER_OUT, *MLP_OUT),
     *(LN1_IN, LN1_OUT, LN2_IN, NEURONS, DOWN_IN),
     *(LATENT, NORMED_LATENT, LATENT_NORM_OUT, UP_IN, UP_OUT),
 )

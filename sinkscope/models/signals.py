@@ -25,6 +25,7 @@ from sinkscope.metrics.values import per_query_head
 from sinkscope.models.anatomy import Anatomy
 from sinkscope.models.probe import (
     ATTN_OUT,
+    BLOCK_OUT,
     DOWN_IN,
     GATES,
     LATENT,
@@ -394,7 +395,9 @@ class _Checks:
 
     def residual(self) -> None:
         """Block outputs are the next block's inputs, and the two sub-layers' outputs add up."""
-        found, before, after = self.findings, self.layers(RESID_PRE), self.layers(RESID_POST)
+        found, before = self.findings, self.layers(RESID_PRE)
+        shown = next((hook for hook in BLOCK_OUT if self.layers(hook)), RESID_POST)
+        after = self.layers(shown)
         shape = (*self.probe.tokens.shape, self.anatomy.d_model)
         names = ("resid_pre", "resid_post", "attn_out", "mlp_out")
         if before is None or after is None or any(x.shape != shape for x in (*before, *after)):
@@ -403,7 +406,7 @@ class _Checks:
         if not self.same(after[:-1], before[1:]):
             found.reject("a block's output is not the next block's input", *names)
             return
-        found.accept(resid_pre=RESID_PRE, resid_post=RESID_POST)
+        found.accept(resid_pre=RESID_PRE, resid_post=shown)
         others = MIXER_OUT if len(self.anatomy.attending) < self.anatomy.n_layers else (None,)
         for attn_hook, other_hook, mlp_hook in product(ATTN_OUT, others, MLP_OUT):
             attn, mlp = self.first_half(attn_hook, other_hook), self.layers(mlp_hook)
@@ -457,7 +460,8 @@ class _Checks:
         hidden, down = self.layers(NEURONS), self.layers(DOWN_IN)
         if self.anatomy.moe:
             self.findings.reject(
-                "a mixture of experts has no one set of neurons (its hook_post is its output)",
+                "a mixture of experts has no one set of neurons: every token passes through those "
+                "of its own experts",
                 "neurons",
             )
         elif hidden and down and hidden[0].ndim == 3 and self.same(hidden, down):

@@ -393,9 +393,12 @@ def test_bfloat16_is_what_the_modules_are_given_in_that_dtype(family: str) -> No
 
 
 def test_what_is_no_fused_mixture_of_experts_is_refused() -> None:
-    for name in ("LlamaForCausalLM", "JetMoeForCausalLM"):
-        with pytest.raises(UnsupportedError, match=f"{name} has no mixture of experts"):
-            experts_of(ss.load_model(tiny_model(name)))
+    with pytest.raises(
+        UnsupportedError, match="LlamaForCausalLM has no mixture of experts: its FF"
+    ):
+        experts_of(ss.load_model(tiny_model("LlamaForCausalLM")))
+    with pytest.raises(UnsupportedError, match="part of a JetMoeMoE, not one module that stacks"):
+        experts_of(ss.load_model(tiny_model("JetMoeForCausalLM")))
 
 
 def test_an_ffn_that_does_more_than_add_its_experts_is_refused() -> None:

@@ -81,10 +81,6 @@ def prompts() -> ss.Texts:
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_fields_are_transformers_own_and_undefined_without_attention(name: str, way: str) -> None:
     attending = list(HYBRIDS[name][1])
-    if name == "FalconH1ForCausalLM" and way == "streaming":  # keys are rescaled inside the module
-        with pytest.raises(UnsupportedError, match="rescaled projections"):
-            ss.scan(model(name), prompts(), attention=way, progress=False)
-        return
     every = ("all", "ffn_dims")
     report = ss.scan(model(name), prompts(), metrics=every, batch=2, attention=way, progress=False)
     assert report.settings.attending == tuple(attending)
@@ -166,8 +162,40 @@ def test_a_t5_encoder_alone_is_refused_with_its_own_name() -> None:
         ss.load_model(T5EncoderModel(config))
 
 
-def test_batches_move_nothing() -> None:
-    name = "Qwen3_5ForCausalLM"
+def test_a_factor_on_the_keys_is_shown_and_edits_act_as_on_the_stock_bridge() -> None:
+    bridge, ids = ss.load_model(tiny_model("FalconH1ForCausalLM")), tokens()[:2, :12]
+    attn = bridge.blocks[1].attn
+    points = {"scaled": attn.hook_k, "raw": attn.k.hook_out}
+
+    def edit(x, hook):
+        return torch.cat([x[:, :3], -0.5 * x[:, 3:]], dim=1)
+
+    def run() -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+        for name, point in points.items():
+            point.add_hook(lambda x, hook, name=name: seen.update({name: x.flatten(2).clone()}))
+        with torch.no_grad():
+            seen["plain"] = bridge(ids)
+            for point in points.values():
+                point.remove_hooks()
+            attn.hook_k.add_hook(edit)
+            seen["edited"] = bridge(ids)
+        attn.hook_k.remove_hooks()
+        return seen
+
+    stock = run()
+    with ss.streaming(bridge):
+        ours = run()
+    assert stock.keys() == ours.keys() == {"scaled", "raw", "plain", "edited"}
+    assert (stock["edited"] - stock["plain"]).abs().max() > 1e-3
+    for name, want in stock.items():
+        torch.testing.assert_close(ours[name], want, atol=1e-5, rtol=1e-5, msg=name)
+    torch.testing.assert_close(ours["scaled"], 0.6 * ours["raw"])
+    assert attn.original_component.key_multiplier == 0.6
+
+
+@pytest.mark.parametrize("name", ["Qwen3_5ForCausalLM", "FalconH1ForCausalLM"])
+def test_batches_move_nothing(name: str) -> None:
     alone = ss.scan(model(name), prompts(), batch=1, progress=False)
     together = ss.scan(model(name), prompts(), batch=3, progress=False)
     for field in filter(_is_per_prompt, alone.measured()):
