@@ -39,6 +39,7 @@ import torch
 
 import sinkscope as ss
 from sinkscope.experiments import waiver
+from sinkscope.experiments.rotary_precision import rotary_precision
 from sinkscope.experiments.streaming_context import streaming_context
 from sinkscope.interventions import (
     PositionEmbeddingEdit,
@@ -294,6 +295,51 @@ ss.plot.guess_and_result(
 # The rotary position does not matter. A large norm alone does not matter either, since
 # normalisation removes it, and the *direction* is not the sink's. The state is sufficient. In this
 # model a sink is defined by its **state**, which a non-mixed position acquires naturally.
+#
+# ## Shift everything
+#
+# Rotary attention depends on distances alone: adding 1,024 to *all* position ids changes nothing
+# in exact arithmetic. Whatever does change is rounding error, and most models run in bfloat16, with
+# eight bits of mantissa. `rotary_precision` measures the mean over queries, layers and heads of
+# $\sum_j |\Delta A_{ij}|$.
+#
+# > **Predict.** In bfloat16, which share of this error is at position 0? (At most 0.5: what one key
+# > gains, others lose.) Which share of the attention does it receive?
+
+# %%
+guess = {"of the error": None, "of the attention": None}  # numbers in the place of None
+
+# %% tags=["reveal"]
+shifted = rotary_precision(
+    "smollm2-135m", texts, shifts=[1024], dtypes=["bfloat16", "float32"], keep=[""], progress=False
+)
+print(shifted.summary())
+
+# %% tags=["reveal"]
+half, single = shifted.statistics()["arithmetics"].values()
+share = {
+    "of the error": half["shifts"]["1024"]["first_share"],
+    "of the attention": half["first_attention"],
+}
+ss.plot.guess_and_result(
+    guess, share, "share of position 0, bfloat16 [probability]", about=shifted.about
+)
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# error = [one["shifts"]["1024"]["error"].mean for one in (half, single)]
+# assert error[0] > 100 * error[1] and error[0] > 0.005
+# assert 0.1 < share["of the error"] < 0.5 and share["of the attention"] > 0.2
+# ```
+#
+# </details>
+
+# %% [markdown]
+# No other key has nearly as much of the error, but the first token has no larger share of it than of
+# the attention. In float32 hardly any is left. `sinkscope positions` follows it over length, layers
+# and heads, and measures which float32 steps reduce it (Wang et al., arXiv 2411.13476).
 #
 # ## Hide it
 #
