@@ -69,7 +69,11 @@ EXAMPLES = {
     ],
     "atlas": ["sinkscope atlas runs --out atlas.html"],
     "bench": ["sinkscope bench --shape smollm2-135m --sizes 8x256,1x1024"],
-    "bb train": ["sinkscope bb train --steps 500 --out run"],
+    "bb train": [
+        "sinkscope bb train --steps 500 --out run",
+        "sinkscope bb train --layers 3 --heads 4 --steps 600 --seed 1 --snapshots 0,300,600 "
+        "--out seed1",
+    ],
     "bb compare": ["sinkscope bb compare --attention softmax,relu --seeds 2 --steps 500"],
     "bb dynamics": ["sinkscope bb dynamics run --out curves"],
 }
