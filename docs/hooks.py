@@ -60,10 +60,9 @@ def public_names(package: str) -> list[str]:
     if not stub.exists():
         modules = sorted(file.stem for file in folder.glob("[!_]*.py"))
         return [f"{package}.{module}" for module in modules]
-    for statement in ast.parse(stub.read_text(encoding="utf-8")).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
-            return [f"{package}.{name}" for name in ast.literal_eval(statement.value)]
-    raise ValueError(f"{stub} has no __all__.")
+    statements = ast.parse(stub.read_text(encoding="utf-8")).body
+    imports = [one for one in statements if isinstance(one, ast.ImportFrom)]
+    return [f"{package}.{name.asname or name.name}" for one in imports for name in one.names]
 
 
 def _entries(found: re.Match[str]) -> str:
