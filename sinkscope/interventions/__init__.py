@@ -9,18 +9,7 @@ they accept, and leave the model bit for bit as it was, even after an error::
 An edit that cannot be exact on an architecture is refused with an error. `ReplaceStart` and
 `ReplaceEnd` differ in form: they map texts to texts, so that a report has the tokens that were run.
 
-    activations  SetActivation, RemoveOutput, ScaleActivation: the residual stream and block outputs
-    heads        AblateHeads: the heads' outputs
-    experts      AblateExperts: the outputs of a routed model's experts
-    values       ScaleValue, ZeroValue: the value vectors
-    transplant   SinkTransplant: a donor's keys and values, at a position or in an extra slot
-    self_only    SelfOnlyMask: the attention mask
-    window       WindowedAttention: near keys, with or without the first tokens
-    sink_logit   ShiftSinkLogit: one key's logit
-    quantise     Quantise: activations, keys and values in simulated low precision
-    softmax      ReplaceSoftmax: the attention operator
-    positions    PositionEmbeddingEdit, PositionIdEdit: learned vectors and rotary ids
-    base the base classes; to add an intervention, start there
+A module holds one kind; `base` holds their base classes: to add an intervention, start there.
 """
 
 from __future__ import annotations

@@ -2,10 +2,13 @@
 
 `base.Observer` is the base class and documents how to write one; the other modules contain the
 metrics of this package, one class each. A new metric is a definition in `sinkscope.metrics`, a
-field in `report.fields` that names it, and a class here, whose module is imported below.
+field in `report.fields` that names it, and a class in a module of this folder: all of them are
+imported here, since a class statement registers its metric.
 """
 
-from sinkscope.capture.observers import attention, gates, massive, residual, values
+import importlib
+import pkgutil
+
 from sinkscope.capture.observers.base import (
     SIGNALS,
     Observer,
@@ -17,18 +20,16 @@ from sinkscope.capture.observers.base import (
     unavailable,
 )
 
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
+
 __all__ = [
     "SIGNALS",
     "Observer",
     "Scope",
-    "attention",
     "core",
     "fields",
-    "gates",
-    "massive",
     "metrics",
     "on_request",
-    "residual",
     "unavailable",
-    "values",
 ]

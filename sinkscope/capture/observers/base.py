@@ -160,6 +160,11 @@ class Observer:
             cls.signal = reads
             cls.needs = frozenset(needs) or _NEEDED.get(reads, frozenset({reads}))
         cls.metric, cls.core, cls.on_request = metric, core, on_request
+        if metric and not cls.signal:
+            raise UnsupportedError(
+                f"{cls.__name__} names the metric {metric!r} but no signal; add reads=, one of "
+                f"{', '.join(SIGNALS)}."
+            )
         if metric:
             _register(cls)
 
@@ -191,7 +196,9 @@ class Observer:
             The measurements by name, each tensor with the prompt first; or None if they are stored
             on the observer until `finish`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no observe(self, x, batch), which measures one layer."
+        )
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Compute the fields of a completed batch.
@@ -211,7 +218,13 @@ class Observer:
         if known is None:
             raise ReportError(
                 f"{type(self).__name__} measured {name!r}, which is not a field of a report; "
-                "declare it in its `fields`."
+                f"declare it in its `fields` (these are {', '.join(self._own) or 'empty'}), or, in "
+                "the package, in report/fields.py."
+            )
+        if self.metric and known.metric not in (None, self.metric):
+            raise ReportError(
+                f"{type(self).__name__} of the metric {self.metric!r} measured {name!r}, a field "
+                f"of the metric {known.metric!r}; give both the same metric."
             )
         if known.dims[0] != "prompt":
             return OverPrompts()
@@ -227,8 +240,20 @@ class Observer:
         """Measure one layer and store the result until the batch is complete."""
         self.layer = layer
         self._heard.add(layer)
-        for name, value in (self.observe(x, batch) or {}).items():
+        found = self.observe(x, batch)
+        if not isinstance(found, Mapping | None):
+            raise self._no_tensors(found)
+        for name, value in (found or {}).items():
+            if not isinstance(value, Tensor):
+                raise self._no_tensors(value, f" for {name}")
             self._layers[name][layer] = value
+
+    def _no_tensors(self, given: Any, where: str = "") -> ReportError:
+        """The error for what `observe` returned."""
+        return ReportError(
+            f"observe() of {type(self).__name__} returned a {type(given).__name__}{where}; "
+            "expected a dict from names to one layer's tensors, with the prompt first."
+        )
 
     def close(self, batch: Batch) -> Any:
         """Compute the fields of the completed batch, without adding it to the others yet."""
