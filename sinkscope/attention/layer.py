@@ -182,6 +182,12 @@ class StreamingLayer:
         self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, dropout: float
     ) -> Float[Tensor, "prompt query head d_value"]:
         attn = self.attn
+        heads, kv_heads = query.shape[1], key.shape[1]
+        if heads % kv_heads or value.shape[1] != kv_heads:  # kernels may crash on that
+            raise UnsupportedError(
+                f"Layer {self._index} has {heads} heads of queries, {kv_heads} of keys and "
+                f"{value.shape[1]} of values after its hooks; an edit must keep the shape."
+            )
         self._calls[self._index] = call
         if dropout or materialises(attn):
             hooks = attn.hook_attn_scores, attn.hook_pattern

@@ -119,7 +119,7 @@ class HookedIntervention(Intervention):
         class ScaleQuery(HookedIntervention):
             def __init__(self, model, layer, head, factor):
                 super().__init__(model)
-                self.layers = check_layers(layer, self.caps.n_layers)
+                self.layers = check_attending(layer, self.caps)
                 self.heads = check_indices(head, self.caps.n_heads, "head")
                 self.factor = real_number("factor", factor, error=UnsupportedError)
 
@@ -128,13 +128,20 @@ class HookedIntervention(Intervention):
 
             def _edit(self, x, hook):           # x: [prompt position head d_head]
                 x = x.clone()
-                x[:, :, list(self.heads)] *= self.factor
+                heads = slice(None) if self.heads is None else list(self.heads)
+                x[:, :, heads] *= self.factor
                 return x
 
-    `self.caps.hook(signal, layer)` gives the name of a hook point that was verified on this model,
-    and refuses a signal that the architecture does not expose. The signals and their dimensions are
-    in `sinkscope.capture.observers.base.SIGNALS` ("attention" is not a hook point); "query" and
-    "key" are as multiplied, after any rotary embedding.
+    `check_attending` is for signals of attention ("query", "key", "value", "z", "scores" and
+    "pattern"), which a hybrid model has in some layers only, `check_layers` for the others;
+    `check_indices` leaves None, which means all, as it is. Checks of numbers and words are in
+    `sinkscope.validation`.
+
+    `self.caps.hook(signal, layer)` gives the name of a hook point that was verified on this model.
+    On entry it refuses a signal that the architecture does not expose: GPT-NeoX and Phi-3, for
+    example, have no "query" and "key". The signals and their dimensions are in
+    `sinkscope.capture.observers.base.SIGNALS` ("attention" is not a hook point); "query" and "key"
+    are as multiplied, after any rotary embedding.
 
     An edit is called as ``edit(x, hook=point)`` and returns a new tensor of the same shape, or None
     to leave `x` as it is; it must not change `x` in place. With a KV cache `x` holds only the
@@ -153,7 +160,10 @@ class HookedIntervention(Intervention):
 
     def _hooks(self) -> Hooks:
         """Return names of hook points, each with the function that edits the activation there."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no _hooks(self), which returns the names of hook points, "
+            "each with an edit."
+        )
 
 
 class Cursor:
