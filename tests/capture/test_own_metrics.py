@@ -198,6 +198,7 @@ def test_a_cell_may_be_run_again() -> None:
     ("metric", "reads", "field", "dims", "error", "message"),
     [
         ("mine", "values", "mine", "prompt layer", UnsupportedError, "'values', which is not a"),
+        ("mine", "", "mine", "prompt layer", UnsupportedError, "'mine' but no signal; add reads="),
         ("residual", "value", "mine", "prompt layer", UnsupportedError, "a metric 'residual' alre"),
         ("core", "value", "mine", "prompt layer", UnsupportedError, "a metric 'core' already"),
         ("honor", "value", "mine", "prompt layer", UnsupportedError, "field of the metric 'head_o"),
@@ -230,6 +231,9 @@ def test_what_cannot_be_declared(metric, reads, field, dims, error, message) -> 
         (lambda x: {"mine": x.norm(dim=-1)}, r"gave the shape \(3, 3, 12, 2\) for mine"),
         (lambda x: {"mine": x.sum(dim=(1, 3))[:, :1]}, r"gave the shape \(3, 3, 1\) for mine"),
         (lambda x: {"other": x.sum(dim=(1, 3))}, "'other', which is not a field"),
+        (lambda x: {"value_drain": x.sum(dim=(1, 3))}, "'value_drain', a field of the metric 'val"),
+        (lambda x: x.sum(dim=(1, 3)), "of Mine returned a Tensor; expected a dict"),
+        (lambda x: {"mine": [1.0]}, "of Mine returned a list for mine; expected a dict"),
         (lambda x: None, "did not measure it"),
     ],
 )

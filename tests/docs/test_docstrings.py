@@ -28,9 +28,10 @@ def test_docstrings_of_the_public_surface(package: griffe.Module, name: str) -> 
     item = package[name.removeprefix("sinkscope.")]
     if item.is_alias:
         item = item.final_target
-    assert item.docstring, name
+    assert item.docstring, f"{name} has no docstring"
     if not item.is_function or item.docstring.value.startswith(OLD):
         return
     sections = {section.kind.value for section in item.docstring.parse("google")}
-    assert "parameters" in sections
-    assert sections & {"returns", "yields"} or str(item.returns) == "None"
+    assert "parameters" in sections, f"the docstring of {name} has no section `Args:`"
+    gives = sections & {"returns", "yields"} or str(item.returns) == "None"
+    assert gives, f"the docstring of {name} has no section `Returns:`"

@@ -57,9 +57,14 @@ def test_the_oracle_has_every_field() -> None:
     tokens = family.tokens()
     ref = reference(family.build(), tokens, parts=family.parts)
     oracle = expected(ref, np.ones(tokens.shape, dtype=bool), family.causal)
-    assert set(oracle) <= set(ss.SinkReport.metrics())
-    lacking = set(ss.SinkReport.metrics()) - set(oracle)
-    assert lacking - COORDINATES_AND_COUNTS == set(ELSEWHERE)
+    fields = set(ss.SinkReport.metrics())
+    assert set(oracle) <= fields, "the oracle has a field that report/fields.py lacks"
+    lacking = fields - set(oracle) - COORDINATES_AND_COUNTS - set(ELSEWHERE)
+    assert not lacking, (
+        f"work out {', '.join(sorted(lacking))} in tests/families/oracle.py, from the tensors of "
+        "one prompt there"
+    )
+    assert set(ELSEWHERE) <= fields - set(oracle)
     root = Path(__file__).parents[2]
     assert all(field in (root / file).read_text() for field, file in ELSEWHERE.items())
 
@@ -111,7 +116,7 @@ def compare_every_field(family: Family, family_reference: dict, path: str) -> No
         missing -= {"sink_query_norm", "sink_key_norm", "sink_cosine", "other_cosine"}
     if not family.learned_sinks:
         missing -= {"learned_sink_mass"}
-    assert not missing, f"not measured: {missing}"
+    assert not missing, f"no observer measured {missing}, or none under the metric of its field"
 
 
 def test_another_sink_and_ragged_prompts(family: Family, path: str) -> None:

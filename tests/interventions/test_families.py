@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import sinkscope as ss
+from sinkscope import interventions
 from sinkscope.errors import SinkscopeError, TextError, UnsupportedError
 from sinkscope.interventions import (
     AblateExperts,
@@ -39,6 +40,7 @@ from sinkscope.interventions import (
     WindowedAttention,
     ZeroValue,
 )
+from sinkscope.interventions.base import Intervention
 from sinkscope.prompts.tokens import Texts
 
 from ..families.architectures import BY_NAME, N_LAYERS, Family, bridge_of
@@ -692,6 +694,8 @@ def same(one: tuple, other: tuple) -> bool:
 
 
 def every_intervention(model: object, family: Family) -> list:
+    """One of each kind, as far as the family has what it edits (see `Family` and the signals)."""
+    signals = ss.capabilities(model).signals
     found = [
         SelfOnlyMask(model, P),
         ShiftSinkLogit(model, 2.0),
@@ -705,26 +709,46 @@ def every_intervention(model: object, family: Family) -> list:
     ]
     if family.moe:
         found.append(AblateExperts(model, [(1, 0), (1, 2)]))
-    if "key" in ss.capabilities(model).signals:
+    if family.stock_scores and not family.learned_sinks:
+        found.append(ReplaceSoftmax(model, "sigmoid"))
+    if "key" in signals:
         found.append(SinkTransplant(model, ss.token_ids(family.tokens(seed=1)), what="both"))
     if family.positions == "learned":
         return [*found, PositionEmbeddingEdit(model, 0, P, "swap")]
     return [*found, PositionIdEdit(model, 0, P)]
 
 
+def test_every_intervention_is_public_and_among_those_tested_below() -> None:
+    kinds = {
+        name: kind
+        for name in interventions.__all__
+        if issubclass(kind := getattr(interventions, name), Intervention)
+    }
+    for name in kinds.keys() - set(ss.__all__):
+        raise AssertionError(f"{name} lacks a line in sinkscope/__init__.pyi")
+    families = [BY_NAME[name] for name in ("llama", "gpt2", "mixtral")]
+    tested = tuple(
+        type(one)
+        for family in families
+        for one in every_intervention(ss.load_model(family.build()), family)
+    )
+    for name, kind in kinds.items():  # ZeroValue is a ScaleValue
+        assert issubclass(kind, tested), f"add {name} to every_intervention() in this file"
+
+
 def test_the_model_comes_out_as_it_went_in(family: Family) -> None:
     """After an error inside, after nesting, and when entered a second time."""
     model, tokens = ss.load_model(family.build()), family.tokens()
-    interventions = every_intervention(model, family)
+    every = every_intervention(model, family)
     before = fingerprint(model)
     logits = run(model, tokens, "eager")
-    for intervention in interventions:
+    for intervention in every:
         with pytest.raises(KeyError, match="mine"), intervention:
             run(model, tokens, "eager")
             raise KeyError("mine")
         assert same(fingerprint(model), before), type(intervention).__name__
         assert torch.equal(run(model, tokens, "eager"), logits)
-    first, second = interventions[0], interventions[-1]
+    first, second = every[0], every[-1]
     for _ in range(2):
         with first, second:
             changed = run(model, tokens, "eager")
@@ -761,11 +785,11 @@ def test_a_look_at_the_model_sees_no_intervention(family: Family) -> None:
     with ss.streaming(model):
         plain = ss.capabilities(model)
     before = ss.capabilities(model)
-    interventions = [SelfOnlyMask(model, 3), ShiftSinkLogit(model, 2.0)]
+    entered = [SelfOnlyMask(model, 3), ShiftSinkLogit(model, 2.0)]
     if family.positions == "rotary":
-        interventions.append(PositionIdEdit(model, 0, 20))  # beyond the probe's tokens
+        entered.append(PositionIdEdit(model, 0, 20))  # beyond the probe's tokens
     with ExitStack() as stack:
-        for intervention in interventions:
+        for intervention in entered:
             stack.enter_context(intervention)
         stack.enter_context(ss.streaming(model))
         inside = ss.capabilities(model)
@@ -805,6 +829,15 @@ def test_a_prompt_that_ends_before_the_position_is_refused(kind: str, batch: int
     alone = [measure(ss.token_ids(tokens[:1, :16])), measure(ss.token_ids(tokens[1:]))]
     torch.testing.assert_close(together, torch.cat(alone))
     ss.scan(model, ends_after(15), metrics="sink_attention", progress=False)  # nothing is left
+
+
+def test_an_edit_to_another_number_of_heads_is_refused() -> None:
+    """A kernel of torch would end the process: it divides by the heads of a KV head."""
+    model = ss.load_model(BY_NAME["llama"].build())
+    point = ss.capabilities(model).hook("query", 0)
+    with model.hooks(fwd_hooks=[(point, lambda x, hook: x[:, :, :1])]):
+        with pytest.raises(UnsupportedError, match="1 heads of queries, 2 of keys"):
+            run(model, BY_NAME["llama"].tokens(), "streaming")
 
 
 def test_refusals() -> None:

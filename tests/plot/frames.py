@@ -7,6 +7,13 @@ import itertools
 import numpy as np
 import pandas as pd
 
+import sinkscope.plot as plot
+
+OLD_NAMES = {"cures", "removal_cost", "sleeping_heads"}
+"""Names of the release before, which warn."""
+FIGURES = set(plot.__all__) - {"paper", "save", "set_theme", "template"} - OLD_NAMES
+"""The figures of the package."""
+
 ABOUT = "synthetic · T = 300 · BOS: auto (<s>) · ε = 0.3"
 
 

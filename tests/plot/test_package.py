@@ -9,6 +9,8 @@ import sinkscope.html as html
 import sinkscope.plot as plot
 from sinkscope.errors import SinkscopeError
 from sinkscope.plot import export
+from sinkscope.report.report import SinkReport
+from tests.plot import frames
 from tests.report.factory import synthetic_report
 
 
@@ -99,6 +101,18 @@ def test_readme_lists_exactly_the_figures_there_are():
     rows = readme.partition("\n## Figures\n")[2].partition("\n## ")[0].splitlines()
     first = " ".join(row.split("|")[1] for row in rows if row.startswith("| `"))
     listed = [name for name in first.split("`")[1::2] if name != "ss.plot."]
-    others = {"paper", "save", "set_theme", "template"}
-    others |= {"cures", "removal_cost", "sleeping_heads"}  # names of the release before
-    assert sorted(listed) == sorted(set(plot.__all__) - others)
+    for name in frames.FIGURES - set(listed):
+        raise AssertionError(f"{name} lacks a row in the table of figures in README.md")
+    assert sorted(listed) == sorted(frames.FIGURES), (
+        "README.md lists a figure that is none, or twice"
+    )
+
+
+def test_readme_lists_every_metric():
+    readme = Path("README.md").read_text(encoding="utf-8")
+    rows = readme.partition("\n## What it measures\n")[2].partition("\n## ")[0].splitlines()
+    listed = " ".join(row.split("|")[1] for row in rows if row.startswith("| `")).split("`")[1::2]
+    named = {name for name in SinkReport.metrics().values() if name}
+    for name in named - set(listed):
+        raise AssertionError(f"{name} lacks a row under `What it measures` in README.md")
+    assert sorted(listed) == sorted(named), "README.md names one twice, or what is none"
