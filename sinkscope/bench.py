@@ -258,10 +258,10 @@ def _rows_by_metric(
     name: str, bridge: Any, size: tuple[int, int], repeats: int, bare: float | None
 ) -> Iterator[BenchRow]:
     """`core`, `core` plus each other metric, `core` minus each of its own, then all metrics."""
-    can = capabilities(bridge)
-    path = paths.choose(bridge, can, "auto").name
-    every = choose_metrics(("all",), can, path)
-    core = choose_metrics(("core",), can, path)
+    caps = capabilities(bridge)
+    path = paths.choose(bridge, caps, "auto").name
+    every = choose_metrics(("all",), caps, path)
+    core = choose_metrics(("core",), caps, path)
 
     def row(way: str, *names: str) -> BenchRow:
         return _bridge_row(name, bridge, size, way, path, names, repeats, bare)
@@ -320,10 +320,10 @@ def _bridge_row(
     bare: float | None,
 ) -> BenchRow:
     prompts, length = size
-    can = capabilities(bridge)
-    path = paths.choose(bridge, can, where)
-    names = choose_metrics(wanted, can, path.name)
-    scope = Scope(0.3, can.n_heads, tuple(bucket_edges(length)), Grams(bridge))
+    caps = capabilities(bridge)
+    path = paths.choose(bridge, caps, where)
+    names = choose_metrics(wanted, caps, path.name)
+    scope = Scope(0.3, caps.n_heads, tuple(bucket_edges(length)), Grams(bridge))
     laps = _Laps(input_device(bridge))
     observers = [kind(scope) for metric in names for kind in metrics()[metric]]
     tokens = _tokens(size, bridge.cfg.d_vocab).repeat(repeats + 1, 1)
@@ -338,7 +338,7 @@ def _bridge_row(
                 sinks,
                 [*observers, _Clock(scope, laps)],
                 path,
-                causal=can.causal,
+                causal=caps.causal,
                 batch=prompts,
                 progress=False,
             )

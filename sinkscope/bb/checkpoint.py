@@ -87,8 +87,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         return _verified(metadata, tensors)
     except Exception as error:  # any error of a damaged or foreign file
-        told = isinstance(error, SinkscopeError) or type(error) is ValueError
-        reason = str(error).rstrip(".") if told else f"{type(error).__name__}: {error}"
+        explained = isinstance(error, SinkscopeError) or type(error) is ValueError
+        reason = str(error).rstrip(".") if explained else f"{type(error).__name__}: {error}"
         raise ModelError(
             f"{path} cannot be read as a Bigram-Backcopy checkpoint "
             f"({' '.join(reason.split())[:300]}); delete it, or name another file."

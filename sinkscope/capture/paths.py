@@ -70,9 +70,9 @@ class _LayerInputs:
         self._of(layer)[name] = x
 
     def take(self, layer: int) -> dict[str, Tensor]:
-        held = dict(self._of(layer))
+        tensors = dict(self._of(layer))
         self._of(layer).clear()
-        return held
+        return tensors
 
     def _of(self, layer: int) -> dict[str, Tensor]:
         return self._batch().once(("inputs of a reader", layer), dict)
@@ -96,12 +96,12 @@ class _Gated:
     """
 
     def __init__(
-        self, can: Capabilities, wanted: Wanted, batch: Callable[[], Batch], emit: Emit
+        self, caps: Capabilities, wanted: Wanted, batch: Callable[[], Batch], emit: Emit
     ) -> None:
-        self._can, self._batch, self._emit = can, batch, emit
+        self._caps, self._batch, self._emit = caps, batch, emit
         self._wanted = wanted.signals - _PAIRS.keys()
         self._pairs = wanted.signals & _PAIRS.keys()
-        self._gate = can.gate is not None
+        self._gate = caps.gate is not None
         parts = {_PAIRS[pair][0] for pair in self._pairs}
         gate = {"gate"} if self._pairs and self._gate else set()
         self.signals = frozenset(self._wanted | parts | gate)
@@ -109,18 +109,18 @@ class _Gated:
     def emit(self, signal: str, layer: int, x: Any) -> None:
         """Receive a signal, and emit all that are complete."""
         if signal == "gate":
-            assert self._can.gate is not None, "the model has no verified gate"
-            x = factors(x, self._can.gate, self._can.n_heads)
+            assert self._caps.gate is not None, "the model has no verified gate"
+            x = factors(x, self._caps.gate, self._caps.n_heads)
         if signal in self._wanted:
             self._emit(signal, layer, x)
         for pair in self._pairs:
             part, kind = _PAIRS[pair]
             if signal not in (part, "gate"):
                 continue
-            held = self._batch().once(("gated", pair, layer), dict)
-            held[signal] = x
-            if part in held and (not self._gate or "gate" in held):
-                gate, other = held.pop("gate", None), held.pop(part)
+            tensors = self._batch().once(("gated", pair, layer), dict)
+            tensors[signal] = x
+            if part in tensors and (not self._gate or "gate" in tensors):
+                gate, other = tensors.pop("gate", None), tensors.pop(part)
                 on = other.device if isinstance(other, Tensor) else other.batch.tokens.device
                 whole = kind(self._batch().on(on), other, gate)
                 self._emit(pair, layer, whole)
@@ -132,8 +132,8 @@ def _pattern_hook(
     """A hook that emits a layer's attention when its pattern fires."""
 
     def hook_fn(x: Tensor, hook: object) -> None:
-        held = inputs.take(layer)
-        reader = PatternReader(batch=batch().on(x.device), pattern=x, window=window, **held)
+        tensors = inputs.take(layer)
+        reader = PatternReader(batch=batch().on(x.device), pattern=x, window=window, **tensors)
         emit("attention", layer, reader)
 
     return hook_fn
@@ -168,13 +168,13 @@ class EagerPath:
         """A reader is complete when a layer's pattern fires, after all of its other inputs."""
         inputs = _LayerInputs(batch)
         gated = _Gated(self._capabilities, wanted, batch, emit)
-        can, signals, emit = self._capabilities, gated.signals, gated.emit
-        held = {name for name in ("scores", "query", "key", "value") if name in can.signals}
-        held = held if "attention" in signals else set()
+        caps, signals, emit = self._capabilities, gated.signals, gated.emit
+        tensors = {name for name in ("scores", "query", "key", "value") if name in caps.signals}
+        tensors = tensors if "attention" in signals else set()
 
         def heard(layer: int, signal: str) -> Callable[..., None]:
             def hook_fn(x: Tensor, hook: object) -> None:
-                if signal in held:
+                if signal in tensors:
                     inputs.hold(layer, signal, x)
                 if signal in signals:
                     emit(signal, layer, x)
@@ -182,13 +182,13 @@ class EagerPath:
             return hook_fn
 
         found: Hooks = []
-        for signal in sorted((signals | held) - {"attention"}):
-            for layer in can.layers(signal):
-                found.append((can.hook(signal, layer), heard(layer, signal)))
+        for signal in sorted((signals | tensors) - {"attention"}):
+            for layer in caps.layers(signal):
+                found.append((caps.hook(signal, layer), heard(layer, signal)))
         if "attention" in signals:
-            for layer in can.attending:
-                hook = _pattern_hook(layer, inputs, can.windows[layer], batch, emit)
-                found.append((can.hook("pattern", layer), hook))
+            for layer in caps.attending:
+                hook = _pattern_hook(layer, inputs, caps.windows[layer], batch, emit)
+                found.append((caps.hook("pattern", layer), hook))
         return found
 
 
@@ -221,7 +221,7 @@ class StreamingPath:
         assert self._stream is not None, "the path is not open"
         inputs, calls = _LayerInputs(batch), self._stream.calls
         gated = _Gated(self._capabilities, wanted, batch, emit)
-        can, signals, emit = self._capabilities, gated.signals, gated.emit
+        caps, signals, emit = self._capabilities, gated.signals, gated.emit
         names = ("query", "key", "value")
         points = {at: entering(attn) for at, attn in attention_of(self._model).items()}
 
@@ -240,7 +240,7 @@ class StreamingPath:
                     batch=batch().on(x.device),
                     lse=x,
                     call=calls[layer],
-                    window=can.windows[layer],
+                    window=caps.windows[layer],
                     statistics=wanted.statistics,
                     **inputs.take(layer),
                 )
@@ -252,7 +252,7 @@ class StreamingPath:
             return lambda x, hook: emit(signal, layer, x)
 
         found: Hooks = []
-        for layer in can.attending:
+        for layer in caps.attending:
             block = f"blocks.{layer}.attn"
             for signal, hook in zip(names, points[layer], strict=True):
                 if "attention" in signals or signal in signals:
@@ -263,13 +263,13 @@ class StreamingPath:
             if "pattern" in signals:
                 found.append((f"{block}.hook_pattern", passing(layer, "pattern")))
             if "attention" in signals and materialised:
-                hook = _pattern_hook(layer, inputs, can.windows[layer], batch, emit)
+                hook = _pattern_hook(layer, inputs, caps.windows[layer], batch, emit)
                 found.append((f"{block}.hook_pattern", hook))
             elif "attention" in signals:
                 found.append((f"{block}.hook_lse", ready(layer)))
         for signal in sorted(signals - {"attention", "pattern", "scores", *names}):
-            for layer in can.layers(signal):
-                found.append((can.hook(signal, layer), passing(layer, signal)))
+            for layer in caps.layers(signal):
+                found.append((caps.hook(signal, layer), passing(layer, signal)))
         return found
 
 

@@ -272,12 +272,12 @@ class StreamReader:
     @cached_property
     def _sums(self) -> _columns.RowAndColumnSums:
         """All requested sums over the pattern, in one pass."""
-        asked = self.statistics
+        requested = self.statistics
         return _columns.row_and_column_sums(
             *self._attended,
             self._real_queries,
-            entropy="entropy" in asked,
-            weights=self._value_sizes if "value_share" in asked else None,
+            entropy="entropy" in requested,
+            weights=self._value_sizes if "value_share" in requested else None,
         )
 
     @cached_property

@@ -154,22 +154,22 @@ def _scan(
     further: Sequence[torch.device],
 ) -> SinkReport:
     """Scan a bridge, with checked arguments."""
-    can = capabilities(model)
+    caps = capabilities(model)
     prompts = as_texts(texts).tokenize(model).right_padded()
-    _check_dense(can, int(prompts.lengths.max()))
-    how = paths.choose(model, can, attention)
+    _check_dense(caps, int(prompts.lengths.max()))
+    how = paths.choose(model, caps, attention)
     interventions = in_force(model)
-    softmax = can.softmax and all(one.softmax for one in interventions)
-    can_now = replace(can, softmax=softmax)
+    softmax = caps.softmax and all(one.softmax for one in interventions)
+    can_now = replace(caps, softmax=softmax)
     beside = _with_nulls(can_now, how.name) if nulls else ()
     chosen = choose_metrics((*metrics, *beside), can_now, how.name)
 
     scope = Scope(
         epsilon=epsilon,
-        n_heads=can.n_heads,
+        n_heads=caps.n_heads,
         bucket_edges=tuple(bucket_edges(prompts.tokens.shape[1])),
         gram=Grams(model),
-        sizes={"layer": can.n_layers, "head": can.n_heads, "kv_head": can.n_kv_heads},
+        sizes={"layer": caps.n_layers, "head": caps.n_heads, "kv_head": caps.n_kv_heads},
     )
 
     # No more replicas than prompts.
@@ -182,7 +182,7 @@ def _scan(
         of: Any = model,
     ) -> dict[str, Any]:
         others = copies if of is model else replicas(of, further)
-        asked, *theirs = [
+        requested, *theirs = [
             runner.Replica(
                 one,
                 how if one is model else paths.choose(one, capabilities(one), how.name),
@@ -194,21 +194,21 @@ def _scan(
             of,
             prompts,
             at,
-            asked.observers,
-            asked.path,
-            causal=can.causal,
+            requested.observers,
+            requested.path,
+            causal=caps.causal,
             batch=batch,
             progress=progress,
             others=theirs,
         )
         found: dict[str, Any] = {}
-        for observer in asked.observers:
+        for observer in requested.observers:
             found |= observer.results(order)
         return found
 
     at, secondary = _sink_mask(sinks, prompts), None
     if sinks == "auto":
-        windows = tuple(can.windows[layer] for layer in can.attending)
+        windows = tuple(caps.windows[layer] for layer in caps.attending)
         places = measure(lambda scope: [FindSinks(scope, windows)], at)
         at, secondary = places["primary"], places["secondary"]
     kinds = [kind for name in chosen for kind in observers.metrics()[name]]
@@ -235,7 +235,7 @@ def _scan(
     own = tuple(variable for kind in kinds for variable in kind.variables().values())
     report = extended(SinkReport, own)(
         settings=replace(
-            _settings(model, can, prompts, chosen, sinks, epsilon, how.name, further),
+            _settings(model, caps, prompts, chosen, sinks, epsilon, how.name, further),
             nulls_seed=nulls_seed,
         ),
         tokens=prompts.tokens,
@@ -244,42 +244,42 @@ def _scan(
         secondary_sinks=secondary,
         token_text=prompts.strings,
         prompts_at=prompts.mask.sum(dim=0),
-        position_embedding_norm=_position_embedding_norm(model, can),
+        position_embedding_norm=_position_embedding_norm(model, caps),
         **found,
     )
     return replace(report, **derived(report)) if nulls else report
 
 
-def _with_nulls(can: Capabilities, attention: str) -> tuple[str, ...]:
+def _with_nulls(caps: Capabilities, attention: str) -> tuple[str, ...]:
     """The metrics that a scan with nulls measures beside those asked for."""
     values = metric_of("value_drain")
-    absent = {values} & observers.unavailable(can, attention).keys()
+    absent = {values} & observers.unavailable(caps, attention).keys()
     return tuple(name for name in _WITH_NULLS if name not in absent)
 
 
-def choose_metrics(metrics: Metrics, can: Capabilities, attention: str) -> tuple[str, ...]:
+def choose_metrics(metrics: Metrics, caps: Capabilities, attention: str) -> tuple[str, ...]:
     """The metrics to measure, in the order of `observers.metrics`.
 
     Raises:
         UnsupportedError: If one is unknown, or requested by name but unavailable on this model.
     """
     known = observers.metrics()
-    missing = observers.unavailable(can, attention)
+    missing = observers.unavailable(caps, attention)
     left_out = {*missing, *observers.on_request()}
     groups = {"all": [name for name in known if name not in left_out], "core": observers.core()}
-    asked = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-    _check_names(asked)
-    wanted = [name for group in asked for name in groups.get(group, (group,))]
+    requested = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    _check_names(requested)
+    wanted = [name for group in requested for name in groups.get(group, (group,))]
     for name in wanted:
         if name in missing:
             raise UnsupportedError(f"{name} cannot be measured exactly: {missing[name]}.")
     return tuple(name for name in known if name in wanted)
 
 
-def _check_names(asked: tuple[str, ...]) -> None:
+def _check_names(requested: tuple[str, ...]) -> None:
     """Refuse names of no metric."""
     known = observers.metrics()
-    for name in asked:
+    for name in requested:
         if name in ("all", "core") or name in known:
             continue
         fields = observers.fields()
@@ -305,14 +305,14 @@ class Grams:
         return self._made[layer]
 
 
-def _check_dense(can: Capabilities, length: int) -> None:
+def _check_dense(caps: Capabilities, length: int) -> None:
     """Refuse prompts so long that visibility is not determined by causality and window alone."""
-    if can.dense_up_to is not None and length > can.dense_up_to:
+    if caps.dense_up_to is not None and length > caps.dense_up_to:
         raise UnsupportedError(
-            f"In some layers of {can.architecture} a query attends to {can.dense_up_to} keys at "
+            f"In some layers of {caps.architecture} a query attends to {caps.dense_up_to} keys at "
             "most, those of its own chunk or selected by an indexer, but a prompt has "
             f"{length} tokens; sinkscope measures such layers only while they are dense, so use "
-            f"prompts of {can.dense_up_to} tokens or fewer."
+            f"prompts of {caps.dense_up_to} tokens or fewer."
         )
 
 
@@ -356,17 +356,17 @@ def checked(
     return names, _positions(sinks), probability("epsilon", epsilon), batch
 
 
-def _position_embedding_norm(model: Any, can: Capabilities) -> Float[Tensor, "context"] | None:
-    if can.positions != "learned":
+def _position_embedding_norm(model: Any, caps: Capabilities) -> Float[Tensor, "context"] | None:
+    if caps.positions != "learned":
         return None
     # RoBERTa's table begins with unused rows, of which the bridge removes at most two.
-    table = model.W_pos.detach()[-(can.n_ctx or 0) :]
+    table = model.W_pos.detach()[-(caps.n_ctx or 0) :]
     return positions.position_embedding_norm(table)
 
 
 def _settings(
     model: Any,
-    can: Capabilities,
+    caps: Capabilities,
     texts: Texts,
     metrics: tuple[str, ...],
     sinks: Sinks,
@@ -380,7 +380,7 @@ def _settings(
     return Settings(
         model=source.name,
         revision=source.revision,
-        architecture=can.architecture,
+        architecture=caps.architecture,
         dtype=str(weight.dtype).removeprefix("torch."),
         device=", ".join(places),
         source=texts.source,
@@ -389,13 +389,13 @@ def _settings(
         epsilon=epsilon,
         sinks="auto" if sinks == "auto" else ",".join(map(str, sinks)),
         attention=attention,
-        causal=can.causal,
-        windows=can.windows,
-        without_attention=tuple(sorted({*range(can.n_layers)} - {*can.attending})),
+        causal=caps.causal,
+        windows=caps.windows,
+        without_attention=tuple(sorted({*range(caps.n_layers)} - {*caps.attending})),
         metrics=metrics,
-        n_layers=can.n_layers,
-        n_heads=can.n_heads,
-        n_kv_heads=can.n_kv_heads,
+        n_layers=caps.n_layers,
+        n_heads=caps.n_heads,
+        n_kv_heads=caps.n_kv_heads,
         seed=texts.seed,
         interventions=tuple(map(repr, in_force(model))),
         hooks=user_hooks(model),

@@ -51,18 +51,18 @@ def sweep(
         from sinkscope.sweeps.run import plan
         from sinkscope.sweeps.run import sweep as measure
 
-        asked = read_file(file) | {
+        arguments = read_file(file) | {
             name: value for name, value in given.items() if value is not None
         }
-        asked = _known(asked, file)
+        arguments = _known(arguments, file)
         if dry_run:
             of_running = ("workers", "ray", "num_gpus", "num_cpus", "device")
             for name in of_running:
-                asked.pop(name, None)
-            found: Any = plan(**asked)
+                arguments.pop(name, None)
+            found: Any = plan(**arguments)
         else:
-            with common.interruptible(path("out", asked.get("out", "sweep"))):
-                found = measure(**asked, progress=common.progress_wanted())
+            with common.interruptible(path("out", arguments.get("out", "sweep"))):
+                found = measure(**arguments, progress=common.progress_wanted())
     if json:
         common.print_json(found.to_dict() if dry_run else _as_dict(found))
     else:
@@ -95,7 +95,7 @@ def atlas(
         typer.echo(f"wrote {counted(len(written) - 1, 'report')} to {written[1].parent}")
 
 
-def _known(asked: dict[str, Any], file: Path) -> dict[str, Any]:
+def _known(arguments: dict[str, Any], file: Path) -> dict[str, Any]:
     """Return the arguments, if `sweep` accepts them all.
 
     Raises:
@@ -106,13 +106,13 @@ def _known(asked: dict[str, Any], file: Path) -> dict[str, Any]:
     from sinkscope.sweeps.run import sweep as measure
 
     known = [name for name in inspect.signature(measure).parameters if name != "progress"]
-    if unknown := [name for name in asked if name not in known]:
+    if unknown := [name for name in arguments if name not in known]:
         raise SinkscopeError(
             f"The sweep file {file} has {listed(unknown)}; it may have {', '.join(known)}."
         )
-    if "models" not in asked:
+    if "models" not in arguments:
         raise SinkscopeError(f"The sweep file {file} names no models; add a line models: […].")
-    return asked
+    return arguments
 
 
 def _as_dict(found: Any) -> dict[str, Any]:

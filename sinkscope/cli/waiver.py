@@ -123,11 +123,11 @@ def _refuse_before_the_work(wanted: tuple[str, ...], model: Any) -> None:
 
     if "norms" in wanted:
         experiment.position_norms(model)  # takes no time
-    can = capabilities(model)
+    caps = capabilities(model)
     if "positions" in wanted:
-        experiment.check_positions(can)
+        experiment.check_positions(caps)
     if "nonmixture" in wanted or "parts" in wanted:
-        can.hook("mlp_out", 0)
+        caps.hook("mlp_out", 0)
 
 
 def _claim(folder: Path, model: Any, source: Any, **options: Any) -> None:

@@ -203,13 +203,13 @@ def ablate_heads(
     model = load_model(model)
     file = kept_in(file, model)
     partway = Partway(model)
-    can = partway.can
+    caps = partway.caps
     prompts = with_predictions(as_texts(texts).tokenize(model).right_padded())
     refuse_short_prompts(model, prompts.mask)
     check_mode(mode, (*MODES, WINDOW))
     restricted = {"window": window, "sinks": sinks} if mode == WINDOW else {}
-    shape = len(prompts), can.n_layers, can.n_heads
-    wanted = _wanted(heads, shape, can)
+    shape = len(prompts), caps.n_layers, caps.n_heads
+    wanted = _wanted(heads, shape, caps)
     stand_in = None if calibration is None else as_texts(calibration).tokenize(model)
     request = {}
     if file is not None:
@@ -234,7 +234,7 @@ def ablate_heads(
 def _wanted(
     heads: Iterable[tuple[int, int]] | Tensor | None,
     shape: tuple[int, int, int],
-    can: Capabilities,
+    caps: Capabilities,
 ) -> Bool[Tensor, "prompt layer head"]:
     """Return which heads are ablated on which prompts; by default those of every attention layer.
 
@@ -242,7 +242,7 @@ def _wanted(
         UnsupportedError: If one does not exist, or there are none.
     """
     attends = torch.zeros(shape[1], dtype=torch.bool)
-    attends[list(can.attending)] = True
+    attends[list(caps.attending)] = True
     if isinstance(heads, Tensor):
         if heads.shape != shape:
             raise UnsupportedError(
@@ -250,14 +250,14 @@ def _wanted(
             )
         elsewhere = (heads.cpu().any(dim=2).any(dim=0) & ~attends).nonzero()
         if len(elsewhere):
-            raise can.no_attention(int(elsewhere[0]))
+            raise caps.no_attention(int(elsewhere[0]))
         return heads.cpu()
     wanted = attends[:, None].expand(shape).clone() & (heads is None)
     for layer, head in heads or ():
         check_layers(layer, shape[1])
         check_indices(head, shape[2], "head")
         if not attends[layer]:
-            raise can.no_attention(layer)
+            raise caps.no_attention(layer)
         wanted[:, layer, head] = True
     if not wanted.any():
         raise UnsupportedError("No head is named; name at least one (layer, head) pair.")
@@ -278,15 +278,15 @@ class _Run:
         restricted: dict[str, int],
     ) -> None:
         self._restricted = restricted
-        self.partway, self.can, self.mode = partway, partway.can, mode
+        self.partway, self.caps, self.mode = partway, partway.caps, mode
         self.tokens, self.mask = prompts.tokens, prompts.mask
         self._room = _TOKENS[partway.device.type if partway.device.type in _TOKENS else "cpu"]
-        self._batch = batch or max(1, self._room // (self.tokens.shape[1] * self.can.n_heads))
+        self._batch = batch or max(1, self._room // (self.tokens.shape[1] * self.caps.n_heads))
         self._order = batches.by_length(self.mask)
         self._classes = batches.classes(self.mask, length_class(partway.model.original_model))
         self._mean: dict[str, Tensor] = {}
         if mode == "mean":
-            hooks = [self.can.hook("z", layer) for layer in self.can.attending]
+            hooks = [self.caps.hook("z", layer) for layer in self.caps.attending]
             self._mean = mean_output(partway.model, calibration or prompts, hooks)
         elif mode == "resample":
             self._others = _others(prompts, calibration, seed)
@@ -333,7 +333,8 @@ class _Run:
         self._z: dict[int, Tensor] = {}
         if self.mode == "resample":
             tokens = self._others[rows, :length].to(device)
-            hooks = [(self.can.hook("z", layer), self._keep(layer)) for layer in self.can.attending]
+            layers = self.caps.attending
+            hooks = [(self.caps.hook("z", layer), self._keep(layer)) for layer in layers]
             self.partway.track(tokens, torch.ones_like(tokens, dtype=torch.bool), hooks)
 
     def _keep(self, layer: int) -> Callable[..., None]:
@@ -355,7 +356,7 @@ class _Run:
                 repeat(x, "prompt ... -> (head prompt) ...", head=len(chosen))
                 for x in (tokens, mask, self._track.before[layer])
             )
-            hooks: Hooks = [(self.can.hook("z", layer), self._edit(layer, chosen))]
+            hooks: Hooks = [(self.caps.hook("z", layer), self._edit(layer, chosen))]
             final = self.partway.final(ids, real, layer, residual, hooks)
             losses = self.partway.losses(ids, real, final)
             return rearrange(losses, "(head prompt) -> head prompt", head=len(chosen))
@@ -364,7 +365,7 @@ class _Run:
 
     def _restrict(self, layer: int) -> None:
         """Keep the outputs of a layer whose heads are all restricted: none depends on another's."""
-        hooks = [(self.can.hook("z", layer), self._keep(layer))]
+        hooks = [(self.caps.hook("z", layer), self._keep(layer))]
         with WindowedAttention(self.partway.model, **self._restricted, layers=layer):
             self.partway.final(*self._here, layer, self._track.before[layer], hooks)
 
@@ -385,7 +386,7 @@ class _Run:
         if self.mode == "zero":
             return z.new_zeros(())
         if self.mode == "mean":
-            return rearrange(self._mean[self.can.hook("z", layer)][heads].to(z), "c d -> c 1 1 d")
+            return rearrange(self._mean[self.caps.hook("z", layer)][heads].to(z), "c d -> c 1 1 d")
         return rearrange(self._z[layer][:, :, heads], "prompt t c d -> c prompt t d")
 
 

@@ -490,13 +490,13 @@ class _Checkpoints:
         report = scan(model, prompts, metrics=metrics, sinks=self._sinks, progress=False)
         return report.to("cpu"), loss
 
-    def _check_shape(self, step: int, can: Capabilities) -> None:
+    def _check_shape(self, step: int, caps: Capabilities) -> None:
         """Refuse a checkpoint whose number of layers or heads differs from the first."""
         for first, report in list(self.reports.items())[:1]:
             there = (report.settings.n_layers, report.settings.n_heads)
-            if (can.n_layers, can.n_heads) != there:
+            if (caps.n_layers, caps.n_heads) != there:
                 raise ModelError(
-                    f"Checkpoint {step} has {can.n_layers} layers of {can.n_heads} heads and "
+                    f"Checkpoint {step} has {caps.n_layers} layers of {caps.n_heads} heads and "
                     f"checkpoint {first} has {there[0]} of {there[1]}; name checkpoints of one "
                     "model."
                 )

@@ -435,17 +435,17 @@ def _run(
     model: Any, prompts: Texts, sink: int, routes: dict[int, Experts], progress: bool
 ) -> dict[str, Tensor]:
     """Measure the tensors of `ExpertOutputs` in one pass over the prompts."""
-    can = capabilities(model)
+    caps = capabilities(model)
     sinks = torch.zeros_like(prompts.mask)
     sinks[:, sink] = True
-    scope = dataclasses.replace(readout.scope(can), sizes={})  # routed layers alone, not all
+    scope = dataclasses.replace(readout.scope(caps), sizes={})  # routed layers alone, not all
     calls: dict[int, Routing] = {}
     states = [_States(scope, "resid_pre"), _States(scope, "resid_post")]
     own = [_EachExpert(scope, routes, calls)] if routes else []
     with routed(model, routes, calls.__setitem__):
-        how = paths.choose(model, can, "auto")
+        how = paths.choose(model, caps, "auto")
         order = runner.run(
-            model, prompts, sinks, [*states, *own], how, causal=can.causal, progress=progress
+            model, prompts, sinks, [*states, *own], how, causal=caps.causal, progress=progress
         )
     before, after = (one.results(order) for one in states)
     found = {name: torch.cat([before[name][:, :1], after[name]], dim=1).cpu() for name in before}

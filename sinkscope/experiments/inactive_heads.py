@@ -434,14 +434,14 @@ class _Measure:
         """Loss and share of zeroed heads of each prompt; of random heads the mean over draws."""
         flags = self._choose(name, share)
         losses = torch.stack([self._losses(one) for one in flags])
-        attending = list(self._partway.can.attending)
+        attending = list(self._partway.caps.attending)
         shares = [one[:, attending].float().mean((1, 2)) for one in flags]
         return losses.mean(dim=0), torch.stack(shares).mean(0)
 
     def _one_pass(self, name: str, share: float) -> tuple[Tensor, Tensor]:
         """The same, each layer scored and zeroed in the forward pass that gives the loss."""
         threshold, inactive_if = self._choose.threshold(name, share), INACTIVE_IF[name]
-        can = self._partway.can
+        caps = self._partway.caps
         flagged: list[tuple[Tensor, Tensor]] = []
 
         def hooks(batch: Batch) -> Hooks:
@@ -450,7 +450,7 @@ class _Measure:
             flagged.append((batch.rows, count))
 
             def read(signal: str, layer: int, x: Any) -> None:
-                measured.update(_read(signal, x, batch, can.n_heads))
+                measured.update(_read(signal, x, batch, caps.n_heads))
 
             def zero(z: Float[Tensor, "prompt position head d_head"], hook: Any) -> Tensor:
                 norms = average(values.norms(z), batch.on(z.device).averages("mask", "last_token"))
@@ -459,10 +459,10 @@ class _Measure:
                 layer = {key: x.to(z.device)[:, None] for key, x in (measured | sizes).items()}
                 score = inactivity_scores(**layer)[name][:, 0]
                 flags = _beyond(score, threshold, inactive_if)
-                count.add_(flags.float().mean(dim=1).cpu() / len(can.attending))
+                count.add_(flags.float().mean(dim=1).cpu() / len(caps.attending))
                 return z.masked_fill(flags[:, None, :, None], 0)
 
-            edits = [(can.hook("z", layer), zero) for layer in can.attending]
+            edits = [(caps.hook("z", layer), zero) for layer in caps.attending]
             return [*self._partway.observers(batch, ("attention", "value"), read), *edits]
 
         losses = self._losses.run(hooks)

@@ -317,7 +317,7 @@ def _follow(
     model: Any, pairs: Int[Tensor, "prompt version position"], front: int | None
 ) -> dict[str, Tensor]:
     """All values of one condition [prompt layer ...], on the CPU."""
-    can = capabilities(model)
+    caps = capabilities(model)
     device = input_device(model)
     size = max(1, _TOKENS.get(device.type, _TOKENS["cpu"]) // (2 * pairs.shape[2]))
     found: list[dict[int, dict[str, Tensor]]] = []
@@ -325,18 +325,18 @@ def _follow(
     def read(layer: int) -> Any:
         return lambda x, hook: found[-1].__setitem__(layer, _measured(x, front is not None))
 
-    hooks = [(can.hook("resid_post", layer), read(layer)) for layer in range(can.n_layers)]
+    hooks = [(caps.hook("resid_post", layer), read(layer)) for layer in range(caps.n_layers)]
     with (
         torch.inference_mode(),
         runner.evaluating(model),
-        paths.choose(model, can, "auto").opened(),
+        paths.choose(model, caps, "auto").opened(),
         model.hooks(fwd_hooks=hooks),
     ):
         for some in pairs.split(size):
             rows = _preceded(some.flatten(0, 1), front)
             found.append({})
             mask = torch.ones_like(rows, dtype=torch.bool)
-            runner.forward(model, _batch(rows, mask, can.causal, device))
+            runner.forward(model, _batch(rows, mask, caps.causal, device))
     return {
         name: torch.cat(
             [torch.stack([one[layer][name] for layer in sorted(one)], dim=1) for one in found]

@@ -243,7 +243,7 @@ def nonmixture(
         UnsupportedError: If the model shows no FFN output.
     """
     model = load_model(model)
-    can = capabilities(model)
+    caps = capabilities(model)
     prompts = readout.even(model, texts, position)
     masked = position != 0 if mask is None else mask
     with SelfOnlyMask(model, position) if masked else nullcontext():
@@ -255,7 +255,7 @@ def nonmixture(
             progress=progress,
         )
         hidden = None
-        if "neurons" in can.signals:
+        if "neurons" in caps.signals:
             neurons = readout.at("neurons", position)
             hidden = readout.measure(model, prompts, {"neurons": neurons}, [position])["neurons"]
     result = NonMixture(
@@ -263,7 +263,7 @@ def nonmixture(
         report=report,
         position=position,
         masked=masked,
-        causal=can.causal,
+        causal=caps.causal,
         over_median=over_median,
         over_mixed=over_mixed,
     )

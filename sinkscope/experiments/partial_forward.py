@@ -57,17 +57,17 @@ class Track:
     final: Residual
 
 
-def with_loss(can: Capabilities) -> Capabilities:
+def with_loss(caps: Capabilities) -> Capabilities:
     """Return the capabilities, if the model has a meaningful next-token loss.
 
     Raises:
         UnsupportedError: If it does not.
     """
-    if "loss" in can.undefined:
+    if "loss" in caps.undefined:
         raise UnsupportedError(
-            f"{can.architecture} has no loss to compare: {can.undefined['loss']}."
+            f"{caps.architecture} has no loss to compare: {caps.undefined['loss']}."
         )
-    return can
+    return caps
 
 
 def with_predictions(prompts: Texts, name: str = "") -> Texts:
@@ -102,9 +102,9 @@ class Partway:
 
     def __init__(self, model: Any, path: str = "auto") -> None:
         self.model = model
-        self.can = with_loss(capabilities(model))
+        self.caps = with_loss(capabilities(model))
         self.device = input_device(model)
-        self._path = paths.choose(model, self.can, path)
+        self._path = paths.choose(model, self.caps, path)
         self._outputs: list[int | None] = []
         with self._without_hooks(), self.opened():
             self._check()
@@ -127,11 +127,11 @@ class Partway:
         def keep(layer: int) -> Callable[..., None]:
             return lambda x, hook: kept.__setitem__(layer, x)
 
-        n_layers = self.can.n_layers
+        n_layers = self.caps.n_layers
         # The output of a block rather than the input of the next: edits of a block's input come
         # later, and are applied again when the model starts there.
-        observers = [(self.can.hook("resid_post", i), keep(i + 1)) for i in range(n_layers)]
-        observers.append((self.can.hook("resid_pre", 0), keep(0)))
+        observers = [(self.caps.hook("resid_post", i), keep(i + 1)) for i in range(n_layers)]
+        observers.append((self.caps.hook("resid_pre", 0), keep(0)))
         self._run(tokens, mask, [*hooks, *observers])
         return Track(tuple(kept[i] for i in range(n_layers)), kept[n_layers])
 
@@ -153,7 +153,8 @@ class Partway:
             hooks: Edits, as `TransformerBridge.hooks` takes them.
         """
         kept: list[Tensor] = []
-        last = (self.can.hook("resid_post", self.can.n_layers - 1), lambda x, hook: kept.append(x))
+        end = self.caps.hook("resid_post", self.caps.n_layers - 1)
+        last = (end, lambda x, hook: kept.append(x))
         with self._starting_at(layer, residual):
             self._run(tokens, mask, [*hooks, last])
         return kept[0]
@@ -173,7 +174,7 @@ class Partway:
         names = hooked(self.model)
         inside = {name for name in names if name.startswith("blocks.")}
         behind = names != inside
-        room = _LOGITS["cuda" if final.is_cuda else "cpu"] // self.can.d_vocab
+        room = _LOGITS["cuda" if final.is_cuda else "cpu"] // self.caps.d_vocab
         length = tokens.shape[1] - 1
         width = max(1, length if behind else min(room, length))
         columns = []
@@ -211,7 +212,7 @@ class Partway:
         self, tokens: Int[Tensor, "row position"], final: Residual
     ) -> Float[Tensor, "row position vocab"]:
         """The logits of a residual state: final norm and output head."""
-        return self.logits(tokens, self.can.n_layers, final)
+        return self.logits(tokens, self.caps.n_layers, final)
 
     def _run(
         self,
@@ -309,13 +310,13 @@ class Partway:
         same = close(self._logits(tokens, track.final).float(), plain.float(), tolerance)
         # The prompts are permuted between runs. Otherwise a value that a later block reads from a
         # skipped one would be that of the previous run, and match by coincidence.
-        for layer in range(self.can.n_layers):
+        for layer in range(self.caps.n_layers):
             order = [1, 0] if layer % 2 == 0 else [0, 1]
             again = self.final(tokens[order], mask, layer, track.before[layer][order])
             same = same and close(again.float(), track.final[order].float(), tolerance)
         if not same:
             raise UnsupportedError(
-                f"{self.can.architecture} does not give the same result when it starts at one of "
+                f"{self.caps.architecture} does not give the same result when it starts at one of "
                 "its blocks, so its heads cannot be ablated this way; AblateHeads ablates them in "
                 "whole forward passes."
             )
@@ -368,4 +369,4 @@ class PromptLosses:
             return lambda z, hook: z.masked_fill(here.to(z.device), 0)
 
         layers = ablated.any(dim=2).any(dim=0).nonzero()[:, 0].tolist()
-        return [(self._partway.can.hook("z", layer), zero(layer)) for layer in layers]
+        return [(self._partway.caps.hook("z", layer), zero(layer)) for layer in layers]

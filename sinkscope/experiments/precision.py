@@ -482,8 +482,8 @@ class Precision(Result):
         frame = self.to_frame()
         drawn = {"kept-tokens": kept_tokens(frame, about=self.about)}
         if self.map_loss is not None:
-            told = f"{self.about} · {self.mapped}"
-            drawn["damage"] = damage_map(frame, about=told)
+            subtitle = f"{self.about} · {self.mapped}"
+            drawn["damage"] = damage_map(frame, about=subtitle)
         return drawn
 
     def save(self, path: str | Path, name: str | None = None) -> list[Path]:
@@ -577,7 +577,7 @@ def precision(
     """
     model = load_model(model)
     file = kept_in(file, model)
-    can = with_loss(capabilities(model))
+    caps = with_loss(capabilities(model))
     prompts = with_predictions(as_texts(texts).tokenize(model).right_padded())
     refuse_short_prompts(model, prompts.mask)
     names = strings("schemes", schemes, UnsupportedError)
@@ -601,7 +601,7 @@ def precision(
     if static:
         stand_in = as_texts(needs_calibration(static[0], calibration)).tokenize(model)
         stand_in = stand_in.right_padded()
-    how = paths.choose(model, can, "auto")
+    how = paths.choose(model, caps, "auto")
     with how.opened():  # which tensors a model exposes depends on it
         parts = check_tensors(tensors, capabilities(model))
     request = {}
@@ -730,16 +730,16 @@ def _marks(
     model: Any, prompts: Texts, sinks: tuple[int, ...] | None, first: Iterable[int]
 ) -> dict[str, Marks]:
     """Return the tokens that each rule keeps, in every layer."""
-    can = capabilities(model)
+    caps = capabilities(model)
     position = torch.arange(prompts.mask.shape[1])
     if sinks is None:
-        wanted = [name for name in ("received", "residual") if name in can.available]
+        wanted = [name for name in ("received", "residual") if name in caps.available]
         found = scan(model, prompts, metrics=wanted, progress=False).token_mask().cpu()
     else:
         found = torch.isin(position, torch.tensor(sinks)) & prompts.mask
     kinds = {NOTHING: torch.zeros_like(prompts.mask), SINKS: found}
     kinds |= {f"first {n}": (position < n) & prompts.mask for n in first}
-    marks = {rule: kind.expand(can.n_layers, -1, -1).clone() for rule, kind in kinds.items()}
+    marks = {rule: kind.expand(caps.n_layers, -1, -1).clone() for rule, kind in kinds.items()}
     return marks | {PIVOTS: pivots(model, prompts)}
 
 
@@ -750,8 +750,8 @@ def pivots(model: Any, prompts: Texts) -> Marks:
         model: A bridge.
         prompts: Right-padded.
     """
-    can = capabilities(model)
-    found = torch.zeros(can.n_layers, *prompts.mask.shape, dtype=torch.bool)
+    caps = capabilities(model)
+    found = torch.zeros(caps.n_layers, *prompts.mask.shape, dtype=torch.bool)
 
     def listener(layer: int) -> Callable[[Tensor, Batch], None]:
         def listen(x: Tensor, batch: Batch) -> None:
@@ -759,7 +759,7 @@ def pivots(model: Any, prompts: Texts) -> Marks:
 
         return listen
 
-    hooks = {can.hook("resid_pre", layer): listener(layer) for layer in range(can.n_layers)}
+    hooks = {caps.hook("resid_pre", layer): listener(layer) for layer in range(caps.n_layers)}
     run_through(model, prompts, hooks)
     return found
 
@@ -949,8 +949,8 @@ class _Run:
     ) -> None:
         self._model, self._prompts, self._how = model, prompts, how
         self._marks, self._ends = marks, ends
-        self._can = capabilities(model)
-        self.layers = tuple(range(self._can.n_layers))
+        self._caps = capabilities(model)
+        self.layers = tuple(range(self._caps.n_layers))
         self._device = input_device(model)
         try:
             self._partway: Partway | None = Partway(model)
@@ -963,7 +963,7 @@ class _Run:
     def groups(self) -> list[list[int]]:
         """Return groups of prompts of equal length, so that there is no padding."""
         lengths = self._prompts.lengths
-        room = _LOGITS.get(self._device.type, _LOGITS["cpu"]) // self._can.d_vocab
+        room = _LOGITS.get(self._device.type, _LOGITS["cpu"]) // self._caps.d_vocab
         found = []
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero().flatten()

@@ -109,13 +109,13 @@ def measure(
     Returns:
         Tensors [prompt layer ...] by name, on the CPU.
     """
-    can = capabilities(model)
+    caps = capabilities(model)
     where = torch.zeros_like(texts.mask)
     where[:, list(sinks)] = True
-    of_model = scope(can)
+    of_model = scope(caps)
     observers = [_Keep(name, quantity, of_model) for name, quantity in quantities.items()]
-    how = paths.choose(model, can, "auto")
-    order = runner.run(model, texts, where, observers, how, causal=can.causal, progress=False)
+    how = paths.choose(model, caps, "auto")
+    order = runner.run(model, texts, where, observers, how, causal=caps.causal, progress=False)
     return {
         name: tensor.cpu()
         for observer in observers
@@ -123,14 +123,14 @@ def measure(
     }
 
 
-def scope(can: Capabilities) -> Scope:
+def scope(caps: Capabilities) -> Scope:
     """Return the scope for observers that do not need the output projections."""
 
     def no_gram(layer: int) -> Tensor:
         raise NotImplementedError("these observers do not use W_O")
 
-    sizes = {"layer": can.n_layers}
-    return Scope(0.3, can.n_heads, bucket_edges=(1,), gram=no_gram, sizes=sizes)
+    sizes = {"layer": caps.n_layers}
+    return Scope(0.3, caps.n_heads, bucket_edges=(1,), gram=no_gram, sizes=sizes)
 
 
 def median_of_others(
@@ -164,8 +164,8 @@ def chosen(names: Iterable[str], choices: tuple[str, ...], what: str) -> tuple[s
 
 def has_loss(model: Any) -> bool:
     """Return whether a model predicts next tokens with a trained output head."""
-    can = capabilities(model)
-    return can.causal and can.lm_head
+    caps = capabilities(model)
+    return caps.causal and caps.lm_head
 
 
 def losses(model: Any, texts: Texts) -> Float[Tensor, "prompt query"] | None:

@@ -380,7 +380,7 @@ class _Opened:
             self.bridge = load_model(spec)
         else:
             self.bridge = load_model(spec, device, dtype)
-        self.can = _check(self.bridge)
+        self.caps = _check(self.bridge)
         self.partway = Partway(self.bridge)
 
 
@@ -390,19 +390,19 @@ def _check(model: Any) -> Capabilities:
     Raises:
         UnsupportedError: With the reason.
     """
-    can = with_loss(capabilities(model))
-    if "latent" in can.signals:
+    caps = with_loss(capabilities(model))
+    if "latent" in caps.signals:
         raise UnsupportedError(
-            f"{can.architecture} rotates channels of their own beside those from its latent, an "
+            f"{caps.architecture} rotates channels of their own beside those from its latent, an "
             "arithmetic that is not reproduced here."
         )
-    if can.positions == "rotary" and rotaries(model):
+    if caps.positions == "rotary" and rotaries(model):
         if kinds := length_dependent(rotaries(model)):
             raise UnsupportedError(
-                f"The rotary angles of {can.architecture} depend on the largest position id "
+                f"The rotary angles of {caps.architecture} depend on the largest position id "
                 f"({', '.join(kinds)}), so that a shift changes attention in exact arithmetic too."
             )
-        return can
+        return caps
     reasons = {
         "learned": "has learned positions: a shift gives every token another vector, so that it "
         "changes attention in exact arithmetic too",
@@ -410,15 +410,15 @@ def _check(model: Any) -> Capabilities:
         "none": "has no positions to shift",
         "rotary": "computes its rotary angles where its position ids cannot be shifted",
     }
-    reason = reasons.get(can.positions, f"has {can.positions} positions, which are not rotary")
-    raise UnsupportedError(f"{can.architecture} {reason}.")
+    reason = reasons.get(caps.positions, f"has {caps.positions} positions, which are not rotary")
+    raise UnsupportedError(f"{caps.architecture} {reason}.")
 
 
 def _empty(
     opened: _Opened, prompts: Texts, plan: list[tuple[str, str]], shifts: tuple[int, ...]
 ) -> RotaryPrecision:
     """The result before anything ran."""
-    layers, heads = opened.can.n_layers, opened.can.n_heads
+    layers, heads = opened.caps.n_layers, opened.caps.n_heads
     n, length = prompts.tokens.shape
     edges = bucket_edges(length)
 
@@ -491,7 +491,7 @@ class _Run:
                 result.loss[index, prompt] = float(partway.losses(tokens, mask, final)[0])
             for at, shift in enumerate(self._shifts):
                 if not overflowed:
-                    self._compare = _Errors(result, (index, at, prompt), mask, self._opened.can)
+                    self._compare = _Errors(result, (index, at, prompt), mask, self._opened.caps)
                     shifted = self._run(tokens, mask, shift)
                     loss = float(partway.losses(tokens, mask, shifted)[0])
                     result.shifted_loss[index, at, prompt] = loss
@@ -578,7 +578,7 @@ class _Run:
             UnsupportedError: If the model has rounded them already.
         """
         if self._wide_angles and not self._rounds and query.dtype != torch.float32:
-            rotates = self._opened.can.architecture
+            rotates = self._opened.caps.architecture
             raise UnsupportedError(
                 f"{rotates} rounds queries and keys after the rotation, so that they cannot be "
                 'kept in float32; leave out "both".'
@@ -595,8 +595,8 @@ class _Run:
 
     def _divergence(self, tokens: Tensor, before: Tensor, after: Tensor) -> float:
         """Mean over positions of KL(p ‖ p with shifted ids) [nat], some positions at a time."""
-        partway, total, end = self._opened.partway, 0.0, self._opened.can.n_layers
-        width = max(1, 2**22 // self._opened.can.d_vocab)
+        partway, total, end = self._opened.partway, 0.0, self._opened.caps.n_layers
+        width = max(1, 2**22 // self._opened.caps.d_vocab)
         for start in range(0, tokens.shape[1], width):
             at = slice(start, start + width)
             p, q = (
@@ -618,9 +618,9 @@ class _Errors:
     """
 
     def __init__(
-        self, result: RotaryPrecision, at: tuple[int, int, int], mask: Tensor, can: Capabilities
+        self, result: RotaryPrecision, at: tuple[int, int, int], mask: Tensor, caps: Capabilities
     ) -> None:
-        self._result, self._at, self._mask, self._can = result, at, mask, can
+        self._result, self._at, self._mask, self._caps = result, at, mask, caps
         self._rows: list[Tensor] = []
         self._first: list[Tensor] = []
         self._worst: list[Tensor] = []
@@ -653,7 +653,7 @@ class _Errors:
             where = (*at, layer, bucket)
             result.error_by_query[where] = masked_mean(rows, inside, (0, 1)).cpu()
             result.first_error_by_query[where] = masked_mean(first, inside, (0, 1)).cpu()
-        seen_by = visible_queries(self._mask, True, self._can.windows[layer])[0] * len(rows)
+        seen_by = visible_queries(self._mask, True, self._caps.windows[layer])[0] * len(rows)
         result.error_by_key[*at, layer, :length] = (self._keys / seen_by).cpu()
         result.largest_error_by_key[*at, layer, :length] = self._worst_keys.cpu()
         self._rows, self._first, self._worst = [], [], []

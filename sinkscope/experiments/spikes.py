@@ -168,39 +168,39 @@ def spikes(model: Any, texts: Any, sink: int | None = None) -> Spikes:
         TextError: If prompts differ in length, or end before the sink.
     """
     model = load_model(model)
-    can = capabilities(model)
-    if not can.attending:
+    caps = capabilities(model)
+    if not caps.attending:
         raise UnsupportedError(
-            f"Spikes are measured before attention layers: {can.absent['pattern']}."
+            f"Spikes are measured before attention layers: {caps.absent['pattern']}."
         )
-    if not can.causal:
+    if not caps.causal:
         raise UnsupportedError(
-            f"{can.architecture} is bidirectional, and the sink of a layer is defined here by the "
+            f"{caps.architecture} is bidirectional, and the sink of a layer is defined here by the "
             "attention of later queries; use a causal model."
         )
-    blocks = definitions.blocks(can.attending)
+    blocks = definitions.blocks(caps.attending)
     if not blocks:
         raise UnsupportedError(
-            f"In {can.architecture} no layer without attention comes before an attention layer, so"
+            f"In {caps.architecture} no layer without attention comes before an attention layer, so"
             f" there is no block in which a spike could be; use a hybrid model, such as Qwen3.5."
         )
     prompts = readout.even(model, texts, 0 if sink is None else sink)
     found = readout.measure(model, prompts, {"value": PEAKS, "later": LATER})
-    later = found["later"][:, list(can.attending)].nan_to_num(-torch.inf)
+    later = found["later"][:, list(caps.attending)].nan_to_num(-torch.inf)
     sinks = later.argmax(dim=2)
     consensus = torch.tensor([_most(row) if sink is None else sink for row in sinks.tolist()])
     value = found["value"]
     at_sink = value[torch.arange(len(value)), :, consensus]
     return Spikes(
         about=about(model, prompts),
-        attending=can.attending,
+        attending=caps.attending,
         events=tuple(blocks),
-        pairs=tuple(definitions.intervals(can.attending)),
+        pairs=tuple(definitions.intervals(caps.attending)),
         value=value,
         sinks=sinks,
         sink=consensus,
-        aligned=definitions.alignment(value, sinks, can.attending),
-        retained=definitions.retention(at_sink, can.attending),
+        aligned=definitions.alignment(value, sinks, caps.attending),
+        retained=definitions.retention(at_sink, caps.attending),
     )
 
 

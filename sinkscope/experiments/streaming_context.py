@@ -283,9 +283,9 @@ class StreamedContext(Result):
         drawn = {}
         if any(self.schemes):
             recent = max(w for w, s in zip(self.windows, self.schemes, strict=True) if s)
-            told = f"{self.about} · the last {recent:,} in full precision"
+            subtitle = f"{self.about} · the last {recent:,} in full precision"
             chosen = rows[(rows["scheme"] != "") | (rows["window"] < 0)]
-            drawn["perplexity-scheme"] = perplexity_by_scheme(chosen, about=told)
+            drawn["perplexity-scheme"] = perplexity_by_scheme(chosen, about=subtitle)
         rows = rows[rows["scheme"] == ""]
         ways = dict.fromkeys(
             c
@@ -401,15 +401,15 @@ def streaming_context(
     """
     model = load_model(model)
     file = kept_in(file, model)
-    can = _check(capabilities(model))
+    caps = _check(capabilities(model))
     if chunk < 1:
         raise TextError(f"Texts cannot go through in chunks of {chunk} tokens; use 1 or more.")
     prompts = long_text(model, text, tokens, bos=bos, seed=seed)
-    settings = plan(windows, sinks, designated, counted, full, tokens, can)
+    settings = plan(windows, sinks, designated, counted, full, tokens, caps)
     stored = plan_stored(quantise, sinks, recent, tokens)
     settings += stored
-    check_lengths(settings, tokens, can)
-    rotation = KeyRotation(model, can) if any(s.counted == "cache" for s in settings) else None
+    check_lengths(settings, tokens, caps)
+    rotation = KeyRotation(model, caps) if any(s.counted == "cache" for s in settings) else None
     request = {} if file is None else request_of(model, prompts, settings=list(map(str, settings)))
     with Kept(StreamedContext, file, request) as kept:
         result = kept.found or _empty(model, prompts, settings)
@@ -422,7 +422,7 @@ def streaming_context(
             for index in missing:
                 bar.set_description(f"{settings[index].kept}, window {settings[index].window}")
                 setting = settings[index]
-                how = setting.stored(can.n_layers, massive)
+                how = setting.stored(caps.n_layers, massive)
                 _run(model, prompts, setting, rotation, chunk, result, index, bar, how)
                 kept.grew(result)
     return result
@@ -487,7 +487,7 @@ def plan(
     counted: Iterable[str],
     full: bool | None,
     tokens: int,
-    can: Capabilities,
+    caps: Capabilities,
 ) -> list[Setting]:
     """List the requested runs, beginning with full attention.
 
@@ -496,7 +496,7 @@ def plan(
     """
     sinks, chosen = _counts(sinks), _designated(designated, tokens)
     found: list[Setting] = []
-    fits = can.n_ctx is None or tokens <= can.n_ctx
+    fits = caps.n_ctx is None or tokens <= caps.n_ctx
     if full if full is not None else fits:
         found.append(Setting("everything", (), None, "absolute"))
     for way in counted:
@@ -563,16 +563,16 @@ def _designated(wanted: int | Iterable[int] | str | None, tokens: int) -> tuple[
     return check_positions(wanted)  # pyright: ignore[reportArgumentType]: it refuses strings
 
 
-def check_lengths(settings: Sequence[Setting], tokens: int, can: Capabilities) -> None:
+def check_lengths(settings: Sequence[Setting], tokens: int, caps: Capabilities) -> None:
     """Refuse positions that a model has no vectors for, and designated ones beyond the text.
 
     Raises:
         UnsupportedError: If learned positions end before the text does.
         TextError: If a designated position is not in the text.
     """
-    if can.positions == "learned" and can.n_ctx is not None and tokens > can.n_ctx:
+    if caps.positions == "learned" and caps.n_ctx is not None and tokens > caps.n_ctx:
         raise UnsupportedError(
-            f"{can.architecture} has learned vectors for {can.n_ctx} positions, fewer than the "
+            f"{caps.architecture} has learned vectors for {caps.n_ctx} positions, fewer than the "
             f"{tokens} of the text."
         )
     for setting in settings:
@@ -597,11 +597,11 @@ def _run(
     began = time.perf_counter()
     loss, cache = stream(model, prompts, setting, rotation, chunk, bar, stored)
     result.loss[index] = loss
-    held = cache.bytes()
-    per_token = held / max(1, _tokens_held(setting, prompts.tokens.shape[1]))
+    size = cache.bytes()
+    per_token = size / max(1, _tokens_held(setting, prompts.tokens.shape[1]))
     if stored is not None:
         per_token = cache.token_bytes()
-    result.cache_bytes[index] = held
+    result.cache_bytes[index] = size
     result.full_bytes[index] = per_token * prompts.tokens.shape[1]
     result.seconds[index] = time.perf_counter() - began  # last: the row is complete then
 
@@ -680,30 +680,30 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def _check(can: Capabilities) -> Capabilities:
+def _check(caps: Capabilities) -> Capabilities:
     """Refuse a model without a next-token loss, or with windows of its own.
 
     Raises:
         UnsupportedError: With the reason.
     """
-    if not can.causal:
+    if not caps.causal:
         reason = "is bidirectional, so it predicts no next token"
-    elif not can.lm_head:
+    elif not caps.lm_head:
         reason = "has no trained output head, so its losses mean nothing"
-    elif len(can.attending) < can.n_layers:
+    elif len(caps.attending) < caps.n_layers:
         reason = (
-            f"has {can.n_layers - len(can.attending)} of {can.n_layers} layers without attention, "
-            "which pass earlier text on whatever the window"
+            f"has {caps.n_layers - len(caps.attending)} of {caps.n_layers} layers without "
+            "attention, which pass earlier text on whatever the window"
         )
-    elif any(window is not None for window in can.windows):
+    elif any(window is not None for window in caps.windows):
         reason = "has sliding windows of its own, which no kept position can outlast"
-    elif can.positions not in ("rotary", "learned", "none"):
-        reason = f"has {can.positions} positions, for which no counting in a cache is implemented"
-    elif can.architecture == _NATIVE:
+    elif caps.positions not in ("rotary", "learned", "none"):
+        reason = f"has {caps.positions} positions, for which no counting in a cache is implemented"
+    elif caps.architecture == _NATIVE:
         reason = "runs without a cache of keys and values"
     else:
-        return can
-    raise UnsupportedError(f"{can.architecture} {reason}.")
+        return caps
+    raise UnsupportedError(f"{caps.architecture} {reason}.")
 
 
 def _empty(model: Any, prompts: Texts, settings: Sequence[Setting]) -> StreamedContext:

@@ -312,9 +312,9 @@ def trace_peak(
             unknown, or none is named.
     """
     model = load_model(model)
-    can = capabilities(model)
+    caps = capabilities(model)
     prompts = readout.even(model, texts, sink)
-    chosen = check_layers(None if blocks is None else tuple(blocks), can.n_layers)
+    chosen = check_layers(None if blocks is None else tuple(blocks), caps.n_layers)
     parts = readout.chosen(parts, tuple(PARTS), "parts")
     modes = readout.chosen(modes, MODES, "modes")
     outputs = _typical(model, prompts, sink, parts)

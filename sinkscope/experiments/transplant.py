@@ -210,11 +210,11 @@ def transplant(
         TextError: If the prompts differ in length or are shorter than three tokens.
     """
     model = load_model(model)
-    can = capabilities(model)
+    caps = capabilities(model)
     prompts = readout.even(model, texts, 0, after=2)
     if not readout.has_loss(model):
         raise UnsupportedError(
-            f"{can.architecture} predicts no next tokens, so a transplant has no loss; measure it "
+            f"{caps.architecture} predicts no next tokens, so a transplant has no loss; measure it "
             "with scan inside SinkTransplant."
         )
     chosen = readout.chosen(conditions, CONDITIONS, "conditions")

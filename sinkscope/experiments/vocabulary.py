@@ -356,10 +356,10 @@ def vocabulary(
             or hooks or interventions are in force, which a file cannot record.
     """
     model = load_model(model)
-    can = _causal(capabilities(model))
+    caps = _causal(capabilities(model))
     threshold = real_number("threshold", threshold, at_least=0, error=TextError)
     sample = (
-        can.d_vocab
+        caps.d_vocab
         if sample is None
         else whole_number("sample", sample, at_least=1, error=TextError)
     )
@@ -368,15 +368,15 @@ def vocabulary(
     seed = checked_seed(seed, TextError)
     file = kept_in(file, model)
     prompts = readout.even(model, texts, 0, after=3)
-    prefix = _prefix(model, bos, can.d_vocab)
-    plan = _plan(can, prefix, min(sample, can.d_vocab), further, seed)
+    prefix = _prefix(model, bos, caps.d_vocab)
+    plan = _plan(caps, prefix, min(sample, caps.d_vocab), further, seed)
     request = {}
     if file is not None:
         options = dict(threshold=threshold, pairs=pairs, seed=seed)
         request = request_of(model, prompts, plan=[str(one) for one in plan], **options)
     with Kept(Vocabulary, file, request) as kept:
-        found = kept.found or _begun(model, can, prompts, plan, threshold)
-        _fill(model, can, found, plan, kept, progress)
+        found = kept.found or _begun(model, caps, prompts, plan, threshold)
+        _fill(model, caps, found, plan, kept, progress)
         if found.confirmed is None and pairs:
             found = _confirm(model, prompts, found, prefix, pairs, seed, progress)
             kept.write(found)
@@ -419,19 +419,19 @@ class _Condition:
         return enumerate(self.rows.split(_CHUNK))
 
 
-def _causal(can: Capabilities) -> Capabilities:
+def _causal(caps: Capabilities) -> Capabilities:
     """Return the capabilities, if position 0 attends only to itself.
 
     Raises:
         UnsupportedError: If it does not.
     """
-    if not can.causal:
+    if not caps.causal:
         raise UnsupportedError(
-            f"Attention of {can.architecture} is bidirectional, so its first position attends to "
+            f"Attention of {caps.architecture} is bidirectional, so its first position attends to "
             "the whole prompt and a prompt of one token says nothing about it; `sinkscope waiver "
             "MODEL --ask norms,positions` measures what makes its sink."
         )
-    return can
+    return caps
 
 
 def _prefix(model: Any, bos: str | int, d_vocab: int) -> tuple[int, ...]:
@@ -451,7 +451,7 @@ def _prefix(model: Any, bos: str | int, d_vocab: int) -> tuple[int, ...]:
 
 
 def _plan(
-    can: Capabilities, prefix: tuple[int, ...], sample: int, further: int, seed: int
+    caps: Capabilities, prefix: tuple[int, ...], sample: int, further: int, seed: int
 ) -> list[_Condition]:
     """Return the conditions, and which tokens are measured in each."""
     generator = torch.Generator().manual_seed(seed)
@@ -461,13 +461,13 @@ def _plan(
             return torch.arange(of)
         return torch.randperm(of, generator=generator)[:size].sort().values
 
-    ids = drawn(sample, can.d_vocab)
+    ids = drawn(sample, caps.d_vocab)
     plan = [_Condition(FIRST, (), torch.arange(len(ids)), ids)]
     rows = drawn(further, len(ids))
     if further and prefix:
         plan.append(_Condition("after BOS", prefix, rows, ids[rows]))
-    if further and can.positions == "learned" and can.n_ctx is not None:
-        middle = can.n_ctx // 2
+    if further and caps.positions == "learned" and caps.n_ctx is not None:
+        middle = caps.n_ctx // 2
         name = f"first, vector of position {middle}"
         plan.append(_Condition(name, (), rows, ids[rows], middle))
     return plan
@@ -477,7 +477,7 @@ def _plan(
 
 
 def _begun(
-    model: Any, can: Capabilities, prompts: Texts, plan: Sequence[_Condition], threshold: float
+    model: Any, caps: Capabilities, prompts: Texts, plan: Sequence[_Condition], threshold: float
 ) -> Vocabulary:
     """Return a result in which only real text has been measured.
 
@@ -486,7 +486,7 @@ def _begun(
     """
     wanted = {"norm": readout.RESIDUAL_NORM, "state": readout.at("resid_post", 0)}
     found = readout.measure(model, prompts, wanted)
-    _verify(model, can, prompts, found["state"])
+    _verify(model, caps, prompts, found["state"])
     later = readout.median_of_others(found["norm"], [0])
     first = found["norm"][..., 0]
     ids = plan[0].ids
@@ -496,7 +496,7 @@ def _begun(
         kind = torch.zeros_like(ids)
     else:
         (text, kind), classes = token_classes(tokenizer, ids.tolist()), list(CLASSES)
-    shape = len(plan), len(ids), can.n_layers
+    shape = len(plan), len(ids), caps.n_layers
     chunks = max(len(list(one.chunks())) for one in plan)
     return Vocabulary(
         about=about(model, prompts),
@@ -507,19 +507,19 @@ def _begun(
         kind=kind,
         threshold=threshold,
         peak_layer=int((first / later).mean(0).argmax()),
-        whole=len(ids) == can.d_vocab,
-        positions=can.positions,
+        whole=len(ids) == caps.d_vocab,
+        positions=caps.positions,
         later_norm=later,
         text_norm=first,
         sink_vector=found["state"].mean(0),
         norm=torch.full(shape, torch.nan),
         cosine=torch.full(shape, torch.nan),
-        sink_sum=torch.full((len(plan), chunks, can.n_layers, can.d_model), torch.nan),
+        sink_sum=torch.full((len(plan), chunks, caps.n_layers, caps.d_model), torch.nan),
     )
 
 
 def _verify(
-    model: Any, can: Capabilities, prompts: Texts, state: Float[Tensor, "prompt layer dim"]
+    model: Any, caps: Capabilities, prompts: Texts, state: Float[Tensor, "prompt layer dim"]
 ) -> None:
     """Refuse a model whose position 0 depends on what comes after it."""
     alone = readout.measure(
@@ -528,7 +528,7 @@ def _verify(
     half = model.cfg.dtype in (torch.float16, torch.bfloat16)
     if not close(alone, state, 3e-2 if half else 1e-4):
         raise UnsupportedError(
-            f"Position 0 of a text has other states in {can.architecture} than its token has "
+            f"Position 0 of a text has other states in {caps.architecture} than its token has "
             "alone, so prompts of one token do not give its trajectory; `sinkscope trace-peak` "
             "measures it in texts."
         )
@@ -536,7 +536,7 @@ def _verify(
 
 def _fill(
     model: Any,
-    can: Capabilities,
+    caps: Capabilities,
     found: Vocabulary,
     plan: Sequence[_Condition],
     kept: Kept[Vocabulary],
@@ -554,12 +554,12 @@ def _fill(
     with tqdm(total=total, unit="token", disable=not progress, leave=False) as bar:
         for index, condition, chunk, rows in missing:
             bar.set_description(condition.name)
-            observer = _Trajectory(readout.scope(can), found.sink_vector, found.peak_layer, bound)
+            observer = _Trajectory(readout.scope(caps), found.sink_vector, found.peak_layer, bound)
             before = torch.tensor(condition.before, dtype=torch.long).expand(len(rows), -1)
             prompts = token_ids(torch.cat([before, found.ids[rows, None]], dim=1))
             first = torch.zeros_like(prompts.mask)
             first[:, 0] = True
-            how = paths.choose(model, can, "auto")
+            how = paths.choose(model, caps, "auto")
             with condition.entered(model):
                 order = runner.run(
                     model, prompts, first, [observer], how, causal=True, progress=False

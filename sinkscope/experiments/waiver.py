@@ -135,11 +135,11 @@ def position_norms(model: Any) -> PositionNorms:
         UnsupportedError: If the model has no learned position vectors.
     """
     model = load_model(model)
-    can = capabilities(model)
-    if can.positions != "learned":
+    caps = capabilities(model)
+    if caps.positions != "learned":
         raise UnsupportedError(
-            f"{can.architecture} has no learned position vectors; its positions are "
-            f"{can.positions}."
+            f"{caps.architecture} has no learned position vectors; its positions are "
+            f"{caps.positions}."
         )
     table, first = position_table(model)
     norm = position_embedding_norm(table.detach()[first:]).cpu()
@@ -199,18 +199,18 @@ def position_embeddings(
     return PositionEdit(**conditions.observe(model, prompts, cases, position, progress))
 
 
-def check_positions(can: Capabilities) -> None:
+def check_positions(caps: Capabilities) -> None:
     """Refuse a model whose positions `position_embeddings` cannot exchange.
 
     Args:
-        can: Its capabilities.
+        caps: Its capabilities.
 
     Raises:
         UnsupportedError: If positions are neither learned nor rotary.
     """
-    if can.positions not in ("learned", "rotary"):
+    if caps.positions not in ("learned", "rotary"):
         raise UnsupportedError(
-            f"{can.architecture} has {can.positions} positions; only learned and rotary ones can "
+            f"{caps.architecture} has {caps.positions} positions; only learned and rotary ones can "
             "be exchanged."
         )
 

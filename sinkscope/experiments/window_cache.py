@@ -54,7 +54,7 @@ class KeyRotation:
             its rotation cannot be found or differs between layers.
     """
 
-    def __init__(self, model: Any, can: Capabilities) -> None:
+    def __init__(self, model: Any, caps: Capabilities) -> None:
         from transformer_lens.model_bridge.generalized_components.rotary_embedding import (
             RotaryEmbeddingBridge,
         )
@@ -63,21 +63,21 @@ class KeyRotation:
         core = core_module(model.blocks[0].attn)
         home = sys.modules[type(core).__module__] if core is not None else None
         self._rotate = getattr(home, "apply_rotary_pos_emb", None)
-        if can.positions != "rotary" or len(found) != 1 or self._rotate is None:
+        if caps.positions != "rotary" or len(found) != 1 or self._rotate is None:
             raise UnsupportedError(
-                f"Positions can be counted in the cache where they are rotary; {can.architecture} "
-                f'has {can.positions} ones that cannot be re-rotated; count them as "absolute".'
+                f"Positions can be counted in the cache where they are rotary; {caps.architecture} "
+                f'has {caps.positions} ones that cannot be re-rotated; count them as "absolute".'
             )
         self._angles: Any = found[0].original_component
         kind = getattr(self._angles, "rope_type", "default")
         if kind in ("dynamic", "longrope"):
             raise UnsupportedError(
-                f"The rotary angles of {can.architecture} change with the length of the text "
+                f"The rotary angles of {caps.architecture} change with the length of the text "
                 f'({kind}), so keys in a cache cannot be re-rotated; count positions as "absolute".'
             )
         if not self._is_exact(model):
             raise UnsupportedError(
-                f"The keys of {can.architecture} are not rotated alike in every layer, or not as "
+                f"The keys of {caps.architecture} are not rotated alike in every layer, or not as "
                 'its rotary embedding says; count positions as "absolute".'
             )
 

@@ -95,8 +95,8 @@ def model_of(report: SinkReport, model: Any) -> Any:
     from sinkscope.models.provenance import model_source
 
     model = ss.load_model(model)
-    can, source, settings = capabilities(model), model_source(model), report.settings
-    same_shape = all(getattr(can, name) == getattr(settings, name) for name in _SHAPE)
+    caps, source, settings = capabilities(model), model_source(model), report.settings
+    same_shape = all(getattr(caps, name) == getattr(settings, name) for name in _SHAPE)
     revisions = {source.revision, settings.revision} - {""}  # models in memory have none
     if same_shape and len(revisions) < 2:
         return model
@@ -104,7 +104,7 @@ def model_of(report: SinkReport, model: Any) -> Any:
         f"{name} ({it.architecture}, {it.n_layers} layers × {it.n_heads} heads, {it.n_kv_heads} KV "
         f"heads{', revision ' + revision.removeprefix('sha256:')[:12] if revision else ''})"
         for name, it, revision in (
-            (settings.model, settings, settings.revision), (source.name, can, source.revision),
+            (settings.model, settings, settings.revision), (source.name, caps, source.revision),
         )
     )  # fmt: skip
     raise SinkscopeError(

@@ -32,7 +32,7 @@ def page_data(report: SinkReport, patterns: HeadPatterns | None = None) -> dict[
     metrics = [_metric(report, pack, name) for name in _ordered(fields)]
     names = [metric["name"] for metric in metrics]
     drawn = views.views(report, pack, names)
-    held = {} if patterns is None else _patterns(report, patterns, pack, drawn)
+    patterns_data = {} if patterns is None else _patterns(report, patterns, pack, drawn)
     linked = any(name in drawn for name in ("received", "values", "residual"))
     return {
         "epsilon": report.settings.epsilon,
@@ -51,7 +51,7 @@ def page_data(report: SinkReport, patterns: HeadPatterns | None = None) -> dict[
         "views": drawn,
         "tokens": tokens(report),
         "tables": tables(report),
-        **held,
+        **patterns_data,
     }
 
 

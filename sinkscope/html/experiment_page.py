@@ -102,7 +102,8 @@ def _untitled(figure: go.Figure) -> dict[str, Any]:
     layout = spec["layout"]
     layout.pop("template", None)
     title = layout.pop("title")
-    gone = ROOM + LINE * title["subtitle"]["text"].count("<br>") - _TOP
+    trimmed = ROOM + LINE * title["subtitle"]["text"].count("<br>") - _TOP
     margin = layout["margin"]
-    layout |= {"height": layout["height"] - gone, "margin": margin | {"t": margin["t"] - gone}}
+    margin = margin | {"t": margin["t"] - trimmed}
+    layout |= {"height": layout["height"] - trimmed, "margin": margin}
     return {"data": spec["data"], "layout": layout}

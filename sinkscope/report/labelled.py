@@ -403,9 +403,9 @@ def _beside_values(labelled: Labelled) -> list[Any]:
     names = {field.name for field in dataclasses.fields(labelled)}  # type: ignore[arg-type]
     parts = labelled.parts()
     plain = sorted(names - set(labelled.variables()) - set(parts))
-    held = [getattr(labelled, name) for name in parts]
+    values = [getattr(labelled, name) for name in parts]
     return [
         {name: labelled[name].dtype for name in labelled.measured()},
         {name: getattr(labelled, name) for name in plain},
-        [part and _beside_values(part) for part in held],
+        [part and _beside_values(part) for part in values],
     ]

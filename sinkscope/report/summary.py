@@ -231,8 +231,8 @@ def provenance(report: SinkQuantities) -> str:
 
 def _positions(report: SinkQuantities) -> str:
     if report.settings.sinks != "auto":
-        asked = report.settings.sinks.split(",")
-        return f"position{'s' if len(asked) > 1 else ''} {', '.join(asked)}"
+        positions = report.settings.sinks.split(",")
+        return f"position{'s' if len(positions) > 1 else ''} {', '.join(positions)}"
     found = Counter(report.sink_mask.nonzero()[:, 1].tolist())
     shown = [f"{position} (×{count})" for position, count in found.most_common(_SHOWN)]
     return f"positions found: {and_more(shown, len(found))}" if found else "none found"

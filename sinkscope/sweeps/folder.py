@@ -64,7 +64,7 @@ class Folder:
         """Return the names of all files."""
         if self._store is None:
             return {entry.name for entry in self.path.iterdir()}
-        with _told(self.place):
+        with _one_sentence(self.place):
             self._store.invalidate_cache()
             if not self._store.exists(self._root):
                 return set()
@@ -87,7 +87,7 @@ class Folder:
         """Return the path of a file, downloaded if it is in an object store."""
         path = self.path / file
         if self._store is not None and not path.exists():
-            with _told(self.place):
+            with _one_sentence(self.place):
                 content = self._store.cat_file(f"{self._root}/{file}")
             write_file(path, content)
         return path
@@ -175,14 +175,14 @@ class Folder:
     def _exists(self, file: str) -> bool:
         if self._store is None:
             return (self.path / file).exists()
-        with _told(self.place):
+        with _one_sentence(self.place):
             self._store.invalidate_cache()
             return self._store.exists(f"{self._root}/{file}")
 
     def _publish(self, *files: str) -> None:
         """Upload files that were written, in this order."""
         if self._store is not None:
-            with _told(self.place):
+            with _one_sentence(self.place):
                 self._store.makedirs(self._root, exist_ok=True)
                 for file in files:
                     self._store.pipe_file(f"{self._root}/{file}", (self.path / file).read_bytes())
@@ -190,7 +190,7 @@ class Folder:
     def _remove(self, file: str) -> None:
         (self.path / file).unlink(missing_ok=True)
         if self._store is not None and self._exists(file):
-            with _told(self.place):
+            with _one_sentence(self.place):
                 self._store.rm_file(f"{self._root}/{file}")
 
 
@@ -225,7 +225,7 @@ def _opened(place: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _told(place: str) -> Iterator[None]:
+def _one_sentence(place: str) -> Iterator[None]:
     """Turn errors of an object store into one sentence."""
     try:
         yield

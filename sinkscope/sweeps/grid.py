@@ -426,9 +426,9 @@ def task_of(
         SinkscopeError: If there is no such experiment, or a scan cannot be asked for that.
     """
     if experiment is None or experiment == SCAN:
-        asked, sinks, epsilon, batch = checked(metrics, sinks, epsilon, attention, batch)
+        requested, sinks, epsilon, batch = checked(metrics, sinks, epsilon, attention, batch)
         core = observers.core()
-        names = [one for name in asked for one in (core if name == "core" else (name,))]
+        names = [one for name in requested for one in (core if name == "core" else (name,))]
         options = {
             "metrics": list(dict.fromkeys(names)),
             "sinks": sinks if isinstance(sinks, str) else list(sinks),

@@ -127,9 +127,9 @@ def _place(folder: Folder) -> str:
 def _room(there: dict[str, float], share: dict[str, float]) -> int:
     """Return the number of actors that fit in the cluster."""
     rooms = [
-        there.get(kind, 0) / share[asked]
-        for kind, asked in (("CPU", "num_cpus"), ("GPU", "num_gpus"))
-        if share[asked]
+        there.get(kind, 0) / share[requested]
+        for kind, requested in (("CPU", "num_cpus"), ("GPU", "num_gpus"))
+        if share[requested]
     ]
     if (room := int(min(rooms, default=1))) < 1:
         raise SinkscopeError(
