@@ -126,15 +126,15 @@ def in_pieces(rows: int, size: int, work: Callable[[slice], Tensor]) -> Tensor:
     Raises:
         ModelError: If not even one row fits in memory.
     """
-    done, found = 0, []
+    done, pieces = 0, []
     while done < rows:
         try:
-            found.append(work(slice(done, min(done + size, rows))))
+            pieces.append(work(slice(done, min(done + size, rows))))
         except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
             size = _halved(size, error)
             continue
         done += size
-    return torch.cat(found)
+    return torch.cat(pieces)
 
 
 def _halved(size: int, error: RuntimeError) -> int:

@@ -41,14 +41,14 @@ def whole_number(
     Raises:
         SinkscopeError: If it is anything else; of class `error`.
     """
-    found = _whole(value)
-    if found is None or not at_least <= found <= at_most:
+    number = _whole(value)
+    if number is None or not at_least <= number <= at_most:
         above = f" to {at_most}" if at_most < _LARGEST else ""
         raise error(
             f"{name} is {shown(value)}; expected a whole number from {at_least}{above}"
-            f"{' (it is beyond 64 bits)' if found is not None and found > _LARGEST else ''}."
+            f"{' (it is beyond 64 bits)' if number is not None and number > _LARGEST else ''}."
         )
-    return found
+    return number
 
 
 def whole_numbers(
@@ -73,14 +73,14 @@ def whole_numbers(
     """
     alone = _whole(value) if getattr(value, "ndim", 0) == 0 else None
     many = isinstance(value, Iterable) and not isinstance(value, str | bytes) and _is_flat(value)
-    found = (alone,) if alone is not None else tuple(map(_whole, value)) if many else ()
-    if not found or any(one is None or not at_least <= one <= at_most for one in found):
+    numbers = (alone,) if alone is not None else tuple(map(_whole, value)) if many else ()
+    if not numbers or any(one is None or not at_least <= one <= at_most for one in numbers):
         above = f" to {at_most}" if at_most < _LARGEST else ""
         raise error(
             f"{name} is {shown(value)}; expected whole numbers from {at_least}{above}, such as "
             f"{at_least} or [{at_least}, {min(at_least + 1, at_most)}]."
         )
-    return tuple(dict.fromkeys(one for one in found if one is not None))
+    return tuple(dict.fromkeys(one for one in numbers if one is not None))
 
 
 def real_number(
@@ -107,8 +107,8 @@ def real_number(
     Raises:
         SinkscopeError: If it is anything else; of class `error`.
     """
-    found = _real(value)
-    if found is None or not (above < found < below and at_least <= found <= at_most):
+    number = _real(value)
+    if number is None or not (above < number < below and at_least <= number <= at_most):
         bounds = [
             f"{word} {bound:g}"
             for word, bound in (
@@ -118,7 +118,7 @@ def real_number(
         ]  # fmt: skip
         expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
         raise error(f"{name} is {shown(value)}; expected {expected}.")
-    return found
+    return number
 
 
 def probability(name: str, value: Any, error: type[SinkscopeError] = SinkscopeError) -> float:
@@ -262,7 +262,7 @@ def _real(value: Any) -> float | None:
     if getattr(value, "ndim", 0):
         return None
     try:
-        found = float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
-    return found if math.isfinite(found) else None
+    return number if math.isfinite(number) else None

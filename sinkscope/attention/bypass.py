@@ -157,10 +157,10 @@ def take_shortcuts(bridge: Any, overrides: Overrides) -> None:
             continue
         for name, child in parent._modules.items():
             if isinstance(child, nn.ModuleList):
-                found = [shortcut_for(bridge, member) for member in child]
-                if found and None not in found:
+                shortcuts = [shortcut_for(bridge, member) for member in child]
+                if shortcuts and None not in shortcuts:
                     # The model uses it as a list: iteration, slices, length.
-                    overrides.attribute(parent, name, found)
+                    overrides.attribute(parent, name, shortcuts)
             elif (shortcut := shortcut_for(bridge, child)) is not None:
                 overrides.attribute(parent, name, shortcut)
 

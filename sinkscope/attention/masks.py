@@ -104,8 +104,8 @@ def _shape_of(mask_function: Callable, end: int) -> tuple[bool, int | None] | No
         return True, _closure(overlay)["sliding_window"]
     chunked = masking_utils.chunked_overlay(1, torch.zeros(1))
     if causal is True and _code(overlay) is _code(chunked):
-        found = _closure(overlay)
-        one = end <= found["chunk_size"] and not bool(found["left_padding"].any())
+        closure = _closure(overlay)
+        one = end <= closure["chunk_size"] and not bool(closure["left_padding"].any())
         return (True, None) if one else None
     both_ways = masking_utils.sliding_window_bidirectional_overlay(1)
     if causal is False and _code(overlay) is _code(both_ways):

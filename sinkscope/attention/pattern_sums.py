@@ -271,13 +271,13 @@ def is_largest(
     same numbers.
     """
     query, key = query.transpose(1, 2), key.transpose(1, 2)
-    found = keys.new_zeros(query.shape[:3])
+    result = keys.new_zeros(query.shape[:3])
     for rows, columns in tiles(query, key.shape[2], call):
         logits = scores(query, key, call, rows, columns)
         largest = logits.amax(dim=-1)
         at_keys = logits.masked_fill_(~keys[:, None, None, columns], -torch.inf).amax(dim=-1)
-        found[:, :, rows] = (at_keys >= largest) & (largest > -torch.inf)
-    return found
+        result[:, :, rows] = (at_keys >= largest) & (largest > -torch.inf)
+    return result
 
 
 def nearby_attention(

@@ -252,7 +252,7 @@ def _settings(
     if not isinstance(stored, dict):
         raise ModelError(f"The {what} is {stored!r}, which is no object of settings.")
     former = renamed or {}
-    found: dict[str, Any] = {str(former.get(k, k)): value for k, value in stored.items()}
-    if unknown := found.keys() - {f.name for f in dataclasses.fields(of)}:
+    settings: dict[str, Any] = {str(former.get(k, k)): value for k, value in stored.items()}
+    if unknown := settings.keys() - {f.name for f in dataclasses.fields(of)}:
         raise ModelError(f"The {what} has a setting {min(unknown)!r}, which is not known.")
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}

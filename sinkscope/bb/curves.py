@@ -152,8 +152,8 @@ def _folder_of(folder: str | Path | None, config: TrainConfig) -> Path | None:
 def _read(run: Run | str | Path) -> tuple[TrainConfig, pd.DataFrame]:
     if isinstance(run, Run):
         return run.config, run.to_frame()
-    found = RunFolder(run).read()
-    if found is None:
+    record = RunFolder(run).read()
+    if record is None:
         raise ModelError(f"{run} holds no training run (no {CHECKPOINT}); train one there first.")
-    saved, log = found
+    saved, log = record
     return saved.config, log.to_frame()

@@ -57,9 +57,9 @@ def knockouts(
             taps.append(("zero feed-forward", layer, -1, _zero_output(layer)))
     rows = []
     for name, layer, head, tap in taps:
-        found = measure(model, task, tokens, tap)
+        phenomena = measure(model, task, tokens, tap)
         risks = {
-            key: getattr(found, key)
+            key: getattr(phenomena, key)
             for key in ("backcopy_risk", "bigram_risk", "backcopy_excess", "bigram_excess")
         }
         rows.append({"intervention": name, "layer": layer, "head": head, **risks})

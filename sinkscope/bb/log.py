@@ -36,10 +36,10 @@ class Log:
         """Add one value without layer and head."""
         self.rows.append(dict(zip(COLUMNS, (step, metric, -1, -1, value), strict=True)))
 
-    def extend(self, step: int, found: Phenomena) -> None:
+    def extend(self, step: int, phenomena: Phenomena) -> None:
         """Add all measurements of a step, which is then `in` the log."""
         self._steps.add(step)
-        self.rows.extend({"step": step, **row} for row in found.rows())
+        self.rows.extend({"step": step, **row} for row in phenomena.rows())
 
     def to_frame(self) -> pd.DataFrame:
         """Return the rows as a frame with the columns `COLUMNS`."""

@@ -146,14 +146,14 @@ class Trainer:
 
     def attach(self, folder: RunFolder) -> None:
         """Use this folder, and resume from the checkpoint in it if there is one."""
-        found = folder.read()
-        if found is not None:
-            self._refuse_another_run(folder, found[0])
-        self._refuse_missed_snapshots(folder, 0 if found is None else found[0].step)
+        record = folder.read()
+        if record is not None:
+            self._refuse_another_run(folder, record[0])
+        self._refuse_missed_snapshots(folder, 0 if record is None else record[0].step)
         self.folder = folder
-        if found is None:
+        if record is None:
             return
-        saved, self.log = found
+        saved, self.log = record
         self.step = saved.step
         self.model.load_state_dict(saved.weights)
         try:
@@ -232,15 +232,15 @@ class Trainer:
 
     def _measure(self, loss: Tensor | None) -> str:
         tap = self.clamp.tap(self.evaluation) if self.clamp is not None else no_tap
-        found = measure(self.model, self.task, self.evaluation, tap)
+        phenomena = measure(self.model, self.task, self.evaluation, tap)
         if loss is not None:
             if not torch.isfinite(loss):
                 raise ModelError(
                     f"The loss became {loss.item()} at step {self.step}; lower the learning rate."
                 )
             self.log.add(self.step, "loss", loss.item())
-        self.log.extend(self.step, found)
-        return summary(found, loss)
+        self.log.extend(self.step, phenomena)
+        return summary(phenomena, loss)
 
     def _save(self) -> None:
         if self.folder is None:
@@ -275,14 +275,14 @@ def next_token_loss(
     )
 
 
-def summary(found: Phenomena, loss: Tensor | None) -> str:
+def summary(phenomena: Phenomena, loss: Tensor | None) -> str:
     """Return the progress bar's text: loss, and the strongest sink, drain and peak."""
     parts = [
         f"loss {loss.item():.3f}" if loss is not None else "",
-        f"sink {found.sink_attention.nan_to_num(-1).max():.2f}",
-        f"gap {found.logit_gap.nan_to_num(-99).max():+.1f}",
-        f"drain {found.value_drain.nan_to_num(99).min():.2f}",
-        f"peak {found.residual_peak.max():.1f}",
+        f"sink {phenomena.sink_attention.nan_to_num(-1).max():.2f}",
+        f"gap {phenomena.logit_gap.nan_to_num(-99).max():+.1f}",
+        f"drain {phenomena.value_drain.nan_to_num(99).min():.2f}",
+        f"peak {phenomena.residual_peak.max():.1f}",
     ]
     return "  ".join(part for part in parts if part)
 

@@ -152,11 +152,11 @@ class _Drawn(Observer):
     ) -> Float[Tensor, "layer prompt ... draw"]:
         """Evaluate a definition on norms, with each drawn position in turn as the sink."""
         index = torch.arange(batch.length, device=batch.mask.device)
-        found = [
+        result = [
             all_layers(definition, layers["norm"], index == place[:, None], batch.mask)
             for place in self.other_sinks(batch).unbind(-1)
         ]
-        return torch.stack(found, dim=-1)
+        return torch.stack(result, dim=-1)
 
 
 class NullAttention(_Drawn, reads="attention"):

@@ -181,15 +181,15 @@ class EagerPath:
 
             return hook_fn
 
-        found: Hooks = []
+        hooks_of_layers: Hooks = []
         for signal in sorted((signals | tensors) - {"attention"}):
             for layer in caps.layers(signal):
-                found.append((caps.hook(signal, layer), heard(layer, signal)))
+                hooks_of_layers.append((caps.hook(signal, layer), heard(layer, signal)))
         if "attention" in signals:
             for layer in caps.attending:
                 hook = _pattern_hook(layer, inputs, caps.windows[layer], batch, emit)
-                found.append((caps.hook("pattern", layer), hook))
-        return found
+                hooks_of_layers.append((caps.hook("pattern", layer), hook))
+        return hooks_of_layers
 
 
 class StreamingPath:
@@ -251,26 +251,26 @@ class StreamingPath:
         def passing(layer: int, signal: str) -> Callable[..., None]:
             return lambda x, hook: emit(signal, layer, x)
 
-        found: Hooks = []
+        hooks_of_layers: Hooks = []
         for layer in caps.attending:
             block = f"blocks.{layer}.attn"
             for signal, hook in zip(names, points[layer], strict=True):
                 if "attention" in signals or signal in signals:
-                    found.append((f"{block}.{hook}", holding(layer, signal)))
+                    hooks_of_layers.append((f"{block}.{hook}", holding(layer, signal)))
             materialised = self._stream.materialises(layer) or bool(signals & {"pattern", "scores"})
             if "scores" in signals or ("attention" in signals and materialised):
-                found.append((f"{block}.hook_attn_scores", holding(layer, "scores")))
+                hooks_of_layers.append((f"{block}.hook_attn_scores", holding(layer, "scores")))
             if "pattern" in signals:
-                found.append((f"{block}.hook_pattern", passing(layer, "pattern")))
+                hooks_of_layers.append((f"{block}.hook_pattern", passing(layer, "pattern")))
             if "attention" in signals and materialised:
                 hook = _pattern_hook(layer, inputs, caps.windows[layer], batch, emit)
-                found.append((f"{block}.hook_pattern", hook))
+                hooks_of_layers.append((f"{block}.hook_pattern", hook))
             elif "attention" in signals:
-                found.append((f"{block}.hook_lse", ready(layer)))
+                hooks_of_layers.append((f"{block}.hook_lse", ready(layer)))
         for signal in sorted(signals - {"attention", "pattern", "scores", *names}):
             for layer in caps.layers(signal):
-                found.append((caps.hook(signal, layer), passing(layer, signal)))
-        return found
+                hooks_of_layers.append((caps.hook(signal, layer), passing(layer, signal)))
+        return hooks_of_layers
 
 
 def check_way(attention: Any) -> None:

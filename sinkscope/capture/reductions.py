@@ -35,8 +35,8 @@ def all_layers(
     layers = len(stacked)
     flat = rearrange(stacked, "layer prompt ... -> (layer prompt) ...")
     others = (repeat(x, "prompt ... -> (layer prompt) ...", layer=layers) for x in per_prompt)
-    found = definition(flat, *others)
-    return rearrange(found, "(layer prompt) ... -> layer prompt ...", layer=layers)
+    result = definition(flat, *others)
+    return rearrange(result, "(layer prompt) ... -> layer prompt ...", layer=layers)
 
 
 class ReceivedSummary(NamedTuple):

@@ -87,10 +87,10 @@ class InOrder(Generic[Found]):
         self._waiting: dict[int, tuple[int, Found]] = {}
         self._guard = threading.Lock()
 
-    def add(self, share: Share, found: Found) -> None:
+    def add(self, share: Share, result: Found) -> None:
         """Accumulate a batch, or store it until all previous ones have been accumulated."""
         with self._guard:
-            self._waiting[share.start] = len(share.rows), found
+            self._waiting[share.start] = len(share.rows), result
             while self._next in self._waiting:
                 prompts, ready = self._waiting.pop(self._next)
                 self._next += prompts

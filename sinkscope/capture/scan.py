@@ -201,10 +201,10 @@ def _scan(
             progress=progress,
             others=theirs,
         )
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for observer in requested.observers:
-            found |= observer.results(order)
-        return found
+            result |= observer.results(order)
+        return result
 
     at, secondary = _sink_mask(sinks, prompts), None
     if sinks == "auto":
@@ -216,7 +216,7 @@ def _scan(
     drawn = (NullAttention, NullPeak, *drain) if nulls else ()
     if nulls:
         check_one_sink(at)
-    found = measure(
+    result = measure(
         lambda scope: [
             *(kind(scope) for kind in kinds),
             *(null(scope, nulls, nulls_seed) for null in drawn),
@@ -226,7 +226,7 @@ def _scan(
     if nulls:
         nulled = [name for name in _NULLED if name in beside]
         wanted = [kind for name in nulled for kind in observers.metrics()[name]]
-        found |= initial_fields(
+        result |= initial_fields(
             model,
             nulls,
             lambda fresh: measure(lambda scope: [kind(scope) for kind in wanted], at, fresh),
@@ -245,7 +245,7 @@ def _scan(
         token_text=prompts.strings,
         prompts_at=prompts.mask.sum(dim=0),
         position_embedding_norm=_position_embedding_norm(model, caps),
-        **found,
+        **result,
     )
     return replace(report, **derived(report)) if nulls else report
 

@@ -109,9 +109,9 @@ def exact_ids(context: Context, file: str | Path, void: tuple[str, ...]) -> Toke
     """
     import sinkscope as ss
 
-    found = ss.read_token_ids(file)
+    ids = ss.read_token_ids(file)
     refuse_beside_ids(context, str(file), void)
-    return found
+    return ids
 
 
 def is_exact(texts: str) -> bool:
@@ -237,18 +237,18 @@ def print_json(value: Any) -> None:
     sys.stdout.write(as_json(value) + "\n")
 
 
-def show(found: Any) -> None:
+def show(result: Any) -> None:
     """Print a result's summary, with tables as wide as the terminal."""
     with as_wide_as_the_terminal():
-        typer.echo(repr(found))
+        typer.echo(repr(result))
 
 
-def tell(found: Any, written: Iterable[Path], json: bool, remark: str = "") -> None:
+def tell(result: Any, written: Iterable[Path], json: bool, remark: str = "") -> None:
     """Print a result: one JSON object, or its summary, a remark, and the files written."""
     if json:
-        print_json(found.to_dict())
+        print_json(result.to_dict())
         return
-    show(found)
+    show(result)
     if remark:
         typer.echo(remark)
     for file in written:

@@ -93,11 +93,12 @@ def train(
             run = bb.train(
                 config, folder, source=source, device=device, progress=common.progress_wanted()
             )
-        found = headline(run.to_frame())
+        values = headline(run.to_frame())
     if json:
-        common.print_json(found)
+        common.print_json(values)
         return
-    _print_rows(_in_words(found), f"{curves.run_name(config)}, seed {seed}, step {found['step']:,}")
+    title = f"{curves.run_name(config)}, seed {seed}, step {values['step']:,}"
+    _print_rows(_in_words(values), title)
 
 
 @app.command()
@@ -219,9 +220,9 @@ def _steps(snapshots: str, out: Path | None) -> tuple[int, ...]:
     return tuple(map(int, names))
 
 
-def _in_words(found: dict[str, int | float]) -> list[dict[str, Any]]:
+def _in_words(values: dict[str, int | float]) -> list[dict[str, Any]]:
     """Return the values at the end of a run as rows of a table."""
-    layers = {name: found[f"{name}_layer"] for name in ("sink", "drain", "peak")}
+    layers = {name: values[f"{name}_layer"] for name in ("sink", "drain", "peak")}
     layers = {name: "–" if layer < 0 else layer for name, layer in layers.items()}
     rows = (
         ("attention to BOS of non-trigger queries, largest of any head", "sink", ""),
@@ -238,7 +239,7 @@ def _in_words(found: dict[str, int | float]) -> list[dict[str, Any]]:
         {
             "at the end of training": text,
             "layer": layers.get(name, ""),
-            "value": f"{number(found[name], '.3g')} {unit}".rstrip(),
+            "value": f"{number(values[name], '.3g')} {unit}".rstrip(),
         }
         for text, name, unit in rows
     ]
@@ -246,13 +247,13 @@ def _in_words(found: dict[str, int | float]) -> list[dict[str, Any]]:
 
 def _a_row_each(summary: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Return one row per attention and optimiser, with one column per phenomenon."""
-    found: dict[str, dict[str, str]] = {}
+    rows: dict[str, dict[str, str]] = {}
     for cell in summary:
         name = f"{cell['attention']} {cell['optimizer']}"
-        row = found.setdefault(name, {"run": name})
+        row = rows.setdefault(name, {"run": name})
         ends = _interval(cell["low"], cell["high"], ".2f")
         row[cell["phenomenon"]] = f"{cell['present']}, {number(cell['mean'], '.2f')}\n{ends}"
-    return list(found.values())
+    return list(rows.values())
 
 
 def _interval(low: float, high: float, form: str) -> str:

@@ -70,11 +70,11 @@ def dormant(
             Partway(bridge)
         texts = sources(kinds, prompts=prompts, length=length, bos=bos, seed=seed)
         shared: dict[str, Any] = dict(seed=seed, progress=common.progress_wanted())
-        found: dict[str, Result] = {}
+        results: dict[str, Result] = {}
         written: list[Path] = []
 
         def keep(name: str, result: Result) -> None:
-            found[name] = result
+            results[name] = result
             written.extend([] if folder is None else result.save(folder / name))
 
         result = dormancy(
@@ -87,9 +87,9 @@ def dormant(
             procedure = "one pass" if one_pass else "two passes"
             keep(name, ablate_inactive(bridge, source, procedure=procedure, file=file, **shared))
     if json:
-        common.print_json({name: one.to_dict() for name, one in found.items()})
+        common.print_json({name: one.to_dict() for name, one in results.items()})
         return
-    for one in found.values():
+    for one in results.values():
         common.show(one)
         typer.echo()
     for file in written:

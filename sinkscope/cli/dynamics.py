@@ -90,15 +90,15 @@ def dynamics(
             )
         written = []
         if folder is not None:
-            for name, found in results.items():
-                written += found.save(folder / name / "dynamics")
+            for name, result in results.items():
+                written += result.save(folder / name / "dynamics")
         if seeds:
             from sinkscope.experiments.seeds import same_heads
 
             results["seeds"] = same_heads(results)
             written += results["seeds"].save(folder / "seeds") if folder is not None else []
-    found = results.popitem()[1]
-    common.tell(found, written, json)
+    result = results.popitem()[1]
+    common.tell(result, written, json)
 
 
 def _by_folder(checkpoints: list[Any], seeds: bool) -> dict[str, list[Any]]:

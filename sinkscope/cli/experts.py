@@ -60,7 +60,7 @@ def experts(
         import sinkscope as ss
         from sinkscope.experiments.experts import experts as measure
 
-        found = measure(
+        result = measure(
             ss.load_model(model, device=device, dtype=dtype),
             common.prompts_of(context, texts, prompts=prompts, length=length, bos=bos, seed=seed),
             sink=sink,
@@ -72,5 +72,5 @@ def experts(
             seed=seed,
             progress=common.progress_wanted(),
         )
-        written = found.save(folder / "experts") if folder is not None else []
-    common.tell(found, written, json)
+        written = result.save(folder / "experts") if folder is not None else []
+    common.tell(result, written, json)

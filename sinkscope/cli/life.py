@@ -33,11 +33,11 @@ def life(
         import sinkscope as ss
         from sinkscope.experiments.life import sink_life
 
-        found = sink_life(
+        result = sink_life(
             ss.load_model(model, device=device, dtype=dtype),
             common.prompts_of(context, texts, prompts=prompts, length=length, bos=bos, seed=seed),
             sink=sink,
             progress=common.progress_wanted(),
         )
-        written = found.save(folder / "life") if folder is not None else []
-    common.tell(found, written, json)
+        written = result.save(folder / "life") if folder is not None else []
+    common.tell(result, written, json)

@@ -47,8 +47,8 @@ def show(model: common.Model, device: common.Device = None, dtype: common.Dtype 
         import sinkscope as ss
         from sinkscope.models.capabilities import describe
 
-        found = ss.capabilities(ss.load_model(model, device=device, dtype=dtype))
-    Console().print(describe(found))
+        caps = ss.capabilities(ss.load_model(model, device=device, dtype=dtype))
+    Console().print(describe(caps))
 
 
 @app.command()

@@ -46,7 +46,7 @@ def positions(
         file = None if folder is None else folder / "positions.nc"
         parts = ["" if part == "none" else part for part in common.some("--keep", keep)]
         with common.interruptible(file):
-            found = rotary_precision(
+            result = rotary_precision(
                 model,
                 common.prompts_of(
                     context, texts, prompts=prompts, length=length, bos=bos, seed=seed
@@ -58,5 +58,5 @@ def positions(
                 file=file,
                 progress=common.progress_wanted(),
             )
-        written = found.save(folder / "positions") if folder is not None else []
-    common.tell(found, written, json)
+        written = result.save(folder / "positions") if folder is not None else []
+    common.tell(result, written, json)

@@ -96,7 +96,7 @@ def precision(
             stand_in = ss.texts(other) if common.is_exact(other) else ss.texts(other, **recipe)
         file = None if folder is None else folder / "precision.nc"
         with common.interruptible(file):
-            found = measure(
+            result = measure(
                 ss.load_model(model, device=device, dtype=dtype),
                 source,
                 schemes=names,
@@ -111,5 +111,5 @@ def precision(
                 file=file,
                 progress=common.progress_wanted(),
             )
-        written = found.save(folder / "precision") if folder is not None else []
-    common.tell(found, written, json)
+        written = result.save(folder / "precision") if folder is not None else []
+    common.tell(result, written, json)

@@ -25,12 +25,12 @@ def report(file: File, page: Page = None, json: common.Json = False) -> None:
     target = common.page_to_write("--page", page or file.with_suffix(".html"))
     if target.absolute() == file.absolute():
         raise ReportError(f"The page would replace the report {file} itself; give it --page.")
-    found = ss.load_report(file)
+    loaded = ss.load_report(file)
     if json:
-        common.print_json(found.to_dict())
+        common.print_json(loaded.to_dict())
         return
-    written = write_file(target, found.to_html())
-    common.show(found)
+    written = write_file(target, loaded.to_html())
+    common.show(loaded)
     typer.echo(f"wrote {written}")
 
 
@@ -45,7 +45,7 @@ def compare(
     import sinkscope as ss
 
     target = None if page is None else common.page_to_write("--page", page)
-    found = ss.compare(ss.load_report(before), ss.load_report(after))
-    common.show(found)
+    comparison = ss.compare(ss.load_report(before), ss.load_report(after))
+    common.show(comparison)
     if target is not None:
-        typer.echo(f"wrote {write_file(target, found.to_html())}")
+        typer.echo(f"wrote {write_file(target, comparison.to_html())}")

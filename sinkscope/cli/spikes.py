@@ -39,10 +39,10 @@ def spikes(
         import sinkscope as ss
         from sinkscope.experiments.spikes import spikes as measure
 
-        found = measure(
+        result = measure(
             ss.load_model(model, device=device, dtype=dtype),
             common.prompts_of(context, texts, prompts=prompts, length=length, bos=bos, seed=seed),
             sink=sink,
         )
-        written = found.save(folder / "spikes") if folder is not None else []
-    common.tell(found, written, json)
+        written = result.save(folder / "spikes") if folder is not None else []
+    common.tell(result, written, json)

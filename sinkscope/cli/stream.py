@@ -78,7 +78,7 @@ def stream(
             common.refuse_beside_ids(context, texts, ("bos", "seed"))
         file = None if folder is None else folder / "stream.nc"
         with common.interruptible(file):
-            found = streaming_context(
+            result = streaming_context(
                 ss.load_model(model, device=device, dtype=dtype),
                 texts,
                 tokens=tokens,
@@ -95,11 +95,11 @@ def stream(
                 file=file,
                 progress=common.progress_wanted(),
             )
-        written = found.save(folder / "stream") if folder is not None else []
+        written = result.save(folder / "stream") if folder is not None else []
     remark = ""
-    if designated == "auto" and "designated 255" not in found.kept:
+    if designated == "auto" and "designated 255" not in result.kept:
         remark = "Too few tokens follow position 255, so a position two thirds along is designated."
-    common.tell(found, written, json, remark)
+    common.tell(result, written, json, remark)
 
 
 def _designated(option: str) -> list[int] | str | None:

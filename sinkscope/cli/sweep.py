@@ -59,19 +59,19 @@ def sweep(
             of_running = ("workers", "ray", "num_gpus", "num_cpus", "device")
             for name in of_running:
                 arguments.pop(name, None)
-            found: Any = plan(**arguments)
+            result: Any = plan(**arguments)
         else:
             with common.interruptible(path("out", arguments.get("out", "sweep"))):
-                found = measure(**arguments, progress=common.progress_wanted())
+                result = measure(**arguments, progress=common.progress_wanted())
     if json:
-        common.print_json(found.to_dict() if dry_run else _as_dict(found))
+        common.print_json(result.to_dict() if dry_run else _as_dict(result))
     else:
-        common.show(found)
+        common.show(result)
     if dry_run:
         return
     if not json:
-        typer.echo(found.run.summary())
-    if found.run.count(FAILED):
+        typer.echo(result.run.summary())
+    if result.run.count(FAILED):
         raise typer.Exit(1)
 
 
@@ -115,7 +115,7 @@ def _known(arguments: dict[str, Any], file: Path) -> dict[str, Any]:
     return arguments
 
 
-def _as_dict(found: Any) -> dict[str, Any]:
-    run = found.run
+def _as_dict(result: Any) -> dict[str, Any]:
+    run = result.run
     counts = {state: run.count(state) for state in ("measured", "kept", "failed")}
-    return {"folder": found.folder.place, "cells": list(found.rows), **counts, "loads": run.loads}
+    return {"folder": result.folder.place, "cells": list(result.rows), **counts, "loads": run.loads}

@@ -40,12 +40,12 @@ def trace_peak(
         import sinkscope as ss
         from sinkscope.experiments.trace_peak import trace_peak as trace
 
-        found = trace(
+        result = trace(
             ss.load_model(model, device=device, dtype=dtype),
             common.prompts_of(context, texts, prompts=prompts, length=length, bos=bos, seed=seed),
             sink=sink,
             modes=common.some("--modes", modes),
             progress=common.progress_wanted(),
         )
-        written = found.save(folder / "trace-peak") if folder is not None else []
-    common.tell(found, written, json)
+        written = result.save(folder / "trace-peak") if folder is not None else []
+    common.tell(result, written, json)

@@ -42,12 +42,12 @@ def transplant(
         from sinkscope.experiments.transplant import transplant as measure
 
         given = ss.read_token_ids(donor) if common.is_exact(donor) else donor
-        found = measure(
+        result = measure(
             ss.load_model(model, device=device, dtype=dtype),
             common.prompts_of(context, texts, prompts=prompts, length=length, bos=bos, seed=seed),
             given,
             erase=not keep_sink,
             progress=common.progress_wanted(),
         )
-        written = found.save(folder / "transplant") if folder is not None else []
-    common.tell(found, written, json)
+        written = result.save(folder / "transplant") if folder is not None else []
+    common.tell(result, written, json)

@@ -59,7 +59,7 @@ def vocabulary(
         import sinkscope as ss
         from sinkscope.experiments.vocabulary import vocabulary as measure
 
-        found = measure(
+        result = measure(
             ss.load_model(model, device=device, dtype=dtype),
             common.prompts_of(context, texts, prompts=prompts, length=length, bos=bos, seed=seed),
             threshold=threshold,
@@ -70,5 +70,5 @@ def vocabulary(
             file=file,
             progress=common.progress_wanted(),
         )
-        written = found.save(folder / "vocabulary") if folder is not None else []
-    common.tell(found, written, json)
+        written = result.save(folder / "vocabulary") if folder is not None else []
+    common.tell(result, written, json)

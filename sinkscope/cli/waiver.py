@@ -68,23 +68,23 @@ def waiver(
         if folder is not None:
             _claim(folder, loaded, source, position=position, seed=seed)
         answers = _answers(loaded, source, position, seed)
-        found: dict[str, Result] = {}
+        results: dict[str, Result] = {}
         refused: dict[str, str] = {}
         written: list[Path] = []
         for question in wanted:
             try:
-                found[question] = answers[question]()
+                results[question] = answers[question]()
             except UnsupportedError as error:
                 if ask != "all":
                     raise
                 refused[question] = str(error)
             else:
-                written += [] if folder is None else found[question].save(folder / question)
+                written += [] if folder is None else results[question].save(folder / question)
     if json:
-        answered = {name: one.to_dict() for name, one in found.items()}
+        answered = {name: one.to_dict() for name, one in results.items()}
         common.print_json({**answered, "refused": refused})
         return
-    for name, one in found.items():
+    for name, one in results.items():
         typer.echo(QUESTIONS[name])
         common.show(one)
         typer.echo()

@@ -137,16 +137,16 @@ class Ablation(Result):
 
     def summary(self) -> str:
         """Baseline loss, median and largest effects, and how many are significant."""
-        found = self.statistics()
+        facts = self.statistics()
         most = [
             f"{head['layer']}.{head['head']} ({number(head['loss_change'])})"
-            for head in found["most_costly"]
+            for head in facts["most_costly"]
         ]
         return (
-            f"The baseline loss is {found['loss']} nat. Ablating one of {found['heads']} heads "
-            f"({self.mode}) raises it by {number(found['median_cost'])} in the median, and by most "
+            f"The baseline loss is {facts['loss']} nat. Ablating one of {facts['heads']} heads "
+            f"({self.mode}) raises it by {number(facts['median_cost'])} in the median, and by most "
             f"for {listed(most)}. Ablation significantly raises the loss for "
-            f"{found['significant']} heads and significantly lowers it for {found['harmful']} (95 "
+            f"{facts['significant']} heads and significantly lowers it for {facts['harmful']} (95 "
             "% intervals over prompts, head by head)."
         )
 

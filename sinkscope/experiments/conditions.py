@@ -165,9 +165,9 @@ class Conditions(Result):
 
     def statistics(self) -> dict[str, Any]:
         """Attention, peaks, drains, non-mixture dims and losses of every condition."""
-        found: dict[str, Any] = {"position": self.position, "layers": self.layers}
+        facts: dict[str, Any] = {"position": self.position, "layers": self.layers}
         for index, name in enumerate(self.names):
-            found[name] = {
+            facts[name] = {
                 "attention_to_0": estimate(self.attention_to(index, 0)),
                 "attention_to_position": estimate(self.attention_to(index, 1)),
                 "peak_at_0": estimate(self.highest_peak(index, 0)),
@@ -179,7 +179,7 @@ class Conditions(Result):
                 "loss": None if self.loss is None else estimate(self._loss(index)),
                 "loss_change": self.loss_change(index),
             }
-        return found
+        return facts
 
     def _loss(self, index: int) -> Float[Tensor, "prompt"]:
         assert self.loss is not None
@@ -286,12 +286,12 @@ def observe(
         position: The position that is changed.
         progress: Whether to draw a progress bar.
     """
-    found: list[dict[str, Tensor]] = []
+    observed: list[dict[str, Tensor]] = []
     with tqdm(conditions, unit="condition", disable=not progress, leave=False) as bar:
         for condition in bar:
             with condition.enter():
-                found.append(_observe(model, condition, position))
-    stacked = {name: torch.stack([one[name] for one in found]) for name in found[0]}
+                observed.append(_observe(model, condition, position))
+    stacked = {name: torch.stack([one[name] for one in observed]) for name in observed[0]}
     own = all(condition.start == "given" for condition in conditions)
     return {
         "about": about(model, prompts, None if own else "as each condition says"),
@@ -313,9 +313,9 @@ def _observe(model: Any, condition: Condition, position: int) -> dict[str, Tenso
         "ffn_mixed_max": readout.FFN_MIXED_MAX,
         "paid": readout.Quantity("attention", lambda x, batch: paid(x, batch, position)),
     }
-    found = readout.measure(model, condition.texts, quantities, [0, position])
+    measured = readout.measure(model, condition.texts, quantities, [0, position])
     loss = readout.losses(model, condition.texts)
-    return found if loss is None else found | {"loss": loss}
+    return measured if loss is None else measured | {"loss": loss}
 
 
 def paid(x: AttentionReader, batch: Batch, position: int) -> Float[Tensor, "prompt head target"]:
@@ -395,54 +395,54 @@ def default_position(length: int, position: int | None) -> int:
     return position
 
 
-def _summary(found: Conditions) -> str:
-    usual = _dims(found, 0, 0)
-    parts = [_head(found), _table(found)]
-    parts += [f"Non-mixture dims of position 0, {found.names[0]}: {_listed(usual)}."]
+def _summary(result: Conditions) -> str:
+    usual = _dims(result, 0, 0)
+    parts = [_head(result), _table(result)]
+    parts += [f"Non-mixture dims of position 0, {result.names[0]}: {_listed(usual)}."]
     parts += [
-        f"{found.starts[index]} start, {change}: {_sentence(found, index, usual)}"
-        for index, change in enumerate(found.changes)
+        f"{result.starts[index]} start, {change}: {_sentence(result, index, usual)}"
+        for index, change in enumerate(result.changes)
         if change != "unchanged"
     ]
     return "\n".join(parts)
 
 
-def _head(found: Conditions) -> str:
+def _head(result: Conditions) -> str:
     return (
-        f"Attention: of {found.seeing} to a position, mean over heads and {found.where}. "
+        f"Attention: of {result.seeing} to a position, mean over heads and {result.where}. "
         "Peak: residual norm over the median of the other positions, after the layer where it is "
-        f"highest. Drain: value norm over the mean of the others, mean over {found.where}. "
+        f"highest. Drain: value norm over the mean of the others, mean over {result.where}. "
         "95 % intervals over prompts."
     )
 
 
-def _table(found: Conditions) -> str:
+def _table(result: Conditions) -> str:
     rows = []
-    for index, (start, change) in enumerate(zip(found.starts, found.changes, strict=True)):
-        for target, position in enumerate((0, found.position)):
+    for index, (start, change) in enumerate(zip(result.starts, result.changes, strict=True)):
+        for target, position in enumerate((0, result.position)):
             row = [
                 "" if target else f"{start}, {change}",
                 str(position),
-                estimate(found.attention_to(index, target)).to_decimals(3),
-                str(estimate(found.highest_peak(index, position))),
-                estimate(found.drain(index, position)).to_decimals(3),
+                estimate(result.attention_to(index, target)).to_decimals(3),
+                str(estimate(result.highest_peak(index, position))),
+                estimate(result.drain(index, position)).to_decimals(3),
             ]
             rows.append(row)
     return table_as_text(["start, change", "at", "attention", "peak", "drain"], rows)
 
 
-def _sentence(found: Conditions, index: int, usual: Dims) -> str:
+def _sentence(result: Conditions, index: int, usual: Dims) -> str:
     """What changed against the same start unchanged."""
-    before, p = found.reference(index), found.position
+    before, p = result.reference(index), result.position
     moves = [
-        f"{where} {float(found.attention_to(before, target).mean()):.3f} → "
-        f"{float(found.attention_to(index, target).mean()):.3f}"
+        f"{where} {float(result.attention_to(before, target).mean()):.3f} → "
+        f"{float(result.attention_to(index, target).mean()):.3f}"
         for target, where in ((1, f"attention to {p}"), (0, "to 0"))
     ]
-    dims = _dims(found, index, 1)
+    dims = _dims(result, index, 1)
     same = "the same as those of 0" if dims and dims == usual else _listed(dims)
     words = [f"{', '.join(moves)}; non-mixture dims of {p}: {same}."]
-    change = found.loss_change(index)
+    change = result.loss_change(index)
     if change is not None:
         after = change["after_it"]
         unsure = ", not significantly different from 0" if after.low <= 0 <= after.high else ""
@@ -450,8 +450,8 @@ def _sentence(found: Conditions, index: int, usual: Dims) -> str:
     return " ".join(words)
 
 
-def _dims(found: Conditions, index: int, target: int) -> Dims:
-    return frozenset((layer, dim) for layer, dim, _ in found.nonmixture_dims(index, target))
+def _dims(result: Conditions, index: int, target: int) -> Dims:
+    return frozenset((layer, dim) for layer, dim, _ in result.nonmixture_dims(index, target))
 
 
 def _listed(dims: Dims) -> str:

@@ -102,13 +102,13 @@ class Dormancy(Result):
             `typical_effect`; otherwise a kind of text on which every head matters more would
             confirm them all.
         """
-        found = []
+        heads = []
         for (one, other), p in self.p_values.items():
             for here, there in ((one, other), (other, one)):
-                found += self._dormant_here(here, there, p)
+                heads += self._dormant_here(here, there, p)
         for mode, ablated in self.ablations.items():
-            _add_costs(found, ablated, mode, self)
-        return sorted(found, key=_drop, reverse=True)
+            _add_costs(heads, ablated, mode, self)
+        return sorted(heads, key=_drop, reverse=True)
 
     def _dormant_here(self, here: str, there: str, p: Tensor) -> list[dict[str, Any]]:
         """Return the heads that are dormant on one domain and active on the other."""
@@ -240,11 +240,11 @@ class Dormancy(Result):
         Raises:
             ReportError: If heads were not ablated in this mode.
         """
-        found = {}
+        effects = {}
         for domain, whole in self._whole(mode).items():
             effect = self._by_head(domain, self.ablations[mode][domain].loss_change).abs()
-            found[domain] = float(effect[whole].median(dim=1).values.mean())
-        return found
+            effects[domain] = float(effect[whole].median(dim=1).values.mean())
+        return effects
 
     def _ablated(self, mode: str) -> dict[str, Ablation]:
         if mode not in self.ablations:
@@ -370,7 +370,7 @@ def dormancy(
     request = _Request(list(sinks) if once else sinks, seed, folder, progress)
     with nullcontext() if folder is None else locked(folder):
         reports = {name: _report(model, name, kind, request) for name, kind in kinds.items()}
-        found = Dormancy(
+        result = Dormancy(
             about=_about(model, kinds),
             reports=reports,
             p_values=_p_values(reports, seed),
@@ -379,7 +379,7 @@ def dormancy(
             drop=drop,
             level=level,
         )
-        differing = [(head["layer"], head["head"]) for head in found.differing()]
+        differing = [(head["layer"], head["head"]) for head in result.differing()]
         ablations = {
             mode: {
                 name: ablate_heads(
@@ -395,7 +395,7 @@ def dormancy(
             }
             for mode in modes
         }
-    return dataclasses.replace(found, ablations=ablations)
+    return dataclasses.replace(result, ablations=ablations)
 
 
 @dataclass(frozen=True)
@@ -427,15 +427,15 @@ def sources(
         TextError: If one is no text.
     """
     named = domains if isinstance(domains, Mapping) else {name: name for name in _names(domains)}
-    found = {}
+    result = {}
     for name, source in named.items():
         if not isinstance(source, str | Path):
-            found[name] = as_texts(source)
+            result[name] = as_texts(source)
         elif Path(source).suffix == ".json":
-            found[name] = texts(source)
+            result[name] = texts(source)
         else:
-            found[name] = texts(source, prompts=prompts, length=length, bos=bos, seed=seed)
-    return found
+            result[name] = texts(source, prompts=prompts, length=length, bos=bos, seed=seed)
+    return result
 
 
 def _check(kinds: Mapping[str, Texts]) -> None:
@@ -516,10 +516,10 @@ def _drop(head: Mapping[str, Any]) -> float:
 
 
 def _add_costs(
-    heads: list[dict[str, Any]], ablated: Mapping[str, Ablation], mode: str, found: Dormancy
+    heads: list[dict[str, Any]], ablated: Mapping[str, Ablation], mode: str, result: Dormancy
 ) -> None:
     """Add to the records the effects of ablation where a head is dormant and where it is active."""
-    typical = found.typical_effect(mode).items()
+    typical = result.typical_effect(mode).items()
     unit = {domain: effect if effect > 0 else 1.0 for domain, effect in typical}  # nan is not
     pairs = {(head["dormant_on"], head["active_on"]) for head in heads}
     for pair in pairs:
@@ -537,17 +537,17 @@ def _add_costs(
                 "cost": tuple(estimate(change) for change in changes),
                 "effect": effects,
                 "p": float(p[index]),
-                "confirmed": bool(more and p[index] < found.level),
+                "confirmed": bool(more and p[index] < result.level),
             }
 
 
-def _summary(found: Dormancy) -> str:
-    facts = found.statistics()
+def _summary(result: Dormancy) -> str:
+    facts = result.statistics()
     counts = [f"{n} of {facts['heads']} on {domain}" for domain, n in facts["dormant"].items()]
     lines = [
-        f"Sink heads (sink attention above {found.sink_threshold:g}): {listed(counts)}.",
-        *(_pair(found, pair, n) for pair, n in facts["significant"].items()),
-        _differing(found, facts["differing"]),
+        f"Sink heads (sink attention above {result.sink_threshold:g}): {listed(counts)}.",
+        *(_pair(result, pair, n) for pair, n in facts["significant"].items()),
+        _differing(result, facts["differing"]),
     ]
     for mode, tables in facts["prediction"].items():
         if facts["differing"]:
@@ -556,15 +556,15 @@ def _summary(found: Dormancy) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _pair(found: Dormancy, pair: str, n: int) -> str:
+def _pair(result: Dormancy, pair: str, n: int) -> str:
     return (
         f"{pair}: sink attention differs in {counted(n, 'head')} (max-t permutation test over "
-        f"prompts, family-wise error {found.level:.0%})."
+        f"prompts, family-wise error {result.level:.0%})."
     )
 
 
-def _differing(found: Dormancy, heads: list[dict[str, Any]]) -> str:
-    what = f"dormant on one and active on another (lower by {found.drop:g} or more)"
+def _differing(result: Dormancy, heads: list[dict[str, Any]]) -> str:
+    what = f"dormant on one and active on another (lower by {result.drop:g} or more)"
     if not heads:
         return f"No head is {what}."
     some = []

@@ -227,12 +227,12 @@ class Dynamics(Result):
 
     def half_way(self) -> dict[str, int | None]:
         """The first step at which each curve has covered half of its total change."""
-        found: dict[str, int | None] = {}
+        steps: dict[str, int | None] = {}
         for name, curve in self.overview().items():
             way = (curve - curve[0]) / (curve[-1] - curve[0])
             there = (way >= 0.5).nonzero()[:, 0]
-            found[name] = self.steps[int(there[0])] if len(there) else None
-        return found
+            steps[name] = self.steps[int(there[0])] if len(there) else None
+        return steps
 
     def summary(self) -> str:
         """First and last value of each curve, and when it was half-way between."""
@@ -338,15 +338,15 @@ def by_step(checkpoints: Mapping[int, Any] | Iterable[Any]) -> dict[int, Any]:
         ModelError: If a step cannot be read off, or two checkpoints have the same.
     """
     if isinstance(checkpoints, Mapping):
-        found = list(checkpoints.items())
+        pairs = list(checkpoints.items())
     else:
-        found = [(_step_of(checkpoint), checkpoint) for checkpoint in checkpoints]
-    steps = [step for step, _ in found]
+        pairs = [(_step_of(checkpoint), checkpoint) for checkpoint in checkpoints]
+    steps = [step for step, _ in pairs]
     if not steps or len(set(steps)) < len(steps):
         raise ModelError(
             f"Checkpoints have the steps {steps}; name at least one, and no step twice."
         )
-    return dict(sorted(found))
+    return dict(sorted(pairs))
 
 
 def _step_of(checkpoint: Any) -> int:

@@ -151,8 +151,8 @@ class ExpertOutputs(Result):
     @property
     def super_experts(self) -> tuple[tuple[int, int], ...]:
         """The (layer, expert) pairs of the super experts, the largest output first."""
-        found = [(self.layers[row], expert) for row, expert in self.is_super.nonzero().tolist()]
-        return tuple(sorted(found, key=lambda one: -float(self.size[self._row(one[0]), one[1]])))
+        experts = [(self.layers[row], expert) for row, expert in self.is_super.nonzero().tolist()]
+        return tuple(sorted(experts, key=lambda one: -float(self.size[self._row(one[0]), one[1]])))
 
     def describe(self, layer: int, expert: int) -> dict[str, Any]:
         """Describe one expert: its largest output, with token, dim and neurons, and its tokens.
@@ -247,9 +247,9 @@ class ExpertOutputs(Result):
             if forms
             else "No layer forms massive activations, so that no expert is a super expert."
         )
-        found = self.super_experts
+        experts = self.super_experts
         rule = (
-            f"{counted(len(found), 'super expert')} of the {counted(facts['experts'], 'expert')} "
+            f"{counted(len(experts), 'super expert')} of the {counted(facts['experts'], 'expert')} "
             f"that some token is sent to: |output| above the {self.percentile:g}th percentile and "
             f"above {self.share:g} of the maximum, in such a layer."
         )
@@ -389,17 +389,17 @@ def _with_ablation(result: ExpertOutputs, model: Any, prompts: Texts, seed: int)
     chosen = [result.super_experts]
     if random := _random_experts(result, seed):
         chosen.append(random)
-    found = []
+    losses = []
     for pairs in ((), *chosen):
         with AblateExperts(model, pairs) if pairs else nullcontext():
-            found.append(_state(model, prompts, result.sink))
-    without = found[1:]
-    loss = found[0]["loss"]
+            losses.append(_state(model, prompts, result.sink))
+    without = losses[1:]
+    loss = losses[0]["loss"]
     return dataclasses.replace(
         result,
         ablated=ABLATED[: len(chosen)],
         ablated_experts=tuple(chosen),
-        attention=found[0]["attention"],
+        attention=losses[0]["attention"],
         loss=loss,
         peak_without=torch.stack([one["peak"] for one in without]),
         attention_without=torch.stack([one["attention"] for one in without]),
@@ -448,10 +448,10 @@ def _run(
             model, prompts, sinks, [*states, *own], how, causal=caps.causal, progress=progress
         )
     before, after = (one.results(order) for one in states)
-    found = {name: torch.cat([before[name][:, :1], after[name]], dim=1).cpu() for name in before}
+    result = {name: torch.cat([before[name][:, :1], after[name]], dim=1).cpu() for name in before}
     for one in own:
-        found |= {name: x.cpu() for name, x in one.results(order).items()}
-    return found
+        result |= {name: x.cpu() for name, x in one.results(order).items()}
+    return result
 
 
 class _States(Observer):
@@ -515,7 +515,7 @@ def reduced(experts: Experts, call: Routing, batch: Batch, most: int) -> dict[st
     device, shape = call.hidden.device, (prompts, most)
     total = torch.zeros_like(call.output, dtype=torch.float32)
     norm = torch.zeros_like(call.weight, dtype=torch.float32)
-    found = {
+    result = {
         "largest": torch.full(shape, torch.nan, device=device),
         "position": torch.full(shape, -1, device=device),
         "dim": torch.full(shape, -1, device=device),
@@ -535,27 +535,27 @@ def reduced(experts: Experts, call: Routing, batch: Batch, most: int) -> dict[st
         size, dim = one.out[rows].float().abs().max(dim=1)
         parts = experts.contributions(one.expert, one.neurons[rows], dim)
         top = parts.abs().topk(min(NEURONS, parts.shape[1]), dim=1).indices
-        found["largest"][prompt, one.expert] = size
-        found["position"][prompt, one.expert] = one.token[rows] % length
-        found["dim"][prompt, one.expert] = dim
-        found["value"][prompt, one.expert] = one.out[rows, dim].float()
+        result["largest"][prompt, one.expert] = size
+        result["position"][prompt, one.expert] = one.token[rows] % length
+        result["dim"][prompt, one.expert] = dim
+        result["value"][prompt, one.expert] = one.out[rows, dim].float()
         ranks = slice(top.shape[1])
-        found["neuron"][prompt, one.expert, ranks] = top
-        found["contribution"][prompt, one.expert, ranks] = parts.gather(1, top)
+        result["neuron"][prompt, one.expert, ranks] = top
+        result["contribution"][prompt, one.expert, ranks] = parts.gather(1, top)
     experts.check(call, total)
-    return found | _routing(call, norm, batch, real, is_sink, most)
+    return result | _routing(call, norm, batch, real, is_sink, most)
 
 
 def _largest_of_prompts(
     prompt: Int[Tensor, "row"], size: Float[Tensor, "row"]
 ) -> tuple[Int[Tensor, "kept"], Int[Tensor, "kept"]]:
     """Return the prompts that occur, and for each the first row of largest size."""
-    found, which = prompt.unique(return_inverse=True)
-    best = size.new_full(found.shape, -torch.inf).scatter_reduce(0, which, size, "amax")
+    unique, which = prompt.unique(return_inverse=True)
+    best = size.new_full(unique.shape, -torch.inf).scatter_reduce(0, which, size, "amax")
     rows = torch.arange(len(size), device=size.device)
     rows = torch.where(size == best[which], rows, len(size))
-    first = torch.full_like(found, len(size)).scatter_reduce(0, which, rows, "amin")
-    return found, first
+    first = torch.full_like(unique, len(size)).scatter_reduce(0, which, rows, "amin")
+    return unique, first
 
 
 def _routing(
@@ -577,14 +577,14 @@ def _routing(
         x = torch.where(kept[:, None].expand(-1, choices), x, 0.0).flatten()
         return x.new_zeros(prompts * most).index_add_(0, cell, x).view(prompts, most)
 
-    found = {}
+    result = {}
     for kind, kept in kinds.items():
         tokens = kept.view(prompts, length).sum(1, keepdim=True)
         times = summed(torch.ones_like(norm), kept)
-        found[f"{kind}norm"] = summed(norm, kept) / times  # nan where no token is sent to it
-        found[f"{kind}weight"] = summed(call.weight.float(), kept) / tokens
-        found[f"{kind}chosen"] = times / tokens
-    return found
+        result[f"{kind}norm"] = summed(norm, kept) / times  # nan where no token is sent to it
+        result[f"{kind}weight"] = summed(call.weight.float(), kept) / tokens
+        result[f"{kind}chosen"] = times / tokens
+    return result
 
 
 # -- words -----------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class FirstTokens(Labelled):
         Args:
             threshold: Norm ratio above which a position is a peak.
         """
-        found = []
+        facts = []
         quantities = {
             "attention": self.over_pairs(self.attention),
             "peak": self.over_pairs(self.ratio[..., 0]),
@@ -131,8 +131,8 @@ class FirstTokens(Labelled):
                 "exception": estimate(moved[EXCEPTION]),
                 "control": estimate(moved[CONTROL]),
             }
-            found.append(row)
-        return found
+            facts.append(row)
+        return facts
 
     def by_pair(self, condition: int, group: int, pair: int) -> dict[str, Interval]:
         """Attention to position 0 and the largest elsewhere of one token, over prompts."""
@@ -182,12 +182,12 @@ def first_tokens(
     shape = len(before), 2, len(exceptions)
 
     def stacked(name: str) -> Tensor:
-        found = [row[name] for row in rows]
-        if found[0].ndim == 2:
-            found = [
-                torch.nn.functional.pad(x, (0, width - x.shape[1]), value=torch.nan) for x in found
+        result = [row[name] for row in rows]
+        if result[0].ndim == 2:
+            result = [
+                torch.nn.functional.pad(x, (0, width - x.shape[1]), value=torch.nan) for x in result
             ]
-        return torch.stack(found).unflatten(0, shape)
+        return torch.stack(result).unflatten(0, shape)
 
     later = _later(capabilities(model).n_layers, layer)
     return FirstTokens(
@@ -212,12 +212,12 @@ def _read(
         "received": readout.RECEIVED,
         "attention": readout.TO_SINKS,
     }
-    found = readout.measure(model, prompts, wanted)
-    later = _later(found["norm"].shape[1], layer)
+    measured = readout.measure(model, prompts, wanted)
+    later = _later(measured["norm"].shape[1], layer)
     row = {
-        "norm": found["norm"][:, layer],
-        "received": found["received"][:, later].nanmean(1),
-        "attention": found["attention"][:, later].nanmean((1, 2)),
+        "norm": measured["norm"][:, layer],
+        "received": measured["received"][:, later].nanmean(1),
+        "attention": measured["attention"][:, later].nanmean((1, 2)),
     }
     losses = readout.losses(model, prompts)
     if losses is not None:

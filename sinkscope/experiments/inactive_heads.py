@@ -136,15 +136,15 @@ class InactiveAblation(Result):
 
         measured = np.array(reach(np.arange(prompts)))
         again = np.array([reach(rows) for rows in drawn])
-        found = {}
+        shares = {}
         for index, score in enumerate(self.scores):
             over = again[:, index] - again[:, -1], measured[index] - measured[-1]
-            found[score] = {
+            shares[score] = {
                 "share": _estimate(measured[index], again[:, index], prompts),
                 "over_random": _estimate(over[1], over[0], prompts),
                 "censored": bool(measured[index] >= share[index].mean(-1).max()),
             }
-        return found
+        return shares
 
     def to_frame(self) -> pd.DataFrame:
         """One row per score, threshold and prompt, as `plot.loss_by_share_ablated` takes it.
@@ -189,14 +189,14 @@ class InactiveAblation(Result):
 
     def summary(self) -> str:
         """The largest share of heads that can be zero, score by score, largest first."""
-        found = self.largest_share()
-        order = sorted(self.scores, key=lambda score: -found[score]["share"].mean)
+        shares = self.largest_share()
+        order = sorted(self.scores, key=lambda score: -shares[score]["share"].mean)
         lines = [
             f"Heads that can be ablated within 1 % of the baseline loss ({estimate(self.loss)} "
             f"nat), flagged for each input in {self.procedure}:"
         ]
         for score in order:
-            values = found[score]
+            values = shares[score]
             more = "at least " if values["censored"] else ""
             line = f"  {score:<10} {more}{values['share'].in_percent(1)} of heads"
             if score != RANDOM:

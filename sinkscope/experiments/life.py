@@ -44,7 +44,7 @@ from sinkscope.metrics.reductions import at_least_fp32
 from sinkscope.models.capabilities import capabilities
 from sinkscope.models.load import load_model
 from sinkscope.models.probe import input_device
-from sinkscope.output import listed, number, table_as_text
+from sinkscope.output import counted, listed, number, table_as_text
 from sinkscope.prompts.tokens import Texts
 from sinkscope.statistics import estimate
 from sinkscope.validation import whole_number
@@ -166,7 +166,7 @@ class SinkLife(Result):
     def statistics(self) -> dict[str, Any]:
         """Roles, steps, constant share, neurons, trigger, and the effect of removing writers."""
         at = self.peak_layer
-        found: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "sink": self.sink,
             "tokens_at_sink": self.tokens_at_sink,
             "peak_layer": at,
@@ -186,10 +186,10 @@ class SinkLife(Result):
         }
         if self.neuron is not None and self.neuron_share is not None:
             pairs = zip(self.neuron.tolist(), self.neuron_share.tolist(), strict=True)
-            found["neurons"] = [{"neuron": n, "share": share} for n, share in pairs]
+            facts["neurons"] = [{"neuron": n, "share": share} for n, share in pairs]
         if self.trigger is not None:
-            found["trigger"] = self._trigger()
-        return found
+            facts["trigger"] = self._trigger()
+        return facts
 
     def _part(self, layer: int, part: str, share: float) -> dict[str, Any]:
         added = self.added[self.parts.index(part), :, layer]
@@ -309,14 +309,14 @@ def sink_life(
         "control": readout.at("resid_post", control),
         **{part: readout.at(f"{hook}_out", sink) for part, hook in PARTS.items()},
     }
-    found = readout.measure(model, prompts, wanted, [sink])
-    norm = found["norm"][..., sink]
-    mean = found["state"].double().mean(0)[int(norm.mean(0).argmax())]
+    measured = readout.measure(model, prompts, wanted, [sink])
+    norm = measured["norm"][..., sink]
+    mean = measured["state"].double().mean(0)[int(norm.mean(0).argmax())]
     u = mean / mean.norm()
-    added = torch.stack([found[part].double() @ u for part in PARTS])
-    same = [_constant(found[place].double()) for place in ("state", "control")]
-    along = found["state"].double() @ u
-    start = found["before"][:, 0].double() @ u
+    added = torch.stack([measured[part].double() @ u for part in PARTS])
+    same = [_constant(measured[place].double()) for place in ("state", "control")]
+    along = measured["state"].double() @ u
+    start = measured["before"][:, 0].double() @ u
     _check_sum(model, start[:, None] + added.sum(0).cumsum(1), along)
     ffn_layer = int(added[1].mean(0).argmax())
     whole = SinkLife(
@@ -329,7 +329,7 @@ def sink_life(
         along=along.float(),
         added=added.float(),
         norm=norm,
-        ratio=norm / readout.median_of_others(found["norm"], [sink]),
+        ratio=norm / readout.median_of_others(measured["norm"], [sink]),
         constant_share=torch.stack([one[0] for one in same]).float(),
         mean_cosine=torch.stack([one[1] for one in same]).float(),
         ffn_layer=ffn_layer,
@@ -395,11 +395,11 @@ def _without(
         for layer, part in removed:
             stack.enter_context(RemoveOutput(model, layer, PARTS[part], sink))
         wanted = {"attention": readout.TO_SINKS, "norm": readout.RESIDUAL_NORM}
-        found = readout.measure(model, prompts, wanted, [sink])
+        measured = readout.measure(model, prompts, wanted, [sink])
         loss = readout.losses(model, prompts)
-    norm = found["norm"]
+    norm = measured["norm"]
     return {
-        "attention": found["attention"].mean(-1),
+        "attention": measured["attention"].mean(-1),
         "ratio": norm[..., sink] / readout.median_of_others(norm, [sink]),
         "loss": None if loss is None else loss[:, sink + 1 : -1].mean(1),
     }
@@ -506,12 +506,12 @@ def _named(removed: Iterable[tuple[int, str]]) -> str:
     return ", ".join(f"{PART_WORDS[part]} {layer}" for layer, part in removed) or "nothing"
 
 
-def _summary(found: SinkLife) -> str:
-    facts = found.statistics()
+def _summary(result: SinkLife) -> str:
+    facts = result.statistics()
     at = facts["peak_layer"]
-    up, down = found.steps()["up"], found.steps()["down"]
+    up, down = result.steps()["up"], result.steps()["down"]
     lines = [
-        f"The residual state of position {found.sink} is largest after layer {at}: "
+        f"The residual state of position {result.sink} is largest after layer {at}: "
         f"{facts['peak_ratio']} times the median of the others. Shares are of its largest value "
         "along its own direction.",
         f"Writers: {_parts(facts['writers'])}. Erasers: {_parts(facts['erasers'])}. All other "
@@ -519,18 +519,18 @@ def _summary(found: SinkLife) -> str:
         f"{down[0]} ({100 * down[1]:+.0f} %).",
         f"One vector holds {100 * facts['constant_share'][at]:.2f} % of the energy of all prompts' "
         f"states there ({100 * facts['constant_share_elsewhere'][at]:.0f} % at position "
-        f"{found.control}); mean cosine {facts['mean_cosine'][at]:.4f}. The prompts have "
-        f"{found.tokens_at_sink} different token{'s' if found.tokens_at_sink != 1 else ''} there.",
+        f"{result.control}); mean cosine {facts['mean_cosine'][at]:.4f}. The prompts have "
+        f"{counted(result.tokens_at_sink, 'different token')} there.",
     ]
-    if found.no_neurons:
-        lines.append(f"Neurons are not known: {found.no_neurons}.")
+    if result.no_neurons:
+        lines.append(f"Neurons are not known: {result.no_neurons}.")
     else:
         neurons = [f"{n['neuron']} ({100 * n['share']:.0f} %)" for n in facts["neurons"]]
         lines.append(
-            f"Neurons of the FFN of block {found.ffn_layer} that add most: {listed(neurons)}."
+            f"Neurons of the FFN of block {result.ffn_layer} that add most: {listed(neurons)}."
         )
-    if found.no_trigger:
-        lines.append(f"No trigger direction: {found.no_trigger}.")
+    if result.no_trigger:
+        lines.append(f"No trigger direction: {result.no_trigger}.")
     else:
         one = facts["trigger"]
         first, second = one["eigenvalues"]
@@ -542,7 +542,7 @@ def _summary(found: SinkLife) -> str:
             f"{one['others_median']}."
         )
     columns = ["set to zero at the sink", "attention to it", "peak ratio"]
-    columns += ["loss"] if found.loss is not None else []
+    columns += ["loss"] if result.loss is not None else []
     rows = [
         [
             _named(tuple(map(tuple, row["removed"]))),

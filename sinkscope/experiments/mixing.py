@@ -128,15 +128,15 @@ class Mixing(Result):
 
     def statistics(self) -> dict[str, Any]:
         """Each condition's values after the middle and the last block, and their differences."""
-        found: dict[str, Any] = {}
+        facts: dict[str, Any] = {}
         for index, condition in enumerate(self.conditions):
             rates = {name: float(self[name][index]) for name in ("front_rate", "other_rate")}
-            found[condition] = rates | self._at(lambda x, index=index: x[index])
+            facts[condition] = rates | self._at(lambda x, index=index: x[index])
         for index, condition in enumerate(self.conditions[1:], start=1):
             # The same prompts run in every condition, so differences are taken prompt by prompt.
             difference = self._at(lambda x, index=index: x[index] - x[0])
-            found[f"{condition} minus {self.conditions[0]}"] = difference
-        return found
+            facts[f"{condition} minus {self.conditions[0]}"] = difference
+        return facts
 
     def _at(
         self, choose: Callable[[Tensor], Float[Tensor, "prompt layer"]]
@@ -156,13 +156,13 @@ class Mixing(Result):
 
     def summary(self) -> str:
         """Spread of a changed token and similarity of positions, condition by condition."""
-        found = self.statistics()
+        facts = self.statistics()
         lines = [
             f"One token changed (position {self.changed}): spread, the change of later positions "
             "over their norm, and μ(V)/‖V‖, the share of ‖V‖_F that is not their common mean:"
         ]
         for condition in self.conditions:
-            own = found[condition]
+            own = facts[condition]
             lines.append(
                 f"  {condition} (sink rate of the front token {own['front_rate']:.0%}, elsewhere "
                 f"{own['other_rate']:.0%}): spread {own['spread']['middle']} half-way up, "
@@ -225,7 +225,7 @@ def mixing(
     if "bos" in names and front is None:
         raise UnsupportedError('This model has no BOS token, so there is no condition "bos".')
     pairs = torch.stack([prompts.tokens, _with_another(model, prompts.tokens, changed, seed)], 1)
-    found, after = [], -1
+    measured, after = [], -1
     for name in tqdm(names, unit="condition", disable=not progress, leave=False):
         token = None if name == "no bos" else front
         hiding: AbstractContextManager[Any] = nullcontext()
@@ -235,8 +235,8 @@ def mixing(
             hiding = ShiftSinkLogit(model, _HIDING_SHIFT, position=0, layers=layers)
         with hiding:
             rates = _sink_rates(model, _preceded(prompts.tokens, token))
-            found.append(rates | _follow(model, pairs, token))
-    stacked = {field: torch.stack([one[field] for one in found]) for field in found[0]}
+            measured.append(rates | _follow(model, pairs, token))
+    stacked = {field: torch.stack([one[field] for one in measured]) for field in measured[0]}
     return Mixing(
         about=about(model, prompts),
         conditions=names,
@@ -320,10 +320,10 @@ def _follow(
     caps = capabilities(model)
     device = input_device(model)
     size = max(1, _TOKENS.get(device.type, _TOKENS["cpu"]) // (2 * pairs.shape[2]))
-    found: list[dict[int, dict[str, Tensor]]] = []
+    result: list[dict[int, dict[str, Tensor]]] = []
 
     def read(layer: int) -> Any:
-        return lambda x, hook: found[-1].__setitem__(layer, _measured(x, front is not None))
+        return lambda x, hook: result[-1].__setitem__(layer, _measured(x, front is not None))
 
     hooks = [(caps.hook("resid_post", layer), read(layer)) for layer in range(caps.n_layers)]
     with (
@@ -334,14 +334,14 @@ def _follow(
     ):
         for some in pairs.split(size):
             rows = _preceded(some.flatten(0, 1), front)
-            found.append({})
+            result.append({})
             mask = torch.ones_like(rows, dtype=torch.bool)
             runner.forward(model, _batch(rows, mask, caps.causal, device))
     return {
         name: torch.cat(
-            [torch.stack([one[layer][name] for layer in sorted(one)], dim=1) for one in found]
+            [torch.stack([one[layer][name] for layer in sorted(one)], dim=1) for one in result]
         )
-        for name in found[0][0]
+        for name in result[0][0]
     }
 
 

@@ -353,15 +353,15 @@ class PromptLosses:
         Args:
             hooks: From a batch to edits, as `TransformerBridge.hooks` takes them.
         """
-        found = torch.full((len(self._tokens),), torch.nan)
+        loss = torch.full((len(self._tokens),), torch.nan)
         partway = self._partway
         for rows in self._batches:
             length = int(self._mask[rows].sum(dim=1).max())
             tokens, mask = (x[rows, :length].to(partway.device) for x in (self._tokens, self._mask))
             batch = partway.batch(tokens, mask, rows)
             final = partway.final(tokens, mask, hooks=hooks(batch))
-            found[rows] = partway.losses(tokens, mask, final).cpu()
-        return found
+            loss[rows] = partway.losses(tokens, mask, final).cpu()
+        return loss
 
     def _zero(self, ablated: Flags) -> Hooks:
         def zero(layer: int) -> Callable[..., Tensor]:

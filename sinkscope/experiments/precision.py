@@ -213,7 +213,7 @@ class Precision(Result):
                 zip(self.cell_layer.tolist(), self["cell_tensor"].tolist(), strict=True)
             )
         }
-        found = []
+        result = []
         for layer in range(mean.shape[1]):
             for tensor, name in enumerate(self.tensors):
                 cell = tried.get((layer, tensor))
@@ -229,8 +229,8 @@ class Precision(Result):
                     channels = self["cell_channel"][cell]
                     record["channels"] = channels[channels >= 0].tolist()
                     record["with_channels"] = float(self["cell_divergence"][cell].double().mean())
-                found.append(record)
-        return sorted(found, key=lambda one: -one["with_sinks"])
+                result.append(record)
+        return sorted(result, key=lambda one: -one["with_sinks"])
 
     def keep_list(self) -> dict[str, Any]:
         """What to keep in full precision for the mapped scheme, for a quantiser to read.
@@ -645,9 +645,9 @@ def _some(first: Any) -> bool:
 
 
 def _positions(sinks: Any, prompts: Texts) -> tuple[int, ...]:
-    found = tuple(sorted(check_positions(sinks)))
-    check_reached(found, prompts)
-    return found
+    positions = tuple(sorted(check_positions(sinks)))
+    check_reached(positions, prompts)
+    return positions
 
 
 def _complete(result: Precision) -> bool:
@@ -734,10 +734,10 @@ def _marks(
     position = torch.arange(prompts.mask.shape[1])
     if sinks is None:
         wanted = [name for name in ("received", "residual") if name in caps.available]
-        found = scan(model, prompts, metrics=wanted, progress=False).token_mask().cpu()
+        marked = scan(model, prompts, metrics=wanted, progress=False).token_mask().cpu()
     else:
-        found = torch.isin(position, torch.tensor(sinks)) & prompts.mask
-    kinds = {NOTHING: torch.zeros_like(prompts.mask), SINKS: found}
+        marked = torch.isin(position, torch.tensor(sinks)) & prompts.mask
+    kinds = {NOTHING: torch.zeros_like(prompts.mask), SINKS: marked}
     kinds |= {f"first {n}": (position < n) & prompts.mask for n in first}
     marks = {rule: kind.expand(caps.n_layers, -1, -1).clone() for rule, kind in kinds.items()}
     return marks | {PIVOTS: pivots(model, prompts)}
@@ -751,17 +751,17 @@ def pivots(model: Any, prompts: Texts) -> Marks:
         prompts: Right-padded.
     """
     caps = capabilities(model)
-    found = torch.zeros(caps.n_layers, *prompts.mask.shape, dtype=torch.bool)
+    marks = torch.zeros(caps.n_layers, *prompts.mask.shape, dtype=torch.bool)
 
     def listener(layer: int) -> Callable[[Tensor, Batch], None]:
         def listen(x: Tensor, batch: Batch) -> None:
-            found[layer, batch.rows, : batch.length] = pivot_tokens(x, batch.mask, _ENTRIES).cpu()
+            marks[layer, batch.rows, : batch.length] = pivot_tokens(x, batch.mask, _ENTRIES).cpu()
 
         return listen
 
     hooks = {caps.hook("resid_pre", layer): listener(layer) for layer in range(caps.n_layers)}
     run_through(model, prompts, hooks)
-    return found
+    return marks
 
 
 # -- running it ------------------------------------------------------------------------------------
@@ -900,8 +900,8 @@ def _choose_cells(result: Precision, run: _Run) -> None:
     size = run.channel_sizes(result.tensors, few, SINKS)
     for cell, index in enumerate(order[: len(result["cell_layer"])].tolist()):
         layer, tensor = divmod(index, len(result.tensors))
-        found = size[layer, result.tensors[tensor]].argsort(descending=True)[:CHANNELS]
-        result["cell_channel"][cell, : len(found)] = found
+        largest = size[layer, result.tensors[tensor]].argsort(descending=True)[:CHANNELS]
+        result["cell_channel"][cell, : len(largest)] = largest
         result["cell_tensor"][cell], result["cell_layer"][cell] = tensor, layer
 
 
@@ -964,11 +964,11 @@ class _Run:
         """Return groups of prompts of equal length, so that there is no padding."""
         lengths = self._prompts.lengths
         room = _LOGITS.get(self._device.type, _LOGITS["cpu"]) // self._caps.d_vocab
-        found = []
+        result = []
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero().flatten()
-            found += [part.tolist() for part in rows.split(max(1, room // length))]
-        return found
+            result += [part.tolist() for part in rows.split(max(1, room // length))]
+        return result
 
     def begin(self, rows: list[int]) -> Float[Tensor, "prompt"]:
         """Keep the predictions of these prompts in full precision, and return their losses."""

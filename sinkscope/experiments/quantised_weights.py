@@ -81,13 +81,13 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
     Raises:
         UnsupportedError: If a block has a matrix that is not the weight of one.
     """
-    found: dict[str, nn.Linear] = {}
+    layers: dict[str, nn.Linear] = {}
     known: set[int] = set()
     for index, block in enumerate(model.blocks):
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear) and id(module) not in known:
                 known |= {id(module), id(module.weight)}
-                found[f"block {index}, {name}"] = module
+                layers[f"block {index}, {name}"] = module
         for name, x in block.named_parameters():
             if x.ndim > 1 and id(x) not in known:
                 raise UnsupportedError(
@@ -95,7 +95,7 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
                     f"({name} of block {index}), which torchao leaves as they are; leave out "
                     "weights."
                 )
-    return found
+    return layers
 
 
 def _check_groups(name: str, layer: nn.Linear, scheme: str) -> None:

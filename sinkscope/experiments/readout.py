@@ -156,10 +156,10 @@ def chosen(names: Iterable[str], choices: tuple[str, ...], what: str) -> tuple[s
     Raises:
         UnsupportedError: If one is unknown, or none is named.
     """
-    found = tuple(check_mode(name, choices) for name in strings(what, names, UnsupportedError))
-    if not found:
+    valid = tuple(check_mode(name, choices) for name in strings(what, names, UnsupportedError))
+    if not valid:
         raise UnsupportedError(f"No {what} are named; name some of {', '.join(choices)}.")
-    return found
+    return valid
 
 
 def has_loss(model: Any) -> bool:
@@ -177,7 +177,7 @@ def losses(model: Any, texts: Texts) -> Float[Tensor, "prompt query"] | None:
         return None
     rows = max(1, LOSS_TOKENS // texts.tokens.shape[1])
     device = input_device(model)
-    found = []
+    parts = []
     with (
         torch.inference_mode(),
         runner.evaluating(model),
@@ -190,8 +190,8 @@ def losses(model: Any, texts: Texts) -> Float[Tensor, "prompt query"] | None:
                 logits[:, :-1].transpose(1, 2).float(), tokens[:, 1:].to(logits.device),
                 reduction="none",
             )  # fmt: skip
-            found.append(torch.nn.functional.pad(nll, (0, 1), value=torch.nan).cpu())
-    return torch.cat(found)
+            parts.append(torch.nn.functional.pad(nll, (0, 1), value=torch.nan).cpu())
+    return torch.cat(parts)
 
 
 def even(model: Any, texts: Any, position: int | None = None, after: int = 1) -> Texts:

@@ -141,8 +141,8 @@ def claim(record: Path, results: Iterable[Path], request: Request) -> None:
         ReportError: If a result is there already and was measured for another request, or no
             record of it is there.
     """
-    if (found := next((file for file in results if file.exists()), None)) is not None:
-        _compare(found, record, request)
+    if (existing := next((file for file in results if file.exists()), None)) is not None:
+        _compare(existing, record, request)
     write_file(record, as_json({"request": request, "also": {}}, indent=1))
 
 
@@ -152,9 +152,9 @@ def _compare(file: Path, record: Path, request: Request) -> None:
     Raises:
         ReportError: If anything differs that the result depends on, or its record is unusable.
     """
-    found = _recorded(file, record)["request"]
+    recorded = _recorded(file, record)["request"]
     for name, value in json.loads(as_json(request)).items():
-        before = found.get(name)
+        before = recorded.get(name)
         if before != value and name == "identity":
             raise ReportError(
                 f"{file} was measured on another model: its weights, settings, adapters or hooks "
@@ -189,7 +189,7 @@ def _recorded(file: Path, record: Path) -> dict[str, Any]:
         ReportError: If that record is missing or damaged.
     """
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
+        content = json.loads(record.read_text(encoding="utf-8"))
     except FileNotFoundError:
         problem = "is missing"
     except OSError as error:
@@ -197,10 +197,10 @@ def _recorded(file: Path, record: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):  # no JSON, or no text
         problem = "is damaged"
     else:
-        if isinstance(found, dict) and all(
-            isinstance(found.get(name), dict) for name in ("request", "also")
+        if isinstance(content, dict) and all(
+            isinstance(content.get(name), dict) for name in ("request", "also")
         ):
-            return found
+            return content
         problem = "is damaged"
     raise ReportError(
         f"{record} {problem}; it records what {file.name} was measured on, which therefore cannot "
@@ -315,9 +315,9 @@ def _checkpoint(model: str | Path | None, checkpoint: Any, options: dict[str, An
 def _on_disk(path: Path) -> str:
     """Return a path with size and time, which change when the weights there are rewritten."""
     files = [path] if path.is_file() else [f for glob in _FILES for f in path.glob(glob)]
-    found = [file.stat() for file in files]
-    size = sum(each.st_size for each in found)
-    written = datetime.fromtimestamp(max((each.st_mtime for each in found), default=0))
+    states = [file.stat() for file in files]
+    size = sum(each.st_size for each in states)
+    written = datetime.fromtimestamp(max((each.st_mtime for each in states), default=0))
     return f"{path}, {size:,} bytes of {written:%Y-%m-%d %H:%M:%S.%f}"
 
 

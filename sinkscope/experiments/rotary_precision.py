@@ -159,7 +159,7 @@ class RotaryPrecision(Result):
             correlation of the heads' errors with their attention to the first token).
         """
         share = self.first_share()
-        found: dict[str, Any] = {}
+        facts: dict[str, Any] = {}
         for index, name in enumerate(self.arithmetics):
             shifts = {}
             for at, shift in enumerate(self.shifts):
@@ -179,13 +179,13 @@ class RotaryPrecision(Result):
                     "loss_change": estimate(self.shifted_loss[index, at] - self.loss[index]),
                     "follows_first_attention": float(spearman(of_heads[known], attention[known])),
                 }
-            found[name] = {
+            facts[name] = {
                 "overflowed": int(self.overflowed[index].nansum()),
                 "loss": estimate(self.loss[index]),
                 "first_attention": float(self.first_attention[index].nanmean()),
                 "shifts": shifts,
             }
-        return {"length": self.error_by_key.shape[-1], "arithmetics": found}
+        return {"length": self.error_by_key.shape[-1], "arithmetics": facts}
 
     def summary(self) -> str:
         """One row per arithmetic and shift: errors, the first token's share, effect on the loss."""
@@ -273,8 +273,8 @@ class RotaryPrecision(Result):
 def _largest(x: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
     """The largest number along some dimensions; nan where there is none."""
     dims = tuple(range(x.ndim)) if dim is None else dim
-    found = x.nan_to_num(-torch.inf).amax(dims)
-    return found.masked_fill(found == -torch.inf, torch.nan)
+    largest = x.nan_to_num(-torch.inf).amax(dims)
+    return largest.masked_fill(largest == -torch.inf, torch.nan)
 
 
 def rotary_precision(

@@ -96,16 +96,16 @@ class SameHeads(Result):
 
     def summary(self) -> str:
         """Sink heads of each run, their overlap, and when each run's sink formed."""
-        found = self.statistics()
-        counts = ", ".join(str(heads[-1]) for heads in found["sink_heads"].values())
-        last = {name: number(value) for name, value in found["last"].items()}
+        facts = self.statistics()
+        counts = ", ".join(str(heads[-1]) for heads in facts["sink_heads"].values())
+        last = {name: number(value) for name, value in facts["last"].items()}
         lines = [
             f"{len(self.runs)} runs at step {self.steps[-1]:,}: {counts} sink heads.",
             f"  overlap of two runs' sink heads (Jaccard) {last['jaccard']}; "
             f"{last['jaccard_by_chance']} if heads of a layer were renumbered at random",
             f"  overlap of the counts by layer {last['jaccard_of_layers']}",
         ]
-        for name, step in found["formation_step"].items():
+        for name, step in facts["formation_step"].items():
             when = "has no sink head" if step is None else f"formed at step {step:,}"
             lines.append(f"  {name}: {when}")
         return "\n".join(lines)

@@ -107,18 +107,18 @@ class Spikes(Result):
 
     def summary(self) -> str:
         """Alignment and retention in words, and a table of the attention layers."""
-        found = self.statistics()
+        facts = self.statistics()
         where = sorted(set(self.sink.tolist()))
         lines = [
-            f"Sink–spike alignment: {found['alignment'].to_decimals(3)}, by chance "
+            f"Sink–spike alignment: {facts['alignment'].to_decimals(3)}, by chance "
             f"{self.chance:.3f}. "
             + (
-                f"Inter-spike retention: {found['retention'].to_decimals(3)}."
+                f"Inter-spike retention: {facts['retention'].to_decimals(3)}."
                 if self.pairs
                 else "No two spikes have a layer between them, so there is no retention."
             ),
             f"The largest activation at position {listed([str(at) for at in where])}, "
-            f"{number(found['largest'])}, occurs after layer {found['largest_after']}.",
+            f"{number(facts['largest'])}, occurs after layer {facts['largest_after']}.",
         ]
         mean = self.value_at_sink.mean(0)
         rows = [
@@ -127,7 +127,7 @@ class Spikes(Result):
                 f"{block.start} to {block[-1]}" if len(block) > 1 else str(block.start),
                 number(float(mean[at - 1])),
                 number(float(mean[at])),
-                found["alignment_by_layer"][str(at)].to_decimals(2),
+                facts["alignment_by_layer"][str(at)].to_decimals(2),
             ]
             for at, block in definitions.blocks(self.attending).items()
         ]
@@ -185,11 +185,11 @@ def spikes(model: Any, texts: Any, sink: int | None = None) -> Spikes:
             f" there is no block in which a spike could be; use a hybrid model, such as Qwen3.5."
         )
     prompts = readout.even(model, texts, 0 if sink is None else sink)
-    found = readout.measure(model, prompts, {"value": PEAKS, "later": LATER})
-    later = found["later"][:, list(caps.attending)].nan_to_num(-torch.inf)
+    measured = readout.measure(model, prompts, {"value": PEAKS, "later": LATER})
+    later = measured["later"][:, list(caps.attending)].nan_to_num(-torch.inf)
     sinks = later.argmax(dim=2)
     consensus = torch.tensor([_most(row) if sink is None else sink for row in sinks.tolist()])
-    value = found["value"]
+    value = measured["value"]
     at_sink = value[torch.arange(len(value)), :, consensus]
     return Spikes(
         about=about(model, prompts),

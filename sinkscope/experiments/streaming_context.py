@@ -134,8 +134,8 @@ class StreamedContext(Result):
 
     def interval(self, setting: int, start: int = 0) -> tuple[float, float]:
         """95 % bootstrap interval of the perplexity, over blocks of at least 128 tokens."""
-        found = _over_blocks(self._loss(setting, start))
-        low, high = torch.tensor([found.low, found.high]).exp().tolist()
+        blocks = _over_blocks(self._loss(setting, start))
+        low, high = torch.tensor([blocks.low, blocks.high]).exp().tolist()
         return low, high
 
     def difference(self, setting: int, other: int, start: int = 0) -> Interval:
@@ -495,10 +495,10 @@ def plan(
         TextError: If there is none, or a window is empty.
     """
     sinks, chosen = _counts(sinks), _designated(designated, tokens)
-    found: list[Setting] = []
+    settings: list[Setting] = []
     fits = caps.n_ctx is None or tokens <= caps.n_ctx
     if full if full is not None else fits:
-        found.append(Setting("everything", (), None, "absolute"))
+        settings.append(Setting("everything", (), None, "absolute"))
     for way in counted:
         check_mode(way, COUNTED)
         for window in windows:
@@ -506,16 +506,16 @@ def plan(
                 raise TextError(f"A window of {window} positions is empty; use 1 or more.")
             for n in sinks:
                 name = f"{n} sink" if n == 1 else f"{n} sinks"
-                found.append(Setting(name, tuple(range(n)), window, way))
+                settings.append(Setting(name, tuple(range(n)), window, way))
             for p in chosen:
-                found.append(Setting(f"{p} as it is", (p,), window, way))
-                found.append(Setting(f"designated {p}", (p,), window, way, (p,)))
-    if not found:
+                settings.append(Setting(f"{p} as it is", (p,), window, way))
+                settings.append(Setting(f"designated {p}", (p,), window, way, (p,)))
+    if not settings:
         raise TextError(
             "No run is requested: name a window and what to keep beside it, or run full attention "
             "(full=True)."
         )
-    return found
+    return settings
 
 
 def plan_stored(
@@ -529,14 +529,14 @@ def plan_stored(
     """
     names = strings("quantise", schemes, UnsupportedError)
     recent = whole_number("recent", recent, at_least=1, error=TextError)
-    every, found = tuple(range(tokens)), []
+    every, settings = tuple(range(tokens)), []
     for name in dict.fromkeys(str(Scheme.parse(name)) for name in names):
         Stored(Scheme.parse(name), torch.zeros(1, 1, dtype=torch.bool))  # refuses what it cannot
         for n in _counts(sinks):
             words = f"{n} sink" if n == 1 else f"{n} sinks"
-            found.append(Setting(words, every, recent, "absolute", scheme=name, sinks=n))
-        found.append(Setting(PIVOTS, every, recent, "absolute", scheme=name))
-    return found
+            settings.append(Setting(words, every, recent, "absolute", scheme=name, sinks=n))
+        settings.append(Setting(PIVOTS, every, recent, "absolute", scheme=name))
+    return settings
 
 
 def _counts(sinks: Iterable[int]) -> tuple[int, ...]:

@@ -129,12 +129,12 @@ class PeakTrace(Result):
         if not self.is_peak:
             return []
         left = self.left(mode)
-        found = [
+        parts = [
             (self.blocks[row], self.parts[column], float(left[row, column]))
             for row, column in (left < _NEEDED).nonzero().tolist()
             if not self.share_left(mode, row, column).high >= _NEEDED  # nan of a single prompt
         ]
-        return sorted(found, key=lambda one: (one[0] != self.written_in, one[2]))
+        return sorted(parts, key=lambda one: (one[0] != self.written_in, one[2]))
 
     def share_left(self, mode: str, row: int, column: int) -> Interval:
         """Share of the peak that is left without one part, with its interval over prompts.
@@ -185,7 +185,7 @@ class PeakTrace(Result):
     def statistics(self) -> dict[str, Any]:
         """The peak, and for each replacement the necessary parts and the heads that read it."""
         at, later = self.peak_layer, self.later
-        found: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "sink": self.sink,
             "peak_layer": at,
             "written_in": self.written_in,
@@ -206,12 +206,12 @@ class PeakTrace(Result):
                 }
                 for block, part, _ in self.needed(mode)
             ]
-            found[mode] = {
+            facts[mode] = {
                 "needed": needed,
                 "readers": self.readers(mode),
                 "least_left": float(self.left(mode).min()),
             }
-        return found
+        return facts
 
     def _paid(self, attention: Float[Tensor, "prompt layer head"]) -> dict[str, Any]:
         """Mean attention of the later layers to the sink, and the number of their sink heads."""
@@ -346,12 +346,12 @@ def trace_peak(
 def _read(model: Any, prompts: Texts, sink: int) -> dict[str, Tensor]:
     """Measure peak and sink attention in every layer of the model in its current state."""
     wanted = {"norm": readout.RESIDUAL_NORM, "attention": readout.TO_SINKS}
-    found = readout.measure(model, prompts, wanted, [sink])
-    norm = found["norm"]
+    measured = readout.measure(model, prompts, wanted, [sink])
+    norm = measured["norm"]
     return {
         "peak": norm[..., sink],
         "peak_ratio": norm[..., sink] / readout.median_of_others(norm, [sink]),
-        "attention": found["attention"],
+        "attention": measured["attention"],
     }
 
 
@@ -363,7 +363,7 @@ def _typical(
     def others(x: Tensor, batch: Any) -> Tensor:
         return (x.float().sum(1) - x[:, sink].float()) / (x.shape[1] - 1)
 
-    found: dict[tuple[str, str], Tensor] = {}
+    means: dict[tuple[str, str], Tensor] = {}
     for part in parts:
         signal = f"{PARTS[part]}_out"
         wanted = {
@@ -371,8 +371,8 @@ def _typical(
             "typical": readout.Quantity(signal, others),
         }
         for mode, x in readout.measure(model, prompts, wanted, [sink]).items():
-            found[part, mode] = x.mean(0)
-    return found
+            means[part, mode] = x.mean(0)
+    return means
 
 
 def _replaced(
@@ -386,23 +386,23 @@ def _replaced(
     )
 
 
-def _summary(found: PeakTrace) -> str:
-    facts = found.statistics()
+def _summary(result: PeakTrace) -> str:
+    facts = result.statistics()
     head = (
-        f"The residual state of position {found.sink} is largest after layer "
+        f"The residual state of position {result.sink} is largest after layer "
         f"{facts['peak_layer']}: {facts['peak']}, {facts['peak_ratio']} times the median of the "
         f"others. Mean attention to it in {_later(facts)}: {facts['attention_after_peak']}."
     )
-    if not found.is_peak:
+    if not result.is_peak:
         return f"{head} This is no peak, so there is nothing to trace."
     parts = [head]
-    if any(facts[mode]["needed"] for mode in found.modes):
+    if any(facts[mode]["needed"] for mode in result.modes):
         parts += [
-            f"One part of one block at a time is replaced, at position {found.sink} alone. Parts "
+            f"One part of one block at a time is replaced, at position {result.sink} alone. Parts "
             "without which less than half of the peak is left:",
-            _table(found, facts),
+            _table(result, facts),
         ]
-    parts += [text for mode in found.modes for text in _sentences(found, facts, mode)]
+    parts += [text for mode in result.modes for text in _sentences(result, facts, mode)]
     return "\n".join(parts)
 
 
@@ -411,8 +411,8 @@ def _later(facts: dict[str, Any]) -> str:
     return f"layers {first} to {last}" if last > first else f"layer {first}"
 
 
-def _table(found: PeakTrace, facts: dict[str, Any]) -> str:
-    heads = found.attention[:, found.later].mean(0).numel()
+def _table(result: PeakTrace, facts: dict[str, Any]) -> str:
+    heads = result.attention[:, result.later].mean(0).numel()
 
     def read(row: dict[str, Any]) -> list[str]:
         return [row["attention_after_peak"].to_decimals(3), f"{row['sink_heads']} of {heads}"]
@@ -420,30 +420,30 @@ def _table(found: PeakTrace, facts: dict[str, Any]) -> str:
     rows = [["nothing", "", "100 %", *read(facts)]]
     rows += [
         [_named(one), _MODES[mode], one["peak_left"].in_percent(), *read(one)]
-        for mode in found.modes
+        for mode in result.modes
         for one in facts[mode]["needed"]
     ]
     columns = ["replaced", "by", "peak left", "attention after it", f"heads above {SINK_HEAD}"]
     return table_as_text(columns, rows)
 
 
-def _sentences(found: PeakTrace, facts: dict[str, Any], mode: str) -> list[str]:
+def _sentences(result: PeakTrace, facts: dict[str, Any], mode: str) -> list[str]:
     """Sentences on what writes the peak, what else is necessary, and what reads it."""
     how = f"replaced by {_MODES[mode]}" if mode != "zero" else "set to zero"
     needed = facts[mode]["needed"]
     if not needed:
-        return [_none_needed(found, mode, how)]
+        return [_none_needed(result, mode, how)]
     first, *others = needed
     was, now = (x["attention_after_peak"].mean for x in (facts, first))
     writes = "writes" if first["block"] == facts["written_in"] else "is necessary for"
     text = (
         f"The {_named(first)} {writes} the peak: {how}, it leaves {_left(first['peak_left'])}, and "
-        f"attention to position {found.sink} {'falls' if now <= was else 'rises'} by "
+        f"attention to position {result.sink} {'falls' if now <= was else 'rises'} by "
         f"{100 * abs(1 - now / was):.0f} %."
     )
     if others:
         text += f" Also necessary: {listed(_grouped(others))}."
-    if not any(one["part"] == "attention" for one in needed) and "attention" in found.parts:
+    if not any(one["part"] == "attention" for one in needed) and "attention" in result.parts:
         text += " No block's attention is necessary."
     heads = [
         f"{one['layer']}.{one['head']} ({one['attention']:.2f} → {one['attention_without']:.2f})"
@@ -452,9 +452,9 @@ def _sentences(found: PeakTrace, facts: dict[str, Any], mode: str) -> list[str]:
     return [f"{text} Heads that lose most: {listed(heads)}."]
 
 
-def _none_needed(found: PeakTrace, mode: str, how: str) -> str:
+def _none_needed(result: PeakTrace, mode: str, how: str) -> str:
     """Sentence that no part is significantly necessary, with the smallest share left."""
-    block, part, share = found.least(mode)
+    block, part, share = result.least(mode)
     if share.mean >= 0.5:
         least = 100 * share.mean
         return f"Whichever single part is {how}, at least {least:.0f} % of the peak is left" + (

@@ -107,7 +107,7 @@ class Transplant(Result):
         Attention is `later_attention`, and shares of experts are means over the routed layers after
         the erased block; every number has its interval over prompts.
         """
-        found = {
+        facts = {
             name: {
                 "attention": estimate(self.later_attention[at]),
                 "loss": estimate(self.loss[at]),
@@ -121,12 +121,12 @@ class Transplant(Result):
         for kind, share in shares.items():
             if share is not None and after:
                 for at, name in enumerate(self.conditions):
-                    found[name][kind] = estimate(share[at][:, after].mean(1))
-        return found
+                    facts[name][kind] = estimate(share[at][:, after].mean(1))
+        return facts
 
     def summary(self) -> str:
         """Attention, loss and divergence of every condition in a table."""
-        found = self.statistics()
+        facts = self.statistics()
         erased = (
             f"Hosts: the FFN output of block {self.erased_in} is zero at position 0."
             if self.erased_in >= 0
@@ -141,14 +141,14 @@ class Transplant(Result):
                 one["loss_change"].signed(3),
                 one["divergence"].to_decimals(4),
             ]
-            for name, one in found.items()
+            for name, one in facts.items()
         ]
         text = f"{erased}\n{table_as_text(columns, rows)}"
-        if "same_experts" not in found["untouched"]:
+        if "same_experts" not in facts["untouched"]:
             return text
         shares = [
             [name, *(one[kind].to_decimals(3) for kind in ("sink_same_experts", "same_experts"))]
-            for name, one in found.items()
+            for name, one in facts.items()
         ]
         columns = ["condition", "sink's experts kept", "later tokens' experts kept"]
         return (
@@ -223,12 +223,13 @@ def transplant(
     block = _erased(model, prompts, erase)
     run = _Run(model, prompts, donor, block)
     names = ("untouched", *chosen)
-    found: list[tuple[Tensor, ...]] = []
+    result: list[tuple[Tensor, ...]] = []
     with tqdm(total=len(prompts), unit="prompt", disable=not progress, leave=False) as bar:
         for row in range(len(prompts)):
-            found.append(run.measure(row, names))
+            result.append(run.measure(row, names))
             bar.update()
-    attention, loss, divergence, *routes = (torch.stack(x, dim=1) for x in zip(*found, strict=True))
+    columns = (torch.stack(x, dim=1) for x in zip(*result, strict=True))
+    attention, loss, divergence, *routes = columns
     return Transplant(
         about=about(model, prompts),
         conditions=names,
@@ -318,12 +319,12 @@ class _Run:
         if not self.experts:
             return torch.zeros(0, 0, 0)
         most = max(one.count for one in self.experts.values())
-        found = []
+        result = []
         for layer in self.experts:
             call = self._calls[layer]
             weight = torch.zeros(len(call.expert), most)
-            found.append(weight.scatter_(1, call.expert.cpu(), call.weight.float().cpu())[slot:])
-        return torch.stack(found)
+            result.append(weight.scatter_(1, call.expert.cpu(), call.weight.float().cpu())[slot:])
+        return torch.stack(result)
 
     def _transplant(self, position: int | None, what: str, own: Texts) -> SinkTransplant:
         key = position, what

@@ -197,7 +197,7 @@ class Vocabulary(Result):
     def statistics(self) -> dict[str, Any]:
         """Shares (by class too), cosines and exceptions by condition, and those in real prompts."""
         at = self.peak_layer
-        found: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "tokens": len(self.ids),
             "whole_vocabulary": self.whole,
             "threshold": self.threshold,
@@ -208,8 +208,8 @@ class Vocabulary(Result):
             "conditions": [self._condition(index) for index in range(len(self.conditions))],
         }
         if self.confirmed is not None:
-            found["confirmed"] = self.confirmed.statistics(self.threshold)
-        return found
+            facts["confirmed"] = self.confirmed.statistics(self.threshold)
+        return facts
 
     def _condition(self, index: int) -> dict[str, Any]:
         at, measured = self.peak_layer, self.measured_tokens[index]
@@ -375,12 +375,12 @@ def vocabulary(
         options = dict(threshold=threshold, pairs=pairs, seed=seed)
         request = request_of(model, prompts, plan=[str(one) for one in plan], **options)
     with Kept(Vocabulary, file, request) as kept:
-        found = kept.found or _begun(model, caps, prompts, plan, threshold)
-        _fill(model, caps, found, plan, kept, progress)
-        if found.confirmed is None and pairs:
-            found = _confirm(model, prompts, found, prefix, pairs, seed, progress)
-            kept.write(found)
-    return found
+        result = kept.found or _begun(model, caps, prompts, plan, threshold)
+        _fill(model, caps, result, plan, kept, progress)
+        if result.confirmed is None and pairs:
+            result = _confirm(model, prompts, result, prefix, pairs, seed, progress)
+            kept.write(result)
+    return result
 
 
 # -- what to measure -------------------------------------------------------------------------------
@@ -485,10 +485,10 @@ def _begun(
         UnsupportedError: If position 0 has other states there than its token has alone.
     """
     wanted = {"norm": readout.RESIDUAL_NORM, "state": readout.at("resid_post", 0)}
-    found = readout.measure(model, prompts, wanted)
-    _verify(model, caps, prompts, found["state"])
-    later = readout.median_of_others(found["norm"], [0])
-    first = found["norm"][..., 0]
+    measured = readout.measure(model, prompts, wanted)
+    _verify(model, caps, prompts, measured["state"])
+    later = readout.median_of_others(measured["norm"], [0])
+    first = measured["norm"][..., 0]
     ids = plan[0].ids
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
@@ -511,7 +511,7 @@ def _begun(
         positions=caps.positions,
         later_norm=later,
         text_norm=first,
-        sink_vector=found["state"].mean(0),
+        sink_vector=measured["state"].mean(0),
         norm=torch.full(shape, torch.nan),
         cosine=torch.full(shape, torch.nan),
         sink_sum=torch.full((len(plan), chunks, caps.n_layers, caps.d_model), torch.nan),
@@ -537,7 +537,7 @@ def _verify(
 def _fill(
     model: Any,
     caps: Capabilities,
-    found: Vocabulary,
+    result: Vocabulary,
     plan: Sequence[_Condition],
     kept: Kept[Vocabulary],
     progress: bool,
@@ -547,16 +547,17 @@ def _fill(
         (index, condition, chunk, rows)
         for index, condition in enumerate(plan)
         for chunk, rows in condition.chunks()
-        if bool(found.norm[index, rows, -1].isnan().any())
+        if bool(result.norm[index, rows, -1].isnan().any())
     ]
-    bound = found.threshold * float(found.later_norm[:, found.peak_layer].mean())
+    bound = result.threshold * float(result.later_norm[:, result.peak_layer].mean())
     total = sum(len(rows) for *_, rows in missing)
     with tqdm(total=total, unit="token", disable=not progress, leave=False) as bar:
         for index, condition, chunk, rows in missing:
             bar.set_description(condition.name)
-            observer = _Trajectory(readout.scope(caps), found.sink_vector, found.peak_layer, bound)
+            scope = readout.scope(caps)
+            observer = _Trajectory(scope, result.sink_vector, result.peak_layer, bound)
             before = torch.tensor(condition.before, dtype=torch.long).expand(len(rows), -1)
-            prompts = token_ids(torch.cat([before, found.ids[rows, None]], dim=1))
+            prompts = token_ids(torch.cat([before, result.ids[rows, None]], dim=1))
             first = torch.zeros_like(prompts.mask)
             first[:, 0] = True
             how = paths.choose(model, caps, "auto")
@@ -565,12 +566,12 @@ def _fill(
                     model, prompts, first, [observer], how, causal=True, progress=False
                 )
             one = observer.results(order)
-            found.cosine[index, rows] = one["cosine"].cpu()
-            found.sink_sum[index, chunk] = observer.sink_sum.float()
+            result.cosine[index, rows] = one["cosine"].cpu()
+            result.sink_sum[index, chunk] = observer.sink_sum.float()
             # Last, since a chunk counts as measured once its norms are there.
-            found.norm[index, rows] = one["norm"].cpu()
+            result.norm[index, rows] = one["norm"].cpu()
             bar.update(len(rows))
-            kept.grew(found)
+            kept.grew(result)
 
 
 class _Trajectory(Observer):
@@ -625,16 +626,16 @@ class _Trajectory(Observer):
 def _confirm(
     model: Any,
     prompts: Texts,
-    found: Vocabulary,
+    result: Vocabulary,
     prefix: tuple[int, ...],
     pairs: int,
     seed: int,
     progress: bool,
 ) -> Vocabulary:
     """Return the result with exceptions and controls in real prompts, if there are both."""
-    exceptions, controls = _pairs(found, pairs, seed)
+    exceptions, controls = _pairs(result, pairs, seed)
     if not exceptions:
-        return found
+        return result
     few = Texts(prompts.tokens[:_PROMPTS], prompts.mask[:_PROMPTS], prompts.bos, prompts.source)
     begins = bool(prefix) and few.tokens[:, : len(prefix)].eq(torch.tensor(prefix)).all()
     conditions: dict[str, tuple[int, ...]] = {FIRST: ()}
@@ -647,54 +648,54 @@ def _confirm(
         controls,
         conditions=conditions,
         ahead=len(prefix) if begins else 0,
-        layer=found.peak_layer,
-        ordinary=float(found.later_norm[:, found.peak_layer].mean()),
+        layer=result.peak_layer,
+        ordinary=float(result.later_norm[:, result.peak_layer].mean()),
         progress=progress,
     )
-    return dataclasses.replace(found, confirmed=confirmed)
+    return dataclasses.replace(result, confirmed=confirmed)
 
 
-def _pairs(found: Vocabulary, pairs: int, seed: int) -> tuple[list[int], list[int]]:
+def _pairs(result: Vocabulary, pairs: int, seed: int) -> tuple[list[int], list[int]]:
     """Draw exceptions at random, with the nearest ids of their class that make a sink as controls.
 
     In a vocabulary of merges near ids are about equally frequent. Unused rows of the embedding are
     left out, and an exception whose class has no token that makes a sink, or none left.
     """
-    unused = CLASSES.index("unused") if "unused" in found.classes else -1
-    usable = found.measured_tokens[0] & (found.kind != unused)
-    sinks, others = usable & found.makes_sink[0], usable & ~found.makes_sink[0]
-    order = torch.randperm(len(found.ids), generator=torch.Generator().manual_seed(seed))
+    unused = CLASSES.index("unused") if "unused" in result.classes else -1
+    usable = result.measured_tokens[0] & (result.kind != unused)
+    sinks, others = usable & result.makes_sink[0], usable & ~result.makes_sink[0]
+    order = torch.randperm(len(result.ids), generator=torch.Generator().manual_seed(seed))
     exceptions: list[int] = []
     controls: list[int] = []
     free = sinks.clone()
     for row in order[others[order]].tolist():
-        candidates = (free & (found.kind == found.kind[row])).nonzero()[:, 0]
+        candidates = (free & (result.kind == result.kind[row])).nonzero()[:, 0]
         if len(exceptions) == pairs:
             break
         if not len(candidates):
             continue
-        near = int(candidates[(found.ids[candidates] - found.ids[row]).abs().argmin()])
+        near = int(candidates[(result.ids[candidates] - result.ids[row]).abs().argmin()])
         free[near] = False
-        exceptions.append(int(found.ids[row]))
-        controls.append(int(found.ids[near]))
+        exceptions.append(int(result.ids[row]))
+        controls.append(int(result.ids[near]))
     return exceptions, controls
 
 
 # -- in words --------------------------------------------------------------------------------------
 
 
-def _summary(found: Vocabulary) -> str:
-    facts = found.statistics()
-    at, first = found.peak_layer, facts["conditions"][0]
-    of = "the vocabulary" if found.whole else "the sample"
+def _summary(result: Vocabulary) -> str:
+    facts = result.statistics()
+    at, first = result.peak_layer, facts["conditions"][0]
+    of = "the vocabulary" if result.whole else "the sample"
     lines = [
         f"Position 0 of real text stands out most after block {at}: its norm is "
         f"{facts['text_ratio']} times that of a later token. A token makes a sink if, alone at "
-        f"position 0, it exceeds {number(found.threshold)} times that norm there: "
+        f"position 0, it exceeds {number(result.threshold)} times that norm there: "
         f"{_percent(first['share'])} of {of} ({counted(first['measured'], 'token')}).",
-        _class_table(found, facts),
+        _class_table(result, facts),
     ]
-    if found.makes_sink[0].any():
+    if result.makes_sink[0].any():
         ratio, cosine = first["of_sinks"]["ratio"], first["of_sinks"]["cosine"]
         lines.append(
             f"Tokens that make a sink: {number(ratio['median'])} times a later token's norm (5 to "
@@ -703,10 +704,10 @@ def _summary(found: Vocabulary) -> str:
             f"{cosine['high']:.3f}). {100 * first['constant_share']:.1f} % of their energy is one "
             "constant vector."
         )
-    lines += _exceptions(found, first)
-    lines += [_further(found, one) for one in facts["conditions"][1:]]
-    lines += _confirmation(found, facts)
-    if found.positions == "learned":
+    lines += _exceptions(result, first)
+    lines += [_further(result, one) for one in facts["conditions"][1:]]
+    lines += _confirmation(result, facts)
+    if result.positions == "learned":
         lines.append(
             "Positions are learned: a token alone also carries the vector of position 0, so a peak "
             "may come from that vector rather than from the token; the condition with another "
@@ -715,9 +716,9 @@ def _summary(found: Vocabulary) -> str:
     return "\n".join(lines)
 
 
-def _class_table(found: Vocabulary, facts: dict[str, Any]) -> str:
+def _class_table(result: Vocabulary, facts: dict[str, Any]) -> str:
     columns = ["class", "tokens", "no sink"]
-    columns += [f"make a sink {name}" for name in found.conditions]
+    columns += [f"make a sink {name}" for name in result.conditions]
     rows = []
     for name, one in facts["conditions"][0]["by_class"].items():
         shares = [c["by_class"].get(name, {}).get("share") for c in facts["conditions"]]
@@ -726,7 +727,7 @@ def _class_table(found: Vocabulary, facts: dict[str, Any]) -> str:
     return table_as_text(columns, rows)
 
 
-def _exceptions(found: Vocabulary, first: dict[str, Any]) -> list[str]:
+def _exceptions(result: Vocabulary, first: dict[str, Any]) -> list[str]:
     names = list(first["exceptions"].values())
     if not names:
         return ["Every token that was measured makes a sink."]
@@ -739,15 +740,15 @@ def _exceptions(found: Vocabulary, first: dict[str, Any]) -> list[str]:
     ]
 
 
-def _further(found: Vocabulary, one: dict[str, Any]) -> str:
+def _further(result: Vocabulary, one: dict[str, Any]) -> str:
     return (
         f"Condition “{one['condition']}” ({counted(one['measured'], 'token')}): "
         f"{_percent(one['share'])} make a sink."
     )
 
 
-def _confirmation(found: Vocabulary, facts: dict[str, Any]) -> list[str]:
-    confirmed = found.confirmed
+def _confirmation(result: Vocabulary, facts: dict[str, Any]) -> list[str]:
+    confirmed = result.confirmed
     if confirmed is None:
         return []
     first, last = confirmed.later

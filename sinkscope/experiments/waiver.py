@@ -92,16 +92,16 @@ class PositionNorms(Result):
 
     def summary(self) -> str:
         """Whether the first vector stands out."""
-        found = self.statistics()
+        facts = self.statistics()
         first = (
-            f"position 0, {number(found['first'])}: {number(found['first_over_median'])} times "
-            f"the median of the others, {number(found['deviations'])} of their standard "
+            f"position 0, {number(facts['first'])}: {number(facts['first_over_median'])} times "
+            f"the median of the others, {number(facts['deviations'])} of their standard "
             "deviations from their mean"
         )
-        second = f"position {found['largest_of_others_at']}, {number(found['largest_of_others'])}"
-        if found["largest_of_others_at"] == len(self.norm) - 1:
+        second = f"position {facts['largest_of_others_at']}, {number(facts['largest_of_others'])}"
+        if facts["largest_of_others_at"] == len(self.norm) - 1:
             second += ", the last one"
-        if found["largest_at"] == 0:
+        if facts["largest_at"] == 0:
             return (
                 f"The longest of {len(self.norm)} position vectors is that of {first}. The longest "
                 f"of the others is that of {second}."

@@ -200,12 +200,12 @@ def which_part(
     prompts = conditions.started(model, prompts, [start], False, seed)[start]
     sink = _Sink.measure(model, prompts, position)
     cases = [*_natural(model, sink), *_designated(model, position, sink, first_layers)]
-    found = []
+    result = []
     for name, _, enter in tqdm(cases, unit="case", disable=not progress, leave=False):
         case = Condition(name, start, "unchanged", prompts, enter)
-        found.append(_read(model, case, position))
+        result.append(_read(model, case, position))
     targets = [target for _, target, _ in cases]
-    losses = [one["loss"] for one in found if one["loss"] is not None]
+    losses = [one["loss"] for one in result if one["loss"] is not None]
     return WhichPart(
         about=about(model, prompts),
         position=position,
@@ -214,8 +214,8 @@ def which_part(
         dims_by_rule=sink.by_rule,
         cases=tuple(name for name, _, _ in cases),
         targets=tuple(position if target else 0 for target in targets),
-        paid=torch.stack([one["paid"][:, at] for one, at in zip(found, targets, strict=True)]),
-        peak=torch.stack([one["peak"][:, at] for one, at in zip(found, targets, strict=True)]),
+        paid=torch.stack([one["paid"][:, at] for one, at in zip(result, targets, strict=True)]),
+        peak=torch.stack([one["peak"][:, at] for one, at in zip(result, targets, strict=True)]),
         loss=torch.stack(losses) if losses else None,
     )
 
@@ -267,12 +267,12 @@ class _Sink:
             "mixed": readout.FFN_MIXED_MAX,
             "resid": readout.at("resid_post", 0),
         }
-        found = readout.measure(model, prompts, wanted)
-        norm = found["norm"].mean(0)
+        measured = readout.measure(model, prompts, wanted)
+        norm = measured["norm"].mean(0)
         growth = torch.diff(norm[:, 0], prepend=norm.new_zeros(1))
         layer = int(growth.argmax())
-        x = found["ffn"][:, layer]
-        stands = ffn.nonmixture_dims(x, found["mixed"][:, layer], ffn.median_over_dims(x))
+        x = measured["ffn"][:, layer]
+        stands = ffn.nonmixture_dims(x, measured["mixed"][:, layer], ffn.median_over_dims(x))
         dims = tuple((stands.float().mean(0) >= 0.5).nonzero()[:, 0].tolist())
         by_rule = bool(dims)
         if not dims:
@@ -282,7 +282,7 @@ class _Sink:
             dims=dims,
             by_rule=by_rule,
             written=x.mean(0)[list(dims)],
-            residual=found["resid"][:, layer].mean(0)[list(dims)],
+            residual=measured["resid"][:, layer].mean(0)[list(dims)],
             norm=float(norm[layer, 0]),
             ordinary=float(readout.median_of_others(norm[None], [0])[0, layer]),
         )
@@ -359,14 +359,14 @@ def _read(model: Any, case: Condition, position: int) -> dict[str, Any]:
         "paid": readout.Quantity("attention", lambda x, batch: conditions.paid(x, batch, position)),
     }
     with case.enter():
-        found = readout.measure(model, case.texts, wanted)
+        measured = readout.measure(model, case.texts, wanted)
         loss = readout.losses(model, case.texts)
-    norm = found["norm"]
+    norm = measured["norm"]
     median = readout.median_of_others(norm, [0, position])
     ratio = norm[..., [0, position]] / median[..., None]
     later = norm.shape[1] // 2
     return {
         "peak": ratio.amax(1),
-        "paid": found["paid"][:, later:].mean((1, 2)),
+        "paid": measured["paid"][:, later:].mean((1, 2)),
         "loss": None if loss is None else loss[:, position + 1 : -1].mean(1),
     }

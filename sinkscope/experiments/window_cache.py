@@ -59,16 +59,16 @@ class KeyRotation:
             RotaryEmbeddingBridge,
         )
 
-        found = [m for m in model.modules() if isinstance(m, RotaryEmbeddingBridge)]
+        rotary = [m for m in model.modules() if isinstance(m, RotaryEmbeddingBridge)]
         core = core_module(model.blocks[0].attn)
         home = sys.modules[type(core).__module__] if core is not None else None
         self._rotate = getattr(home, "apply_rotary_pos_emb", None)
-        if caps.positions != "rotary" or len(found) != 1 or self._rotate is None:
+        if caps.positions != "rotary" or len(rotary) != 1 or self._rotate is None:
             raise UnsupportedError(
                 f"Positions can be counted in the cache where they are rotary; {caps.architecture} "
                 f'has {caps.positions} ones that cannot be re-rotated; count them as "absolute".'
             )
-        self._angles: Any = found[0].original_component
+        self._angles: Any = rotary[0].original_component
         kind = getattr(self._angles, "rope_type", "default")
         if kind in ("dynamic", "longrope"):
             raise UnsupportedError(
@@ -306,15 +306,15 @@ class WindowCache(Cache):
 
     def bytes(self) -> float:
         """Bytes kept between chunks, including the ranges of quantised values."""
-        found = float(sum(_size(x) for pair in self._recent.values() for x in pair))
+        total = float(sum(_size(x) for pair in self._recent.values() for x in pair))
         if self._stored is None:
-            return found + sum(_size(x) for pair in self._pairs() for x in pair)
+            return total + sum(_size(x) for pair in self._pairs() for x in pair)
         for layer, own in self._kept.items():
             recent = self._end() - self._recent[layer][0].shape[2]
             for position, pair in own.items():
                 if position < recent:  # the others are in the window
-                    found += sum(self._stored.bytes(x, layer, position) for x in pair)
-        return found
+                    total += sum(self._stored.bytes(x, layer, position) for x in pair)
+        return total
 
     def token_bytes(self) -> float:
         """Size of a token's keys and values of all layers in full precision, if one was kept."""

@@ -56,10 +56,10 @@ def _columns(rows: Sequence[Row]) -> list[dict[str, str]]:
     names = [
         name for name in grid[0] if name == "model" or len({str(one[name]) for one in grid}) > 1
     ]
-    found = [key_numbers(report) for _, report, _ in rows]
-    shown = [name for name in KEY_NUMBERS if any(one[name] not in (None, "") for one in found)]
+    values = [key_numbers(report) for _, report, _ in rows]
+    shown = [name for name in KEY_NUMBERS if any(one[name] not in (None, "") for one in values)]
     kinds = {name: _kind(grid, name) for name in names} | {
-        name: _kind(found, name) for name in shown
+        name: _kind(values, name) for name in shown
     }
     return [
         {
@@ -113,11 +113,11 @@ def _map(report: SinkReport) -> dict[str, Any] | None:
 
 def _filters(columns: Sequence[Mapping[str, str]], rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The columns of the grid with few distinct values, which become filters."""
-    found = []
+    filters = []
     for index, column in enumerate(columns):
         if column["name"] in KEY_NUMBERS:
             continue
         values = list(dict.fromkeys(_plain(grid[column["name"]]) for grid, _, _ in rows))
         if 1 < len(values) <= _FILTERS:
-            found.append({"column": index, "values": values})
-    return found
+            filters.append({"column": index, "values": values})
+    return filters

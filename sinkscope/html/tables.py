@@ -53,15 +53,15 @@ def _tokens(report: SinkReport) -> Table | None:
         )
     ranked = np.where(seen, values[0], -np.inf)
     strongest = np.argsort(-ranked, axis=None, kind="stable")[: min(_STRONGEST, int(seen.sum()))]
-    found: dict[int, list[int]] = defaultdict(list)
+    positions: dict[int, list[int]] = defaultdict(list)
     for prompt, position in zip(*np.unravel_index(strongest, ranked.shape), strict=True):
-        found[int(position)].append(int(prompt))
+        positions[int(position)].append(int(prompt))
     columns = (
         "position", "prompts", "strongest in prompt", "tokens",
         *(f"{axis_label(report.variables()[name])}, largest" for name in names),
     )  # fmt: skip
     rows = []
-    for position, prompts in found.items():
+    for position, prompts in positions.items():
         tokens = Counter(shown_token(token_at(report, prompt, position)) for prompt in prompts)
         named = and_more([token for token, _ in tokens.most_common(_EXAMPLES)], len(tokens))
         largest = [float(value[prompts, position].max()) for value in values]

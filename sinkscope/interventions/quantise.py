@@ -191,7 +191,7 @@ def channel_ends(
         By (layer, tensor), on the CPU; 0 where no token is left.
     """
     caps = capabilities(model)
-    found: dict[tuple[int, str], Ends] = {}
+    ends: dict[tuple[int, str], Ends] = {}
     left_out = list(keep)
 
     def listener(layer: int, tensor: str) -> Callable[[Tensor, Batch], None]:
@@ -204,10 +204,10 @@ def channel_ends(
             apart = ~counts[:, :, None]
             low = x.masked_fill(apart, torch.inf).amin((0, 1)).cpu()
             high = x.masked_fill(apart, -torch.inf).amax((0, 1)).cpu()
-            if (layer, tensor) in found:
-                before = found[layer, tensor]
+            if (layer, tensor) in ends:
+                before = ends[layer, tensor]
                 low, high = torch.minimum(before[0], low), torch.maximum(before[1], high)
-            found[layer, tensor] = low, high
+            ends[layer, tensor] = low, high
 
         return listen
 
@@ -219,7 +219,7 @@ def channel_ends(
     run_through(model, texts, listeners)
     return {
         where: (low.masked_fill(low > high, 0), high.masked_fill(low > high, 0))
-        for where, (low, high) in found.items()
+        for where, (low, high) in ends.items()
     }
 
 
@@ -250,15 +250,15 @@ def check_tensors(tensors: str | Iterable[str] | None, caps: Capabilities) -> tu
     """
     if tensors is None:
         return tuple(name for name in TENSORS if name in caps.signals or _shows_input(caps, name))
-    found = tuple(
+    result = tuple(
         one_of("tensor", name, tuple(TENSORS), error=UnsupportedError)
         for name in strings("tensors", tensors, UnsupportedError)
     )
-    if not found:
+    if not result:
         raise UnsupportedError(f"No tensor is named; name some of {', '.join(TENSORS)}.")
-    for name in found:
+    for name in result:
         hooks_of(caps, name, 0)
-    return found
+    return result
 
 
 def _shows_input(caps: Capabilities, tensor: str) -> bool:
@@ -278,14 +278,14 @@ def _checked_channels(
         "z": caps.n_heads * caps.d_head,
         "neurons": caps.d_mlp or 0,
     }
-    found = {}
+    result = {}
     for (layer, tensor), chosen in (channels or {}).items():
         check_layers(layer, caps.n_layers)
         one_of("tensor", tensor, tuple(TENSORS), error=UnsupportedError)
         chosen = tuple(chosen)
         if chosen:
             last = sizes.get(tensor, caps.d_model) - 1
-            found[layer, tensor] = whole_numbers(
+            result[layer, tensor] = whole_numbers(
                 f"channels of {tensor}", chosen, at_most=last, error=UnsupportedError
             )
-    return found
+    return result

@@ -116,5 +116,5 @@ def norms_through(
     second = torch.einsum("pthd,pthe,pt->phde", wide, wide, weight)
     matrices = rearrange(gram.to(second.dtype) * second, "p h d e -> (p h) d e")
     # Each (prompt, head) has its own matrix: treat prompts as heads.
-    found = values.norms_through(rearrange(x, "p t k d -> 1 t (p k) d"), matrices)
-    return rearrange(found, "1 (p h) t -> p h t", p=len(x))
+    norms = values.norms_through(rearrange(x, "p t k d -> 1 t (p k) d"), matrices)
+    return rearrange(norms, "1 (p h) t -> p h t", p=len(x))

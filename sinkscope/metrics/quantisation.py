@@ -180,18 +180,18 @@ def rounded(x: Activation, low: Limit, high: Limit, scheme: Scheme) -> Activatio
     if scheme.format == "fp8":
         step = largest / _FP8_LARGEST
         unit = (exact * step.reciprocal()).clamp(-_FP8_LARGEST, _FP8_LARGEST)
-        found, empty = unit.to(torch.float8_e4m3fn).to(exact) * step, largest
+        result, empty = unit.to(torch.float8_e4m3fn).to(exact) * step, largest
     elif scheme.symmetric:
         n = 2 ** (scheme.bits - 1) - 1
         step = largest / n
-        found, empty = (exact * step.reciprocal()).round().clamp(-n, n) * step, largest
+        result, empty = (exact * step.reciprocal()).round().clamp(-n, n) * step, largest
     else:
         n = 2**scheme.bits - 1
         step = (high - low) / n
-        found = ((exact - low) * step.reciprocal()).round().clamp(0, n) * step + low
+        result = ((exact - low) * step.reciprocal()).round().clamp(0, n) * step + low
         empty = high - low
     flat = torch.zeros_like(low) if scheme.symmetric else low
-    return torch.where(empty < _NOTHING, flat, found).to(x.dtype)
+    return torch.where(empty < _NOTHING, flat, result).to(x.dtype)
 
 
 def quantised(
@@ -214,5 +214,5 @@ def quantised(
     if scheme.static and between is None:
         raise UnsupportedError(f"{scheme} takes its range from calibration texts; give some.")
     low, high = limits(x, scheme, keep) if between is None else between
-    found = rounded(x, low, high, scheme)
-    return found if keep is None else torch.where(keep, x, found)
+    result = rounded(x, low, high, scheme)
+    return result if keep is None else torch.where(keep, x, result)

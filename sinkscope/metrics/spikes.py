@@ -42,8 +42,8 @@ def later_attention(
 def blocks(attending: Sequence[int]) -> dict[int, range]:
     """The events, each with its block: the layers since the previous layer with attention."""
     before = [-1, *attending]
-    found = {at: range(last + 1, at) for last, at in zip(before, attending, strict=False)}
-    return {at: block for at, block in found.items() if block}
+    result = {at: range(last + 1, at) for last, at in zip(before, attending, strict=False)}
+    return {at: block for at, block in result.items() if block}
 
 
 def intervals(attending: Sequence[int]) -> dict[tuple[int, int], list[int]]:
@@ -95,9 +95,9 @@ def retention(
         values: v: the largest |a| after each layer at one position [activation].
         attending: Indices of the layers with attention.
     """
-    found = []
+    parts = []
     for (left, right), layers in intervals(attending).items():
         least = torch.minimum(values[:, left], values[:, right])
         share = (values[:, layers] / least[:, None]).clamp(max=1).mean(dim=1)
-        found.append(torch.where(least > 0, share, torch.nan))
-    return torch.stack(found, dim=1) if found else values.new_zeros(len(values), 0)
+        parts.append(torch.where(least > 0, share, torch.nan))
+    return torch.stack(parts, dim=1) if parts else values.new_zeros(len(values), 0)

@@ -69,7 +69,7 @@ def disappearances(population: Bool[Tensor, "time layer head"]) -> Int[Tensor, "
 
 
 def _convolved(one: Tensor, other: Tensor) -> Tensor:
-    found = torch.zeros(len(one) + len(other) - 1, dtype=torch.float64)
+    result = torch.zeros(len(one) + len(other) - 1, dtype=torch.float64)
     for k, chance in enumerate(other.tolist()):
-        found[k : k + len(one)] += chance * one
-    return found
+        result[k : k + len(one)] += chance * one
+    return result

@@ -110,11 +110,11 @@ _MODELS = ("transformers.models.", "torch.nn.modules.")
 
 def _replaced_in(file: str) -> Iterator[Any]:
     """Functions in a library's file that were defined neither by a library nor by Python."""
-    for found in vars(sys.modules[file]).values():
-        if isinstance(found, FunctionType) and _is_users(found):
-            known = (name.partition(".")[0] in sys.stdlib_module_names for name in _origins(found))
-            if not all(known):
-                yield found
+    for function in vars(sys.modules[file]).values():
+        if isinstance(function, FunctionType) and _is_users(function):
+            packages = {name.partition(".")[0] for name in _origins(function)}
+            if not packages <= sys.stdlib_module_names:
+                yield function
 
 
 @runtime_checkable

@@ -269,14 +269,14 @@ def _difference(
 ) -> str | None:
     """Describe the first deviation of the bridge from the model; None if there is none."""
     try:
-        found = _states_of_bridge(bridge)
+        states = _states_of_bridge(bridge)
     except Exception as error:
         if ran_out_of_memory(error):
             raise
         return f"TransformerLens cannot run it ({str(error).partition(chr(10))[0]})"
-    if len(found) != len(wanted):
+    if len(states) != len(wanted):
         return "TransformerLens runs a different set of blocks from the model"
-    for index, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+    for index, (ours, theirs) in enumerate(zip(states, wanted, strict=True)):
         half = bridge.cfg.dtype in (torch.float16, torch.bfloat16)
         off = _error(ours, theirs, typical=half and streamed)
         if off <= allowed_error(bridge.cfg.dtype):
@@ -284,7 +284,7 @@ def _difference(
         if index == len(bridge.blocks):
             return f"TransformerLens computes logits that differ from the model's (by {off:.2g})"
         block = model.get_submodule(bridge.blocks[index].name)
-        peculiar = "".join(f", in which {found}" for found in _peculiar(block))
+        peculiar = "".join(f", in which {what}" for what in _peculiar(block))
         return (
             f"TransformerLens computes block {index} differently from the model (off by {off:.2g}"
             f"{peculiar})"
@@ -312,17 +312,17 @@ _USUAL = ("torch.nn.modules.", "transformers.")
 
 def _peculiar(block: nn.Module) -> list[str]:
     """Describe modules of a block that are not from torch or transformers, or run user code."""
-    found = []
+    names = []
     for name, module in block.named_modules():
         kind, where = type(module).__name__, name or "the block itself"
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if not all(map(is_wiring, hooks)):
-            found.append(f"{where} is a hooked {kind}")
+            names.append(f"{where} is a hooked {kind}")
         elif any(True for _ in replaced_code(module)):
-            found.append(f"{where} is a {kind} whose forward was replaced")
+            names.append(f"{where} is a {kind} whose forward was replaced")
         elif not type(module).__module__.startswith(_USUAL):
-            found.append(f"{where} is a {kind}")
-    return found[:3]
+            names.append(f"{where} is a {kind}")
+    return names[:3]
 
 
 # -- models in memory and their bridges ------------------------------------------------------------

@@ -98,10 +98,10 @@ class CheckpointReader:
         with quiet(), seeded_weights():
             model, info = auto_class.from_pretrained(name, **kwargs)
         if info["mismatched_keys"]:  # a set: always report the same one
-            key, found, expected = min(info["mismatched_keys"])
+            key, shape, expected = min(info["mismatched_keys"])
             raise ModelError(
                 f"The weights of {name} do not fit its config: {key} has the shape "
-                f"{list(found)} where {list(expected)} was expected."
+                f"{list(shape)} where {list(expected)} was expected."
             )
         _refuse_wrapped(info["unexpected_keys"], name)
         self.trained_head = has_trained_head(model, info["missing_keys"], name)

@@ -96,13 +96,13 @@ class _Numbered:
         self.fused: Any = None
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._holder, name)
-        if isinstance(found, GeneralizedComponent) and found.original_component is not None:
-            found = found.original_component
-        if not isinstance(found, nn.Module) or not hasattr(found, "weight"):
-            return found
-        self.fused = found
-        return _NumberedWeight(*_sizes(found), self._along, getattr(found, "bias", None))
+        value = getattr(self._holder, name)
+        if isinstance(value, GeneralizedComponent) and value.original_component is not None:
+            value = value.original_component
+        if not isinstance(value, nn.Module) or not hasattr(value, "weight"):
+            return value
+        self.fused = value
+        return _NumberedWeight(*_sizes(value), self._along, getattr(value, "bias", None))
 
 
 class _NumberedWeight:
@@ -127,8 +127,8 @@ def _sizes(module: Any) -> tuple[int, int]:
 def _numbers(part: nn.Module) -> list[int]:
     """Indices of a part's outputs, in order; a single one if rows and columns were confused."""
     weight: Any = part.weight
-    found = weight[:, 0].long().tolist()
-    return found if len(set(found)) > 1 else found[:1]
+    numbers = weight[:, 0].long().tolist()
+    return numbers if len(set(numbers)) > 1 else numbers[:1]
 
 
 def _slice(outputs: list[int]) -> slice | Int[Tensor, "output"]:
@@ -230,8 +230,8 @@ class FusedPart(nn.Linear):
             return super().__getattr__(name)
         if name in self._parameters:
             return self._parameters[name]
-        found = getattr(self._fused, name)(self._index)
-        return None if found is None else nn.Parameter(found, requires_grad=False)
+        value = getattr(self._fused, name)(self._index)
+        return None if value is None else nn.Parameter(value, requires_grad=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("weight", "bias"):

@@ -76,16 +76,16 @@ def find_on_hub(name: str, revision: str | None, otherwise: str) -> HubModel:
     return HubModel(info.sha or revision or "main", files)
 
 
-def check_hub_indices(name: str, found: HubModel) -> None:
+def check_hub_indices(name: str, repo: HubModel) -> None:
     """Download the weight indices of a sharded checkpoint and check the files they name.
 
     Raises:
         ModelError: If an index names anything but safetensors files of the checkpoint.
     """
-    for file in found.files:
+    for file in repo.files:
         if file.endswith(INDEX):
             try:
-                index = hf_hub_download(name, file, revision=found.revision, etag_timeout=_TIMEOUT)
+                index = hf_hub_download(name, file, revision=repo.revision, etag_timeout=_TIMEOUT)
             except (OSError, ValueError, HfHubHTTPError) as error:
                 raise ModelError(
                     f"{file} of {name} cannot be fetched ({type(error).__name__})."

@@ -156,9 +156,9 @@ def load_model(
             with exclusive(spec):
                 return _from_memory(spec, request, anew=chosen or name is not None)
         with quiet():
-            found = _from_name(os.fspath(spec), request, revision, checkpoint)
-        found.bridge.requires_grad_(False)
-        return _finished(found, request)
+            loaded = _from_name(os.fspath(spec), request, revision, checkpoint)
+        loaded.bridge.requires_grad_(False)
+        return _finished(loaded, request)
 
 
 def _as_it_is(bridge: TransformerBridge, chosen: bool) -> TransformerBridge:
@@ -289,11 +289,11 @@ def _from_hub(
 ) -> _Loaded:
     if checkpoint is not None:
         revision = revision_of(spec, revision, checkpoint)
-    found = find_on_hub(spec, revision, _what_would_work(spec))
-    check_files(spec, found.files, request.allow_pickle)
-    check_hub_indices(spec, found)
-    bridge, reader = _from_checkpoint(spec, found.revision, has_tokenizer(found.files), request)
-    source = ModelSource(spec, "hub", found.revision, reader.trained_head)
+    repo = find_on_hub(spec, revision, _what_would_work(spec))
+    check_files(spec, repo.files, request.allow_pickle)
+    check_hub_indices(spec, repo)
+    bridge, reader = _from_checkpoint(spec, repo.revision, has_tokenizer(repo.files), request)
+    source = ModelSource(spec, "hub", repo.revision, reader.trained_head)
     return _Loaded(bridge, source, reader.reference)
 
 

@@ -61,9 +61,9 @@ def why_no_map(
         if read.shape[2] * read.shape[3] != weight.shape[0]:
             return f"the output projection of layer {layer} reads more than the heads"
         flat = rearrange(read, "b t h d -> b t (h d)").to(weight)
-        found = (flat @ weight + (0 if bias is None else bias)).float().cpu()
+        mapped = (flat @ weight + (0 if bias is None else bias)).float().cpu()
         size = wanted.abs().max().clamp_min(1e-30)
-        if not bool((found - wanted).abs().max() <= tolerance * size):
+        if not bool((mapped - wanted).abs().max() <= tolerance * size):
             return f"the output projection of layer {layer} is not a linear map of z"
     return None
 

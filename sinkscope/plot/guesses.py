@@ -42,12 +42,12 @@ def guess_and_result(
         )
     colours = palette(theme)
     names = [escaped(name) for name in guess]
-    found = [float(result[name]) for name in guess]
+    values = [float(result[name]) for name in guess]
     made = {name: float(x) for name, x in guess.items() if x is not None}
     figure = go.Figure(
         go.Bar(
-            x=found, y=names, orientation="h", name="measured", marker_color=colours.other,
-            text=[number(x) for x in found], textposition="outside", cliponaxis=False,
+            x=values, y=names, orientation="h", name="measured", marker_color=colours.other,
+            text=[number(x) for x in values], textposition="outside", cliponaxis=False,
         )
     )  # fmt: skip
     if made:

@@ -127,7 +127,7 @@ def hover_tokens(report: SinkReport, positions: list[int]) -> list[str]:
     mask, prompts = report.mask.tolist(), range(report.sizes["prompt"])
     texts = []
     for position in positions:
-        found = dict.fromkeys(token_at(report, p, position) for p in prompts if mask[p][position])
-        shown = ", ".join(plotly_token(token) for token in list(found)[:_EXAMPLES])
-        texts.append(shown + (", …" if len(found) > _EXAMPLES else ""))
+        tokens = dict.fromkeys(token_at(report, p, position) for p in prompts if mask[p][position])
+        shown = ", ".join(plotly_token(token) for token in list(tokens)[:_EXAMPLES])
+        texts.append(shown + (", …" if len(tokens) > _EXAMPLES else ""))
     return texts

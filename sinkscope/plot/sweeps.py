@@ -130,14 +130,14 @@ def head_maps(
             f"head_maps draws 1 to {_MOST} reports, and was given {len(reports)}; choose some, for "
             "all of them see `sinkscope atlas`."
         )
-    found = {name: of_heads(report, metric) for name, report in reports.items()}
-    variable = next(iter(found.values()))[0]
-    values = [interval.mean for _, interval in found.values()]
+    maps = {name: of_heads(report, metric) for name, report in reports.items()}
+    variable = next(iter(maps.values()))[0]
+    values = [interval.mean for _, interval in maps.values()]
     low, high = value_range(np.concatenate([x.ravel() for x in values]), variable.unit)
     columns = min(columns, len(values))
     lines = -(-len(values) // columns)
     figure = make_subplots(
-        lines, columns, subplot_titles=[escaped(name) for name in found],
+        lines, columns, subplot_titles=[escaped(name) for name in maps],
         horizontal_spacing=0.15 / columns, vertical_spacing=min(0.3, 0.35 / lines),
     )  # fmt: skip
     for index, mean in enumerate(values):

@@ -103,5 +103,5 @@ def _intervals(
     table = rows.pivot_table(index="prompt", columns="condition", values="value")[names]
     if metric == "loss_change":
         table = table.sub(table[_UNTOUCHED], axis=0)
-    found = bootstrap(torch.from_numpy(table.to_numpy(dtype="float64", copy=True)))
-    return tuple(end.numpy() for end in found)
+    interval = bootstrap(torch.from_numpy(table.to_numpy(dtype="float64", copy=True)))
+    return tuple(end.numpy() for end in interval)

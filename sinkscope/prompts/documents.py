@@ -64,14 +64,14 @@ def code(seed: int) -> Iterator[str]:
     """Python source: whole modules of the standard library."""
     names = list(_MODULES)
     random.Random(seed).shuffle(names)
-    found = False
+    any_file = False
     for name in names:
         spec = importlib.util.find_spec(name)
         path = Path(spec.origin) if spec and spec.origin else None
         if path and path.suffix == ".py" and path.is_file():
-            found = True
+            any_file = True
             yield path.read_text(encoding="utf-8")
-    if not found:
+    if not any_file:
         raise TextError(
             "This Python was installed without its library's source, which is the code; pass a "
             "path to a text file instead."

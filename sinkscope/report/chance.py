@@ -59,15 +59,15 @@ def p_values(report: SinkFields, quantity: str = "sink_attention") -> dict[str, 
     observed = getattr(report, quantity)
     if observed is None:
         return {}
-    mean, found = mean_over_prompts(observed), {}
+    mean, p_of_nulls = mean_over_prompts(observed), {}
     sign = _sign(quantity)
     for null in NULLS:
         drawn = null_of(report, quantity, null)
         if drawn is not None and (quantity, null) in UNTESTED:
-            found[null] = torch.full_like(mean, torch.nan)
+            p_of_nulls[null] = torch.full_like(mean, torch.nan)
         elif drawn is not None:
-            found[null] = chance(sign * mean, sign * drawn).to(mean.dtype).to(mean.device)
-    return found
+            p_of_nulls[null] = chance(sign * mean, sign * drawn).to(mean.dtype).to(mean.device)
+    return p_of_nulls
 
 
 def _sign(quantity: str) -> int:

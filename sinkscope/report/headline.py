@@ -71,8 +71,8 @@ def numbers(report: SinkQuantities) -> list[tuple[str, str, str]]:
     """The main values, as (value, label, definition)."""
     shown = []
     if (heads := _head_counts(report)) is not None and heads[1]:
-        found, of = heads
-        shown.append((f"{found} of {of}", "sink heads", TERMS["Sink heads"]))
+        count, of = heads
+        shown.append((f"{count} of {of}", "sink heads", TERMS["Sink heads"]))
         mean, even = _strength(report)
         shown.append((f"{_two(mean / even)} ×", "uniform attention", TERMS["uniform attention"]))
     peak = _mean_peak(report)
@@ -91,7 +91,7 @@ def _attention(report: SinkQuantities) -> str:
     if counts is None:
         return ""
     name = _name(report)
-    found, of = counts
+    count, of = counts
     if not bool(report.sink_mask.any()):
         return f"No position of these texts is a sink of {name}."
     if of == 0:
@@ -105,19 +105,19 @@ def _attention(report: SinkQuantities) -> str:
     mean, even = _strength(report)
     times = _two(mean / even)
     average = f"the mean over heads, {_two(mean)}, is {times} times that of uniform attention"
-    if found == 0:
+    if count == 0:
         largest = report.mean("sink_attention").nan_to_num(-1).max()
         return (
             f"{name} has no sink head at {where}: no head pays {it} more than {epsilon:g} of its "
             f"attention (at most {_two(float(largest))}); {average}."
         )
     article = "strong sinks" if several else "a strong sink"
-    kind = article if found >= STRONG * of else article.replace("strong ", "")
-    verb = "pays" if found == 1 else "pay"
-    whose = "its" if found == 1 else "their"
+    kind = article if count >= STRONG * of else article.replace("strong ", "")
+    verb = "pays" if count == 1 else "pay"
+    whose = "its" if count == 1 else "their"
     together = " together" if several else ""
     return (
-        f"{name} has {kind} at {where}: {_share(found, of)} {verb} {it}{together} more than "
+        f"{name} has {kind} at {where}: {_share(count, of)} {verb} {it}{together} more than "
         f"{epsilon:g} of {whose} attention; {average}."
     )
 
@@ -253,15 +253,15 @@ def _several(report: SinkQuantities) -> bool:
 def _where(report: SinkQuantities) -> tuple[str, bool]:
     """The sink positions as text, most frequent first, and whether a prompt has several."""
     several, prompts = _several(report), len(report.sink_mask)
-    found = Counter(report.sink_mask.nonzero()[:, 1].tolist())
-    common = found.most_common(_SHOWN)
+    counts = Counter(report.sink_mask.nonzero()[:, 1].tolist())
+    common = counts.most_common(_SHOWN)
     names = [
         str(position) if count == prompts else f"{position} (in {count} of {prompts} prompts)"
         for position, count in common
     ]
-    plural = "s" if len(found) > 1 else ""
-    words = listed(names) if len(found) <= _SHOWN else and_more(names, len(found))
-    return f"position{plural} {words}{_token(report) if len(found) == 1 else ''}", several
+    plural = "s" if len(counts) > 1 else ""
+    words = listed(names) if len(counts) <= _SHOWN else and_more(names, len(counts))
+    return f"position{plural} {words}{_token(report) if len(counts) == 1 else ''}", several
 
 
 def _token(report: SinkQuantities) -> str:
@@ -273,12 +273,12 @@ def _token(report: SinkQuantities) -> str:
     return f" ({printable(repr(tokens.pop()))})" if len(tokens) == 1 else ""
 
 
-def _share(found: int, of: int) -> str:
+def _share(count: int, of: int) -> str:
     """A share of the heads as text: "half of its heads (136 of 270)", "10 of its 72 heads"."""
-    if found == of:
+    if count == of:
         return "its only head" if of == 1 else f"all of its {of} heads"
-    word = next((w for f, w in _FRACTIONS.items() if abs(found / of - f) <= _NEAR), None)
-    return f"{word} of its heads ({found} of {of})" if word else f"{found} of its {of} heads"
+    word = next((w for f, w in _FRACTIONS.items() if abs(count / of - f) <= _NEAR), None)
+    return f"{word} of its heads ({count} of {of})" if word else f"{count} of its {of} heads"
 
 
 def _two(value: float) -> str:

@@ -36,15 +36,15 @@ def key_numbers(report: SinkQuantities) -> dict[str, Any]:
     Returns:
         A value for each name in `KEY_NUMBERS`; None if it was not measured or is not defined.
     """
-    found: dict[str, Any] = dict.fromkeys(KEY_NUMBERS)
+    numbers: dict[str, Any] = dict.fromkeys(KEY_NUMBERS)
     if _known(report, "sink_importance"):
-        found["sink_rate"] = report.sink_rate_at(report.settings.epsilon)
+        numbers["sink_rate"] = report.sink_rate_at(report.settings.epsilon)
     if _known(report, "sink_attention"):
         mean = report.mean("sink_attention").double()
         defined = mean.isfinite()
         top = int(mean.nan_to_num(-torch.inf).argmax())
         layer, head = divmod(top, mean.shape[1])
-        found |= {
+        numbers |= {
             "sink_attention": float(mean.nanmean()),
             "sink_head_share": float(report.sink_heads().sum() / defined.sum()),
             "strongest": float(mean[layer, head]),
@@ -54,15 +54,15 @@ def key_numbers(report: SinkQuantities) -> dict[str, Any]:
     if _known(report, "residual_peak"):
         peak = report.mean("residual_peak").nan_to_num(-torch.inf)
         over = (peak > PEAK).nonzero()
-        found["residual_peak"] = float(peak.max())
-        found["peak_block"] = int(over[0]) if len(over) else None
+        numbers["residual_peak"] = float(peak.max())
+        numbers["peak_block"] = int(over[0]) if len(over) else None
     if _known(report, "value_drain"):
-        found["value_drain"] = float(report.mean("value_drain").nanmedian())
+        numbers["value_drain"] = float(report.mean("value_drain").nanmedian())
     if report.massive is not None:
-        found["massive_dims"] = _massive_dims(report)
+        numbers["massive_dims"] = _massive_dims(report)
     if _known(report, "learned_sink_mass"):
-        found["learned_sink_mass"] = float(report.mean("learned_sink_mass").nanmean())
-    return found
+        numbers["learned_sink_mass"] = float(report.mean("learned_sink_mass").nanmean())
+    return numbers
 
 
 def _known(report: SinkQuantities, name: str) -> bool:

@@ -122,8 +122,8 @@ def _refuse_links(content: bytes, path: str | Path) -> None:
     with h5py.File(io.BytesIO(content), "r") as file:
         for name in file:
             link = file.get(name, getlink=True)
-            found = file[name] if isinstance(link, h5py.HardLink) else None
-            if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
+            dataset = file[name] if isinstance(link, h5py.HardLink) else None
+            if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
                 raise ReportError(
                     f"{path} was not loaded because its {name!r} is a link to other files or a "
                     "group of them, which a report never contains; obtain the report from its "

@@ -144,9 +144,9 @@ class SinkQuantities(SinkFields):
             "over_mixed": self["ffn_over_mixed"],
             "share": shares,
         }
-        found = (shares >= share) & (shares > 0)
-        layers, dims = (index.tolist() for index in found.nonzero(as_tuple=True))
-        columns = {name: figures[found].tolist() for name, figures in means.items()}
+        passing = (shares >= share) & (shares > 0)
+        layers, dims = (index.tolist() for index in passing.nonzero(as_tuple=True))
+        columns = {name: figures[passing].tolist() for name, figures in means.items()}
         records = [
             {"layer": layer, "dim": dim} | {name: column[row] for name, column in columns.items()}
             for row, (layer, dim) in enumerate(zip(layers, dims, strict=True))
@@ -173,8 +173,8 @@ class SinkQuantities(SinkFields):
         passing = stands_out(x, mixed, median, over_median, over_mixed)
         prompts, layers, ranks = passing.shape
         index = dim.long().clamp(min=0).permute(1, 0, 2).reshape(layers, prompts * ranks)
-        found = passing.float().permute(1, 0, 2).reshape(layers, prompts * ranks)
-        return torch.zeros_like(mean).scatter_add_(1, index, found.to(mean.dtype)) / prompts
+        flat = passing.float().permute(1, 0, 2).reshape(layers, prompts * ranks)
+        return torch.zeros_like(mean).scatter_add_(1, index, flat.to(mean.dtype)) / prompts
 
     def inactivity_scores(self) -> dict[str, Float[Tensor, "prompt layer head"]]:
         """The thirteen scores of Sandoval-Segura et al. 2025 by name, including HONOR (AHON-LN).

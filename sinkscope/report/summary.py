@@ -202,14 +202,14 @@ def marked_tokens(report: SinkQuantities) -> str | None:
     if report.received_peak is None and report.residual_outlier is None:
         return None
     marked = report.token_mask()
-    found = Counter(marked.nonzero()[:, 1].tolist())
+    counts = Counter(marked.nonzero()[:, 1].tolist())
     real = f"{int(report.mask.sum()):,}"
-    if not found:
+    if not counts:
         return f"token_mask() marks none of {real} tokens as sink or outlier"
-    shown = [f"{position} (×{count})" for position, count in found.most_common(_SHOWN)]
+    shown = [f"{position} (×{count})" for position, count in counts.most_common(_SHOWN)]
     return (
-        f"token_mask() marks {found.total()} of {real} tokens as sink or outlier, at "
-        f"positions {and_more(shown, len(found))}"
+        f"token_mask() marks {counts.total()} of {real} tokens as sink or outlier, at "
+        f"positions {and_more(shown, len(counts))}"
     )
 
 
@@ -233,9 +233,9 @@ def _positions(report: SinkQuantities) -> str:
     if report.settings.sinks != "auto":
         positions = report.settings.sinks.split(",")
         return f"position{'s' if len(positions) > 1 else ''} {', '.join(positions)}"
-    found = Counter(report.sink_mask.nonzero()[:, 1].tolist())
-    shown = [f"{position} (×{count})" for position, count in found.most_common(_SHOWN)]
-    return f"positions found: {and_more(shown, len(found))}" if found else "none found"
+    counts = Counter(report.sink_mask.nonzero()[:, 1].tolist())
+    shown = [f"{position} (×{count})" for position, count in counts.most_common(_SHOWN)]
+    return f"positions found: {and_more(shown, len(counts))}" if counts else "none found"
 
 
 def _sink_tokens(report: SinkQuantities) -> str:
@@ -250,11 +250,11 @@ def _sink_tokens(report: SinkQuantities) -> str:
 
 def runs(layers: set[int]) -> str:
     """Layers as runs: {1, 2, 3, 7} is "1-3, 7"."""
-    found = []
+    runs_of_numbers = []
     for _, group in groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0]):
         run = [layer for _, layer in group]
-        found.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
-    return ", ".join(found)
+        runs_of_numbers.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ", ".join(runs_of_numbers)
 
 
 Fact = tuple[str, str]

@@ -155,18 +155,18 @@ class Worker:
         prompts = self._tokenised(model, cell)
         with case.interventions(model):
             if case.task.experiment == SCAN:
-                found: Any = scan(model, prompts, progress=False, **case.task.options).to("cpu")
+                measured: Any = scan(model, prompts, progress=False, **case.task.options).to("cpu")
             else:
-                found = case.task.function()(model, prompts, **_quietly(case))
+                measured = case.task.function()(model, prompts, **_quietly(case))
         self._measuring += time.perf_counter() - begun
         if case.task.experiment == SCAN:
-            self._folder.write_report(cell.name, cell.request, found, case.columns)
-        elif isinstance(found, Result):
-            self._folder.write_result(cell.name, cell.request, found, case.columns)
+            self._folder.write_report(cell.name, cell.request, measured, case.columns)
+        elif isinstance(measured, Result):
+            self._folder.write_result(cell.name, cell.request, measured, case.columns)
         else:
             raise SinkscopeError(
-                f"{case.task.experiment} gave a {type(found).__name__}, which a sweep cannot keep; "
-                "call it by itself."
+                f"{case.task.experiment} gave a {type(measured).__name__}, which a sweep cannot "
+                "keep; call it by itself."
             )
 
     def _bridge(self, model: Model) -> Any:

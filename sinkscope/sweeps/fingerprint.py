@@ -131,7 +131,7 @@ def _own_metrics(metrics: list[str]) -> dict[str, str]:
     Raises:
         SinkscopeError: If its source cannot be found.
     """
-    found = {}
+    sources = {}
     for metric, kinds in observers.metrics().items():
         own = [kind for kind in kinds if not kind.__module__.startswith("sinkscope.")]
         if not own or ("all" not in metrics and metric not in metrics):
@@ -143,8 +143,8 @@ def _own_metrics(metrics: list[str]) -> dict[str, str]:
                 f"The metric {metric} is user-defined and its source cannot be found, so its cells "
                 f"cannot be distinguished from those of an earlier version; put it into a file."
             ) from error
-        found[metric] = hashlib.sha256(source.encode()).hexdigest()[:16]
-    return found
+        sources[metric] = hashlib.sha256(source.encode()).hexdigest()[:16]
+    return sources
 
 
 class _Hashes:
@@ -167,8 +167,8 @@ class _Hashes:
         """
         try:
             path = path.resolve()
-            found = path.stat()
-            stamp = [found.st_size, found.st_mtime_ns]
+            stat = path.stat()
+            stamp = [stat.st_size, stat.st_mtime_ns]
             known = self._known.get(str(path))
             if known is not None and known[:2] == stamp:
                 return known[2]

@@ -100,12 +100,12 @@ class Folder:
         """
         path = self.fetched(file)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise ReportError(f"{self.place}/{file} cannot be read: {error}.") from error
-        if not isinstance(found, dict):
+        if not isinstance(content, dict):
             raise ReportError(f"{self.place}/{file} is no record of a sweep; delete it.")
-        return found
+        return content
 
     def under(self, file: str, key: str, kind: Any) -> Any:
         """What a file of JSON holds under a key.
@@ -118,12 +118,12 @@ class Folder:
         Raises:
             ReportError: If it is damaged.
         """
-        found = self.json(file).get(key)
-        if not fits(found, kind):
+        value = self.json(file).get(key)
+        if not fits(value, kind):
             raise ReportError(
-                f"{self.place}/{file} is damaged: its {key} is {shown(found)}; delete it."
+                f"{self.place}/{file} is damaged: its {key} is {shown(value)}; delete it."
             )
-        return found
+        return value
 
     @contextlib.contextmanager
     def claimed(self, name: str) -> Iterator[None]:

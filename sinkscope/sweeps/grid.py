@@ -221,10 +221,10 @@ def models_of(given: Any, **common: Any) -> list[Model]:
     labelled = isinstance(given, Mapping) and "model" not in given
     pairs = list(given.items()) if labelled else [(None, one) for one in _several(given)]
     common = {name: value for name, value in common.items() if value is not None}
-    found = [model for label, one in pairs for model in _models(label, one, common)]
-    if not found:
+    models = [model for label, one in pairs for model in _models(label, one, common)]
+    if not models:
         raise SinkscopeError("models names nothing to measure; name at least one model.")
-    return found
+    return models
 
 
 def _models(label: str | None, given: Any, common: dict[str, Any]) -> list[Model]:
@@ -247,7 +247,7 @@ def _models(label: str | None, given: Any, common: dict[str, Any]) -> list[Model
             f"A model of a sweep is a name, a path, a mapping with model: in it, or a model in "
             f"memory, not {shown(given)}."
         )
-    found = []
+    models = []
     for spec in _expanded(str(given)):
         mine = {} if is_snapshot(spec) else common
         series = [name for name in _SERIES if isinstance(options.get(name), list | tuple)]
@@ -257,18 +257,18 @@ def _models(label: str | None, given: Any, common: dict[str, Any]) -> list[Model
             if chosen.get("checkpoint") is not None:
                 whole_number("checkpoint", chosen["checkpoint"])
             step = _step(spec, chosen)
-            found.append(Model(label or _label(spec, step), step, spec, chosen))
-    return found
+            models.append(Model(label or _label(spec, step), step, spec, chosen))
+    return models
 
 
 def _expanded(spec: str) -> list[str]:
     """Expand a pattern to files or folders, sorted by step if their names have one."""
     if not any(mark in spec for mark in "*?["):
         return [spec]
-    found = sorted(glob.glob(spec), key=lambda path: (_step(path, {}) or -1, path))
-    if not found:
+    paths = sorted(glob.glob(spec), key=lambda path: (_step(path, {}) or -1, path))
+    if not paths:
         raise SinkscopeError(f"No file or folder is named {spec}.")
-    return found
+    return paths
 
 
 def _step(spec: str, options: dict[str, Any]) -> int | None:

@@ -66,10 +66,10 @@ def _folder(model: Model) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(spec, "config.json", revision=model.options.get("revision"))
+        cached = try_to_load_from_cache(spec, "config.json", revision=model.options.get("revision"))
     except HFValidationError:
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _weights(model: Model, folder: Path | None) -> float | None:

@@ -115,8 +115,8 @@ class Monitor:
         self.reports[step] = report
         if self._folder is not None:
             self._keep(step, report)
-        found = key_numbers(report)
-        return {f"sink/{name}": found[name] for name in LOGGED if found[name] is not None}
+        numbers = key_numbers(report)
+        return {f"sink/{name}": numbers[name] for name in LOGGED if numbers[name] is not None}
 
     def dynamics(self, sink_threshold: float = 0.5) -> Dynamics:
         """Return the curves logged so far; see `experiments.dynamics`.
@@ -267,12 +267,12 @@ class SinkCallback(TrainerCallback):
         if self.monitor is None or state.global_step == self._last:
             return
         self._last = state.global_step
-        found = self.monitor.log(state.global_step)
+        numbers = self.monitor.log(state.global_step)
         if self._trainer is None:
-            state.log_history.append({**found, "step": state.global_step})
+            state.log_history.append({**numbers, "step": state.global_step})
             return
         due = control.should_log  # which any logging resets
-        self._trainer.log(found)
+        self._trainer.log(numbers)
         control.should_log = self._trainer.control.should_log = due
 
     # PyTorch Lightning
@@ -294,9 +294,9 @@ class SinkCallback(TrainerCallback):
         if self.monitor is None or trainer.global_step == self._last:
             return
         self._last = trainer.global_step
-        found = self.monitor.log(trainer.global_step)
+        numbers = self.monitor.log(trainer.global_step)
         for logger in trainer.loggers:
-            logger.log_metrics(found, step=trainer.global_step)
+            logger.log_metrics(numbers, step=trainer.global_step)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing; both trainers call it, with different arguments."""

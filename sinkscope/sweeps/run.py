@@ -195,15 +195,15 @@ def sweep(
         from sinkscope.sweeps.on_ray import on_ray
 
         address = None if ray is True or ray == "local" else str(ray)
-        found = on_ray(missing, folder, address, workers, device, num_gpus, num_cpus)
+        result = on_ray(missing, folder, address, workers, device, num_gpus, num_cpus)
     elif workers and missing:
         from sinkscope.sweeps.processes import Processes
 
         pool = Processes(_absolute(folder), workers, device)
-        found = deal(missing, pool, workers)
+        result = deal(missing, pool, workers)
     else:
-        found = here(missing, Worker(_absolute(folder), device))
-    for outcome in _with_bar(found, len(made.cells), len(made.there), progress):
+        result = here(missing, Worker(_absolute(folder), device))
+    for outcome in _with_bar(result, len(made.cells), len(made.there), progress):
         outcomes[outcome.name] = outcome
     run = Run(outcomes)
     if failed := run.count(FAILED):

@@ -181,14 +181,14 @@ class Cells:
         Raises:
             ReportError: If not exactly one measured scan has these values.
         """
-        found = self.select(**columns)._scans
-        names = {row["cell"] for row in found}
+        scans = self.select(**columns)._scans
+        names = {row["cell"] for row in scans}
         if len(names) != 1:
             raise ReportError(
                 f"{counted(len(names), 'measured scan')} of this sweep has these values; give "
                 f"enough of {', '.join(COLUMNS)} to identify one."
             )
-        return self._report(found[0])
+        return self._report(scans[0])
 
     def to_frame(self, *names: str) -> pd.DataFrame:
         """A tidy frame of any field: the grid's columns, then those of `SinkReport.to_frame`.
@@ -344,8 +344,8 @@ class Cells:
         rows = []
         for row in self.rows:
             if row["state"] == MEASURED and row["experiment"] != SCAN:
-                found = _flat(self.folder.json(f"{row['cell']}.json"))
-                rows.append({name: row[name] for name in (*COLUMNS, "cell")} | found)
+                content = _flat(self.folder.json(f"{row['cell']}.json"))
+                rows.append({name: row[name] for name in (*COLUMNS, "cell")} | content)
         if not rows:
             raise ReportError("This sweep has scans only; see .numbers() and .means(field).")
         return _whole_steps(pd.DataFrame(rows))
@@ -362,10 +362,10 @@ class Cells:
         """
         rows = self._scans
         for name in ("model", "texts", "length", "intervention"):
-            if len(found := {row[name] for row in rows}) > 1:
+            if len(values := {row[name] for row in rows}) > 1:
                 raise ReportError(
                     f"Curves over training are of one {name}, and these cells have "
-                    f"{len(found)}; choose with select({name}=…)."
+                    f"{len(values)}; choose with select({name}=…)."
                 )
         reports = {row["checkpoint"]: self._report(row) for row in rows}
         if not reports or None in reports:
@@ -581,10 +581,10 @@ def _difference(before: SinkReport, after: SinkReport, name: str) -> dict[str, f
     return {"before": means[0], "after": means[1], **named}
 
 
-def _flat(found: dict[str, Any], before: str = "") -> dict[str, Any]:
+def _flat(nested: dict[str, Any], before: str = "") -> dict[str, Any]:
     """Flatten a JSON object, naming nested entries with dots."""
     flat: dict[str, Any] = {}
-    for name, value in found.items():
+    for name, value in nested.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{before}{name}.")
         elif not isinstance(value, list):
