@@ -244,7 +244,7 @@ print(trace.summary())
 
 left = trace.left("zero")  # share of the peak that is left [block, part]
 after = slice(12, None)
-untouched = trace.attention[:, after].mean()
+baseline = trace.attention[:, after].mean()
 without = trace.attention_without[trace.blocks.index(11), trace.parts.index("ffn"), 0][:, after]
 
 # %% tags=["reveal"]
@@ -269,7 +269,7 @@ ss.plot.guess_and_result(
 #
 # ```python
 # assert (left < 0.05).sum() == 1 and left[trace.blocks.index(11), trace.parts.index("ffn")] < 0.05
-# assert untouched > 0.5 > 0.2 > without.mean()
+# assert baseline > 0.5 > 0.2 > without.mean()
 # ```
 #
 # </details>
@@ -404,7 +404,7 @@ def loss():
     return model(texts.tokens, return_type="loss").item()
 
 
-losses = {"untouched": loss()}
+losses = {"baseline": loss()}
 for dim, mode in ((507, "zero"), (507, "mean"), (506, "zero")):
     with SetActivation(model, 11, dim, 0, mode, calibration=other_texts):
         losses[f"dim {dim} → {mode}"] = loss()
@@ -426,8 +426,8 @@ ss.plot.guess_and_result(
 #
 # ```python
 # assert losses["dim 507 → zero"] > blind > 10
-# assert abs(losses["dim 507 → mean"] - losses["untouched"]) < 0.1
-# assert abs(losses["dim 506 → zero"] - losses["untouched"]) < 0.1
+# assert abs(losses["dim 507 → mean"] - losses["baseline"]) < 0.1
+# assert abs(losses["dim 506 → zero"] - losses["baseline"]) < 0.1
 # ```
 #
 # </details>
@@ -475,7 +475,7 @@ ANSWERS = {  # exercise: (answer, hint)
         "report.value_drain is [prompt, layer, kv_head]; average over prompts first.",
     ),
     2: (
-        math.exp(losses["dim 507 → zero"]) / math.exp(losses["untouched"]),
+        math.exp(losses["dim 507 → zero"]) / math.exp(losses["baseline"]),
         "Both losses are in `losses`; perplexity is e to the loss.",
     ),
     3: (_dims_of_the_norm(), "Sort the squares, add them up, and see when 99 % is reached."),
@@ -534,7 +534,7 @@ check(2, answer_2)
 # <details><summary>Solution 2</summary>
 #
 # ```python
-# nats = losses["dim 507 → zero"] - losses["untouched"]
+# nats = losses["dim 507 → zero"] - losses["baseline"]
 # answer_2 = math.exp(nats)
 # print(f"{nats:.1f} nats a token: perplexity × {answer_2:,.0f}")
 #

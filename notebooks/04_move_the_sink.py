@@ -80,7 +80,7 @@ with SelfOnlyMask(model, position=40):
 ss.plot.by_position(after, layer=18)
 
 # %% tags=["reveal"]
-for name, report in {"untouched": before, "40 sees itself alone": after}.items():
+for name, report in {"baseline": before, "40 sees itself alone": after}.items():
     received = report.received_peak.mean(0)
     print(f"{name:22} position 0 receives {received[0]:.2f}, position 40 {received[40]:.3f}")
 
@@ -391,19 +391,19 @@ def loss():
     return model(texts.tokens, return_type="loss").item()
 
 
-untouched = loss()
+baseline = loss()
 with ShiftSinkLogit(model, -1e4, position=0):
     hidden_always = loss()
 with ShiftSinkLogit(model, -1e4, position=0, layers=range(12, 30)):
     hidden_late = loss()
-print(f"untouched {untouched:.2f}, hidden everywhere {hidden_always:.2f}, "
+print(f"baseline {baseline:.2f}, hidden everywhere {hidden_always:.2f}, "
       f"hidden after block 11 {hidden_late:.2f}")  # fmt: skip
 
 # %% [markdown] tags=["checks"]
 # <details><summary>What the tests check here</summary>
 #
 # ```python
-# assert abs(hidden_always - untouched) < 0.3 < 0.4 < hidden_late - untouched
+# assert abs(hidden_always - baseline) < 0.3 < 0.4 < hidden_late - baseline
 # ```
 #
 # </details>
@@ -465,14 +465,14 @@ ss.plot.guess_and_result(
 # %%
 minilm = ss.load_model("minilm-l6")
 prompts = ss.texts("prose", prompts=8, length=64).tokenize(minilm)
-untouched = ss.scan(minilm, prompts)
-ss.plot.position_embedding_norms(untouched)
+baseline = ss.scan(minilm, prompts)
+ss.plot.position_embedding_norms(baseline)
 
 # %% [markdown] tags=["checks"]
 # <details><summary>What the tests check here</summary>
 #
 # ```python
-# norms = untouched.position_embedding_norm
+# norms = baseline.position_embedding_norm
 # assert norms.argmax() == 0 and norms[0] > 3 * norms.median()
 # ```
 #

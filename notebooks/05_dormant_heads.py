@@ -459,8 +459,8 @@ for score, (tenth, fifth) in zip(ablated.scores, rises, strict=True):
     print(f"{score:8} a tenth ablated: {estimate(tenth).signed(2)} nat, a fifth: {estimate(fifth).signed(2)} nat")  # fmt: skip
 
 by_output, by_sink, at_random = rises.mean(-1)  # [share] each
-dearer = estimate(rises[1, 1] - rises[0, 1])  # AWFT against HONOR, prompt by prompt
-print(f"A fifth by AWFT costs {dearer.signed(2)} nat more than a fifth by HONOR.")
+difference = estimate(rises[1, 1] - rises[0, 1])  # AWFT against HONOR, prompt by prompt
+print(f"A fifth by AWFT costs {difference.signed(2)} nat more than a fifth by HONOR.")
 
 # %% tags=["reveal"]
 ss.plot.guess_and_result(
@@ -482,7 +482,7 @@ ss.plot.guess_and_result(
 # ```python
 # assert (by_output < at_random / 3).all(), "heads of small output cost far less than random ones"
 # assert by_sink[0] < at_random[0], "at a tenth, both scores beat chance"
-# assert dearer.low > 0, "at a fifth, attention to the sink is no measure of what a head does"
+# assert difference.low > 0, "at a fifth, attention to the sink is no measure of what a head does"
 # assert by_sink[1] > 0.2 * at_random[1], "and its heads cost a good part of what random ones do"
 # ```
 #

@@ -227,14 +227,14 @@ both = bb.dynamics([softmax, relu], metrics=None)
 ss.plot.training_curves(both, panels, about=about, log_steps=False)
 
 # %% tags=["reveal"]
-cured = relu.to_frame().set_index(["metric", "step"])["value"].xs(450, level="step")
+with_relu = relu.to_frame().set_index(["metric", "step"])["value"].xs(450, level="step")
 names = ["sink_attention", "spare_attention", "value_drain", "backcopy_excess", "bigram_excess"]
-print(pd.DataFrame({"softmax": end[names], "relu": cured[names]}).round(3))
+print(pd.DataFrame({"softmax": end[names], "relu": with_relu[names]}).round(3))
 
 # %% tags=["reveal"]
 ss.plot.guess_and_result(
     guess,
-    dict(cured),
+    dict(with_relu),
     "after 450 steps [probability, ratio]",
     about=about,
 )
@@ -243,9 +243,9 @@ ss.plot.guess_and_result(
 # <details><summary>What the tests check here</summary>
 #
 # ```python
-# assert cured["sink_attention"] < 0.05
-# assert cured["value_drain"] > end["value_drain"]
-# assert cured["backcopy_excess"] < 0.05 and cured["bigram_excess"] < 0.1
+# assert with_relu["sink_attention"] < 0.05
+# assert with_relu["value_drain"] > end["value_drain"]
+# assert with_relu["backcopy_excess"] < 0.05 and with_relu["bigram_excess"] < 0.1
 # ```
 #
 # </details>
@@ -379,7 +379,7 @@ sink_attention = report.sink_attention[:, 2].mean().item()
 # @title How answers are checked { display-mode: "form" }
 from sinkscope.attention import operators
 
-PARKED = last["trigger_attention", 2]
+SINK_ATTENTION = last["trigger_attention", 2]
 ANSWERS = {  # exercise: (answer, hint)
     1: (
         float(
@@ -389,7 +389,7 @@ ANSWERS = {  # exercise: (answer, hint)
         "Weigh the two risks of the row `zero attention` with how often each kind of query comes.",
     ),
     2: (
-        "less than 0.1" if PARKED < 0.1 else "more than 0.1",
+        "less than 0.1" if SINK_ATTENTION < 0.1 else "more than 0.1",
         "history has it as trigger_attention, layer 2, at the last step.",
     ),
     3: ("BOS", "bb.train(classroom.replace(attention='off-by-one')), then compare both columns."),

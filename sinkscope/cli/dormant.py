@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sinkscope import renamed
 from sinkscope.cli import _common as common
 
 if TYPE_CHECKING:
@@ -30,15 +31,16 @@ def dormant(
     remove_prompts: Annotated[
         int | None, typer.Option(min=1, help="Number of prompts of each kind for --remove.")
     ] = 8,
-    sleep: Annotated[
+    inactive: Annotated[
         bool,
-        typer.Option("--sleep", help="Also ablate the heads that each score flags as inactive."),
+        typer.Option("--inactive", help="Also ablate the heads that each score flags as inactive."),
     ] = False,
+    sleep: Annotated[bool, typer.Option("--sleep", hidden=True)] = False,
     one_pass: Annotated[
         bool,
         typer.Option(
             "--one-pass",
-            help="With --sleep: score and zero heads in one forward pass, as Sandoval-Segura et "
+            help="With --inactive: score and zero heads in one forward pass, as Sandoval-Segura et "
             "al. do; by default heads are scored in the unchanged model.",
         ),
     ] = False,
@@ -52,8 +54,12 @@ def dormant(
 
     With --remove, every head is also ablated, and the loss without it is measured. With --out, each
     result is saved as soon as it is measured, and the same command continues an interrupted run. At
-    the end writes dormant.json, dormant.csv and dormant.html, and with --sleep also sleep-KIND.*.
+    the end writes dormant.json, dormant.csv and dormant.html, and with --inactive also
+    inactive-KIND.*.
     """
+    if sleep:
+        renamed.warn("--sleep", "--inactive")
+        inactive = True
     folder = common.writable_folder(out)
     kinds, modes = common.listed(domains), common.listed(remove)
     if kinds and all(map(common.is_exact, kinds)):
@@ -66,7 +72,7 @@ def dormant(
         from sinkscope.experiments.resume import file_stem
 
         bridge = ss.load_model(model, device=device, dtype=dtype)
-        if sleep:  # raise errors before the long computation, not after it
+        if inactive:  # raise errors before the long computation, not after it
             Partway(bridge)
         texts = sources(kinds, prompts=prompts, length=length, bos=bos, seed=seed)
         shared: dict[str, Any] = dict(seed=seed, progress=common.progress_wanted())
@@ -81,8 +87,11 @@ def dormant(
             bridge, texts, remove=modes, remove_prompts=remove_prompts, out=folder, **shared
         )
         keep("dormant", result)
-        for kind, source in texts.items() if sleep else ():
-            name = f"sleep-{file_stem(kind)}"
+        for kind, source in texts.items() if inactive else ():
+            name = f"inactive-{file_stem(kind)}"
+            before = f"sleep-{file_stem(kind)}"  # of earlier versions
+            if folder is not None and (folder / f"{before}.nc").exists():
+                name = before
             file = None if folder is None else folder / f"{name}.nc"
             procedure = "one pass" if one_pass else "two passes"
             keep(name, ablate_inactive(bridge, source, procedure=procedure, file=file, **shared))

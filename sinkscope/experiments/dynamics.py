@@ -408,7 +408,7 @@ def usual_texts(
     return bb.task_texts(prompts, length or context, seed, task)
 
 
-def laboratory_model(file: Path, device: Any = "cpu", **options: Any) -> Any:
+def load_snapshot(file: Path, device: Any = "cpu", **options: Any) -> Any:
     """Load a snapshot written by `sinkscope.bb.train` as a bridge.
 
     Raises:
@@ -509,7 +509,7 @@ class _Checkpoints:
         if isinstance(checkpoint, int):
             return load_model(self._named(checkpoint), checkpoint=checkpoint, **self._options)
         if is_snapshot(checkpoint):
-            return laboratory_model(Path(checkpoint), **self._options)
+            return load_snapshot(Path(checkpoint), **self._options)
         if self._model is not None and not Path(checkpoint).exists():
             return load_model(self._model, revision=str(checkpoint), **self._options)
         return load_model(checkpoint, **self._options)

@@ -3,7 +3,7 @@
 A sink acts on later tokens through its keys and values. Its key determines how much attention it
 absorbs; its value is what that attention adds to every query. This experiment separates the two:
 
-1. Run prompts as they are ("untouched"), and again with their sink erased ("host"): the FFN output
+1. Run prompts as they are ("baseline"), and again with their sink erased ("host"): the FFN output
    of the block that adds most to the sink's norm is set to zero there. The remaining attention
    shows whether that erased the sink.
 2. Take the sink's keys and values of every layer from donors on the unchanged model, and give them
@@ -11,7 +11,7 @@ absorbs; its value is what that attention adds to every query. This experiment s
    absorbs attention and adds nothing; the value alone, with the key of the host; and both, or the
    key alone, in an extra slot at no position.
 3. In each condition measure the attention of later queries to the transplanted key, the next-token
-   loss, and the divergence of the predictions from those of the untouched run. Only queries after
+   loss, and the divergence of the predictions from those of the baseline run. Only queries after
    the sink are counted, the same ones in every condition.
 4. In a routed model, record the experts that the router gives the sink and the later queries in
    each condition: an expert may take the sink, and others the tokens that follow it, only because
@@ -52,8 +52,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+BASELINE = "baseline"
 CONDITIONS = ("host", "both", "key", "value", "slot", "slot key")
-"""The conditions that are compared with the untouched run."""
+"""The conditions that are compared with the baseline run."""
 DONORS = ("own", "mean")
 """Each prompt's own sink, or the mean sink of all prompts."""
 
@@ -63,16 +64,16 @@ class Transplant(Result):
     """Attention to a transplanted sink, loss and divergence, condition by condition.
 
     Attributes:
-        conditions: Names along `condition`; "untouched" is the first.
+        conditions: Names along `condition`; "baseline" is the first.
         erased_in: The block whose FFN output was set to zero at the sink; -1 if none was.
         attention: Mean attention of the queries after it to the sink's position, or to the slot
             [probability].
         loss: Mean next-token loss of the queries after the sink [nat].
-        divergence: KL(untouched ‖ condition) of the predictions of the same queries [nat].
+        divergence: KL(baseline ‖ condition) of the predictions of the same queries [nat].
         routed_layers: Blocks along `routed`; none where experts cannot be distinguished.
         sink_weight: Weight that the router gives each expert at the prompt's first token, 0 where
             it is not sent there; None without routed layers.
-        same_experts: Share of the experts of a query that it has in the untouched run too, mean
+        same_experts: Share of the experts of a query that it has in the baseline run too, mean
             over the same queries; None without routed layers.
     """
 
@@ -87,9 +88,14 @@ class Transplant(Result):
     sink_weight: Float[Tensor, "condition prompt routed expert"] | None = None
     same_experts: Float[Tensor, "condition prompt routed"] | None = None
 
+    def __post_init__(self) -> None:
+        """Read the name that the baseline has in files of earlier versions."""
+        names = tuple(BASELINE if name == "untouched" else name for name in self.conditions)
+        object.__setattr__(self, "conditions", names)
+
     @property
     def sink_same_experts(self) -> Float[Tensor, "condition prompt routed"] | None:
-        """Share of the sink's experts that it has in the untouched run too."""
+        """Share of the sink's experts that it has in the baseline run too."""
         if self.sink_weight is None:
             return None
         chosen = self.sink_weight > 0
@@ -102,7 +108,7 @@ class Transplant(Result):
         return self.attention[:, :, first:].mean((2, 3))
 
     def statistics(self) -> dict[str, Any]:
-        """Attention, loss, its change from the untouched run, and divergence of each condition.
+        """Attention, loss, its change from the baseline run, and divergence of each condition.
 
         Attention is `later_attention`, and shares of experts are means over the routed layers after
         the erased block; every number has its interval over prompts.
@@ -132,7 +138,7 @@ class Transplant(Result):
             if self.erased_in >= 0
             else "The hosts are the prompts as they are."
         )
-        columns = ["condition", "attention", "loss", "change", "KL to untouched"]
+        columns = ["condition", "attention", "loss", "change", "KL to baseline"]
         rows = [
             [
                 name,
@@ -144,7 +150,7 @@ class Transplant(Result):
             for name, one in facts.items()
         ]
         text = f"{erased}\n{table_as_text(columns, rows)}"
-        if "same_experts" not in facts["untouched"]:
+        if "same_experts" not in facts[BASELINE]:
             return text
         shares = [
             [name, *(one[kind].to_decimals(3) for kind in ("sink_same_experts", "same_experts"))]
@@ -152,7 +158,7 @@ class Transplant(Result):
         ]
         columns = ["condition", "sink's experts kept", "later tokens' experts kept"]
         return (
-            f"{text}\nShare of the router's choices that are those of the untouched run:\n"
+            f"{text}\nShare of the router's choices that are those of the baseline run:\n"
             f"{table_as_text(columns, shares)}"
         )
 
@@ -202,7 +208,7 @@ def transplant(
         progress: Whether to draw a progress bar.
 
     Returns:
-        Attention, loss and divergence of every condition, "untouched" first.
+        Attention, loss and divergence of every condition, "baseline" first.
 
     Raises:
         UnsupportedError: If the model predicts no next tokens, a condition is unknown, or keys and
@@ -222,7 +228,7 @@ def transplant(
         check_mode(donor, DONORS)
     block = _erased(model, prompts, erase)
     run = _Run(model, prompts, donor, block)
-    names = ("untouched", *chosen)
+    names = (BASELINE, *chosen)
     result: list[tuple[Tensor, ...]] = []
     with tqdm(total=len(prompts), unit="prompt", disable=not progress, leave=False) as bar:
         for row in range(len(prompts)):
@@ -278,24 +284,24 @@ class _Run:
         """Attention [condition layer head], loss and divergence [condition] of a prompt.
 
         In a routed model also the sink's weights [condition routed expert] and the share of the
-        later queries' experts that are those of the untouched run [condition routed].
+        later queries' experts that are those of the baseline run [condition routed].
         """
         own = token_ids(self.prompts.tokens[row : row + 1])
         if self._own:
             self._kept.clear()
-        untouched = self._log_probabilities(own, 0)
-        next_tokens = own.tokens[0, 2:].to(untouched.device)
+        baseline = self._log_probabilities(own, 0)
+        next_tokens = own.tokens[0, 2:].to(baseline.device)
         attention, loss, divergence = [], [], []
         before, weights, shares = self._chosen(0), [], []
         for name in names:
             slot = name.startswith("slot")
             texts = with_slot(self.model, own) if slot else own
             given = None
-            if name not in ("untouched", "host"):
+            if name not in (BASELINE, "host"):
                 what = name.removeprefix("slot").strip() or "both"
                 given = self._transplant(None if slot else 0, what, own)
             with ExitStack() as stack:
-                if self.block is not None and name != "untouched":
+                if self.block is not None and name != BASELINE:
                     stack.enter_context(RemoveOutput(self.model, self.block, "mlp", int(slot)))
                 if given is not None:
                     stack.enter_context(given)
@@ -304,7 +310,7 @@ class _Run:
             attention.append(paid)
             picked = now[:-1].gather(1, next_tokens[:, None])[:, 0]
             loss.append(-picked.mean().cpu())
-            kl = (untouched.exp() * (untouched - now)).sum(-1)
+            kl = (baseline.exp() * (baseline - now)).sum(-1)
             divergence.append(kl.mean().cpu())
             if self.experts:
                 given_to = self._chosen(int(slot))

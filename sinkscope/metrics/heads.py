@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinkscope.renamed import argument
+
 Direction = Literal["above", "below"]
 
 INACTIVE_IF: dict[str, Direction] = {
@@ -107,34 +109,36 @@ def flag_inactive(
     return score < threshold if inactive_if == "below" else score > threshold
 
 
+@argument("parked", "sink_threshold")
 def is_dormant(
-    sink_attention: Float[Tensor, "*shape"], parked: float = 0.5
+    sink_attention: Float[Tensor, "*shape"], sink_threshold: float = 0.5
 ) -> Bool[Tensor, "*shape"]:
-    """Whether a head is dormant by its attention: sink attention above ``parked``.
+    """Whether a head is dormant by its attention: sink attention above ``sink_threshold``.
 
     Guo et al. (2410.13835) call Llama-2-7B L16H25 dormant at 0.5 to 1.0. Attention alone is only an
     indication; whether the head has no effect is decided by ablation.
     """
-    return sink_attention > parked
+    return sink_attention > sink_threshold
 
 
+@argument("parked", "sink_threshold")
 def is_active_dormant(
     here: Float[Tensor, "prompt layer head"],
     there: Float[Tensor, "other_prompt layer head"],
-    parked: float = 0.5,
+    sink_threshold: float = 0.5,
     drop: float = 0.25,
 ) -> Bool[Tensor, "layer head"]:
     """Heads that are dormant on one kind of text and active on another.
 
-    Operational definition: mean sink attention above ``parked`` on the first kind, and lower by at
-    least ``drop`` on the second (L16H25 of Guo et al.: 0.5 to 1.0 on Wikipedia, 0.08 to 0.5 on
-    GitHub).
+    Operational definition: mean sink attention above ``sink_threshold`` on the first kind, and
+    lower by at least ``drop`` on the second (L16H25 of Guo et al.: 0.5 to 1.0 on Wikipedia, 0.08 to
+    0.5 on GitHub).
 
     Args:
         here: sink attention on the text where the head should be dormant.
         there: sink attention on the text where it should be active.
-        parked: sink attention above which a head is dormant [probability].
+        sink_threshold: sink attention above which a head is dormant [probability].
         drop: smallest decrease at which it counts as active [probability].
     """
     here, there = here.nanmean(dim=0), there.nanmean(dim=0)
-    return (here > parked) & (here - there >= drop)
+    return (here > sink_threshold) & (here - there >= drop)

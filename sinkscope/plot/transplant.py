@@ -17,7 +17,7 @@ from sinkscope.statistics import bootstrap
 if TYPE_CHECKING:
     import pandas as pd
 
-_UNTOUCHED = "untouched"
+_BASELINE = "baseline"
 _WORDS = {
     "host": "no transplant",
     "both": "key and value",
@@ -29,7 +29,7 @@ _WORDS = {
 _PANELS = {
     "attention": ("Attention to it", "probability"),
     "loss_change": ("Loss, change", "nat"),
-    "divergence": ("KL to untouched", "nat"),
+    "divergence": ("KL to baseline", "nat"),
 }
 
 
@@ -41,7 +41,7 @@ def transplant_effects(frame: pd.DataFrame, *, about: About, theme: Theme = None
     ========= ===== =============================================================================
     column    type  meaning
     ========= ===== =============================================================================
-    condition str   "untouched" first, then "host" (no transplant), "both", "key", …
+    condition str   "baseline" first, then "host" (no transplant), "both", "key", …
     prompt    int   averaged, with a 95 % interval
     metric    str   attention, loss, divergence; others are not drawn
     value     float the number
@@ -53,14 +53,16 @@ def transplant_effects(frame: pd.DataFrame, *, about: About, theme: Theme = None
         theme: "light", "dark", or the default.
 
     Returns:
-        Three panels: attention to the sink or the slot, the change of the loss from the untouched
+        Three panels: attention to the sink or the slot, the change of the loss from the baseline
         run prompt by prompt, and the divergence from its predictions.
 
     Raises:
-        ReportError: If a column is missing, or the untouched run.
+        ReportError: If a column is missing, or the baseline run.
     """
     frames.need(frame, "transplant_effects", "condition", "prompt", "metric", "value")
-    frames.pick(frame, "condition", _UNTOUCHED)
+    conditions = frame["condition"].replace("untouched", _BASELINE)  # in files of earlier versions
+    frame = frame.assign(condition=conditions)
+    frames.pick(frame, "condition", _BASELINE)
     colours = palette(theme)
     names = list(frame["condition"].unique())
     words = [escaped(_WORDS.get(name, name)) for name in names]
@@ -73,7 +75,7 @@ def transplant_effects(frame: pd.DataFrame, *, about: About, theme: Theme = None
         figure.add_bar(
             y=words, x=mean, orientation="h", showlegend=False,
             marker_color=[
-                colours.other if name == _UNTOUCHED
+                colours.other if name == _BASELINE
                 else colours.series[2] if name.startswith("slot") else colours.sink
                 for name in names
             ],
@@ -102,6 +104,6 @@ def _intervals(
     rows = frames.pick(frame, "metric", "loss" if metric == "loss_change" else metric)
     table = rows.pivot_table(index="prompt", columns="condition", values="value")[names]
     if metric == "loss_change":
-        table = table.sub(table[_UNTOUCHED], axis=0)
+        table = table.sub(table[_BASELINE], axis=0)
     interval = bootstrap(torch.from_numpy(table.to_numpy(dtype="float64", copy=True)))
     return tuple(end.numpy() for end in interval)

@@ -26,7 +26,7 @@ from sinkscope import interventions as known_interventions
 from sinkscope.capture import observers
 from sinkscope.capture.scan import checked
 from sinkscope.errors import SinkscopeError, TextError
-from sinkscope.experiments.dynamics import is_snapshot, laboratory_model
+from sinkscope.experiments.dynamics import is_snapshot, load_snapshot
 from sinkscope.interventions.base import Intervention
 from sinkscope.models.load import chosen_dtype, load_model
 from sinkscope.models.packaged import BUILT_IN, PACKAGES
@@ -78,7 +78,7 @@ class Model:
             return load_model(self.spec)
         if is_snapshot(self.spec):
             on = {} if device is None else {"device": device}
-            return laboratory_model(Path(self.spec), **on, **self.options)
+            return load_snapshot(Path(self.spec), **on, **self.options)
         placed = {} if self.options.get("device_map") else {"device": device}
         return load_model(self.spec, **placed, **self.options)
 

@@ -93,7 +93,7 @@ class Monitor:
         self._settings = dict(metrics=metrics, sinks=sinks, epsilon=epsilon)
         self._tokenizer = tokenizer
         self.reports: dict[int, SinkReport] = {}
-        with _untouched(self._model):
+        with _unchanged(self._model):
             self._texts = as_texts(texts).tokenize(self._bridge())
 
     def log(self, step: int) -> dict[str, float]:
@@ -110,7 +110,7 @@ class Monitor:
             ModelError: If the model's weights or residual states are nan or infinite.
         """
         step = whole_number("step", step, at_least=0)
-        with _untouched(self._model):
+        with _unchanged(self._model):
             report = scan(self._bridge(), self._texts, progress=False, **self._settings).to("cpu")
         self.reports[step] = report
         if self._folder is not None:
@@ -152,7 +152,7 @@ class Monitor:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def _unchanged(model: nn.Module) -> Iterator[None]:
     """Restore modes and random generators afterwards."""
     modes = {module: module.training for module in model.modules()}
     python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()

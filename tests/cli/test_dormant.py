@@ -79,7 +79,8 @@ def test_files_and_json_agree(app, tmp_path, monkeypatch) -> None:
         (tmp_path / f"{name}.txt").write_text(text)
     kinds = f"{tmp_path / 'one.txt'},{tmp_path / 'two.txt'}"
     out = tmp_path / "out"
-    asked = ("--prompts", 3, "--length", 12, "--remove", "zero", "--remove-prompts", 2, "--sleep")
+    sizes = ("--prompts", 3, "--length", 12, "--remove-prompts", 2)
+    asked = (*sizes, "--remove", "zero", "--inactive")
     done = run(app, tmp_path / "model", "--domains", kinds, *asked, "--out", out, "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
@@ -88,8 +89,8 @@ def test_files_and_json_agree(app, tmp_path, monkeypatch) -> None:
     assert set(found["dormant"]["prediction"]) == {"zero"}
     table = pd.read_csv(out / "dormant.csv")
     assert len(table) == 2 * 12
-    sleeping = [name for name in found if name.startswith("sleep-")]
-    for name in sleeping:
+    inactive = [name for name in found if name.startswith("inactive-")]
+    for name in inactive:
         assert (out / f"{name}.csv").exists() and (out / f"{name}.html").exists()
         shares = found[name]["largest_share"]
         assert len(shares) == 15 and "random" in shares

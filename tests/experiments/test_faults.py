@@ -21,6 +21,7 @@ from sinkscope.experiments.dormant import dormancy
 from sinkscope.experiments.inactive_heads import ablate_inactive
 from sinkscope.experiments.partial_forward import Partway
 from sinkscope.experiments.resume import file_stem
+from sinkscope.metrics.heads import is_dormant
 from sinkscope.output import locked
 from tests.families.architectures import BY_NAME
 
@@ -40,6 +41,7 @@ def keep(model, file: Path) -> Ablation:
 
 HOLD = """
 import sys
+from sinkscope.metrics.heads import is_dormant
 from sinkscope.output import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
@@ -156,10 +158,32 @@ def test_names_that_look_alike_have_files_of_their_own(model, tmp_path) -> None:
     LLAMA.build().save_pretrained(tmp_path / "model")
     domains = f"{tmp_path / 'a-b.json'},{tmp_path / 'a_b.json'}"
     asked = [str(tmp_path / "model"), "--domains", domains, "--out", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, ["dormant", *asked, "--sleep", "--json"])
+    done = CliRunner().invoke(app, ["dormant", *asked, "--inactive", "--json"])
     assert done.exit_code == 0, done.output
-    pages = [file.name for file in (tmp_path / "out").glob("sleep-*.html")]
+    pages = [file.name for file in (tmp_path / "out").glob("inactive-*.html")]
     assert len(pages) == 2 and len(json.loads(done.stdout)) == 3
+
+
+def test_a_folder_of_the_version_before_goes_on_under_its_names(tmp_path, monkeypatch) -> None:
+    for name, seed in (("one.json", 1), ("two.json", 2)):
+        ids = LLAMA.tokens(prompts=2, length=10, seed=seed).tolist()
+        (tmp_path / name).write_text(json.dumps(ids))
+    LLAMA.build().save_pretrained(tmp_path / "model")
+    domains = f"{tmp_path / 'one.json'},{tmp_path / 'two.json'}"
+    out = tmp_path / "out"
+    asked = ["dormant", str(tmp_path / "model"), "--domains", domains, "--out", str(out), "--json"]
+    with pytest.warns(DeprecationWarning, match="--sleep is now --inactive"):
+        done = CliRunner().invoke(app, [*asked, "--sleep"], catch_exceptions=False)
+    first = json.loads(done.stdout)
+    kept = sorted(out.glob("inactive-*"))
+    assert kept
+    for file in kept:
+        file.rename(out / file.name.replace("inactive-", "sleep-", 1))
+    again = CliRunner().invoke(app, [*asked, "--inactive"], catch_exceptions=False)
+    second = json.loads(again.stdout)
+    assert not list(out.glob("inactive-*"))
+    for name, values in first.items():
+        assert second[name.replace("inactive-", "sleep-", 1)] == values
 
 
 def test_what_a_model_cannot_answer_is_refused_before_the_work(tmp_path, monkeypatch) -> None:
@@ -178,7 +202,7 @@ def test_what_a_model_cannot_answer_is_refused_before_the_work(tmp_path, monkeyp
     monkeypatch.setattr(waiver_module, "structured_mask", worked)
     domains = f"{ids},{tmp_path / 'other.json'}"
     done = CliRunner().invoke(
-        app, ["dormant", str(tmp_path / "bert"), "--domains", domains, "--sleep"]
+        app, ["dormant", str(tmp_path / "bert"), "--domains", domains, "--inactive"]
     )
     assert isinstance(done.exception, UnsupportedError) and "no loss" in str(done.exception)
     done = CliRunner().invoke(
@@ -220,6 +244,8 @@ def test_old_names_work_and_warn(model, tmp_path) -> None:
     assert old.sink_threshold == 0.1
     with warned("sink_threshold"):
         assert old.parked == 0.1
+    with warned("sink_threshold"):
+        assert is_dormant(torch.tensor([0.2, 0.4]), parked=0.3).tolist() == [False, True]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "Sink heads" in old._repr_html_()

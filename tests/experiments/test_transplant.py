@@ -67,7 +67,7 @@ def with_first(
 
 
 def test_own_sinks_undo_the_erasure() -> None:
-    """Later tokens read the sink through keys and values alone, so "both" is the untouched run."""
+    """Later tokens read the sink through keys and values alone, so "both" is the baseline run."""
     family = BY_NAME["llama"]
     found = transplant(
         family.build(), ss.token_ids(family.tokens(prompts=2, length=12)), erase=0, progress=False

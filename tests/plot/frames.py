@@ -311,7 +311,7 @@ def trajectories(layers: int = 6) -> pd.DataFrame:
 def transplanted(prompts: int = 3) -> pd.DataFrame:
     """The key alone takes the attention, and both restore everything."""
     effects = {
-        "untouched": (0.6, 0.0, 0.0),
+        "baseline": (0.6, 0.0, 0.0),
         "host": (0.1, 1.5, 2.0),
         "both": (0.6, 0.0, 0.0),
         "key": (0.55, 1.0, 1.2),

@@ -129,18 +129,20 @@ def test_sink_life_has_six_panels_and_says_what_is_missing():
     assert sum("not measured" in a.text for a in few.layout.annotations) == 2
 
 
-def test_a_transplant_is_compared_with_the_untouched_run_prompt_by_prompt():
+def test_a_transplant_is_compared_with_the_baseline_prompt_by_prompt():
     frame = frames.transplanted()
     figure = plot.transplant_effects(frame, about=ABOUT)
     attention, change, divergence = figure.data
-    words = ["untouched", "no transplant", "key and value", "key, value zero", "value, host's key"]
+    words = ["baseline", "no transplant", "key and value", "key, value zero", "value, host's key"]
     assert list(attention.y) == [*words, "slot: key and value", "slot: key, value zero"]
     np.testing.assert_allclose(attention.x[:2], [0.61, 0.11])
     np.testing.assert_allclose(change.x[:4], [0, 1.65, 0, 1.1], atol=1e-12)
     assert change.error_x.array[1] < 0.2, "of the difference, not of losses that differ by prompt"
     np.testing.assert_allclose(divergence.x[1], 2.2)
-    with pytest.raises(ReportError, match="untouched"):
-        plot.transplant_effects(frame[frame["condition"] != "untouched"], about=ABOUT)
+    with pytest.raises(ReportError, match="baseline"):
+        plot.transplant_effects(frame[frame["condition"] != "baseline"], about=ABOUT)
+    before = frame.replace({"condition": {"baseline": "untouched"}})  # its name in older files
+    assert plot.transplant_effects(before, about=ABOUT) == figure
 
 
 def test_peak_trace_of_some_blocks_has_a_row_for_each_of_them_and_no_other():
