@@ -1,4 +1,4 @@
-"""The `sinkscope` command: each subcommand only calls what Python users call.
+"""The `sinkscope` command: each subcommand is a thin layer over the public Python functions.
 
 Nothing heavy is imported before a command runs, so that `--help` is fast.
 """

@@ -3,7 +3,7 @@
 =================== ==========================================================================
 `waiver`            what makes a token the sink, and making another one the sink
 `trace_peak`        which blocks write the residual peak, and which heads read it
-`vocabulary`        which tokens make a sink as the first of a prompt
+`vocabulary`        which tokens become a sink as the first of a prompt
 `life`              which parts write, carry and erase the sink's residual state
 `experts`           which experts of a routed model write the massive activations
 `spikes`            whether a hybrid model's activations spike before its attention layers
