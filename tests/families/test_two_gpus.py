@@ -38,7 +38,8 @@ LLAMA = BY_NAME["llama"]
 
 def places(family: Family, model: torch.nn.Module) -> dict[str, str]:
     """Every other block on the second GPU; the first holds the rest."""
-    weighty = [name for name, module in model.named_modules() if module._parameters]
+    modules = model.named_modules()
+    weighty = [name for name, module in modules if module._parameters or module._buffers]
     found = {name: FIRST for name in weighty if not name.startswith(f"{family.parts.blocks}.")}
     for layer in range(N_LAYERS):
         found[f"{family.parts.blocks}.{layer}"] = (FIRST, SECOND)[layer % 2]
