@@ -55,7 +55,7 @@ demo: $(VENV)/.runs
 	@echo "Open out/demo/report.html in a browser: every head, layer and position of the table above."
 	@echo "Next: $(BIN)/sinkscope scan FOLDER_OR_HUB_NAME --texts prose --out out/mine   your own model"
 	@echo "      $(BIN)/sinkscope --help                                        what else there is"
-	@echo "      make setup && $(BIN)/jupyter lab notebooks                     six lessons"
+	@echo "      make models && $(BIN)/jupyter lab notebooks                    six lessons"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -201,7 +201,7 @@ def locked_folder(out: Path | None) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if out is None else locked(out)
 
 
-def writable_folder(out: Path | None) -> Path | None:
+def writable_folder(out: Path | None, option: str = "--out") -> Path | None:
     """Create the folder and check that it is writable, before any long computation.
 
     Raises:
@@ -216,7 +216,7 @@ def writable_folder(out: Path | None) -> Path | None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ReportError(
-            f"--out {out} cannot be written to ({reason}); name a folder that can."
+            f"{option} {out} cannot be written to ({reason}); name a folder that can."
         ) from error
     return out
 
@@ -224,11 +224,14 @@ def writable_folder(out: Path | None) -> Path | None:
 def page_to_write(option: str, page: Path) -> Path:
     """The file of a page, if it has the name of one: it must not replace a report or a text.
 
+    Its folder is created if missing.
+
     Raises:
-        SinkscopeError: If it ends otherwise.
+        SinkscopeError: If it ends otherwise, or its folder cannot be written to.
     """
     if page.suffix != ".html":
         raise SinkscopeError(f"{option} {page} should end in .html.")
+    writable_folder(page.parent, option)
     return page
 
 
