@@ -44,7 +44,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Formulas as MathML."""
+    """Formulas as MathML; tables that the keyboard can reach, since wide ones scroll."""
+    content = content.replace("<table>", '<table tabindex="0">')
     return _FORMULA.sub(
         lambda found: convert(
             html.unescape(found[3]), display="block" if found[2] == "[" else "inline"

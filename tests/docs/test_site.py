@@ -89,3 +89,8 @@ def test_pages_adapt_to_phones_and_to_the_dark(site: Path) -> None:
     page = (site / "index.html").read_text("utf-8")
     assert re.search(r"""name=["']?viewport["']? content=["']width=device-width""", page)
     assert "(prefers-color-scheme: dark)" in page
+
+
+def test_the_keyboard_reaches_tables_that_scroll(site: Path) -> None:
+    page = (site / "results.html").read_text("utf-8")
+    assert page.count("<table") > 5 and page.count("<table") == page.count('<table tabindex="0"')
