@@ -17,7 +17,7 @@ CPU_ONLY := $(if $(filter file,$(origin TORCH)),$(shell \
 MODELS := smollm2-135m minilm-l6
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup models demo quick test test-latest test-adapters constraints lint types docs notebooks-html dist clean
+.PHONY: setup models demo quick quick-tests test test-latest test-adapters constraints lint types docs notebooks-html dist clean
 
 setup: $(VENV)/.installed
 
@@ -69,8 +69,12 @@ types: setup
 test: models lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# While working: no real models, no browser, no notebooks, one family of models for all.
-quick: lint types
+# While working: no real models, no browser, no notebooks, one family of models for all. The three
+# run side by side, since pyright uses one core only.
+quick: setup
+	$(MAKE) --jobs=3 --output-sync=target lint types quick-tests
+
+quick-tests: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q -m "not (real or browser or slow or gpu)" \
 	  tests/attention tests/capture tests/metrics tests/prompts tests/report tests/test_statistics.py \
 	  tests/test_validation.py

@@ -212,6 +212,7 @@ def at_initialisation() -> list[SinkReport]:
         ]
 
 
+@pytest.mark.slow
 def test_the_fast_initial_null_is_that_of_scans(at_initialisation: list[SinkReport]) -> None:
     prompts = texts((16,) * 8)
     model = ss.load_model(initial(BY_NAME["llama"].build(), 3, 1000))

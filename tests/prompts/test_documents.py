@@ -52,6 +52,7 @@ def test_the_order_is_the_seeds(domain):
     assert sum(map(len, domain(0))) == pytest.approx(sum(map(len, domain(1))), rel=0.01)
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same_prompts():
     """Python salts hash() anew in each process; nothing may depend on it."""
     program = (

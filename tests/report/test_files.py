@@ -262,6 +262,7 @@ print("alive")
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_does_no_harm(tmp_path: Path):
     """A file may have only so many bytes, in a process of its own: HDF5 used to crash there."""
     source = synthetic_report(seed=1).save(tmp_path / "source.nc")
