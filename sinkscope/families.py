@@ -107,7 +107,7 @@ class Row:
     Attributes:
         architecture: Class in transformers.
         metrics: Number of metrics that a scan can measure, 0 where it is refused.
-        ways: Attention paths that are exact: "eager", "streaming".
+        ways: Implementations of attention that are exact: "eager", "streaming".
         difference: Largest difference of logits (relative to the largest logit) and of attention
             to the first token [probability] from transformers' eager forward pass in float32, over
             both paths; nan where there is nothing to compare.
@@ -171,29 +171,29 @@ def _compared(name: str) -> Row:
         return Row(name, reason=f"no tiny model ({_first_line(error)})")
     try:
         bridge = load_model(tiny_model(name))
-        can = capabilities(bridge)
+        caps = capabilities(bridge)
     except SinkscopeError as error:
         return Row(name, reason=str(error))
-    found: dict[str, float] = {}
-    if not can.attending:
-        reason = f"{can.absent['pattern']}; residual stream only"
+    differences: dict[str, float] = {}
+    if not caps.attending:
+        reason = f"{caps.absent['pattern']}; residual stream only"
     else:
-        reason = can.not_streamed or can.stock_differs or ""
+        reason = caps.not_streamed or caps.stock_differs or ""
     for way in ("eager", "streaming"):
         try:
-            found[way] = _off(bridge, way, truth)
+            differences[way] = _off(bridge, way, truth)
         except SinkscopeError as error:
             reason = reason or str(error)
     halves = []
     for dtype in (torch.bfloat16, torch.float16):
         try:
             rounded = load_model(tiny_model(name).to(dtype))
-            halves.append(max((_off(rounded, way, truth) for way in found), default=math.nan))
+            halves.append(max((_off(rounded, way, truth) for way in differences), default=math.nan))
         except SinkscopeError as error:
             halves.append(math.nan)
             reason = reason or f"in {str(dtype).removeprefix('torch.')}: {error}"
-    difference = max(found.values(), default=math.nan)
-    return Row(name, len(can.available), tuple(found), difference, *halves, reason)
+    difference = max(differences.values(), default=math.nan)
+    return Row(name, len(caps.available), tuple(differences), difference, *halves, reason)
 
 
 def tiny_model(name: str) -> PreTrainedModel:
@@ -270,14 +270,15 @@ def _first_line(error: BaseException) -> str:
 
 HEADER = """# Architectures
 
-What sinkscope measures on tiny random models of every language model that TransformerLens boots and
-transformers has a class for. `sinkscope models families --markdown` writes this page. *fp32* is the
-largest difference from transformers' own eager forward pass, of logits (relative to the largest)
-and of attention to the first token, rounded up to a power of ten; *bf16* and *fp16* are the
-differences of the model in bfloat16 and float16 from the same forward pass in float32, where
-rounding sends some tokens to another expert. All on a CPU. Metrics are those that a scan takes.
+What sinkscope measures on each language-model architecture that TransformerLens supports and
+transformers implements, tried on a tiny random model; `sinkscope models families --markdown` writes
+this page. *Metrics* is how many a scan measures, *attention* which implementations are exact.
+*fp32* is the largest difference from transformers' own eager forward pass, of logits (relative to
+the largest) and of attention to the first token, rounded up to a power of ten. *bf16* and *fp16*
+compare the model in bfloat16 and float16 with the same float32 forward pass; there, rounding sends
+some tokens to another expert. All on a CPU.
 
-| architecture | metrics | ways | fp32 | bf16 | fp16 | what is missing |
+| architecture | metrics | attention | fp32 | bf16 | fp16 | what is missing |
 |---|---|---|---|---|---|---|
 """
 

@@ -72,7 +72,7 @@ def families(
     if markdown:
         typer.echo(table(rows), nl=False)
         return
-    shown = Table("architecture", "metrics", "ways", "fp32", "bf16", "fp16", "what is missing")
+    shown = Table("architecture", "metrics", "attention", "fp32", "bf16", "fp16", "what is missing")
     for one in rows:
         shown.add_row(*cells(one))
     Console().print(shown)

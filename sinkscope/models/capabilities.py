@@ -55,11 +55,11 @@ _OBSERVERS = "sinkscope.capture.observers"
 """The module of the metrics, imported by name, because it is in a higher layer."""
 
 
-def _undefined(model: Any, anatomy: Anatomy, found: Findings, causal: bool) -> dict[str, str]:
+def _undefined(model: Any, anatomy: Anatomy, findings: Findings, causal: bool) -> dict[str, str]:
     """Why quantities other than metrics are not available."""
     reasons: dict[str, str] = {}
-    if "neurons" in found.reasons:
-        reasons["neurons"] = found.reasons["neurons"]
+    if "neurons" in findings.reasons:
+        reasons["neurons"] = findings.reasons["neurons"]
     if anatomy.positions != "learned":
         reasons["position_embedding_norm"] = f"positions are {anatomy.positions}, not learned"
     if not model_source(model).trained_head:
@@ -332,26 +332,26 @@ def _look(model: Any) -> Capabilities:
     half = model.cfg.dtype in (torch.float16, torch.bfloat16)
     tolerance = 3e-2 if half else 2e-3  # the tighter one allows for TF32 on a GPU
     causal = is_causal(seen, anatomy, tolerance)
-    found = find_signals(seen, anatomy, causal, tolerance)
+    findings = find_signals(seen, anatomy, causal, tolerance)
     if anatomy.architecture == "FalconForCausalLM" and anatomy.positions == "alibi":
         # transformers 5.23 also adds the bias to the mask, as only its sdpa attention expects.
-        found.stock_differs = "transformers' eager attention adds ALiBi twice, its sdpa one once"
-    found.stock_differs = found.stock_differs or proof_of(model).stock
-    if half and found.stock_differs is None and (why := fails_without_cache(model)):
-        found.stock_differs = f"it does not run without a KV cache in this dtype ({why})"
-    _refuse_unmeasurable(anatomy, found, seen)
-    return _assemble(model, anatomy, seen, found, causal, tolerance)
+        findings.stock_differs = "transformers' eager attention adds ALiBi twice, its sdpa one once"
+    findings.stock_differs = findings.stock_differs or proof_of(model).stock
+    if half and findings.stock_differs is None and (why := fails_without_cache(model)):
+        findings.stock_differs = f"it does not run without a KV cache in this dtype ({why})"
+    _refuse_unmeasurable(anatomy, findings, seen)
+    return _assemble(model, anatomy, seen, findings, causal, tolerance)
 
 
-def _refuse_unmeasurable(anatomy: Anatomy, found: Findings, seen: Probe) -> None:
+def _refuse_unmeasurable(anatomy: Anatomy, findings: Findings, seen: Probe) -> None:
     """Refuse a model whose blocks, attention or residual stream failed verification."""
     runs = {seen.fired[f"blocks.{layer}.hook_in"] for layer in range(anatomy.n_layers)}
     if runs != {1}:
         reason = "does not run each of its blocks exactly once"
-    elif anatomy.attending and "pattern" in found.reasons and "z" in found.reasons:
-        reason = f"does not show its attention ({found.reasons['z']})"
-    elif "resid_post" in found.reasons:
-        reason = f"has no plain residual stream ({found.reasons['resid_post']})"
+    elif anatomy.attending and "pattern" in findings.reasons and "z" in findings.reasons:
+        reason = f"does not show its attention ({findings.reasons['z']})"
+    elif "resid_post" in findings.reasons:
+        reason = f"has no plain residual stream ({findings.reasons['resid_post']})"
     else:
         return
     raise UnsupportedError(
@@ -360,19 +360,19 @@ def _refuse_unmeasurable(anatomy: Anatomy, found: Findings, seen: Probe) -> None
 
 
 def _assemble(
-    model: Any, anatomy: Anatomy, seen: Probe, found: Findings, causal: bool, tolerance: float
+    model: Any, anatomy: Anatomy, seen: Probe, findings: Findings, causal: bool, tolerance: float
 ) -> Capabilities:
     cfg = model.cfg
 
     def width(signal: str, dim: int, otherwise: Any) -> Any:
         """Size of a verified signal; the sizes in configs are not always the model's."""
-        hook = found.signals.get(signal)
+        hook = findings.signals.get(signal)
         at = first if signal in OF_ATTENTION else 0
         return otherwise if hook is None else seen.kept[hook.format(layer=at)].shape[dim]
 
     attends = bool(anatomy.attending)
     first = anatomy.attending[0] if attends else 0
-    of_layer = dict(zip(anatomy.attending, found.scales, strict=True))
+    of_layer = dict(zip(anatomy.attending, findings.scales, strict=True))
     return Capabilities(
         architecture=anatomy.architecture,
         n_layers=anatomy.n_layers,
@@ -388,24 +388,24 @@ def _assemble(
         causal=causal,
         moe=anatomy.moe,
         learned_sinks=any(sink is not None for sink in anatomy.sinks),
-        softmax=found.softmax,
-        gated=found.gated,
-        gate=found.gate,
+        softmax=findings.softmax,
+        gated=findings.gated,
+        gate=findings.gate,
         even_kv_heads=len({_kv_groups(model.blocks[at]) for at in anatomy.attending}) <= 1,
         split_output=attends and _why_no_map(model, seen, anatomy, tolerance) is None,
         windows=anatomy.windows,
         dense_up_to=anatomy.dense_up_to,
         softcap=anatomy.softcap,
         scales=tuple(of_layer.get(layer) for layer in range(anatomy.n_layers)),
-        parallel_blocks=_is_parallel(model, found, seen, anatomy.attending),
+        parallel_blocks=_is_parallel(model, findings, seen, anatomy.attending),
         positions=anatomy.positions,
         lm_head=model_source(model).trained_head,
-        stock_differs=found.stock_differs,
-        signals=MappingProxyType(dict(found.signals)),
-        elsewhere=MappingProxyType(dict(found.elsewhere)),
+        stock_differs=findings.stock_differs,
+        signals=MappingProxyType(dict(findings.signals)),
+        elsewhere=MappingProxyType(dict(findings.elsewhere)),
         not_streamed=_not_streamed(model),
-        absent=MappingProxyType(dict(found.reasons)),
-        undefined=MappingProxyType(_undefined(model, anatomy, found, causal)),
+        absent=MappingProxyType(dict(findings.reasons)),
+        undefined=MappingProxyType(_undefined(model, anatomy, findings, causal)),
         hooks=_fired(seen, anatomy.n_layers),
     )
 
@@ -433,14 +433,14 @@ def _why_no_map(model: Any, seen: Probe, anatomy: Anatomy, tolerance: float) -> 
     return why_no_map(model, at, seen.layers(Z, at), seen.layers(PROJECTED, at), tolerance)
 
 
-def _is_parallel(model: Any, found: Findings, seen: Probe, attending: tuple[int, ...]) -> bool:
+def _is_parallel(model: Any, findings: Findings, seen: Probe, attending: tuple[int, ...]) -> bool:
     """Whether a block's FFN output stays the same when its attention output is removed.
 
     Tested in the first block with attention, or the first block if there is none.
     """
-    if not {"attn_out", "mlp_out"} <= found.signals.keys():
+    if not {"attn_out", "mlp_out"} <= findings.signals.keys():
         return bool(getattr(model.cfg, "parallel_attn_mlp", False))
-    names = found.signals if attending else {**found.signals, **found.elsewhere}
+    names = findings.signals if attending else {**findings.signals, **findings.elsewhere}
     layer = attending[0] if attending else 0
     attn_hook, mlp_hook = (names[s].format(layer=layer) for s in ("attn_out", "mlp_out"))
     attn_point, mlp_point = model.hook_dict[attn_hook], model.hook_dict[mlp_hook]
@@ -491,76 +491,76 @@ def as_text(renderable: RenderableType, width: int = 100) -> str:
     return "\n".join(line.rstrip() for line in page.getvalue().rstrip().splitlines())
 
 
-def _structure(can: Capabilities) -> Table:
-    table = Table(title=can.architecture, show_header=False, title_justify="left")
+def _structure(caps: Capabilities) -> Table:
+    table = Table(title=caps.architecture, show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     rows = {
-        "layers": _layers(can),
-        "heads": _heads(can),
-        "widths": f"d_model {can.d_model}, d_head {_width(can)}, d_mlp {can.d_mlp or '-'}",
-        "context": f"{can.n_ctx or '-'} positions, {can.positions} position scheme",
-        "attention": _attention(can),
-        "windows": _runs(tuple(can.windows[layer] for layer in can.attending), can.attending),
-        "blocks": ("parallel" if can.parallel_blocks else "sequential")
-        + (", mixture of experts" if can.moe else ""),
-        "output head": "trained" if can.lm_head else "not trained: losses are meaningless",
+        "layers": _layers(caps),
+        "heads": _heads(caps),
+        "widths": f"d_model {caps.d_model}, d_head {_width(caps)}, d_mlp {caps.d_mlp or '-'}",
+        "context": f"{caps.n_ctx or '-'} positions, {caps.positions} position scheme",
+        "attention": _attention(caps),
+        "windows": _runs(tuple(caps.windows[layer] for layer in caps.attending), caps.attending),
+        "blocks": ("parallel" if caps.parallel_blocks else "sequential")
+        + (", mixture of experts" if caps.moe else ""),
+        "output head": "trained" if caps.lm_head else "not trained: losses are meaningless",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return table
 
 
-def _layers(can: Capabilities) -> str:
-    if len(can.attending) == can.n_layers:
-        return str(can.n_layers)
-    if not can.attending:
-        return f"{can.n_layers}: {can.absent['pattern']}"
-    return f"{can.n_layers}, of which {_spans(can.attending)} attend"
+def _layers(caps: Capabilities) -> str:
+    if len(caps.attending) == caps.n_layers:
+        return str(caps.n_layers)
+    if not caps.attending:
+        return f"{caps.n_layers}: {caps.absent['pattern']}"
+    return f"{caps.n_layers}, of which {_spans(caps.attending)} attend"
 
 
 def _spans(layers: Iterable[int]) -> str:
     """Layer indices as text: "3, 7 and 11", "0 to 4 and 8", or every fourth layer."""
-    found: list[list[int]] = []
+    spans: list[list[int]] = []
     for layer in layers:
-        if found and layer == found[-1][-1] + 1:
-            found[-1].append(layer)
+        if spans and layer == spans[-1][-1] + 1:
+            spans[-1].append(layer)
         else:
-            found.append([layer])
-    return listed([str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in found])
+            spans.append([layer])
+    return listed([str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in spans])
 
 
-def _heads(can: Capabilities) -> str:
-    if not can.attending:
+def _heads(caps: Capabilities) -> str:
+    if not caps.attending:
         return "none"
-    if can.n_heads == can.n_kv_heads:
-        return str(can.n_heads)
-    return f"{can.n_heads} query, {can.n_kv_heads} key/value"
+    if caps.n_heads == caps.n_kv_heads:
+        return str(caps.n_heads)
+    return f"{caps.n_heads} query, {caps.n_kv_heads} key/value"
 
 
-def _width(can: Capabilities) -> str:
-    if can.d_key == can.d_head:
-        return str(can.d_head)
-    return f"{can.d_head} ({can.d_key} of queries and keys)"
+def _width(caps: Capabilities) -> str:
+    if caps.d_key == caps.d_head:
+        return str(caps.d_head)
+    return f"{caps.d_head} ({caps.d_key} of queries and keys)"
 
 
-def _attention(can: Capabilities) -> str:
-    words = ["causal" if can.causal else "bidirectional"]
-    if not can.attending:
+def _attention(caps: Capabilities) -> str:
+    words = ["causal" if caps.causal else "bidirectional"]
+    if not caps.attending:
         return f"none; {words[0]}"
-    words.append("softmax" if can.softmax else "not a softmax")
-    if can.learned_sinks:
+    words.append("softmax" if caps.softmax else "not a softmax")
+    if caps.learned_sinks:
         words.append("learned sinks")
-    if can.gated:
-        words.append("gated outputs" + (f" ({can.gate})" if can.gate else ""))
-    if "latent" in can.signals:
+    if caps.gated:
+        words.append("gated outputs" + (f" ({caps.gate})" if caps.gate else ""))
+    if "latent" in caps.signals:
         words.append("keys and values from a latent")
-    if can.dense_up_to is not None:
-        words.append(f"chunked or sparse beyond {can.dense_up_to} positions")
-    if can.softcap is not None:
-        words.append(f"scores capped at {can.softcap:g}")
-    scales = tuple(round(scale, 6) for scale in can.scales if scale is not None)
-    words.append(f"scale {_runs(scales, can.attending)}")
+    if caps.dense_up_to is not None:
+        words.append(f"chunked or sparse beyond {caps.dense_up_to} positions")
+    if caps.softcap is not None:
+        words.append(f"scores capped at {caps.softcap:g}")
+    scales = tuple(round(scale, 6) for scale in caps.scales if scale is not None)
+    words.append(f"scale {_runs(scales, caps.attending)}")
     return ", ".join(words)
 
 
@@ -582,7 +582,7 @@ def _runs(values: tuple[int | float | None, ...], layers: tuple[int, ...]) -> st
     return " · ".join(parts)
 
 
-def _metrics(can: Capabilities) -> Table:
+def _metrics(caps: Capabilities) -> Table:
     table = Table(
         title="What can be measured",
         caption="metric: name to pass to a scan, which then measures these fields of its report",
@@ -591,7 +591,7 @@ def _metrics(can: Capabilities) -> Table:
     table.add_column("metric", no_wrap=True)
     table.add_column("fields")
     table.add_column("")
-    missing, eager = can.unavailable, can.unavailable_on("eager")
+    missing, eager = caps.unavailable, caps.unavailable_on("eager")
     for metric, fields in _observers().fields().items():
         if metric in missing:
             word = Text(f"no: {missing[metric]}", style="yellow")
@@ -599,13 +599,13 @@ def _metrics(can: Capabilities) -> Table:
             word = Text("yes" if metric not in eager else "streaming only", style="green")
         table.add_row(metric, ", ".join(fields), word)
     for quantity in ("loss", "neurons", "position_embedding_norm"):
-        reason = can.undefined.get(quantity)
+        reason = caps.undefined.get(quantity)
         word = Text(f"no: {reason}", style="yellow") if reason else Text("yes", style="green")
         table.add_row("-", quantity, word)
     return table
 
 
-def _layer_by_layer(can: Capabilities) -> Table:
+def _layer_by_layer(caps: Capabilities) -> Table:
     """The metrics available in a hybrid model's layers with and without attention."""
     table = Table(
         title="What can be measured in each layer",
@@ -614,22 +614,22 @@ def _layer_by_layer(can: Capabilities) -> Table:
     )
     for column in ("layers", "block", "metrics"):
         table.add_column(column)
-    mixer = can.elsewhere.get("attn_out", "").removeprefix("blocks.{layer}.").split(".")[0]
-    others = [layer for layer in range(can.n_layers) if layer not in can.attending]
+    mixer = caps.elsewhere.get("attn_out", "").removeprefix("blocks.{layer}.").split(".")[0]
+    others = [layer for layer in range(caps.n_layers) if layer not in caps.attending]
     without = "no attention" + (f" ({mixer})" if mixer else "")
-    for layers, block in ((can.attending, "attention"), (others, without)):
-        table.add_row(_spans(layers), block, ", ".join(can.measured_at(layers[0])))
+    for layers, block in ((caps.attending, "attention"), (others, without)):
+        table.add_row(_spans(layers), block, ", ".join(caps.measured_at(layers[0])))
     return table
 
 
-def _signals(can: Capabilities) -> Table:
+def _signals(caps: Capabilities) -> Table:
     table = Table(
         title="Checked hook points",
-        caption=f"{len(can.hooks)} hook points fire in all",
+        caption=f"{len(caps.hooks)} hook points fire in all",
         title_justify="left",
     )
     table.add_column("signal", no_wrap=True)
     table.add_column("hook point")
-    for signal, hook in can.signals.items():
+    for signal, hook in caps.signals.items():
         table.add_row(signal, Text(hook))
     return table

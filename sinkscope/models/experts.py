@@ -241,13 +241,13 @@ def _why_none(model: Any, name: str) -> str:
     )
 
 
-def _check_additive(model: Any, found: dict[int, Experts]) -> None:
+def _check_additive(model: Any, experts: dict[int, Experts]) -> None:
     """Check that each FFN's output is the sum of its experts' output and a term without them.
 
     Raises:
         UnsupportedError: If it is not, or the experts are not called exactly once.
     """
-    calls: dict[int, list[Routing]] = {layer: [] for layer in found}
+    calls: dict[int, list[Routing]] = {layer: [] for layer in experts}
     inputs: dict[int, tuple[Any, Any, Any]] = {}
 
     def keep(layer: int) -> Callable[..., None]:
@@ -259,12 +259,12 @@ def _check_additive(model: Any, found: dict[int, Experts]) -> None:
     aside = only_hooks(set(model.hook_dict.values()), (), lambda x, hook: None)
     with aside, evaluating(model), torch.no_grad():
         with ExitStack() as undo:
-            for layer, one in found.items():
+            for layer, one in experts.items():
                 handle = one.parent.register_forward_hook(keep(layer), with_kwargs=True)
                 undo.callback(handle.remove)
-            undo.enter_context(routed(model, found, lambda layer, x: calls[layer].append(x)))
+            undo.enter_context(routed(model, experts, lambda layer, x: calls[layer].append(x)))
             model(probe_tokens(model).to(input_device(model)), return_type=None)
-        for layer, one in found.items():
+        for layer, one in experts.items():
             if len(calls[layer]) != 1 or layer not in inputs:
                 raise UnsupportedError(
                     f"The experts of block {layer} are called {len(calls[layer])} times in one "

@@ -281,22 +281,22 @@ class _Checks:
 
     def scores(self) -> None:
         """The softmax of the scores is the pattern, or the scores are the scaled products."""
-        found, scores, pattern = self.findings, self.attention(SCORES), self.attention(PATTERN)
+        findings, scores, pattern = self.findings, self.attention(SCORES), self.attention(PATTERN)
         if pattern is not None:  # without true scores, rows that sum to one count as softmax
-            found.softmax = all(self.close(p.sum(-1), torch.ones(p.shape[:-1])) for p in pattern)
+            findings.softmax = all(self.close(p.sum(-1), torch.ones(p.shape[:-1])) for p in pattern)
         if scores is None:
-            found.reject("hook_attn_scores does not fire in every block that attends", "scores")
+            findings.reject("hook_attn_scores does not fire in every block that attends", "scores")
         elif pattern is not None and self.same(scores, pattern):
-            found.reject("the stock bridge's hook_attn_scores is the pattern itself", "scores")
+            findings.reject("the stock bridge's hook_attn_scores is the pattern itself", "scores")
         else:
-            found.softmax = all(self.is_softmax(i, s) for i, s in enumerate(scores))
+            findings.softmax = all(self.is_softmax(i, s) for i, s in enumerate(scores))
             products = self.products or ()
-            if found.softmax or (
+            if findings.softmax or (
                 products and all(self.are_scores(i, s) for i, s in enumerate(products))
             ):
-                found.accept(scores=SCORES)
+                findings.accept(scores=SCORES)
             else:
-                found.reject("hook_pattern is not the softmax of hook_attn_scores", "scores")
+                findings.reject("hook_pattern is not the softmax of hook_attn_scores", "scores")
 
     def is_softmax(self, layer: int, scores: Tensor) -> bool:
         """Whether the softmax of these scores is the layer's pattern, up to a share of no key."""
@@ -395,32 +395,32 @@ class _Checks:
 
     def residual(self) -> None:
         """Block outputs are the next block's inputs, and the two sub-layers' outputs add up."""
-        found, before = self.findings, self.layers(RESID_PRE)
+        findings, before = self.findings, self.layers(RESID_PRE)
         shown = next((hook for hook in BLOCK_OUT if self.layers(hook)), RESID_POST)
         after = self.layers(shown)
         shape = (*self.probe.tokens.shape, self.anatomy.d_model)
         names = ("resid_pre", "resid_post", "attn_out", "mlp_out")
         if before is None or after is None or any(x.shape != shape for x in (*before, *after)):
-            found.reject("a block does not pass on one residual vector a position", *names)
+            findings.reject("a block does not pass on one residual vector a position", *names)
             return
         if not self.same(after[:-1], before[1:]):
-            found.reject("a block's output is not the next block's input", *names)
+            findings.reject("a block's output is not the next block's input", *names)
             return
-        found.accept(resid_pre=RESID_PRE, resid_post=shown)
+        findings.accept(resid_pre=RESID_PRE, resid_post=shown)
         others = MIXER_OUT if len(self.anatomy.attending) < self.anatomy.n_layers else (None,)
         for attn_hook, other_hook, mlp_hook in product(ATTN_OUT, others, MLP_OUT):
             attn, mlp = self.first_half(attn_hook, other_hook), self.layers(mlp_hook)
             if attn and mlp and self.add_up(before, attn, mlp, after):
-                found.accept(attn_out=attn_hook, mlp_out=mlp_hook)
+                findings.accept(attn_out=attn_hook, mlp_out=mlp_hook)
                 if other_hook is not None and other_hook != attn_hook:
-                    found.elsewhere["attn_out"] = other_hook
+                    findings.elsewhere["attn_out"] = other_hook
                 return
-        found.reject("no hook points show what each half of a block adds", "attn_out", "mlp_out")
+        findings.reject("no hook points show what each half of a block adds", "attn_out", "mlp_out")
         for mlp_hook in MLP_OUT:
             middle, mlp = self.layers(LN2_IN), self.layers(mlp_hook)
             if middle and mlp and self.adds(middle, mlp, after):
-                del found.reasons["mlp_out"]
-                found.accept(mlp_out=mlp_hook)
+                del findings.reasons["mlp_out"]
+                findings.accept(mlp_out=mlp_hook)
                 return
 
     def first_half(self, attn_hook: str, other_hook: str | None) -> Layers | None:
