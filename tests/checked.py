@@ -18,7 +18,7 @@ from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import jaxtyping
 from beartype import beartype
@@ -51,11 +51,15 @@ shapes_and_types = jaxtyping.jaxtyped(typechecker=compiled_once)
 
 def hints_of(function: Callable) -> dict[str, Any]:
     """Annotations without those that only a type checker can read, as jaxtyping takes them."""
+
+    def one(value: Any) -> None: ...
+
     found = {}
     for name, hint in function.__annotations__.items():
+        one.__annotations__ = {"value": hint}
         try:
-            found[name] = eval(hint, function.__globals__) if isinstance(hint, str) else hint
-        except NameError:
+            found[name] = get_type_hints(one, function.__globals__, include_extras=True)["value"]
+        except Exception:  # a NameError mostly, also of a name inside: tuple[int, "SinkReport"]
             continue
     return found
 

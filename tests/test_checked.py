@@ -61,3 +61,16 @@ def test_what_is_compiled_from_its_source_is_left_as_it_is() -> None:
     kernel, function = checked._Decorated().visit(module).body
     assert [ast.unparse(one) for one in kernel.decorator_list] == ["jit", "no_type_check"]
     assert [ast.unparse(one) for one in function.decorator_list] == ["_test_outer"]
+
+
+def test_names_that_only_a_type_checker_knows_pass() -> None:
+    hidden = tuple[int, "SinkReport"]
+
+    def both(x: hidden, n: int) -> hidden:
+        return x
+
+    both.__annotations__["x"] = both.__annotations__["return"] = hidden
+    function = checked.checked(both)
+    assert function((1, 2), n=3) == (1, 2)
+    with pytest.raises(BeartypeCallHintViolation):
+        function((1, 2), n="3")
