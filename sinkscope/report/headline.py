@@ -155,13 +155,17 @@ def _peak(report: SinkQuantities) -> str:
     if len(over) == 0:
         return f"{whose} no residual peak: at most {_two(largest)} times the others' norm."
     first = int(over[0])
-    size = f"{number(float(peak[first]))} times the others' norm"
-    parts = [size]
-    if (dim := _largest_dim(report, first)) is not None:
-        parts.append(f"dim {dim}")
-    if largest > 1.2 * float(peak[first]):
-        parts.append(f"{number(largest)} times after block {top}")
-    return f"Block {first} writes the residual peak ({', '.join(parts)})."
+    grows = largest > 1.2 * float(peak[first])  # then no single block need have written it
+    at = top if grows else first
+    size = f"{number(float(peak[at]))} times the others' norm"
+    dim = _largest_dim(report, at)
+    where = "" if dim is None else f", dim {dim}"
+    if grows:
+        return (
+            f"The residual peak is largest after block {top} ({size}{where}); it first exceeds "
+            f"{PEAK:g} times after block {first}."
+        )
+    return f"Block {first} writes the residual peak ({size}{where})."
 
 
 def _value(report: SinkQuantities) -> str:

@@ -97,7 +97,8 @@ def test_a_peak_that_grows_names_both_blocks():
     peak = torch.tensor([1.0, 12.0, 40.0, 3.0]).expand(2, 4)
     said = headline(only(report(heads(0.8), residual_peak=peak), "residual_peak"))
     assert said == (
-        "Block 1 writes the residual peak (12 times the others' norm, 40 times after block 2)."
+        "The residual peak is largest after block 2 (40 times the others' norm); it first exceeds "
+        "10 times after block 1."
     )
 
 
