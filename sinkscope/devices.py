@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -97,44 +96,6 @@ def sent(x: Shaped[Tensor, "*shape"], device: torch.device) -> Shaped[Tensor, "*
 # glibc keeps freed memory for reuse, but cannot always reuse the holes that large tensors leave: in
 # a loop over 32,768 tokens on a CPU, with at most 80 MB of tensors alive at once, the process grew
 # by 4 GB. malloc_trim returns such holes to the operating system.
-#
-# glibc also maps large blocks one by one, and returns each when it is freed. But then it raises the
-# size from which it does so to that block's, up to 32 MiB, so that after the first layer most
-# activations are among the small ones.
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Names of settings in <malloc.h>."""
-_APART, _AS_GROWN = 2**21, 2**25
-"""Sizes from which blocks are mapped one by one: inside `large_tensors_apart`, and the largest that
-glibc reaches by itself [bytes]."""
-
-_malloc = threading.Lock()
-_inside = 0
-
-
-@contextmanager
-def large_tensors_apart() -> Iterator[None]:
-    """Within the context, large CPU tensors return to the operating system as they are freed.
-
-    Afterwards glibc's sizes are those that its own adjustment reaches. Does nothing without glibc,
-    or where the environment sets these sizes.
-    """
-    global _inside
-    settle = _settings_of_malloc()
-    if settle is None:
-        yield
-        return
-    with _malloc:
-        _inside += 1
-        settle(_M_MMAP_THRESHOLD, _APART)
-    try:
-        yield
-    finally:
-        with _malloc:
-            _inside -= 1
-            if not _inside:
-                settle(_M_MMAP_THRESHOLD, _AS_GROWN)
-                settle(_M_TRIM_THRESHOLD, 2 * _AS_GROWN)
 
 
 def trim() -> None:
@@ -149,14 +110,6 @@ def _trimmer() -> Callable[[int], int] | None:
     if not sys.platform.startswith("linux"):
         return None
     return getattr(ctypes.CDLL(None), "malloc_trim", None)
-
-
-@functools.cache
-def _settings_of_malloc() -> Callable[[int, int], int] | None:
-    set_by_user = "MALLOC_MMAP_THRESHOLD_" in os.environ or "GLIBC_TUNABLES" in os.environ
-    if _trimmer() is None or set_by_user:
-        return None
-    return getattr(ctypes.CDLL(None), "mallopt", None)
 
 
 # -- work on slices of rows, halved when memory runs out -------------------------------------------

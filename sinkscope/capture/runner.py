@@ -25,7 +25,7 @@ from sinkscope.capture.batches import Batch
 from sinkscope.capture.observers.base import Observer
 from sinkscope.capture.paths import Path, Wanted
 from sinkscope.capture.replicas import Batches, InOrder, Share, Stopped, side_by_side
-from sinkscope.devices import exclusive, large_tensors_apart, ran_out_of_memory, trim
+from sinkscope.devices import exclusive, ran_out_of_memory, trim
 from sinkscope.errors import ModelError
 from sinkscope.models import probe
 from sinkscope.models.active import refuse_short_prompts
@@ -98,7 +98,6 @@ def run(
     with (
         torch.inference_mode(),
         tqdm(total=len(order), unit="prompt", disable=not progress, leave=False) as bar,
-        large_tensors_apart() if home.type == "cpu" else nullcontext(),
         ExitStack() as opened,  # all in this thread, so that contexts are exited in reverse order
     ):
 
