@@ -40,6 +40,16 @@ class Interval(NamedTuple):
     low: Any
     high: Any
 
+    def __repr__(self) -> str:
+        """The numbers; of tensors and arrays the shape and the range of the means."""
+        if isinstance(self.mean, float | int):
+            parts = (f"{name}={number(x)}" for name, x in self._asdict().items())
+            return f"Interval({', '.join(parts)})"
+        mean = torch.as_tensor(self.mean).double()
+        known = mean[~mean.isnan()].tolist()
+        between = f"from {number(min(known))} to {number(max(known))}" if known else "all nan"
+        return f"Interval(mean, low, high of shape {tuple(mean.shape)}; means {between})"
+
     def __str__(self) -> str:
         """``mean [low, high]`` of a number; only the mean if there is no interval."""
         if not isinstance(self.mean, float):

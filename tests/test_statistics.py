@@ -151,3 +151,11 @@ def test_an_interval_is_written_as_its_numbers() -> None:
 def test_an_estimate_is_the_bootstrap_of_one_value() -> None:
     x = torch.tensor([1.0, 2.0, 4.0])
     assert estimate(x) == tuple(float(end) for end in bootstrap(x))
+
+
+def test_an_interval_is_readable_at_a_glance() -> None:
+    assert repr(Interval(0.5, 0.25, 0.75)) == "Interval(mean=0.5, low=0.25, high=0.75)"
+    many = torch.tensor([[0.25, torch.nan], [0.5, 0.75]])
+    assert repr(Interval(many, many, many)) == (
+        "Interval(mean, low, high of shape (2, 2); means from 0.25 to 0.75)"
+    )

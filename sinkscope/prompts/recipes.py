@@ -7,7 +7,7 @@ import random
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sinkscope.errors import SinkscopeWarning, TextError
@@ -182,7 +182,7 @@ class Documents(TextSource):
         documents: returns an iterator over the documents from the first one on.
     """
 
-    documents: Callable[[], Iterator[Document]]
+    documents: Callable[[], Iterator[Document]] = field(repr=False)
 
     def read(self) -> Iterator[Document]:
         """The documents, without a byte-order mark at the start of a string."""

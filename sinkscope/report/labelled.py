@@ -285,6 +285,14 @@ class Labelled:
             raise ReportError(self._not_measured(name))
         return variable
 
+    if not TYPE_CHECKING:  # a type checker knows which attributes there are
+
+        def __getattr__(self, name: str) -> Any:
+            """Refuse a misspelt field with the right ones."""
+            if name.startswith("_"):
+                raise AttributeError(name)
+            raise AttributeError(self._unknown(name), name=name, obj=self)
+
     def _unknown(self, name: str) -> str:
         import difflib
 

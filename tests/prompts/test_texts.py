@@ -449,4 +449,5 @@ def test_the_repr_is_one_line():
     assert repr(token_ids([[4, 5], [6]])) == (
         "Texts('token ids': 2 prompts, 1 to 2 tokens, BOS as given)"
     )
+    assert "0x" not in repr(texts("prose", prompts=2, length=8))
     assert "1 prompt, 2 tokens each" in repr(token_ids([[4, 5]]))

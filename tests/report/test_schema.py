@@ -58,6 +58,8 @@ def test_access_by_name_says_what_is_wrong():
     assert report["sink_attention"] is report.sink_attention
     with pytest.raises(ReportError, match="did you mean sink_attention"):
         report["sink_atention"]
+    with pytest.raises(AttributeError, match="did you mean sink_attention"):
+        report.sink_atention  # noqa: B018
     with pytest.raises(ReportError, match="scan again with the metric 'head_outputs'"):
         report["honor"]
     with pytest.raises(ReportError, match="scan again with the metric 'massive'"):
