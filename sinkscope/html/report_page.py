@@ -9,13 +9,15 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING
 
+from sinkscope.errors import ReportError
 from sinkscope.html.data import page_data
 from sinkscope.html.page import asset, filled, page
 from sinkscope.plot.labels import in_words, plain_about, readable
 from sinkscope.report import headline, summary
+from sinkscope.report.patterns import HeadPatterns
+from sinkscope.validation import shown
 
 if TYPE_CHECKING:
-    from sinkscope.report.patterns import HeadPatterns
     from sinkscope.report.report import SinkReport
 
 _SCRIPTS = ("store.js", "patterns.js", "figures.js", "tokens.js", "tables.js", "main.js")
@@ -34,7 +36,15 @@ def to_html(report: SinkReport, patterns: HeadPatterns | None = None) -> str:
 
     Returns:
         The page, about 5 MB of it Plotly.
+
+    Raises:
+        ReportError: If `patterns` are none, but the name of a file, say.
     """
+    if not isinstance(patterns, HeadPatterns | None):
+        raise ReportError(
+            "to_html returns the page as text, and takes attention patterns, not "
+            f'{shown(patterns)}; write it with Path("page.html").write_text(report.to_html()).'
+        )
     body = filled(
         asset("report.html"),
         headline=html.escape(readable(headline.headline(report))),
