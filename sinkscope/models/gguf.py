@@ -12,11 +12,19 @@ from __future__ import annotations
 
 import copy
 import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -43,7 +51,7 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     folder, name = str(path.parent), path.name
     try:
         header = read_header(path)
-        with quiet():
+        with quiet(), _one_bar(name):
             loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, with output_loading_info
                 folder,
                 gguf_file=name,
@@ -73,6 +81,24 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
             "checkpoint instead."
         )
     return _without_quantization(model), tokenizer
+
+
+@contextmanager
+def _one_bar(name: str) -> Iterator[None]:
+    """A progress bar with the file's name that goes away, in place of transformers' own.
+
+    That one is not under transformers' switch for progress bars.
+    """
+
+    def bar(tensors: Iterable[Any], **_: Any) -> Iterable[Any]:
+        return tqdm(tensors, desc=f"Reading {name}", unit="tensor", leave=False)
+
+    theirs = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = bar
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = theirs
 
 
 def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:

@@ -53,10 +53,10 @@ def text(report: SinkQuantities) -> str:
     """Source and number of the tokens, and the BOS policy."""
     lengths = report.mask.sum(1)
     low, high = int(lengths.min()), int(lengths.max())
-    length = str(high) if low == high else f"{low} to {high}"
-    prompts = "1 prompt" if len(lengths) == 1 else f"{len(lengths)} prompts"
+    length = counted(high, "token") if low == high else f"{low} to {high} tokens"
     source = printable(report.settings.source)
-    return f"{source}, {prompts} of {length} tokens, BOS {printable(report.settings.bos)}"
+    prompts = counted(len(lengths), "prompt")
+    return f"{source}, {prompts} of {length}, BOS {printable(report.settings.bos)}"
 
 
 def sinks(report: SinkQuantities) -> str:

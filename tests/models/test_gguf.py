@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import modeling_gguf_pytorch_utils
 
 import sinkscope as ss
 from sinkscope.errors import ModelError, UnsupportedError
@@ -33,6 +34,14 @@ def test_same_model(gguf_file: Path) -> None:
     digest = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
     source = model_source(bridge)
     assert (source.kind, source.revision) == ("gguf", f"sha256:{digest}")
+
+
+def test_one_progress_bar_which_names_the_file(gguf_file: Path, capfd) -> None:
+    before = modeling_gguf_pytorch_utils.tqdm
+    load_model(gguf_file)
+    shown = capfd.readouterr().err
+    assert f"Reading {gguf_file.name}" in shown and "de-quantizing" not in shown
+    assert modeling_gguf_pytorch_utils.tqdm is before
 
 
 def test_no_network(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
