@@ -61,6 +61,7 @@ print(json.dumps(found | {"report": report.nbytes}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to")
 def test_a_scan_holds_a_tenth_more_than_a_loop_and_its_report() -> None:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**21)}

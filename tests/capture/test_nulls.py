@@ -224,6 +224,7 @@ def test_the_fast_initial_null_is_that_of_scans(at_initialisation: list[SinkRepo
         )
 
 
+@pytest.mark.slow
 def test_scans_with_different_seeds_share_no_draw(at_initialisation: list[SinkReport]) -> None:
     for name in ("initial_sink_attention", "initial_residual_peak", "initial_value_drain"):
         drawn = [one[name].double().mean(0).flatten(0, -2).T for one in at_initialisation]

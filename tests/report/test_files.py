@@ -80,6 +80,7 @@ def as_bytes(tensor: torch.Tensor) -> list[int]:
     return one_nan.contiguous().view(torch.uint8).tolist()
 
 
+@pytest.mark.slow
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -120,6 +121,7 @@ def test_a_report_without_massive_activations_has_no_entries(tmp_path: Path):
     assert loaded.equals(report) and len(loaded.massive.value) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accident", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accident: BaseException
@@ -216,6 +218,7 @@ DAMAGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", DAMAGED)
 def test_a_report_whose_parts_are_not_what_they_should_be(tmp_path: Path, how: str):
     path = synthetic_report().save(tmp_path / "r.nc")
@@ -297,6 +300,7 @@ def _virtual(file: h5py.File, secret: Path) -> None:
     file.create_virtual_dataset("honor", layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [_external_storage, _external_link, _virtual])
 def test_a_strangers_report_that_reads_other_files_is_refused(tmp_path: Path, how: Callable):
     path = synthetic_report(seed=1).save(tmp_path / "r.nc")
