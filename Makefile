@@ -76,7 +76,7 @@ quick: setup
 
 quick-tests: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q -m "not (real or browser or slow or gpu)" \
-	  tests/attention tests/capture tests/metrics tests/prompts tests/report tests/test_statistics.py \
+	  tests/attention tests/metrics tests/prompts tests/report tests/test_statistics.py \
 	  tests/test_validation.py
 
 # The newest of everything, beyond the bounds of pyproject.toml too, in an environment of its own:
