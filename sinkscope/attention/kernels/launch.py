@@ -336,10 +336,11 @@ def _tile(kernel: str, query: Query, width: int) -> tuple[int, int, int, int]:
 
 @cache
 def _shared_memory(device: torch.device) -> float:
-    """Shared memory of a block on a GPU [bytes]; unlimited for Triton's interpreter on a CPU."""
-    if device.type != "cuda":
+    """Shared memory of a block on a GPU [bytes]; unlimited where torch does not tell it."""
+    if device.type != "cuda":  # Triton's interpreter
         return math.inf
-    return float(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return float(getattr(properties, "shared_memory_per_block_optin", math.inf))
 
 
 def _precision(query: Query) -> str:
