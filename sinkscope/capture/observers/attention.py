@@ -178,10 +178,6 @@ class SinkLogitGeometry(Observer, metric="sink_logit", reads="attention", needs=
 class Recency(Observer, metric="recency", reads="attention"):
     """Attention to near keys, sinks and the remaining keys, over queries that see all three."""
 
-    def __init__(self, scope: Scope) -> None:
-        super().__init__(scope)
-        self._windows: dict[int, int | None] = {}
-
     @classmethod
     def unavailable(cls, can: Capabilities) -> str | None:
         """Shares are undefined for rows that are not distributions."""
@@ -193,19 +189,17 @@ class Recency(Observer, metric="recency", reads="attention"):
             ("beyond weights", x.window), lambda: mean_weights(batch.beyond(x.window))
         )
         near = x.nearby(attention.RECENT).unflatten(-1, (2, -1))
-        self._windows[self.layer] = x.window
         return {
             "near": torch.einsum("phqiw,pqw->piwh", near, weights.to(near.dtype)),
             "to_sinks": average(x.on_keys(batch.sinks, batch.most_sinks), weights),
             "total": average(x.total(), weights),
+            "uniform": batch.uniform_nearby(x.window),
         }
 
     def finish(self, layers: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Ratios to uniform attention, and what remains, in all layers at once."""
         recent, without_self = layers["near"].unbind(2)
-        windows = [window for _, window in sorted(self._windows.items())]
-        uniform = torch.stack([batch.uniform_nearby(window) for window in windows])
-        uniform, uniform_without_self = uniform.unflatten(-1, (2, -1)).unbind(-2)
+        uniform, uniform_without_self = layers["uniform"].unflatten(-1, (2, -1)).unbind(-2)
         recent, to_sinks = recent.mT, layers["to_sinks"]
         return {
             "recent_attention": recent,
