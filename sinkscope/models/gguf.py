@@ -6,6 +6,10 @@ prevents saving it. The weights are moved to a model with the same config withou
 transformers also ignores parts of some files without a warning: biases that the architecture's
 config turns off by default, scaled rotary positions, the experts of some families. The file's
 header is therefore compared with the resulting model.
+
+Nor does it follow every file's rules for splitting text, and before version 5.18 it ignored whether
+a BOS token belongs in front. A tokenizer is therefore used only if its rules are among those known
+to be followed.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+import transformers
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -61,7 +66,7 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
             )
             model, loading = loaded
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-            if header.metadata.get("tokenizer.ggml.pre") == "smollm":
+            if header.metadata.get("tokenizer.ggml.pre") in _DIGITS_APART:
                 _split_digits(tokenizer)
             # It names a folder from which the tokenizer cannot be reloaded.
             tokenizer.init_kwargs.pop("name_or_path", None)
@@ -74,7 +79,7 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
         raise ModelError(
             f"{path} is truncated or damaged ({said or type(error).__name__}); fetch it again."
         ) from error
-    reason = _what_differs(header, model, loading)
+    reason = _what_differs(header, model, loading) or _misread(header, tokenizer)
     if reason is not None:
         raise UnsupportedError(
             f"transformers does not read {path} as it is: {reason}. Use the model's safetensors "
@@ -110,8 +115,17 @@ def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:
         )
 
 
+# -- tokenizers ------------------------------------------------------------------------------------
+
+_AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais"}
+"""Names that GGUF files have for the way GPT-2 splits text, which transformers' converter uses."""
+
+_DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+"""Names for the same with each digit by itself, which transformers omits."""
+
+
 def _split_digits(tokenizer: Any) -> None:
-    """Split digits individually, as the pre-tokenizer "smollm" requires and transformers omits.
+    """Split digits individually, then as GPT-2 does.
 
     Without this, "  12" becomes two single spaces and digits instead of a double space and digits.
     """
@@ -123,6 +137,28 @@ def _split_digits(tokenizer: Any) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
+
+
+def _misread(header: Header, tokenizer: Any) -> str | None:
+    """How the tokenizer differs from what the file states, in a few words; None if it does not."""
+    kind = header.metadata.get("tokenizer.ggml.model")
+    split = header.metadata.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or split not in _AS_GPT2 | _DIGITS_APART:
+        try:
+            from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
+
+            followed = mapping.GGUF_PRE_TOKENIZER_SPLITS
+        except (ImportError, AttributeError):
+            return f"its tokenizer needs version 5.18 or later (this is {transformers.__version__})"
+        if kind == "gpt2" and split not in followed:
+            return f"it splits text as GPT-2 does, whereas the file states {split!r}"
+    if kind == "gemma4":  # its chat template writes the BOS token, whatever the file states
+        return None
+    begins = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    if begins != header.metadata.get("tokenizer.ggml.add_bos_token", begins):
+        which = "a" if begins else "no"
+        return f"it puts {which} BOS token before a text, against what the file states"
+    return None
 
 
 # -- comparing the file's header with the loaded model ---------------------------------------------

@@ -48,7 +48,7 @@ def llama_folder(folder: Path, *, with_tokenizer: bool = True, **save) -> Path:
     return folder
 
 
-def llama_gguf(path: Path, pre: str = "default", **changes) -> Path:
+def llama_gguf(path: Path, pre: str = "gpt-2", **changes) -> Path:
     """The tiny Llama in GGUF, with a byte-level vocabulary; see `write_gguf`."""
     return write_gguf(path, tiny_llama(), "llama", pre, **changes)
 
@@ -57,9 +57,10 @@ def write_gguf(
     path: Path,
     model: PreTrainedModel,
     architecture: str,
-    pre: str = "default",
+    pre: str = "gpt-2",
     metadata: dict | None = None,
     tensors: dict | None = None,
+    add_bos: bool | None = None,
 ) -> Path:
     """A model in GGUF under llama.cpp's names, as its converters write it, with a tiny vocabulary.
 
@@ -107,6 +108,8 @@ def write_gguf(
     writer.add_token_merges(["Ġ Ġ"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     for name, array in (weights | (tensors or {})).items():
         if array is not None:
             writer.add_tensor(name, array)

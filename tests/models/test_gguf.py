@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 import gguf
@@ -14,6 +15,7 @@ from transformers import modeling_gguf_pytorch_utils
 import sinkscope as ss
 from sinkscope.errors import ModelError, UnsupportedError
 from sinkscope.families import OWN, tiny_model
+from sinkscope.models import gguf as gguf_module
 from sinkscope.models.capabilities import capabilities
 from sinkscope.models.gguf import read_gguf, read_header
 from sinkscope.models.load import load_model
@@ -139,6 +141,10 @@ NOT_READ = {
         r"it makes lm_head.weight \[90, 32\] where the file has \[97, 32\]",
     ),
     "missing": (dict(tensors={"blk.1.ffn_up.weight": None}), "it finds no .*1.mlp.up_proj.weight"),
+    "splits": (
+        dict(pre="deepseek-coder"),
+        "it splits text as GPT-2 does, whereas the file states 'deepseek-coder'",
+    ),
 }
 
 
@@ -149,6 +155,35 @@ def test_what_transformers_leaves_out_is_refused(case: str, tmp_path: Path) -> N
     path = llama_gguf(tmp_path / "other.gguf", **changes)
     with pytest.raises(UnsupportedError, match=f"does not read .*other.gguf as it is: {reason}"):
         load_model(path, device="cpu")
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_bos_as_the_file_states(add_bos: bool, tmp_path: Path) -> None:
+    bridge = load_model(llama_gguf(tmp_path / "tiny.gguf", add_bos=add_bos), device="cpu")
+    first = int(ss.texts(["abcdef"], prompts=1, length=3).tokenize(bridge).tokens[0, 0])
+    assert bridge.tokenizer.convert_ids_to_tokens([first])[0] == ("<s>" if add_bos else "a")
+
+
+def test_tokenizers_of_versions_that_ignore_bos_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers before 5.18, which also merged Gemma's pieces in a wrong order."""
+    read = gguf_module.AutoTokenizer.from_pretrained
+
+    def without_bos(*args, **kwargs):
+        tokenizer = read(*args, **kwargs)
+        tokenizer.add_bos_token = False
+        return tokenizer
+
+    monkeypatch.setattr(gguf_module.AutoTokenizer, "from_pretrained", without_bos)
+    path = llama_gguf(tmp_path / "bos.gguf", add_bos=True)
+    with pytest.raises(UnsupportedError, match="it puts no BOS token before a text"):
+        load_model(path, device="cpu")
+    other = llama_gguf(tmp_path / "other.gguf", pre="qwen2")
+    assert load_model(other, device="cpu").tokenizer is not None
+    monkeypatch.setitem(sys.modules, "transformers.integrations.gguf", None)
+    found = gguf_module._misread(read_header(other), None)
+    assert found is not None and "needs version 5.18 or later" in found
 
 
 @pytest.mark.parametrize("share", [0.0005, 0.01, 0.1, 0.5, 0.99])
