@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sinkscope.errors import ReportError
 from sinkscope.models.provenance import model_source
 from sinkscope.output import as_csv, as_json, plain, wrapped, write_file
 from sinkscope.prompts.tokens import Texts
@@ -76,11 +77,16 @@ class Result(Labelled):
             The files written.
 
         Raises:
-            ReportError: If they cannot be written.
+            ReportError: If the path has a suffix of its own, or they cannot be written.
         """
         if name is not None:
             warn("Result.save(folder, name)", "save(path)")
             path = Path(path) / name
+        if Path(path).suffix in {".json", ".csv", ".html", ".nc"}:
+            raise ReportError(
+                "save writes three files and adds the suffixes .json, .csv and .html itself; pass "
+                f"{str(Path(path).with_suffix(''))!r} in place of {str(path)!r}."
+            )
         contents = {
             "json": as_json(self.to_dict(), indent=1) + "\n",
             "csv": as_csv(self.to_frame()),

@@ -238,6 +238,8 @@ def test_old_names_work_and_warn(model, tmp_path) -> None:
     with warned("save"):
         files = found.save(tmp_path, "old")
     assert files == found.save(tmp_path / "old")
+    with pytest.raises(ReportError, match=r"adds the suffixes .json, .csv and .html itself"):
+        found.save(tmp_path / "old.html")
     kinds = {"one": texts, "two": ss.token_ids(TOKENS.flip(0))}
     with warned("sink_threshold"):
         old = dormancy(model, kinds, parked=0.1, progress=False)
