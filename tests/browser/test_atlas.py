@@ -77,7 +77,7 @@ def test_a_row_opens_with_its_head_map_and_the_way_to_its_report(open_page, html
     canvas.hover(position={"x": size["width"] * 2.5 / heads, "y": size["height"] * 1.5 / layers})
     said = box.locator(".about").inner_text()
     assert said == f"layer 1, head 2: sink attention {float(mean[1, 2]):.2f}"
-    page.locator("#atlas tbody tr.link").nth(7).press("Enter")
+    page.locator("#atlas tbody tr.link button").nth(7).press("Enter")
     assert page.locator(".open").count() == 0
     page.locator("#atlas tbody tr.link").nth(8).click()
     assert page.locator(".open").get_by_role("link").count() == 0

@@ -98,20 +98,21 @@ function drawRow(index) {
   const { values } = page.rows[index];
   const row = document.createElement("tr");
   row.className = "link";
-  row.tabIndex = 0;
-  row.setAttribute("aria-expanded", String(openRows.has(index)));
   const map = document.createElement("td");
   map.className = "map";
-  if (maps[index]) map.append(drawMap(maps[index], small(maps[index].shape)));
+  const button = document.createElement("button");
+  button.setAttribute("aria-expanded", String(openRows.has(index)));
+  button.setAttribute("aria-label", `details of ${values[0]}`);
+  button.append(maps[index] ? drawMap(maps[index], small(maps[index].shape)) : "details");
+  map.append(button);
   row.append(map, ...values.map((value, column) => written(value, page.columns[column].kind)));
   const toggle = () => {
     if (!openRows.delete(index)) openRows.add(index);
     draw();
-    byId("atlas").querySelector(`[data-row="${index}"]`)?.focus({ preventScroll: true });
+    byId("atlas").querySelector(`[data-row="${index}"] button`)?.focus({ preventScroll: true });
   };
   row.dataset.row = index;
-  row.addEventListener("click", toggle);
-  row.addEventListener("keydown", ({ key }) => { if (key === "Enter") toggle(); });
+  row.addEventListener("click", toggle); // a key on the button clicks it, and so the row
   if (!openRows.has(index)) return [row];
   const below = document.createElement("tr");
   const place = document.createElement("td");
