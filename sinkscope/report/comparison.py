@@ -40,7 +40,10 @@ def compare(before: SinkReport, after: SinkReport) -> Comparison:
     """
     for report in (before, after):
         if not isinstance(report, SinkReport):
-            raise ReportError(f"compare() takes two reports of a scan, not {shown(report)}.")
+            raise ReportError(
+                f"compare() takes two reports of a scan, not {shown(report)}; load_report opens a "
+                "file."
+            )
     same = before.tokens.shape == after.tokens.shape and bool(
         (before.mask == after.mask.to(before.mask.device)).all()
         and (before.tokens == after.tokens.to(before.tokens.device))[before.mask].all()

@@ -14,8 +14,8 @@ from sinkscope.output import and_more, listed, number, printable
 from sinkscope.report.quantities import SinkQuantities
 
 PEAK = 10.0
-"""Ratio above which a residual state is called a peak. The first block after which the mean over
-prompts exceeds it is said to write the peak. Published values are between 10 and 1000."""
+"""Ratio above which a residual state is called a peak. Published values are between 10 and 1000."""
+_WHOLE, _HALF = 0.8, 0.5
 STRONG = 1 / 3
 """A sink is called strong if at least this share of heads are sink heads."""
 
@@ -105,6 +105,12 @@ def _attention(report: SinkQuantities) -> str:
     mean, even = _strength(report)
     times = _two(mean / even)
     average = f"the mean over heads, {_two(mean)}, is {times} times that of uniform attention"
+    if even >= epsilon:
+        return (
+            f"These prompts are too short to tell whether {name} has a sink at {where}: uniform "
+            f"attention to {it}, {_two(even)}, already exceeds ε = {epsilon:g}; {average}. Use "
+            "longer prompts or a larger ε."
+        )
     if count == 0:
         largest = report.mean("sink_attention").nan_to_num(-1).max()
         return (
@@ -144,28 +150,33 @@ def _learned(report: SinkQuantities) -> str:
     return f"Its learned sink logits take {_two(mass)} of the attention."
 
 
+def peak_block(report: SinkQuantities) -> int | None:
+    """First block after which the mean residual peak reaches four fifths of its largest value.
+
+    None if that value does not exceed `PEAK`, or residual states were not measured.
+    """
+    peak = _mean_peak(report)
+    if peak is None or float(peak.max()) <= PEAK:
+        return None
+    return int((peak >= _WHOLE * peak.max()).nonzero()[0])
+
+
 def _peak(report: SinkQuantities) -> str:
     peak = _mean_peak(report)
     if peak is None:
         return ""
-    top = int(peak.argmax())
-    largest = float(peak[top])
-    over = (peak > PEAK).nonzero()
     whose = "The sinks have" if _several(report) else "The sink has"
-    if len(over) == 0:
-        return f"{whose} no residual peak: at most {_two(largest)} times the others' norm."
-    first = int(over[0])
-    grows = largest > 1.2 * float(peak[first])  # then no single block need have written it
-    at = top if grows else first
-    size = f"{number(float(peak[at]))} times the others' norm"
-    dim = _largest_dim(report, at)
-    where = "" if dim is None else f", dim {dim}"
-    if grows:
+    block = peak_block(report)
+    if block is None:
         return (
-            f"The residual peak is largest after block {top} ({size}{where}); it first exceeds "
-            f"{PEAK:g} times after block {first}."
+            f"{whose} no residual peak: at most {_two(float(peak.max()))} times the others' norm."
         )
-    return f"Block {first} writes the residual peak ({size}{where})."
+    dim = _largest_dim(report, block)
+    where = "" if dim is None else f", dim {dim}"
+    size = f"{number(float(peak[block]))} times the others' norm{where}"
+    if block > 0 and peak[block - 1] > _HALF * peak[block]:  # no single block has written it
+        return f"The residual peak grows over many blocks, up to block {block} ({size})."
+    return f"Block {block} writes the residual peak ({size})."
 
 
 def _value(report: SinkQuantities) -> str:

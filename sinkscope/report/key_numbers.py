@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sinkscope.report.headline import PEAK
+from sinkscope.report.headline import peak_block
 from sinkscope.report.quantities import SinkQuantities
 
 KEY_NUMBERS = {
@@ -17,7 +17,7 @@ KEY_NUMBERS = {
     "strongest_layer": (None, "layer of the strongest head"),
     "strongest_head": (None, "the strongest head in that layer"),
     "residual_peak": ("ratio", "largest residual peak over the layers, mean over prompts"),
-    "peak_block": (None, f"first block after which the mean residual peak exceeds {PEAK:g}"),
+    "peak_block": (None, "first block after which the residual peak is 4/5 of its largest value"),
     "value_drain": ("ratio", "median over KV heads of the value drain"),
     "massive_dims": (None, "residual channels with massive activations, largest first"),
     "learned_sink_mass": ("probability", "attention that learned sink logits take, mean"),
@@ -53,9 +53,8 @@ def key_numbers(report: SinkQuantities) -> dict[str, Any]:
         }
     if _known(report, "residual_peak"):
         peak = report.mean("residual_peak").nan_to_num(-torch.inf)
-        over = (peak > PEAK).nonzero()
         numbers["residual_peak"] = float(peak.max())
-        numbers["peak_block"] = int(over[0]) if len(over) else None
+        numbers["peak_block"] = peak_block(report)
     if _known(report, "value_drain"):
         numbers["value_drain"] = float(report.mean("value_drain").nanmedian())
     if report.massive is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -255,6 +255,14 @@ class Labelled:
             ReportError: if there is no such field, or it was not measured.
         """
         return getattr(self, self._require(name).name)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a field was measured."""
+        return name in self.measured()
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the measured fields."""
+        return iter(self.measured())
 
     def to(self: L, device: str | torch.device) -> L:
         """The same report with every tensor on `device`."""

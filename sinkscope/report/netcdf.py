@@ -70,6 +70,9 @@ def load(cls: type[T], path: str | Path) -> T:
 
     path = validation.path("path", path, error=ReportError)
     if not os.path.isfile(path):
+        if path.is_dir():
+            within = ", ".join(sorted(one.name for one in path.glob("*.nc"))) or "no .nc file"
+            raise ReportError(f"{str(path)!r} is a folder; pass a file in it ({within}).")
         raise ReportError(f"There is no report file {str(path)!r}.")
     try:
         content = path.read_bytes()

@@ -159,6 +159,8 @@ def test_paths_that_cannot_be_written(tmp_path: Path):
 
 
 def test_files_that_are_no_reports(tmp_path: Path):
+    with pytest.raises(ReportError, match=r"is a folder; pass a file in it \(no .nc file\)"):
+        load_report(tmp_path)
     with pytest.raises(ReportError, match="There is no report file"):
         load_report(tmp_path / "none.nc")
     (tmp_path / "text.nc").write_text("not a netCDF file")

@@ -93,13 +93,27 @@ def test_no_peak_equal_values_and_what_was_not_measured():
     assert headline(only(plain)) == ""
 
 
-def test_a_peak_that_grows_names_both_blocks():
-    peak = torch.tensor([1.0, 12.0, 40.0, 3.0]).expand(2, 4)
-    said = headline(only(report(heads(0.8), residual_peak=peak), "residual_peak"))
-    assert said == (
-        "The residual peak is largest after block 2 (40 times the others' norm); it first exceeds "
-        "10 times after block 1."
-    )
+def test_prompts_in_which_uniform_attention_exceeds_epsilon_are_too_short():
+    short = only(report(heads(0.8), settings={"epsilon": 0.05}), "sink_attention")
+    said = headline(short)
+    assert "too short to tell whether" in said and "already exceeds ε = 0.05" in said
+    assert "strong" not in said
+
+
+@pytest.mark.parametrize(
+    ("peak", "said"),
+    [
+        ([1.0, 12.0, 40.0, 3.0], "Block 2 writes the residual peak (40 times the others' norm)."),
+        ([1.0, 40.0, 49.0, 3.0], "Block 1 writes the residual peak (40 times the others' norm)."),
+        (
+            [8.0, 15.0, 24.0, 40.0],
+            "The residual peak grows over many blocks, up to block 3 (40 times the others' norm).",
+        ),
+    ],
+)
+def test_a_block_writes_the_peak_only_if_it_adds_most_of_it(peak: list[float], said: str):
+    peaks = torch.tensor(peak).expand(2, 4)
+    assert headline(only(report(heads(0.8), residual_peak=peaks), "residual_peak")) == said
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -53,6 +53,13 @@ def test_sizes_that_disagree_are_refused_at_run_time():
         report.sizes  # noqa: B018
 
 
+def test_a_report_contains_what_was_measured():
+    report = only(synthetic_report(), "sink_attention", "residual_peak")
+    assert "sink_attention" in report and "value_drain" not in report
+    assert {"sink_attention", "residual_peak"} <= set(report)
+    assert list(report) == [*report.measured()]
+
+
 def test_access_by_name_says_what_is_wrong():
     report = only(synthetic_report(), "sink_attention")
     assert report["sink_attention"] is report.sink_attention
