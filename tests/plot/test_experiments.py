@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import sinkscope.plot as plot
 from sinkscope.errors import ReportError
+from sinkscope.plot.guesses import guessed_numbers
 from tests.plot import frames
 
 ABOUT = frames.ABOUT
@@ -27,6 +29,24 @@ def test_a_guess_is_drawn_beside_the_result():
     assert len(none.data) == 1 and "no guess" in none.layout.title.text
     with pytest.raises(ReportError, match="no result for 'c'; results are of a, <b>, further"):
         plot.guess_and_result({"c": 1.0}, result, "attention", about=ABOUT)
+
+
+@pytest.mark.parametrize(
+    ("guess", "message"),
+    [
+        (0.5, "The guess is 0.5; expected a number, or None, for each name, such as {'a': 0.5}."),
+        ({"a": None, "b": "stays"}, "the guess for 'b' is 'stays'; expected a finite number."),
+        ({"a": [0.5]}, "the guess for 'a' is [0.5]; expected a finite number."),
+    ],
+)
+def test_a_guess_that_is_no_number_is_refused(guess, message):
+    with pytest.raises(ReportError) as refused:
+        guessed_numbers(guess, {"a": 0.7, "b": 0.1})
+    assert str(refused.value) == message
+
+
+def test_a_guess_may_be_a_tensor_of_one_number():
+    assert guessed_numbers({"a": torch.tensor(0.25), "b": 1}, {}) == {"a": 0.25, "b": 1.0}
 
 
 def test_old_names_work_and_warn():
