@@ -14,9 +14,8 @@
 # %% [markdown]
 # # 1 · What is an attention sink?
 #
-# In almost any trained transformer, the attention patterns of many heads look alike: most of the
-# attention goes to one token. This lesson shows this on a real model, measures it, and tests what
-# it depends on.
+# In almost any trained transformer, the attention patterns of many heads look alike. This lesson
+# shows what they have in common on a real model, measures it, and tests what it depends on.
 #
 # *Each lesson asks you to predict a result before you see it. Write your guess into the cell below
 # the question, then run the next one: where the guess is a number, it is drawn beside the result.
@@ -125,7 +124,7 @@ ss.plot.attention_pattern(patterns[16, 0], words, about=about, title="Layer 16, 
 # that query $i$ sees the weight $1/(i+1)$. That is not a sink, but it is not 0 either.
 #
 # > **Predict.** The text has 45 tokens. Averaged over *all* heads of the model, how much of their
-# > attention goes to the first token? And how much would uniform attention give it?
+# > attention, 0 to 1, goes to the first token? And how much would uniform attention give it?
 
 # %%
 guess = {"all heads": None, "uniform attention": None}  # numbers in the place of None
@@ -218,7 +217,8 @@ print([(position, words[position], round(received[position].item(), 2)) for posi
 #
 # Perhaps "The" is a useful word. Three experiments test this.
 #
-# > **Predict** for each whether the sink stays, weakens, or goes.
+# > **Predict.** How much attention, 0 to 1, will the first token receive in each? (In the story
+# > itself it is 0.47.)
 # >
 # > 1. Put some random word in the place of "The".
 # > 2. Cut the first six tokens away, so that the text begins with " hills, and the two".
@@ -272,8 +272,8 @@ ss.plot.guess_and_result(
 #
 # ## Does it need a text at all?
 #
-# > **Predict.** What happens on tokens drawn at random from the vocabulary? And on one token
-# > repeated 45 times?
+# > **Predict.** How much attention, 0 to 1, will the first token receive if all tokens are drawn at
+# > random from the vocabulary? And if one token is repeated 45 times?
 
 # %%
 guess = {"random tokens": None, "one token repeated": None}  # numbers in the place of None
@@ -322,7 +322,8 @@ ss.plot.guess_and_result(
 # If half of the attention goes to "The", half of the heads' output should be "The". Look at the
 # output again: $o_i = \sum_j A_{ij} v_j$. A weight matters only as much as the value behind it.
 #
-# > **Predict.** How large is the value of the first token, compared with the others?
+# > **Predict.** How large is the value of the first token, compared with the others? Answer as a
+# > ratio: 1 means equal.
 
 # %%
 guess = {"layer 18, KV head 2": None}  # numbers in the place of None
@@ -383,15 +384,16 @@ print(f"its value is {ratio:.2f} × the others' (median over layers and KV heads
 #
 # ## Exercises
 #
-# Put your answer in the place of `None` and run the cell. The cell below contains the correct
-# answers (open it only afterwards), and each solution is folded below its exercise.
+# Put your answer in the place of `None` and run the cell: the expression that computes it, or a
+# number with four significant digits. The cell below contains the correct answers (open it only
+# afterwards). Where solutions are included, each is folded below its exercise.
 
 # %% jupyter={"source_hidden": true} cellView="form"
 # @title How answers are checked { display-mode: "form" }
 ANSWERS = {  # exercise: (answer, hint)
     1: (
-        patterns[24, 0].tril(-1)[1:, 0].sum().item() / (len(words) - 1),
-        "Column 0 of patterns[24, 0], without its first row.",
+        patterns[16, 0].tril(-1)[1:, 0].sum().item() / (len(words) - 1),
+        "Column 0 of patterns[16, 0], without its first row.",
     ),
     2: (
         sum(1 / (i + 1) for i in range(1, 1024)) / 1023,
@@ -401,10 +403,13 @@ ANSWERS = {  # exercise: (answer, hint)
         ss.scan(model, texts, metrics=["received"]).received_attention[11, 6].argmax().item(),
         "report.received_attention is [layer, head, position].",
     ),
-    4: ("the first", "Compare report.sink_rate, or received_peak, at 0 and at 45."),
+    4: (
+        "the first",
+        "Scan the doubled story, and compare the scan's received_peak at 0 and at 45.",
+    ),
     5: (
         ss.scan(model, [story, "It was late, and cold."], metrics=["sink_attention"])
-        .sink_attention[1, 18, 7]
+        .sink_attention[1, 16, 0]
         .item(),
         "Padded queries must not count, neither above nor below the line.",
     ),
@@ -412,22 +417,39 @@ ANSWERS = {  # exercise: (answer, hint)
 solved = set()
 
 
+def is_right(exercise, answer):
+    """Whether an answer is right; numbers may be 0.1 % off. An error if it is of another kind."""
+    expected = ANSWERS[exercise][0]
+    if isinstance(expected, str) != isinstance(answer, str):
+        raise TypeError("a text for a number, or a number for a text")
+    if isinstance(expected, str):
+        return answer == expected
+    if not isinstance(expected, tuple):
+        answer, expected = (answer,), (expected,)
+    both = zip(answer, expected, strict=True)
+    return all(abs(float(one) - right) <= 0.001 * abs(right) for one, right in both)
+
+
 def check(exercise, answer):
-    """Check an answer; numbers may be 2 % off."""
+    """Say whether an answer is right."""
     expected, hint = ANSWERS[exercise]
     if answer is None:
         return print(f"Exercise {exercise}: put your answer in the place of None.")
-    if isinstance(expected, float):
-        right = abs(answer - expected) <= 0.02 * abs(expected)
-    else:
-        right = answer == expected
+    try:
+        right = is_right(exercise, answer)
+    except (TypeError, ValueError, RuntimeError):
+        kinds = {str: "a text in quotes", tuple: "a pair of numbers"}
+        given = " ".join(repr(answer).split())[:60]
+        asked = kinds.get(type(expected), "a number")
+        return print(f"Exercise {exercise}: the answer is {asked}; yours is {given}.")
     solved.update({exercise} if right else set())
     print(f"Exercise {exercise}: {'right.' if right else f'not yet. {hint}'}")
 
 
 # %% [markdown]
-# **1.** What is the mean attention of layer 24, head 0 to the first token of the story? Compute it
-# from `patterns`, without `report`.
+# **1.** Layer 16, head 0 attends to the previous token. What is its mean attention to the *first*
+# token of the story? Compute it from `patterns`, without `report`, by the formula of
+# `sink_attention`.
 
 # %%
 answer_1 = None
@@ -438,7 +460,7 @@ check(1, answer_1)
 # <details><summary>Solution 1</summary>
 #
 # ```python
-# answer_1 = patterns[24, 0, 1:, 0].mean().item()
+# answer_1 = patterns[16, 0, 1:, 0].mean().item()
 #
 # check(1, answer_1)
 # ```
@@ -516,7 +538,7 @@ check(4, answer_4)
 # %% [markdown]
 # **5.** (harder) Write `sink_attention` itself: a function of attention patterns
 # `[prompt head query key]` and a mask `[prompt position]`, for prompts of different lengths that are
-# padded at the right. What does it give for layer 18, head 7 on the second, short prompt?
+# padded at the right. What does it give for layer 16, head 0 on the second, short prompt?
 
 # %%
 pair = ss.texts([story, "It was late, and cold."]).tokenize(model).right_padded()
@@ -527,7 +549,7 @@ def my_sink_attention(pattern, mask):
     raise NotImplementedError
 
 
-answer_5 = None  # my_sink_attention(...)[1, 7].item()
+answer_5 = None  # my_sink_attention(...)[1, 0].item()
 
 
 check(5, answer_5)
@@ -542,11 +564,26 @@ check(5, answer_5)
 #     return (paid * real).sum(-1) / real.sum(-1)
 #
 #
-# _, cached = model.run_with_cache(pair.tokens, names_filter="blocks.18.attn.hook_pattern")
-# answer_5 = my_sink_attention(cached["pattern", 18], pair.mask)[1, 7].item()
+# _, cached = model.run_with_cache(pair.tokens, names_filter="blocks.16.attn.hook_pattern")
+# answer_5 = my_sink_attention(cached["pattern", 16], pair.mask)[1, 0].item()
 #
 # check(5, answer_5)
-# assert solved == set(ANSWERS)
+# ```
+#
+# </details>
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert solved == set(ANSWERS), "every solution is right"
+# assert not is_right(1, patterns[16, 0, :, 0].mean()), "query 0 is left out"
+# assert not is_right(2, (1 / torch.arange(1, 1025)).mean()), "query 0 is left out"
+# assert not is_right(3, mass.argmax()), "a mean over the queries that see the key"
+# short, real = cached["pattern", 16][1, 0, :, 0], pair.mask[1]
+# assert not is_right(5, short[1:].mean()), "padded queries do not count above the line"
+# assert not is_right(5, (short * real)[1:].mean()), "nor below"
+# assert not is_right(5, short[real].mean()), "query 0 is left out"
 # ```
 #
 # </details>

@@ -15,8 +15,7 @@
 # # 3 · Value drains, residual peaks, non-mixture dimensions
 #
 # A head can attend to the first token only if something in that token's state identifies it. This
-# lesson finds out what. It turns out to be surprisingly simple: **one number**, written by one
-# feed-forward network, passed through the model unchanged, and removed again before the end.
+# lesson finds out what that is, which part of the model writes it, and how it becomes attention.
 #
 # The residual stream is $h^{(l+1)} = h^{(l)} + \mathrm{attn}(h^{(l)}) + \mathrm{ffn}(\dots)$, one vector per position, to
 # which every block adds.
@@ -222,8 +221,9 @@ for row in found:
 # output of one block's attention or FFN to zero, **at position 0 only**, and reads off the peak and
 # the sink attention everywhere.
 #
-# > **Predict.** Without the FFN of block 11 at position 0, what happens to the sink attention of
-# > the layers after it? And what if you take block 11's *attention*, or the FFN of block 12?
+# > **Predict.** With all parts, the layers after block 11 pay the sink about 0.6 of their attention.
+# > How much, 0 to 1, without the FFN of block 11 at position 0? And without block 11's *attention*,
+# > or without the FFN of block 12?
 
 # %%
 guess = {
@@ -387,7 +387,7 @@ print("drain:", {layer: round(drain[layer].item(), 2) for layer in (0, 5, 11, 18
 # How much does the loss depend on this one number out of $64 \times 576$?
 #
 # > **Predict.** The loss is about 3 nats per token. What is it when channel 507 of position 0 is
-# > set to zero after block 11? And when it is set to its mean over *other* texts?
+# > set to zero after block 11? And when it is set to its mean over *other* texts? (In nats.)
 
 # %%
 guess = {"dim 507 → zero": None, "dim 507 → mean": None}  # numbers in the place of None
@@ -453,6 +453,9 @@ ss.plot.guess_and_result(
 # thresholds are conventions.
 #
 # ## Exercises
+#
+# Put an expression, or a number with four significant digits, in the place of `None` and run the
+# cell.
 
 # %% jupyter={"source_hidden": true} cellView="form"
 # @title How answers are checked { display-mode: "form" }
@@ -472,7 +475,7 @@ ANSWERS = {  # exercise: (answer, hint)
     1: (
         report.to_frame("value_drain").groupby(["layer", "kv_head"]).mean(numeric_only=True)
         ["value_drain [ratio]"].idxmin(),
-        "report.value_drain is [prompt, layer, kv_head]; average over prompts first.",
+        "report.value_drain is [prompt, layer, kv_head]; its mean over prompts has two dimensions.",
     ),
     2: (
         math.exp(losses["dim 507 → zero"]) / math.exp(losses["baseline"]),
@@ -488,15 +491,31 @@ ANSWERS = {  # exercise: (answer, hint)
 solved = set()
 
 
+def is_right(exercise, answer):
+    """Whether an answer is right; numbers may be 0.1 % off. An error if it is of another kind."""
+    expected = ANSWERS[exercise][0]
+    if isinstance(expected, str) != isinstance(answer, str):
+        raise TypeError("a text for a number, or a number for a text")
+    if isinstance(expected, str):
+        return answer == expected
+    if not isinstance(expected, tuple):
+        answer, expected = (answer,), (expected,)
+    both = zip(answer, expected, strict=True)
+    return all(abs(float(one) - right) <= 0.001 * abs(right) for one, right in both)
+
+
 def check(exercise, answer):
-    """Check an answer; numbers may be 2 % off."""
+    """Say whether an answer is right."""
     expected, hint = ANSWERS[exercise]
     if answer is None:
         return print(f"Exercise {exercise}: put your answer in the place of None.")
-    if isinstance(expected, float):
-        right = abs(answer - expected) <= 0.02 * abs(expected)
-    else:
-        right = answer == expected
+    try:
+        right = is_right(exercise, answer)
+    except (TypeError, ValueError, RuntimeError):
+        kinds = {str: "a text in quotes", tuple: "a pair of numbers"}
+        given = " ".join(repr(answer).split())[:60]
+        asked = kinds.get(type(expected), "a number")
+        return print(f"Exercise {exercise}: the answer is {asked}; yours is {given}.")
     solved.update({exercise} if right else set())
     print(f"Exercise {exercise}: {'right.' if right else f'not yet. {hint}'}")
 
@@ -617,7 +636,25 @@ check(5, answer_5)
 # answer_5 = my_massive(cached["resid_post", 11][0])
 #
 # check(5, answer_5)
-# assert solved == set(ANSWERS)
+# ```
+#
+# </details>
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert solved == set(ANSWERS), "every solution is right"
+# assert not is_right(2, math.exp(losses["dim 507 → zero"])), "a factor, not the perplexity"
+# size = cache["resid_post", 15][:, 0].mean(0).abs().sort(descending=True).values
+# unsquared = (size.cumsum(0) / size.sum() < 0.99).sum() + 1
+# assert not is_right(3, unsquared), "squares add up to the squared norm"
+# state = cached["resid_post", 11][0]
+# signed = (state.abs() > 100) & (state.abs() > 1000 * state.median())
+# assert not is_right(5, signed.sum()), "the median of absolute values"
+# each = state.abs().median(dim=-1, keepdim=True).values
+# own = (state.abs() > 100) & (state.abs() > 1000 * each)
+# assert not is_right(5, own.sum()), "one median for the whole state"
 # ```
 #
 # </details>

@@ -20,8 +20,7 @@
 #
 # Guo et al. (arXiv 2410.13835) call such a head **dormant**. A head is
 # *active-dormant* if it attends to the sink on one kind of input and is active on another. This
-# lesson finds a text on which one of the two is active, finds none for the other, and measures
-# which heads can be ablated.
+# lesson looks for a text on which the two are active, and measures which heads can be ablated.
 #
 # **Goals.** After this lesson you can
 #
@@ -55,8 +54,8 @@ report = ss.scan(model, prose)
 # by zero (or by its mean over some texts, `mode="mean"`, which is milder, since later layers rely
 # on the mean).
 #
-# > **Predict.** The loss on prose is a little above 3 nats per token. What does it cost to ablate
-# > head 18.7? Head 18.8? And head 16.0 of lesson 1, which attends to the previous token?
+# > **Predict.** The loss on prose is a little above 3 nats per token. By how many nats does it rise
+# > without head 18.7? Without 18.8? And without 16.0 of lesson 1, which attends to the previous token?
 
 
 # %%
@@ -179,7 +178,8 @@ print("attention to the token after the last occurrence:", [round(x, 2) for x in
 # %% [markdown]
 # ## Now ablate it
 #
-# > **Predict.** The same three ablations, on the predictions of the second half. Which is costly?
+# > **Predict.** The same three ablations, on the predictions of the second half: by how many nats
+# > per token does each raise the loss?
 
 # %%
 guess = {"18.7": None, "18.8": None, "16.0": None}  # numbers in the place of None
@@ -296,8 +296,8 @@ domains.figures()["prose-code"]
 #
 # with $g$ over the heads of its layer.
 #
-# > **Predict.** Of the heads that pay the sink more than half of their attention, do any put out *more*
-# > than their layer's average?
+# > **Predict.** Of the heads that pay the sink more than half of their attention, how many put out
+# > *more* than their layer's average?
 
 # %%
 guess = {"heads": None}  # numbers in the place of None
@@ -346,8 +346,8 @@ ss.plot.guess_and_result(
 # more than these.
 #
 # > **Predict.** Draw each head by its attention to the sink and to the last 16 keys. Head 16.0 reads
-# > the previous token, 18.8 only the sink: where are they? How many heads pay next to nothing to all
-# > other keys?
+# > the previous token, 18.8 only the sink: where are they? How many of the 270 heads pay less than
+# > 0.1 of their attention to all other keys?
 
 # %%
 guess = {"heads": None}  # a number in the place of None
@@ -393,8 +393,8 @@ ss.plot.guess_and_result(
 # in eight bits with one scale per tensor, the sink determines the scale.
 #
 # > **Predict.** Quantise everything that way, and the loss rises by half a nat. Then leave *one*
-# > token of 64 in full precision. How much of the damage is left if that is token 0? If it is
-# > token 1?
+# > token of 64 in full precision. By how many nats does the loss still rise if that is token 0? If
+# > it is token 1?
 
 # %%
 guess = {"all but token 0": None, "all but token 1": None}  # numbers in the place of None
@@ -437,9 +437,9 @@ ss.plot.guess_and_result(
 # each share the threshold is one for all prompts: a prompt with more inactive heads loses more of
 # them.)
 #
-# > **Predict.** Ablate a tenth, then a fifth of all heads. Order these by the rise of the loss: the
-# > heads with the smallest HONOR; those with the largest attention to the first token (AWFT); as
-# > many random heads.
+# > **Predict.** By how many nats does the loss rise if a fifth of all heads is ablated: the heads
+# > with the smallest HONOR; those with the largest attention to the first token (AWFT); as many
+# > random heads?
 
 # %%
 guess = {
@@ -540,6 +540,9 @@ for layer, head in [(18, 7), (18, 8), (24, 6)]:
 # * Use enough prompts, and correct for the number of heads, before making a claim about one.
 #
 # ## Exercises
+#
+# Put an expression, or a number with four significant digits, in the place of `None` and run the
+# cell.
 
 # %% jupyter={"source_hidden": true} cellView="form"
 # @title How answers are checked { display-mode: "form" }
@@ -553,20 +556,36 @@ ANSWERS = {  # exercise: (answer, hint)
     ),
     2: ((18, 6), "Add 31 to find it: attention from i to i - 31, averaged over the second half."),
     3: (WITHOUT, "with AblateHeads(model, [(16, 0)]): pattern(echo, 18)[:, 7, half:, 0].mean()"),
-    4: (report.honor.mean(0)[24, 6].item(), "Divide prompt by prompt, then average over prompts."),
+    4: (report.honor.mean(0)[8, 0].item(), "Divide prompt by prompt, then average over prompts."),
 }
 solved = set()
 
 
+def is_right(exercise, answer):
+    """Whether an answer is right; numbers may be 0.1 % off. An error if it is of another kind."""
+    expected = ANSWERS[exercise][0]
+    if isinstance(expected, str) != isinstance(answer, str):
+        raise TypeError("a text for a number, or a number for a text")
+    if isinstance(expected, str):
+        return answer == expected
+    if not isinstance(expected, tuple):
+        answer, expected = (answer,), (expected,)
+    both = zip(answer, expected, strict=True)
+    return all(abs(float(one) - right) <= 0.001 * abs(right) for one, right in both)
+
+
 def check(exercise, answer):
-    """Check an answer; numbers may be 2 % off."""
+    """Say whether an answer is right."""
     expected, hint = ANSWERS[exercise]
     if answer is None:
         return print(f"Exercise {exercise}: put your answer in the place of None.")
-    if isinstance(expected, float):
-        right = abs(answer - expected) <= 0.02 * abs(expected)
-    else:
-        right = answer == expected
+    try:
+        right = is_right(exercise, answer)
+    except (TypeError, ValueError, RuntimeError):
+        kinds = {str: "a text in quotes", tuple: "a pair of numbers"}
+        given = " ".join(repr(answer).split())[:60]
+        asked = kinds.get(type(expected), "a number")
+        return print(f"Exercise {exercise}: the answer is {asked}; yours is {given}.")
     solved.update({exercise} if right else set())
     print(f"Exercise {exercise}: {'right.' if right else f'not yet. {hint}'}")
 
@@ -642,7 +661,7 @@ check(3, answer_3)
 
 # %% [markdown]
 # **4.** (harder) Write HONOR from activations: a function of head outputs before $W_O$,
-# `[prompt position head d_head]`. What does it give for head 24.6, averaged over the prompts of
+# `[prompt position head d_head]`. What does it give for head 8.0, averaged over the prompts of
 # `prose`?
 
 
@@ -652,7 +671,7 @@ def my_honor(z):
     raise NotImplementedError
 
 
-answer_4 = None  # my_honor(...)[:, 6].mean().item()
+answer_4 = None  # my_honor(...)[:, 0].mean().item()
 
 
 check(4, answer_4)
@@ -666,11 +685,25 @@ check(4, answer_4)
 #     return norm / norm.mean(dim=1, keepdim=True)
 #
 #
-# _, cached = model.run_with_cache(prose.tokens, names_filter="blocks.24.attn.hook_z")
-# answer_4 = my_honor(cached["z", 24])[:, 6].mean().item()
+# _, cached = model.run_with_cache(prose.tokens, names_filter="blocks.8.attn.hook_z")
+# answer_4 = my_honor(cached["z", 8])[:, 0].mean().item()
 #
 # check(4, answer_4)
-# assert solved == set(ANSWERS)
+# ```
+#
+# </details>
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert solved == set(ANSWERS), "every solution is right"
+# of_24 = report.head_output_norm[:, 24]
+# assert not is_right(1, of_24[0, 6] / of_24.mean()), "prompt by prompt"
+# assert not is_right(1, of_24[0, 6] / report.head_output_norm[0].mean()), "of the same layer"
+# assert not is_right(3, of_18[:, 7, half:, 0].mean()), "without 16.0, not with it"
+# norms = cached["z", 8].norm(dim=-1).mean(dim=1)
+# assert not is_right(4, norms.mean(0)[0] / norms.mean()), "divide first"
 # ```
 #
 # </details>

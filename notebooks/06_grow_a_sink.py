@@ -87,7 +87,8 @@ print(f"lowest possible loss: {exact.bayes_loss:.3f} nat")
 # bigram table. The head is needed for the copy.
 #
 # > **Predict.** On trigger queries the head should attend to the previous token. Where will it
-# > look on all the other queries, two thirds of them, where it is not needed? Nobody tells it.
+# > look on all the other queries, two thirds of them, where it is not needed? Nobody tells it. How
+# > much of their attention, 0 to 1, will go to BOS?
 #
 # This trains on two CPU cores, in well under a minute. (`measure_every=25`: sink, drain and risks
 # are measured during training.)
@@ -214,8 +215,9 @@ print("Your guess:", guess or "none")
 #
 # whose rows may be all zero. One word in the configuration changes.
 #
-# > **Predict.** Sink attention after 450 steps? The sink's *value*? And does the model still solve
-# > the task?
+# > **Predict.** How much sink attention, 0 to 1, will there be after 450 steps? How large will the
+# > sink's *value* be, as a ratio to the others' (1 means equal)? And does the model still solve the
+# > task?
 
 # %%
 guess = {"sink_attention": None, "value_drain": None}  # numbers in the place of None
@@ -374,6 +376,9 @@ sink_attention = report.sink_attention[:, 2].mean().item()
 # * A residual peak needs depth, and Adam.
 #
 # ## Exercises
+#
+# Put an expression, or a number with four significant digits, in the place of `None` and run the
+# cell.
 
 # %% jupyter={"source_hidden": true} cellView="form"
 # @title How answers are checked { display-mode: "form" }
@@ -394,24 +399,45 @@ ANSWERS = {  # exercise: (answer, hint)
     ),
     3: ("BOS", "bb.train(classroom.replace(attention='off-by-one')), then compare both columns."),
     4: (
-        operators.off_by_one(
-            torch.linspace(-2, 2, 16).reshape(4, 4), torch.ones(4, 4, dtype=torch.bool).tril()
-        )[3, 0].item(),
-        "Subtract the largest of 0 and the scores before exp; the 1 is divided likewise.",
+        tuple(
+            operators.off_by_one(
+                torch.linspace(-2, 2, 16).reshape(4, 4) + added,
+                torch.ones(4, 4, dtype=torch.bool).tril(),
+            )[1, 0].item()
+            for added in (0, 1000)
+        ),
+        "Query 1 sees keys 0 and 1. Subtract the largest of 0 and its scores before exp; the 1 is "
+        "divided likewise.",
     ),
 }
 solved = set()
 
 
+def is_right(exercise, answer):
+    """Whether an answer is right; numbers may be 0.1 % off. An error if it is of another kind."""
+    expected = ANSWERS[exercise][0]
+    if isinstance(expected, str) != isinstance(answer, str):
+        raise TypeError("a text for a number, or a number for a text")
+    if isinstance(expected, str):
+        return answer == expected
+    if not isinstance(expected, tuple):
+        answer, expected = (answer,), (expected,)
+    both = zip(answer, expected, strict=True)
+    return all(abs(float(one) - right) <= 0.001 * abs(right) for one, right in both)
+
+
 def check(exercise, answer):
-    """Check an answer; numbers may be 2 % off."""
+    """Say whether an answer is right."""
     expected, hint = ANSWERS[exercise]
     if answer is None:
         return print(f"Exercise {exercise}: put your answer in the place of None.")
-    if isinstance(expected, float):
-        right = abs(answer - expected) <= 0.02 * abs(expected)
-    else:
-        right = answer == expected
+    try:
+        right = is_right(exercise, answer)
+    except (TypeError, ValueError, RuntimeError):
+        kinds = {str: "a text in quotes", tuple: "a pair of numbers"}
+        given = " ".join(repr(answer).split())[:60]
+        asked = kinds.get(type(expected), "a number")
+        return print(f"Exercise {exercise}: the answer is {asked}; yours is {given}.")
     solved.update({exercise} if right else set())
     print(f"Exercise {exercise}: {'right.' if right else f'not yet. {hint}'}")
 
@@ -431,7 +457,7 @@ check(1, answer_1)
 #
 # ```python
 # zeroed = knockouts[knockouts["intervention"] == "zero attention"].iloc[0]
-# share = task.is_trigger[sample[:, :-1]].double().mean().item()  # counted, not computed
+# share = exact.trigger_share
 # answer_1 = share * zeroed["backcopy_risk"] + (1 - share) * zeroed["bigram_risk"]
 #
 # check(1, answer_1)
@@ -494,7 +520,7 @@ check(3, answer_3)
 # %% [markdown]
 # **4.** (harder) Write softmax off by one itself, for scores `[query key]` under a causal mask,
 # so that it neither overflows at a score of 1,000 nor counts hidden keys. How much attention does
-# query 3 of `scores` pay to key 0?
+# query 1 of `scores` pay to key 0? And of `scores + 1000`? Answer with a pair.
 
 # %%
 scores = torch.linspace(-2, 2, 16).reshape(4, 4)
@@ -505,7 +531,7 @@ def my_off_by_one(scores):
     raise NotImplementedError
 
 
-answer_4 = None  # my_off_by_one(scores)[3, 0].item()
+answer_4 = None  # tuple(my_off_by_one(one)[1, 0].item() for one in (scores, scores + 1000))
 
 
 check(4, answer_4)
@@ -522,11 +548,29 @@ check(4, answer_4)
 #     return weights / ((-largest).exp() + weights.sum(-1, keepdim=True))
 #
 #
-# assert my_off_by_one(torch.full((4, 4), 1000.0)).isfinite().all()
-# answer_4 = my_off_by_one(scores)[3, 0].item()
+# answer_4 = tuple(my_off_by_one(one)[1, 0].item() for one in (scores, scores + 1000))
 #
 # check(4, answer_4)
-# assert solved == set(ANSWERS)
+# ```
+#
+# </details>
+
+# %% [markdown] tags=["checks"]
+# <details><summary>What the tests check here</summary>
+#
+# ```python
+# assert solved == set(ANSWERS), "every solution is right"
+# counted = task.is_trigger[sample[:, :-1]].double().mean().item()
+# assert abs(share / counted - 1) < 0.03, "the share of the queries at hand is about the exact one"
+# assert not is_right(1, (zeroed["backcopy_risk"] + zeroed["bigram_risk"]) / 2), "weighed"
+# hidden = torch.ones_like(scores, dtype=torch.bool).triu(1)
+# everywhere = scores.exp() / (1 + scores.exp().sum(-1, keepdim=True))
+# assert not is_right(4, (everywhere[1, 0], answer_4[1])), "hidden keys do not count"
+# without_one = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+# assert not is_right(4, (without_one[1, 0], answer_4[1])), "one more in the denominator"
+# overflowed = (scores + 1000).masked_fill(hidden, -torch.inf).exp()
+# overflowed = (overflowed / (1 + overflowed.sum(-1, keepdim=True)))[1, 0]
+# assert not is_right(4, (answer_4[0], overflowed)), "no overflow"
 # ```
 #
 # </details>

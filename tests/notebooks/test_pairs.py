@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import jupytext
 import nbformat
 import pytest
+import torch
 
 from tests.notebooks.lessons import FOLDED, FOLDER, NAMES, SOURCES
 
@@ -63,6 +65,61 @@ def test_a_guess_has_its_place_before_the_result(source):
         assert guess.source.startswith("guess = ") and "reveal" in result.metadata["tags"]
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert not [cell.source for cell in code if cell.source.lstrip().startswith("assert")]
+
+
+def checking(source):
+    """The functions `check` and `is_right` of a lesson, as it defines them after its answers."""
+    (cell,) = [c for c in jupytext.read(source).cells if "How answers are checked" in c.source]
+    return cell.source[cell.source.index("solved = set()") :]
+
+
+def test_all_lessons_check_answers_in_the_same_way():
+    assert len({checking(source) for source in SOURCES}) == 1
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "said"),
+    [
+        (0.25, None, "put your answer in the place of None."),
+        (0.25, 0.2502, "right."),
+        (0.25, torch.tensor(0.25), "right."),
+        (0.25, 0.2505, "not yet. Look again."),
+        (0.25, "0.5", "the answer is a number; yours is '0.5'."),
+        (0.25, [0.25, 0.3], "the answer is a number; yours is [0.25, 0.3]."),
+        (0.25, torch.ones(2), "the answer is a number; yours is tensor([1., 1.])."),
+        (44, 19, "not yet. Look again."),
+        ((18, 6), [18, torch.tensor(6)], "right."),
+        ((18, 6), (18, 7), "not yet. Look again."),
+        ((18, 6), (18,), "the answer is a pair of numbers; yours is (18,)."),
+        ((18, 6), 18, "the answer is a pair of numbers; yours is 18."),
+        ("both", "both", "right."),
+        ("both", "the first", "not yet. Look again."),
+        ("both", 2, "the answer is a text in quotes; yours is 2."),
+    ],
+)
+def test_every_answer_gets_one_sentence(expected, answer, said, capsys):
+    lesson = {"ANSWERS": {1: (expected, "Look again.")}}
+    exec(checking(SOURCES[0]), lesson)
+    lesson["check"](1, answer)
+    assert capsys.readouterr().out == f"Exercise 1: {said}\n"
+    assert lesson["solved"] == ({1} if said == "right." else set())
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+def test_a_solution_is_its_answer_and_asserts_nothing_of_the_others(source):
+    for cell in jupytext.read(source).cells:
+        if "solution" in cell.metadata.get("tags", []):
+            assert "solved" not in cell.source and cell.source.count("check(") == 1
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+def test_a_prediction_asks_for_what_its_cell_takes(source):
+    """Where the cell holds names with None, the question says how large a number may be."""
+    cells = jupytext.read(source).cells
+    for cell, guess in pairwise(cells):
+        if "> **Predict" in cell.source and "None" in guess.source:
+            asked = cell.source[cell.source.index("> **Predict") :].replace("\n> ", " ")
+            assert re.search(r"0 to |[Hh]ow many|\bnats?\b|ratio|perplexity", asked), asked
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=NAMES)
