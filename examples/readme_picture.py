@@ -27,7 +27,7 @@ pattern = cache["pattern", layer][0, head].numpy()
 
 sink, median = report.mean("sink_residual_norm"), report.mean("median_residual_norm")
 peak = report.mean("residual_peak")
-writes = int((peak > 10).nonzero()[0])
+writes = int((peak > 0.8 * peak.max()).nonzero()[0])
 share = report.sink_heads().float().mean()
 
 figure = make_subplots(
