@@ -241,9 +241,7 @@ def test_what_is_refused(model, texts) -> None:
         ablate_heads(model, texts, "median")
     with pytest.raises(UnsupportedError, match="heads run from 0 to 3"):
         ablate_heads(model, texts, heads=[(0, 4)])
-    with pytest.raises(
-        UnsupportedError, match=r"pairs \(layer, head\).* not tensor"
-    ):
+    with pytest.raises(UnsupportedError, match=r"pairs \(layer, head\).* not tensor"):
         ablate_heads(model, texts, heads=iter(torch.tensor([[0, 0, 1]])))
     with pytest.raises(UnsupportedError, match="No head"):
         ablate_heads(model, texts, heads=[])
