@@ -10,6 +10,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import modeling_gguf_pytorch_utils
 
 import sinkscope as ss
@@ -157,6 +159,12 @@ def test_what_transformers_leaves_out_is_refused(case: str, tmp_path: Path) -> N
         load_model(path, device="cpu")
 
 
+needs_tokenizers = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"), reason="needs transformers 5.18"
+)
+
+
+@needs_tokenizers
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_bos_as_the_file_states(add_bos: bool, tmp_path: Path) -> None:
     bridge = load_model(llama_gguf(tmp_path / "tiny.gguf", add_bos=add_bos), device="cpu")
@@ -164,6 +172,7 @@ def test_bos_as_the_file_states(add_bos: bool, tmp_path: Path) -> None:
     assert bridge.tokenizer.convert_ids_to_tokens([first])[0] == ("<s>" if add_bos else "a")
 
 
+@needs_tokenizers
 def test_tokenizers_of_versions_that_ignore_bos_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
