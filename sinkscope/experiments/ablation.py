@@ -126,7 +126,7 @@ class Ablation(Result):
             "mode": self.mode,
             "loss": estimate(self.loss),
             "heads": len(cost),
-            "median_cost": float(cost.median()),
+            "median_cost": float(cost.quantile(0.5)) if len(cost) else float("nan"),
             "most_costly": [
                 {"layer": at // heads, "head": at % heads, "loss_change": float(mean[at])}
                 for at in largest.tolist()
@@ -144,10 +144,10 @@ class Ablation(Result):
         ]
         return (
             f"The baseline loss is {facts['loss']} nat. Ablating one of {facts['heads']} heads "
-            f"({self.mode}) changes it by {number(facts['median_cost'])} nat in the median, and "
-            f"raises it most for {listed(most)}. Ablation significantly raises the loss for "
-            f"{facts['significant']} heads and significantly lowers it for {facts['harmful']} (95 "
-            "% intervals over prompts, head by head)."
+            f"({self.mode}) changes it by {number(facts['median_cost'])} nat in the median. "
+            f"The loss is highest without {listed(most)}. Ablation significantly raises the "
+            f"loss for {facts['significant']} heads and significantly lowers it for "
+            f"{facts['harmful']} (95 % intervals over prompts, head by head)."
         )
 
     def figures(self) -> dict[str, go.Figure]:

@@ -243,7 +243,7 @@ class Dormancy(Result):
         effects = {}
         for domain, whole in self._whole(mode).items():
             effect = self._by_head(domain, self.ablations[mode][domain].loss_change).abs()
-            effects[domain] = float(effect[whole].median(dim=1).values.mean())
+            effects[domain] = float(effect[whole].quantile(0.5, dim=1).mean())
         return effects
 
     def _ablated(self, mode: str) -> dict[str, Ablation]:

@@ -100,7 +100,7 @@ class Dynamics(Result):
             "sink_rate": torch.tensor(rates),
             "sink_attention": attention.mean(dim=1),
             "dormant_share": is_dormant(attention, self.sink_threshold).float().mean(dim=1),
-            "value_drain": self.stacked("value_drain").flatten(1).median(dim=1).values,
+            "value_drain": self.stacked("value_drain").flatten(1).quantile(0.5, dim=1),
             "residual_peak": self.stacked("residual_peak").amax(dim=1),
         }
         if self.loss:

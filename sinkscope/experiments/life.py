@@ -208,7 +208,7 @@ class SinkLife(Result):
             "eigenvalues": self.eigenvalue.tolist(),
             "rank_one": self.rank_one,
             "sink": estimate(size[:, self.sink]),
-            "others_median": estimate(size[:, others].median(1).values),
+            "others_median": estimate(size[:, others].quantile(0.5, dim=1)),
             "others_largest": estimate(size[:, others].amax(1)),
             "energy_at_sink": estimate(self.trigger_energy[:, self.sink]),
             "quadratic": estimate(self.quadratic),

@@ -78,15 +78,16 @@ class PositionNorms(Result):
     def statistics(self) -> dict[str, Any]:
         """The first norm, the last, the largest, and the distribution of all but the first."""
         others = self.norm[1:]
+        median = float(others.quantile(0.5))
         return {
             "first": float(self.norm[0]),
             "last": float(self.norm[-1]),
             "largest": float(self.norm.max()),
             "largest_at": int(self.norm.argmax()),
-            "median_of_others": float(others.median()),
+            "median_of_others": median,
             "largest_of_others": float(others.max()),
             "largest_of_others_at": int(others.argmax()) + 1,
-            "first_over_median": float(self.norm[0] / others.median()),
+            "first_over_median": float(self.norm[0]) / median,
             "deviations": float((self.norm[0] - others.mean()) / others.std()),
         }
 

@@ -88,7 +88,13 @@ def _map(projection: nn.Module) -> tuple[Float[Tensor, "z d_model"], Tensor | No
             return weight.detach().T, bias
         if type(projection) is Conv1D:
             return weight.detach(), bias
-    width = getattr(projection, "in_features", None) or weight.shape[-1]
+    width = getattr(projection, "in_features", None)
+    if width is None and not isinstance(weight, Tensor):
+        raise UnsupportedError(
+            f"its output projection, a {type(projection).__name__}, states neither in_features nor "
+            "a weight."
+        )
+    width = width or weight.shape[-1]
     parameter = next((p for p in projection.parameters() if p.is_floating_point()), None)
     like = torch.zeros(()) if parameter is None else parameter
     dtype = like.dtype if like.dtype.itemsize > 1 else torch.get_default_dtype()

@@ -139,12 +139,13 @@ def _state_of(module: nn.Module) -> Structure:
     tensors = {**module._parameters, **module._buffers}
     own = vars(module)
     if hasattr(module, "max_seq_len_cached"):  # a rotary embedding, see `shared_copy`
-        default = own.get("rope_type") == "default"
-        tensors = {name: x if default else None for name, x in tensors.items()}
+        recorded = _frequencies(module)
+    else:
+        recorded = tuple((name, id(x), _kind(x)) for name, x in tensors.items())
     return (
         id(module),
         type(module),
-        tuple((name, id(x), _kind(x)) for name, x in tensors.items()),
+        recorded,
         tuple(
             (key, id(hook))
             for hooks in _hooks(module)
@@ -166,6 +167,21 @@ def _function(function: Any) -> Any:
         return ref(function)  # a dead reference equals no other
     except TypeError:
         return id(function)
+
+
+def _frequencies(module: nn.Module) -> Structure:
+    """The values of a rotary embedding's buffers, which a copy does not share.
+
+    Where a forward pass may rewrite them for its length, those that it starts from.
+    """
+    kinds = vars(module).get("rope_type")
+    kinds = kinds.values() if isinstance(kinds, Mapping) else [kinds]
+    rewritten = any(kind is None or "dynamic" in kind or kind == "longrope" for kind in kinds)
+    return tuple(
+        (name, _kind(x), tuple(x.flatten().tolist()))
+        for name, x in module._buffers.items()
+        if x is not None and not x.is_meta and (not rewritten or "original" in name)
+    )
 
 
 def _kind(x: Tensor | None) -> Any:

@@ -12,7 +12,7 @@ from sinkscope.errors import ReportError
 from sinkscope.output import number, printable
 from sinkscope.report.labelled import coordinate, to_numpy
 from sinkscope.report.report import SinkReport
-from sinkscope.statistics import Interval, bootstrap
+from sinkscope.statistics import Interval, bootstrap, mean_over_prompts
 from sinkscope.validation import shown
 
 if TYPE_CHECKING:
@@ -195,7 +195,9 @@ class Comparison:
         rows = []
         for name in self.names:
             before, after = self._pair(name)
-            change = self.after.mean(name).to(before.device) - self.before.mean(name)
+            change = after - before
+            if "prompt" in self.before.variables()[name].dims:
+                change = mean_over_prompts(change)
             defined = change.isfinite()
             if not (change[defined] != 0).any():
                 continue

@@ -105,6 +105,8 @@ def _attention(report: SinkQuantities) -> str:
     mean, even = _strength(report)
     times = _two(mean / even)
     average = f"the mean over heads, {_two(mean)}, is {times} times that of uniform attention"
+    if report.settings.interventions:
+        average += " under the model's own mask"
     if even >= epsilon:
         return (
             f"These prompts are too short to tell whether {name} has a sink at {where}: uniform "
@@ -135,7 +137,10 @@ def _secondary(report: SinkQuantities) -> str:
     places = report.secondary_sinks.any(dim=1).sum(dim=0)
     count = int((places > 0).sum())
     layers = report.secondary_sinks.any(dim=2).any(dim=0).nonzero()[:, 0].tolist()
-    where = f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+    where = f"layer {layers[0]}"
+    if len(layers) > 1:
+        gaps = "some of the " if len(layers) <= layers[-1] - layers[0] else ""
+        where = f"{gaps}layers {layers[0]} to {layers[-1]}"
     what = f"position {int(places.argmax())} is" if count == 1 else f"{count} other positions are"
     kind = "a secondary sink" if count == 1 else "secondary sinks"
     whom = "it" if count == 1 else "them"
@@ -176,6 +181,8 @@ def _peak(report: SinkQuantities) -> str:
     size = f"{number(float(peak[block]))} times the others' norm{where}"
     if block > 0 and peak[block - 1] > _HALF * peak[block]:  # no single block has written it
         return f"The residual peak grows over many blocks, up to block {block} ({size})."
+    if block == 0:  # the embedding may hold it already
+        return f"The residual peak is there after block 0 ({size})."
     return f"Block {block} writes the residual peak ({size})."
 
 
@@ -239,7 +246,7 @@ def _median_drain(report: SinkQuantities) -> float | None:
     if report.value_drain is None:
         return None
     drain = report.mean("value_drain")
-    return None if bool(drain.isnan().all()) else float(drain.nanmedian())
+    return None if bool(drain.isnan().all()) else float(drain.nanquantile(0.5))
 
 
 def _largest_dim(report: SinkQuantities, layer: int) -> int | None:

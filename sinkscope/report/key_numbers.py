@@ -56,7 +56,7 @@ def key_numbers(report: SinkQuantities) -> dict[str, Any]:
         numbers["residual_peak"] = float(peak.max())
         numbers["peak_block"] = peak_block(report)
     if _known(report, "value_drain"):
-        numbers["value_drain"] = float(report.mean("value_drain").nanmedian())
+        numbers["value_drain"] = float(report.mean("value_drain").nanquantile(0.5))
     if report.massive is not None:
         numbers["massive_dims"] = _massive_dims(report)
     if _known(report, "learned_sink_mass"):

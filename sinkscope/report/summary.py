@@ -69,7 +69,8 @@ def sinks(report: SinkQuantities) -> str:
         without = int((~report.sink_mask).all(1).sum())
         over = f" over the {len(per_prompt) - without} prompts with a sink" if without else ""
         parts.append(f"mean attention {mean:.3f}{interval}{over}")
-        parts.append(f"uniform attention would give {number(uniform(report))}")
+        own = " under the model's own mask" if report.settings.interventions else ""
+        parts.append(f"uniform attention{own} would give {number(uniform(report))}")
     return "; ".join(parts)
 
 
@@ -142,7 +143,7 @@ def value_drain(report: SinkQuantities) -> str | None:
     low = int(drain.nan_to_num(torch.inf).argmin())
     layer, kv_head = divmod(low, drain.shape[1])
     return (
-        f"the sink's value norm is {number(float(drain.nanmedian()))} × the others' (median); "
+        f"the sink's value norm is {number(float(drain.nanquantile(0.5)))} × the others' (median); "
         f"least {number(float(drain[layer, kv_head]))} × in layer {layer}, KV head {kv_head}"
     )
 

@@ -315,6 +315,26 @@ def test_neighbours_and_history_do_not_matter(kind: str) -> None:
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("how", ["in place", "data", "another"])
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
+def test_frequencies_that_are_edited_after_a_scan(kind: str, how: str) -> None:
+    """A copy of a model has its own, so that an edit of the model's is a change of the model."""
+    stated = dict(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    stated |= dict(rope_type=kind, rope_theta=1e4, original_max_position_embeddings=16)
+    model = tiny_llama(rope_parameters=stated)
+    before = sink_attention(model)
+    rotary = model.model.rotary_emb
+    if how == "in place":
+        rotary.inv_freq.mul_(3)
+    elif how == "data":
+        rotary.inv_freq.data = rotary.inv_freq * 3
+    else:
+        rotary.inv_freq = rotary.inv_freq * 3
+    after = sink_attention(model)
+    torch.testing.assert_close(after, eager(model), atol=1e-6, rtol=0)
+    assert (after - before).abs().max() > 1e-3
+
+
 def test_a_tokenizer_is_used_as_it_is(tmp_path: Any) -> None:
     """Although its name points to one without the token that was added."""
     tokenizer().save_pretrained(tmp_path)

@@ -10,6 +10,7 @@ import torch
 import sinkscope as ss
 from sinkscope.html.report_page import to_html
 from sinkscope.report.headline import headline, numbers
+from sinkscope.report.key_numbers import key_numbers
 from tests.report.factory import only, synthetic_report
 
 EVEN = sum(1 / (i + 1) for i in range(1, 16)) / 15
@@ -100,10 +101,27 @@ def test_prompts_in_which_uniform_attention_exceeds_epsilon_are_too_short():
     assert "strong" not in said
 
 
+def test_an_even_number_of_drains_has_the_mean_of_the_middle_two_as_median():
+    drain = torch.tensor([0.05, 0.15, 0.35, 0.95] * 2).reshape(4, 2).expand(2, 4, 2)
+    made = only(report(heads(0.8), value_drain=drain), "value_drain")
+    assert "(0.25)" in headline(made)
+    assert key_numbers(made)["value_drain"] == pytest.approx(0.25)
+
+
+def test_what_masks_of_interventions_do_not_change_is_said():
+    under = {"interventions": ("WindowedAttention(8)",)}
+    said = headline(only(report(heads(0.8), settings=under), "sink_attention"))
+    assert "uniform attention under the model's own mask" in said
+
+
 @pytest.mark.parametrize(
     ("peak", "said"),
     [
         ([1.0, 12.0, 40.0, 3.0], "Block 2 writes the residual peak (40 times the others' norm)."),
+        (
+            [40.0, 39.0, 38.0, 1.0],
+            "The residual peak is there after block 0 (40 times the others' norm).",
+        ),
         ([1.0, 40.0, 49.0, 3.0], "Block 1 writes the residual peak (40 times the others' norm)."),
         (
             [8.0, 15.0, 24.0, 40.0],
@@ -136,7 +154,10 @@ def test_terminal_notebook_page_and_figure_count_the_same_heads():
     ("places", "sentence"),
     [
         ([(0, 2, 5)], "In layer 2, position 5 is a secondary sink"),
-        ([(0, 1, 5), (1, 3, 7)], "In layers 1 to 3, 2 other positions are secondary sinks"),
+        (
+            [(0, 1, 5), (1, 3, 7)],
+            "In some of the layers 1 to 3, 2 other positions are secondary sinks",
+        ),
     ],
 )
 def test_secondary_sinks_have_a_sentence_of_their_own(places, sentence):

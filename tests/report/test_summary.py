@@ -268,6 +268,17 @@ def test_comparison_as_a_frame(pair):
     assert len(frame) == 24
 
 
+def test_the_largest_change_is_over_prompts_with_both_values():
+    """Here the mean after is lower, but only since a prompt with a large value has none there."""
+    before = torch.full((2, 4, 6), 0.2)
+    before[1] = 0.6
+    after = before + 0.1
+    after[1] = torch.nan
+    pair = [only(synthetic_report(2, sink_attention=x), "sink_attention") for x in (before, after)]
+    row = next(row for row in compare(*pair)._table()[1] if row[0].startswith("sink_attention"))
+    assert row[3].startswith("0.1 at layer")
+
+
 def test_comparison_names_what_changed(pair):
     before, after, _ = pair
     comparison = compare(before, after)
