@@ -9,6 +9,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 import sinkscope as ss
+from sinkscope.report.headline import peak_block
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/concepts")
 folder.mkdir(exist_ok=True)
@@ -26,8 +27,7 @@ told = ss.scan(model, ss.texts([story]), metrics=["all", "ffn_dims"], progress=F
 heads = told.heads()
 typical = heads.loc[(heads.sink_attention - 0.5).abs().idxmin()]
 layer, head = int(typical["layer"]), int(typical["head"])
-peaks = report.mean("residual_peak")
-writer = int((peaks > 0.8 * peaks.max()).nonzero()[0])
+writer = peak_block(report)
 attention = f"blocks.{layer}.attn"
 names = [f"{attention}.hook_pattern", f"{attention}.hook_attn_scores"]
 _, cache = model.run_with_cache(
@@ -72,15 +72,16 @@ def beside(y: float, text: str, colour: str) -> dict:
                 align="left", font=dict(size=10, color=colour))  # fmt: skip
 
 
-def points(x, y, **options) -> go.Scatter:
+def points(x, y) -> go.Scatter:
     """One point for each head."""
     marker = dict(color=SINK, size=4, opacity=0.6)
     x, y = x.flatten().tolist(), y.flatten().tolist()
-    return go.Scatter(x=x, y=y, mode="markers", marker=marker, **options)
+    return go.Scatter(x=x, y=y, mode="markers", marker=marker)
 
 
 seen = pattern.masked_fill(pattern == 0, float("nan"))
-draw("sink", "key", "query", go.Heatmap(z=seen.tolist(), colorscale=[[0, "rgba(47,126,216,0.06)"], [1, SINK]], showscale=False),
+scale = [[0, "rgba(47,126,216,0.06)"], [1, SINK]]
+draw("sink", "key", "query", go.Heatmap(z=seen.tolist(), colorscale=scale, showscale=False),
      yaxis_autorange="reversed")  # fmt: skip
 draw("importance", "key", "received attention", bars(told.received_attention[layer, head]))
 grid = [i / 100 for i in range(1, 100)]

@@ -8,6 +8,7 @@ import sys
 from plotly.subplots import make_subplots
 
 import sinkscope as ss
+from sinkscope.report.headline import peak_block
 
 target = sys.argv[1] if len(sys.argv) > 1 else "docs/smollm2.png"
 story = (
@@ -27,7 +28,7 @@ pattern = cache["pattern", layer][0, head].numpy()
 
 sink, median = report.mean("sink_residual_norm"), report.mean("median_residual_norm")
 peak = report.mean("residual_peak")
-writes = int((peak > 0.8 * peak.max()).nonzero()[0])
+writes = peak_block(report)
 share = report.sink_heads().float().mean()
 
 figure = make_subplots(

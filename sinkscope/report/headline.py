@@ -15,7 +15,10 @@ from sinkscope.report.quantities import SinkQuantities
 
 PEAK = 10.0
 """Ratio above which a residual state is called a peak. Published values are between 10 and 1000."""
-_WHOLE, _HALF = 0.8, 0.5
+_REACHED = 0.8
+"""Share of the largest peak that the block which is named has to reach."""
+_WRITTEN = 0.5
+"""Share of its peak that a block has to add to be said to write it."""
 STRONG = 1 / 3
 """A sink is called strong if at least this share of heads are sink heads."""
 
@@ -80,7 +83,7 @@ def numbers(report: SinkQuantities) -> list[tuple[str, str, str]]:
         top = int(peak.argmax())
         what = f"residual peak, after block {top}"
         shown.append((f"{number(float(peak[top]))} ×", what, TERMS["Residual peak"]))
-    drain = _median_drain(report)
+    drain = median_drain(report)
     if drain is not None:
         shown.append((f"{_two(drain)} ×", "the others' value norm", TERMS["Value drain"]))
     return shown
@@ -163,7 +166,7 @@ def peak_block(report: SinkQuantities) -> int | None:
     peak = _mean_peak(report)
     if peak is None or float(peak.max()) <= PEAK:
         return None
-    return int((peak >= _WHOLE * peak.max()).nonzero()[0])
+    return int((peak >= _REACHED * peak.max()).nonzero()[0])
 
 
 def _peak(report: SinkQuantities) -> str:
@@ -179,15 +182,15 @@ def _peak(report: SinkQuantities) -> str:
     dim = _largest_dim(report, block)
     where = "" if dim is None else f", dim {dim}"
     size = f"{number(float(peak[block]))} times the others' norm{where}"
-    if block > 0 and peak[block - 1] > _HALF * peak[block]:  # no single block has written it
-        return f"The residual peak grows over many blocks, up to block {block} ({size})."
     if block == 0:  # the embedding may hold it already
         return f"The residual peak is there after block 0 ({size})."
+    if peak[block - 1] > (1 - _WRITTEN) * peak[block]:
+        return f"The residual peak grows over many blocks, up to block {block} ({size})."
     return f"Block {block} writes the residual peak ({size})."
 
 
 def _value(report: SinkQuantities) -> str:
-    drain = _median_drain(report)
+    drain = median_drain(report)
     if drain is None:
         return ""
     whose = "The sinks' values have" if _several(report) else "The sink's values have"
@@ -241,7 +244,7 @@ def _mean_peak(report: SinkQuantities) -> torch.Tensor | None:
     return None if bool(peak.isnan().all()) else peak.nan_to_num(-torch.inf)
 
 
-def _median_drain(report: SinkQuantities) -> float | None:
+def median_drain(report: SinkQuantities) -> float | None:
     """Median over KV heads of the mean drain [ratio]."""
     if report.value_drain is None:
         return None

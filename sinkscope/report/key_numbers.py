@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sinkscope.report.headline import peak_block
+from sinkscope.report.headline import median_drain, peak_block
 from sinkscope.report.quantities import SinkQuantities
 
 KEY_NUMBERS = {
@@ -55,8 +55,7 @@ def key_numbers(report: SinkQuantities) -> dict[str, Any]:
         peak = report.mean("residual_peak").nan_to_num(-torch.inf)
         numbers["residual_peak"] = float(peak.max())
         numbers["peak_block"] = peak_block(report)
-    if _known(report, "value_drain"):
-        numbers["value_drain"] = float(report.mean("value_drain").nanquantile(0.5))
+    numbers["value_drain"] = median_drain(report)
     if report.massive is not None:
         numbers["massive_dims"] = _massive_dims(report)
     if _known(report, "learned_sink_mass"):

@@ -28,7 +28,7 @@ from sinkscope.output import (
     wrapped,
 )
 from sinkscope.report.chance import ALPHA, NULLS, chance_levels
-from sinkscope.report.headline import PEAK, headline, uniform
+from sinkscope.report.headline import PEAK, headline, median_drain, uniform
 from sinkscope.report.quantities import SinkQuantities
 from sinkscope.statistics import Interval, bootstrap
 
@@ -135,15 +135,14 @@ def chance(report: SinkQuantities) -> str | None:
 
 def value_drain(report: SinkQuantities) -> str | None:
     """The sink's value norm relative to the others'."""
-    if report.value_drain is None:
+    median = median_drain(report)
+    if median is None:
         return None
     drain = report.mean("value_drain")
-    if bool(drain.isnan().all()):
-        return None
     low = int(drain.nan_to_num(torch.inf).argmin())
     layer, kv_head = divmod(low, drain.shape[1])
     return (
-        f"the sink's value norm is {number(float(drain.nanquantile(0.5)))} × the others' (median); "
+        f"the sink's value norm is {number(median)} × the others' (median); "
         f"least {number(float(drain[layer, kv_head]))} × in layer {layer}, KV head {kv_head}"
     )
 
