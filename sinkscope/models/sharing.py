@@ -41,11 +41,10 @@ def shared_copy(model: M) -> M:
     inside = set(map(id, model.modules()))
     memo: dict[int, Any] = {}
     for module in model.modules():
-        shared = (*module._parameters.values(), *module._buffers.values())
-        if hasattr(module, "max_seq_len_cached"):
-            # A rotary embedding may rewrite its frequencies in each forward pass.
-            shared = tuple(module._parameters.values())
-            memo |= {id(x): x.clone() for x in module._buffers.values() if x is not None}
+        own = _rewritten(module)
+        buffers = [x for name, x in module._buffers.items() if name not in own]
+        shared = (*module._parameters.values(), *buffers)
+        memo |= {id(x): x.clone() for name in own if (x := module._buffers[name]) is not None}
         hooks = (_owner(hook) for hooks in _hooks(module) for hook in hooks.values())
         memo |= {id(x): x for x in (*shared, *hooks) if x is not None and id(x) not in inside}
     try:
@@ -137,15 +136,12 @@ def stated_by(config: Any) -> dict[str, Any]:
 
 def _state_of(module: nn.Module) -> Structure:
     tensors = {**module._parameters, **module._buffers}
+    tensors |= dict.fromkeys(_rewritten(module))
     own = vars(module)
-    if hasattr(module, "max_seq_len_cached"):  # a rotary embedding, see `shared_copy`
-        recorded = _frequencies(module)
-    else:
-        recorded = tuple((name, id(x), _kind(x)) for name, x in tensors.items())
     return (
         id(module),
         type(module),
-        recorded,
+        tuple((name, id(x), _kind(x)) for name, x in tensors.items()),
         tuple(
             (key, id(hook))
             for hooks in _hooks(module)
@@ -169,19 +165,15 @@ def _function(function: Any) -> Any:
         return id(function)
 
 
-def _frequencies(module: nn.Module) -> Structure:
-    """The values of a rotary embedding's buffers, which a copy does not share.
-
-    Where a forward pass may rewrite them for its length, those that it starts from.
-    """
+def _rewritten(module: nn.Module) -> set[str]:
+    """Names of a rotary embedding's buffers that a forward pass may rewrite for its length."""
+    if not hasattr(module, "max_seq_len_cached"):
+        return set()
     kinds = vars(module).get("rope_type")
     kinds = kinds.values() if isinstance(kinds, Mapping) else [kinds]
-    rewritten = any(kind is None or "dynamic" in kind or kind == "longrope" for kind in kinds)
-    return tuple(
-        (name, _kind(x), tuple(x.flatten().tolist()))
-        for name, x in module._buffers.items()
-        if x is not None and not x.is_meta and (not rewritten or "original" in name)
-    )
+    if all(kind is not None and "dynamic" not in kind and kind != "longrope" for kind in kinds):
+        return set()
+    return {name for name in module._buffers if "original" not in name}
 
 
 def _kind(x: Tensor | None) -> Any:
